@@ -1,0 +1,47 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
+
+setup: $(READY) ## build .venv with every pinned dependency
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt "$$(grep ^torch== constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## fit and edit one shipped picture on the embedded base: outputs/demo/sheet.png
+	$(BIN)/imagic-lora demo
+
+test: $(READY) ## the tests, some minutes on two cores
+	$(BIN)/pytest
+
+test-slow: $(READY) ## what takes longer: edits of many scenes
+	$(BIN)/pytest -m slow
+
+test-gpu: $(READY) ## what needs a CUDA device
+	$(BIN)/pytest -m gpu
+
+lint: $(READY) ## ruff, pyright, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+check: lint test ## all that must pass
+
+critters-report: $(READY) ## the figures and the sheet of the embedded base
+	$(BIN)/python scripts/critters_report.py
+
+bench-cpu: $(READY) ## steps a second of both stages against a plain loop, on the embedded base
+	$(BIN)/python scripts/bench_cpu.py
+
+clean: ## remove outputs, caches and .venv
+	rm -rf outputs $(VENV) .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup demo test test-slow test-gpu lint check critters-report bench-cpu clean

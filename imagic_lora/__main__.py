@@ -1,0 +1,8 @@
+"""``python -m imagic_lora`` and ``accelerate launch -m imagic_lora``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

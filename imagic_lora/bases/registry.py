@@ -1,0 +1,95 @@
+"""From what a user calls a base to the base itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HfHubHTTPError
+
+from ..errors import ImagicError
+from ..runtime import Runtime
+from .base import Base
+from .sd import StableDiffusion
+
+CRITTERS = Path(__file__).parent.parent / "data" / "critters"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A base with a name of its own: where it is and which preset suits it."""
+
+    source: str
+    preset: str
+
+
+KNOWN: dict[str, Known] = {
+    "critters": Known(str(CRITTERS), "critters"),
+    "sd15": Known("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd"),
+    "sd21": Known("stabilityai/stable-diffusion-2-1", "sd"),
+}
+_FAMILIES: dict[str, type[StableDiffusion]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionImg2ImgPipeline": StableDiffusion,
+}
+
+
+def preset_of(name: str) -> str:
+    """The preset that suits a base."""
+    return KNOWN[name].preset if name in KNOWN else "sd"
+
+
+def locate(name: str, revision: str | None = None) -> Path:
+    """The folder of a base in diffusers' format; a hub id is downloaded unless it is in the cache already.
+
+    Raises:
+        ImagicError: nothing of that name, not such a folder, or it cannot be fetched.
+    """
+    source = KNOWN[name].source if name in KNOWN else name
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ImagicError(
+                f"{folder} has no model_index.json", "a folder in diffusers' format", "give the folder that holds unet/, vae/, ..."
+            )
+        return folder
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        names = ", ".join(sorted(KNOWN))
+        raise ImagicError(f"no base called {name!r}", f"one of {names}, a folder, or a hub id like owner/name", "check the spelling")
+    try:
+        return Path(
+            DiffusionPipeline.download(source, revision=revision, use_safetensors=True, safety_checker=None, feature_extractor=None)
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ImagicError(
+            f"base {source} cannot be fetched ({first})", "a hub id with safetensors files, or a network to reach it",
+            "check name and network, or download it elsewhere and give its folder with --base",
+        ) from error  # fmt: skip
+
+
+def open_base(name: str, runtime: Runtime, revision: str | None = None, master_weights: bool = False) -> Base:
+    """Loads a base.
+
+    Args:
+        name: a known name, a folder, or a hub id.
+        master_weights: keeps the denoiser in fp32, for full fine-tuning.
+
+    Raises:
+        ImagicError: as :func:`locate`; a family without support; files that cannot be read.
+    """
+    folder = locate(name, revision)
+    try:
+        family = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImagicError(f"{folder}/model_index.json cannot be read", "diffusers' own format", "download the base again") from error
+    if family not in _FAMILIES:
+        raise ImagicError(f"{name} is a {family}", f"one of {', '.join(_FAMILIES)}", "choose a Stable Diffusion 1.x or 2.x base")
+    try:
+        return _FAMILIES[family](folder, name, revision, runtime, master_weights)
+    except OSError as error:
+        raise ImagicError(
+            f"{name} cannot be loaded ({error})", "safetensors files of every component", "download the base again"
+        ) from error

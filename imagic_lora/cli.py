@@ -1,0 +1,421 @@
+"""The command line: ``imagic-lora COMMAND``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .config import PRESETS, EditConfig, MemoryConfig, RunConfig, merged, read_yaml, resolve
+from .errors import ImagicError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from .runtime import Runtime
+    from .stages.stage import StepReport
+    from .store import Adapter
+
+err = Console(stderr=True)
+
+app = App(
+    name="imagic-lora",
+    help="Edit one real photo with one sentence (Imagic, arXiv 2210.09276).\n\n"
+    "fit learns a photo, edit makes pictures from what it learned. Try: imagic-lora demo",
+    version_flags=["--version"],
+)
+
+Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON object on stdout; everything for people goes to stderr.")]
+StoreDir = Annotated[Path, Parameter(name="--store", help="The folder of adapters.")]
+DEFAULT_STORE = Path("adapters")
+
+
+@app.command
+def fit(
+    image: Path,
+    prompt: str,
+    *,
+    settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
+    preset: str | None = None,
+    config: Path | None = None,
+    name: str | None = None,
+    store: StoreDir = DEFAULT_STORE,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a photo: optimise the text embedding on it, tune the denoiser on it, store the adapter.
+
+    Parameters
+    ----------
+    image
+        The photo: JPEG, PNG, WebP, TIFF, BMP or GIF.
+    prompt
+        What the edited photo shows, as one sentence: "a dog jumping".
+    preset
+        Settings that suit a kind of base (sd, critters); the base's own where not given.
+    config
+        YAML file of settings, laid over the preset; flags are laid over both.
+    name
+        Name of the adapter; made from the photo's file name where not given.
+    overwrite
+        Replace an adapter of the same name.
+    """
+    from .bases.registry import preset_of
+    from .store import Store
+
+    _quiet_loading()
+    run = settings_of(settings, config, preset, preset_of)
+    adapter = _fit(image, prompt, run, Store(store), name or _slug(image.stem), overwrite)
+    if adapter is None:
+        return
+    if as_json:
+        _print_json({"name": adapter.record.name, "folder": str(adapter.folder), "bytes": adapter.size, **_facts(adapter)})
+    else:
+        folder = escape(str(adapter.folder))
+        err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB). Look at {folder}/preview.png, then:")
+        err.print(f"  imagic-lora edit {adapter.record.name} --eta 0.3:1:0.1", highlight=False)
+
+
+def settings_of(settings: RunConfig | None, config: Path | None, preset: str | None, preset_of: Any) -> RunConfig:
+    """The settings of a run from flags, file and preset; a preset that is not named is the base's own."""
+    flags = settings.model_dump(exclude_unset=True) if settings else {}
+    file = read_yaml(config) if config else {}
+    base = merged(file, flags).get("base", RunConfig().base)
+    chosen = preset or preset_of(base)
+    if chosen not in PRESETS:
+        raise ImagicError(f"preset {chosen!r}", f"one of {', '.join(PRESETS)}", "choose another --preset")
+    return resolve(flags, file, PRESETS[chosen])
+
+
+def _fit(image: Path, prompt: str, run: RunConfig, store: Any, name: str, overwrite: bool) -> Adapter | None:
+    from .imagic import fit as fit_steps
+    from .runtime import resolve_runtime
+
+    processes = _processes(run)
+    steps = fit_steps(image, prompt, run, store, name, overwrite=overwrite, processes=processes)
+    if not processes.main:
+        from .imagic import result
+
+        return result(steps)
+    _say_what_is_active(resolve_runtime(run.memory), run, processes.count)
+    return _shown(steps, run)
+
+
+def _processes(run: RunConfig) -> Any:
+    from .runtime import Processes
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    from accelerate import PartialState
+
+    return Processes(PartialState(cpu=run.memory.device == "cpu"))
+
+
+def _say_what_is_active(runtime: Runtime, run: RunConfig, processes: int) -> None:
+    tune = run.tune
+    how = f"LoRA, rank {tune.rank}, {tune.targets}" if tune.mode == "lora" else "full, fp32 master weights"
+    rows = {**runtime.reasons, "base": run.base, "tuning": how, "processes": str(processes)}
+    for stage in (run.embed, tune):
+        optimizer = runtime.optimizer(stage.optimizer)
+        why = (
+            "asked for"
+            if stage.optimizer != "auto"
+            else "8-bit states save memory on the card"
+            if optimizer == "adam8bit"
+            else "memory is not short on the CPU"
+        )
+        rows["optimiser of tune" if stage is tune else "optimiser of embed"] = f"{optimizer} ({why})"
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(f"[dim]{name}[/]", escape(value))
+    err.print(table)
+
+
+def _shown(steps: Generator[StepReport, None, Adapter | None], run: RunConfig) -> Adapter | None:
+    """Runs a fit with a progress bar; where nobody watches, with a line every tenth of a stage."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
+    with Progress(
+        *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err, disable=not err.is_terminal
+    ) as bar:
+        totals = {"embed": run.embed.steps, "tune": run.tune.steps}
+        tasks = {stage: bar.add_task(stage, total=total, loss="", start=False) for stage, total in totals.items()}
+        while True:
+            try:
+                report = next(steps)
+            except StopIteration as done:
+                return done.value
+            if report.step == 1:
+                bar.start_task(tasks[report.stage])
+            tenth = report.step % max(1, report.steps // 10) == 0
+            loss = {"loss": f"{report.loss.item():.4f}"} if tenth else {}
+            bar.update(tasks[report.stage], completed=report.step, **loss)
+            if tenth and not err.is_terminal:
+                err.print(f"{report.stage} {report.step}/{report.steps} loss {loss['loss']}", highlight=False)
+
+
+@app.command
+def edit(
+    name: str,
+    *,
+    eta: str | None = None,
+    seed: str = "0",
+    prompt: str | None = None,
+    settings: Annotated[EditConfig | None, Parameter(name="*")] = None,
+    memory: Annotated[MemoryConfig | None, Parameter(name="*", group="Device and memory")] = None,
+    base: str | None = None,
+    store: StoreDir = DEFAULT_STORE,
+    out: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """Make pictures from a stored adapter.
+
+    Parameters
+    ----------
+    name
+        The adapter, see: imagic-lora list
+    eta
+        How far from the photo (0) to the text (1): one value, several (0.5,0.7), or a range with its end (0.3:1:0.1). The adapter's own
+        default where not given.
+    seed
+        Seed of the starting noise: one, several (0,3), or a range without its end (0:4).
+    prompt
+        Another target text than the one the adapter was fitted for.
+    base
+        Load the base from here instead of where the adapter says; it must be the same weights.
+    out
+        Folder for the pictures; outputs/NAME where not given.
+    """
+    from .bases.registry import open_base
+    from .editor import Editor
+    from .images import sheet, write_png
+    from .runtime import resolve_runtime
+    from .store import Store
+
+    _quiet_loading()
+    adapter = Store(store).read(name)
+    record = adapter.record
+    flags = settings.model_dump(exclude_unset=True) if settings else {}
+    config = EditConfig.model_validate(merged(record.config.edit.model_dump(), flags))
+    etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
+    out = out or Path("outputs") / record.name
+    out.mkdir(parents=True, exist_ok=True)
+    editor = Editor(open_base(base or record.base.name, resolve_runtime(memory or MemoryConfig()), record.base.revision))
+    written: list[dict[str, Any]] = []
+    cells: dict[int, list[Any]] = {s: [] for s in seeds}
+    for one in _counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds)):
+        path = out / f"eta{one.eta:.2f}-seed{one.seed}.png"
+        how = {"adapter": record.name, "base": record.base.name, "prompt": prompt or record.prompt, "eta": one.eta, "seed": one.seed}
+        write_png(one.image, path, how | {"edit": config.model_dump()})
+        written.append({"file": str(path), "eta": one.eta, "seed": one.seed})
+        cells[one.seed].append((f"eta {one.eta:g} seed {one.seed}", one.image))
+    photo = adapter.canvas().photo()
+    page = sheet([[("photo", photo), *row] for row in cells.values()], prompt or record.prompt)
+    write_png(page, out / "sheet.png", {"adapter": record.name})
+    if as_json:
+        _print_json({"adapter": record.name, "pictures": written, "sheet": str(out / "sheet.png")})
+    else:
+        err.print(f"[green]Wrote[/] {len(written)} pictures and {escape(str(out / 'sheet.png'))}")
+
+
+def _counted(edits: Any, total: int) -> Any:
+    from rich.progress import track
+
+    return track(edits, "pictures", total=total, console=err, disable=not err.is_terminal)
+
+
+def parse_etas(text: str) -> list[float]:
+    """``0.7``, ``0.5,0.7`` or ``0.3:1:0.1``, whose end is included."""
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        start, stop, step = (float(part) for part in text.split(":"))
+        if step <= 0 or stop < start or (stop - start) / step > 1000:
+            raise ValueError
+        return [round(start + k * step, 6) for k in range(int((stop - start) / step + 1e-6) + 1)]
+    except (ValueError, OverflowError) as error:
+        raise ImagicError(f"--eta {text}", "a number, several with commas, or start:end:step", "for example --eta 0.3:1:0.1") from error
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``0``, ``0,3`` or ``0:4``, whose end is not included."""
+    try:
+        if ":" in text:
+            start, stop = (int(part) for part in text.split(":"))
+            seeds = list(range(start, min(stop, start + 10_000)))
+        else:
+            seeds = [int(part) for part in text.split(",")]
+        if not seeds or min(seeds) < 0 or max(seeds) >= 2**63:
+            raise ValueError
+        return seeds
+    except ValueError as error:
+        raise ImagicError(f"--seed {text}", "a whole number from 0, several with commas, or start:end", "for example --seed 0:4") from error
+
+
+@app.command(name="list")
+def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
+    """The stored adapters."""
+    from .store import Store
+
+    shelf = Store(store)
+    adapters = [shelf.read(name) for name in shelf.names()]
+    if as_json:
+        _print_json({"adapters": [{"name": a.record.name, "bytes": a.size, **_facts(a)} for a in adapters]})
+        return
+    if not adapters:
+        err.print(f"No adapters in {escape(str(store))} yet. Make one: imagic-lora fit PHOTO PROMPT")
+        return
+    table = Table("name", "base", "mode", "prompt", "MB", "made")
+    for a in adapters:
+        r = a.record
+        table.add_row(*map(escape, (r.name, r.base.name, r.config.tune.mode, r.prompt, f"{a.size / 1e6:.2f}", r.created[:10])))
+    Console().print(table)
+
+
+@app.command
+def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
+    """How an adapter was made.
+
+    Parameters
+    ----------
+    name
+        The adapter, see: imagic-lora list
+    """
+    from .store import Store
+
+    adapter = Store(store).read(name)
+    record = adapter.record
+    if as_json:
+        _print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json")})
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for key, value in {"name": record.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **_facts(adapter)}.items():
+        table.add_row(f"[dim]{key}[/]", escape(json.dumps(value) if isinstance(value, dict) else str(value)))
+    Console().print(table)
+
+
+def _facts(adapter: Adapter) -> dict[str, Any]:
+    record = adapter.record
+    return {
+        "prompt": record.prompt,
+        "base": record.base.name,
+        "mode": record.config.tune.mode,
+        "eta": record.config.eta,
+        "seed": record.config.seed,
+        "photo": f"{record.source.size[0]}x{record.source.size[1]}",
+        "losses": {stage: list(ends) for stage, ends in record.losses.items()},
+        "seconds": record.seconds,
+        "peak_memory": record.peak_memory,
+        "created": record.created,
+        "files": list(record.files),
+    }
+
+
+@app.command
+def demo(*, out: Path = Path("outputs/demo"), as_json: Json = False) -> None:
+    """Fit and edit one shipped picture on the embedded base, and show it beside the true edit.
+
+    Parameters
+    ----------
+    out
+        Folder for the sheet, the pictures and the adapter.
+    """
+    from .demo import run_demo
+
+    _quiet_loading()
+    page = run_demo(out, _shown)
+    if as_json:
+        _print_json({"sheet": str(page)})
+    else:
+        err.print(f"[green]Look at[/] {escape(str(page))}")
+
+
+@app.command
+def doctor(*, as_json: Json = False) -> None:
+    """Device, libraries, free memory, and what is missing."""
+    from .doctor import examine
+
+    facts = examine()
+    if as_json:
+        _print_json(facts)
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for group, values in facts.items():
+        for key, value in values.items():
+            table.add_row(f"[dim]{group}[/]", key, escape(str(value)))
+    Console().print(table)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _slug(stem: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "photo"
+
+
+def _quiet_libraries() -> None:
+    """Only errors of the libraries below us, and our own warnings in one line."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("bitsandbytes", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    def show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+        if "imagic_lora" in filename:
+            err.print(f"[yellow]Warning:[/] {escape(str(message))}")
+
+    warnings.showwarning = show_warning
+
+
+def script() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def _quiet_loading() -> None:
+    """No bars for reading files; downloads keep theirs."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+
+
+def main(tokens: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 2 the user can mend it, 130 interrupted; anything else raises."""
+    tokens = sys.argv[1:] if tokens is None else list(tokens)
+    _quiet_libraries()
+    try:
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        return _refused(
+            {"got": str(error), "expected": "a command line as --help describes it", "remedy": "see imagic-lora --help"}, tokens
+        )
+    except ImagicError as error:
+        return _refused({"got": error.got, "expected": error.expected, "remedy": error.remedy}, tokens)
+    except KeyboardInterrupt:
+        err.print("Interrupted; nothing was stored.")
+        return 130
+    return 0
+
+
+def _refused(error: dict[str, str], tokens: Sequence[str]) -> int:
+    if "--json" in tokens:
+        _print_json({"error": error})
+    err.print(f"[red]Error:[/] {escape(error['got'])}", highlight=False)
+    err.print(f"  expected: {escape(error['expected'])}", highlight=False)
+    err.print(f"  what to do: {escape(error['remedy'])}", highlight=False)
+    return 2

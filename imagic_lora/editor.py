@@ -1,0 +1,89 @@
+"""One base in memory, many adapters swapped in and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import product
+
+from PIL import Image
+
+from .bases.base import Base
+from .conditioning import interpolate
+from .config import EditConfig
+from .errors import ImagicError
+from .generate import generate
+from .store import Adapter
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A picture and what made it."""
+
+    eta: float
+    seed: int
+    image: Image.Image
+
+
+class Editor:
+    """Keeps a base loaded and edits with any adapter that belongs to it.
+
+    The last adapter stays in; another takes its place when it is needed. :meth:`close` gives the base back bit-equal to before.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self._stack = ExitStack()
+        self._worn: Adapter | None = None
+
+    def wear(self, adapter: Adapter) -> None:
+        """Puts an adapter's weights into the base.
+
+        Raises:
+            ImagicError: the adapter was made for another base.
+        """
+        if self._worn is adapter:
+            return
+        made_for = adapter.record.base
+        if made_for.fingerprint != self.base.fingerprint:
+            raise ImagicError(
+                f"adapter {adapter.record.name} was made for base {made_for.name}, not for {self.base.name}",
+                "the weights it was made on",
+                f"use --base {made_for.name}",
+            )
+        self.close()
+        self._stack.enter_context(adapter.worn_by(self.base))
+        self._worn = adapter
+
+    def edit(
+        self, adapter: Adapter, etas: Sequence[float], seeds: Sequence[int], config: EditConfig, prompt: str | None = None
+    ) -> Iterator[Edit]:
+        """Pictures for every eta and seed, in that order, as batches are done.
+
+        Args:
+            etas: each in [0, 2]; 0 is the photo, 1 the target text.
+            seeds: of the starting noise.
+            prompt: another target text than the adapter's own.
+
+        Raises:
+            ImagicError: an eta out of range, an adapter of another base, numbers that are not finite.
+        """
+        for eta in etas:
+            if not 0 <= eta <= 2:
+                raise ImagicError(f"eta {eta:g}", "0 (the photo) to 1 (the text), at most 2", "choose another --eta")
+        self.wear(adapter)
+        device = self.base.runtime.device
+        stored = {name: value.to(device) for name, value in adapter.embeddings().items()}
+        target = stored["target"] if prompt is None else self.base.encode_text(prompt)
+        canvas, pairs = adapter.canvas(), list(product(etas, seeds))
+        for start in range(0, len(pairs), config.batch_size):
+            part = pairs[start : start + config.batch_size]
+            mixes = [interpolate(target, stored["optimised"], eta) for eta, _ in part]
+            pictures = generate(self.base, mixes, [seed for _, seed in part], config, canvas, stored.get("null"))
+            yield from (Edit(eta, seed, picture) for (eta, seed), picture in zip(part, pictures, strict=True))
+
+    def close(self) -> None:
+        """Takes the adapter out: the base is bit-equal to before."""
+        self._stack.close()
+        self._worn = None

@@ -1,0 +1,65 @@
+"""Stage 3: conditioning and denoiser to pictures, through diffusers' own pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .bases.base import Base
+from .conditioning import Conditioning, concatenate
+from .config import EditConfig
+from .errors import ImagicError
+from .images import Canvas, to_image
+
+
+def generate(
+    base: Base, conditionings: Sequence[Conditioning], seeds: Sequence[int], config: EditConfig, canvas: Canvas, null: Conditioning | None
+) -> list[Image.Image]:
+    """One picture for each pair of conditioning and seed, in batches.
+
+    Args:
+        conditionings, seeds: of equal length; the noise of a picture depends on its seed alone.
+        canvas: the photo as it was trained on; gives the size, and the start with ``start="image"``.
+        null: the unconditional conditioning; None, or a guidance scale of 1 or less, means no guidance.
+
+    Returns:
+        Pictures at the photo's own size.
+
+    Raises:
+        ImagicError: a picture holds NaN or infinite values.
+    """
+    pictures: list[Image.Image] = []
+    for start in range(0, len(seeds), config.batch_size):
+        part = slice(start, start + config.batch_size)
+        pixels = _batch(base, concatenate(list(conditionings[part])), list(seeds[part]), config, canvas, null)
+        if not pixels.isfinite().all():
+            raise ImagicError("a generated picture holds values that are not finite", "finite values", "try --dtype fp32 or bf16")
+        pictures += [canvas.restored(to_image(one)) for one in pixels * 2 - 1]
+    return pictures
+
+
+def _batch(base: Base, text: Conditioning, seeds: list[int], config: EditConfig, canvas: Canvas, null: Conditioning | None) -> Tensor:
+    """Pixels in [0, 1], ``[B, 3, H, W]``."""
+    batch, device, dtype = len(seeds), base.runtime.device, base.runtime.dtype
+    guided = null is not None and config.guidance_scale > 1
+    arguments: dict[str, Any] = {
+        "prompt_embeds": text.to(device, dtype).tokens,
+        "negative_prompt_embeds": null.expand(batch).to(device, dtype).tokens if null is not None and guided else None,
+        "guidance_scale": config.guidance_scale if guided else 1.0,
+        "num_inference_steps": config.steps,
+        "eta": config.ddim_eta,
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "output_type": "pt",
+    }
+    if config.start == "image":
+        arguments |= {"image": ((canvas.pixels + 1) / 2).expand(batch, -1, -1, -1), "strength": config.strength}
+    else:
+        arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3]}
+    pipe = base.pipeline("image2image" if config.start == "image" else "text2image")
+    mixed = base.denoiser.dtype != dtype
+    with torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False):
+        return pipe(**arguments).images.float()  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,131 @@
+"""The contract of a training stage, and the one loop that drives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..bases.base import Base
+from ..conditioning import Conditioning
+from ..config import EmbedConfig, TuneConfig
+from ..errors import ImagicError
+from ..objective import denoising_loss
+from ..optimizers import build_optimizer
+from ..runtime import Processes, noise_at, times_at
+
+_FP16_SCALE = 1024.0  # keeps small gradients above fp16's underflow on their way back
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step done.
+
+    Args:
+        stage: ``embed`` or ``tune``.
+        step: steps done, from 1.
+        steps: of the whole stage.
+        loss: mean over the global batch, a scalar on the device; reading it waits for the device.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    loss: Tensor
+
+
+class Stage:
+    """Trainables, the objective, an optimiser. The stages differ only in what is trained.
+
+    Args:
+        name: enters the key of the noise.
+        base: its denoiser may carry trainable layers.
+        latents: of the photo, ``[1, C, h, w]``.
+        conditioning: gives the conditioning of a step; it may depend on the trainables.
+        trainables: fp32 parameters by name.
+        seed: of noise and timesteps.
+        processes: that share the batch.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base: Base,
+        latents: Tensor,
+        conditioning: Callable[[], Conditioning],
+        trainables: Mapping[str, Parameter],
+        config: EmbedConfig | TuneConfig,
+        seed: int,
+        processes: Processes,
+    ) -> None:
+        self.name, self.base, self.latents, self.conditioning = name, base, latents, conditioning
+        self.trainables, self.config, self.seed, self.processes = dict(trainables), config, seed, processes
+        optimizer = base.runtime.optimizer(config.optimizer)
+        self.optimizer = build_optimizer(optimizer, self.trainables.values(), config.learning_rate)
+        self._scale = _FP16_SCALE if base.runtime.dtype == torch.float16 else 1.0
+        self._finite = torch.ones((), dtype=torch.bool, device=latents.device)
+
+    def step(self, k: int) -> StepReport:
+        """Step number ``k`` (from 0): the same whatever came before it, but for the trainables and the optimiser's states."""
+        samples, batch = self.processes.samples(self.config.batch_size), self.config.batch_size * self.processes.count
+        noise = noise_at(self.seed, self.name, k, samples, tuple(self.latents.shape[1:])).to(self.latents.device)
+        times = times_at(self.seed, self.name, k, samples, batch, self.config.timesteps)
+        loss = denoising_loss(self.base, self.latents, self.conditioning(), noise, times).mean()
+        (loss * self._scale).backward()
+        loss = loss.detach()
+        gradients = [p.grad for p in self.trainables.values() if p.grad is not None]
+        self.processes.average([loss, *gradients])
+        if self._scale != 1:
+            torch._foreach_div_(gradients, self._scale)
+        norms = torch.stack(torch._foreach_norm(gradients))
+        self._finite = self._finite & loss.isfinite() & norms.isfinite().all()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepReport(self.name, k + 1, self.config.steps, loss)
+
+    def check(self) -> None:
+        """Reads the finiteness of all steps so far, which waits for the device.
+
+        Raises:
+            ImagicError: a loss or a gradient was NaN or infinite.
+        """
+        if not self._finite:
+            raise ImagicError(
+                f"a loss or gradient of stage {self.name} is not a finite number",
+                "finite arithmetic",
+                f"try --dtype fp32 or bf16, or a lower --{self.name}.learning-rate (now {self.config.learning_rate:g})",
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Trainables and optimiser states, all that a resumed run needs besides its step number."""
+        return {
+            "trainables": {name: p.detach().cpu().clone() for name, p in self.trainables.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        with torch.no_grad():
+            for name, parameter in self.trainables.items():
+                parameter.copy_(state["trainables"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def train(stage: Stage, start: int = 0) -> Iterator[StepReport]:
+    """Runs a stage from step ``start`` to its end, yielding after every step; closing the iterator stops it.
+
+    Finiteness is read every step on the CPU, every ten on CUDA, and after the last.
+
+    Raises:
+        ImagicError: something was not finite.
+    """
+    every = 10 if stage.latents.device.type == "cuda" else 1
+    for k in range(start, stage.config.steps):
+        report = stage.step(k)
+        if report.step % every == 0 or report.step == report.steps:
+            stage.check()
+        yield report

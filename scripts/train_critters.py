@@ -1,0 +1,358 @@
+"""Train the embedded base from scratch: ``python scripts/train_critters.py vae|judge|clip|unet``.
+
+Each part is reproduced by its seed, on a CPU or a GPU. State is saved every few minutes under ``--work`` and training goes on from
+it; what the package ships is written at the end, from the averaged weights. docs/critters.md holds the recipe and its figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel, compute_snr
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
+
+from imagic_lora.critters import ATTRIBUTES, SIZE, render, sample_caption, scene_at
+from imagic_lora.critters.judge import Judge
+
+DATA = Path(__file__).parent.parent / "imagic_lora" / "data" / "critters"
+VAE_NOISE = 0.1  # standard deviation that the decoder learns to bear, and the encoder to declare
+
+
+def picture(index: int) -> np.ndarray:
+    return np.asarray(render(scene_at("train", index)))
+
+
+def pictures(work: Path, count: int) -> np.ndarray:
+    """The first ``count`` training pictures, ``[count, 64, 64, 3]`` uint8, drawn once and kept in a file."""
+    path = work / f"pictures-{count}.npy"
+    if not path.exists():
+        array = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", np.uint8, (count, SIZE, SIZE, 3))
+        with Pool() as pool:
+            for k, one in enumerate(pool.imap(picture, range(count), chunksize=256)):
+                array[k] = one
+        array.flush()
+        path.with_suffix(".part").rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def tensor(batch: np.ndarray, device: str) -> torch.Tensor:
+    """Pictures as ``[B, 3, 64, 64]`` in [-1, 1]."""
+    return torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).to(device).float().div(127.5).sub(1)
+
+
+class Run:
+    """One training run: the loop, its learning rate (warm-up, then cosine), its average of the weights, its saved state."""
+
+    def __init__(self, args: argparse.Namespace, module: torch.nn.Module, lr: float, decay: float = 0.999) -> None:
+        self.args, self.module = args, module.to(args.device)
+        self.path = args.work / f"{args.part}.pt"
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.ema = EMAModel(module.parameters(), decay=decay, use_ema_warmup=True, power=0.75)
+        self.ema.to(args.device)
+        self.step = 0
+        if self.path.exists():
+            state = torch.load(self.path, map_location=args.device, weights_only=True)
+            module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.ema.load_state_dict(state["ema"])
+            self.step = state["step"]
+
+    def _rate(self, step: int) -> float:
+        done = min(1.0, step / self.args.steps)
+        return min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
+
+    def save(self) -> None:
+        parts = {"module": self.module, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.ema}
+        state = {name: part.state_dict() for name, part in parts.items()} | {"step": self.step}
+        torch.save(state, self.path.with_suffix(".part"))
+        self.path.with_suffix(".part").rename(self.path)
+
+    def train(self, loss_of: Callable[[np.random.Generator], torch.Tensor]) -> Iterator[int]:
+        """Steps until ``--steps``, yielding after each; everything random of a step comes from ``(seed, step)``."""
+        saved = logged = time.time()
+        sums: list[torch.Tensor] = []
+        for step in range(self.step, self.args.steps):
+            torch.manual_seed(self.args.seed * 1_000_003 + step)
+            rng = np.random.default_rng((self.args.seed, step))
+            with torch.autocast(self.args.device, torch.bfloat16):
+                loss = loss_of(rng)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            self.ema.step(self.module.parameters())
+            self.step = step + 1
+            sums.append(loss.detach())
+            if self.step % 100 == 0:
+                now = time.time()
+                line = {"step": self.step, "loss": round(torch.stack(sums).mean().item(), 5), "s": round((now - logged) / 100, 3)}
+                with (self.args.work / f"{self.args.part}.jsonl").open("a") as log:
+                    log.write(json.dumps(line) + "\n")
+                logged, sums = now, []
+            if time.time() - saved > 120:
+                self.save()
+                saved = time.time()
+            yield self.step
+        self.save()
+
+    def averaged(self) -> torch.nn.Module:
+        """The module with the averaged weights."""
+        self.ema.copy_to(self.module.parameters())
+        return self.module.eval()
+
+
+def train_vae(args: argparse.Namespace) -> None:
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=SIZE,
+    )
+    data = pictures(args.work, args.pictures)
+    run = Run(args, vae, lr=1.5e-3)
+
+    def loss_of(rng: np.random.Generator) -> torch.Tensor:
+        x = tensor(data[rng.integers(0, len(data), 16)], args.device)
+        latents = vae.encode(x).latent_dist
+        mean = latents.mean.float()
+        y = vae.decode(mean + VAE_NOISE * torch.randn_like(mean)).sample.float()
+        declared = (latents.logvar.float() - 2 * math.log(VAE_NOISE)).square().mean()
+        return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-3 * mean.square().mean() + 1e-4 * declared
+
+    for _ in run.train(loss_of):
+        pass
+    export_vae(args, run)
+
+
+def export_vae(args: argparse.Namespace, run: Run) -> None:
+    """Writes the averaged VAE with the scaling factor that gives its latents unit variance, as in SD."""
+    vae = run.averaged()
+    assert isinstance(vae, AutoencoderKL)
+    with torch.no_grad():
+        x = tensor(pictures(args.work, args.pictures)[:1000], args.device)
+        vae.register_to_config(scaling_factor=round(1 / vae.encode(x).latent_dist.mean.std().item(), 5))
+    vae.half().save_pretrained(DATA / "vae")
+
+
+def tokenizer() -> CLIPTokenizer:
+    """Byte-pair tokens learned from the captions; any other word falls apart into letters, so every prompt can be encoded."""
+    path = DATA / "tokenizer"
+    if not path.exists():
+        rng = random.Random(0)
+        bpe = Tokenizer(models.BPE(unk_token=None, end_of_word_suffix="</w>"))
+        bpe.normalizer = normalizers.Lowercase()
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=1000, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+        bpe.train_from_iterator((sample_caption(scene_at("train", k), rng) for k in range(5000)), trainer)
+        model = json.loads(bpe.to_str())["model"]
+        words = [*sorted(alphabet), *(f"{c}</w>" for c in sorted(alphabet)), *("".join(m) for m in model["merges"])]
+        words += ["<|startoftext|>", "<|endoftext|>"]
+        vocab = {word: k for k, word in enumerate(dict.fromkeys(words))}
+        merges = [tuple(m) for m in model["merges"]]
+        CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=32).save_pretrained(path)
+    return CLIPTokenizer.from_pretrained(path)
+
+
+def tokens(words: CLIPTokenizer, texts: list[str], device: str) -> torch.Tensor:
+    return words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+
+
+def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=128,
+        intermediate_size=512,
+        projection_dim=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+
+
+def latents(args: argparse.Namespace) -> np.ndarray:
+    """The scaled latent means of the training pictures, ``[N, 8, 8, 8]`` float16, encoded once by the exported VAE."""
+    path = args.work / f"latents-{args.pictures}.npy"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(DATA / "vae").to(args.device).eval()
+        data, parts = pictures(args.work, args.pictures), []
+        with torch.no_grad():
+            for k in range(0, len(data), 100):
+                mean = vae.encode(tensor(data[k : k + 100], args.device)).latent_dist.mean
+                parts.append((mean * vae.config.scaling_factor).half().cpu().numpy())
+        np.save(path, np.concatenate(parts))
+    return np.load(path)
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    words = tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=8,
+        layers_per_block=1,
+        block_out_channels=(128, 192),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    text = CLIPTextModel(text_config(words))
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    data = torch.from_numpy(latents(args))
+    scale = AutoencoderKL.load_config(DATA / "vae")["scaling_factor"] * VAE_NOISE
+    run = Run(args, torch.nn.ModuleDict({"unet": unet, "text": text}), lr=6e-4)
+    total = scheduler.config.num_train_timesteps
+
+    def loss_of(rng: np.random.Generator) -> torch.Tensor:
+        indices = rng.integers(0, len(data), args.batch)
+        draw = random.Random(int(rng.integers(2**62)))
+        captions = ["" if draw.random() < 0.1 else sample_caption(scene_at("train", int(k)), draw) for k in indices]
+        clean = data[indices].to(args.device).float()
+        clean = clean + scale * torch.randn_like(clean)
+        noise = torch.randn_like(clean)
+        t = ((torch.arange(args.batch) + torch.rand(args.batch)) * total / args.batch).long().to(args.device)
+        states = text(tokens(words, captions, args.device)).last_hidden_state
+        predicted = unet(scheduler.add_noise(clean, noise, t), t, states).sample
+        snr = compute_snr(scheduler, t)
+        weight = snr.clamp(max=5) / snr  # min-SNR, arXiv 2303.09556
+        return ((predicted.float() - noise).square().mean((1, 2, 3)) * weight).mean()
+
+    for step in run.train(loss_of):
+        if args.export_every and step % args.export_every == 0:
+            run.ema.store(run.module.parameters())
+            export_pipeline(run, words, scheduler)
+            run.ema.restore(run.module.parameters())
+    export_pipeline(run, words, scheduler)
+
+
+def export_pipeline(run: Run, words: CLIPTokenizer, scheduler: DDIMScheduler) -> None:
+    """Writes the whole base in diffusers' own format, half precision, with the averaged weights."""
+    run.averaged()
+    unet, text = UNet2DConditionModel.from_config(run.module["unet"].config), CLIPTextModel(text_config(words))
+    unet.load_state_dict(run.module["unet"].state_dict())
+    text.load_state_dict(run.module["text"].state_dict())
+    vae = AutoencoderKL.from_pretrained(DATA / "vae", torch_dtype=torch.float16)
+    StableDiffusionPipeline(
+        vae, text.half(), words, unet.half(), scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    ).save_pretrained(DATA)
+    run.module.train()
+
+
+def train_judge(args: argparse.Namespace) -> None:
+    """The judge learns from renders and from their VAE round trips, both blurred and made noisy at random."""
+    vae = AutoencoderKL.from_pretrained(DATA / "vae").to(args.device).eval()
+    judge = Judge()
+    data = pictures(args.work, args.pictures)
+    run = Run(args, judge, lr=2e-3)
+
+    def loss_of(rng: np.random.Generator) -> torch.Tensor:
+        indices = rng.integers(0, len(data), 64)
+        x = tensor(data[indices], args.device)
+        with torch.no_grad():
+            z = vae.encode(x[:24]).latent_dist.mean
+            x[:24] = vae.decode(z + VAE_NOISE * torch.randn_like(z)).sample.clamp(-1, 1).float()
+        x[::3] = F.avg_pool2d(F.pad(x[::3], (1, 1, 1, 1), "replicate"), 3, 1)
+        x = x + 0.08 * torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x)
+        scenes = [scene_at("train", int(k)) for k in indices]
+        losses = []
+        for name, logits in judge(x).items():
+            right = torch.tensor([ATTRIBUTES[name].index(getattr(s, name)) for s in scenes], device=x.device)
+            losses.append(F.cross_entropy(logits.float(), right))
+        return torch.stack(losses).sum()
+
+    for _ in run.train(loss_of):
+        pass
+    run.averaged()
+    judge.save(DATA / "judge.safetensors")
+
+
+def train_clip(args: argparse.Namespace) -> None:
+    """CLIP on the world; captions that are the same text in a batch count as right for each other's pictures."""
+    words = tokenizer()
+    vision = CLIPVisionConfig(
+        image_size=SIZE,
+        patch_size=8,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        projection_dim=128,
+    )
+    clip = CLIPModel(CLIPConfig(text_config=text_config(words).to_dict(), vision_config=vision.to_dict(), projection_dim=128))
+    data = pictures(args.work, args.pictures)
+    run = Run(args, clip, lr=1e-3)
+
+    def loss_of(rng: np.random.Generator) -> torch.Tensor:
+        indices = rng.integers(0, len(data), 96)
+        draw = random.Random(int(rng.integers(2**62)))
+        texts = [sample_caption(scene_at("train", int(k)), draw) for k in indices]
+        logits = clip(input_ids=tokens(words, texts, args.device), pixel_values=tensor(data[indices], args.device)).logits_per_text
+        same = torch.tensor([[float(a == b) for a in texts] for b in texts], device=args.device)
+        same = same / same.sum(1, keepdim=True)
+        return (F.cross_entropy(logits.float(), same) + F.cross_entropy(logits.float().T, same)) / 2
+
+    for _ in run.train(loss_of):
+        pass
+    run.averaged()
+    clip.half().save_pretrained(DATA / "clip")
+
+
+PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
+    "vae": (train_vae, 6500),
+    "judge": (train_judge, 1500),
+    "clip": (train_clip, 2000),
+    "unet": (train_unet, 7000),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--steps", type=int, help="of the whole run (default: as shipped)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", type=int, default=40_000, help="size of the training set")
+    parser.add_argument("--batch", type=int, default=48, help="of the U-Net's training")
+    parser.add_argument("--export-every", type=int, default=0, metavar="STEPS", help="write the U-Net so far into the package")
+    parser.add_argument("--work", type=Path, default=Path("outputs/critters"), help="pictures, state and logs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    train, steps = PARTS[args.part]
+    args.steps = args.steps or steps
+    args.work.mkdir(parents=True, exist_ok=True)
+    train(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -160,10 +160,12 @@ def _shown(steps: Generator[StepReport, None, Adapter | None], run: RunConfig) -
             if report.step == 1:
                 bar.start_task(tasks[report.stage])
             tenth = report.step % max(1, report.steps // 10) == 0
-            loss = {"loss": f"{report.loss.item():.4f}"} if tenth else {}
-            bar.update(tasks[report.stage], completed=report.step, **loss)
-            if tenth and not err.is_terminal:
-                err.print(f"{report.stage} {report.step}/{report.steps} loss {loss['loss']}", highlight=False)
+            bar.update(tasks[report.stage], completed=report.step)
+            if tenth:
+                loss = f"{report.loss.item():.4f}"
+                bar.update(tasks[report.stage], loss=loss)
+                if not err.is_terminal:
+                    err.print(f"{report.stage} {report.step}/{report.steps} loss {loss}", highlight=False)
 
 
 @app.command
@@ -216,7 +218,7 @@ def edit(
     written: list[dict[str, Any]] = []
     cells: dict[int, list[Any]] = {s: [] for s in seeds}
     for one in _counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds)):
-        path = out / f"eta{one.eta:.2f}-seed{one.seed}.png"
+        path = out / f"eta{one.eta:g}-seed{one.seed}.png"
         how = {"adapter": record.name, "base": record.base.name, "prompt": prompt or record.prompt, "eta": one.eta, "seed": one.seed}
         write_png(one.image, path, how | {"edit": config.model_dump()})
         written.append({"file": str(path), "eta": one.eta, "seed": one.seed})
@@ -254,14 +256,17 @@ def parse_seeds(text: str) -> list[int]:
     try:
         if ":" in text:
             start, stop = (int(part) for part in text.split(":"))
-            seeds = list(range(start, min(stop, start + 10_000)))
+            if stop - start > 10_000:
+                raise ValueError
+            seeds = list(range(start, stop))
         else:
             seeds = [int(part) for part in text.split(",")]
         if not seeds or min(seeds) < 0 or max(seeds) >= 2**63:
             raise ValueError
         return seeds
     except ValueError as error:
-        raise ImagicError(f"--seed {text}", "a whole number from 0, several with commas, or start:end", "for example --seed 0:4") from error
+        expected = "a whole number from 0, several with commas, or start:end of at most 10000"
+        raise ImagicError(f"--seed {text}", expected, "for example --seed 0:4") from error
 
 
 @app.command(name="list")

@@ -30,11 +30,11 @@ class Config(BaseModel):
 class EmbedConfig(Config):
     """Stage 1: the text embedding is optimised on the photo, the model frozen."""
 
-    steps: int = Field(500, ge=1, le=100_000)
+    steps: int = Field(default=500, ge=1, le=100_000)
     """Optimiser steps."""
-    learning_rate: float = Field(1e-3, gt=0, le=1)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
     """Learning rate of Adam."""
-    batch_size: int = Field(1, ge=1, le=256)
+    batch_size: int = Field(default=1, ge=1, le=256)
     """Noise samples of the photo a step, on each process."""
     optimizer: OptimizerName = "auto"
     """adam8bit keeps its states in 8 bits (bitsandbytes); auto is adam8bit on CUDA, adam on the CPU."""
@@ -47,19 +47,19 @@ class TuneConfig(Config):
 
     mode: Annotated[Mode, Parameter(name=["--mode"])] = "lora"
     """lora trains a small PEFT adapter, full the whole denoiser."""
-    steps: int = Field(300, ge=1, le=100_000)
+    steps: int = Field(default=300, ge=1, le=100_000)
     """Optimiser steps."""
-    learning_rate: float = Field(2e-4, gt=0, le=1)
+    learning_rate: float = Field(default=2e-4, gt=0, le=1)
     """Learning rate of Adam."""
-    batch_size: int = Field(1, ge=1, le=256)
+    batch_size: int = Field(default=1, ge=1, le=256)
     """Noise samples of the photo a step, on each process."""
     optimizer: OptimizerName = "auto"
     """As for the embedding."""
     timesteps: Timesteps = "stratified"
     """As for the embedding."""
-    rank: Annotated[int, Parameter(name=["--rank"])] = Field(16, ge=1, le=1024)
+    rank: Annotated[int, Parameter(name=["--rank"])] = Field(default=16, ge=1, le=1024)
     """Rank of the LoRA matrices (mode lora)."""
-    alpha: Annotated[float | None, Parameter(name=["--alpha"])] = Field(None, gt=0)
+    alpha: Annotated[float | None, Parameter(name=["--alpha"])] = Field(default=None, gt=0, allow_inf_nan=False)
     """LoRA scale times rank; the rank itself where not given (mode lora)."""
     targets: Annotated[Literal["attention", "attention+conv"], Parameter(name=["--targets"])] = "attention"
     """Layers that LoRA adapts: attention projections, or these and the convolutions (mode lora)."""
@@ -68,17 +68,17 @@ class TuneConfig(Config):
 class EditConfig(Config):
     """Stage 3: pictures from the interpolated embedding."""
 
-    guidance_scale: float = Field(7.5, ge=0, le=50)
+    guidance_scale: float = Field(default=7.5, ge=0, le=50)
     """Classifier-free guidance; 1 and less turn it off."""
-    steps: int = Field(50, ge=1, le=1000)
+    steps: int = Field(default=50, ge=1, le=1000)
     """Steps of the sampler."""
-    ddim_eta: float = Field(0.0, ge=0, le=1)
+    ddim_eta: float = Field(default=0.0, ge=0, le=1)
     """Noise that DDIM adds on its way; 0 is deterministic. Not the eta of Imagic."""
     start: Literal["noise", "image"] = "noise"
     """noise samples from scratch; image starts from the photo, noised by strength."""
-    strength: float = Field(0.8, gt=0, le=1)
+    strength: float = Field(default=0.8, gt=0, le=1)
     """How much of the photo is noised away with start image: 1 is all of it."""
-    batch_size: int = Field(4, ge=1, le=256)
+    batch_size: int = Field(default=4, ge=1, le=256)
     """Pictures made at once."""
 
 
@@ -98,15 +98,15 @@ class MemoryConfig(Config):
 class RunConfig(Config):
     """A whole run: one photo, one sentence."""
 
-    base: Annotated[str, Parameter(name=["--base"])] = Field("sd15", min_length=1)
+    base: Annotated[str, Parameter(name=["--base"])] = Field(default="sd15", min_length=1)
     """A name (sd15, sd21, critters), a folder in diffusers' format, or a hub id."""
     revision: Annotated[str | None, Parameter(name=["--revision"])] = None
     """Branch, tag or commit of a hub id."""
-    resolution: Annotated[int | None, Parameter(name=["--resolution"])] = Field(None, ge=8, le=4096)
+    resolution: Annotated[int | None, Parameter(name=["--resolution"])] = Field(default=None, ge=8, le=4096)
     """The photo is worked on at an area of at most this many pixels squared; the base's own where not given."""
-    seed: Annotated[int, Parameter(name=["--seed"])] = Field(0, ge=0, lt=2**63)
+    seed: Annotated[int, Parameter(name=["--seed"])] = Field(default=0, ge=0, lt=2**63)
     """Of all that is random in the training."""
-    eta: float = Field(0.7, ge=0, le=2)
+    eta: float = Field(default=0.7, ge=0, le=2)
     """Interpolation of the preview, and of an edit that names none: 0 is the photo, 1 the target text."""
     embed: Annotated[EmbedConfig, Parameter(group="Stage 1: embed")] = EmbedConfig()
     tune: Annotated[TuneConfig, Parameter(group="Stage 2: tune")] = TuneConfig()
@@ -175,7 +175,7 @@ def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], preset: Mapping[M
     given = merged(file, flags)
     tune = given.get("tune")
     tune = tune if isinstance(tune, Mapping) else {}
-    mode = tune.get("mode", "lora")
+    mode: Mode = "full" if tune.get("mode") == "full" else "lora"
     clash = [name for name in ("rank", "alpha", "targets") if name in tune]
     if mode == "full" and clash:
         got = f"--{clash[0]} together with --mode full"

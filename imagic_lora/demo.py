@@ -12,8 +12,8 @@ from .config import PRESETS, EditConfig, RunConfig, resolve
 from .critters import render, scene_at
 from .editor import Edit, Editor
 from .generate import generate
-from .imagic import fit, open_for
 from .images import sheet, write_png
+from .imagic import fit, open_for
 from .stages.stage import StepReport
 from .store import Adapter, Store
 
@@ -41,7 +41,7 @@ def run_demo(out: Path, shown: Callable[[Generator[StepReport, None, Adapter | N
     before = embedding_alone(editor, adapter, config.edit, config.seed)
     edits = list(editor.edit(adapter, ETAS, [config.seed], config.edit))
     for one in edits:
-        write_png(one.image, out / f"eta{one.eta:.2f}.png", {"prompt": prompt, "eta": one.eta, "seed": one.seed})
+        write_png(one.image, out / f"eta{one.eta:g}.png", {"prompt": prompt, "eta": one.eta, "seed": one.seed})
     truth = render(scene.edited(**CHANGE))
     page = _page(Image.open(photo), before, edits, truth, prompt)
     write_png(page, out / "sheet.png", {"prompt": prompt})

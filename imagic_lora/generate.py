@@ -30,8 +30,9 @@ def generate(
         Pictures at the photo's own size.
 
     Raises:
-        ImagicError: a picture holds NaN or infinite values.
+        ImagicError: as :func:`refuse_no_steps`; a picture holds NaN or infinite values.
     """
+    refuse_no_steps(config)
     pictures: list[Image.Image] = []
     for start in range(0, len(seeds), config.batch_size):
         part = slice(start, start + config.batch_size)
@@ -40,6 +41,13 @@ def generate(
             raise ImagicError("a generated picture holds values that are not finite", "finite values", "try --dtype fp32 or bf16")
         pictures += [canvas.restored(to_image(one)) for one in pixels * 2 - 1]
     return pictures
+
+
+def refuse_no_steps(config: EditConfig) -> None:
+    """Raises ImagicError if the strength leaves the sampler less than one of its steps to take from the image."""
+    if config.start == "image" and int(config.steps * config.strength) < 1:
+        got = f"--edit.strength {config.strength:g} of --edit.steps {config.steps}"
+        raise ImagicError(got, "at least one step: strength times steps is 1 or more", "raise one of them")
 
 
 def _batch(base: Base, text: Conditioning, seeds: list[int], config: EditConfig, canvas: Canvas, null: Conditioning | None) -> Tensor:

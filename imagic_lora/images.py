@@ -20,7 +20,7 @@ from .errors import ImagicError
 
 MAX_PIXELS = 100_000_000
 METADATA_KEY = "imagic-lora"
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # JPEG opens MPO too
 _REMEDY = "give a JPEG, PNG, WebP, TIFF, BMP or GIF file that other programs can open"
 
 
@@ -56,7 +56,9 @@ def read_photo(path: Path) -> Photo:
             return Photo(_upright_rgb(image), hashlib.sha256(data).hexdigest())
     except UnidentifiedImageError as error:
         raise ImagicError(f"{path} is not an image of a known format", "an image file", _REMEDY) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ImagicError(f"{path} is too large ({error})", "at most 100 megapixels", "scale it down first") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ImagicError(f"{path} is broken ({error})", "a whole image file", _REMEDY) from error
 
 
@@ -79,7 +81,8 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit and float pictures by their full range: 0 to 65535, or 0 to 1."""
     values = np.asarray(image, dtype=np.float64)
-    top = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 65535.0 if values.max(initial=0) > 255 else 255.0
+    most = values.max(initial=0)
+    top = 1.0 if image.mode == "F" and most <= 1 else 65535.0 if image.mode.startswith("I;16") or most > 255 else 255.0
     return Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
 
 

@@ -23,7 +23,7 @@ from .conditioning import Conditioning, interpolate
 from .config import RunConfig, TuneConfig
 from .errors import ImagicError
 from .full import save_full, unfrozen
-from .generate import generate
+from .generate import generate, refuse_no_steps
 from .images import Canvas, Photo, read_photo, sheet, to_canvas, to_image, write_png
 from .lora import attached, save_lora
 from .memory import counted_bytes, refuse_if_too_large
@@ -78,13 +78,15 @@ def fit(
         The adapter, or None on processes other than the main one, which do not write.
 
     Raises:
-        ImagicError: an empty prompt, a name that is taken, an unreadable photo, a base that cannot be had, numbers that are not finite.
+        ImagicError: an empty prompt, a name that is taken, a strength without steps, an unreadable photo, a base that cannot be had,
+            numbers that are not finite.
     """
     processes = processes or Processes()
     if not prompt.strip():
         raise ImagicError("an empty prompt", "a sentence that says what the edited photo shows", 'for example "a dog jumping"')
     if not overwrite:
         store.refuse_existing(name)
+    refuse_no_steps(config.edit)
     photo = read_photo(image)
     run = _Run(config, base or open_for(config), photo, prompt, processes)
     embed = run.embed_stage()

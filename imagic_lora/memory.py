@@ -11,6 +11,7 @@ from .config import Mode
 from .errors import ImagicError
 from .runtime import Runtime, free_memory
 
+_UNLOADED = ("safety_checker", "feature_extractor", "image_encoder")
 _STATES = {"adam": 8, "adam8bit": 2}  # bytes a trained parameter
 
 
@@ -21,7 +22,8 @@ def counted_bytes(folder: Path, component: str, mode: Mode, runtime: Runtime, op
     """
     size = torch.finfo(runtime.dtype).bits // 8
     trained = count_parameters(folder, component)
-    frozen = sum(count_parameters(folder, part.name) for part in folder.iterdir() if part.is_dir()) - trained
+    parts = [part.name for part in folder.iterdir() if part.is_dir() and part.name not in _UNLOADED]
+    frozen = sum(count_parameters(folder, part) for part in parts) - trained
     full = 4 + 4 + _STATES[optimizer]  # fp32 master weight, gradient, states
     return frozen * size + trained * (full if mode == "full" else size)
 

@@ -34,9 +34,7 @@ class CritterAlignment:
     @classmethod
     def load(cls) -> Self:
         """The CLIP that ships with the package."""
-        return cls(
-            CLIPModel.from_pretrained(CRITTERS / "clip", torch_dtype=torch.float32), CLIPTokenizer.from_pretrained(CRITTERS / "tokenizer")
-        )
+        return cls(CLIPModel.from_pretrained(CRITTERS / "clip", dtype=torch.float32), CLIPTokenizer.from_pretrained(CRITTERS / "tokenizer"))
 
     @torch.no_grad()
     def scores(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -115,7 +116,9 @@ class Adapter:
 
 def save_embeddings(folder: Path, named: dict[str, Conditioning]) -> None:
     """Writes conditionings as ``<name>.tokens``, ``<name>.pooled`` and every extra input, fp32."""
-    tensors = {f"{kind}.{name}": t.float().cpu().contiguous() for kind, c in named.items() for name, t in c.tensors().items()}
+    tensors = {  # copies, because a file cannot hold one tensor under two names, and target and optimised share their extra inputs
+        f"{kind}.{name}": t.to("cpu", torch.float32, copy=True).contiguous() for kind, c in named.items() for name, t in c.tensors().items()
+    }
     save_file(tensors, folder / EMBEDDINGS)
 
 
@@ -218,11 +221,15 @@ def _sha256(path: Path) -> str:
 def _flush(folder: Path) -> None:
     """Everything below a folder, and the folder itself, onto the disk."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _replace(hidden: Path, final: Path) -> None:
@@ -231,4 +238,5 @@ def _replace(hidden: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     hidden.rename(final)
+    _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import Pool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,27 @@ from imagic_lora.critters import ATTRIBUTES, SIZE, render, sample_caption, scene
 from imagic_lora.critters.judge import Judge
 
 DATA = Path(__file__).parent.parent / "imagic_lora" / "data" / "critters"
+VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (16, 32, 64, 64),
+    "layers_per_block": 1,
+    "latent_channels": 8,
+    "norm_num_groups": 8,
+    "sample_size": SIZE,
+}
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 8,
+    "out_channels": 8,
+    "layers_per_block": 1,
+    "block_out_channels": (128, 192),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    "cross_attention_dim": 128,
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+}
 VAE_NOISE = 0.1  # standard deviation that the decoder learns to bear, and the encoder to declare
 
 
@@ -124,15 +146,7 @@ class Run:
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64),
-        layers_per_block=1,
-        latent_channels=8,
-        norm_num_groups=8,
-        sample_size=SIZE,
-    )
+    vae: Any = AutoencoderKL(**VAE)
     data = pictures(args.work, args.pictures)
     run = Run(args, vae, lr=1.5e-3)
 
@@ -151,8 +165,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
 def export_vae(args: argparse.Namespace, run: Run) -> None:
     """Writes the averaged VAE with the scaling factor that gives its latents unit variance, as in SD."""
-    vae = run.averaged()
-    assert isinstance(vae, AutoencoderKL)
+    vae: Any = run.averaged()
     with torch.no_grad():
         x = tensor(pictures(args.work, args.pictures)[:1000], args.device)
         vae.register_to_config(scaling_factor=round(1 / vae.encode(x).latent_dist.mean.std().item(), 5))
@@ -174,7 +187,7 @@ def tokenizer() -> CLIPTokenizer:
         words = [*sorted(alphabet), *(f"{c}</w>" for c in sorted(alphabet)), *("".join(m) for m in model["merges"])]
         words += ["<|startoftext|>", "<|endoftext|>"]
         vocab = {word: k for k, word in enumerate(dict.fromkeys(words))}
-        merges = [tuple(m) for m in model["merges"]]
+        merges: Any = [tuple(m) for m in model["merges"]]
         CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=32).save_pretrained(path)
     return CLIPTokenizer.from_pretrained(path)
 
@@ -184,6 +197,7 @@ def tokens(words: CLIPTokenizer, texts: list[str], device: str) -> torch.Tensor:
 
 
 def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
+    special: dict[str, Any] = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=128,
@@ -192,9 +206,7 @@ def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=32,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
+        **special,
     )
 
 
@@ -202,7 +214,7 @@ def latents(args: argparse.Namespace) -> np.ndarray:
     """The scaled latent means of the training pictures, ``[N, 8, 8, 8]`` float16, encoded once by the exported VAE."""
     path = args.work / f"latents-{args.pictures}.npy"
     if not path.exists():
-        vae = AutoencoderKL.from_pretrained(DATA / "vae").to(args.device).eval()
+        vae: Any = AutoencoderKL.from_pretrained(DATA / "vae").to(args.device).eval()
         data, parts = pictures(args.work, args.pictures), []
         with torch.no_grad():
             for k in range(0, len(data), 100):
@@ -214,24 +226,13 @@ def latents(args: argparse.Namespace) -> np.ndarray:
 
 def train_unet(args: argparse.Namespace) -> None:
     words = tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=8,
-        out_channels=8,
-        layers_per_block=1,
-        block_out_channels=(128, 192),
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=128,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
+    unet = UNet2DConditionModel(**UNET)
     text = CLIPTextModel(text_config(words))
-    scheduler = DDIMScheduler(
+    scheduler: Any = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
     data = torch.from_numpy(latents(args))
-    scale = AutoencoderKL.load_config(DATA / "vae")["scaling_factor"] * VAE_NOISE
+    scale = json.loads((DATA / "vae" / "config.json").read_text())["scaling_factor"] * VAE_NOISE
     run = Run(args, torch.nn.ModuleDict({"unet": unet, "text": text}), lr=6e-4)
     total = scheduler.config.num_train_timesteps
 
@@ -257,22 +258,21 @@ def train_unet(args: argparse.Namespace) -> None:
     export_pipeline(run, words, scheduler)
 
 
-def export_pipeline(run: Run, words: CLIPTokenizer, scheduler: DDIMScheduler) -> None:
+def export_pipeline(run: Run, words: CLIPTokenizer, scheduler: Any) -> None:
     """Writes the whole base in diffusers' own format, half precision, with the averaged weights."""
-    run.averaged()
-    unet, text = UNet2DConditionModel.from_config(run.module["unet"].config), CLIPTextModel(text_config(words))
-    unet.load_state_dict(run.module["unet"].state_dict())
-    text.load_state_dict(run.module["text"].state_dict())
-    vae = AutoencoderKL.from_pretrained(DATA / "vae", torch_dtype=torch.float16)
-    StableDiffusionPipeline(
-        vae, text.half(), words, unet.half(), scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    ).save_pretrained(DATA)
+    parts: Any = run.averaged()
+    unet, text = UNet2DConditionModel(**UNET), CLIPTextModel(text_config(words))
+    unet.load_state_dict(parts["unet"].state_dict())
+    text.load_state_dict(parts["text"].state_dict())
+    vae = AutoencoderKL.from_pretrained(DATA / "vae", dtype=torch.float16)
+    without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(vae, text.half(), words, unet.half(), scheduler, **without).save_pretrained(DATA)
     run.module.train()
 
 
 def train_judge(args: argparse.Namespace) -> None:
     """The judge learns from renders and from their VAE round trips, both blurred and made noisy at random."""
-    vae = AutoencoderKL.from_pretrained(DATA / "vae").to(args.device).eval()
+    vae: Any = AutoencoderKL.from_pretrained(DATA / "vae").to(args.device).eval()
     judge = Judge()
     data = pictures(args.work, args.pictures)
     run = Run(args, judge, lr=2e-3)
@@ -333,7 +333,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
     "vae": (train_vae, 6500),
     "judge": (train_judge, 1500),
     "clip": (train_clip, 2000),
-    "unet": (train_unet, 7000),
+    "unet": (train_unet, 5600),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
@@ -36,7 +36,7 @@ class Base(ABC):
 
     def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, declared: dict[str, object]) -> None:
         self.name, self.revision, self.fingerprint, self.runtime = name, revision, fingerprint, runtime
-        self.training = DDPMScheduler.from_config(declared)
+        self.training: Any = DDPMScheduler.from_config(declared)
 
     @property
     def prediction_type(self) -> str:

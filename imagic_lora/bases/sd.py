@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from ..conditioning import Conditioning
@@ -32,7 +33,7 @@ class StableDiffusion(Base):
     def __init__(self, folder: Path, name: str, revision: str | None, runtime: Runtime, master_weights: bool = False) -> None:
         pipe = StableDiffusionPipeline.from_pretrained(
             folder,
-            torch_dtype=runtime.dtype,
+            dtype=runtime.dtype,
             variant=variant(folder),
             use_safetensors=True,
             local_files_only=True,
@@ -42,12 +43,12 @@ class StableDiffusion(Base):
             requires_safety_checker=False,
         )
         super().__init__(name, revision, fingerprint(folder, ("unet", "text_encoder")), runtime, dict(pipe.scheduler.config))
-        self._unet: UNet2DConditionModel = pipe.unet
+        self._unet: Any = pipe.unet  # diffusers' models are loosely annotated
         if master_weights and runtime.dtype != torch.float32:
             self._unet = UNet2DConditionModel.from_pretrained(
-                folder, subfolder="unet", torch_dtype=torch.float32, variant=variant(folder), use_safetensors=True, local_files_only=True
+                folder, subfolder="unet", dtype=torch.float32, variant=variant(folder), use_safetensors=True, local_files_only=True
             )
-        self._vae: AutoencoderKL = pipe.vae
+        self._vae: Any = pipe.vae
         self._text, self._tokenizer, self._scheduler = pipe.text_encoder, pipe.tokenizer, pipe.scheduler
         self._factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
         self.size_multiple = math.lcm(8, self._factor)  # diffusers' pipelines ask for multiples of 8
@@ -79,13 +80,13 @@ class StableDiffusion(Base):
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
-        posterior = self._vae.encode(image.to(self.runtime.device, self._vae.dtype)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+        posterior = self._vae.encode(image.to(self.runtime.device, self._vae.dtype)).latent_dist
         return posterior.mode().float() * self._vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         scaled = latents.to(self.runtime.device, self._vae.dtype) / self._vae.config.scaling_factor
-        return self._vae.decode(scaled).sample.float()  # pyright: ignore[reportAttributeAccessIssue]
+        return self._vae.decode(scaled).sample.float()
 
     def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         tokens = conditioning.expand(len(x_t)).tokens

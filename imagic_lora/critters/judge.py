@@ -5,6 +5,7 @@ It shares nothing with the base or with the CLIP model: no weights, no training 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 24, 48, 96, 128, 128)
-        self.features = nn.Sequential(*(_block(a, b) for a, b in zip(widths, widths[1:], strict=False)), nn.Flatten())
+        self.features = nn.Sequential(*(_block(a, b) for a, b in pairwise(widths)), nn.Flatten())
         self.heads = nn.ModuleDict({name: nn.Linear(128 * 4, len(values)) for name, values in ATTRIBUTES.items()})
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:

@@ -104,8 +104,12 @@ def scene_at(split: Split, index: int) -> Scene:
 
 def caption(scene: Scene) -> str:
     """The full caption: ``a brown dog sitting on the grass wearing a hat``."""
-    words = ["a", scene.colour, scene.animal, scene.pose, WHERE[scene.place], WITH[scene.thing]]
+    words = [_article(scene.colour), scene.colour, scene.animal, scene.pose, WHERE[scene.place], WITH[scene.thing]]
     return " ".join(w for w in words if w)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def sample_caption(scene: Scene, rng: random.Random) -> str:
@@ -114,15 +118,14 @@ def sample_caption(scene: Scene, rng: random.Random) -> str:
     Half of the captions are complete; the others keep each of colour, pose, place and thing with probability one half, so that
     short prompts work too.
     """
-    keep = {name: True for name in ("colour", "pose", "place", "thing")}
+    keep = dict.fromkeys(("colour", "pose", "place", "thing"), True)
     if rng.random() < 0.5:
         keep = {name: rng.random() < 0.5 for name in keep}
     colour = [scene.colour] if keep["colour"] else []
     pose = [scene.pose] if keep["pose"] else []
     before = rng.random() < 0.3
     words = [*(pose if before else []), *colour, scene.animal, *([] if before else pose)]
-    article = "an" if words[0][0] in "aeiou" else "a"
     opening = "a photo of " if rng.random() < 0.2 else ""
     tail = [WHERE[scene.place]] if keep["place"] else []
     tail += [WITH[scene.thing]] if keep["thing"] and scene.thing != "none" else []
-    return " ".join([f"{opening}{article}", *words, *tail])
+    return " ".join([f"{opening}{_article(words[0])}", *words, *tail])

@@ -101,18 +101,24 @@ class Stage:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Trainables and optimiser states, all that a resumed run needs besides its step number."""
-        return {
-            "trainables": {name: p.detach().cpu().clone() for name, p in self.trainables.items()},
-            "optimizer": self.optimizer.state_dict(),
-        }
+        """A copy of trainables and optimiser states, in host memory: all that a resumed run needs besides its step number."""
+        return {"trainables": _copied(self.trainables), "optimizer": _copied(self.optimizer.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         with torch.no_grad():
             for name, parameter in self.trainables.items():
                 parameter.copy_(state["trainables"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(_copied(state["optimizer"]))  # PyTorch's own would share its tensors with the state
+
+
+def _copied(value: Any) -> Any:
+    """Nested dicts and lists, their tensors copied to host memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def train(stage: Stage, start: int = 0) -> Iterator[StepReport]:

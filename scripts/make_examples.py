@@ -1,0 +1,33 @@
+"""Makes the two example adapters in ``adapters/`` with the shipped defaults: ``python scripts/make_examples.py``."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from diffusers.utils import logging
+
+from imagic_lora.config import PRESETS, resolve
+from imagic_lora.critters import render, scene_at
+from imagic_lora.imagic import fit, open_for, result
+from imagic_lora.store import Store
+
+STORE = Path(__file__).parent.parent / "adapters"
+EXAMPLES = {"rex-jumps": (12, "a dog jumping"), "mia-at-night": (6, "a cat at night")}
+
+
+def main() -> None:
+    logging.disable_progress_bar()
+    config = resolve({"base": "critters"}, {}, PRESETS["critters"])
+    base = open_for(config)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (index, prompt) in EXAMPLES.items():
+            photo = Path(folder) / f"{name}.png"
+            render(scene_at("demo", index)).save(photo)
+            adapter = result(fit(photo, prompt, config, Store(STORE), name, base=base, overwrite=True))
+            assert adapter is not None
+            print(f"{adapter.folder.name}: {adapter.size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What the tests of floors 1 to 3 share: bases on the CPU, tiny settings, bit-exact comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from imagic_lora.bases.base import Base
+from imagic_lora.bases.registry import open_base
+from imagic_lora.config import MemoryConfig, Mode, RunConfig, checked, merged
+from imagic_lora.runtime import Processes, resolve_runtime
+
+KINDS: list[Literal["epsilon", "v_prediction"]] = ["epsilon", "v_prediction"]
+MODES: list[Mode] = ["lora", "full"]
+PROMPT = "a cat"
+
+
+def opened(folder: Path, mode: Mode = "lora", **memory) -> Base:
+    """A fresh base on the CPU, as a fit in that mode needs it."""
+    return open_base(str(folder), resolve_runtime(MemoryConfig(device="cpu", **memory)), master_weights=mode == "full")
+
+
+def tiny_config(folder: Path, mode: Mode = "lora", **changes) -> RunConfig:
+    """A run of 3 + 4 steps that moves the pictures; alpha is not the rank."""
+    lora = {"rank": 4, "alpha": 2.0, "targets": "attention+conv"} if mode == "lora" else {}
+    settings = {
+        "base": str(folder),
+        "embed": {"steps": 3, "learning_rate": 0.05, "batch_size": 2},
+        "tune": {"mode": mode, "steps": 4, "learning_rate": 0.01, "batch_size": 2} | lora,
+        "edit": {"steps": 2, "guidance_scale": 3.0},
+        "memory": {"device": "cpu"},
+    }
+    return checked(merged(settings, changes))
+
+
+def weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's state."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two states have the same names in the same order, and bit-equal values."""
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def output(base: Base) -> Tensor:
+    """The denoiser's answer to fixed inputs."""
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        return base.predict(noise, torch.tensor([10, 700]), base.encode_text(PROMPT))
+
+
+def array(image: Image.Image) -> np.ndarray:
+    """Pixels that may be subtracted."""
+    return np.asarray(image).astype(int)
+
+
+class Pretended(Processes):
+    """One of several processes, the others of which are not there: its tensors stay as they are."""
+
+    def __init__(self, rank: int, count: int) -> None:
+        super().__init__()
+        self.rank, self.count = rank, count

@@ -1,0 +1,56 @@
+"""Tiny random-weight bases, a tiny photo, and adapters fitted to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from common import KINDS, PROMPT, tiny_config
+from PIL import Image
+from tiny import save_tiny
+
+from imagic_lora.config import Mode
+from imagic_lora.imagic import fit, result
+from imagic_lora.store import Adapter, Store
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of a tiny base for each prediction type."""
+    root = tmp_path_factory.mktemp("bases")
+    return {kind: save_tiny(root / kind, prediction_type=kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def folder(folders: dict[str, Path]) -> Path:
+    """The tiny base that predicts the noise."""
+    return folders["epsilon"]
+
+
+@pytest.fixture(scope="session")
+def photo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A photo that is not square and has to be scaled: 50 x 37."""
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    down, across = np.mgrid[0:37, 0:50]
+    Image.fromarray(np.stack([5 * across, 6 * down, 128 + 100 * np.sin(across / 4)], axis=-1).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def fitted(folders: dict[str, Path], photo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Adapter]:
+    """Gives the adapter of a mode, seed and prediction type, fitted once; to be read only."""
+    store = Store(tmp_path_factory.mktemp("adapters"))
+
+    @cache
+    def make(mode: Mode, seed: int, kind: str) -> Adapter:
+        made = result(fit(photo_file, PROMPT, tiny_config(folders[kind], mode, seed=seed), store, f"{mode}-{seed}-{kind}"))
+        assert made is not None
+        return made
+
+    def adapter(mode: Mode, seed: int = 0, kind: str = "epsilon") -> Adapter:
+        return make(mode, seed, kind)
+
+    return adapter

@@ -1,0 +1,278 @@
+"""The command line: what it accepts, refuses, prints and writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from PIL import Image
+from pydantic import BaseModel
+from tiny import save_tiny
+
+import imagic_lora.cli as cli
+import imagic_lora.imagic as imagic
+from imagic_lora.config import PRESETS, Config, EditConfig, RunConfig, checked
+from imagic_lora.images import read_metadata
+from imagic_lora.store import Store
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command in an empty folder: its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.err, "width", 200)
+
+    def command(*tokens: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(token) for token in tokens])
+        out, err = capsys.readouterr()
+        return code, out, " ".join(err.split())
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("cli") / "base")
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "my dog.png"
+    Image.radial_gradient("L").resize((40, 32)).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, base: Path, photo: Path) -> Path:
+    """A store with one adapter, ``rex``."""
+    folder = tmp_path_factory.mktemp("store")
+    assert cli.main(["fit", str(photo), "a dog [bold]jumping", "--base", str(base), *SHORT, "--store", str(folder), "--name", "rex"]) == 0
+    return folder
+
+
+SHORT = ("--embed.steps", "2", "--tune.steps", "2", "--edit.steps", "2", "--rank", "2")
+
+
+def test_fit_then_edit_writes_pictures_a_sheet_and_json(run: Run, base: Path, photo: Path) -> None:
+    """The two main commands, end to end, at the photo's own size."""
+    code, out, err = run("fit", photo, "a dog jumping", "--base", base, *SHORT, "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert made["name"] == "my-dog"
+    assert Path(made["folder"], "adapter.json").is_file()
+    assert "adam (memory is not short" in err
+    code, out, _ = run("edit", "my-dog", "--eta", "0:1:0.5", "--seed", "0:2", "--steps", "2", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert [(p["eta"], p["seed"]) for p in answer["pictures"]] == [(e, s) for e in (0.0, 0.5, 1.0) for s in (0, 1)]
+    for one in answer["pictures"]:
+        assert Image.open(one["file"]).size == (40, 32)
+        assert read_metadata(Path(one["file"]))["eta"] == one["eta"]
+    assert Image.open(answer["sheet"]).width > 3 * 192
+
+
+def test_list_and_show_print_text_from_outside_as_it_is(run: Run, store: Path) -> None:
+    """A prompt with console markup is printed, not obeyed."""
+    assert "[bold]" in run("list", "--store", store)[1]
+    assert "[bold]" in run("show", "rex", "--store", store)[1]
+    listed = json.loads(run("list", "--store", store, "--json")[1])
+    assert [a["name"] for a in listed["adapters"]] == ["rex"]
+    shown = json.loads(run("show", "rex", "--store", store, "--json")[1])
+    assert shown["prompt"] == "a dog [bold]jumping"
+
+
+def test_doctor_names_every_library(run: Run) -> None:
+    """The libraries, the choices and their reasons."""
+    facts = json.loads(run("doctor", "--json")[1])
+    assert set(facts) == {"system", "choices", "libraries", "missing"}
+    assert "not installed" not in facts["libraries"].values()
+    assert run("doctor")[0] == 0
+
+
+def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
+    """Bad input of every kind, with a word that the message must hold."""
+    text, empty, unknown = tmp / "text.png", tmp / "empty.png", tmp / "unknown.yaml"
+    text.write_text("not an image")
+    empty.write_bytes(b"")
+    unknown.write_text("embed: {stepz: 3}")
+    other = save_tiny(tmp / "other", seed=1)
+    fit: list[object] = ["fit", photo, "a dog", "--store", store, "--name", "new", "--base", base, *SHORT]
+    return {
+        "not an image": (["fit", text, "a dog", "--base", base], "not an image"),
+        "empty file": (["fit", empty, "a dog", "--base", base], "is empty"),
+        "missing file": (["fit", tmp / "none.png", "a dog", "--base", base], "cannot be read"),
+        "empty prompt": (["fit", photo, "  ", "--base", base], "empty prompt"),
+        "unknown base": (["fit", photo, "a dog", "--base", "nobody"], "critters"),
+        "not a base": (["fit", photo, "a dog", "--base", tmp], "model_index.json"),
+        "unknown config key": ([*fit, "--config", unknown], "stepz"),
+        "unknown preset": ([*fit, "--preset", "nope"], "critters"),
+        "eta out of range": (["edit", "rex", "--store", store, "--eta", "3"], "eta 3"),
+        "eta not a number": (["edit", "rex", "--store", store, "--eta", "much"], "--eta much"),
+        "seed not a number": (["edit", "rex", "--store", store, "--seed", "one"], "--seed one"),
+        "adapter of another base": (["edit", "rex", "--store", store, "--base", other], "was made for base"),
+        "no such adapter": (["edit", "max", "--store", store], "rex"),
+        "a path in a name": (["fit", photo, "a dog", "--base", base, "--name", "../x"], "no path"),
+        "a path in an edit": (["edit", "../rex", "--store", store], "no path"),
+        "existing name": (["fit", photo, "a dog", "--base", base, "--store", store, "--name", "rex"], "--overwrite"),
+        "unknown command": (["fix"], "fix"),
+        "unknown flag": (["edit", "rex", "--etta", "1"], "--etta"),
+        "value out of range": ([*fit, "--embed.steps", "0"], "embed"),
+        "wrong type": ([*fit, "--seed", "x"], "seed"),
+        "clash": ([*fit, "--mode", "full"], "--rank"),
+        "xformers without CUDA": ([*fit, "--attention", "xformers", "--device", "cpu"], "sdpa"),
+    }
+
+
+BAD = [
+    "not an image", "empty file", "missing file", "empty prompt", "unknown base", "not a base", "unknown config key", "unknown preset",
+    "eta out of range", "eta not a number", "seed not a number", "adapter of another base", "no such adapter", "a path in a name",
+    "a path in an edit", "existing name", "unknown command", "unknown flag", "value out of range", "wrong type", "clash",
+    "xformers without CUDA",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_error(case: str, run: Run, base: Path, photo: Path, store: Path, tmp_path: Path) -> None:
+    """Exit code 2, what was got, what to do, no traceback; JSON where it was asked for."""
+    command, word = refused_commands(base, photo, store, tmp_path)[case]
+    code, _, err = run(*command)
+    assert code == 2
+    assert word in err
+    assert "Traceback" not in err
+    code, out, _ = run(*command, "--json")
+    assert code == 2
+    assert word in json.loads(out)["error"]["got"] + json.loads(out)["error"]["expected"] + json.loads(out)["error"]["remedy"]
+
+
+def test_a_long_prompt_is_a_warning_that_says_what_was_cut(run: Run, base: Path, photo: Path) -> None:
+    """The fit goes on."""
+    with pytest.warns(UserWarning, match="lost: '.*s q u a d'"):
+        code, _, _ = run("fit", photo, "a dog in the garden squad", "--base", base, *SHORT)
+    assert code == 0
+
+
+def test_an_interrupt_exits_130(run: Run, base: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is stored."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(imagic, "tune_stage", interrupted)
+    assert run("fit", photo, "a dog", "--base", base, *SHORT)[0] == 130
+    assert not list(Path("adapters").glob("*"))
+
+
+def leaves(group: type[BaseModel] = RunConfig, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every setting, as the path of its names."""
+    found: list[tuple[str, ...]] = []
+    for name, field in group.model_fields.items():
+        kind = field.annotation
+        inner = isinstance(kind, type) and issubclass(kind, Config)
+        found += leaves(kind, (*path, name)) if inner else [(*path, name)]  # pyright: ignore[reportArgumentType]
+    return found
+
+
+def at(config: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        config = getattr(config, name)
+    return config
+
+
+def other_value(path: tuple[str, ...]) -> Any:
+    """A valid value of a setting that is neither its default nor its preset's."""
+    special = {"base": "somewhere", "revision": "main", "resolution": 48, "alpha": 3.5, "device": "cpu", "strength": 0.25}
+    if path[-1] in special:
+        return special[path[-1]]
+    default, choices = at(RunConfig(), path), get_args(_annotation(path))
+    if choices and isinstance(default, str):
+        return next(c for c in choices if c != default)
+    return {int: 7, float: 0.125}[type(default)]
+
+
+def _annotation(path: tuple[str, ...]) -> Any:
+    group: Any = RunConfig
+    for name in path[:-1]:
+        group = group.model_fields[name].annotation
+    return group.model_fields[path[-1]].annotation
+
+
+FLAT = {"mode", "rank", "alpha", "targets", "device", "dtype", "gradient_checkpointing", "attention"}
+
+
+@pytest.mark.parametrize("level", ["built-in", "preset", "file", "flag"])
+@pytest.mark.parametrize("path", leaves(), ids=".".join)
+def test_every_setting_reaches_the_fit_from_every_level(
+    path: tuple[str, ...], level: str, run: Run, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Set on the real command line, in a real file, in a preset or as the default, it is what fit() is given."""
+    value = other_value(path)
+    nested: Any = value
+    for name in reversed(path):
+        nested = {name: nested}
+    monkeypatch.setitem(PRESETS, "empty", {"lora": nested if level == "preset" else {}, "full": {}})
+    if level == "preset" and path == ("tune", "mode"):
+        pytest.skip("the mode chooses the half of a preset, so a preset cannot set it")
+    tokens: list[object] = ["fit", photo, "a dog", "--preset", "empty"]
+    if level == "file":
+        Path("settings.yaml").write_text(json.dumps(nested))
+        tokens += ["--config", "settings.yaml"]
+    if level == "flag":
+        name = path[-1] if path[-1] in FLAT else ".".join(path)
+        tokens += ["--" + name.replace("_", "-"), value]
+    if level == "built-in":
+        value = at(RunConfig(), path)
+    given: list[RunConfig] = []
+    monkeypatch.setattr(cli, "_fit", lambda _i, _p, config, *_: given.append(config))
+    code, _, err = run(*tokens)
+    assert code == 0, err
+    assert at(given[0], path) == value
+
+
+class Watched:
+    """A configuration that notes which of its settings are read."""
+
+    def __init__(self, config: Any, seen: set[tuple[str, ...]], path: tuple[str, ...] = ()) -> None:
+        self._config, self._seen, self._path = config, seen, path
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._config, name)
+        if isinstance(value, Config):
+            return Watched(value, self._seen, (*self._path, name))
+        self._seen.add((*self._path, name))
+        return value
+
+
+def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting is accepted and ignored: fit and generate read each of them."""
+    seen: set[tuple[str, ...]] = set()
+    config = checked({"base": str(base), "embed": {"steps": 1}, "tune": {"steps": 1}, "edit": {"steps": 2, "start": "image"}})
+    steps = imagic.fit(photo, "a dog", Watched(config, seen), Store(tmp_path), "x")  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(imagic.Store, "write", lambda *_: "stored")
+    monkeypatch.setattr(imagic._Run, "record", lambda self, name: None)
+    assert imagic.result(steps) == "stored"
+    assert set(leaves()) - seen == set()
+
+
+def test_edit_flags_override_what_the_adapter_stored(run: Run, store: Path) -> None:
+    """Each setting of stage 3, from its flag to the metadata of the picture it made."""
+    values = {"guidance_scale": 2.0, "steps": 3, "ddim_eta": 0.5, "start": "image", "strength": 0.9, "batch_size": 2}
+    assert set(values) == set(EditConfig.model_fields)
+    flags = [token for name, value in values.items() for token in (f"--{name.replace('_', '-')}", value)]
+    code, out, _ = run("edit", "rex", "--store", store, *flags, "--json")
+    assert code == 0
+    assert read_metadata(Path(json.loads(out)["pictures"][0]["file"]))["edit"] == values
+
+
+@pytest.mark.parametrize("command", ["", "fit", "edit", "list", "show", "demo", "doctor"])
+def test_help_explains_every_command(command: str, run: Run) -> None:
+    """Help exits with 0 and names what it is about."""
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0
+    assert "Usage" in out
+    assert "None" not in out

@@ -1,0 +1,221 @@
+"""fit(): from a photo and a sentence to an adapter that plain diffusers can use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from common import KINDS, MODES, PROMPT, Pretended, array, opened, output, same, tiny_config, weights
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import save_tiny
+from transformers import CLIPTextModel
+
+import imagic_lora.imagic as imagic
+import imagic_lora.memory as memory
+from imagic_lora.config import EditConfig, MemoryConfig, Mode
+from imagic_lora.editor import Editor
+from imagic_lora.errors import ImagicError
+from imagic_lora.imagic import fit, result
+from imagic_lora.memory import counted_bytes
+from imagic_lora.runtime import resolve_runtime
+from imagic_lora.store import Adapter, Store
+
+REPORTS = [("embed", k, 3) for k in (1, 2, 3)] + [("tune", k, 4) for k in (1, 2, 3, 4)]
+
+
+def by_diffusers(folder: Path, adapter: Adapter, eta: float, seed: int, config: EditConfig) -> Image.Image:
+    """The edit by diffusers alone, from the files of an adapter."""
+    pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
+    if adapter.record.parts[0].mode == "lora":
+        pipe.load_lora_weights(adapter.folder)
+    else:
+        pipe.unet = UNet2DConditionModel.from_pretrained(adapter.folder / "unet")
+    stored = load_file(adapter.folder / "embeddings.safetensors")
+    height, width = adapter.canvas().pixels.shape[2:]
+    picture = pipe(
+        prompt_embeds=eta * stored["target.tokens"] + (1 - eta) * stored["optimised.tokens"],
+        negative_prompt_embeds=stored["null.tokens"],
+        guidance_scale=config.guidance_scale,
+        num_inference_steps=config.steps,
+        generator=torch.Generator().manual_seed(seed),
+        height=height,
+        width=width,
+    ).images[0]
+    return adapter.canvas().restored(picture)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_diffusers_makes_the_same_picture(folders: dict[str, Path], fitted: Callable[..., Adapter], kind: str, mode: Mode) -> None:
+    """To 1 of 255, from the adapter's files alone."""
+    adapter, config = fitted(mode, kind=kind), EditConfig(steps=4, guidance_scale=3.0)
+    edited = next(Editor(opened(folders[kind])).edit(adapter, [0.6], [5], config)).image
+    assert np.abs(array(edited) - array(by_diffusers(folders[kind], adapter, 0.6, 5, config))).max() <= 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_same_fit_twice_is_the_same_bytes(
+    folder: Path, photo_file: Path, fitted: Callable[..., Adapter], tmp_path: Path, mode: Mode
+) -> None:
+    """Every safetensors file, on a base that was already in memory and one that was not."""
+    again = result(fit(photo_file, PROMPT, tiny_config(folder, mode), Store(tmp_path), "again", base=opened(folder)))
+    assert again is not None
+    first, second = ({p.relative_to(a.folder): p.read_bytes() for p in a.folder.rglob("*.safetensors")} for a in (fitted(mode), again))
+    assert len(first) == 2
+    assert first == second
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("steps", [1, 5, 7])
+def test_a_shared_base_is_given_back(folder: Path, photo_file: Path, tmp_path: Path, mode: Mode, steps: int) -> None:
+    """Bit-equal and frozen after the whole of a fit, and after one closed in either stage, which leaves no adapter."""
+    base, store = opened(folder), Store(tmp_path / "store")
+    before, picture = weights(base.denoiser), output(base)
+    run = fit(photo_file, PROMPT, tiny_config(folder, mode), store, "one", base=base)
+    assert len(list(islice(run, steps))) == steps
+    if steps == len(REPORTS):
+        assert list(run) == []
+    run.close()
+    assert same(weights(base.denoiser), before)
+    assert torch.equal(output(base), picture)
+    assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
+    assert store.names() == (["one"] if steps == len(REPORTS) else [])
+
+
+def test_reports_come_in_order(folder: Path, photo_file: Path, tmp_path: Path) -> None:
+    """One after every step of both stages; steps.jsonl has the same, line by line."""
+    run = fit(photo_file, PROMPT, tiny_config(folder), Store(tmp_path), "one")
+    reports = list(run)
+    assert [(report.stage, report.step, report.steps) for report in reports] == REPORTS
+    lines = [json.loads(line) for line in (tmp_path / "one/steps.jsonl").read_text().splitlines()]
+    assert lines == [{"stage": r.stage, "step": r.step, "loss": round(r.loss.item(), 6)} for r in reports]
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_refused_at_once(folder: Path, photo_file: Path, tmp_path: Path, prompt: str) -> None:
+    """Before the first step."""
+    with pytest.raises(ImagicError, match="empty prompt"):
+        next(fit(photo_file, prompt, tiny_config(folder), Store(tmp_path), "one"))
+
+
+def test_a_preview_without_steps_is_refused_at_once(folder: Path, photo_file: Path, tmp_path: Path) -> None:
+    """Before the training, and not after it."""
+    config = tiny_config(folder, edit={"start": "image", "steps": 2, "strength": 0.1})
+    with pytest.raises(ImagicError, match="strength"):
+        next(fit(photo_file, PROMPT, config, Store(tmp_path), "one"))
+
+
+def test_a_taken_name_is_refused_at_once(folder: Path, photo_file: Path, fitted: Callable[..., Adapter]) -> None:
+    """Before the first step; with overwrite it is not."""
+    there = fitted("lora")
+    store, config = Store(there.folder.parent), tiny_config(folder)
+    with pytest.raises(ImagicError, match="exists"):
+        next(fit(photo_file, PROMPT, config, store, there.record.name))
+    run = fit(photo_file, PROMPT, config, store, there.record.name, overwrite=True)
+    assert next(run).step == 1
+    run.close()
+    store.read(there.record.name)
+
+
+def test_too_little_memory_is_refused_before_loading(
+    folder: Path, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counted bytes are what must be free: one less is refused, and nothing is opened."""
+    config, runtime = tiny_config(folder, "full"), resolve_runtime(MemoryConfig(device="cpu"))
+    needed = counted_bytes(folder, "unet", "full", runtime, "adam")
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(imagic, "open_base", lambda *_, **__: pytest.fail("opened"))
+        with pytest.raises(ImagicError, match=r"at least .* for --mode full.*use --mode lora"):
+            next(fit(photo_file, PROMPT, config, Store(tmp_path), "one"))
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed)
+    assert next(fit(photo_file, PROMPT, config, Store(tmp_path), "one")).step == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_another_process_writes_nothing(folder: Path, photo_file: Path, tmp_path: Path, mode: Mode) -> None:
+    """It trains to the end, and leaves store and base alone."""
+    base, store = opened(folder), Store(tmp_path / "store")
+    before, done = weights(base.denoiser), []
+    run = fit(photo_file, PROMPT, tiny_config(folder, mode), store, "one", base=base, processes=Pretended(1, 2))
+
+    def driven():
+        done.append((yield from run))
+
+    assert len(list(driven())) == len(REPORTS)
+    assert done == [None]
+    assert not store.root.exists()
+    assert same(weights(base.denoiser), before)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
+@pytest.mark.parametrize(("mode", "optimizer", "trained"), [("lora", "adam", None), ("full", "adam", 16), ("full", "adam8bit", 10)])
+def test_counted_bytes_are_counted(folder: Path, dtype, size: int, mode: Mode, optimizer: str, trained: int | None) -> None:
+    """Frozen weights at the run's precision; in full the trained ones with gradient and states, each in fp32 but for 8-bit states."""
+    unet, vae = UNet2DConditionModel.from_pretrained(folder / "unet"), AutoencoderKL.from_pretrained(folder / "vae")
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    counts = [sum(p.numel() for p in module.parameters()) for module in (unet, vae, text)]
+    expected = counts[0] * (trained or size) + (counts[1] + counts[2]) * size
+    runtime = resolve_runtime(MemoryConfig(device="cpu", dtype=dtype))
+    assert counted_bytes(folder, "unet", mode, runtime, optimizer) == expected
+
+
+def test_counted_bytes_leave_out_what_is_not_loaded(tmp_path: Path) -> None:
+    """A folder may hold a safety checker; no run loads it."""
+    runtime = resolve_runtime(MemoryConfig(device="cpu"))
+    save_tiny(tmp_path)
+    before = counted_bytes(tmp_path, "unet", "lora", runtime, "adam")
+    (tmp_path / "text_encoder").rename(tmp_path / "safety_checker")
+    checker = counted_bytes(tmp_path, "unet", "lora", runtime, "adam")
+    assert checker < before
+
+
+def test_the_record_says_how_it_was_made(folder: Path, photo_file: Path, fitted: Callable[..., Adapter]) -> None:
+    """Base, photo, sentence, settings, weights and losses."""
+    record = fitted("lora").record
+    losses = [json.loads(line) for line in (fitted("lora").folder / "steps.jsonl").read_text().splitlines()]
+    assert record.base.fingerprint == opened(folder).fingerprint
+    assert record.source.sha256 == hashlib.sha256(photo_file.read_bytes()).hexdigest()
+    assert (record.source.size, record.source.box) == ((50, 37), (0, 0, 32, 24))
+    assert (record.prompt, record.config) == (PROMPT, tiny_config(folder))
+    assert [(part.component, part.mode) for part in record.parts] == [("unet", "lora")]
+    assert record.losses == {
+        stage: tuple(one[k]["loss"] for k in (0, -1)) for stage in ("embed", "tune") if (one := [x for x in losses if x["stage"] == stage])
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_stored_embeddings_are_target_optimised_and_null(folder: Path, fitted: Callable[..., Adapter], mode: Mode) -> None:
+    """The target is the sentence's, the optimised one is not, null is that of no words; all fp32."""
+    stored, base = load_file(fitted(mode).folder / "embeddings.safetensors"), opened(folder)
+    assert sorted(stored) == ["null.tokens", "optimised.tokens", "target.tokens"]
+    assert torch.equal(stored["target.tokens"], base.encode_text(PROMPT).tokens)
+    assert torch.equal(stored["null.tokens"], base.encode_text("").tokens)
+    assert not torch.equal(stored["optimised.tokens"], stored["target.tokens"])
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fit_in_bf16(folder: Path, photo_file: Path, tmp_path: Path, mode: Mode) -> None:
+    """Opens the base itself, with master weights where it must, and is near the fit in fp32."""
+    losses = []
+    for dtype in ("fp32", "bf16"):
+        config = tiny_config(folder, mode, memory={"dtype": dtype})
+        losses.append([report.loss.item() for report in fit(photo_file, PROMPT, config, Store(tmp_path), dtype)])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_a_photo_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Before a base is opened."""
+    with pytest.raises(ImagicError, match="cannot be read"):
+        next(fit(tmp_path / "none.png", PROMPT, tiny_config(folder), Store(tmp_path), "one"))

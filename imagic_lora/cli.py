@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .config import PRESETS, EditConfig, MemoryConfig, RunConfig, merged, read_yaml, resolve
-from .errors import ImagicError
+from .errors import ImagicError, ImagicWarning
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -34,6 +34,7 @@ app = App(
     help="Edit one real photo with one sentence (Imagic, arXiv 2210.09276).\n\n"
     "fit learns a photo, edit makes pictures from what it learned. Try: imagic-lora demo",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
 )
 
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON object on stdout; everything for people goes to stderr.")]
@@ -378,8 +379,8 @@ def _quiet_libraries() -> None:
     for name in ("bitsandbytes", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-    def show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
-        if "imagic_lora" in filename:
+    def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        if issubclass(category, ImagicWarning):
             err.print(f"[yellow]Warning:[/] {escape(str(message))}")
 
     warnings.showwarning = show_warning
@@ -402,18 +403,17 @@ def _quiet_loading() -> None:
 def main(tokens: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 2 the user can mend it, 130 interrupted; anything else raises."""
     tokens = sys.argv[1:] if tokens is None else list(tokens)
-    _quiet_libraries()
-    try:
-        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
-    except CycloptsError as error:
-        return _refused(
-            {"got": str(error), "expected": "a command line as --help describes it", "remedy": "see imagic-lora --help"}, tokens
-        )
-    except ImagicError as error:
-        return _refused({"got": error.got, "expected": error.expected, "remedy": error.remedy}, tokens)
-    except KeyboardInterrupt:
-        err.print("Interrupted; nothing was stored.")
-        return 130
+    with warnings.catch_warnings():
+        _quiet_libraries()
+        try:
+            app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        except CycloptsError as error:
+            return _refused({"got": str(error), "expected": "a command as --help describes it", "remedy": "see imagic-lora --help"}, tokens)
+        except ImagicError as error:
+            return _refused({"got": error.got, "expected": error.expected, "remedy": error.remedy}, tokens)
+        except KeyboardInterrupt:
+            err.print("Interrupted; nothing was stored.")
+            return 130
     return 0
 
 

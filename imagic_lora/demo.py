@@ -17,7 +17,7 @@ from .imagic import fit, open_for
 from .stages.stage import StepReport
 from .store import Adapter, Store
 
-SCENE = 0
+SCENE = 27
 CHANGE = {"pose": "jumping"}
 ETAS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -32,7 +32,8 @@ def run_demo(out: Path, shown: Callable[[Generator[StepReport, None, Adapter | N
     scene = scene_at("demo", SCENE)
     prompt = f"a {scene.animal} {CHANGE['pose']}"
     photo = out / "photo.png"
-    render(scene).save(photo)
+    picture = render(scene)
+    picture.save(photo)
     config = resolve({"base": "critters"}, {}, PRESETS[preset_of("critters")])
     base = open_for(config)
     adapter = shown(fit(photo, prompt, config, Store(out / "adapters"), "demo", base=base, overwrite=True), config)
@@ -43,7 +44,7 @@ def run_demo(out: Path, shown: Callable[[Generator[StepReport, None, Adapter | N
     for one in edits:
         write_png(one.image, out / f"eta{one.eta:g}.png", {"prompt": prompt, "eta": one.eta, "seed": one.seed})
     truth = render(scene.edited(**CHANGE))
-    page = _page(Image.open(photo), before, edits, truth, prompt)
+    page = _page(picture, before, edits, truth, prompt)
     write_png(page, out / "sheet.png", {"prompt": prompt})
     return out / "sheet.png"
 

@@ -1,4 +1,4 @@
-"""The one error a user can mend."""
+"""The one error a user can mend, and the one warning."""
 
 from __future__ import annotations
 
@@ -17,3 +17,7 @@ class ImagicError(Exception):
     def __init__(self, got: str, expected: str, remedy: str) -> None:
         self.got, self.expected, self.remedy = got, expected, remedy
         super().__init__(f"{got}. Expected: {expected}. What to do: {remedy}.")
+
+
+class ImagicWarning(UserWarning):
+    """Something the user should know of; the work goes on."""

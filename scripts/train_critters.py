@@ -332,7 +332,7 @@ def train_clip(args: argparse.Namespace) -> None:
 PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
     "vae": (train_vae, 6500),
     "judge": (train_judge, 1500),
-    "clip": (train_clip, 2000),
+    "clip": (train_clip, 1000),
     "unet": (train_unet, 5600),
 }
 

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, U
 from torch import Tensor
 
 from ..conditioning import Conditioning
+from ..errors import ImagicWarning
 from ..runtime import Runtime
 from .base import Base, PipelineKind
 from .files import fingerprint, variant
@@ -71,7 +72,8 @@ class StableDiffusion(Base):
         everything = self._tokenizer(prompt).input_ids
         if len(everything) > limit:
             lost = self._tokenizer.decode(everything[limit - 1 : -1])
-            warnings.warn(f"the prompt is longer than the {limit - 2} tokens this base reads; lost: {lost!r}", stacklevel=2)
+            message = f"the prompt is longer than the {limit - 2} tokens this base reads; lost: {lost!r}"
+            warnings.warn(message, ImagicWarning, stacklevel=2)
         ids = self._tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
         return Conditioning(self._text(ids.to(self.runtime.device))[0].float())
 

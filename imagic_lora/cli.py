@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import sys
@@ -18,16 +17,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from .config import PRESETS, EditConfig, MemoryConfig, RunConfig, merged, read_yaml, resolve
-from .errors import ImagicError, ImagicWarning
+from .console import counted, err, print_json, quiet_libraries, quiet_loading, refused, say_what_is_active, shown
+from .errors import ImagicError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from .runtime import Runtime
-    from .stages.stage import StepReport
     from .store import Adapter
-
-err = Console(stderr=True)
 
 app = App(
     name="imagic-lora",
@@ -75,13 +69,13 @@ def fit(
     from .bases.registry import preset_of
     from .store import Store
 
-    _quiet_loading()
+    quiet_loading()
     run = settings_of(settings, config, preset, preset_of)
     adapter = _fit(image, prompt, run, Store(store), name or _slug(image.stem), overwrite)
     if adapter is None:
         return
     if as_json:
-        _print_json({"name": adapter.record.name, "folder": str(adapter.folder), "bytes": adapter.size, **_facts(adapter)})
+        print_json({"name": adapter.record.name, "folder": str(adapter.folder), "bytes": adapter.size, **_facts(adapter)})
     else:
         folder = escape(str(adapter.folder))
         err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB). Look at {folder}/preview.png, then:")
@@ -109,8 +103,8 @@ def _fit(image: Path, prompt: str, run: RunConfig, store: Any, name: str, overwr
         from .imagic import result
 
         return result(steps)
-    _say_what_is_active(resolve_runtime(run.memory), run, processes.count)
-    return _shown(steps, run)
+    say_what_is_active(resolve_runtime(run.memory), run, processes.count)
+    return shown(steps, run)
 
 
 def _processes(run: RunConfig) -> Any:
@@ -121,52 +115,6 @@ def _processes(run: RunConfig) -> Any:
     from accelerate import PartialState
 
     return Processes(PartialState(cpu=run.memory.device == "cpu"))
-
-
-def _say_what_is_active(runtime: Runtime, run: RunConfig, processes: int) -> None:
-    tune = run.tune
-    how = f"LoRA, rank {tune.rank}, {tune.targets}" if tune.mode == "lora" else "full, fp32 master weights"
-    rows = {**runtime.reasons, "base": run.base, "tuning": how, "processes": str(processes)}
-    for stage in (run.embed, tune):
-        optimizer = runtime.optimizer(stage.optimizer)
-        why = (
-            "asked for"
-            if stage.optimizer != "auto"
-            else "8-bit states save memory on the card"
-            if optimizer == "adam8bit"
-            else "memory is not short on the CPU"
-        )
-        rows["optimiser of tune" if stage is tune else "optimiser of embed"] = f"{optimizer} ({why})"
-    table = Table(show_header=False, box=None, padding=(0, 2))
-    for name, value in rows.items():
-        table.add_row(f"[dim]{name}[/]", escape(value))
-    err.print(table)
-
-
-def _shown(steps: Generator[StepReport, None, Adapter | None], run: RunConfig) -> Adapter | None:
-    """Runs a fit with a progress bar; where nobody watches, with a line every tenth of a stage."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
-    with Progress(
-        *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err, disable=not err.is_terminal
-    ) as bar:
-        totals = {"embed": run.embed.steps, "tune": run.tune.steps}
-        tasks = {stage: bar.add_task(stage, total=total, loss="", start=False) for stage, total in totals.items()}
-        while True:
-            try:
-                report = next(steps)
-            except StopIteration as done:
-                return done.value
-            if report.step == 1:
-                bar.start_task(tasks[report.stage])
-            tenth = report.step % max(1, report.steps // 10) == 0
-            bar.update(tasks[report.stage], completed=report.step)
-            if tenth:
-                loss = f"{report.loss.item():.4f}"
-                bar.update(tasks[report.stage], loss=loss)
-                if not err.is_terminal:
-                    err.print(f"{report.stage} {report.step}/{report.steps} loss {loss}", highlight=False)
 
 
 @app.command
@@ -207,7 +155,7 @@ def edit(
     from .runtime import resolve_runtime
     from .store import Store
 
-    _quiet_loading()
+    quiet_loading()
     adapter = Store(store).read(name)
     record = adapter.record
     flags = settings.model_dump(exclude_unset=True) if settings else {}
@@ -218,7 +166,7 @@ def edit(
     editor = Editor(open_base(base or record.base.name, resolve_runtime(memory or MemoryConfig()), record.base.revision))
     written: list[dict[str, Any]] = []
     cells: dict[int, list[Any]] = {s: [] for s in seeds}
-    for one in _counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds)):
+    for one in counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds)):
         path = out / f"eta{one.eta:g}-seed{one.seed}.png"
         how = {"adapter": record.name, "base": record.base.name, "prompt": prompt or record.prompt, "eta": one.eta, "seed": one.seed}
         write_png(one.image, path, how | {"edit": config.model_dump()})
@@ -228,15 +176,9 @@ def edit(
     page = sheet([[("photo", photo), *row] for row in cells.values()], prompt or record.prompt)
     write_png(page, out / "sheet.png", {"adapter": record.name})
     if as_json:
-        _print_json({"adapter": record.name, "pictures": written, "sheet": str(out / "sheet.png")})
+        print_json({"adapter": record.name, "pictures": written, "sheet": str(out / "sheet.png")})
     else:
         err.print(f"[green]Wrote[/] {len(written)} pictures and {escape(str(out / 'sheet.png'))}")
-
-
-def _counted(edits: Any, total: int) -> Any:
-    from rich.progress import track
-
-    return track(edits, "pictures", total=total, console=err, disable=not err.is_terminal)
 
 
 def parse_etas(text: str) -> list[float]:
@@ -278,7 +220,7 @@ def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> 
     shelf = Store(store)
     adapters = [shelf.read(name) for name in shelf.names()]
     if as_json:
-        _print_json({"adapters": [{"name": a.record.name, "bytes": a.size, **_facts(a)} for a in adapters]})
+        print_json({"adapters": [{"name": a.record.name, "bytes": a.size, **_facts(a)} for a in adapters]})
         return
     if not adapters:
         err.print(f"No adapters in {escape(str(store))} yet. Make one: imagic-lora fit PHOTO PROMPT")
@@ -304,7 +246,7 @@ def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -
     adapter = Store(store).read(name)
     record = adapter.record
     if as_json:
-        _print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json")})
+        print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json")})
         return
     table = Table(show_header=False, box=None, padding=(0, 2))
     for key, value in {"name": record.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **_facts(adapter)}.items():
@@ -340,10 +282,10 @@ def demo(*, out: Path = Path("outputs/demo"), as_json: Json = False) -> None:
     """
     from .demo import run_demo
 
-    _quiet_loading()
-    page = run_demo(out, _shown)
+    quiet_loading()
+    page = run_demo(out, shown)
     if as_json:
-        _print_json({"sheet": str(page)})
+        print_json({"sheet": str(page)})
     else:
         err.print(f"[green]Look at[/] {escape(str(page))}")
 
@@ -355,7 +297,7 @@ def doctor(*, as_json: Json = False) -> None:
 
     facts = examine()
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     table = Table(show_header=False, box=None, padding=(0, 2))
     for group, values in facts.items():
@@ -364,26 +306,8 @@ def doctor(*, as_json: Json = False) -> None:
     Console().print(table)
 
 
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2))
-
-
 def _slug(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "photo"
-
-
-def _quiet_libraries() -> None:
-    """Only errors of the libraries below us, and our own warnings in one line."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for name in ("bitsandbytes", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-    def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-        if issubclass(category, ImagicWarning):
-            err.print(f"[yellow]Warning:[/] {escape(str(message))}")
-
-    warnings.showwarning = show_warning
 
 
 def script() -> None:
@@ -391,36 +315,18 @@ def script() -> None:
     sys.exit(main())
 
 
-def _quiet_loading() -> None:
-    """No bars for reading files; downloads keep theirs."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    of_diffusers.disable_progress_bar()
-    of_transformers.disable_progress_bar()
-
-
 def main(tokens: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 2 the user can mend it, 130 interrupted; anything else raises."""
     tokens = sys.argv[1:] if tokens is None else list(tokens)
     with warnings.catch_warnings():
-        _quiet_libraries()
+        quiet_libraries()
         try:
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         except CycloptsError as error:
-            return _refused({"got": str(error), "expected": "a command as --help describes it", "remedy": "see imagic-lora --help"}, tokens)
+            return refused({"got": str(error), "expected": "a command as --help describes it", "remedy": "see imagic-lora --help"}, tokens)
         except ImagicError as error:
-            return _refused({"got": error.got, "expected": error.expected, "remedy": error.remedy}, tokens)
+            return refused({"got": error.got, "expected": error.expected, "remedy": error.remedy}, tokens)
         except KeyboardInterrupt:
             err.print("Interrupted; nothing was stored.")
             return 130
     return 0
-
-
-def _refused(error: dict[str, str], tokens: Sequence[str]) -> int:
-    if "--json" in tokens:
-        _print_json({"error": error})
-    err.print(f"[red]Error:[/] {escape(error['got'])}", highlight=False)
-    err.print(f"  expected: {escape(error['expected'])}", highlight=False)
-    err.print(f"  what to do: {escape(error['remedy'])}", highlight=False)
-    return 2

@@ -333,7 +333,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
     "vae": (train_vae, 6500),
     "judge": (train_judge, 1500),
     "clip": (train_clip, 1000),
-    "unet": (train_unet, 5600),
+    "unet": (train_unet, 4600),
 }
 
 

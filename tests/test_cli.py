@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from tiny import save_tiny
 
 import imagic_lora.cli as cli
+import imagic_lora.console as console
 import imagic_lora.imagic as imagic
 from imagic_lora.config import PRESETS, Config, EditConfig, RunConfig, checked
 from imagic_lora.images import read_metadata, read_photo
@@ -26,7 +27,7 @@ Run = Callable[..., tuple[int, str, str]]
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command in an empty folder: its exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.err, "width", 200)
+    monkeypatch.setattr(console.err, "width", 200)
 
     def command(*tokens: object) -> tuple[int, str, str]:
         capsys.readouterr()

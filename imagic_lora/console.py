@@ -1,0 +1,117 @@
+"""What people see: what is active, progress, errors; everything on stderr, but for JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Generator, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .config import OptimizerName, RunConfig
+from .errors import ImagicWarning
+
+if TYPE_CHECKING:
+    from .editor import Edit
+    from .runtime import Runtime
+    from .stages.stage import StepReport
+    from .store import Adapter
+
+err = Console(stderr=True)
+
+
+def say_what_is_active(runtime: Runtime, run: RunConfig, processes: int) -> None:
+    """Device, precision, levers and optimisers, each with its reason."""
+    tune = run.tune
+    how = f"LoRA, rank {tune.rank}, {tune.targets}" if tune.mode == "lora" else "full, fp32 master weights"
+    rows = {**runtime.reasons, "base": run.base, "tuning": how, "processes": str(processes)}
+    optimizers: dict[str, OptimizerName] = {"embed": run.embed.optimizer, "tune": tune.optimizer}
+    for stage, asked in optimizers.items():
+        rows[f"optimiser of {stage}"] = _optimizer(runtime, asked)
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(f"[dim]{name}[/]", escape(value))
+    err.print(table)
+
+
+def _optimizer(runtime: Runtime, asked: OptimizerName) -> str:
+    name = runtime.optimizer(asked)
+    if asked != "auto":
+        return f"{name} (asked for)"
+    return f"{name} (8-bit states save memory on the card)" if name == "adam8bit" else f"{name} (memory is not short on the CPU)"
+
+
+def shown(steps: Generator[StepReport, None, Adapter | None], run: RunConfig) -> Adapter | None:
+    """Runs a fit with a progress bar; where nobody watches, with a line every tenth of a stage."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
+    with Progress(
+        *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err, disable=not err.is_terminal
+    ) as bar:
+        totals = {"embed": run.embed.steps, "tune": run.tune.steps}
+        tasks = {stage: bar.add_task(stage, total=total, loss="", start=False) for stage, total in totals.items()}
+        while True:
+            try:
+                report = next(steps)
+            except StopIteration as done:
+                return done.value
+            if report.step == 1:
+                bar.start_task(tasks[report.stage])
+            tenth = report.step % max(1, report.steps // 10) == 0
+            bar.update(tasks[report.stage], completed=report.step)
+            if tenth:
+                loss = f"{report.loss.item():.4f}"
+                bar.update(tasks[report.stage], loss=loss)
+                if not err.is_terminal:
+                    err.print(f"{report.stage} {report.step}/{report.steps} loss {loss}", highlight=False)
+
+
+def counted(edits: Iterable[Edit], total: int) -> Iterable[Edit]:
+    """The edits, with a progress bar."""
+    from rich.progress import track
+
+    return track(edits, "pictures", total=total, console=err, disable=not err.is_terminal)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def quiet_libraries() -> None:
+    """Only errors of the libraries below us, and our own warnings in one line."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("bitsandbytes", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        if issubclass(category, ImagicWarning):
+            err.print(f"[yellow]Warning:[/] {escape(str(message))}")
+
+    warnings.showwarning = show_warning
+
+
+def quiet_loading() -> None:
+    """No bars for reading files; downloads keep theirs."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+
+
+def refused(error: dict[str, str], tokens: Sequence[str]) -> int:
+    """Says what was wrong, in JSON too where that was asked for; gives the exit code."""
+    if "--json" in tokens:
+        print_json({"error": error})
+    err.print(f"[red]Error:[/] {escape(error['got'])}", highlight=False)
+    err.print(f"  expected: {escape(error['expected'])}", highlight=False)
+    err.print(f"  what to do: {escape(error['remedy'])}", highlight=False)
+    return 2

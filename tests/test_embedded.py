@@ -1,0 +1,79 @@
+"""The weights that ship: small, safe, loadable by plain diffusers, and as good as docs/critters.md says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+from imagic_lora import cli
+from imagic_lora.bases.registry import CRITTERS
+from imagic_lora.critters import ATTRIBUTES, caption, render, scene_at
+from imagic_lora.critters.judge import Judge
+from imagic_lora.metrics import CritterAlignment, pixels
+from imagic_lora.store import Store
+
+HELD_OUT = [scene_at("heldout", 20_000 + k) for k in range(64)]
+EXAMPLES = Path(__file__).parent.parent / "adapters"
+
+
+def test_they_are_small_and_never_pickles() -> None:
+    """32 MB together at the most; safetensors, JSON and text only."""
+    files = [path for path in CRITTERS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 32e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt"}
+
+
+def test_the_vae_keeps_held_out_pictures() -> None:
+    """At least 26 dB PSNR, mean over 64 pictures."""
+    vae = AutoencoderKL.from_pretrained(CRITTERS / "vae").eval()
+    pictures = pixels([render(scene) for scene in HELD_OUT])
+    with torch.no_grad():
+        back = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
+    error = (back - pictures).square().flatten(1).mean(1)
+    assert (10 * torch.log10(4 / error)).mean() >= 26
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_the_judge_is_right_on_held_out_renders(attribute: str) -> None:
+    """At least 98% for each attribute."""
+    seen = Judge.load().see(pixels([render(scene) for scene in HELD_OUT]))
+    right = [one[attribute] == getattr(scene, attribute) for one, scene in zip(seen, HELD_OUT, strict=True)]
+    assert sum(right) / len(right) >= 0.98
+
+
+def test_plain_diffusers_samples_what_the_prompt_says() -> None:
+    """Of 12 samples by StableDiffusionPipeline.from_pretrained, the judge finds the prompted pose in at least 9."""
+    pipe = StableDiffusionPipeline.from_pretrained(CRITTERS)
+    pipe.set_progress_bar_config(disable=True)
+    asked = HELD_OUT[:12]
+    generator = torch.Generator().manual_seed(0)
+    prompts = [caption(scene) for scene in asked]
+    made = pipe(prompts, height=64, width=64, guidance_scale=3.0, num_inference_steps=20, generator=generator).images
+    seen = Judge.load().see(pixels(made))
+    assert sum(one["pose"] == scene.pose for one, scene in zip(seen, asked, strict=True)) >= 9
+
+
+def test_clip_prefers_the_true_caption() -> None:
+    """A picture fits its own caption better than one of another place, nearly always."""
+    alignment = CritterAlignment.load()
+    wins = 0
+    for scene in HELD_OUT[:16]:
+        other = scene.edited(place="night" if scene.place != "night" else "grass")
+        own, wrong = alignment.scores([render(scene)], [caption(scene), caption(other)])[0]
+        wins += bool(own > wrong)
+    assert wins >= 15
+
+
+@pytest.mark.parametrize("name", ["rex-jumps", "mia-at-night"])
+def test_an_example_adapter_works_right_after_installation(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """edit writes the single pictures and one labelled sheet; the adapter belongs to the base that ships."""
+    assert Store(EXAMPLES).read(name).size <= 2e6
+    command = ["edit", name, "--eta", "0.3:1:0.35", "--steps", "3", "--store", str(EXAMPLES), "--out", str(tmp_path), "--json"]
+    assert cli.main(command) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [one["eta"] for one in answer["pictures"]] == [0.3, 0.65, 1.0]
+    assert Path(answer["sheet"]).is_file()

@@ -1,0 +1,62 @@
+"""What only a CUDA device can show: make test-gpu."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from common import MODES, PROMPT, opened, tiny_config
+
+from imagic_lora.config import MemoryConfig, Mode
+from imagic_lora.editor import Editor
+from imagic_lora.imagic import fit, open_for, result
+from imagic_lora.runtime import Processes, noise_at, resolve_runtime
+from imagic_lora.stages.embed import embed_stage
+from imagic_lora.store import Store
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def test_the_defaults_on_cuda_save_memory() -> None:
+    """8-bit Adam and gradient checkpointing are what auto means on a card."""
+    runtime = resolve_runtime(MemoryConfig())
+    assert runtime.device.type == "cuda"
+    assert runtime.checkpointing
+    assert runtime.optimizer("auto") == "adam8bit"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fit_and_an_edit_are_finite_in_every_precision(mode: Mode, dtype: str, folder: Path, photo_file: Path, tmp_path: Path) -> None:
+    """No black picture: the edit varies, in fp32, fp16 and bf16, LoRA and full."""
+    config = tiny_config(folder, mode, memory={"device": "cuda", "dtype": dtype})
+    base = open_for(config)
+    adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), "x", base=base))
+    assert adapter is not None
+    for edit in Editor(base).edit(adapter, [0.0, 1.0], [0], config.edit):
+        low, high = edit.image.convert("L").getextrema()
+        assert low != high
+
+
+def test_cuda_and_cpu_agree_on_the_first_loss(folder: Path) -> None:
+    """The same noise and timesteps on both devices: losses equal to fp32 rounding."""
+    losses = []
+    for base in (opened(folder), open_for(tiny_config(folder, memory={"device": "cuda", "dtype": "fp32"}))):
+        latents = noise_at(0, "photo", 0, [0], (4, 8, 8)).to(base.runtime.device)
+        stage = embed_stage(base, latents, base.encode_text(PROMPT), tiny_config(folder).embed, 0, Processes())
+        losses.append(stage.step(0).loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_checkpointing_lowers_the_peak(folder: Path) -> None:
+    """The peak of a step with gradient checkpointing is below the peak without."""
+    peaks = []
+    for switch in ("on", "off"):
+        base = open_for(tiny_config(folder, memory={"device": "cuda", "dtype": "fp32", "gradient_checkpointing": switch}))
+        config = tiny_config(folder, embed={"batch_size": 64}).embed
+        stage = embed_stage(base, torch.zeros(1, 4, 32, 32, device="cuda"), base.encode_text(PROMPT), config, 0, Processes())
+        torch.cuda.reset_peak_memory_stats()
+        stage.step(0)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[0] < peaks[1]

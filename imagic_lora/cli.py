@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .config import PRESETS, EditConfig, MemoryConfig, RunConfig, merged, read_yaml, resolve
+from .config import PRESETS, DeviceConfig, EditConfig, MemoryConfig, RunConfig, merged, read_yaml, resolve
 from .console import counted, err, print_json, quiet_libraries, quiet_loading, refused, say_what_is_active, shown
 from .errors import ImagicError
 
@@ -50,6 +50,8 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Learn a photo: optimise the text embedding on it, tune the denoiser on it, store the adapter.
+
+    The defaults shown are the built-in ones; the preset of a base may have others, and the run prints what is active.
 
     Parameters
     ----------
@@ -124,8 +126,10 @@ def edit(
     eta: str | None = None,
     seed: str = "0",
     prompt: str | None = None,
-    settings: Annotated[EditConfig | None, Parameter(name="*")] = None,
-    memory: Annotated[MemoryConfig | None, Parameter(name="*", group="Device and memory")] = None,
+    settings: Annotated[
+        EditConfig | None, Parameter(name="*", group="Sampling (the adapter's own settings where not given)", show_default=False)
+    ] = None,
+    device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device")] = None,
     base: str | None = None,
     store: StoreDir = DEFAULT_STORE,
     out: Path | None = None,
@@ -163,7 +167,7 @@ def edit(
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
     out = out or Path("outputs") / record.name
     out.mkdir(parents=True, exist_ok=True)
-    editor = Editor(open_base(base or record.base.name, resolve_runtime(memory or MemoryConfig()), record.base.revision))
+    editor = Editor(open_base(base or record.base.name, resolve_runtime(_memory(device)), record.base.revision))
     written: list[dict[str, Any]] = []
     cells: dict[int, list[Any]] = {s: [] for s in seeds}
     for one in counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds)):
@@ -179,6 +183,10 @@ def edit(
         print_json({"adapter": record.name, "pictures": written, "sheet": str(out / "sheet.png")})
     else:
         err.print(f"[green]Wrote[/] {len(written)} pictures and {escape(str(out / 'sheet.png'))}")
+
+
+def _memory(device: DeviceConfig | None) -> MemoryConfig:
+    return MemoryConfig(**(device.model_dump(exclude_unset=True) if device else {}))
 
 
 def parse_etas(text: str) -> list[float]:
@@ -218,7 +226,12 @@ def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> 
     from .store import Store
 
     shelf = Store(store)
-    adapters = [shelf.read(name) for name in shelf.names()]
+    adapters: list[Adapter] = []
+    for name in shelf.names():
+        try:
+            adapters.append(shelf.read(name, verify=False))
+        except ImagicError as error:
+            err.print(f"[yellow]Passed over:[/] {escape(error.got)}")
     if as_json:
         print_json({"adapters": [{"name": a.record.name, "bytes": a.size, **_facts(a)} for a in adapters]})
         return
@@ -243,7 +256,7 @@ def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -
     """
     from .store import Store
 
-    adapter = Store(store).read(name)
+    adapter = Store(store).read(name, verify=False)
     record = adapter.record
     if as_json:
         print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json")})

@@ -82,17 +82,22 @@ class EditConfig(Config):
     """Pictures made at once."""
 
 
-class MemoryConfig(Config):
-    """Where and how it all runs."""
+class DeviceConfig(Config):
+    """Where and in what precision it runs."""
 
     device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(name=["--device"])] = "auto"
     """auto is CUDA where there is one."""
     dtype: Annotated[Literal["auto", "fp32", "fp16", "bf16"], Parameter(name=["--dtype"])] = "auto"
     """Precision of the frozen weights and of the arithmetic; what is trained is always fp32."""
-    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], Parameter(name=["--gradient-checkpointing"])] = "auto"
-    """Recomputes activations in the backward pass; auto is on with CUDA."""
     attention: Annotated[Literal["sdpa", "xformers"], Parameter(name=["--attention"])] = "sdpa"
     """PyTorch's own attention, or that of xformers (CUDA only)."""
+
+
+class MemoryConfig(DeviceConfig):
+    """Where and how a fit runs."""
+
+    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], Parameter(name=["--gradient-checkpointing"])] = "auto"
+    """Recomputes activations in the backward pass; auto is on with CUDA."""
 
 
 class RunConfig(Config):
@@ -121,13 +126,15 @@ PRESETS: dict[str, dict[Mode, dict[str, Any]]] = {
     },
     "critters": {
         "lora": {
-            "embed": {"steps": 200, "learning_rate": 5e-3, "batch_size": 8},
-            "tune": {"steps": 200, "learning_rate": 1e-3, "batch_size": 8, "rank": 8, "targets": "attention+conv"},
+            "eta": 0.65,
+            "embed": {"steps": 200, "learning_rate": 1e-2, "batch_size": 8},
+            "tune": {"steps": 60, "learning_rate": 1e-3, "batch_size": 8, "rank": 8, "targets": "attention+conv"},
             "edit": {"guidance_scale": 3.0, "steps": 30},
         },
         "full": {
-            "embed": {"steps": 200, "learning_rate": 5e-3, "batch_size": 8},
-            "tune": {"steps": 200, "learning_rate": 1e-4, "batch_size": 8},
+            "eta": 0.65,
+            "embed": {"steps": 200, "learning_rate": 1e-2, "batch_size": 8},
+            "tune": {"steps": 60, "learning_rate": 1e-4, "batch_size": 8},
             "edit": {"guidance_scale": 3.0, "steps": 30},
         },
     },

@@ -89,8 +89,8 @@ class Adapter:
     @property
     def size(self) -> int:
         """Bytes of the trained weights and the embeddings."""
-        files = [*(f for part in self.record.parts for f in part.files), EMBEDDINGS]
-        return sum((self.folder / file).stat().st_size for file in files)
+        files = [self.folder / file for part in self.record.parts for file in (*part.files, EMBEDDINGS)]
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     def embeddings(self) -> dict[str, Conditioning]:
         """``target``, ``optimised`` and, where the base has one, ``null``."""
@@ -158,8 +158,11 @@ class Store:
         """Names of the adapters, sorted."""
         return sorted(path.parent.name for path in self.root.glob(f"[!.]*/{RECORD}"))
 
-    def read(self, name: str) -> Adapter:
+    def read(self, name: str, verify: bool = True) -> Adapter:
         """An adapter whose files are all there and unchanged.
+
+        Args:
+            verify: False reads the record alone, which is enough to tell of an adapter, but not to use it.
 
         Raises:
             ImagicError: no such adapter, a record that is not of this version, or a file that is missing or has changed.
@@ -169,7 +172,7 @@ class Store:
             there = ", ".join(self.names()) or "none"
             raise ImagicError(f"no adapter {name!r} in {self.root}", f"one of its adapters ({there})", "see imagic-lora list")
         adapter = Adapter(folder, _read_record(folder / RECORD))
-        for file, digest in adapter.record.files.items():
+        for file, digest in adapter.record.files.items() if verify else ():
             if not (folder / file).is_file() or _sha256(folder / file) != digest:
                 raise ImagicError(
                     f"{folder / file} is missing or has changed", "the file as it was written", "fit or copy the adapter again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,18 @@ def test_list_and_show_print_text_from_outside_as_it_is(run: Run, store: Path) -
     assert [a["name"] for a in listed["adapters"]] == ["rex"]
     shown = json.loads(run("show", "rex", "--store", store, "--json")[1])
     assert shown["prompt"] == "a [b]dog"
+
+
+def test_a_broken_adapter_does_not_hide_the_others(run: Run, store: Path, tmp_path: Path) -> None:
+    """It is named and passed over."""
+    shutil.copytree(store, tmp_path / "store")
+    broken = tmp_path / "store" / "max" / "adapter.json"
+    broken.parent.mkdir()
+    broken.write_text("{")
+    code, out, err = run("list", "--store", tmp_path / "store", "--json")
+    assert code == 0
+    assert [a["name"] for a in json.loads(out)["adapters"]] == ["rex"]
+    assert "max" in err
 
 
 def test_doctor_names_every_library(run: Run) -> None:

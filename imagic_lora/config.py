@@ -126,14 +126,12 @@ PRESETS: dict[str, dict[Mode, dict[str, Any]]] = {
     },
     "critters": {
         "lora": {
-            "eta": 0.65,
-            "embed": {"steps": 200, "learning_rate": 1e-2, "batch_size": 8},
-            "tune": {"steps": 60, "learning_rate": 1e-3, "batch_size": 8, "rank": 8, "targets": "attention+conv"},
+            "embed": {"steps": 100, "learning_rate": 2e-2, "batch_size": 8},
+            "tune": {"steps": 60, "learning_rate": 1e-3, "batch_size": 8, "rank": 4, "targets": "attention+conv"},
             "edit": {"guidance_scale": 3.0, "steps": 30},
         },
         "full": {
-            "eta": 0.65,
-            "embed": {"steps": 200, "learning_rate": 1e-2, "batch_size": 8},
+            "embed": {"steps": 100, "learning_rate": 2e-2, "batch_size": 8},
             "tune": {"steps": 60, "learning_rate": 1e-4, "batch_size": 8},
             "edit": {"guidance_scale": 3.0, "steps": 30},
         },

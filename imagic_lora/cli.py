@@ -89,7 +89,7 @@ def settings_of(settings: RunConfig | None, config: Path | None, preset: str | N
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     file = read_yaml(config) if config else {}
     base = merged(file, flags).get("base", RunConfig().base)
-    chosen = preset or preset_of(base)
+    chosen = preset or preset_of(str(base))
     if chosen not in PRESETS:
         raise ImagicError(f"preset {chosen!r}", f"one of {', '.join(PRESETS)}", "choose another --preset")
     return resolve(flags, file, PRESETS[chosen])
@@ -99,6 +99,8 @@ def _fit(image: Path, prompt: str, run: RunConfig, store: Any, name: str, overwr
     from .imagic import fit as fit_steps
     from .runtime import resolve_runtime
 
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and run.memory.device == "auto":
+        run = run.model_copy(update={"memory": run.memory.model_copy(update={"device": "cpu"})})
     processes = _processes(run)
     steps = fit_steps(image, prompt, run, store, name, overwrite=overwrite, processes=processes)
     if not processes.main:
@@ -110,13 +112,19 @@ def _fit(image: Path, prompt: str, run: RunConfig, store: Any, name: str, overwr
 
 
 def _processes(run: RunConfig) -> Any:
-    from .runtime import Processes
+    from .runtime import Processes, resolve_runtime
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1:
         return Processes()
     from accelerate import PartialState
 
-    return Processes(PartialState(cpu=run.memory.device == "cpu"))
+    processes = Processes(PartialState(cpu=resolve_runtime(run.memory).device.type == "cpu"))
+    if processes.count != started:
+        raise ImagicError(
+            f"{started} processes that cannot talk to each other", "one device for each", "start fewer with accelerate launch"
+        )
+    return processes
 
 
 @app.command
@@ -154,7 +162,7 @@ def edit(
         Folder for the pictures; outputs/NAME where not given.
     """
     from .bases.registry import open_base
-    from .editor import Editor
+    from .editor import Editor, refuse_edit
     from .images import sheet, write_png
     from .runtime import resolve_runtime
     from .store import Store
@@ -165,19 +173,22 @@ def edit(
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     config = EditConfig.model_validate(merged(record.config.edit.model_dump(), flags))
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
+    text = record.prompt if prompt is None else prompt
+    refuse_edit(etas, config, text)
     out = out or Path("outputs") / record.name
     out.mkdir(parents=True, exist_ok=True)
-    editor = Editor(open_base(base or record.base.name, resolve_runtime(_memory(device)), record.base.revision))
+    source = (base, None) if base else (record.base.name, record.base.revision)
+    editor = Editor(open_base(source[0], resolve_runtime(_memory(device)), source[1]))
     written: list[dict[str, Any]] = []
     cells: dict[int, list[Any]] = {s: [] for s in seeds}
     for one in counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds)):
         path = out / f"eta{one.eta:g}-seed{one.seed}.png"
-        how = {"adapter": record.name, "base": record.base.name, "prompt": prompt or record.prompt, "eta": one.eta, "seed": one.seed}
+        how = {"adapter": record.name, "base": record.base.name, "prompt": text, "eta": one.eta, "seed": one.seed}
         write_png(one.image, path, how | {"edit": config.model_dump()})
         written.append({"file": str(path), "eta": one.eta, "seed": one.seed})
         cells[one.seed].append((f"eta {one.eta:g} seed {one.seed}", one.image))
     photo = adapter.canvas().photo()
-    page = sheet([[("photo", photo), *row] for row in cells.values()], prompt or record.prompt)
+    page = sheet([[("photo", photo), *row] for row in cells.values()], text)
     write_png(page, out / "sheet.png", {"adapter": record.name})
     if as_json:
         print_json({"adapter": record.name, "pictures": written, "sheet": str(out / "sheet.png")})
@@ -342,4 +353,9 @@ def main(tokens: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             err.print("Interrupted; nothing was stored.")
             return 130
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every command
+                raise
+            remedy = "use --mode lora, a smaller --resolution, or --embed.batch-size and --tune.batch-size 1"
+            return refused({"got": "out of memory on the card", "expected": "more free memory", "remedy": remedy}, tokens)
     return 0

@@ -127,12 +127,12 @@ PRESETS: dict[str, dict[Mode, dict[str, Any]]] = {
     "critters": {
         "lora": {
             "embed": {"steps": 100, "learning_rate": 2e-2, "batch_size": 8},
-            "tune": {"steps": 60, "learning_rate": 1e-3, "batch_size": 8, "rank": 4, "targets": "attention+conv"},
+            "tune": {"steps": 50, "learning_rate": 1e-3, "batch_size": 8, "rank": 4, "targets": "attention+conv"},
             "edit": {"guidance_scale": 3.0, "steps": 30},
         },
         "full": {
             "embed": {"steps": 100, "learning_rate": 2e-2, "batch_size": 8},
-            "tune": {"steps": 60, "learning_rate": 1e-4, "batch_size": 8},
+            "tune": {"steps": 60, "learning_rate": 4e-5, "batch_size": 8},
             "edit": {"guidance_scale": 3.0, "steps": 30},
         },
     },
@@ -183,7 +183,8 @@ def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], preset: Mapping[M
     mode: Mode = "full" if tune.get("mode") == "full" else "lora"
     clash = [name for name in ("rank", "alpha", "targets") if name in tune]
     if mode == "full" and clash:
-        got = f"--{clash[0]} together with --mode full"
+        source = "the flags" if clash[0] in flags.get("tune", {}) else "the file"
+        got = f"--{clash[0]} (from {source}) together with --mode full"
         raise ImagicError(got, "LoRA settings with --mode lora only", f"leave out --mode full or --{clash[0]}")
     return checked(merged(preset.get(mode, {}), given))
 

@@ -53,7 +53,7 @@ def embedding_alone(editor: Editor, adapter: Adapter, config: EditConfig, seed: 
     """The reconstruction from ``e_opt`` on the untuned base."""
     editor.close()
     stored = adapter.embeddings()
-    return generate(editor.base, [stored["optimised"]], [seed], config, adapter.canvas(), stored.get("null"))[0]
+    return next(generate(editor.base, [stored["optimised"]], [seed], config, adapter.canvas(), stored.get("null")))
 
 
 def _page(photo: Image.Image, before: Image.Image, edits: list[Edit], truth: Image.Image, prompt: str) -> Image.Image:

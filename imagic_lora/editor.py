@@ -13,7 +13,7 @@ from .bases.base import Base
 from .conditioning import interpolate
 from .config import EditConfig
 from .errors import ImagicError
-from .generate import generate
+from .generate import generate, refuse_empty, refuse_no_steps
 from .store import Adapter
 
 
@@ -24,6 +24,15 @@ class Edit:
     eta: float
     seed: int
     image: Image.Image
+
+
+def refuse_edit(etas: Sequence[float], config: EditConfig, prompt: str) -> None:
+    """Raises ImagicError for an eta outside [0, 2], an empty prompt, or settings that leave the sampler no step."""
+    for eta in etas:
+        if not 0 <= eta <= 2:
+            raise ImagicError(f"eta {eta:g}", "0 (the photo) to 1 (the text), at most 2", "choose another --eta")
+    refuse_empty(prompt)
+    refuse_no_steps(config)
 
 
 class Editor:
@@ -50,7 +59,7 @@ class Editor:
             raise ImagicError(
                 f"adapter {adapter.record.name} was made for base {made_for.name}, not for {self.base.name}",
                 "the weights it was made on",
-                f"use --base {made_for.name}",
+                "the weights have changed: fit again" if made_for.name == self.base.name else f"use --base {made_for.name}",
             )
         self.close()
         self._stack.enter_context(adapter.worn_by(self.base))
@@ -69,19 +78,15 @@ class Editor:
         Raises:
             ImagicError: an eta out of range, an adapter of another base, numbers that are not finite.
         """
-        for eta in etas:
-            if not 0 <= eta <= 2:
-                raise ImagicError(f"eta {eta:g}", "0 (the photo) to 1 (the text), at most 2", "choose another --eta")
+        refuse_edit(etas, config, adapter.record.prompt if prompt is None else prompt)
         self.wear(adapter)
         device = self.base.runtime.device
         stored = {name: value.to(device) for name, value in adapter.embeddings().items()}
         target = stored["target"] if prompt is None else self.base.encode_text(prompt)
         canvas, pairs = adapter.canvas(), list(product(etas, seeds))
-        for start in range(0, len(pairs), config.batch_size):
-            part = pairs[start : start + config.batch_size]
-            mixes = [interpolate(target, stored["optimised"], eta) for eta, _ in part]
-            pictures = generate(self.base, mixes, [seed for _, seed in part], config, canvas, stored.get("null"))
-            yield from (Edit(eta, seed, picture) for (eta, seed), picture in zip(part, pictures, strict=True))
+        mixes = [interpolate(target, stored["optimised"], eta) for eta, _ in pairs]
+        pictures = generate(self.base, mixes, [seed for _, seed in pairs], config, canvas, stored.get("null"))
+        yield from (Edit(eta, seed, picture) for (eta, seed), picture in zip(pairs, pictures, strict=True))
 
     def close(self) -> None:
         """Takes the adapter out: the base is bit-equal to before."""

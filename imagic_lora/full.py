@@ -25,6 +25,13 @@ def _restored(base: Base) -> Iterator[None]:
         base.denoiser.load_state_dict(before)
 
 
+def refuse_half(base: Base) -> None:
+    """Raises ImagicError for weights in half precision: steps at Imagic's rates would round to nothing."""
+    if base.denoiser.dtype != torch.float32:
+        got = f"full fine-tuning on {base.denoiser.dtype} weights"
+        raise ImagicError(got, "fp32 master weights", "open the base with master_weights=True")
+
+
 @contextmanager
 def unfrozen(base: Base) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Every weight of the denoiser trainable; frozen and as before afterwards.
@@ -32,10 +39,7 @@ def unfrozen(base: Base) -> Iterator[dict[str, torch.nn.Parameter]]:
     Raises:
         ImagicError: the weights are not fp32: at Imagic's rates, steps in half precision round to nothing.
     """
-    if base.denoiser.dtype != torch.float32:
-        raise ImagicError(
-            f"full fine-tuning on {base.denoiser.dtype} weights", "fp32 master weights", "open the base with master_weights=True"
-        )
+    refuse_half(base)
     with _restored(base):
         base.denoiser.requires_grad_(True)
         try:

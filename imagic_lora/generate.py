@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .images import Canvas, to_image
 
 def generate(
     base: Base, conditionings: Sequence[Conditioning], seeds: Sequence[int], config: EditConfig, canvas: Canvas, null: Conditioning | None
-) -> list[Image.Image]:
+) -> Iterator[Image.Image]:
     """One picture for each pair of conditioning and seed, in batches.
 
     Args:
@@ -26,27 +27,32 @@ def generate(
         canvas: the photo as it was trained on; gives the size, and the start with ``start="image"``.
         null: the unconditional conditioning; None, or a guidance scale of 1 or less, means no guidance.
 
-    Returns:
-        Pictures at the photo's own size.
+    Yields:
+        Pictures at the photo's own size, in order, as batches are done.
 
     Raises:
-        ImagicError: as :func:`refuse_no_steps`; a picture holds NaN or infinite values.
+        ImagicError: as :func:`refuse_no_steps`; a sampler that cannot take ``ddim_eta``; a picture
+            holds NaN.
     """
     refuse_no_steps(config)
-    pictures: list[Image.Image] = []
     for start in range(0, len(seeds), config.batch_size):
         part = slice(start, start + config.batch_size)
         pixels = _batch(base, concatenate(list(conditionings[part])), list(seeds[part]), config, canvas, null)
-        if not pixels.isfinite().all():
-            raise ImagicError("a generated picture holds values that are not finite", "finite values", "try --dtype fp32 or bf16")
-        pictures += [canvas.restored(to_image(one)) for one in pixels * 2 - 1]
-    return pictures
+        if pixels.isnan().any():
+            raise ImagicError("a generated picture holds NaN", "numbers", "try --dtype fp32 or bf16")
+        yield from (canvas.restored(to_image(one)) for one in pixels * 2 - 1)
+
+
+def refuse_empty(prompt: str) -> None:
+    """Raises ImagicError for a prompt of nothing but spaces."""
+    if not prompt.strip():
+        raise ImagicError("an empty prompt", "a sentence that says what the edited photo shows", 'for example "a dog jumping"')
 
 
 def refuse_no_steps(config: EditConfig) -> None:
     """Raises ImagicError if the strength leaves the sampler less than one of its steps to take from the image."""
     if config.start == "image" and int(config.steps * config.strength) < 1:
-        got = f"--edit.strength {config.strength:g} of --edit.steps {config.steps}"
+        got = f"strength {config.strength:g} of {config.steps} steps"
         raise ImagicError(got, "at least one step: strength times steps is 1 or more", "raise one of them")
 
 
@@ -68,6 +74,9 @@ def _batch(base: Base, text: Conditioning, seeds: list[int], config: EditConfig,
     else:
         arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3]}
     pipe = base.pipeline("image2image" if config.start == "image" else "text2image")
+    if config.ddim_eta and "eta" not in inspect.signature(pipe.scheduler.step).parameters:  # pyright: ignore[reportAttributeAccessIssue]
+        got = f"ddim_eta {config.ddim_eta:g} with a sampler of kind {type(pipe.scheduler).__name__}"  # pyright: ignore[reportAttributeAccessIssue]
+        raise ImagicError(got, "DDIM, which alone has it", "leave ddim_eta at 0")
     mixed = base.denoiser.dtype != dtype
     with torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False):
         return pipe(**arguments).images.float()  # pyright: ignore[reportCallIssue]

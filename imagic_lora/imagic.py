@@ -22,12 +22,13 @@ from .bases.registry import locate, open_base
 from .conditioning import Conditioning, interpolate
 from .config import RunConfig, TuneConfig
 from .errors import ImagicError
-from .full import save_full, unfrozen
-from .generate import generate, refuse_no_steps
+from .full import refuse_half, save_full, unfrozen
+from .generate import generate, refuse_empty, refuse_no_steps
 from .images import Canvas, Photo, read_photo, sheet, to_canvas, to_image, write_png
 from .lora import attached, save_lora
 from .memory import counted_bytes, refuse_if_too_large
-from .runtime import Processes, Runtime, key, peak_memory, resolve_runtime
+from .optimizers import refuse_missing
+from .runtime import Processes, Runtime, key, peak_memory, reset_peak_memory, resolve_runtime
 from .stages.embed import embed_stage, optimised
 from .stages.stage import Stage, StepReport, train
 from .stages.tune import tune_stage
@@ -82,13 +83,17 @@ def fit(
             numbers that are not finite.
     """
     processes = processes or Processes()
-    if not prompt.strip():
-        raise ImagicError("an empty prompt", "a sentence that says what the edited photo shows", 'for example "a dog jumping"')
-    if not overwrite:
-        store.refuse_existing(name)
+    refuse_empty(prompt)
     refuse_no_steps(config.edit)
+    store.prepare(name, overwrite)
     photo = read_photo(image)
-    run = _Run(config, base or open_for(config), photo, prompt, processes)
+    base = base or open_for(config)
+    for stage in (config.embed, config.tune):
+        refuse_missing(base.runtime.optimizer(stage.optimizer))
+    if config.tune.mode == "full":
+        refuse_half(base)
+    reset_peak_memory(base.runtime.device)
+    run = _Run(config, base, photo, prompt, processes)
     embed = run.embed_stage()
     yield from run.follow(embed)
     e_opt = optimised(embed)
@@ -184,6 +189,7 @@ class _Run:
             source=SourceRecord(sha256=self.photo.sha256, size=self.canvas.size, box=self.canvas.box),
             losses={stage: _ends(torch.stack(losses)) for stage, losses in self.losses.items()},
             seconds=self.seconds,
+            runtime=base.runtime.reasons | {"processes": str(self.processes.count)},
             peak_memory=peak_memory(base.runtime.device),
             versions={library: version(library) for library in _LIBRARIES},
         )

@@ -59,8 +59,8 @@ def save_lora(base: Base, folder: Path) -> None:
 def loaded_lora(base: Base, folder: Path) -> Iterator[None]:
     """The denoiser with stored layers; bit-equal to the base afterwards."""
     pipe = base.pipeline("text2image")
-    pipe.load_lora_weights(folder, adapter_name=_NAME)  # pyright: ignore[reportAttributeAccessIssue]
     try:
+        pipe.load_lora_weights(folder, adapter_name=_NAME)  # pyright: ignore[reportAttributeAccessIssue]
         yield
     finally:
         pipe.unload_lora_weights()  # pyright: ignore[reportAttributeAccessIssue]

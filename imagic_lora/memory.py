@@ -25,6 +25,7 @@ def counted_bytes(folder: Path, component: str, mode: Mode, runtime: Runtime, op
     parts = [part.name for part in folder.iterdir() if part.is_dir() and part.name not in _UNLOADED]
     frozen = sum(count_parameters(folder, part) for part in parts) - trained
     full = 4 + 4 + _STATES[optimizer]  # fp32 master weight, gradient, states
+    full += 4 if runtime.device.type == "cpu" else 0  # the copy in host memory that restores the base
     return frozen * size + trained * (full if mode == "full" else size)
 
 

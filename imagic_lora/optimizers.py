@@ -18,12 +18,21 @@ def build_optimizer(name: str, parameters: Iterable[Parameter], learning_rate: f
     Raises:
         ImagicError: bitsandbytes is asked for and cannot be imported.
     """
+    refuse_missing(name)
     if name == "adam":
         return torch.optim.Adam(parameters, lr=learning_rate, foreach=True)
+    from bitsandbytes.optim import Adam8bit
+
+    return Adam8bit(parameters, lr=learning_rate)
+
+
+def refuse_missing(name: str) -> None:
+    """Raises ImagicError if an optimiser's library cannot be imported."""
+    if name != "adam8bit":
+        return
     try:
-        from bitsandbytes.optim import Adam8bit
+        import bitsandbytes  # noqa: F401
     except (ImportError, RuntimeError) as error:
         raise ImagicError(
             f"adam8bit, but bitsandbytes cannot be imported ({error})", "a working bitsandbytes", "pip install bitsandbytes, or use adam"
         ) from error
-    return Adam8bit(parameters, lr=learning_rate)

@@ -101,10 +101,18 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes in use so far: allocated by PyTorch on CUDA, resident in the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, where the current size has to do
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts the count of :func:`peak_memory` anew, where the device can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def key(*parts: int | str) -> int:

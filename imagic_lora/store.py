@@ -7,14 +7,14 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
 from .bases.base import Base
@@ -62,7 +62,8 @@ class SourceRecord(_Part):
 class Record(_Part):
     """``adapter.json``, version 1: how an adapter was made, and the hash of every other file.
 
-    Losses are the mean of the first and of the last tenth of each stage; ``peak_memory`` is in bytes.
+    Losses are the mean of the first and of the last tenth of each stage; ``runtime`` is what ``auto`` came to; ``peak_memory`` is in
+    bytes.
     """
 
     version: Literal[1] = 1
@@ -75,6 +76,7 @@ class Record(_Part):
     source: SourceRecord
     losses: dict[str, tuple[float, float]]
     seconds: dict[str, float]
+    runtime: dict[str, str]
     peak_memory: int
     versions: dict[str, str]
     files: dict[str, str] = {}
@@ -149,10 +151,21 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def refuse_existing(self, name: str) -> None:
-        """Raises ImagicError if an adapter of that name is there."""
-        if (self.root / checked_name(name)).exists():
+    def prepare(self, name: str, overwrite: bool) -> None:
+        """Makes sure, before anything is trained, that an adapter of this name can be written.
+
+        Raises:
+            ImagicError: it cannot be a name, it is taken and ``overwrite`` is not given, or the folder cannot be written to.
+        """
+        if (self.root / checked_name(name)).exists() and not overwrite:
             raise ImagicError(f"{self.root / name} exists", "a new name", "choose another --name, or --overwrite")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.root).close()
+        except OSError as error:
+            raise ImagicError(
+                f"{self.root} cannot be written to ({error.strerror})", "a folder to write to", "choose another --store"
+            ) from error
 
     def names(self) -> list[str]:
         """Names of the adapters, sorted."""
@@ -189,9 +202,8 @@ class Store:
         Raises:
             ImagicError: the name is taken and ``overwrite`` is not given.
         """
-        final = self.root / checked_name(record.name)
-        if not overwrite:
-            self.refuse_existing(record.name)
+        self.prepare(record.name, overwrite)
+        final = self.root / record.name
         hidden = self.root / f".{record.name}.{os.getpid()}.part"
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir(parents=True)
@@ -211,7 +223,7 @@ class Store:
 def _read_record(path: Path) -> Record:
     try:
         return Record.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ImagicError(f"{path} cannot be read ({first})", "an adapter record of version 1", "fit or copy the adapter again") from error
 

@@ -28,6 +28,7 @@ from imagic_lora.imagic import fit, open_for, result
 from imagic_lora.metrics import pixels, psnr
 from imagic_lora.store import Store
 
+FIRST = 10  # scenes 0 to 9 were looked at while the defaults were still being chosen
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -82,13 +83,13 @@ class Outcome:
         return [name for name in ("animal", "colour", "place", "thing") if self.seen[name] == getattr(self.scene, name)]
 
 
-def outcomes(mode: Mode, split: Split, count: int) -> Iterator[Outcome]:
-    """Fits and edits scenes ``0`` to ``count - 1`` of a split with the defaults."""
+def outcomes(mode: Mode, split: Split, scenes: range) -> Iterator[Outcome]:
+    """Fits and edits scenes of a split with the defaults."""
     logging.disable_progress_bar()
     config = resolve({"base": "critters", "tune": {"mode": mode}}, {}, PRESETS["critters"])
     editor, judge = Editor(open_for(config)), Judge.load()
     with tempfile.TemporaryDirectory() as folder:
-        for k in range(count):
+        for k in scenes:
             scene = scene_at(split, k)
             pose = asked(scene, k)
             pictures = measure(editor, scene, pose, config, Store(Path(folder)))
@@ -100,13 +101,14 @@ def outcomes(mode: Mode, split: Split, count: int) -> Iterator[Outcome]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=("lora", "full"), default="lora")
+    parser.add_argument("--first", type=int, default=FIRST, help="number of the first scene")
     parser.add_argument("--scenes", type=int, default=10)
     parser.add_argument("--split", choices=("claim", "choose"), default="claim", help="choose: for trying settings")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     done: list[Outcome] = []
     start = time.time()
-    for one in outcomes(args.mode, args.split, args.scenes):
+    for one in outcomes(args.mode, args.split, range(args.first, args.first + args.scenes)):
         done.append(one)
         saw = f"judge sees {one.seen['animal']} {one.seen['pose']}, kept {', '.join(one.kept)}"
         drop = f"error at eta 0 {-100 * lowered(one.pictures):+.0f}%; {time.time() - start:.0f} s"

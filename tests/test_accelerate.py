@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 FIT = ("-m", "imagic_lora", "fit", "photo.png", "a dog jumping", "--base", "base", "--embed.steps", "3", "--tune.steps", "3",
-       "--edit.steps", "2", "--rank", "2", "--device", "cpu")  # fmt: skip
+       "--edit.steps", "2", "--rank", "2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffusers import (
 from tiny import save_tiny
 from torch import Tensor
 
+from imagic_lora.bases.files import count_parameters
 from imagic_lora.bases.registry import locate
 from imagic_lora.errors import ImagicError
 
@@ -216,3 +218,33 @@ def test_a_base_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ImagicError, match="cannot be loaded"):
         opened(tmp_path)
+
+
+def test_an_unknown_prediction_type_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Rather than trained as something else."""
+    shutil.copytree(folder, tmp_path / "base")
+    path = tmp_path / "base/scheduler/scheduler_config.json"
+    path.write_text(path.read_text().replace('"epsilon"', '"flow"'))
+    with pytest.raises(ImagicError, match="predicts 'flow'"):
+        opened(tmp_path / "base")
+
+
+def test_broken_weights_are_named(folder: Path, tmp_path: Path) -> None:
+    """A truncated file, or the pointer that git leaves of a large one, is no traceback."""
+    shutil.copytree(folder, tmp_path / "base")
+    (tmp_path / "base/unet/diffusion_pytorch_model.safetensors").write_text("version https://git-lfs")
+    for open_it in (lambda: opened(tmp_path / "base"), lambda: count_parameters(tmp_path / "base", "unet")):
+        with pytest.raises(ImagicError):
+            open_it()
+
+
+def test_a_revision_of_a_folder_is_refused(folder: Path) -> None:
+    """It would be ignored."""
+    with pytest.raises(ImagicError, match="--revision main of the folder"):
+        locate(str(folder), "main")
+
+
+def test_a_base_remembers_where_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative folder is kept whole, so that its adapters work from anywhere."""
+    monkeypatch.chdir(folder.parent)
+    assert opened(Path(folder.name)).name == str(folder.resolve())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from PIL import Image
 from pydantic import BaseModel
 from tiny import save_tiny
@@ -132,6 +133,8 @@ def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[st
         "seed not a number": (["edit", "rex", "--store", store, "--seed", "one"], "--seed one"),
         "adapter of another base": (["edit", "rex", "--store", store, "--base", other], "was made for base"),
         "no such adapter": (["edit", "max", "--store", store], "rex"),
+        "empty prompt for an edit": (["edit", "rex", "--store", store, "--prompt", " "], "empty prompt"),
+        "no step to take": (["edit", "rex", "--store", store, "--start", "image", "--strength", "0.1", "--steps", "2"], "strength 0.1"),
         "a path in a name": (["fit", photo, "a dog", "--base", base, "--name", "../x"], "no path"),
         "a path in an edit": (["edit", "../rex", "--store", store], "no path"),
         "existing name": (["fit", photo, "a dog", "--base", base, "--store", store, "--name", "rex"], "--overwrite"),
@@ -146,7 +149,8 @@ def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[st
 
 BAD = [
     "not an image", "empty file", "missing file", "empty prompt", "unknown base", "not a base", "unknown config key", "unknown preset",
-    "eta out of range", "eta not a number", "seed not a number", "adapter of another base", "no such adapter", "a path in a name",
+    "eta out of range", "eta not a number", "seed not a number", "adapter of another base", "no such adapter",
+    "empty prompt for an edit", "no step to take", "a path in a name",
     "a path in an edit", "existing name", "unknown command", "unknown flag", "value out of range", "wrong type", "clash",
     "xformers without CUDA",
 ]  # fmt: skip
@@ -183,6 +187,21 @@ def test_an_interrupt_exits_130(run: Run, base: Path, photo: Path, monkeypatch: 
     monkeypatch.setattr(imagic, "tune_stage", interrupted)
     assert run("fit", photo, "a dog", "--base", base, *SHORT)[0] == 130
     assert not list(Path("adapters").glob("*"))
+
+
+def test_out_of_memory_is_an_error_with_a_remedy(run: Run, base: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 2 and no traceback; another RuntimeError keeps its own."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(imagic, "tune_stage", full)
+    code, _, err = run("fit", photo, "a dog", "--base", base, *SHORT)
+    assert code == 2
+    assert "--resolution" in err
+    monkeypatch.setattr(imagic, "tune_stage", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("fit", photo, "a dog", "--base", base, *SHORT)
 
 
 def leaves(group: type[BaseModel] = RunConfig, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

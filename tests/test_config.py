@@ -149,7 +149,7 @@ def test_a_value_out_of_range_is_refused_by_name(path: Leaf, value: Any) -> None
 def test_a_lora_setting_clashes_with_mode_full(name: str, value: Any, level: str) -> None:
     """Both flags are named, wherever the LoRA setting came from."""
     given = {"file": {}, "flags": {}} | {level: {"tune": {name: value}}}
-    with pytest.raises(ImagicError, match=f"--{name} together with --mode full"):
+    with pytest.raises(ImagicError, match=rf"--{name} \(from the .*\) together with --mode full"):
         resolve(merged(given["flags"], {"tune": {"mode": "full"}}), given["file"], PRESETS["sd"])
 
 

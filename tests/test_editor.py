@@ -59,7 +59,7 @@ def test_the_weights_of_an_adapter_matter(folder: Path, fitted: Fitted) -> None:
     """The same embedding on the bare base gives another picture."""
     adapter, base = fitted("lora"), opened(folder)
     stored = adapter.embeddings()
-    bare = generate(base, [stored["optimised"]], [5], CONFIG, adapter.canvas(), stored["null"])[0]
+    bare = next(generate(base, [stored["optimised"]], [5], CONFIG, adapter.canvas(), stored["null"]))
     assert np.abs(pictures(Editor(base), adapter, etas=[0])[0] - array(bare)).max() > 1
 
 
@@ -131,7 +131,7 @@ def test_another_prompt_takes_the_place_of_the_target(folder: Path, fitted: Fitt
     stored, editor = adapter.embeddings(), Editor(base)
     edited = pictures(editor, adapter, prompt="a dog")[0]
     mixed = Conditioning(0.6 * base.encode_text("a dog").tokens + (1 - 0.6) * stored["optimised"].tokens)
-    expected = generate(base, [mixed], [5], CONFIG, adapter.canvas(), stored["null"])[0]
+    expected = next(generate(base, [mixed], [5], CONFIG, adapter.canvas(), stored["null"]))
     assert np.array_equal(edited, array(expected))
     assert not np.array_equal(edited, pictures(editor, adapter)[0])
     assert np.array_equal(pictures(editor, adapter, prompt="a cat"), pictures(editor, adapter))
@@ -148,8 +148,8 @@ def test_no_guidance_needs_no_null(folder: Path, fitted: Fitted) -> None:
     """A scale of 1, and a base without an unconditional embedding, are the same plain sampling."""
     base, adapter = opened(folder), fitted("lora")
     stored, off = adapter.embeddings(), CONFIG.model_copy(update={"guidance_scale": 1.0})
-    one = generate(base, [stored["target"]], [5], off, adapter.canvas(), stored["null"])[0]
-    other = generate(base, [stored["target"]], [5], CONFIG, adapter.canvas(), None)[0]
+    one = next(generate(base, [stored["target"]], [5], off, adapter.canvas(), stored["null"]))
+    other = next(generate(base, [stored["target"]], [5], CONFIG, adapter.canvas(), None))
     assert np.array_equal(array(one), array(other))
 
 
@@ -167,5 +167,18 @@ def test_pictures_that_are_not_finite_are_refused(folder: Path, fitted: Fitted) 
     base, adapter = opened(folder), fitted("lora")
     stored = adapter.embeddings()
     broken = Conditioning(torch.full_like(stored["target"].tokens, torch.nan))
-    with pytest.raises(ImagicError, match="not finite"):
-        generate(base, [broken], [0], CONFIG, adapter.canvas(), stored["null"])
+    with pytest.raises(ImagicError, match="holds NaN"):
+        next(generate(base, [broken], [0], CONFIG, adapter.canvas(), stored["null"]))
+
+
+def test_an_empty_prompt_is_refused(folder: Path, fitted: Fitted) -> None:
+    """Before anything is sampled."""
+    with pytest.raises(ImagicError, match="empty prompt"):
+        next(Editor(opened(folder)).edit(fitted("lora"), [0.5], [0], CONFIG, prompt=" "))
+
+
+def test_noise_of_ddim_is_refused_with_another_sampler(fitted: Fitted, tmp_path: Path) -> None:
+    """A sampler that would ignore ddim_eta says so; the weights are those of the adapter's base."""
+    editor = Editor(opened(save_tiny(tmp_path / "euler", scheduler="euler")))
+    with pytest.raises(ImagicError, match="sampler of kind Euler"):
+        next(editor.edit(fitted("lora"), [0.5], [0], CONFIG.model_copy(update={"ddim_eta": 0.5})))

@@ -34,6 +34,7 @@ def record(name: str = "one", **changes) -> Record:
         source=SourceRecord(sha256="0", size=(3, 2), box=(0, 0, 3, 2)),
         losses={"embed": (1.5, 0.25)},
         seconds={"embed": 0.1},
+        runtime={"device": "cpu"},
         peak_memory=7,
         versions={"torch": "2"},
     )
@@ -179,10 +180,17 @@ def test_everything_is_flushed_before_it_has_its_name(store: Store, monkeypatch:
     assert flushed[-1] == (store.root.stat().st_ino, True)
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_beforehand(tmp_path: Path) -> None:
+    """Here a file stands where the folder should be."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ImagicError, match="cannot be written to"):
+        Store(tmp_path / "file").prepare("one", overwrite=False)
+
+
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_that_is_no_name_is_refused(store: Store, name: str) -> None:
     """To read, to write and to check."""
-    for refused in (store.read, store.refuse_existing, lambda name: store.write(record(name), fill(), overwrite=True)):
+    for refused in (store.read, lambda name: store.prepare(name, False), lambda name: store.write(record(name), fill(), overwrite=True)):
         with pytest.raises(ImagicError, match="as a name"):
             refused(name)
     assert store.names() == ["one"]

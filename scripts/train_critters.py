@@ -267,6 +267,8 @@ def export_pipeline(run: Run, words: CLIPTokenizer, scheduler: Any) -> None:
     vae = AutoencoderKL.from_pretrained(DATA / "vae", dtype=torch.float16)
     without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     StableDiffusionPipeline(vae, text.half(), words, unet.half(), scheduler, **without).save_pretrained(DATA)
+    config = DATA / "text_encoder" / "config.json"  # transformers would load it in half precision, diffusers the rest in single
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     run.module.train()
 
 

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
+from pydantic import ValidationError
 from rich.markup import escape
 from rich.table import Table
 
-from .config import PRESETS, DeviceConfig, EditConfig, MemoryConfig, RunConfig, merged, read_yaml, resolve
-from .console import counted, err, print_json, quiet_libraries, quiet_loading, refused, say_what_is_active, shown
+from .config import PRESETS, DeviceConfig, EditConfig, MemoryConfig, RunConfig, merged, read_yaml, refusal, resolve
+from .console import counted, err, out, print_json, quiet_libraries, quiet_loading, refused, say_what_is_active, shown
 from .errors import ImagicError
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from .stages.stage import StepReport
     from .store import Adapter
 
 app = App(
@@ -107,8 +110,14 @@ def _fit(image: Path, prompt: str, run: RunConfig, store: Any, name: str, overwr
         from .imagic import result
 
         return result(steps)
-    say_what_is_active(resolve_runtime(run.memory), run, processes.count)
-    return shown(steps, run)
+
+    def announced() -> Generator[StepReport, None, Adapter | None]:
+        first = next(steps)  # by then everything that can be refused has been
+        say_what_is_active(resolve_runtime(run.memory), run, processes.count)
+        yield first
+        return (yield from steps)
+
+    return shown(announced(), run)
 
 
 def _processes(run: RunConfig) -> Any:
@@ -140,7 +149,7 @@ def edit(
     device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device")] = None,
     base: str | None = None,
     store: StoreDir = DEFAULT_STORE,
-    out: Path | None = None,
+    out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
     as_json: Json = False,
 ) -> None:
     """Make pictures from a stored adapter.
@@ -158,7 +167,7 @@ def edit(
         Another target text than the one the adapter was fitted for.
     base
         Load the base from here instead of where the adapter says; it must be the same weights.
-    out
+    out_dir
         Folder for the pictures; outputs/NAME where not given.
     """
     from .bases.registry import open_base
@@ -172,28 +181,31 @@ def edit(
     record = adapter.record
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     config = EditConfig.model_validate(merged(record.config.edit.model_dump(), flags))
+    if "strength" in flags and config.start == "noise":
+        raise ImagicError("--strength without --start image", "both or neither", "add --start image, or leave out --strength")
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
     text = record.prompt if prompt is None else prompt
     refuse_edit(etas, config, text)
-    out = out or Path("outputs") / record.name
-    out.mkdir(parents=True, exist_ok=True)
+    folder = out_dir or Path("outputs") / record.name
+    folder.mkdir(parents=True, exist_ok=True)
     source = (base, None) if base else (record.base.name, record.base.revision)
     editor = Editor(open_base(source[0], resolve_runtime(_memory(device)), source[1]))
     written: list[dict[str, Any]] = []
     cells: dict[int, list[Any]] = {s: [] for s in seeds}
     for one in counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds)):
-        path = out / f"eta{one.eta:g}-seed{one.seed}.png"
+        path = folder / f"eta{one.eta:g}-seed{one.seed}.png"
         how = {"adapter": record.name, "base": record.base.name, "prompt": text, "eta": one.eta, "seed": one.seed}
         write_png(one.image, path, how | {"edit": config.model_dump()})
         written.append({"file": str(path), "eta": one.eta, "seed": one.seed})
         cells[one.seed].append((f"eta {one.eta:g} seed {one.seed}", one.image))
     photo = adapter.canvas().photo()
     page = sheet([[("photo", photo), *row] for row in cells.values()], text)
-    write_png(page, out / "sheet.png", {"adapter": record.name})
+    write_png(page, folder / "sheet.png", {"adapter": record.name})
     if as_json:
-        print_json({"adapter": record.name, "pictures": written, "sheet": str(out / "sheet.png")})
+        print_json({"adapter": record.name, "pictures": written, "sheet": str(folder / "sheet.png")})
     else:
-        err.print(f"[green]Wrote[/] {len(written)} pictures and {escape(str(out / 'sheet.png'))}")
+        plural = "" if len(written) == 1 else "s"
+        err.print(f"[green]Wrote[/] {len(written)} picture{plural} and {escape(str(folder / 'sheet.png'))}")
 
 
 def _memory(device: DeviceConfig | None) -> MemoryConfig:
@@ -253,7 +265,7 @@ def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> 
     for a in adapters:
         r = a.record
         table.add_row(*map(escape, (r.name, r.base.name, r.config.tune.mode, r.prompt, f"{a.size / 1e6:.2f}", r.created[:10])))
-    Console().print(table)
+    out.print(table)
 
 
 @app.command
@@ -275,7 +287,7 @@ def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -
     table = Table(show_header=False, box=None, padding=(0, 2))
     for key, value in {"name": record.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **_facts(adapter)}.items():
         table.add_row(f"[dim]{key}[/]", escape(json.dumps(value) if isinstance(value, dict) else str(value)))
-    Console().print(table)
+    out.print(table)
 
 
 def _facts(adapter: Adapter) -> dict[str, Any]:
@@ -327,7 +339,7 @@ def doctor(*, as_json: Json = False) -> None:
     for group, values in facts.items():
         for key, value in values.items():
             table.add_row(f"[dim]{group}[/]", key, escape(str(value)))
-    Console().print(table)
+    out.print(table)
 
 
 def _slug(stem: str) -> str:
@@ -347,9 +359,15 @@ def main(tokens: Sequence[str] | None = None) -> int:
         try:
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         except CycloptsError as error:
+            if isinstance(error.__cause__, ValidationError):
+                mended = refusal(error.__cause__)
+                return refused({"got": mended.got, "expected": mended.expected, "remedy": mended.remedy}, tokens)
             return refused({"got": str(error), "expected": "a command as --help describes it", "remedy": "see imagic-lora --help"}, tokens)
         except ImagicError as error:
             return refused({"got": error.got, "expected": error.expected, "remedy": error.remedy}, tokens)
+        except BrokenPipeError:  # whoever read our output has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         except KeyboardInterrupt:
             err.print("Interrupted; nothing was stored.")
             return 130

@@ -198,12 +198,16 @@ def checked(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise ImagicError(f"unknown setting {where}", _known(first["loc"]), "mend its name or remove it") from error
-        got = f"{where} = {first['input']!r}" if where else "settings that clash"
-        raise ImagicError(got, first["msg"].removeprefix("Value error, "), "change that setting") from error
+        raise refusal(error) from error
+
+
+def refusal(error: ValidationError) -> ImagicError:
+    """What is wrong with the first of the values that pydantic refused."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return ImagicError(f"unknown setting {where}", _known(first["loc"]), "mend its name or remove it")
+    return ImagicError(f"{where} = {first['input']!r}", first["msg"].removeprefix("Input should be "), "change that setting")
 
 
 def _known(location: tuple[int | str, ...]) -> str:

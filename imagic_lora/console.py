@@ -22,17 +22,19 @@ if TYPE_CHECKING:
     from .stages.stage import StepReport
     from .store import Adapter
 
-err = Console(stderr=True)
+err = Console(stderr=True, emoji=False)
+out = Console(emoji=False)
 
 
 def say_what_is_active(runtime: Runtime, run: RunConfig, processes: int) -> None:
     """Device, precision, levers and optimisers, each with its reason."""
     tune = run.tune
     how = f"LoRA, rank {tune.rank}, {tune.targets}" if tune.mode == "lora" else "full, fp32 master weights"
-    rows = {**runtime.reasons, "base": run.base, "tuning": how, "processes": str(processes)}
-    optimizers: dict[str, OptimizerName] = {"embed": run.embed.optimizer, "tune": tune.optimizer}
-    for stage, asked in optimizers.items():
-        rows[f"optimiser of {stage}"] = _optimizer(runtime, asked)
+    size = f"{run.resolution} pixels squared" if run.resolution else "the base's own"
+    rows = {**runtime.reasons, "base": run.base, "resolution": size, "tuning": how, "processes": str(processes)}
+    for name, stage in {"embed": run.embed, "tune": tune}.items():
+        steps = f"{stage.steps} steps of batch {stage.batch_size} at rate {stage.learning_rate:g}"
+        rows[name] = f"{steps}, {_optimizer(runtime, stage.optimizer)}"
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/]", escape(value))

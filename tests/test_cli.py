@@ -134,6 +134,7 @@ def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[st
         "adapter of another base": (["edit", "rex", "--store", store, "--base", other], "was made for base"),
         "no such adapter": (["edit", "max", "--store", store], "rex"),
         "empty prompt for an edit": (["edit", "rex", "--store", store, "--prompt", " "], "empty prompt"),
+        "strength without a start": (["edit", "rex", "--store", store, "--strength", "0.5"], "--start image"),
         "no step to take": (["edit", "rex", "--store", store, "--start", "image", "--strength", "0.1", "--steps", "2"], "strength 0.1"),
         "a path in a name": (["fit", photo, "a dog", "--base", base, "--name", "../x"], "no path"),
         "a path in an edit": (["edit", "../rex", "--store", store], "no path"),
@@ -150,7 +151,7 @@ def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[st
 BAD = [
     "not an image", "empty file", "missing file", "empty prompt", "unknown base", "not a base", "unknown config key", "unknown preset",
     "eta out of range", "eta not a number", "seed not a number", "adapter of another base", "no such adapter",
-    "empty prompt for an edit", "no step to take", "a path in a name",
+    "empty prompt for an edit", "no step to take", "strength without a start", "a path in a name",
     "a path in an edit", "existing name", "unknown command", "unknown flag", "value out of range", "wrong type", "clash",
     "xformers without CUDA",
 ]  # fmt: skip
@@ -167,6 +168,12 @@ def test_bad_input_is_one_clear_error(case: str, run: Run, base: Path, photo: Pa
     code, out, _ = run(*command, "--json")
     assert code == 2
     assert word in json.loads(out)["error"]["got"] + json.loads(out)["error"]["expected"] + json.loads(out)["error"]["remedy"]
+
+
+def test_an_error_is_shown_as_it_was_typed(run: Run, store: Path) -> None:
+    """No emoji for :end:, and no name of a validation library."""
+    assert "start:end:step" in run("edit", "rex", "--store", store, "--eta", "much")[2]
+    assert "pydantic" not in run("edit", "rex", "--store", store, "--steps", "0")[2]
 
 
 def test_a_long_prompt_is_a_warning_that_says_what_was_cut(run: Run, base: Path, photo: Path) -> None:

@@ -264,7 +264,8 @@ def export_pipeline(run: Run, words: CLIPTokenizer, scheduler: Any) -> None:
     unet, text = UNet2DConditionModel(**UNET), CLIPTextModel(text_config(words))
     unet.load_state_dict(parts["unet"].state_dict())
     text.load_state_dict(parts["text"].state_dict())
-    vae = AutoencoderKL.from_pretrained(DATA / "vae", dtype=torch.float16)
+    vae: Any = AutoencoderKL.from_pretrained(DATA / "vae", dtype=torch.float16)
+    vae.register_to_config(_name_or_path="critters")  # not where it lay when it was trained
     without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     StableDiffusionPipeline(vae, text.half(), words, unet.half(), scheduler, **without).save_pretrained(DATA)
     config = DATA / "text_encoder" / "config.json"  # transformers would load it in half precision, diffusers the rest in single

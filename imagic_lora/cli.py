@@ -21,8 +21,11 @@ from .console import counted, err, out, print_json, quiet_libraries, quiet_loadi
 from .errors import ImagicError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterable
 
+    from PIL.Image import Image
+
+    from .editor import Edit
     from .stages.stage import StepReport
     from .store import Adapter
 
@@ -172,7 +175,6 @@ def edit(
     """
     from .bases.registry import open_base
     from .editor import Editor, refuse_edit
-    from .images import sheet, write_png
     from .runtime import resolve_runtime
     from .store import Store
 
@@ -190,22 +192,29 @@ def edit(
     folder.mkdir(parents=True, exist_ok=True)
     source = (base, None) if base else (record.base.name, record.base.revision)
     editor = Editor(open_base(source[0], resolve_runtime(_memory(device)), source[1]))
-    written: list[dict[str, Any]] = []
-    cells: dict[int, list[Any]] = {s: [] for s in seeds}
-    for one in counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds)):
-        path = folder / f"eta{one.eta:g}-seed{one.seed}.png"
-        how = {"adapter": record.name, "base": record.base.name, "prompt": text, "eta": one.eta, "seed": one.seed}
-        write_png(one.image, path, how | {"edit": config.model_dump()})
-        written.append({"file": str(path), "eta": one.eta, "seed": one.seed})
-        cells[one.seed].append((f"eta {one.eta:g} seed {one.seed}", one.image))
-    photo = adapter.canvas().photo()
-    page = sheet([[("photo", photo), *row] for row in cells.values()], text)
-    write_png(page, folder / "sheet.png", {"adapter": record.name})
+    edits = counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds))
+    how = {"adapter": record.name, "base": record.base.name, "prompt": text, "edit": config.model_dump()}
+    written = _write_edits(edits, folder, how, adapter.canvas().photo())
     if as_json:
         print_json({"adapter": record.name, "pictures": written, "sheet": str(folder / "sheet.png")})
     else:
         plural = "" if len(written) == 1 else "s"
         err.print(f"[green]Wrote[/] {len(written)} picture{plural} and {escape(str(folder / 'sheet.png'))}")
+
+
+def _write_edits(edits: Iterable[Edit], folder: Path, how: dict[str, Any], photo: Image) -> list[dict[str, Any]]:
+    """Writes every picture as it comes and the sheet at the end, a row for each seed; gives the files of the pictures."""
+    from .images import sheet, write_png
+
+    written: list[dict[str, Any]] = []
+    rows: dict[int, list[tuple[str, Image]]] = {}
+    for one in edits:
+        path = folder / f"eta{one.eta:g}-seed{one.seed}.png"
+        write_png(one.image, path, how | {"eta": one.eta, "seed": one.seed})
+        written.append({"file": str(path), "eta": one.eta, "seed": one.seed})
+        rows.setdefault(one.seed, [("photo", photo)]).append((f"eta {one.eta:g} seed {one.seed}", one.image))
+    write_png(sheet(list(rows.values()), how["prompt"]), folder / "sheet.png", {"adapter": how["adapter"]})
+    return written
 
 
 def _memory(device: DeviceConfig | None) -> MemoryConfig:
@@ -360,11 +369,10 @@ def main(tokens: Sequence[str] | None = None) -> int:
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         except CycloptsError as error:
             if isinstance(error.__cause__, ValidationError):
-                mended = refusal(error.__cause__)
-                return refused({"got": mended.got, "expected": mended.expected, "remedy": mended.remedy}, tokens)
-            return refused({"got": str(error), "expected": "a command as --help describes it", "remedy": "see imagic-lora --help"}, tokens)
+                return refused(refusal(error.__cause__), tokens)
+            return refused(ImagicError(str(error), "a command as --help describes it", "see imagic-lora --help"), tokens)
         except ImagicError as error:
-            return refused({"got": error.got, "expected": error.expected, "remedy": error.remedy}, tokens)
+            return refused(error, tokens)
         except BrokenPipeError:  # whoever read our output has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -375,5 +383,5 @@ def main(tokens: Sequence[str] | None = None) -> int:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every command
                 raise
             remedy = "use --mode lora, a smaller --resolution, or --embed.batch-size and --tune.batch-size 1"
-            return refused({"got": "out of memory on the card", "expected": "more free memory", "remedy": remedy}, tokens)
+            return refused(ImagicError("out of memory on the card", "more free memory", remedy), tokens)
     return 0

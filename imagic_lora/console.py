@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .config import OptimizerName, RunConfig
-from .errors import ImagicWarning
+from .errors import ImagicError, ImagicWarning
 
 if TYPE_CHECKING:
     from .editor import Edit
@@ -109,11 +109,11 @@ def quiet_loading() -> None:
     of_transformers.disable_progress_bar()
 
 
-def refused(error: dict[str, str], tokens: Sequence[str]) -> int:
+def refused(error: ImagicError, tokens: Sequence[str]) -> int:
     """Says what was wrong, in JSON too where that was asked for; gives the exit code."""
     if "--json" in tokens:
-        print_json({"error": error})
-    err.print(f"[red]Error:[/] {escape(error['got'])}", highlight=False)
-    err.print(f"  expected: {escape(error['expected'])}", highlight=False)
-    err.print(f"  what to do: {escape(error['remedy'])}", highlight=False)
+        print_json({"error": {"got": error.got, "expected": error.expected, "remedy": error.remedy}})
+    err.print(f"[red]Error:[/] {escape(error.got)}", highlight=False)
+    err.print(f"  expected: {escape(error.expected)}", highlight=False)
+    err.print(f"  what to do: {escape(error.remedy)}", highlight=False)
     return 2

@@ -178,6 +178,7 @@ class _Run:
         (folder / CARD).write_text(_card(folder, self.prompt, self.base.name, self.config), encoding="utf-8")
 
     def record(self, name: str) -> Record:
+        """How the adapter was made, without the hashes of its files."""
         base, config = self.base, self.config
         return Record(
             name=name,

@@ -37,11 +37,14 @@ check: lint test ## all that must pass
 critters-report: $(READY) ## the figures and the sheet of the embedded base
 	$(BIN)/python scripts/critters_report.py
 
-bench-cpu: $(READY) ## steps a second of both stages against a plain loop, on the embedded base
-	$(BIN)/python scripts/bench_cpu.py
+bench-memory: $(READY) ## predicted, and on a card measured, peaks: docs/memory.md
+	$(BIN)/python scripts/bench_memory.py
+
+bench-speed: $(READY) ## our loop against a plain one, the price of the levers: docs/speed.md
+	$(BIN)/python scripts/bench_speed.py
 
 clean: ## remove outputs, caches and .venv
 	rm -rf outputs $(VENV) .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test test-slow test-gpu lint check critters-report bench-cpu clean
+.PHONY: help setup demo test test-slow test-gpu lint check critters-report bench-memory bench-speed clean

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -16,9 +15,11 @@ from pydantic import ValidationError
 from rich.markup import escape
 from rich.table import Table
 
-from .config import PRESETS, DeviceConfig, EditConfig, MemoryConfig, RunConfig, merged, read_yaml, refusal, resolve
-from .console import counted, err, out, print_json, quiet_libraries, quiet_loading, refused, say_what_is_active, shown
+from .config import DeviceConfig, EditConfig, PresetOrAuto, RunConfig, checked, merged, read_yaml, recipe_of, refusal
+from .console import counted, err, out, print_json, quiet_libraries, quiet_loading, refused, say_plan, say_what_is_active, shown
 from .errors import ImagicError
+from .listing import facts, list_adapters, show
+from .options import DEFAULT_STORE, Json, StoreDir, parse_etas, parse_seeds
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
@@ -36,10 +37,8 @@ app = App(
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )
-
-Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON object on stdout; everything for people goes to stderr.")]
-StoreDir = Annotated[Path, Parameter(name="--store", help="The folder of adapters.")]
-DEFAULT_STORE = Path("adapters")
+app.command(list_adapters, name="list")
+app.command(show)
 
 
 @app.command
@@ -48,7 +47,6 @@ def fit(
     prompt: str,
     *,
     settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
-    preset: str | None = None,
     config: Path | None = None,
     name: str | None = None,
     store: StoreDir = DEFAULT_STORE,
@@ -57,7 +55,7 @@ def fit(
 ) -> None:
     """Learn a photo: optimise the text embedding on it, tune the denoiser on it, store the adapter.
 
-    The defaults shown are the built-in ones; the preset of a base may have others, and the run prints what is active.
+    The defaults shown are the built-in ones; a base and a preset may have others, and the run prints what is active.
 
     Parameters
     ----------
@@ -65,8 +63,6 @@ def fit(
         The photo: JPEG, PNG, WebP, TIFF, BMP or GIF.
     prompt
         What the edited photo shows, as one sentence: "a dog jumping".
-    preset
-        Settings that suit a kind of base (sd, critters); the base's own where not given.
     config
         YAML file of settings, laid over the preset; flags are laid over both.
     name
@@ -74,39 +70,38 @@ def fit(
     overwrite
         Replace an adapter of the same name.
     """
-    from .bases.registry import preset_of
     from .store import Store
 
     quiet_loading()
-    run = settings_of(settings, config, preset, preset_of)
-    adapter = _fit(image, prompt, run, Store(store), name or _slug(image.stem), overwrite)
+    run, why = settings_of(settings, config)
+    adapter = _fit(image, prompt, run, why, Store(store), name or _slug(image.stem), overwrite)
     if adapter is None:
         return
     if as_json:
-        print_json({"name": adapter.record.name, "folder": str(adapter.folder), "bytes": adapter.size, **_facts(adapter)})
+        print_json({"name": adapter.record.name, "folder": str(adapter.folder), "bytes": adapter.size, **facts(adapter)})
     else:
         folder = escape(str(adapter.folder))
         err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB). Look at {folder}/preview.png, then:")
         err.print(f"  imagic-lora edit {adapter.record.name} --eta 0.3:1:0.1", highlight=False)
 
 
-def settings_of(settings: RunConfig | None, config: Path | None, preset: str | None, preset_of: Any) -> RunConfig:
-    """The settings of a run from flags, file and preset; a preset that is not named is the base's own."""
+def settings_of(settings: RunConfig | None, config: Path | None) -> tuple[RunConfig, str]:
+    """The settings of a run from flags and file over the recipe of its base and the preset, and why it is that preset."""
+    from .bases.registry import architecture_of
+    from .fits import choose
+
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     file = read_yaml(config) if config else {}
-    base = merged(file, flags).get("base", RunConfig().base)
-    chosen = preset or preset_of(str(base))
-    if chosen not in PRESETS:
-        raise ImagicError(f"preset {chosen!r}", f"one of {', '.join(PRESETS)}", "choose another --preset")
-    return resolve(flags, file, PRESETS[chosen])
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        flags = merged({"memory": {"device": "cpu"}}, flags)
+    given = checked(merged(file, flags))
+    return choose(lambda: architecture_of(given.base, given.revision), flags, file, recipe_of(given.base))
 
 
-def _fit(image: Path, prompt: str, run: RunConfig, store: Any, name: str, overwrite: bool) -> Adapter | None:
+def _fit(image: Path, prompt: str, run: RunConfig, why: str, store: Any, name: str, overwrite: bool) -> Adapter | None:
     from .imagic import fit as fit_steps
     from .runtime import resolve_runtime
 
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and run.memory.device == "auto":
-        run = run.model_copy(update={"memory": run.memory.model_copy(update={"device": "cpu"})})
     processes = _processes(run)
     steps = fit_steps(image, prompt, run, store, name, overwrite=overwrite, processes=processes)
     if not processes.main:
@@ -116,7 +111,7 @@ def _fit(image: Path, prompt: str, run: RunConfig, store: Any, name: str, overwr
 
     def announced() -> Generator[StepReport, None, Adapter | None]:
         first = next(steps)  # by then everything that can be refused has been
-        say_what_is_active(resolve_runtime(run.memory), run, processes.count)
+        say_what_is_active(resolve_runtime(run.memory), run, why, processes.count)
         yield first
         return (yield from steps)
 
@@ -149,7 +144,8 @@ def edit(
     settings: Annotated[
         EditConfig | None, Parameter(name="*", group="Sampling (the adapter's own settings where not given)", show_default=False)
     ] = None,
-    device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device")] = None,
+    device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device and memory")] = None,
+    preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
     base: str | None = None,
     store: StoreDir = DEFAULT_STORE,
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
@@ -168,13 +164,16 @@ def edit(
         Seed of the starting noise: one, several (0,3), or a range without its end (0:4).
     prompt
         Another target text than the one the adapter was fitted for.
+    preset
+        Memory levers for a size of card; auto takes the fastest that fits 90% of the free memory.
     base
         Load the base from here instead of where the adapter says; it must be the same weights.
     out_dir
         Folder for the pictures; outputs/NAME where not given.
     """
-    from .bases.registry import open_base
+    from .bases.registry import architecture_of, open_base
     from .editor import Editor, refuse_edit
+    from .fits import choose_for_edit, explained
     from .runtime import resolve_runtime
     from .store import Store
 
@@ -182,7 +181,10 @@ def edit(
     adapter = Store(store).read(name)
     record = adapter.record
     flags = settings.model_dump(exclude_unset=True) if settings else {}
-    config = EditConfig.model_validate(merged(record.config.edit.model_dump(), flags))
+    levers = device.model_dump(exclude_unset=True) if device else {}
+    source = (base, None) if base else (record.base.name, record.base.revision)
+    run = choose_for_edit(lambda: architecture_of(*source), record.config, {"edit": flags, "memory": levers, "preset": preset})
+    config = run.edit
     if "strength" in flags and config.start == "noise":
         raise ImagicError("--strength without --start image", "both or neither", "add --start image, or leave out --strength")
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
@@ -190,11 +192,11 @@ def edit(
     refuse_edit(etas, config, text)
     folder = out_dir or Path("outputs") / record.name
     folder.mkdir(parents=True, exist_ok=True)
-    source = (base, None) if base else (record.base.name, record.base.revision)
-    editor = Editor(open_base(source[0], resolve_runtime(_memory(device)), source[1]))
+    editor = Editor(open_base(source[0], resolve_runtime(run.memory), source[1]))
     edits = counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds))
     how = {"adapter": record.name, "base": record.base.name, "prompt": text, "edit": config.model_dump()}
-    written = _write_edits(edits, folder, how, adapter.canvas().photo())
+    with explained(editor.base.architecture, run, editor.base.runtime, "decode", lambda: f"the pictures made so far are in {folder}"):
+        written = _write_edits(edits, folder, how, adapter.canvas().photo())
     if as_json:
         print_json({"adapter": record.name, "pictures": written, "sheet": str(folder / "sheet.png")})
     else:
@@ -217,103 +219,50 @@ def _write_edits(edits: Iterable[Edit], folder: Path, how: dict[str, Any], photo
     return written
 
 
-def _memory(device: DeviceConfig | None) -> MemoryConfig:
-    return MemoryConfig(**(device.model_dump(exclude_unset=True) if device else {}))
-
-
-def parse_etas(text: str) -> list[float]:
-    """``0.7``, ``0.5,0.7`` or ``0.3:1:0.1``, whose end is included."""
-    try:
-        if ":" not in text:
-            return [float(part) for part in text.split(",")]
-        start, stop, step = (float(part) for part in text.split(":"))
-        if step <= 0 or stop < start or (stop - start) / step > 1000:
-            raise ValueError
-        return [round(start + k * step, 6) for k in range(int((stop - start) / step + 1e-6) + 1)]
-    except (ValueError, OverflowError) as error:
-        raise ImagicError(f"--eta {text}", "a number, several with commas, or start:end:step", "for example --eta 0.3:1:0.1") from error
-
-
-def parse_seeds(text: str) -> list[int]:
-    """``0``, ``0,3`` or ``0:4``, whose end is not included."""
-    try:
-        if ":" in text:
-            start, stop = (int(part) for part in text.split(":"))
-            if stop - start > 10_000:
-                raise ValueError
-            seeds = list(range(start, stop))
-        else:
-            seeds = [int(part) for part in text.split(",")]
-        if not seeds or min(seeds) < 0 or max(seeds) >= 2**63:
-            raise ValueError
-        return seeds
-    except ValueError as error:
-        expected = "a whole number from 0, several with commas, or start:end of at most 10000"
-        raise ImagicError(f"--seed {text}", expected, "for example --seed 0:4") from error
-
-
-@app.command(name="list")
-def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
-    """The stored adapters."""
-    from .store import Store
-
-    shelf = Store(store)
-    adapters: list[Adapter] = []
-    for name in shelf.names():
-        try:
-            adapters.append(shelf.read(name, verify=False))
-        except ImagicError as error:
-            err.print(f"[yellow]Passed over:[/] {escape(error.got)}")
-    if as_json:
-        print_json({"adapters": [{"name": a.record.name, "bytes": a.size, **_facts(a)} for a in adapters]})
-        return
-    if not adapters:
-        err.print(f"No adapters in {escape(str(store))} yet. Make one: imagic-lora fit PHOTO PROMPT")
-        return
-    table = Table("name", "base", "mode", "prompt", "MB", "made")
-    for a in adapters:
-        r = a.record
-        table.add_row(*map(escape, (r.name, r.base.name, r.config.tune.mode, r.prompt, f"{a.size / 1e6:.2f}", r.created[:10])))
-    out.print(table)
-
-
 @app.command
-def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
-    """How an adapter was made.
+def plan(
+    *,
+    settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
+    batch: Annotated[int | None, Parameter(name="--batch")] = None,
+    config: Path | None = None,
+    exact: Annotated[bool, Parameter(name="--exact", negative=())] = False,
+    as_json: Json = False,
+) -> None:
+    """Predict the peak memory of a fit, and where it goes; needs neither a GPU nor weights.
+
+    Takes every setting of fit, so that the same line can be planned before it is run; those that do not touch memory change nothing here.
 
     Parameters
     ----------
-    name
-        The adapter, see: imagic-lora list
+    batch
+        Sets --embed.batch-size and --tune.batch-size at once.
+    config
+        YAML file of settings, as for fit.
+    exact
+        Run the real code on tensors without values instead of drawing the models in sizes; some ten seconds.
     """
-    from .store import Store
+    from .bases.published import architecture
+    from .fits import choose, planned
+    from .plan import predict
 
-    adapter = Store(store).read(name, verify=False)
-    record = adapter.record
+    flags = settings.model_dump(exclude_unset=True) if settings else {}
+    if batch is not None:
+        flags = merged(flags, {"embed": {"batch_size": batch}, "tune": {"batch_size": batch}})
+    file = read_yaml(config) if config else {}
+    base = checked(merged(file, flags)).base
+    run, why = choose(lambda: architecture(base), flags, file, recipe_of(base))
+    assumed = planned(run)
+    if exact:
+        from .rehearsal import rehearse
+
+        quiet_loading()
+        found = rehearse(architecture(base), run, assumed)
+    else:
+        found = predict(architecture(base), run, assumed)
     if as_json:
-        print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json")})
-        return
-    table = Table(show_header=False, box=None, padding=(0, 2))
-    for key, value in {"name": record.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **_facts(adapter)}.items():
-        table.add_row(f"[dim]{key}[/]", escape(json.dumps(value) if isinstance(value, dict) else str(value)))
-    out.print(table)
-
-
-def _facts(adapter: Adapter) -> dict[str, Any]:
-    record = adapter.record
-    return {
-        "prompt": record.prompt,
-        "base": record.base.name,
-        "mode": record.config.tune.mode,
-        "eta": record.config.eta,
-        "seed": record.config.seed,
-        "photo": f"{record.source.size[0]}x{record.source.size[1]}",
-        "losses": {stage: list(ends) for stage, ends in record.losses.items()},
-        "seconds": record.seconds,
-        "peak_memory": record.peak_memory,
-        "created": record.created,
-        "files": list(record.files),
-    }
+        print_json({"base": base, "mode": run.tune.mode, "preset": run.preset, **found.to_json()})
+    else:
+        say_plan(found, run, why)
 
 
 @app.command
@@ -379,9 +328,11 @@ def main(tokens: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             err.print("Interrupted; nothing was stored.")
             return 130
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every command
+        except (MemoryError, RuntimeError) as error:
+            from .fits import is_out_of_memory
+
+            if not is_out_of_memory(error):
                 raise
-            remedy = "use --mode lora, a smaller --resolution, or --embed.batch-size and --tune.batch-size 1"
-            return refused(ImagicError("out of memory on the card", "more free memory", remedy), tokens)
+            remedy = "use --preset 8gb, --mode lora, a smaller --resolution, or --embed.batch-size and --tune.batch-size 1"
+            return refused(ImagicError("out of memory", "more free memory", remedy), tokens)
     return 0

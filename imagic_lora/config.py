@@ -1,24 +1,31 @@
 """Every setting and its default: the only place with either.
 
-The command line, YAML files and presets all fill these models. Values are merged in the order built-in < preset < file < flags, and
-only what was given explicitly counts.
+The command line, YAML files, recipes and presets all fill these models. Values are merged in the order built-in < recipe of the base <
+preset of the card < file < flags, and only what was given explicitly counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import ImagicError
 
 Mode = Literal["lora", "full"]
 OptimizerName = Literal["auto", "adam8bit", "adam"]
 Timesteps = Literal["stratified", "uniform"]
+Preset = Literal["8gb", "12gb", "16gb", "24gb", "cpu"]
+PresetOrAuto = Literal["auto", "8gb", "12gb", "16gb", "24gb", "cpu"]
+Idle = Literal["keep", "offload", "release"]
+
+
+def _flag(name: str) -> Parameter:
+    return Parameter(name=[f"--{name}"])
 
 
 class Config(BaseModel):
@@ -36,8 +43,6 @@ class EmbedConfig(Config):
     """Learning rate of Adam."""
     batch_size: int = Field(default=1, ge=1, le=256)
     """Noise samples of the photo a step, on each process."""
-    optimizer: OptimizerName = "auto"
-    """adam8bit keeps its states in 8 bits (bitsandbytes); auto is adam8bit on CUDA, adam on the CPU."""
     timesteps: Timesteps = "stratified"
     """stratified spreads the timesteps of a batch (and of successive steps) evenly; uniform draws them independently."""
 
@@ -45,7 +50,7 @@ class EmbedConfig(Config):
 class TuneConfig(Config):
     """Stage 2: the denoiser is trained on the photo, the optimised embedding fixed."""
 
-    mode: Annotated[Mode, Parameter(name=["--mode"])] = "lora"
+    mode: Annotated[Mode, _flag("mode")] = "lora"
     """lora trains a small PEFT adapter, full the whole denoiser."""
     steps: int = Field(default=300, ge=1, le=100_000)
     """Optimiser steps."""
@@ -53,15 +58,13 @@ class TuneConfig(Config):
     """Learning rate of Adam."""
     batch_size: int = Field(default=1, ge=1, le=256)
     """Noise samples of the photo a step, on each process."""
-    optimizer: OptimizerName = "auto"
-    """As for the embedding."""
     timesteps: Timesteps = "stratified"
     """As for the embedding."""
-    rank: Annotated[int, Parameter(name=["--rank"])] = Field(default=16, ge=1, le=1024)
+    rank: Annotated[int, _flag("rank")] = Field(default=16, ge=1, le=1024)
     """Rank of the LoRA matrices (mode lora)."""
-    alpha: Annotated[float | None, Parameter(name=["--alpha"])] = Field(default=None, gt=0, allow_inf_nan=False)
+    alpha: Annotated[float | None, _flag("alpha")] = Field(default=None, gt=0, allow_inf_nan=False)
     """LoRA scale times rank; the rank itself where not given (mode lora)."""
-    targets: Annotated[Literal["attention", "attention+conv"], Parameter(name=["--targets"])] = "attention"
+    targets: Annotated[Literal["attention", "attention+conv"], _flag("targets")] = "attention"
     """Layers that LoRA adapts: attention projections, or these and the convolutions (mode lora)."""
 
 
@@ -83,33 +86,61 @@ class EditConfig(Config):
 
 
 class DeviceConfig(Config):
-    """Where and in what precision it runs."""
+    """Where and in what precision it runs, and what spares memory while pictures are made."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda"], Parameter(name=["--device"])] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], _flag("device")] = "auto"
     """auto is CUDA where there is one."""
-    dtype: Annotated[Literal["auto", "fp32", "fp16", "bf16"], Parameter(name=["--dtype"])] = "auto"
-    """Precision of the frozen weights and of the arithmetic; what is trained is always fp32."""
-    attention: Annotated[Literal["sdpa", "xformers"], Parameter(name=["--attention"])] = "sdpa"
+    dtype: Annotated[Literal["auto", "fp32", "fp16", "bf16"], _flag("dtype")] = "auto"
+    """Precision of the frozen weights and of the arithmetic. On cards without native bf16 auto is fp16, its loss scaled by a constant."""
+    attention: Annotated[Literal["sdpa", "xformers"], _flag("attention")] = "sdpa"
     """PyTorch's own attention, or that of xformers (CUDA only)."""
+    idle: Annotated[Idle, _flag("idle")] = "keep"
+    """Text encoder and VAE while they have nothing to do: keep them on the device, offload them to host memory, or release them and read
+    them from the disk when they are needed again."""
+    vae_tiling: Annotated[bool, _flag("vae-tiling")] = False
+    """Decodes large pictures tile by tile: less memory, slower, a seam now and then."""
+    vae_slicing: Annotated[bool, _flag("vae-slicing")] = False
+    """Decodes the pictures of a batch one by one."""
 
 
 class MemoryConfig(DeviceConfig):
-    """Where and how a fit runs."""
+    """Where a fit runs, and the memory levers it pulls."""
 
-    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], Parameter(name=["--gradient-checkpointing"])] = "auto"
-    """Recomputes activations in the backward pass; auto is on with CUDA."""
+    gradient_checkpointing: Annotated[bool, _flag("gradient-checkpointing")] = False
+    """Recomputes activations in the backward pass instead of keeping them."""
+    optimizer: Annotated[OptimizerName, _flag("optimizer")] = "auto"
+    """adam8bit keeps its states in 8 bits (bitsandbytes); auto is adam8bit on CUDA, adam on the CPU."""
+    optimizer_in_backward: Annotated[bool, _flag("optimizer-in-backward")] = False
+    """Steps each weight as soon as its gradient is there, and frees the gradient at once. One process only."""
+    autocast_cache: Annotated[bool, _flag("autocast-cache")] = False
+    """Keeps the weights that autocast has cast, a second copy of the denoiser (mode full with fp32 master weights)."""
+    master_weights: Annotated[Literal["fp32", "bf16-stochastic"], _flag("master-weights")] = "fp32"
+    """What is trained in mode full: fp32 weights, or bf16 weights that round at random and so move in the mean (arXiv 2010.06192)."""
+    quantize: Annotated[Literal["none", "nf4"], _flag("quantize")] = "none"
+    """nf4 holds the linear layers of the frozen denoiser in 4 bits (bitsandbytes, arXiv 2305.14314; mode lora)."""
+
+    @field_validator("master_weights", mode="before")
+    @classmethod
+    def _not_plain_bf16(cls, value: object) -> object:
+        if value in ("bf16", "fp16"):
+            raise ValueError(
+                f"fp32 or bf16-stochastic: at Imagic's rates a step rounds to nothing in plain {value} (at 5e-7, of 99% of the weights)"
+            )
+        return value
 
 
 class RunConfig(Config):
     """A whole run: one photo, one sentence."""
 
-    base: Annotated[str, Parameter(name=["--base"])] = Field(default="sd15", min_length=1)
+    preset: Annotated[PresetOrAuto, _flag("preset")] = "auto"
+    """Memory levers for a size of card; auto takes the fastest that fits 90% of the free memory."""
+    base: Annotated[str, _flag("base")] = Field(default="sd15", min_length=1)
     """A name (sd15, sd21, critters), a folder in diffusers' format, or a hub id."""
-    revision: Annotated[str | None, Parameter(name=["--revision"])] = None
+    revision: Annotated[str | None, _flag("revision")] = None
     """Branch, tag or commit of a hub id."""
-    resolution: Annotated[int | None, Parameter(name=["--resolution"])] = Field(default=None, ge=8, le=4096)
+    resolution: Annotated[int | None, _flag("resolution")] = Field(default=None, ge=8, le=4096)
     """The photo is worked on at an area of at most this many pixels squared; the base's own where not given."""
-    seed: Annotated[int, Parameter(name=["--seed"])] = Field(default=0, ge=0, lt=2**63)
+    seed: Annotated[int, _flag("seed")] = Field(default=0, ge=0, lt=2**63)
     """Of all that is random in the training."""
     eta: float = Field(default=0.7, ge=0, le=2)
     """Interpolation of the preview, and of an edit that names none: 0 is the photo, 1 the target text."""
@@ -119,7 +150,9 @@ class RunConfig(Config):
     memory: Annotated[MemoryConfig, Parameter(group="Device and memory")] = MemoryConfig()
 
 
-PRESETS: dict[str, dict[Mode, dict[str, Any]]] = {
+Recipe = Mapping[Mode, Mapping[str, Any]]
+
+RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
     "sd": {
         "lora": {},
         "full": {"embed": {"steps": 1000, "learning_rate": 2e-3}, "tune": {"steps": 1500, "learning_rate": 5e-7}},
@@ -137,7 +170,28 @@ PRESETS: dict[str, dict[Mode, dict[str, Any]]] = {
         },
     },
 }
-"""Settings that suit a kind of base, by mode. A base names its own; ``--preset`` takes another."""
+"""Rates and sizes that suit a kind of base, by mode."""
+
+_ROOMY = {"idle": "release", "vae_slicing": True}
+_SPARE = {**_ROOMY, "gradient_checkpointing": True}
+_TIGHT = {**_SPARE, "optimizer_in_backward": True}
+
+PRESETS: dict[Preset, dict[Mode, dict[str, Any]]] = {
+    "24gb": {"lora": {"edit": {"batch_size": 4}}, "full": {"edit": {"batch_size": 4}}},
+    "16gb": {"lora": {"memory": _ROOMY, "edit": {"batch_size": 4}}, "full": {"memory": _SPARE, "edit": {"batch_size": 4}}},
+    "12gb": {"lora": {"memory": _SPARE, "edit": {"batch_size": 2}}, "full": {"memory": _TIGHT, "edit": {"batch_size": 2}}},
+    "8gb": {
+        "lora": {"memory": {**_SPARE, "vae_tiling": True}, "edit": {"batch_size": 1}},
+        "full": {"memory": {**_TIGHT, "vae_tiling": True}, "edit": {"batch_size": 1}},
+    },
+    "cpu": {"lora": {"memory": {"device": "cpu"}}, "full": {"memory": {"device": "cpu"}}},
+}
+"""Memory levers for a size of card, by mode: the most comfortable first."""
+
+
+def recipe_of(base: str) -> Recipe:
+    """The recipe that suits a base: its own, or that of Stable Diffusion."""
+    return RECIPES.get(base, RECIPES["sd"])
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,26 +221,59 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return found
 
 
-def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], preset: Mapping[Mode, Mapping[str, Any]]) -> RunConfig:
-    """The settings of a run: built-in < preset < file < flags.
+def mode_of(given: Mapping[str, Any]) -> Mode:
+    """The mode that settings ask for."""
+    tune = given.get("tune")
+    return "full" if isinstance(tune, Mapping) and tune.get("mode") == "full" else "lora"
+
+
+def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, preset: Preset | None = None) -> RunConfig:
+    """The settings of a run: built-in < recipe < preset < file < flags.
 
     Args:
         flags, file: only what was given explicitly, as nested mappings.
-        preset: one of :data:`PRESETS`; the mode that file and flags ask for chooses its half.
+        recipe: one of :data:`RECIPES`; the mode that file and flags ask for chooses its half.
+        preset: what ``auto`` came to; where not given, the one that file or flags name, and none for ``auto``.
 
     Raises:
         ImagicError: an unknown name, a value out of range, or two settings that clash.
     """
     given = merged(file, flags)
-    tune = given.get("tune")
-    tune = tune if isinstance(tune, Mapping) else {}
-    mode: Mode = "full" if tune.get("mode") == "full" else "lora"
-    clash = [name for name in ("rank", "alpha", "targets") if name in tune]
-    if mode == "full" and clash:
-        source = "the flags" if clash[0] in flags.get("tune", {}) else "the file"
-        got = f"--{clash[0]} (from {source}) together with --mode full"
-        raise ImagicError(got, "LoRA settings with --mode lora only", f"leave out --mode full or --{clash[0]}")
-    return checked(merged(preset.get(mode, {}), given))
+    mode = mode_of(given)
+    chosen = preset or given.get("preset", "auto")
+    levers = PRESETS[chosen][mode] if chosen in PRESETS else {}
+    asked = {"preset": preset} if preset else {}
+    run = checked(merged(recipe.get(mode, {}), levers, given, asked))
+    for name, other, right in _clashes(run, given):
+        source = "the flags" if name in _stage_settings(flags) else "the file"
+        flag = "--" + name.replace("_", "-")
+        raise ImagicError(f"{flag} (from {source}) together with {other}", right, f"leave out {other} or {flag}")
+    return run
+
+
+def _clashes(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Settings that would be read and ignored: their name, the flag that rules them out, and what is right."""
+    memory, full = run.memory, run.tune.mode == "full"
+    mode = f"--mode {run.tune.mode}"
+    for name in ("rank", "alpha", "targets"):
+        if full and name in _stage_settings(given):
+            yield name, mode, "LoRA settings with --mode lora only"
+    if full and memory.quantize == "nf4":
+        yield "quantize", mode, "a quantised denoiser with --mode lora only: 4-bit weights cannot be trained"
+    if not full and memory.master_weights != "fp32":
+        yield "master_weights", mode, "master weights with --mode full only: LoRA layers are always fp32"
+    if not full and memory.autocast_cache:
+        yield "autocast_cache", mode, "a cache of cast weights with --mode full only"
+    if memory.master_weights != "fp32" and memory.autocast_cache:
+        yield "autocast_cache", "--master-weights bf16-stochastic", "a cache of cast weights with fp32 master weights only"
+    if memory.master_weights != "fp32" and memory.dtype in ("fp16", "fp32"):
+        yield "master_weights", f"--dtype {memory.dtype}", "bf16 weights with bf16 arithmetic"
+
+
+def _stage_settings(given: Mapping[str, Any]) -> set[str]:
+    """Names of what is given for the tuning and the memory."""
+    groups = [given.get(group) for group in ("tune", "memory")]
+    return {name for group in groups if isinstance(group, Mapping) for name in group}
 
 
 def checked(values: Mapping[str, Any]) -> RunConfig:
@@ -207,7 +294,9 @@ def refusal(error: ValidationError) -> ImagicError:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return ImagicError(f"unknown setting {where}", _known(first["loc"]), "mend its name or remove it")
-    return ImagicError(f"{where} = {first['input']!r}", first["msg"].removeprefix("Input should be "), "change that setting")
+    return ImagicError(
+        f"{where} = {first['input']!r}", first["msg"].removeprefix("Input should be ").removeprefix("Value error, "), "change that setting"
+    )
 
 
 def _known(location: tuple[int | str, ...]) -> str:

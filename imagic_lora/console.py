@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .config import OptimizerName, RunConfig
+from .config import RunConfig
 from .errors import ImagicError, ImagicWarning
 
 if TYPE_CHECKING:
     from .editor import Edit
+    from .plan import Plan
     from .runtime import Runtime
     from .stages.stage import StepReport
     from .store import Adapter
@@ -26,26 +27,47 @@ err = Console(stderr=True, emoji=False)
 out = Console(emoji=False)
 
 
-def say_what_is_active(runtime: Runtime, run: RunConfig, processes: int) -> None:
-    """Device, precision, levers and optimisers, each with its reason."""
+def say_what_is_active(runtime: Runtime, run: RunConfig, why: str, processes: int) -> None:
+    """Preset, device, precision and levers, each with its reason."""
     tune = run.tune
-    how = f"LoRA, rank {tune.rank}, {tune.targets}" if tune.mode == "lora" else "full, fp32 master weights"
+    how = f"LoRA, rank {tune.rank}, {tune.targets}" if tune.mode == "lora" else f"full, {run.memory.master_weights} master weights"
     size = f"{run.resolution} pixels squared" if run.resolution else "the base's own"
-    rows = {**runtime.reasons, "base": run.base, "resolution": size, "tuning": how, "processes": str(processes)}
+    rows = {
+        "preset": f"{run.preset} ({why})",
+        **runtime.reasons,
+        "base": run.base,
+        "resolution": size,
+        "tuning": how,
+        "processes": str(processes),
+    }
     for name, stage in {"embed": run.embed, "tune": tune}.items():
-        steps = f"{stage.steps} steps of batch {stage.batch_size} at rate {stage.learning_rate:g}"
-        rows[name] = f"{steps}, {_optimizer(runtime, stage.optimizer)}"
+        rows[name] = f"{stage.steps} steps of batch {stage.batch_size} at rate {stage.learning_rate:g}"
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/]", escape(value))
     err.print(table)
 
 
-def _optimizer(runtime: Runtime, asked: OptimizerName) -> str:
-    name = runtime.optimizer(asked)
-    if asked != "auto":
-        return f"{name} (asked for)"
-    return f"{name} (8-bit states save memory on the card)" if name == "adam8bit" else f"{name} (memory is not short on the CPU)"
+def say_plan(plan: Plan, run: RunConfig, why: str) -> None:
+    """A row for every stage: where its memory goes."""
+    assumed = plan.assumed
+    where = "a card" if assumed.device == "cuda" else "the CPU"
+    size = f"{run.resolution} pixels squared" if run.resolution else "the base's own resolution"
+    table = Table("MiB", "weights", "gradients", "optimizer", "activations", "allowance", "peak")
+    heading = f"{run.base}, mode {run.tune.mode}, preset {run.preset} ({why}), {size}, {assumed.dtype} on {where}"
+    out.print(escape(heading), highlight=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, peak in plan.stages.items():
+        parts = (peak.weights, peak.gradients, peak.optimizer, peak.activations, peak.fragmentation + plan.context, plan.needs(name))
+        style = "bold" if name == plan.worst else None
+        table.add_row(name, *(f"{size / 2**20:,.0f}" for size in parts), style=style)
+    out.print(table)
+    sizes = {"host memory": plan.host, "adapter": plan.adapter, "checkpoint": plan.checkpoint}
+    shown = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in sizes.items())
+    out.print(f"Peak [bold]{plan.peak_bytes / 2**30:.2f} GiB[/] in stage {plan.worst}. {shown[0].upper() + shown[1:]}.", highlight=False)
+    allowed = "the CUDA context" if assumed.device == "cuda" else "Python and its libraries"
+    out.print(f"Predicted, not measured; the allowance is for {allowed} and for fragmentation.", highlight=False)
 
 
 def shown(steps: Generator[StepReport, None, Adapter | None], run: RunConfig) -> Adapter | None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .bases.registry import preset_of
-from .config import PRESETS, EditConfig, RunConfig, resolve
+from .config import RECIPES, EditConfig, RunConfig, resolve
 from .critters import render, scene_at
 from .editor import Edit, Editor
 from .generate import generate
@@ -34,7 +33,7 @@ def run_demo(out: Path, shown: Callable[[Generator[StepReport, None, Adapter | N
     photo = out / "photo.png"
     picture = render(scene)
     picture.save(photo)
-    config = resolve({"base": "critters"}, {}, PRESETS[preset_of("critters")])
+    config = resolve({"base": "critters"}, {}, RECIPES["critters"])
     base = open_for(config)
     adapter = shown(fit(photo, prompt, config, Store(out / "adapters"), "demo", base=base, overwrite=True), config)
     assert adapter is not None

@@ -83,6 +83,7 @@ class Editor:
         device = self.base.runtime.device
         stored = {name: value.to(device) for name, value in adapter.embeddings().items()}
         target = stored["target"] if prompt is None else self.base.encode_text(prompt)
+        self.base.rest()
         canvas, pairs = adapter.canvas(), list(product(etas, seeds))
         mixes = [interpolate(target, stored["optimised"], eta) for eta, _ in pairs]
         pictures = generate(self.base, mixes, [seed for _, seed in pairs], config, canvas, stored.get("null"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,21 +26,25 @@ def _restored(base: Base) -> Iterator[None]:
 
 
 def refuse_half(base: Base) -> None:
-    """Raises ImagicError for weights in half precision: steps at Imagic's rates would round to nothing."""
-    if base.denoiser.dtype != torch.float32:
-        got = f"full fine-tuning on {base.denoiser.dtype} weights"
-        raise ImagicError(got, "fp32 master weights", "open the base with master_weights=True")
+    """Raises ImagicError for weights in half precision that are rounded to nearest: steps at Imagic's rates would come to nothing."""
+    found, stochastic = base.denoiser.dtype, base.runtime.memory.master_weights == "bf16-stochastic"
+    if found != (torch.bfloat16 if stochastic else torch.float32):
+        right = "bf16 weights, rounded stochastically" if stochastic else "fp32 master weights, or bf16 weights that round stochastically"
+        raise ImagicError(f"full fine-tuning on {found} weights", right, "open the base with master_weights=True")
 
 
 @contextmanager
-def unfrozen(base: Base) -> Iterator[dict[str, torch.nn.Parameter]]:
+def unfrozen(base: Base, restore: bool = True) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Every weight of the denoiser trainable; frozen and as before afterwards.
 
+    Args:
+        restore: False leaves the trained weights in, and spares the copy of the base in host memory.
+
     Raises:
-        ImagicError: the weights are not fp32: at Imagic's rates, steps in half precision round to nothing.
+        ImagicError: as :func:`refuse_half`.
     """
     refuse_half(base)
-    with _restored(base):
+    with _restored(base) if restore else nullcontext():
         base.denoiser.requires_grad_(True)
         try:
             yield dict(base.denoiser.named_parameters())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -18,17 +20,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .bases.base import Base
-from .bases.registry import locate, open_base
+from .bases.registry import architecture_of, open_base
+from .checkpoints import KeptEmbedding
 from .conditioning import Conditioning, interpolate
 from .config import RunConfig, TuneConfig
-from .errors import ImagicError
+from .errors import ImagicError, ImagicWarning
+from .fits import OutOfMemory, assumed_from, explained, refuse_if_too_large
 from .full import refuse_half, save_full, unfrozen
 from .generate import generate, refuse_empty, refuse_no_steps
 from .images import Canvas, Photo, read_photo, sheet, to_canvas, to_image, write_png
 from .lora import attached, save_lora
-from .memory import counted_bytes, refuse_if_too_large
-from .optimizers import refuse_missing
-from .runtime import Processes, Runtime, key, peak_memory, reset_peak_memory, resolve_runtime
+from .optimizers import refuse_several
+from .runtime import Processes, Runtime, free_memory, key, peak_memory, reset_peak_memory, resolve_runtime
 from .stages.embed import embed_stage, optimised
 from .stages.stage import Stage, StepReport, train
 from .stages.tune import tune_stage
@@ -42,12 +45,11 @@ def open_for(config: RunConfig, runtime: Runtime | None = None) -> Base:
     """The base of a run, in the precision its mode needs.
 
     Raises:
-        ImagicError: no such base, or the weights alone do not fit the free memory.
+        ImagicError: no such base, or a run that does not fit the free memory.
     """
     runtime = runtime or resolve_runtime(config.memory)
-    folder, mode = locate(config.base, config.revision), config.tune.mode
-    refuse_if_too_large(counted_bytes(folder, "unet", mode, runtime, runtime.optimizer(config.tune.optimizer)), runtime, mode)
-    return open_base(config.base, runtime, config.revision, master_weights=mode == "full")
+    refuse_if_too_large(architecture_of(config.base, config.revision), config, free_memory(runtime.device), assumed_from(runtime))
+    return open_base(config.base, runtime, config.revision, master_weights=config.tune.mode == "full")
 
 
 def fit(
@@ -64,7 +66,10 @@ def fit(
     """Both training stages, a preview, and the stored adapter (Imagic, arXiv 2210.09276).
 
     A generator: it does its work as it is iterated, and closing it cancels. :func:`result` runs one to its end. A base that is given is
-    left bit-equal to before.
+    left bit-equal to before; one that is opened here is let go afterwards.
+
+    What was trained outlasts a lack of memory: the embedding is kept in the store for the next run of the same settings, and an adapter
+    whose preview cannot be made is stored without one, with a warning.
 
     Args:
         image: file of the photo.
@@ -87,23 +92,31 @@ def fit(
     refuse_no_steps(config.edit)
     store.prepare(name, overwrite)
     photo = read_photo(image)
+    if config.memory.optimizer_in_backward:
+        refuse_several(processes)
+    restore = base is not None
     base = base or open_for(config)
-    for stage in (config.embed, config.tune):
-        refuse_missing(base.runtime.optimizer(stage.optimizer))
     if config.tune.mode == "full":
         refuse_half(base)
     reset_peak_memory(base.runtime.device)
     run = _Run(config, base, photo, prompt, processes)
-    embed = run.embed_stage()
-    yield from run.follow(embed)
-    e_opt = optimised(embed)
-    with run.trainables() as parameters:
+    kept = run.kept(store, name)
+    e_opt = run.recalled(kept)
+    if e_opt is None:
+        embed = run.embed_stage()
+        yield from run.follow(embed)
+        e_opt = optimised(embed)
+        del embed
+    with run.trainables(restore) as parameters:
         tune = tune_stage(run.base, run.latents, e_opt, parameters, config.tune, config.seed, processes)
-        yield from run.follow(tune)
+        yield from run.follow(tune, partial(run.keep, kept, e_opt))
+        del tune  # and with it the optimiser's states, before pictures need room
         if not processes.main:
             return None
         preview = run.preview(e_opt)
-        return store.write(run.record(name), lambda folder: run.fill(folder, e_opt, preview), overwrite)
+        adapter = store.write(run.record(name), lambda folder: run.fill(folder, e_opt, preview), overwrite)
+    kept.forget()
+    return adapter
 
 
 def result(steps: Generator[StepReport, None, Value]) -> Value:
@@ -130,37 +143,69 @@ class _Run:
     def __post_init__(self) -> None:
         base = self.base
         self.canvas: Canvas = to_canvas(self.photo.image, self.config.resolution or base.resolution, base.size_multiple)
-        self.latents = base.encode_image(self.canvas.pixels)
+        with explained(base.architecture, self.config, base.runtime, "encode"):
+            self.latents = base.encode_image(self.canvas.pixels)
         if not self.latents.isfinite().all():
             raise ImagicError("the photo's latents are not finite", "finite values", "try --dtype fp32 or bf16")
         self.target = base.encode_text(self.prompt)
         self.null = base.null()
+        base.rest()
 
     def embed_stage(self) -> Stage:
         return embed_stage(self.base, self.latents, self.target, self.config.embed, self.config.seed, self.processes)
 
-    def trainables(self) -> AbstractContextManager[dict[str, Parameter]]:
+    def trainables(self, restore: bool) -> AbstractContextManager[dict[str, Parameter]]:
         tune: TuneConfig = self.config.tune
         if tune.mode == "full":
-            return unfrozen(self.base)
+            return unfrozen(self.base, restore)
         return attached(self.base, tune, key(self.config.seed, "lora"))
 
-    def follow(self, stage: Stage) -> Iterator[StepReport]:
-        """Passes the reports of a stage on, keeping its losses and its time."""
+    def kept(self, store: Store, name: str) -> KeptEmbedding:
+        """Where the embedding stage's outcome is kept, by all that it depends on."""
+        config, base = self.config, self.base
+        inputs = [self.photo.sha256, self.prompt, base.fingerprint, config.embed.model_dump(), config.seed, tuple(self.latents.shape)]
+        runtime = base.runtime
+        numbers = [runtime.dtype, base.denoiser.dtype, runtime.memory.quantize, runtime.optimizer]
+        return KeptEmbedding(store.root, name, [*inputs, *numbers, self.processes.count])
+
+    def keep(self, kept: KeptEmbedding, e_opt: Conditioning) -> str:
+        """Saves the embedding; says so."""
+        if self.processes.main:
+            kept.save(e_opt, torch.stack(self.losses["embed"]))
+        return "the embedding is kept, and the same command goes on from it"
+
+    def recalled(self, kept: KeptEmbedding) -> Conditioning | None:
+        """The embedding that an earlier run of the same settings kept."""
+        found = kept.load(self.base.runtime.device)
+        if found is None:
+            return None
+        warnings.warn("the embedding that an earlier run kept is taken; stage embed is not repeated", ImagicWarning, stacklevel=2)
+        e_opt, losses = found
+        self.losses["embed"], self.seconds["embed"] = list(losses), 0.0
+        return e_opt
+
+    def follow(self, stage: Stage, kept: Callable[[], str] = lambda: "") -> Iterator[StepReport]:
+        """Passes the reports of a stage on, keeping its losses and its time; ``kept`` saves what there is if memory runs out."""
         losses = self.losses.setdefault(stage.name, [])
         start = time.perf_counter()
-        for report in train(stage):
-            losses.append(report.loss)
-            yield report
+        with explained(self.base.architecture, self.config, self.base.runtime, stage.name, kept):
+            for report in train(stage):
+                losses.append(report.loss)
+                yield report
         self.seconds[stage.name] = round(time.perf_counter() - start, 3)
 
     def preview(self, e_opt: Conditioning) -> Image.Image:
-        """The photo, its reconstruction at eta 0, and the edit."""
+        """The photo, its reconstruction at eta 0, and the edit; the photo alone where memory does not reach for more."""
         etas = (0.0, self.config.eta)
         mixes = [interpolate(self.target, e_opt, eta) for eta in etas]
-        pictures = generate(self.base, mixes, [self.config.seed] * 2, self.config.edit, self.canvas, self.null)
-        labels = [f"eta {eta:g}" for eta in etas]
-        return sheet([[("photo", self.photo.image), *zip(labels, pictures, strict=True)]], self.prompt)
+        cells = [("photo", self.photo.image)]
+        try:
+            with explained(self.base.architecture, self.config, self.base.runtime, "decode"):
+                pictures = list(generate(self.base, mixes, [self.config.seed] * 2, self.config.edit, self.canvas, self.null))
+            cells += [(f"eta {eta:g}", picture) for eta, picture in zip(etas, pictures, strict=True)]
+        except OutOfMemory as error:
+            warnings.warn(f"the adapter is stored without a preview: {error}", ImagicWarning, stacklevel=2)
+        return sheet([cells], self.prompt)
 
     def fill(self, folder: Path, e_opt: Conditioning, preview: Image.Image) -> None:
         """Every file of the adapter but its record."""

@@ -40,7 +40,7 @@ def attached(base: Base, config: TuneConfig, seed: int) -> Iterator[dict[str, to
             parameter.data = parameter.data.float()
         yield trainable
     finally:
-        base.pipeline("text2image").unload_lora_weights()  # pyright: ignore[reportAttributeAccessIssue]
+        base.denoiser.unload_lora()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def save_lora(base: Base, folder: Path) -> None:
@@ -58,12 +58,11 @@ def save_lora(base: Base, folder: Path) -> None:
 @contextmanager
 def loaded_lora(base: Base, folder: Path) -> Iterator[None]:
     """The denoiser with stored layers; bit-equal to the base afterwards."""
-    pipe = base.pipeline("text2image")
     try:
-        pipe.load_lora_weights(folder, adapter_name=_NAME)  # pyright: ignore[reportAttributeAccessIssue]
+        base.pipeline("text2image").load_lora_weights(folder, adapter_name=_NAME)  # pyright: ignore[reportAttributeAccessIssue]
         yield
     finally:
-        pipe.unload_lora_weights()  # pyright: ignore[reportAttributeAccessIssue]
+        base.denoiser.unload_lora()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def canonical(path: Path) -> None:

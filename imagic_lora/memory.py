@@ -1,43 +1,56 @@
-"""What a fit must hold at the least, counted before anything is loaded."""
+"""Memory counted tensor by tensor, on any device and for fake tensors too."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import torch
-
-from .bases.files import count_parameters
-from .config import Mode
-from .errors import ImagicError
-from .runtime import Runtime, free_memory
-
-_UNLOADED = ("safety_checker", "feature_extractor", "image_encoder")
-_STATES = {"adam": 8, "adam8bit": 2}  # bytes a trained parameter
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 
-def counted_bytes(folder: Path, component: str, mode: Mode, runtime: Runtime, optimizer: str) -> int:
-    """Bytes of the weights of a base, and in mode full of the gradients and the optimiser's states.
+class Tracker(TorchDispatchMode):
+    """Counts the bytes of every tensor storage made while it is active, and takes them off when the storage goes.
 
-    Activations, LoRA layers and the allocator come on top: this is a floor, not a prediction.
+    What a kernel needs inside itself, the allocator's rounding and the driver are not in it. Under ``FakeTensorMode``, entered before it,
+    it counts a run that never happens.
+
+    Attributes:
+        now: bytes held.
+        peak: the most bytes held since the start or :meth:`reset_peak`.
     """
-    size = torch.finfo(runtime.dtype).bits // 8
-    trained = count_parameters(folder, component)
-    parts = [part.name for part in folder.iterdir() if part.is_dir() and part.name not in _UNLOADED]
-    frozen = sum(count_parameters(folder, part) for part in parts) - trained
-    full = 4 + 4 + _STATES[optimizer]  # fp32 master weight, gradient, states
-    full += 4 if runtime.device.type == "cpu" else 0  # the copy in host memory that restores the base
-    return frozen * size + trained * (full if mode == "full" else size)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
 
-def refuse_if_too_large(needed: int, runtime: Runtime, mode: Mode) -> None:
-    """Raises before minutes are spent on what cannot end well.
+    def adopt(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that were there before."""
+        for tensor in tensors:
+            self._see(tensor)
 
-    Raises:
-        ImagicError: less memory is free than the counted bytes.
-    """
-    free = free_memory(runtime.device)
-    if needed > free:
-        remedy = "use --mode lora" if mode == "full" else "free memory on the device or use a smaller base"
-        raise ImagicError(
-            f"{free / 2**30:.1f} GiB are free on {runtime.device}", f"at least {needed / 2**30:.1f} GiB for --mode {mode}", remedy
-        )
+    def reset_peak(self) -> None:
+        """Starts the peak anew from what is held."""
+        self.peak = self.now
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place, size = storage._cdata, storage.nbytes()
+        if place not in self._sizes:
+            self._sizes[place] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, place)
+
+    def _gone(self, place: int) -> None:
+        self.now -= self._sizes.pop(place)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._see(value)
+        return result

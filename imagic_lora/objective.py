@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .bases.base import Base
 from .conditioning import Conditioning
+from .runtime import moved
 
 
 def denoising_loss(base: Base, latents: Tensor, conditioning: Conditioning, noise: Tensor, times: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def denoising_loss(base: Base, latents: Tensor, conditioning: Conditioning, nois
     Returns:
         The loss of each sample, ``[B]`` fp32.
     """
-    timesteps = base.timesteps(times).to(latents.device)
+    timesteps = moved(base.timesteps(times), latents.device)
     clean = latents.expand_as(noise)
     predicted = base.predict(base.noised(clean, noise, timesteps), timesteps, conditioning)
     return (predicted.float() - base.target(clean, noise, timesteps).float()).square().flatten(1).mean(1)

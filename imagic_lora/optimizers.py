@@ -1,38 +1,215 @@
-"""The optimisers by name."""
+"""How gradients become steps: one optimiser after the backward pass, or one a parameter, inside it if asked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from .errors import ImagicError
+from .runtime import Processes, Runtime, key
+
+_FP16_SCALE = 1024.0  # keeps small gradients above fp16's underflow on their way back
+_BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit states
+_MIN_8BIT = 4096
 
 
 def build_optimizer(name: str, parameters: Iterable[Parameter], learning_rate: float) -> torch.optim.Optimizer:
     """Adam with its states in 32 bits (``adam``), or in 8 bits by blocks (``adam8bit``, arXiv 2110.02861).
 
-    Tensors under 4,096 elements keep 32-bit states in either.
-
-    Raises:
-        ImagicError: bitsandbytes is asked for and cannot be imported.
+    Tensors under 4,096 elements keep 32-bit states in either. Fake tensors, which a plan steps, get states of the same size.
     """
-    refuse_missing(name)
+    parameters = list(parameters)
     if name == "adam":
-        return torch.optim.Adam(parameters, lr=learning_rate, foreach=True)
+        return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    if any(isinstance(parameter, FakeTensor) for parameter in parameters):
+        return _Sized8bit(parameters, {})
     from bitsandbytes.optim import Adam8bit
 
     return Adam8bit(parameters, lr=learning_rate)
 
 
-def refuse_missing(name: str) -> None:
-    """Raises ImagicError if an optimiser's library cannot be imported."""
-    if name != "adam8bit":
-        return
-    try:
-        import bitsandbytes  # noqa: F401
-    except (ImportError, RuntimeError) as error:
+class _Sized8bit(torch.optim.Optimizer):
+    """The states of Adam8bit without its arithmetic, which bitsandbytes refuses on fake tensors."""
+
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None and not self.state[parameter]:
+                small, count = parameter.numel() < _MIN_8BIT, parameter.numel()
+                one = {"state": torch.empty(count, dtype=torch.float32 if small else torch.uint8)}
+                scales = {} if small else {"scale": torch.empty(-(-count // _BLOCK))}
+                self.state[parameter] = {f"{name}{k}": torch.empty_like(value) for k in (1, 2) for name, value in (one | scales).items()}
+
+
+def loss_scale(runtime: Runtime) -> float:
+    """The constant that the loss is multiplied by before the backward pass, and the gradients divided by after it."""
+    return _FP16_SCALE if runtime.dtype == torch.float16 else 1.0
+
+
+class Updates(ABC):
+    """The updates of some parameters.
+
+    :attr:`finite` is a flag on the device, False for good once a gradient was not finite.
+
+    Args:
+        trainables: parameters by name.
+        scale: that gradients are divided by.
+    """
+
+    def __init__(self, trainables: Mapping[str, Parameter], scale: float) -> None:
+        self.trainables, self.scale = dict(trainables), scale
+        self.finite = torch.ones((), dtype=torch.bool, device=next(iter(self.trainables.values())).device)
+
+    @abstractmethod
+    def backward(self, loss: Tensor, step: int, processes: Processes) -> None:
+        """The backward pass of a scaled loss and the update of every parameter; the gradients are gone afterwards.
+
+        Args:
+            step: enters the key of whatever is drawn.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the optimisers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+
+
+def build_updates(trainables: Mapping[str, Parameter], learning_rate: float, runtime: Runtime, seed: int) -> Updates:
+    """The updates that the levers of a runtime ask for."""
+    stochastic = any(parameter.dtype != torch.float32 for parameter in trainables.values())
+    if runtime.memory.optimizer_in_backward or stochastic:
+        return OneByOne(trainables, runtime, learning_rate, seed)
+    return Together(trainables, runtime, learning_rate)
+
+
+class Together(Updates):
+    """One optimiser over all parameters, after the backward pass."""
+
+    def __init__(self, trainables: Mapping[str, Parameter], runtime: Runtime, learning_rate: float) -> None:
+        super().__init__(trainables, loss_scale(runtime))
+        self.optimizer = build_optimizer(runtime.optimizer, self.trainables.values(), learning_rate)
+
+    def backward(self, loss: Tensor, step: int, processes: Processes) -> None:
+        loss.backward()
+        gradients = [p.grad for p in self.trainables.values() if p.grad is not None]
+        processes.average(gradients)
+        if self.scale != 1:
+            torch._foreach_div_(gradients, self.scale)
+        norms = torch.stack(torch._foreach_norm(gradients))
+        self.finite = self.finite & norms.isfinite().all()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(dict(state))
+
+
+class OneByOne(Updates):
+    """One optimiser a parameter: it can step inside the backward pass, and work on weights that are not fp32.
+
+    With ``optimizer_in_backward`` a parameter is stepped as soon as its gradient is complete, and the gradient freed at once, so that no
+    two gradients are held together. Bit-identical to the ordinary loop. A gradient that is not finite is not stepped with.
+
+    Weights in bf16 are stepped on an fp32 copy and rounded stochastically (:func:`round_stochastically`), so that steps below their
+    resolution move them in the mean (arXiv 2010.06192).
+
+    Raises:
+        ImagicError: several processes, whose gradients would have to be averaged before they are used.
+    """
+
+    def __init__(self, trainables: Mapping[str, Parameter], runtime: Runtime, learning_rate: float, seed: int) -> None:
+        super().__init__(trainables, loss_scale(runtime))
+        self.seed, self.inside = seed, runtime.memory.optimizer_in_backward
+        self.masters = {name: p if p.dtype == torch.float32 else _hollow(p) for name, p in self.trainables.items()}
+        self.optimizers = {name: build_optimizer(runtime.optimizer, [p], learning_rate) for name, p in self.masters.items()}
+
+    def backward(self, loss: Tensor, step: int, processes: Processes) -> None:
+        if not self.inside:
+            loss.backward()
+            processes.average([p.grad for p in self.trainables.values() if p.grad is not None])
+            for name in self.trainables:
+                self._update(name, step)
+            return
+        refuse_several(processes)
+        hooks = [p.register_post_accumulate_grad_hook(lambda _, name=name: self._update(name, step)) for name, p in self.trainables.items()]
+        try:
+            loss.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _update(self, name: str, step: int) -> None:
+        weight, master = self.trainables[name], self.masters[name]
+        gradient, weight.grad = weight.grad, None
+        if gradient is None:
+            return
+        if self.scale != 1:
+            gradient.div_(self.scale)
+        finite = torch.linalg.vector_norm(gradient).isfinite()
+        self.finite = self.finite & finite
+        if not _read(finite):
+            return
+        if master is not weight:
+            master.data = weight.float()
+        master.grad, gradient = gradient.to(master.dtype), None
+        self.optimizers[name].step()
+        master.grad = None
+        if master is not weight:
+            round_stochastically(master.data, weight, key(self.seed, "rounding", step, name))
+            master.data = master.data.new_empty(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(dict(state[name]))
+
+
+def _hollow(weight: Parameter) -> Parameter:
+    """An fp32 parameter that holds the values of a weight only while it is stepped."""
+    return Parameter(weight.detach().new_empty(0, dtype=torch.float32))
+
+
+def refuse_several(processes: Processes) -> None:
+    """Raises ImagicError for an optimiser inside the backward pass of several processes."""
+    if processes.count > 1:
         raise ImagicError(
-            f"adam8bit, but bitsandbytes cannot be imported ({error})", "a working bitsandbytes", "pip install bitsandbytes, or use adam"
-        ) from error
+            f"--optimizer-in-backward with {processes.count} processes",
+            "one process, or an optimiser that waits for the mean of their gradients",
+            "use --no-optimizer-in-backward, or start one process",
+        )
+
+
+def _read(flag: Tensor) -> bool:
+    """Waits for a flag. A plan's fake tensors have no values: taken as true."""
+    return isinstance(flag, FakeTensor) or bool(flag)
+
+
+def round_stochastically(source: Tensor, target: Tensor, seed: int) -> None:
+    """Writes fp32 values into a bf16 tensor, up or down at random, so that the mean is the value itself.
+
+    bf16 is the upper half of fp32: noise, uniform over the lower half, is added to the bits before they are cut off. Values that bf16
+    holds exactly stay as they are.
+
+    Args:
+        source: fp32; it is overwritten.
+        target: bf16, of the same shape.
+        seed: of the noise, drawn on the device.
+    """
+    generator = torch.Generator(source.device).manual_seed(seed)
+    noise = torch.randint(0, 1 << 16, source.shape, generator=generator, dtype=torch.int32, device=source.device)
+    bits = source.view(torch.int32).add_(noise)
+    target.copy_(bits.bitwise_and_(-(1 << 16)).view(torch.float32))

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 
-from .config import MemoryConfig, OptimizerName, Timesteps
+from .config import MemoryConfig, Timesteps
 from .errors import ImagicError
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -28,46 +28,93 @@ class Runtime:
     Args:
         device: where the models are.
         dtype: of frozen weights and arithmetic.
-        checkpointing: gradient checkpointing in both stages.
-        attention: ``sdpa`` or ``xformers``.
+        optimizer: ``adam8bit`` or ``adam``.
+        memory: the levers as they were asked for.
         reasons: one sentence for each choice, for people.
     """
 
     device: torch.device
     dtype: torch.dtype
-    checkpointing: bool
-    attention: str
+    optimizer: str
+    memory: MemoryConfig
     reasons: dict[str, str]
-
-    def optimizer(self, asked: OptimizerName) -> str:
-        """``adam8bit`` or ``adam``."""
-        if asked != "auto":
-            return asked
-        return "adam8bit" if self.device.type == "cuda" else "adam"
 
 
 def resolve_runtime(memory: MemoryConfig) -> Runtime:
     """Decides what ``auto`` means here, and says why.
 
     Raises:
-        ImagicError: CUDA or xformers is asked for and is not there.
+        ImagicError: CUDA, xformers, bitsandbytes, or bf16 arithmetic is asked for or needed and is not there.
     """
     device, why_device = _device(memory)
     dtype, why_dtype = _dtype(memory, device)
-    cuda = device.type == "cuda"
-    asked = memory.gradient_checkpointing
-    checkpointing = cuda if asked == "auto" else asked == "on"
-    why = f"asked for ({asked})" if asked != "auto" else ("saves memory on the card" if cuda else "off on the CPU: it costs time")
-    if memory.attention == "xformers" and not (cuda and importlib.util.find_spec("xformers")):
-        got = "--attention xformers without CUDA" if not cuda else "--attention xformers, which is not installed"
-        raise ImagicError(got, "a CUDA device and the xformers package", "use --attention sdpa, or pip install 'imagic-lora[xformers]'")
+    _refuse_missing(memory, device, dtype)
+    optimizer, why = _optimizer(memory, device)
     reasons = {
         "device": f"{device} ({why_device})",
         "precision": f"{str(dtype).removeprefix('torch.')} ({why_dtype})",
-        "gradient checkpointing": f"{'on' if checkpointing else 'off'} ({why})",
         "attention": f"{memory.attention} ({'asked for' if memory.attention == 'xformers' else 'built into PyTorch'})",
+        "optimizer": f"{optimizer} ({why})",
+        "memory levers": ", ".join(levers(memory)) or "none",
     }
-    return Runtime(device, dtype, checkpointing, memory.attention, reasons)
+    return Runtime(device, dtype, optimizer, memory, reasons)
+
+
+def _optimizer(memory: MemoryConfig, device: torch.device) -> tuple[str, str]:
+    if memory.optimizer == "adam8bit":
+        _refuse_missing_bitsandbytes("adam8bit", "adam", "--optimizer")
+    if memory.optimizer != "auto":
+        return memory.optimizer, "asked for"
+    if device.type != "cuda":
+        return "adam", "memory is not short on the CPU"
+    if not has_bitsandbytes():
+        return "adam", "bitsandbytes, which would keep states in 8 bits, cannot be imported"
+    return "adam8bit", "8-bit states save memory on the card"
+
+
+def has_bitsandbytes() -> bool:
+    """Whether bitsandbytes can be imported."""
+    try:
+        _refuse_missing_bitsandbytes("", "", "")
+    except ImagicError:
+        return False
+    return True
+
+
+def levers(memory: MemoryConfig) -> list[str]:
+    """The levers that are pulled, in words."""
+    plain = ("gradient_checkpointing", "optimizer_in_backward", "vae_tiling", "vae_slicing", "autocast_cache")
+    found = [name.replace("_", " ") for name in plain if getattr(memory, name)]
+    found += [f"{memory.idle} what is idle"] if memory.idle != "keep" else []
+    found += [f"{memory.master_weights} master weights"] if memory.master_weights != "fp32" else []
+    return found + ([f"{memory.quantize} base"] if memory.quantize != "none" else [])
+
+
+def _refuse_missing(memory: MemoryConfig, device: torch.device, dtype: torch.dtype) -> None:
+    cuda = device.type == "cuda"
+    if memory.attention == "xformers" and not (cuda and importlib.util.find_spec("xformers")):
+        got = "--attention xformers without CUDA" if not cuda else "--attention xformers, which is not installed"
+        raise ImagicError(got, "a CUDA device and the xformers package", "use --attention sdpa, or pip install 'imagic-lora[xformers]'")
+    if memory.idle == "offload" and not cuda:
+        raise ImagicError("--idle offload without CUDA", "a card to make room on", "use --idle release, which spares host memory")
+    if memory.master_weights == "bf16-stochastic" and dtype != torch.bfloat16:
+        got = f"--master-weights bf16-stochastic with arithmetic in {str(dtype).removeprefix('torch.')}"
+        raise ImagicError(got, "bf16 arithmetic", "use --master-weights fp32, or --dtype bf16 where the device has it")
+    if memory.autocast_cache and dtype == torch.float32:
+        raise ImagicError("--autocast-cache with arithmetic in float32", "fp16 or bf16 arithmetic", "leave it out: nothing is cast in fp32")
+    if memory.quantize == "nf4":
+        _refuse_missing_bitsandbytes("nf4", "none", "--quantize")
+
+
+def _refuse_missing_bitsandbytes(asked: str, instead: str, flag: str) -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise ImagicError(
+            f"{asked}, but bitsandbytes cannot be imported ({error})",
+            "a working bitsandbytes",
+            f"pip install bitsandbytes, or use {flag} {instead}",
+        ) from error
 
 
 def _device(memory: MemoryConfig) -> tuple[torch.device, str]:
@@ -113,6 +160,11 @@ def reset_peak_memory(device: torch.device) -> None:
     """Starts the count of :func:`peak_memory` anew, where the device can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor from host memory on a device, without waiting for what the device still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def key(*parts: int | str) -> int:

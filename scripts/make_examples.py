@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffusers.utils import logging
 
-from imagic_lora.config import PRESETS, resolve
+from imagic_lora.config import RECIPES, resolve
 from imagic_lora.critters import render, scene_at
 from imagic_lora.imagic import fit, open_for, result
 from imagic_lora.store import Store
@@ -18,7 +18,7 @@ EXAMPLES = {"rex-jumps": (12, "a dog jumping"), "mia-at-night": (6, "a cat at ni
 
 def main() -> None:
     logging.disable_progress_bar()
-    config = resolve({"base": "critters"}, {}, PRESETS["critters"])
+    config = resolve({"base": "critters"}, {}, RECIPES["critters"])
     base = open_for(config)
     with tempfile.TemporaryDirectory() as folder:
         for name, (index, prompt) in EXAMPLES.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 from diffusers.utils import logging
 from PIL import Image
 
-from imagic_lora.config import PRESETS, Mode, RunConfig, resolve
+from imagic_lora.config import RECIPES, Mode, RunConfig, resolve
 from imagic_lora.critters import POSES, Scene, render, scene_at
 from imagic_lora.critters.judge import Judge
 from imagic_lora.critters.scene import Split
@@ -86,7 +86,7 @@ class Outcome:
 def outcomes(mode: Mode, split: Split, scenes: range) -> Iterator[Outcome]:
     """Fits and edits scenes of a split with the defaults."""
     logging.disable_progress_bar()
-    config = resolve({"base": "critters", "tune": {"mode": mode}}, {}, PRESETS["critters"])
+    config = resolve({"base": "critters", "tune": {"mode": mode}}, {}, RECIPES["critters"])
     editor, judge = Editor(open_for(config)), Judge.load()
     with tempfile.TemporaryDirectory() as folder:
         for k in scenes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tiny import save_tiny
 from torch import Tensor
 
 from imagic_lora.bases.files import count_parameters
-from imagic_lora.bases.registry import locate
+from imagic_lora.bases.registry import architecture_of, locate
 from imagic_lora.errors import ImagicError
 
 STEPS = torch.tensor([0, 1, 250, 999])
@@ -150,6 +152,68 @@ def test_images_are_encoded_with_the_scale_of_the_config(folder: Path) -> None:
     base = opened(folder)
     assert torch.equal(base.encode_image(image), expected)
     assert torch.equal(base.decode(expected), decoded)
+
+
+@pytest.mark.parametrize("idle", ["keep", "release"])
+def test_what_rests_comes_back_when_it_is_used(folder: Path, idle: str) -> None:
+    """Kept it is the same module, released it is gone and read again: frozen, its levers pulled, its answers bit-equal."""
+    base = opened(folder, idle=idle, vae_slicing=True)
+    image = torch.rand(1, 3, 32, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    helpers = [weakref.ref(module) for module in (base.pipeline("text2image").vae, base.pipeline("text2image").text_encoder)]
+    latents, text = base.encode_image(image), base.encode_text("a cat").tokens
+    picture = base.decode(latents)
+    base.rest()
+    gc.collect()
+    assert [helper() is None for helper in helpers] == [idle == "release"] * 2
+    assert torch.equal(base.decode(latents), picture)
+    assert torch.equal(base.encode_image(image), latents)
+    assert torch.equal(base.encode_text("a cat").tokens, text)
+    pipe = base.pipeline("text2image")
+    assert pipe.vae.use_slicing
+    assert not any(p.requires_grad for module in (pipe.vae, pipe.text_encoder) for p in module.parameters())
+
+
+@pytest.mark.parametrize("switch", [False, True])
+@pytest.mark.parametrize("lever", ["tiling", "slicing"])
+def test_levers_of_the_vae_reach_it(folder: Path, lever: str, switch: bool) -> None:
+    """Each by itself, and off where it is not asked for."""
+    vae = opened(folder, **{f"vae_{lever}": switch}).pipeline("text2image").vae
+    assert {name: getattr(vae, f"use_{name}") for name in ("tiling", "slicing")} == {"tiling": False, "slicing": False} | {lever: switch}
+
+
+@pytest.mark.parametrize(
+    ("mode", "memory", "denoiser", "rest"),
+    [
+        ("lora", {"dtype": "fp32"}, torch.float32, torch.float32),
+        ("lora", {"dtype": "bf16"}, torch.bfloat16, torch.bfloat16),
+        ("full", {"dtype": "bf16"}, torch.float32, torch.bfloat16),
+        ("full", {"dtype": "bf16", "master_weights": "bf16-stochastic"}, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_the_denoiser_has_the_precision_of_what_is_trained(
+    folder: Path, mode: Any, memory: dict[str, Any], denoiser: torch.dtype, rest: torch.dtype
+) -> None:
+    """That of the master weights in full, that of the arithmetic where it stays frozen; the rest follows the arithmetic."""
+    pipe = opened(folder, mode, **memory).pipeline("text2image")
+    assert [module.dtype for module in (pipe.unet, pipe.vae, pipe.text_encoder)] == [denoiser, rest, rest]
+
+
+def test_the_architecture_is_the_same_before_and_after_loading(folder: Path) -> None:
+    """What a plan is made of, read from the folder's configs or from the components in memory."""
+    loaded, read = opened(folder).architecture, architecture_of(str(folder))
+    assert (loaded.resolution, loaded.factor) == (read.resolution, read.factor) == (32, 4)
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
+        ours = json.loads(json.dumps(getattr(loaded, part), default=str))
+        theirs = {name: value for name, value in getattr(read, part).items() if not name.startswith("_") and name in ours}
+        assert len(theirs) > 5
+        assert {name: ours[name] for name in theirs} == theirs
+
+
+@pytest.mark.parametrize("name", ["no-such-base", "/no/such"])
+def test_an_unknown_base_has_no_architecture(name: str) -> None:
+    """It is refused as it would be on opening."""
+    with pytest.raises(ImagicError, match="no base called"):
+        architecture_of(name)
 
 
 def test_a_base_is_frozen(folder: Path) -> None:

@@ -11,14 +11,17 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from common import MODES
 from PIL import Image
 from pydantic import BaseModel
 from tiny import save_tiny
 
 import imagic_lora.cli as cli
 import imagic_lora.console as console
+import imagic_lora.fits as fits
 import imagic_lora.imagic as imagic
-from imagic_lora.config import PRESETS, Config, EditConfig, RunConfig, checked
+import imagic_lora.runtime as runtime
+from imagic_lora.config import PRESETS, RECIPES, Config, DeviceConfig, EditConfig, MemoryConfig, RunConfig, checked
 from imagic_lora.images import read_metadata, read_photo
 from imagic_lora.store import Store
 
@@ -119,6 +122,7 @@ def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[st
     unknown.write_text("embed: {stepz: 3}")
     other = save_tiny(tmp / "other", seed=1)
     fit: list[object] = ["fit", photo, "a dog", "--store", store, "--name", "new", "--base", base, *SHORT]
+    full: list[object] = ["fit", photo, "a dog", "--base", base, "--device", "cpu", "--mode", "full"]
     return {
         "not an image": (["fit", text, "a dog", "--base", base], "not an image"),
         "empty file": (["fit", empty, "a dog", "--base", base], "is empty"),
@@ -127,7 +131,8 @@ def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[st
         "unknown base": (["fit", photo, "a dog", "--base", "nobody"], "critters"),
         "not a base": (["fit", photo, "a dog", "--base", tmp], "model_index.json"),
         "unknown config key": ([*fit, "--config", unknown], "stepz"),
-        "unknown preset": ([*fit, "--preset", "nope"], "critters"),
+        "unknown preset": ([*fit, "--preset", "nope"], "12gb"),
+        "unknown preset for an edit": (["edit", "rex", "--store", store, "--preset", "nope"], "12gb"),
         "eta out of range": (["edit", "rex", "--store", store, "--eta", "3"], "eta 3"),
         "eta not a number": (["edit", "rex", "--store", store, "--eta", "much"], "--eta much"),
         "seed not a number": (["edit", "rex", "--store", store, "--seed", "one"], "--seed one"),
@@ -144,6 +149,13 @@ def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[st
         "value out of range": ([*fit, "--embed.steps", "0"], "embed"),
         "wrong type": ([*fit, "--seed", "x"], "seed"),
         "clash": ([*fit, "--mode", "full"], "--rank"),
+        "clash of levers": ([*full, "--quantize", "nf4"], "--quantize"),
+        "clash in a plan": (["plan", "--master-weights", "bf16-stochastic"], "--mode lora"),
+        "no architecture to plan": (["plan", "--base", "nobody"], "critters"),
+        "plain master weights": ([*fit, "--master-weights", "bf16"], "rounds to nothing"),
+        "stochastic without bf16": ([*full, "--master-weights", "bf16-stochastic"], "--dtype bf16"),
+        "offload without CUDA": ([*fit, "--idle", "offload", "--device", "cpu"], "--idle release"),
+        "offload without CUDA in an edit": (["edit", "rex", "--store", store, "--device", "cpu", "--idle", "offload"], "--idle release"),
         "xformers without CUDA": ([*fit, "--attention", "xformers", "--device", "cpu"], "sdpa"),
     }
 
@@ -153,7 +165,8 @@ BAD = [
     "eta out of range", "eta not a number", "seed not a number", "adapter of another base", "no such adapter",
     "empty prompt for an edit", "no step to take", "strength without a start", "a path in a name",
     "a path in an edit", "existing name", "unknown command", "unknown flag", "value out of range", "wrong type", "clash",
-    "xformers without CUDA",
+    "xformers without CUDA", "unknown preset for an edit", "clash of levers", "clash in a plan", "no architecture to plan",
+    "plain master weights", "stochastic without bf16", "offload without CUDA", "offload without CUDA in an edit",
 ]  # fmt: skip
 
 
@@ -228,14 +241,14 @@ def at(config: Any, path: tuple[str, ...]) -> Any:
 
 
 def other_value(path: tuple[str, ...]) -> Any:
-    """A valid value of a setting that is neither its default nor its preset's."""
+    """A valid value of a setting that is not its default."""
     special = {"base": "somewhere", "revision": "main", "resolution": 48, "alpha": 3.5, "device": "cpu", "strength": 0.25}
     if path[-1] in special:
         return special[path[-1]]
     default, choices = at(RunConfig(), path), get_args(_annotation(path))
     if choices and isinstance(default, str):
         return next(c for c in choices if c != default)
-    return {int: 7, float: 0.125}[type(default)]
+    return {int: 7, float: 0.125, bool: True}[type(default)]
 
 
 def _annotation(path: tuple[str, ...]) -> Any:
@@ -245,36 +258,62 @@ def _annotation(path: tuple[str, ...]) -> Any:
     return group.model_fields[path[-1]].annotation
 
 
-FLAT = {"mode", "rank", "alpha", "targets", "device", "dtype", "gradient_checkpointing", "attention"}
+FLAT = {"mode", "rank", "alpha", "targets", *MemoryConfig.model_fields}
+COMPANIONS = {"master_weights": ("--mode", "full"), "autocast_cache": ("--mode", "full")}
+"""Without these the other value of a setting is a clash."""
+LEVELS = ("built-in", "recipe", "preset", "file", "flag")
+CHOOSING = (("preset",), ("tune", "mode"))
+"""What chooses a preset, or the half of a recipe or preset, cannot come from one."""
+CASES = [(path, level) for path in leaves() for level in LEVELS if path not in CHOOSING or level not in ("recipe", "preset")]
 
 
-@pytest.mark.parametrize("level", ["built-in", "preset", "file", "flag"])
-@pytest.mark.parametrize("path", leaves(), ids=".".join)
+def token(path: tuple[str, ...]) -> str:
+    """The flag of a setting, without its dashes."""
+    return (path[-1] if path[-1] in FLAT else ".".join(path)).replace("_", "-")
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """The settings that fit() is given, in place of fitting; on a machine without a card."""
+    found: list[RunConfig] = []
+    monkeypatch.setattr(cli, "_fit", lambda _i, _p, config, *_: found.append(config))
+    monkeypatch.setattr(fits, "on_this_machine", lambda device: (None, 0))
+    return found
+
+
+@pytest.mark.parametrize(("path", "level"), CASES, ids=lambda value: value if isinstance(value, str) else ".".join(value))
 def test_every_setting_reaches_the_fit_from_every_level(
-    path: tuple[str, ...], level: str, run: Run, photo: Path, monkeypatch: pytest.MonkeyPatch
+    path: tuple[str, ...], level: str, run: Run, photo: Path, given: list[RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Set on the real command line, in a real file, in a preset or as the default, it is what fit() is given."""
+    """Set on the real command line, in a real file, in a preset, in a recipe or as the default, it is what fit() is given."""
     value = other_value(path)
     nested: Any = value
     for name in reversed(path):
         nested = {name: nested}
-    monkeypatch.setitem(PRESETS, "empty", {"lora": nested if level == "preset" else {}, "full": {}})
-    if level == "preset" and path == ("tune", "mode"):
-        pytest.skip("the mode chooses the half of a preset, so a preset cannot set it")
-    tokens: list[object] = ["fit", photo, "a dog", "--preset", "empty"]
+    monkeypatch.setitem(RECIPES, "sd", {mode: nested if level == "recipe" else {} for mode in MODES})
+    monkeypatch.setitem(PRESETS, "8gb", {mode: nested if level == "preset" else {} for mode in MODES})
+    tokens: list[object] = ["fit", photo, "a dog", *COMPANIONS.get(path[-1], ())]
+    if path != ("preset",):
+        tokens += ["--preset", "8gb"]
     if level == "file":
         Path("settings.yaml").write_text(json.dumps(nested))
         tokens += ["--config", "settings.yaml"]
     if level == "flag":
-        name = path[-1] if path[-1] in FLAT else ".".join(path)
-        tokens += ["--" + name.replace("_", "-"), value]
+        tokens += [f"--{token(path)}"] if value is True else [f"--{token(path)}", value]
     if level == "built-in":
-        value = at(RunConfig(), path)
-    given: list[RunConfig] = []
-    monkeypatch.setattr(cli, "_fit", lambda _i, _p, config, *_: given.append(config))
+        value = "cpu" if path == ("preset",) else at(RunConfig(), path)  # what auto comes to without a card
     code, _, err = run(*tokens)
     assert code == 0, err
     assert at(given[0], path) == value
+
+
+@pytest.mark.parametrize("path", [path for path in leaves() if at(RunConfig(), path) is False], ids=".".join)
+def test_every_switch_can_be_turned_off_again(path: tuple[str, ...], run: Run, photo: Path, given: list[RunConfig]) -> None:
+    """A flag takes back what a file turned on."""
+    Path("settings.yaml").write_text(json.dumps({path[0]: {path[1]: True}}))
+    tokens = ["fit", photo, "a dog", "--config", "settings.yaml", *COMPANIONS.get(path[-1], ())]
+    assert run(*tokens)[0] == run(*tokens, f"--no-{token(path)}")[0] == 0
+    assert [at(config, path) for config in given] == [True, False]
 
 
 class Watched:
@@ -292,14 +331,25 @@ class Watched:
 
 
 def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting is accepted and ignored: fit and generate read each of them."""
-    seen: set[tuple[str, ...]] = set()
-    config = checked({"base": str(base), "embed": {"steps": 1}, "tune": {"steps": 1}, "edit": {"steps": 2, "start": "image"}})
-    steps = imagic.fit(photo, "a dog", Watched(config, seen), Store(tmp_path), "x")  # pyright: ignore[reportArgumentType]
+    """No setting is accepted and ignored: over both modes fit reads each of them, but for the preset, which resolve() has read by then.
+
+    What only plans, refuses or describes a run does not count here, and of the memory levers what the base's runtime was not asked for.
+    """
+    by_fit: set[tuple[str, ...]] = set()
+    by_runtime: set[tuple[str, ...]] = set()
+    resolved = runtime.resolve_runtime
+    monkeypatch.setattr(imagic, "resolve_runtime", lambda memory: resolved(Watched(memory._config, by_runtime, ("memory",))))
+    for module, name in ((imagic, "refuse_if_too_large"), (runtime, "_refuse_missing")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr(runtime, "levers", lambda memory: [])
     monkeypatch.setattr(imagic.Store, "write", lambda *_: "stored")
     monkeypatch.setattr(imagic._Run, "record", lambda self, name: None)
-    assert imagic.result(steps) == "stored"
-    assert set(leaves()) - seen == set()
+    for mode in MODES:
+        tune = {"steps": 1, "mode": mode}
+        config = checked({"base": str(base), "embed": {"steps": 1}, "tune": tune, "edit": {"steps": 2, "start": "image"}})
+        steps = imagic.fit(photo, "a dog", Watched(config, by_fit), Store(tmp_path), "x")  # pyright: ignore[reportArgumentType]
+        assert imagic.result(steps) == "stored"
+    assert set(leaves()) - {path for path in by_fit if path[0] != "memory"} - by_runtime == {("preset",)}
 
 
 def test_edit_flags_override_what_the_adapter_stored(run: Run, store: Path) -> None:
@@ -312,7 +362,39 @@ def test_edit_flags_override_what_the_adapter_stored(run: Run, store: Path) -> N
     assert read_metadata(Path(json.loads(out)["pictures"][0]["file"]))["edit"] == values
 
 
-@pytest.mark.parametrize("command", ["", "fit", "edit", "list", "show", "demo", "doctor"])
+@pytest.mark.parametrize(("flags", "taken"), [((), 4), (("--preset", "8gb"), 1), (("--preset", "8gb", "--batch-size", "3"), 3)])
+def test_the_batch_of_an_edit_is_that_of_the_machine(flags: tuple[str, ...], taken: int, run: Run, store: Path) -> None:
+    """A preset takes the place of what the adapter stored, and a flag that of the preset."""
+    code, out, _ = run("edit", "rex", "--store", store, "--device", "cpu", *flags, "--json")
+    assert code == 0
+    assert read_metadata(Path(json.loads(out)["pictures"][0]["file"]))["edit"]["batch_size"] == taken
+
+
+DEVICE = {"device": "cpu", "dtype": "bf16", "attention": "xformers", "idle": "release", "vae_tiling": True, "vae_slicing": True}
+
+
+@pytest.mark.parametrize("level", ["built-in", "preset", "flag"])
+@pytest.mark.parametrize("name", DeviceConfig.model_fields)
+def test_every_device_setting_of_an_edit_reaches_its_runtime(
+    name: str, level: str, run: Run, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a preset, from its flag over that of a preset, or as the default."""
+    asked: list[MemoryConfig] = []
+
+    def stopped(memory: MemoryConfig) -> None:
+        asked.append(memory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime, "resolve_runtime", stopped)
+    default, value = getattr(MemoryConfig(), name), DEVICE[name]
+    in_preset = {"built-in": {}, "preset": {name: value}, "flag": {name: default}}[level]
+    monkeypatch.setitem(PRESETS, "8gb", {mode: {"memory": in_preset} for mode in MODES})
+    flag = [f"--{token((name,))}"] if value is True else [f"--{token((name,))}", value]
+    assert run("edit", "rex", "--store", store, "--preset", "8gb", *(flag if level == "flag" else []))[0] == 130
+    assert getattr(asked[0], name) == (default if level == "built-in" else value)
+
+
+@pytest.mark.parametrize("command", ["", "fit", "edit", "list", "show", "plan", "demo", "doctor"])
 def test_help_explains_every_command(command: str, run: Run) -> None:
     """Help exits with 0 and names what it is about."""
     code, out, _ = run(*command.split(), "--help")

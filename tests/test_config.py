@@ -1,20 +1,21 @@
-"""One schema, four levels: every setting arrives, and what is wrong is refused by name."""
+"""One schema, five levels: every setting arrives, and what is wrong is refused by name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from imagic_lora.config import PRESETS, RunConfig, merged, read_yaml, resolve
+from imagic_lora.config import PRESETS, RECIPES, Preset, RunConfig, merged, read_yaml, recipe_of, resolve
 from imagic_lora.errors import ImagicError
 
 Leaf = tuple[str, ...]
-LEVELS = ("preset", "file", "flags")
+LEVELS = ("recipe", "preset", "file", "flags")
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
@@ -32,11 +33,18 @@ def another(annotation: Any, default: Any) -> Any:
     if get_origin(annotation) is Literal:
         return next(value for value in get_args(annotation) if value != default)
     kind = next((arm for arm in get_args(annotation) if arm is not type(None)), annotation)
-    return {int: 64, float: 0.375, str: "other"}[kind]
+    return {int: 64, float: 0.375, str: "other", bool: not default}[kind]
 
 
 SETTINGS = {path: (default, another(annotation, default)) for path, annotation, default in leaves()}
+COMPANIONS: dict[Leaf, dict[str, Any]] = {("memory", name): {"tune": {"mode": "full"}} for name in ("master_weights", "autocast_cache")}
+"""What has to be given along with a setting for its other value to be valid."""
 each_setting = pytest.mark.parametrize("path", SETTINGS, ids=".".join)
+
+
+def reach(path: Leaf) -> tuple[str, ...]:
+    """The levels that can set something: a preset is named by file or flags alone."""
+    return LEVELS[2:] if path == ("preset",) else LEVELS
 
 
 def nested(path: Leaf, value: Any) -> dict[str, Any]:
@@ -44,58 +52,105 @@ def nested(path: Leaf, value: Any) -> dict[str, Any]:
     return {path[0]: nested(path[1:], value) if path[1:] else value}
 
 
+def named(value: Any) -> str:
+    """For the names of cases."""
+    return ".".join(value) if isinstance(value, tuple) else str(value)
+
+
 def at(config: Any, path: Leaf) -> Any:
     """The value of a setting."""
     return at(getattr(config, path[0]), path[1:]) if path else config
 
 
-def resolved(preset: Mapping[str, Any], file: Mapping[str, Any], flags: Mapping[str, Any]) -> RunConfig:
-    """The settings of a run whose preset is the same in both modes."""
-    return resolve(flags, file, {"lora": preset, "full": preset})
+Resolved = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def resolved(monkeypatch: pytest.MonkeyPatch) -> Resolved:
+    """Resolves a run whose recipe and preset are the same in both modes; its preset is 16gb where the preset level is given."""
+
+    def run(recipe: Any = (), preset: Any = None, file: Any = (), flags: Any = ()) -> RunConfig:
+        for name in PRESETS:
+            monkeypatch.setitem(PRESETS, name, {"lora": dict(preset or {}), "full": dict(preset or {})})
+        return resolve(dict(flags), dict(file), {"lora": dict(recipe), "full": dict(recipe)}, "16gb" if preset else None)
+
+    return run
 
 
 @each_setting
-def test_nothing_given_is_the_default(path: Leaf) -> None:
+def test_nothing_given_is_the_default(path: Leaf, resolved: Resolved) -> None:
     """The built-in level is the model's own default, whose value is valid when given, too."""
     default, _ = SETTINGS[path]
-    assert at(resolved({}, {}, {}), path) == default == at(resolved({}, {}, nested(path, default)), path)
+    assert at(resolved(), path) == default == at(resolved(flags=nested(path, default)), path)
 
 
-@each_setting
-@pytest.mark.parametrize("level", range(3), ids=LEVELS)
-def test_a_level_alone_beats_the_default_and_touches_nothing_else(path: Leaf, level: int) -> None:
+@pytest.mark.parametrize(("path", "level"), [(path, level) for path in SETTINGS for level in reach(path)], ids=named)
+def test_a_level_alone_beats_the_default_and_touches_nothing_else(path: Leaf, level: str, resolved: Resolved) -> None:
     """A setting given once arrives from wherever it was given."""
-    given = [nested(path, SETTINGS[path][1]) if k == level else {} for k in range(3)]
-    config = resolved(*given)
+    given, companion = nested(path, SETTINGS[path][1]), COMPANIONS.get(path, {})
+    config = resolved(**({"flags": companion} | {level: merged(given, companion)}))
     assert at(config, path) == SETTINGS[path][1]
-    assert config.model_dump() == merged(RunConfig().model_dump(), given[level])
+    chosen = {"preset": "16gb"} if level == "preset" else {}
+    assert config.model_dump() == merged(RunConfig().model_dump(), given, companion, chosen)
 
 
-@each_setting
+@pytest.mark.parametrize(
+    ("path", "lower", "higher"), [(path, *pair) for path in SETTINGS for pair in combinations(reach(path), 2)], ids=named
+)
 @pytest.mark.parametrize("explicit", [0, 1], ids=["default", "other"])
-@pytest.mark.parametrize(("higher", "lower"), [("flags", "file"), ("flags", "preset"), ("file", "preset")])
-def test_a_higher_level_beats_a_lower_one(path: Leaf, explicit: int, higher: str, lower: str) -> None:
+def test_a_higher_level_beats_a_lower_one(path: Leaf, explicit: int, higher: str, lower: str, resolved: Resolved) -> None:
     """What is given higher up wins, be it the default given explicitly."""
-    values = SETTINGS[path]
-    given = {level: {} for level in LEVELS} | {higher: nested(path, values[explicit]), lower: nested(path, values[1 - explicit])}
-    assert at(resolved(**given), path) == values[explicit]
+    values, companion = SETTINGS[path], COMPANIONS.get(path, {})
+    given = {higher: nested(path, values[explicit]), lower: nested(path, values[1 - explicit])}
+    assert at(resolved(**(given | {"flags": merged(given.get("flags", {}), companion)})), path) == values[explicit]
 
 
 @pytest.mark.parametrize("level", ["file", "flags"])
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_the_mode_chooses_its_half_of_the_preset(level: str, mode: str) -> None:
-    """File and flags can both ask for a mode, and get what the preset has for it."""
-    given = {"file": {}, "flags": {}} | {level: {"tune": {"mode": mode}}}
-    preset: Any = {"lora": {"tune": {"steps": 11}}, "full": {"tune": {"steps": 22}}}
-    assert resolve(**given, preset=preset).tune.steps == {"lora": 11, "full": 22}[mode]
+@pytest.mark.parametrize("halved", ["recipe", "preset"])
+def test_the_mode_chooses_its_half(halved: str, level: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File and flags can both ask for a mode, and get what recipe and preset have for it."""
+    given: dict[str, Any] = {"file": {}, "flags": {}, "recipe": {}} | {level: {"tune": {"mode": mode}}}
+    halves: Any = {"lora": {"tune": {"steps": 11}}, "full": {"tune": {"steps": 22}}}
+    if halved == "recipe":
+        given["recipe"] = halves
+    else:
+        monkeypatch.setitem(PRESETS, "12gb", halves)
+    assert resolve(**given, preset="12gb").tune.steps == {"lora": 11, "full": 22}[mode]
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_valid_and_arrives_whole(name: str, mode: Any) -> None:
-    """A preset laid over the defaults is the run, in both modes."""
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid_and_arrives_whole(name: str, mode: Any) -> None:
+    """A recipe laid over the defaults is the run, in both modes."""
     flags = {"tune": {"mode": mode}}
-    assert resolve(flags, {}, PRESETS[name]).model_dump() == merged(RunConfig().model_dump(), PRESETS[name][mode], flags)
+    assert resolve(flags, {}, RECIPES[name]).model_dump() == merged(RunConfig().model_dump(), RECIPES[name][mode], flags)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("name", get_args(Preset))
+@pytest.mark.parametrize("level", ["file", "flags", "auto"])
+def test_every_preset_is_valid_and_arrives_whole(level: str, name: Any, mode: Any) -> None:
+    """Laid over the recipe it is the run, in both modes, whether asked for or taken for auto."""
+    levels = {"file": {}, "flags": {"tune": {"mode": mode}}}
+    given = levels | ({level: merged(levels[level], {"preset": name})} if level in levels else {})
+    found = resolve(**given, recipe=RECIPES["sd"], preset=name if level == "auto" else None)
+    expected = merged(RunConfig().model_dump(), RECIPES["sd"][mode], PRESETS[name][mode], levels["flags"], {"preset": name})
+    assert found.model_dump() == expected
+
+
+def test_the_preset_of_the_flags_takes_the_place_of_that_of_the_file() -> None:
+    """Nothing is left of the levers that the file asked for by name, while those it spelled out stay."""
+    file = {"preset": "8gb", "memory": {"vae_slicing": True}}
+    expected = merged(RunConfig().model_dump(), PRESETS["cpu"]["lora"], file, {"preset": "cpu"})
+    assert resolve({"preset": "cpu"}, file, {}).model_dump() == expected
+    assert resolve({"preset": "auto"}, file, {}).model_dump() == merged(RunConfig().model_dump(), file, {"preset": "auto"})
+
+
+@pytest.mark.parametrize(("base", "kind"), [("critters", "critters"), ("sd15", "sd"), ("sd21", "sd"), ("./critters", "sd")])
+def test_a_base_has_its_own_recipe_or_that_of_stable_diffusion(base: str, kind: str) -> None:
+    """By its name alone."""
+    assert recipe_of(base) is RECIPES[kind]
 
 
 @pytest.mark.parametrize("path", [("rnak",), ("embed", "rank"), ("tune", "rnak"), ("edit", "eta"), ("memory", "rank")], ids=".".join)
@@ -104,7 +159,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(path: Leaf, level: str) 
     """The error names the setting that was got and every one that its group knows."""
     given = {"file": {}, "flags": {}} | {level: nested(path, 1)}
     with pytest.raises(ImagicError) as caught:
-        resolve(**given, preset={})
+        resolve(**given, recipe={})
     assert ".".join(path) in caught.value.got
     group = at(RunConfig(), path[:-1])
     assert caught.value.expected == "one of " + ", ".join(type(group).model_fields)
@@ -132,7 +187,14 @@ def test_an_unknown_name_is_refused_with_the_known_ones(path: Leaf, level: str) 
         (("edit", "strength"), 0),
         (("edit", "strength"), 1.01),
         (("edit", "batch_size"), 257),
+        (("preset",), "4gb"),
         (("memory", "device"), "mps"),
+        (("memory", "idle"), "drop"),
+        (("memory", "vae_tiling"), "sometimes"),
+        (("memory", "gradient_checkpointing"), "auto"),
+        (("memory", "optimizer"), "sgd"),
+        (("memory", "quantize"), "int8"),
+        (("memory", "master_weights"), "fp8"),
         (("embed",), 5),
         (("tune",), None),
     ],
@@ -140,7 +202,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(path: Leaf, level: str) 
 def test_a_value_out_of_range_is_refused_by_name(path: Leaf, value: Any) -> None:
     """The error says which setting and what it was given."""
     with pytest.raises(ImagicError) as caught:
-        resolve({}, nested(path, value), PRESETS["critters"])
+        resolve({}, nested(path, value), RECIPES["critters"])
     assert caught.value.got == f"{'.'.join(path)} = {value!r}"
 
 
@@ -150,7 +212,54 @@ def test_a_lora_setting_clashes_with_mode_full(name: str, value: Any, level: str
     """Both flags are named, wherever the LoRA setting came from."""
     given = {"file": {}, "flags": {}} | {level: {"tune": {name: value}}}
     with pytest.raises(ImagicError, match=rf"--{name} \(from the .*\) together with --mode full"):
-        resolve(merged(given["flags"], {"tune": {"mode": "full"}}), given["file"], PRESETS["sd"])
+        resolve(merged(given["flags"], {"tune": {"mode": "full"}}), given["file"], RECIPES["sd"])
+
+
+FULL, STOCHASTIC = {"tune": {"mode": "full"}}, {"memory": {"master_weights": "bf16-stochastic"}}
+CLASHES = {
+    "--quantize and --mode full": ({"memory": {"quantize": "nf4"}}, FULL),
+    "--master-weights and --mode lora": (STOCHASTIC, {}),
+    "--autocast-cache and --mode lora": ({"memory": {"autocast_cache": True}}, {}),
+    "--autocast-cache and --master-weights bf16-stochastic": ({"memory": {"autocast_cache": True}}, merged(FULL, STOCHASTIC)),
+    "--master-weights and --dtype fp16": (STOCHASTIC, merged(FULL, {"memory": {"dtype": "fp16"}})),
+    "--master-weights and --dtype fp32": (STOCHASTIC, merged(FULL, {"memory": {"dtype": "fp32"}})),
+}
+
+
+@pytest.mark.parametrize("clash", CLASHES)
+@pytest.mark.parametrize("other_level", ["file", "flags"])
+@pytest.mark.parametrize("level", ["file", "flags"])
+def test_levers_that_rule_each_other_out_are_refused(clash: str, level: str, other_level: str) -> None:
+    """Both flags are named in what was got and in what to do, wherever each of them came from; alone the others are fine."""
+    (setting, others), (flag, other) = CLASHES[clash], clash.split(" and ")
+    given = {"file": {}, "flags": {}} | {other_level: others}
+    assert resolve(**given, recipe={}).model_dump() == merged(RunConfig().model_dump(), others)
+    given[level] = merged(given[level], setting)
+    with pytest.raises(ImagicError) as caught:
+        resolve(**given, recipe={})
+    assert caught.value.got == f"{flag} (from the {level}) together with {other}"
+    assert caught.value.remedy == f"leave out {other} or {flag}"
+
+
+@pytest.mark.parametrize("settings", [{"memory": {"quantize": "nf4"}}, merged(FULL, STOCHASTIC, {"memory": {"dtype": "bf16"}}),
+                                      merged(FULL, {"memory": {"autocast_cache": True, "dtype": "bf16"}})])  # fmt: skip
+@pytest.mark.parametrize("preset", PRESETS)
+def test_levers_that_agree_are_taken_over_any_preset(settings: dict[str, Any], preset: Any) -> None:
+    """Each arrives, and none is taken for a clash."""
+    found = resolve(settings, {}, RECIPES["sd"], preset).model_dump()
+    assert merged(found, settings) == found
+
+
+@pytest.mark.parametrize("value", ["bf16", "fp16"])
+@pytest.mark.parametrize("level", ["file", "flags"])
+def test_master_weights_in_plain_half_precision_are_refused_with_the_reason(level: str, value: str) -> None:
+    """The error says what is right, and why this is not."""
+    given = {"file": {}, "flags": {}} | {level: merged(FULL, {"memory": {"master_weights": value}})}
+    with pytest.raises(ImagicError) as caught:
+        resolve(**given, recipe={})
+    assert caught.value.got == f"memory.master_weights = '{value}'"
+    assert caught.value.expected.startswith("fp32 or bf16-stochastic: ")
+    assert f"a step rounds to nothing in plain {value}" in caught.value.expected
 
 
 @pytest.mark.parametrize("group", ["embed", "tune", "edit", "memory", None])
@@ -190,8 +299,8 @@ def test_a_file_is_read_as_a_mapping(text: str, expected: dict[str, Any], tmp_pa
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_shipped_config_resolves(path: Path, preset: str) -> None:
-    """Each of its values arrives, over either preset."""
-    found = resolve({}, read_yaml(path), PRESETS[preset]).model_dump()
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_shipped_config_resolves(path: Path, recipe: str) -> None:
+    """Each of its values arrives, over either recipe."""
+    found = resolve({}, read_yaml(path), RECIPES[recipe]).model_dump()
     assert merged(found, read_yaml(path)) == found

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imagic_lora.config import PRESETS, read_yaml, resolve
+from imagic_lora.config import read_yaml, recipe_of, resolve
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [path for folder in ("imagic_lora", "scripts") for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
@@ -21,10 +21,14 @@ def test_the_map_names_every_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_config_is_valid_and_headed_by_its_command(path: Path) -> None:
-    """Every setting is known, and the file names the command that uses it."""
-    config = resolve({}, read_yaml(path), PRESETS["sd"])
-    assert config.base == "sd15"
+    """Every setting is known, the file names the command that uses it, and its own name is its base, its preset and its mode."""
+    settings = read_yaml(path)
+    config = resolve({}, settings, recipe_of(settings["base"]))
+    assert config.base in ("sd15", "sd21", "sdxl")
     assert f"--config configs/{path.name}" in path.read_text()
+    if path.stem != "reference-imagic":
+        base, *preset, mode = path.stem.split("-")
+        assert (base, preset or ["auto"], mode) == (config.base, [config.preset], config.tune.mode)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,29 @@ def test_pictures_that_are_not_finite_are_refused(folder: Path, fitted: Fitted) 
     broken = Conditioning(torch.full_like(stored["target"].tokens, torch.nan))
     with pytest.raises(ImagicError, match="holds NaN"):
         next(generate(base, [broken], [0], CONFIG, adapter.canvas(), stored["null"]))
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_pictures_are_made_wherever_the_text_encoder_is(folder: Path, fitted: Fitted, place: str) -> None:
+    """One that was offloaded, here to the device that cannot compute, does not draw the sampling after it."""
+    base, adapter = opened(folder), fitted("lora")
+    expected = pictures(Editor(opened(folder)), adapter)
+    base.pipeline("text2image").text_encoder.to(place)  # pyright: ignore[reportAttributeAccessIssue]
+    assert np.array_equal(pictures(Editor(base), adapter), expected)
+
+
+@pytest.mark.parametrize("prompt", [None, "a dog"])
+@pytest.mark.parametrize("idle", ["keep", "release"])
+def test_the_text_encoder_rests_while_pictures_are_made(folder: Path, fitted: Fitted, idle: str, prompt: str | None) -> None:
+    """Released by the first picture if asked, be there a text to encode or not; the pictures are the same, and the editor can go on."""
+    base, adapter = opened(folder, idle=idle), fitted("lora")
+    editor, text_encoder = Editor(base), weakref.ref(base.pipeline("text2image").text_encoder)
+    expected = pictures(Editor(opened(folder)), adapter, prompt=prompt)
+    edits = editor.edit(adapter, [0.6], [5], CONFIG, prompt)
+    assert np.array_equal(array(next(edits).image), expected[0])
+    gc.collect()
+    assert (text_encoder() is None) == (idle == "release")
+    assert np.array_equal(pictures(editor, adapter, prompt=prompt), expected)
 
 
 def test_an_empty_prompt_is_refused(folder: Path, fitted: Fitted) -> None:

@@ -13,21 +13,19 @@ import numpy as np
 import pytest
 import torch
 from common import KINDS, MODES, PROMPT, Pretended, array, opened, output, same, tiny_config, weights
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import save_tiny
-from transformers import CLIPTextModel
 
 import imagic_lora.imagic as imagic
-import imagic_lora.memory as memory
-from imagic_lora.config import EditConfig, MemoryConfig, Mode
+from imagic_lora.bases.base import Base
+from imagic_lora.bases.registry import architecture_of
+from imagic_lora.config import EditConfig, Mode
 from imagic_lora.editor import Editor
 from imagic_lora.errors import ImagicError
 from imagic_lora.imagic import fit, result
-from imagic_lora.memory import counted_bytes
-from imagic_lora.runtime import resolve_runtime
-from imagic_lora.store import Adapter, Store
+from imagic_lora.plan import predict
+from imagic_lora.store import PREVIEW, Adapter, Store
 
 REPORTS = [("embed", k, 3) for k in (1, 2, 3)] + [("tune", k, 4) for k in (1, 2, 3, 4)]
 
@@ -75,6 +73,20 @@ def test_the_same_fit_twice_is_the_same_bytes(
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_levers_beside_the_arithmetic_leave_the_bytes_as_they_are(
+    folder: Path, photo_file: Path, fitted: Callable[..., Adapter], tmp_path: Path, mode: Mode
+) -> None:
+    """Weights and embeddings to the bit, the preview to rounding."""
+    levers = {"idle": "release", "vae_slicing": True, "optimizer_in_backward": True}
+    spared = result(fit(photo_file, PROMPT, tiny_config(folder, mode, memory=levers), Store(tmp_path), "spared"))
+    assert spared is not None
+    first, second = ({p.relative_to(a.folder): p.read_bytes() for p in a.folder.rglob("*.safetensors")} for a in (fitted(mode), spared))
+    assert first == second
+    previews = [array(Image.open(adapter.folder / PREVIEW).convert("RGB")) for adapter in (fitted(mode), spared)]
+    assert np.abs(previews[0] - previews[1]).max() <= 1
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("steps", [1, 5, 7])
 def test_a_shared_base_is_given_back(folder: Path, photo_file: Path, tmp_path: Path, mode: Mode, steps: int) -> None:
     """Bit-equal and frozen after the whole of a fit, and after one closed in either stage, which leaves no adapter."""
@@ -89,6 +101,24 @@ def test_a_shared_base_is_given_back(folder: Path, photo_file: Path, tmp_path: P
     assert torch.equal(output(base), picture)
     assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
     assert store.names() == (["one"] if steps == len(REPORTS) else [])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_base_that_a_fit_opens_is_let_go(
+    folder: Path, photo_file: Path, tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen, and in full with the trained weights still in it: no copy is held to put them back."""
+    before, opening, held = weights(opened(folder).denoiser), imagic.open_base, []
+
+    def opened_here(*arguments, **settings) -> Base:
+        held.append(opening(*arguments, **settings))
+        return held[0]
+
+    monkeypatch.setattr(imagic, "open_base", opened_here)
+    result(fit(photo_file, PROMPT, tiny_config(folder, mode), Store(tmp_path), "one"))
+    assert len(held) == 1
+    assert same(weights(held[0].denoiser), before) == (mode == "lora")
+    assert not any(parameter.requires_grad for parameter in held[0].denoiser.parameters())
 
 
 def test_reports_come_in_order(folder: Path, photo_file: Path, tmp_path: Path) -> None:
@@ -129,15 +159,16 @@ def test_a_taken_name_is_refused_at_once(folder: Path, photo_file: Path, fitted:
 def test_too_little_memory_is_refused_before_loading(
     folder: Path, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The counted bytes are what must be free: one less is refused, and nothing is opened."""
-    config, runtime = tiny_config(folder, "full"), resolve_runtime(MemoryConfig(device="cpu"))
-    needed = counted_bytes(folder, "unet", "full", runtime, "adam")
-    monkeypatch.setattr(memory, "free_memory", lambda device: needed - 1)
+    """The plan's worst stage, without its allowances, is what must be free: one byte less is refused, and nothing is opened."""
+    config = tiny_config(folder, "full")
+    stages = predict(architecture_of(str(folder)), config).stages
+    worst = max(stages, key=lambda name: stages[name].total)
+    monkeypatch.setattr(imagic, "free_memory", lambda device: stages[worst].total - 1)
     with monkeypatch.context() as patch:
         patch.setattr(imagic, "open_base", lambda *_, **__: pytest.fail("opened"))
-        with pytest.raises(ImagicError, match=r"at least .* for --mode full.*use --mode lora"):
+        with pytest.raises(ImagicError, match=rf"stage {worst} needs .* \(predicted\), and .* free on this machine"):
             next(fit(photo_file, PROMPT, config, Store(tmp_path), "one"))
-    monkeypatch.setattr(memory, "free_memory", lambda device: needed)
+    monkeypatch.setattr(imagic, "free_memory", lambda device: stages[worst].total)
     assert next(fit(photo_file, PROMPT, config, Store(tmp_path), "one")).step == 1
 
 
@@ -155,28 +186,6 @@ def test_another_process_writes_nothing(folder: Path, photo_file: Path, tmp_path
     assert done == [None]
     assert not list(store.root.iterdir())
     assert same(weights(base.denoiser), before)
-
-
-@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
-@pytest.mark.parametrize(("mode", "optimizer", "trained"), [("lora", "adam", None), ("full", "adam", 20), ("full", "adam8bit", 14)])
-def test_counted_bytes_are_counted(folder: Path, dtype, size: int, mode: Mode, optimizer: str, trained: int | None) -> None:
-    """Frozen weights at the run's precision; in full the trained ones with gradient, states and the copy that restores them."""
-    unet, vae = UNet2DConditionModel.from_pretrained(folder / "unet"), AutoencoderKL.from_pretrained(folder / "vae")
-    text = CLIPTextModel.from_pretrained(folder / "text_encoder")
-    counts = [sum(p.numel() for p in module.parameters()) for module in (unet, vae, text)]
-    expected = counts[0] * (trained or size) + (counts[1] + counts[2]) * size
-    runtime = resolve_runtime(MemoryConfig(device="cpu", dtype=dtype))
-    assert counted_bytes(folder, "unet", mode, runtime, optimizer) == expected
-
-
-def test_counted_bytes_leave_out_what_is_not_loaded(tmp_path: Path) -> None:
-    """A folder may hold a safety checker; no run loads it."""
-    runtime = resolve_runtime(MemoryConfig(device="cpu"))
-    save_tiny(tmp_path)
-    before = counted_bytes(tmp_path, "unet", "lora", runtime, "adam")
-    (tmp_path / "text_encoder").rename(tmp_path / "safety_checker")
-    checker = counted_bytes(tmp_path, "unet", "lora", runtime, "adam")
-    assert checker < before
 
 
 def test_the_record_says_how_it_was_made(folder: Path, photo_file: Path, fitted: Callable[..., Adapter]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from imagic_lora.cli import parse_etas, parse_seeds
+from imagic_lora.options import parse_etas, parse_seeds
 from imagic_lora.errors import ImagicError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,44 +133,83 @@ def test_only_the_first_process_is_the_main_one() -> None:
 
 @pytest.mark.usefixtures("without_cuda")
 def test_auto_without_cuda_is_plain_and_says_why() -> None:
-    """The CPU, fp32, no checkpointing and PyTorch's attention, each with its reason."""
+    """The CPU, fp32, Adam in 32 bits and PyTorch's attention, each with its reason, and no lever pulled."""
     runtime = resolve_runtime(MemoryConfig())
-    assert (runtime.device, runtime.dtype, runtime.checkpointing, runtime.attention) == (torch.device("cpu"), torch.float32, False, "sdpa")
+    assert (runtime.device, runtime.dtype, runtime.optimizer) == (torch.device("cpu"), torch.float32, "adam")
+    assert runtime.memory == MemoryConfig()
     assert runtime.reasons == {
         "device": "cpu (no CUDA device found)",
         "precision": "float32 (exact, and fast enough on a CPU)",
-        "gradient checkpointing": "off (off on the CPU: it costs time)",
         "attention": "sdpa (built into PyTorch)",
+        "optimizer": "adam (memory is not short on the CPU)",
+        "memory levers": "none",
     }
 
 
 @pytest.mark.parametrize(("with_cuda", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")], indirect=["with_cuda"])
 def test_auto_with_cuda_takes_the_precision_that_the_card_has(with_cuda: None, dtype: str) -> None:
-    """bfloat16 from compute capability 8.0, float16 below, with checkpointing on."""
+    """bfloat16 from compute capability 8.0, float16 below, with 8-bit Adam on either."""
     runtime = resolve_runtime(MemoryConfig())
-    assert (runtime.device, runtime.dtype, runtime.checkpointing) == (torch.device("cuda", 0), getattr(torch, dtype), True)
+    assert (runtime.device, runtime.dtype, runtime.optimizer) == (torch.device("cuda", 0), getattr(torch, dtype), "adam8bit")
     assert runtime.reasons["device"] == "cuda:0 (Test Card 9)"
     assert runtime.reasons["precision"].startswith(dtype)
 
 
 @pytest.mark.usefixtures("with_cuda")
 @pytest.mark.parametrize(("asked", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
-@pytest.mark.parametrize("checkpointing", ["on", "off"])
+@pytest.mark.parametrize("optimizer", ["adam", "adam8bit"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_is_asked_for_is_done_and_said(device: Any, asked: Any, dtype: torch.dtype, checkpointing: Any) -> None:
+def test_what_is_asked_for_is_done_and_said(device: Any, asked: Any, dtype: torch.dtype, optimizer: Any) -> None:
     """An explicit setting beats whatever auto would have chosen, on either device."""
-    runtime = resolve_runtime(MemoryConfig(device=device, dtype=asked, gradient_checkpointing=checkpointing))
-    assert (runtime.device.type, runtime.dtype, runtime.checkpointing) == (device, dtype, checkpointing == "on")
+    runtime = resolve_runtime(MemoryConfig(device=device, dtype=asked, optimizer=optimizer))
+    assert (runtime.device.type, runtime.dtype, runtime.optimizer) == (device, dtype, optimizer)
     assert runtime.reasons["precision"].endswith("(asked for)")
-    assert runtime.reasons["gradient checkpointing"] == f"{checkpointing} (asked for ({checkpointing}))"
+    assert runtime.reasons["optimizer"] == f"{optimizer} (asked for)"
+
+
+PULLED: list[tuple[dict[str, Any], str]] = [
+    ({"gradient_checkpointing": True}, "gradient checkpointing"),
+    ({"optimizer_in_backward": True}, "optimizer in backward"),
+    ({"vae_tiling": True}, "vae tiling"),
+    ({"vae_slicing": True}, "vae slicing"),
+    ({"autocast_cache": True}, "autocast cache"),
+    ({"idle": "offload"}, "offload what is idle"),
+    ({"idle": "release"}, "release what is idle"),
+    ({"master_weights": "bf16-stochastic"}, "bf16-stochastic master weights"),
+    ({"quantize": "nf4"}, "nf4 base"),
+    ({"gradient_checkpointing": True, "vae_slicing": True, "idle": "release"}, "gradient checkpointing, vae slicing, release what is idle"),
+]
+
+
+@pytest.mark.usefixtures("with_cuda")
+@pytest.mark.parametrize(("levers", "said"), PULLED, ids=[said for _, said in PULLED])
+def test_every_lever_that_is_pulled_is_kept_and_said(levers: dict[str, Any], said: str) -> None:
+    """By its own words, and no other lever with it."""
+    runtime = resolve_runtime(MemoryConfig(**levers))
+    assert runtime.memory == MemoryConfig(**levers)
+    assert runtime.reasons["memory levers"] == said
+
+
+def test_every_lever_has_its_words() -> None:
+    """The cases above are all the settings but those with a reason of their own."""
+    explained = {"device", "dtype", "attention", "optimizer"}
+    assert {name for levers, _ in PULLED for name in levers} == set(MemoryConfig.model_fields) - explained
 
 
 @pytest.mark.usefixtures("without_cuda")
-@pytest.mark.parametrize("flag", [{"device": "cuda"}, {"attention": "xformers"}])
+@pytest.mark.parametrize("flag", [{"device": "cuda"}, {"attention": "xformers"}, {"idle": "offload"}])
 def test_what_needs_cuda_is_refused_without_it(flag: dict[str, Any]) -> None:
     """The error names the flag and CUDA."""
     with pytest.raises(ImagicError, match=rf"--{next(iter(flag))} {next(iter(flag.values()))}.*CUDA"):
         resolve_runtime(MemoryConfig(**flag))
+
+
+@pytest.mark.usefixtures("with_cuda")
+@pytest.mark.parametrize("flag", [{"attention": "xformers"}, {"idle": "offload"}])
+def test_what_needs_cuda_is_refused_on_a_cpu_beside_a_card(flag: dict[str, Any]) -> None:
+    """It comes down to the device that is used."""
+    with pytest.raises(ImagicError, match="without CUDA"):
+        resolve_runtime(MemoryConfig(device="cpu", **flag))
 
 
 @pytest.mark.usefixtures("with_cuda")
@@ -178,10 +218,30 @@ def test_xformers_is_taken_only_where_it_is_installed(there: bool, monkeypatch: 
     """With CUDA it comes down to the package."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if there else None)
     if there:
-        assert resolve_runtime(MemoryConfig(attention="xformers")).attention == "xformers"
+        assert resolve_runtime(MemoryConfig(attention="xformers")).reasons["attention"] == "xformers (asked for)"
     else:
         with pytest.raises(ImagicError, match="not installed"):
             resolve_runtime(MemoryConfig(attention="xformers"))
+
+
+@pytest.mark.parametrize(
+    ("with_cuda", "asked"),
+    [((8, 0), {"dtype": "fp16"}), ((8, 0), {"dtype": "fp32"}), ((8, 0), {"device": "cpu"}), ((7, 5), {})],
+    indirect=["with_cuda"],
+)
+def test_stochastic_weights_are_refused_without_bf16_arithmetic(with_cuda: None, asked: dict[str, Any]) -> None:
+    """Be it asked for, that of the CPU, or all that the card has; the error says which it is."""
+    came_to = resolve_runtime(MemoryConfig(**asked)).reasons["precision"].split()[0]
+    with pytest.raises(ImagicError, match=f"--master-weights bf16-stochastic with arithmetic in {came_to}"):
+        resolve_runtime(MemoryConfig(master_weights="bf16-stochastic", **asked))
+
+
+@pytest.mark.usefixtures("with_cuda")
+@pytest.mark.parametrize("asked", [{}, {"device": "cpu", "dtype": "bf16"}])
+def test_stochastic_weights_are_taken_with_bf16_arithmetic(asked: dict[str, Any]) -> None:
+    """On a card that has it without asking, on a CPU by asking."""
+    runtime = resolve_runtime(MemoryConfig(master_weights="bf16-stochastic", **asked))
+    assert (runtime.dtype, runtime.memory.master_weights) == (torch.bfloat16, "bf16-stochastic")
 
 
 @pytest.mark.usefixtures("with_cuda")
@@ -191,7 +251,39 @@ def test_xformers_is_taken_only_where_it_is_installed(there: bool, monkeypatch: 
 )
 def test_the_automatic_optimiser_has_8_bits_on_cuda_only(device: Any, asked: Any, taken: str) -> None:
     """auto follows the device; a name is taken as it is."""
-    assert resolve_runtime(MemoryConfig(device=device)).optimizer(asked) == taken
+    assert resolve_runtime(MemoryConfig(device=device, optimizer=asked)).optimizer == taken
+
+
+@pytest.mark.usefixtures("with_cuda")
+@pytest.mark.parametrize(
+    ("asked", "remedy"),
+    [
+        ({"optimizer": "adam8bit"}, "--optimizer adam"),
+        ({"device": "cpu", "optimizer": "adam8bit"}, "--optimizer adam"),
+        ({"optimizer": "adam", "quantize": "nf4"}, "--quantize none"),
+        ({"quantize": "nf4"}, "--quantize none"),
+    ],
+)
+def test_what_needs_bitsandbytes_is_refused_where_it_cannot_be_imported(
+    asked: dict[str, Any], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names what would do without, and that does."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImagicError, match="bitsandbytes cannot be imported") as caught:
+        resolve_runtime(MemoryConfig(**asked))
+    assert caught.value.got.startswith("nf4" if "quantize" in remedy else "adam8bit")
+    assert caught.value.remedy.endswith(f"or use {remedy}")
+    name, value = remedy.removeprefix("--").split()
+    assert resolve_runtime(MemoryConfig(**(asked | {name: value}))).optimizer == "adam"
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_the_automatic_optimiser_does_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam in 32 bits then, and the reason is said."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    runtime = resolve_runtime(MemoryConfig())
+    assert runtime.optimizer == "adam"
+    assert "bitsandbytes" in runtime.reasons["optimizer"]
 
 
 def test_the_peak_on_the_cpu_is_in_bytes() -> None:

@@ -18,6 +18,7 @@ from imagic_lora.errors import ImagicError
 from imagic_lora.full import unfrozen
 from imagic_lora.lora import attached
 from imagic_lora.objective import denoising_loss
+from imagic_lora.optimizers import Together
 from imagic_lora.runtime import Processes
 from imagic_lora.stages.embed import embed_stage, optimised
 from imagic_lora.stages.stage import Stage, train
@@ -32,7 +33,7 @@ def staged(base: Base, name: str, mode: Mode = "lora", processes: Processes | No
     """A stage on fixed latents."""
     pixels = torch.rand(1, 3, 32, 24, generator=torch.Generator().manual_seed(2)) * 2 - 1
     latents, text, processes = base.encode_image(pixels), base.encode_text("a cat"), processes or Processes()
-    settings = {"steps": 5, "learning_rate": 0.01, "batch_size": 2, "optimizer": "adam"} | settings
+    settings = {"steps": 5, "learning_rate": 0.01, "batch_size": 2} | settings
     if name == "embed":
         yield embed_stage(base, latents, text, EmbedConfig.model_validate(settings), seed, processes)
         return
@@ -53,7 +54,8 @@ def gradients(stage: Stage) -> dict[str, Tensor]:
     def keep() -> None:
         seen.update({name: p.grad.clone() for name, p in stage.trainables.items() if p.grad is not None})
 
-    stage.optimizer.step = keep  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(stage.updates, Together)
+    stage.updates.optimizer.step = keep  # pyright: ignore[reportAttributeAccessIssue]
     loss = stage.step(0).loss
     assert seen
     return seen | {"loss": loss}
@@ -144,14 +146,14 @@ def test_the_same_seed_is_the_same_run(folder: Path, name: str, mode: Mode) -> N
 @pytest.mark.parametrize("optimizer", ["adam", "adam8bit"])
 def test_a_resumed_run_is_the_uninterrupted_run(folder: Path, name: str, mode: Mode, optimizer: str) -> None:
     """A state taken after two steps, loaded into a new stage on a new base, comes to the same bits, and can be loaded again."""
-    with staged(opened(folder, mode), name, mode, optimizer=optimizer) as stage:
+    with staged(opened(folder, mode, optimizer=optimizer), name, mode) as stage:
         steps = train(stage)
         list(islice(steps, 2))
         state = stage.state_dict()
         losses = [report.loss.item() for report in steps]
         uninterrupted = trained(stage)
     for _ in range(2):
-        with staged(opened(folder, mode), name, mode, optimizer=optimizer) as stage:
+        with staged(opened(folder, mode, optimizer=optimizer), name, mode) as stage:
             stage.load_state_dict(state)
             assert [report.loss.item() for report in train(stage, start=2)] == losses
             assert same(trained(stage), uninterrupted)
@@ -161,9 +163,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(folder: Path, name: str, mode: M
 def test_checkpointing_gives_the_same_gradients(folder: Path, name: str, mode: Mode) -> None:
     """Recomputed activations are the same activations."""
     found = []
-    for setting in ("off", "on"):
-        base = opened(folder, mode, gradient_checkpointing=setting)
-        assert base.denoiser.is_gradient_checkpointing == (setting == "on")
+    for switch in (False, True):
+        base = opened(folder, mode, gradient_checkpointing=switch)
+        assert base.denoiser.is_gradient_checkpointing == switch
         with staged(base, name, mode) as stage:
             found.append(gradients(stage))
     for key, value in found[0].items():
@@ -173,8 +175,8 @@ def test_checkpointing_gives_the_same_gradients(folder: Path, name: str, mode: M
 def test_checkpointing_recomputes(folder: Path) -> None:
     """With it on, a block runs twice a step: once on the way back."""
     counts = []
-    for setting in ("off", "on"):
-        base, calls = opened(folder, gradient_checkpointing=setting), []
+    for switch in (False, True):
+        base, calls = opened(folder, gradient_checkpointing=switch), []
         base.denoiser.up_blocks[0].resnets[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
         with staged(base, "embed") as stage:
             stage.step(0)
@@ -184,9 +186,11 @@ def test_checkpointing_recomputes(folder: Path) -> None:
 
 def test_adam8bit_keeps_large_states_in_8_bits(folder: Path) -> None:
     """uint8 for tensors of 4,096 elements and more, fp32 below."""
-    with staged(opened(folder, "full"), "tune", "full", optimizer="adam8bit") as stage:
+    with staged(opened(folder, "full", optimizer="adam8bit"), "tune", "full") as stage:
         stage.step(0)
-        kinds = {(p.numel() >= 4096, stage.optimizer.state[p]["state1"].dtype) for p in stage.trainables.values()}
+        assert isinstance(stage.updates, Together)
+        states = stage.updates.optimizer.state
+        kinds = {(p.numel() >= 4096, states[p]["state1"].dtype) for p in stage.trainables.values()}
     assert kinds == {(True, torch.uint8), (False, torch.float32)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,32 @@ def test_full_fine_tuning_needs_master_weights(folder: Path) -> None:
         pass
     with unfrozen(opened(folder, "full", dtype="bf16")) as parameters:
         assert {p.dtype for p in parameters.values()} == {torch.float32}
+
+
+def test_weights_that_round_stochastically_are_trained_in_bf16(folder: Path) -> None:
+    """The one half precision that is trained, and then it is nothing else: fp16 and fp32 weights are refused."""
+    with unfrozen(opened(folder, "full", dtype="bf16", master_weights="bf16-stochastic")) as parameters:
+        assert {p.dtype for p in parameters.values()} == {torch.bfloat16}
+    for wrong in (torch.float16, torch.float32):
+        base = opened(folder, "full", dtype="bf16", master_weights="bf16-stochastic")
+        base.denoiser.to(wrong)
+        with pytest.raises(ImagicError, match="bf16 weights, rounded stochastically"), unfrozen(base):
+            pass
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_weights_that_need_not_be_restored_stay_as_they_were_trained(folder: Path, error: bool) -> None:
+    """Frozen again all the same, also after an exception."""
+    base = opened(folder, "full")
+    before = weights(base.denoiser)
+    with suppress(KeyboardInterrupt), unfrozen(base, restore=False) as parameters:
+        shake(parameters)
+        trained = weights(base.denoiser)
+        if error:
+            raise KeyboardInterrupt
+    assert same(weights(base.denoiser), trained)
+    assert not same(trained, before)
+    assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
 
 
 @pytest.mark.parametrize("mode", MODES)

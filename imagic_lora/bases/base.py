@@ -12,6 +12,7 @@ from torch import Tensor
 from ..conditioning import Conditioning
 from ..errors import ImagicError
 from ..runtime import Runtime
+from .published import Architecture
 
 PipelineKind = Literal["text2image", "image2image"]
 
@@ -34,6 +35,8 @@ class Base(ABC):
     """Sides of a picture are multiples of this many pixels."""
     resolution: int
     """Side of the square pictures it was made for, in pixels."""
+    architecture: Architecture
+    """The configs of its components."""
 
     def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, declared: dict[str, object]) -> None:
         self.name, self.revision, self.fingerprint, self.runtime = name, revision, fingerprint, runtime
@@ -66,6 +69,10 @@ class Base(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """The counterpart of :meth:`encode_image`."""
+
+    @abstractmethod
+    def rest(self) -> None:
+        """Says that only the denoiser is needed for a while: the rest goes where ``idle`` says, and comes back when it is used."""
 
     @abstractmethod
     def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

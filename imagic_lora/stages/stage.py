@@ -15,10 +15,8 @@ from ..conditioning import Conditioning
 from ..config import EmbedConfig, TuneConfig
 from ..errors import ImagicError
 from ..objective import denoising_loss
-from ..optimizers import build_optimizer
-from ..runtime import Processes, noise_at, times_at
-
-_FP16_SCALE = 1024.0  # keeps small gradients above fp16's underflow on their way back
+from ..optimizers import build_updates
+from ..runtime import Processes, key, moved, noise_at, times_at
 
 
 @dataclass(frozen=True)
@@ -64,27 +62,19 @@ class Stage:
     ) -> None:
         self.name, self.base, self.latents, self.conditioning = name, base, latents, conditioning
         self.trainables, self.config, self.seed, self.processes = dict(trainables), config, seed, processes
-        optimizer = base.runtime.optimizer(config.optimizer)
-        self.optimizer = build_optimizer(optimizer, self.trainables.values(), config.learning_rate)
-        self._scale = _FP16_SCALE if base.runtime.dtype == torch.float16 else 1.0
+        self.updates = build_updates(self.trainables, config.learning_rate, base.runtime, key(seed, name))
         self._finite = torch.ones((), dtype=torch.bool, device=latents.device)
 
     def step(self, k: int) -> StepReport:
         """Step number ``k`` (from 0): the same whatever came before it, but for the trainables and the optimiser's states."""
         samples, batch = self.processes.samples(self.config.batch_size), self.config.batch_size * self.processes.count
-        noise = noise_at(self.seed, self.name, k, samples, tuple(self.latents.shape[1:])).to(self.latents.device)
+        noise = moved(noise_at(self.seed, self.name, k, samples, tuple(self.latents.shape[1:])), self.latents.device)
         times = times_at(self.seed, self.name, k, samples, batch, self.config.timesteps)
         loss = denoising_loss(self.base, self.latents, self.conditioning(), noise, times).mean()
-        (loss * self._scale).backward()
+        self.updates.backward(loss * self.updates.scale, k, self.processes)
         loss = loss.detach()
-        gradients = [p.grad for p in self.trainables.values() if p.grad is not None]
-        self.processes.average([loss, *gradients])
-        if self._scale != 1:
-            torch._foreach_div_(gradients, self._scale)
-        norms = torch.stack(torch._foreach_norm(gradients))
-        self._finite = self._finite & loss.isfinite() & norms.isfinite().all()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.processes.average([loss])
+        self._finite = self._finite & loss.isfinite() & self.updates.finite
         return StepReport(self.name, k + 1, self.config.steps, loss)
 
     def check(self) -> None:
@@ -102,14 +92,14 @@ class Stage:
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of trainables and optimiser states, in host memory: all that a resumed run needs besides its step number."""
-        return {"trainables": _copied(self.trainables), "optimizer": _copied(self.optimizer.state_dict())}
+        return {"trainables": _copied(self.trainables), "optimizer": _copied(self.updates.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         with torch.no_grad():
             for name, parameter in self.trainables.items():
                 parameter.copy_(state["trainables"][name])
-        self.optimizer.load_state_dict(_copied(state["optimizer"]))  # PyTorch's own would share its tensors with the state
+        self.updates.load_state_dict(_copied(state["optimizer"]))  # PyTorch's own would share its tensors with the state
 
 
 def _copied(value: Any) -> Any:

@@ -1,0 +1,219 @@
+"""Whether a run fits: the preset that does, a refusal before anything is loaded, and what to do where memory ran out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from .bases.blueprint import NotDrawn
+from .bases.published import Architecture
+from .config import Preset, Recipe, RunConfig, merged, resolve
+from .errors import ImagicError
+from .plan import Assumed, assume, predict
+
+STAGES = ("encode", "embed", "tune", "sample", "decode")
+_BY_COMFORT: tuple[Preset, ...] = ("24gb", "16gb", "12gb", "8gb")
+_SHARE = 0.9  # of the free memory that a plan may take
+_LEVERS: list[tuple[str, dict[str, Any]]] = [  # the cheapest in time first
+    ("--edit.batch-size 1", {"edit": {"batch_size": 1}}),
+    ("--vae-slicing", {"memory": {"vae_slicing": True}}),
+    ("--idle release", {"memory": {"idle": "release"}}),
+    ("--optimizer adam8bit", {"memory": {"optimizer": "adam8bit"}}),
+    ("--optimizer-in-backward", {"memory": {"optimizer_in_backward": True}}),
+    ("--gradient-checkpointing", {"memory": {"gradient_checkpointing": True}}),
+    ("--embed.batch-size 1 --tune.batch-size 1", {"embed": {"batch_size": 1}, "tune": {"batch_size": 1}}),
+    ("--vae-tiling", {"memory": {"vae_tiling": True}}),
+    ("--master-weights bf16-stochastic", {"memory": {"master_weights": "bf16-stochastic"}}),
+    ("--quantize nf4", {"memory": {"quantize": "nf4"}}),
+    ("--mode lora", {"tune": {"mode": "lora"}, "memory": {"master_weights": "fp32", "autocast_cache": False}}),
+]
+
+
+class OutOfMemory(ImagicError):
+    """A run, or a stage of it, does not fit."""
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def on_this_machine(device: str) -> tuple[Assumed | None, int]:
+    """What a card here would be used with, and its free bytes; None and the free host memory where there is no card, or none is wanted.
+
+    PyTorch is imported only where a driver is installed.
+    """
+    if device != "cpu" and shutil.which("nvidia-smi"):
+        import torch
+
+        from .runtime import has_bitsandbytes
+
+        if torch.cuda.is_available():
+            native = torch.cuda.get_device_capability() >= (8, 0)
+            optimizer = "adam8bit" if has_bitsandbytes() else "adam"
+            return Assumed("cuda", "bf16" if native else "fp16", optimizer), torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return None, psutil.virtual_memory().available
+
+
+def choose(
+    base: Callable[[], Architecture], flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, stages: Sequence[str] = STAGES
+) -> tuple[RunConfig, str]:
+    """The settings of a run; where its preset is ``auto``, those of the fastest preset whose plan fits nine tenths of the free memory.
+
+    Args:
+        base: gives the architecture, if it comes to that.
+        stages: that count.
+
+    Returns:
+        The settings, their preset filled in, and why it was taken, for people.
+
+    Raises:
+        ImagicError: not even the tightest preset fits; as :func:`~imagic_lora.config.resolve`.
+    """
+    plain = resolve(flags, file, recipe)
+    if plain.preset != "auto":
+        return plain, "asked for"
+    card, free = on_this_machine(plain.memory.device)
+    if card is None:
+        return resolve(flags, file, recipe, "cpu"), "asked for a CPU" if plain.memory.device == "cpu" else "no CUDA device found"
+    failure: OutOfMemory | None = None
+    for name in _BY_COMFORT:
+        run = resolve(flags, file, recipe, name)
+        try:
+            plan = predict(base(), run, planned(run, card))
+        except NotDrawn as error:
+            return resolve(flags, file, recipe, "8gb"), f"the tightest, since {error.got} cannot be planned"
+        stage = max(stages, key=plan.needs)
+        need = plan.needs(stage) - plan.context  # the context is there by now
+        if need <= _SHARE * free:
+            return run, f"{gib(need)} predicted for stage {stage}, {gib(free)} free on the card"
+        failure = too_large(base(), run, planned(run, card), stage, free)
+    raise failure or AssertionError
+
+
+def choose_for_edit(base: Callable[[], Architecture], made: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+    """The settings that pictures are made with: the adapter's own for sampling, a preset and flags for the machine at hand.
+
+    Args:
+        made: the settings of the adapter.
+        given: ``edit``, ``memory`` and ``preset`` as asked for.
+
+    Raises:
+        ImagicError: as :func:`choose`.
+    """
+    own = {name: value for name, value in made.edit.model_dump().items() if name != "batch_size"}
+    recipe: Recipe = {"lora": {"resolution": made.resolution, "edit": {"batch_size": made.edit.batch_size}}}
+    return choose(base, given, {"edit": own}, recipe, ("encode", "sample", "decode"))[0]
+
+
+def planned(run: RunConfig, card: Assumed | None = None) -> Assumed:
+    """What a run's ``auto`` is planned as: on a card with bf16 where none is given."""
+    if card is None:
+        return assume(run)
+    asked, memory = assume(run, card.device), run.memory
+    dtype = card.dtype if memory.dtype == "auto" else asked.dtype
+    return Assumed(card.device, dtype, card.optimizer if memory.optimizer == "auto" else asked.optimizer)
+
+
+def refuse_if_too_large(base: Architecture, run: RunConfig, free: int, assumed: Assumed) -> None:
+    """Raises before minutes are spent on what cannot end well.
+
+    Raises:
+        ImagicError: less is free than the plan's worst stage takes without any allowance.
+    """
+    try:
+        plan = predict(base, run, assumed)
+    except NotDrawn:
+        return  # it may fit
+    stage = max(plan.stages, key=lambda name: plan.stages[name].total)
+    if plan.stages[stage].total > free:
+        raise too_large(base, run, assumed, stage, free)
+
+
+def too_large(base: Architecture, run: RunConfig, assumed: Assumed, stage: str, free: int, kept: str = "") -> OutOfMemory:
+    """Names the stage, what it needs and what is free, and the next lever with what it saves.
+
+    Args:
+        kept: what was saved of the work so far, as a sentence without its full stop.
+    """
+    where = "the card" if assumed.device == "cuda" else "this machine"
+    try:
+        plan = predict(base, run, assumed)
+    except NotDrawn:
+        got = f"stage {stage} ran out of memory, with {gib(free)} free on {where}" + (f"; {kept}" if kept else "")
+        return OutOfMemory(got, "room for every stage", "use --preset 8gb, or a lower --resolution")
+    lever = next_lever(base, run, assumed, stage)
+    remedy = f"{lever[0]} saves about {gib(lever[1])} there" if lever else "use a lower --resolution, or a device with more memory"
+    got = f"stage {stage} needs {gib(plan.needs(stage) - plan.context)} (predicted), and {gib(free)} are free on {where}"
+    return OutOfMemory(got + (f"; {kept}" if kept else ""), "room for every stage", remedy)
+
+
+def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str) -> tuple[str, int] | None:
+    """The next lever that is not yet pulled and lowers a stage by more than a fiftieth, and the bytes that it saves."""
+    now = predict(base, run, assumed).needs(stage)
+    for flag, change in _LEVERS:
+        try:
+            other = resolve(merged(_given(run), change), {}, {})
+        except ImagicError:  # a lever of the other mode, or one that another rules out
+            continue
+        optimizer = other.memory.optimizer if other.memory.optimizer != "auto" else assumed.optimizer
+        saved = now - predict(base, other, replace(assumed, optimizer=optimizer)).needs(stage)
+        if saved > now / 50:
+            return flag, saved
+    return None
+
+
+def _given(run: RunConfig) -> dict[str, Any]:
+    """All settings of a run as if given, without those of the other mode."""
+    given = run.model_dump()
+    if run.tune.mode == "full":
+        given["tune"] = {name: value for name, value in given["tune"].items() if name not in ("rank", "alpha", "targets")}
+    return given
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the device, or the machine, had no memory left."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and (type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error))
+    )
+
+
+@contextmanager
+def explained(base: Architecture, run: RunConfig, runtime: Any, stage: str, kept: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Turns running out of memory into an error that says what to do.
+
+    Args:
+        runtime: of the loaded base.
+        kept: called then; saves what there is and says so.
+
+    Raises:
+        ImagicError: as :func:`too_large`, in place of whatever the device raised.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise too_large(base, run, assumed_from(runtime), stage, available(runtime.device), kept()) from error
+
+
+def assumed_from(runtime: Any) -> Assumed:
+    """What a plan takes for granted, from what a runtime has decided."""
+    names = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
+    return Assumed(runtime.device.type, names[str(runtime.dtype)], runtime.optimizer)
+
+
+def available(device: Any) -> int:
+    """Bytes that this process holds on a device or could still get there."""
+    from .runtime import free_memory
+
+    if device.type == "cuda":
+        import torch
+
+        return free_memory(device) + torch.cuda.memory_reserved(device)
+    return free_memory(device)

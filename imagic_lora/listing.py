@@ -1,0 +1,79 @@
+"""The commands that only look at the store."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from .console import err, out, print_json
+from .errors import ImagicError
+from .options import DEFAULT_STORE, Json, StoreDir
+
+if TYPE_CHECKING:
+    from .store import Adapter
+
+
+def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
+    """The stored adapters."""
+    from .store import Store
+
+    shelf = Store(store)
+    adapters: list[Adapter] = []
+    for name in shelf.names():
+        try:
+            adapters.append(shelf.read(name, verify=False))
+        except ImagicError as error:
+            err.print(f"[yellow]Passed over:[/] {escape(error.got)}")
+    if as_json:
+        print_json({"adapters": [{"name": a.record.name, "bytes": a.size, **facts(a)} for a in adapters]})
+        return
+    if not adapters:
+        err.print(f"No adapters in {escape(str(store))} yet. Make one: imagic-lora fit PHOTO PROMPT")
+        return
+    table = Table("name", "base", "mode", "prompt", "MB", "made")
+    for a in adapters:
+        r = a.record
+        table.add_row(*map(escape, (r.name, r.base.name, r.config.tune.mode, r.prompt, f"{a.size / 1e6:.2f}", r.created[:10])))
+    out.print(table)
+
+
+def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
+    """How an adapter was made.
+
+    Parameters
+    ----------
+    name
+        The adapter, see: imagic-lora list
+    """
+    from .store import Store
+
+    adapter = Store(store).read(name, verify=False)
+    record = adapter.record
+    if as_json:
+        print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json")})
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for key, value in {"name": record.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **facts(adapter)}.items():
+        table.add_row(f"[dim]{key}[/]", escape(json.dumps(value) if isinstance(value, dict) else str(value)))
+    out.print(table)
+
+
+def facts(adapter: Adapter) -> dict[str, Any]:
+    """What people ask of an adapter first."""
+    record = adapter.record
+    return {
+        "prompt": record.prompt,
+        "base": record.base.name,
+        "mode": record.config.tune.mode,
+        "eta": record.config.eta,
+        "seed": record.config.seed,
+        "photo": f"{record.source.size[0]}x{record.source.size[1]}",
+        "losses": {stage: list(ends) for stage, ends in record.losses.items()},
+        "seconds": record.seconds,
+        "peak_memory": record.peak_memory,
+        "created": record.created,
+        "files": list(record.files),
+    }

@@ -1,0 +1,155 @@
+"""The exact plan: both stages, sampling and decoding run on tensors without values, and are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Module, Parameter
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from .bases.published import Architecture
+from .bases.sd import StableDiffusion
+from .conditioning import Conditioning
+from .config import RunConfig
+from .full import unfrozen
+from .lora import attached
+from .memory import Tracker
+from .plan import Assumed, Peak, Plan, with_stages
+from .runtime import Processes, Runtime
+from .stages.embed import embed_stage
+from .stages.stage import Stage
+from .stages.tune import tune_stage
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _normalising_in_fp32(normalise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What autocast does to a normalisation on a card, and not on the CPU."""
+
+    def wide(*args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            args = tuple(one.float() if isinstance(one, Tensor) else one for one in args)
+        return normalise(*args, **kwargs)
+
+    return wide
+
+
+@contextmanager
+def _autocast_as_on_a_card() -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in ("group_norm", "layer_norm"):
+            stack.enter_context(patch.object(F, name, _normalising_in_fp32(getattr(F, name))))
+        yield
+
+
+def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
+    """The plan that :func:`imagic_lora.plan.predict` estimates, from a count of every tensor.
+
+    The real code runs, on fake tensors of the true sizes: nothing is computed and next to nothing held. bitsandbytes is stood in for by
+    modules of the same size, kernels' own workspace is not counted.
+
+    Args:
+        assumed: device, precision and optimiser to rehearse for.
+    """
+    idle = "keep" if run.memory.idle == "keep" else "release"  # on the one device there is here, offloading would move nothing
+    memory = run.memory.model_copy(update={"idle": idle, "attention": "sdpa"})
+    runtime = Runtime(torch.device("cpu"), _DTYPES[assumed.dtype], assumed.optimizer, memory, {})
+    with FakeTensorMode(), patch.object(Module, "_apply", _converted), Tracker() as tracker:
+        base = random_base(architecture, run, runtime)
+        with _autocast_as_on_a_card() if assumed.device == "cuda" else nullcontext():
+            stages = dict(_stages(base, run, tracker, architecture))
+    return with_stages(architecture, run, assumed, stages)
+
+
+def _converted(module: Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
+    """``Module._apply``, whose own way with fake tensors (swapping them) fails as soon as something refers to one weakly."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    with torch.no_grad():
+        for name, one in module._parameters.items():
+            module._parameters[name] = None if one is None else Parameter(change(one), one.requires_grad)
+        for name, one in module._buffers.items():
+            module._buffers[name] = None if one is None else change(one)
+    return module
+
+
+def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) -> StableDiffusion:
+    """A base of true size with random weights and no tokenizer: neither memory nor speed depends on their values."""
+    full = run.tune.mode == "full" and run.memory.master_weights == "fp32"
+
+    def helper(name: str) -> Any:
+        with _default_dtype(runtime.dtype):
+            if name == "vae":
+                return AutoencoderKL.from_config(architecture.vae)
+            return CLIPTextModel(CLIPTextConfig(**architecture.text_encoder))
+
+    with _default_dtype(torch.float32 if full else runtime.dtype):
+        unet = UNet2DConditionModel.from_config(architecture.unet)
+    parts = {"unet": unet, "vae": helper("vae"), "text_encoder": helper("text_encoder"), "tokenizer": None}
+    parts["scheduler"] = DDIMScheduler.from_config(architecture.scheduler)
+    return StableDiffusion(parts, run.base, None, "", runtime, helper)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _stages(base: StableDiffusion, run: RunConfig, tracker: Tracker, architecture: Architecture) -> Iterator[tuple[str, Peak]]:
+    side = run.resolution or base.resolution
+    tracker.reset_peak()
+    held = tracker.now
+    latents = base.encode_image(torch.empty(1, 3, side, side))
+    yield "encode", Peak(held, 0, 0, tracker.peak - held)
+    base.rest()
+    text = Conditioning(torch.empty(1, architecture.tokens, architecture.unet["cross_attention_dim"]))
+    stage = embed_stage(base, latents, text, _short(run.embed), 0, Processes())
+    yield "embed", _trained(stage, tracker)
+    del stage
+    with attached(base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(base, restore=False) as trainables:
+        stage = tune_stage(base, latents, text, trainables, _short(run.tune), 0, Processes())
+        yield "tune", _trained(stage, tracker)
+        del stage
+        yield from _pictures(base, run, latents, text, tracker)
+
+
+def _short(config: Any) -> Any:
+    return config.model_copy(update={"steps": 2})
+
+
+def _trained(stage: Stage, tracker: Tracker) -> Peak:
+    """The second step is the one that counts: the optimiser's states are there by then."""
+    weights = tracker.now
+    stage.step(0)
+    states = tracker.now - weights
+    tracker.reset_peak()
+    stage.step(1)
+    inside = stage.base.runtime.memory.optimizer_in_backward
+    gradients = 0 if inside else sum(p.numel() * p.element_size() for p in stage.trainables.values())
+    return Peak(weights, gradients, states, tracker.peak - weights - gradients - states)
+
+
+@torch.no_grad()
+def _pictures(base: StableDiffusion, run: RunConfig, latents: Tensor, text: Conditioning, tracker: Tracker) -> Iterator[tuple[str, Peak]]:
+    base.pipeline("text2image")  # wakes the VAE, as an edit does
+    held, count = tracker.now, run.edit.batch_size
+    tracker.reset_peak()
+    batch = count * (2 if run.edit.guidance_scale > 1 else 1)
+    base.predict(latents.expand(batch, -1, -1, -1), torch.zeros(batch, dtype=torch.int64), text)
+    yield "sample", Peak(held, 0, 0, tracker.peak - held)
+    tracker.reset_peak()
+    base.decode(latents.expand(count, -1, -1, -1))
+    yield "decode", Peak(held, 0, 0, tracker.peak - held)

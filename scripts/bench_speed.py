@@ -1,0 +1,346 @@
+"""Speed of both stages and of generation, and what the memory levers cost: ``python scripts/bench_speed.py`` writes docs/speed.md.
+
+Ours is compared with a plain loop that does what a one-file script does: the same model, size, batch and precision, PyTorch's own Adam,
+independent timesteps, noise from the global generator, the loss read at every step. Both run in one process, in alternation; medians of the
+rounds, and the median of their ratios. On a CPU: the embedded base, and Stable Diffusion 1.5 at true width with random weights and small
+latents. On a card: 512 pixels, batch 1, 4 and 8, and PyTorch's compiler and channels_last beside the plain model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils import logging
+from torch.nn import Parameter
+from torch.profiler import profile
+
+from imagic_lora.bases.base import Base
+from imagic_lora.bases.published import architecture
+from imagic_lora.conditioning import Conditioning
+from imagic_lora.config import EditConfig, Mode, RunConfig, merged, recipe_of, resolve
+from imagic_lora.full import unfrozen
+from imagic_lora.generate import generate
+from imagic_lora.images import to_canvas
+from imagic_lora.imagic import open_for
+from imagic_lora.lora import attached
+from imagic_lora.plan import assume, predict
+from imagic_lora.rehearsal import random_base
+from imagic_lora.runtime import Processes, peak_memory, resolve_runtime
+from imagic_lora.stages.embed import embed_stage
+from imagic_lora.stages.stage import Stage
+from imagic_lora.stages.tune import tune_stage
+
+PAGE = Path("docs/speed.md")
+Step = Callable[[], Any]
+LEVERS: list[tuple[str, Mode, dict[str, Any], dict[str, Any]]] = [
+    ("gradient checkpointing", "lora", {}, {"gradient_checkpointing": True}),
+    ("NF4 base", "lora", {}, {"quantize": "nf4"}),
+    ("8-bit Adam", "full", {"optimizer": "adam"}, {"optimizer": "adam8bit"}),
+    ("optimizer in backward", "full", {"optimizer": "adam8bit"}, {"optimizer": "adam8bit", "optimizer_in_backward": True}),
+    ("gradient checkpointing", "full", {}, {"gradient_checkpointing": True}),
+    (
+        "bf16 weights, stochastic rounding",
+        "full",
+        {"optimizer": "adam8bit", "dtype": "bf16"},
+        {"optimizer": "adam8bit", "dtype": "bf16", "master_weights": "bf16-stochastic"},
+    ),
+    (
+        "autocast without its cache",
+        "full",
+        {"optimizer": "adam8bit", "dtype": "bf16", "autocast_cache": True},
+        {"optimizer": "adam8bit", "dtype": "bf16"},
+    ),
+]
+
+
+class Bench:
+    """One base, a stand-in photo and sentence on it, and rows of the page."""
+
+    def __init__(self, base: Base, side: int) -> None:
+        self.base, self.device = base, base.runtime.device
+        made = base.architecture
+        shape = (1, made.unet["in_channels"], side // made.factor, side // made.factor)
+        self.latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        self.text = Conditioning(
+            torch.randn(1, made.tokens, made.unet["cross_attention_dim"], generator=torch.Generator().manual_seed(1)).to(self.device)
+        )
+
+    def plain(self, parameters: list[Parameter], text: Conditioning, optimizer: torch.optim.Optimizer, batch: int) -> Step:
+        """One step of a plain training loop over the same parameters."""
+        base, latents = self.base, self.latents
+
+        def step() -> None:
+            noise = torch.randn(batch, *latents.shape[1:], device=self.device)
+            timesteps = torch.randint(0, base.training.config.num_train_timesteps, (batch,), device=self.device)
+            predicted = base.predict(base.training.add_noise(latents.expand_as(noise), noise, timesteps), timesteps, text)
+            F.mse_loss(predicted.float(), noise).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    @contextmanager
+    def stage(self, name: str, run: RunConfig) -> Iterator[tuple[Stage, list[Parameter], Conditioning]]:
+        """Our stage, and parameters and conditioning of the same for a plain loop."""
+        if name == "embed":
+            tokens = Parameter(self.text.tokens.clone())
+            yield embed_stage(self.base, self.latents, self.text, run.embed, 0, Processes()), [tokens], Conditioning(tokens)
+            return
+        with attached(self.base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(self.base, restore=False) as found:
+            yield tune_stage(self.base, self.latents, self.text, found, run.tune, 0, Processes()), list(found.values()), self.text
+
+
+def ours(stage: Stage) -> Step:
+    """One step of our driver loop, finiteness read as it is there."""
+    every, counter = (10 if stage.latents.device.type == "cuda" else 1), iter(range(10**9))
+
+    def step() -> None:
+        report = stage.step(next(counter))
+        if report.step % every == 0:
+            stage.check()
+
+    return step
+
+
+def reading(step: Step, loss_every: int = 1) -> Step:
+    """A plain step that waits for the device, as one that reads its loss does."""
+
+    def waiting() -> None:
+        step()
+        if torch.cuda.is_available() and loss_every:
+            torch.cuda.synchronize()
+
+    return waiting
+
+
+def plain_optimizer(name: str, parameters: list[Parameter], rate: float) -> torch.optim.Optimizer:
+    """What a script uses: Adam as PyTorch gives it, or bitsandbytes' 8-bit one."""
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=rate)
+    from bitsandbytes.optim import Adam8bit
+
+    return Adam8bit(parameters, lr=rate)
+
+
+def seconds(step: Step, steps: int) -> float:
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps
+
+
+def compare(first: Step, second: Step, rounds: int, steps: int) -> tuple[float, float, float]:
+    """Median seconds of either, alternating, and the median of second / first; the order within a pair alternates, too."""
+    for step in (first, second):
+        seconds(step, 1)
+    pairs = []
+    for k in range(rounds):
+        if k % 2:
+            late = seconds(second, steps)
+            pairs.append((seconds(first, steps), late))
+        else:
+            pairs.append((seconds(first, steps), seconds(second, steps)))
+    a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return a, b, statistics.median(second / first for first, second in pairs)
+
+
+def row(*cells: object) -> str:
+    line = "| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
+    print(line, flush=True)
+    return line
+
+
+def settings(base: str, mode: Mode, memory: dict[str, Any], batch: int | None = None) -> RunConfig:
+    sizes = {"embed": {"batch_size": batch}, "tune": {"batch_size": batch}} if batch else {}
+    return resolve(merged({"base": base, "tune": {"mode": mode}, "memory": memory}, sizes), {}, recipe_of(base))
+
+
+def opened(run: RunConfig) -> Base:
+    """The embedded base itself; another at true size with random weights."""
+    if run.base == "critters":
+        return open_for(run)
+    return random_base(architecture(run.base), run, resolve_runtime(run.memory))
+
+
+def stages_table(base: str, side: int, rounds: int, steps: int, memory: dict[str, Any], batch: int | None = None) -> list[str]:
+    """Both stages, ours against the plain loop."""
+    lines = []
+    kinds: tuple[tuple[str, Mode], ...] = (("embed", "lora"), ("tune", "lora"), ("tune", "full"))
+    for name, mode in kinds:
+        run = settings(base, mode, memory, batch)
+        bench = Bench(opened(run), side)
+        with bench.stage(name, run) as (stage, parameters, text):
+            plain = plain_optimizer(bench.base.runtime.optimizer, parameters, stage.config.learning_rate)
+            loop = reading(bench.plain(parameters, text, plain, stage.config.batch_size))
+            a, b, ratio = compare(ours(stage), loop, rounds, steps)
+        shown = name if name == "embed" else f"tune, {mode}"
+        lines.append(
+            row(base, f"{side} px", shown, stage.config.batch_size, bench.base.runtime.optimizer, 1 / a, 1 / b, f"**{ratio:.3f}**")
+        )
+        del bench, stage, parameters, loop, plain
+    return lines
+
+
+def generation_row(base: str, side: int, rounds: int, sampler_steps: int) -> str:
+    """Pictures a second against diffusers' pipeline called by itself."""
+    run = settings(base, "lora", {})
+    bench = Bench(opened(run), side)
+    canvas = to_canvas(_grey(side), side, bench.base.size_multiple)
+    config = EditConfig(steps=sampler_steps, guidance_scale=3.0, batch_size=2)
+    pipe: Any = bench.base.pipeline("text2image")
+
+    def plain() -> None:
+        tokens = bench.text.tokens.to(bench.base.runtime.dtype)
+        pipe(
+            prompt_embeds=torch.cat([tokens, tokens]), negative_prompt_embeds=torch.cat([tokens, tokens]), guidance_scale=3.0,
+            num_inference_steps=sampler_steps, height=side, width=side, generator=[torch.Generator().manual_seed(k) for k in (0, 1)],
+        )  # fmt: skip
+
+    a, b, ratio = compare(lambda: list(generate(bench.base, [bench.text] * 2, [0, 1], config, canvas, bench.text)), plain, rounds, 1)
+    return row(base, f"{side} px", f"two pictures, {sampler_steps} steps", 2 / a, 2 / b, f"**{ratio:.3f}**")
+
+
+def _grey(side: int) -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (side, side), "grey")
+
+
+def levers_table(base: str, side: int, rounds: int, steps: int) -> list[str]:
+    """A tuning step with a lever against one without, in alternation, and what the lever saves at SD 1.5's true size."""
+    lines = []
+    for name, mode, without, lever in LEVERS:
+        pair = [settings(base, mode, memory) for memory in (lever, without)]
+        stages, benches = [], [Bench(opened(run), side) for run in pair]
+        contexts = [bench.stage("tune", run) for bench, run in zip(benches, pair, strict=True)]
+        stages = [context.__enter__()[0] for context in contexts]
+        a, b, _ = compare(ours(stages[0]), ours(stages[1]), rounds, steps)
+        card = [settings("sd15", mode, memory) for memory in (lever, without)]
+        sizes = [predict(architecture("sd15"), run, assume(run)).stages["tune"].total for run in card]
+        for context in contexts:
+            context.__exit__(None, None, None)
+        lines.append(row(name, mode, f"{(sizes[1] - sizes[0]) / 2**20:,.0f}", f"{a / b:.2f}"))
+    return lines
+
+
+def profile_table(base: str, side: int, steps: int) -> list[str]:
+    """The ten operations that take most of a tuning step's time."""
+    run = settings(base, "lora", {})
+    bench = Bench(opened(run), side)
+    with bench.stage("tune", run) as (stage, _, _):
+        step = ours(stage)
+        seconds(step, 2)
+        with profile() as seen:
+            seconds(step, steps)
+    card = torch.cuda.is_available()
+    total = sum(_own_time(one, card) for one in seen.key_averages())
+    top = sorted(seen.key_averages(), key=lambda one: -_own_time(one, card))[:10]
+    return [row(f"`{one.key}`", one.count // steps, f"{_own_time(one, card) / total:.1%}") for one in top]
+
+
+def _own_time(one: Any, card: bool) -> float:
+    return one.self_device_time_total if card else one.self_cpu_time_total
+
+
+def on_a_card(rounds: int, steps: int) -> list[str]:
+    """SD 1.5 at 512 pixels: batches, the compiler, channels_last, xformers where it is there."""
+    lines = ["", "## On the card", "", *_head("base", "size", "stage", "batch", "optimizer", "ours, steps/s", "plain, steps/s", "ratio")]
+    for batch in (1, 4, 8):
+        lines += stages_table("sd15", 512, rounds, steps, {"gradient_checkpointing": True}, batch)
+    lines += ["", *_head("base", "size", "variant", "steps/s with", "steps/s without", "ratio")]
+    run = settings("sd15", "lora", {})
+    for name in ("compiled", "channels_last"):
+        first, second = Bench(opened(run), 512), Bench(opened(run), 512)
+        unet: Any = first.base.denoiser
+        if name == "compiled":
+            unet.compile()
+        else:
+            unet.to(memory_format=torch.channels_last)
+        with first.stage("embed", run) as (changed, _, _), second.stage("embed", run) as (before, _, _):
+            a, b, ratio = compare(ours(changed), ours(before), rounds, steps)
+        lines.append(row("sd15", "512 px", f"embed, {name}", 1 / a, 1 / b, f"**{ratio:.3f}**"))
+    return [
+        *lines,
+        "",
+        *_head("base", "size", "what", "ours, images/s", "plain, images/s", "ratio"),
+        generation_row("sd15", 512, rounds, 30),
+    ]
+
+
+def _head(*names: str) -> list[str]:
+    return [row(*names), "|" + "---|" * len(names)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=4, help="of one round, on the embedded base")
+    parser.add_argument("--side", type=int, default=128, help="pixels of SD 1.5's pictures on a CPU")
+    parser.add_argument("--only-critters", action="store_true", help="leave out SD 1.5, which takes ten minutes and 16 GB; writes nothing")
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    head = _head("base", "size", "stage", "batch", "optimizer", "ours, steps/s", "plain, steps/s", "ratio")
+    table = [*head, *stages_table("critters", 64, args.rounds, args.steps, {})]
+    peak = f"Peak host memory of the process after the embedded base's stages: {peak_memory(torch.device('cpu')) / 2**20:,.0f} MiB."
+    print(peak)
+    if args.only_critters:
+        return
+    table += stages_table("sd15", args.side, args.rounds, 1, {"optimizer": "adam8bit"})
+    pictures = [
+        *_head("base", "size", "what", "ours, images/s", "plain, images/s", "ratio"),
+        generation_row("critters", 64, args.rounds, 10),
+    ]
+    pictures += [generation_row("sd15", args.side, 3, 4)]
+    levers = [*_head("lever", "mode", "saves in tune, MiB", "time"), *levers_table("critters", 64, args.rounds, args.steps)]
+    where = [*_head("operation", "calls a step", "share"), *profile_table("critters", 64, 5)]
+    card = on_a_card(args.rounds, args.steps) if torch.cuda.is_available() else ["", "No card was at hand: nothing here is from one."]
+    page = _page(table, peak, pictures, levers, where, card)
+    PAGE.write_text("\n".join(page) + "\n", encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+def _page(table: list[str], peak: str, pictures: list[str], levers: list[str], where: list[str], card: list[str]) -> list[str]:
+    threads = torch.get_num_threads()
+    text = f"""# Speed
+
+Written by `make bench-speed`, {threads} threads of a CPU unless it says otherwise.
+
+## Ours against a plain loop
+
+One process, in alternation; medians, and the median of the ratios, above 1 where ours is faster. SD 1.5 has its true width, random weights
+and small latents.
+
+TABLE
+
+{peak}
+
+PICTURES
+
+## What the memory levers cost
+
+Time of a tuning step with the lever over one without, on the embedded base on this CPU, where a card will differ; and what the lever
+saves in stage tune of SD 1.5 at 512 x 512, predicted.
+
+LEVERS
+
+## Where the time goes
+
+PyTorch's profiler, stage tune, mode lora, embedded base.
+
+WHERE"""
+    parts = {"TABLE": table, "PICTURES": pictures, "LEVERS": levers, "WHERE": where}
+    return [line for one in text.split("\n") for line in parts.get(one, [one])] + card
+
+
+if __name__ == "__main__":
+    main()

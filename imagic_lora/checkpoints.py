@@ -38,7 +38,7 @@ class KeptEmbedding:
             with safe_open(self.path, "pt") as file:
                 if (file.metadata() or {}).get("mark") != self.mark:
                     return None
-                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118  # not a mapping
+                tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118  # not a mapping
         except (OSError, SafetensorError):
             return None
         losses = tensors.pop("losses")

@@ -95,7 +95,8 @@ def settings_of(settings: RunConfig | None, config: Path | None) -> tuple[RunCon
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         flags = merged({"memory": {"device": "cpu"}}, flags)
     given = checked(merged(file, flags))
-    return choose(lambda: architecture_of(given.base, given.revision), flags, file, recipe_of(given.base))
+    started = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    return choose(lambda: architecture_of(given.base, given.revision), flags, file, recipe_of(given.base), processes=started)
 
 
 def _fit(image: Path, prompt: str, run: RunConfig, why: str, store: Any, name: str, overwrite: bool) -> Adapter | None:
@@ -173,7 +174,7 @@ def edit(
     """
     from .bases.registry import architecture_of, open_base
     from .editor import Editor, refuse_edit
-    from .fits import choose_for_edit, explained
+    from .fits import EDIT_LEVERS, choose_for_edit, explained
     from .runtime import resolve_runtime
     from .store import Store
 
@@ -195,7 +196,8 @@ def edit(
     editor = Editor(open_base(source[0], resolve_runtime(run.memory), source[1]))
     edits = counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds))
     how = {"adapter": record.name, "base": record.base.name, "prompt": text, "edit": config.model_dump()}
-    with explained(editor.base.architecture, run, editor.base.runtime, "decode", lambda: f"the pictures made so far are in {folder}"):
+    so_far = f"the pictures made so far are in {folder}"
+    with explained(editor.base.architecture, run, editor.base.runtime, "decode", lambda: so_far, EDIT_LEVERS):
         written = _write_edits(edits, folder, how, adapter.canvas().photo())
     if as_json:
         print_json({"adapter": record.name, "pictures": written, "sheet": str(folder / "sheet.png")})
@@ -235,23 +237,24 @@ def plan(
     Parameters
     ----------
     batch
-        Sets --embed.batch-size and --tune.batch-size at once.
+        Sets --embed.batch-size and --tune.batch-size at once, where they are not given.
     config
         YAML file of settings, as for fit.
     exact
         Run the real code on tensors without values instead of drawing the models in sizes; some ten seconds.
     """
     from .bases.published import architecture
-    from .fits import choose, planned
+    from .fits import choose, on_this_machine, planned
     from .plan import predict
 
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     if batch is not None:
-        flags = merged(flags, {"embed": {"batch_size": batch}, "tune": {"batch_size": batch}})
+        flags = merged({"embed": {"batch_size": batch}, "tune": {"batch_size": batch}}, flags)
     file = read_yaml(config) if config else {}
     base = checked(merged(file, flags)).base
     run, why = choose(lambda: architecture(base), flags, file, recipe_of(base))
-    assumed = planned(run)
+    card = None if why == "asked for" else on_this_machine(run.memory.device)[0]
+    assumed = planned(run, card)
     if exact:
         from .rehearsal import rehearse
 
@@ -333,6 +336,6 @@ def main(tokens: Sequence[str] | None = None) -> int:
 
             if not is_out_of_memory(error):
                 raise
-            remedy = "use --preset 8gb, --mode lora, a smaller --resolution, or --embed.batch-size and --tune.batch-size 1"
+            remedy = "use --preset 8gb, or a smaller picture"
             return refused(ImagicError("out of memory", "more free memory", remedy), tokens)
     return 0

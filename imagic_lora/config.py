@@ -98,7 +98,7 @@ class DeviceConfig(Config):
     """Text encoder and VAE while they have nothing to do: keep them on the device, offload them to host memory, or release them and read
     them from the disk when they are needed again."""
     vae_tiling: Annotated[bool, _flag("vae-tiling")] = False
-    """Decodes large pictures tile by tile: less memory, slower, a seam now and then."""
+    """Encodes and decodes pictures larger than the VAE was made for tile by tile: less memory, slower, a seam now and then."""
     vae_slicing: Annotated[bool, _flag("vae-slicing")] = False
     """Decodes the pictures of a batch one by one."""
 
@@ -113,11 +113,12 @@ class MemoryConfig(DeviceConfig):
     optimizer_in_backward: Annotated[bool, _flag("optimizer-in-backward")] = False
     """Steps each weight as soon as its gradient is there, and frees the gradient at once. One process only."""
     autocast_cache: Annotated[bool, _flag("autocast-cache")] = False
-    """Keeps the weights that autocast has cast, a second copy of the denoiser (mode full with fp32 master weights)."""
+    """Keeps the weights that autocast has cast until a pass is over: up to a second copy of the denoiser, in half precision (mode full with
+    fp32 master weights)."""
     master_weights: Annotated[Literal["fp32", "bf16-stochastic"], _flag("master-weights")] = "fp32"
     """What is trained in mode full: fp32 weights, or bf16 weights that round at random and so move in the mean (arXiv 2010.06192)."""
     quantize: Annotated[Literal["none", "nf4"], _flag("quantize")] = "none"
-    """nf4 holds the linear layers of the frozen denoiser in 4 bits (bitsandbytes, arXiv 2305.14314; mode lora)."""
+    """nf4 holds the linear layers of the frozen denoiser in 4 bits (bitsandbytes, arXiv 2305.14314; mode lora), in later edits as well."""
 
     @field_validator("master_weights", mode="before")
     @classmethod

@@ -50,7 +50,7 @@ class Editor:
         """Puts an adapter's weights into the base.
 
         Raises:
-            ImagicError: the adapter was made for another base.
+            ImagicError: the adapter was made for another base, or replaces weights of a quantised one.
         """
         if self._worn is adapter:
             return
@@ -61,6 +61,8 @@ class Editor:
                 "the weights it was made on",
                 "the weights have changed: fit again" if made_for.name == self.base.name else f"use --base {made_for.name}",
             )
+        if self.base.runtime.memory.quantize != "none" and any(part.mode == "full" for part in adapter.record.parts):
+            raise ImagicError(f"adapter {adapter.record.name} replaces every weight of a quantised base", "a plain base", "open it anew")
         self.close()
         self._stack.enter_context(adapter.worn_by(self.base))
         self._worn = adapter

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .bases.blueprint import NotDrawn
@@ -17,7 +19,11 @@ from .plan import Assumed, assume, predict
 STAGES = ("encode", "embed", "tune", "sample", "decode")
 _BY_COMFORT: tuple[Preset, ...] = ("24gb", "16gb", "12gb", "8gb")
 _SHARE = 0.9  # of the free memory that a plan may take
-_LEVERS: list[tuple[str, dict[str, Any]]] = [  # the cheapest in time first
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+_SIGNS = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
+_STOCHASTIC = "--master-weights bf16-stochastic"
+Levers = list[tuple[str, dict[str, Any]]]
+FIT_LEVERS: Levers = [  # the cheapest in time first
     ("--edit.batch-size 1", {"edit": {"batch_size": 1}}),
     ("--vae-slicing", {"memory": {"vae_slicing": True}}),
     ("--idle release", {"memory": {"idle": "release"}}),
@@ -26,9 +32,13 @@ _LEVERS: list[tuple[str, dict[str, Any]]] = [  # the cheapest in time first
     ("--gradient-checkpointing", {"memory": {"gradient_checkpointing": True}}),
     ("--embed.batch-size 1 --tune.batch-size 1", {"embed": {"batch_size": 1}, "tune": {"batch_size": 1}}),
     ("--vae-tiling", {"memory": {"vae_tiling": True}}),
-    ("--master-weights bf16-stochastic", {"memory": {"master_weights": "bf16-stochastic"}}),
+    (_STOCHASTIC, {"memory": {"master_weights": "bf16-stochastic"}}),
     ("--quantize nf4", {"memory": {"quantize": "nf4"}}),
     ("--mode lora", {"tune": {"mode": "lora"}, "memory": {"master_weights": "fp32", "autocast_cache": False}}),
+]
+EDIT_LEVERS: Levers = [
+    ("--batch-size 1", {"edit": {"batch_size": 1}}),
+    *((flag, change) for flag, change in FIT_LEVERS if flag in ("--vae-slicing", "--idle release", "--vae-tiling")),
 ]
 
 
@@ -41,33 +51,44 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def on_this_machine(device: str) -> tuple[Assumed | None, int]:
+def on_this_machine(device: str, index: int = 0) -> tuple[Assumed | None, int]:
     """What a card here would be used with, and its free bytes; None and the free host memory where there is no card, or none is wanted.
 
-    PyTorch is imported only where a driver is installed.
+    PyTorch is asked where it is loaded anyway, and where there are signs of a driver; importing it takes seconds.
+
+    Args:
+        index: of the card.
     """
-    if device != "cpu" and shutil.which("nvidia-smi"):
+    if device != "cpu" and ("torch" in sys.modules or shutil.which("nvidia-smi") or any(Path(sign).exists() for sign in _DRIVERS)):
         import torch
 
         from .runtime import has_bitsandbytes
 
         if torch.cuda.is_available():
-            native = torch.cuda.get_device_capability() >= (8, 0)
+            native = torch.cuda.get_device_capability(index) >= (8, 0)
             optimizer = "adam8bit" if has_bitsandbytes() else "adam"
-            return Assumed("cuda", "bf16" if native else "fp16", optimizer), torch.cuda.mem_get_info()[0]
+            return Assumed("cuda", "bf16" if native else "fp16", optimizer), torch.cuda.mem_get_info(index)[0]
     import psutil
 
     return None, psutil.virtual_memory().available
 
 
 def choose(
-    base: Callable[[], Architecture], flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, stages: Sequence[str] = STAGES
+    base: Callable[[], Architecture],
+    flags: Mapping[str, Any],
+    file: Mapping[str, Any],
+    recipe: Recipe,
+    stages: Sequence[str] = STAGES,
+    levers: Levers = FIT_LEVERS,
+    processes: tuple[int, int] = (1, 0),
 ) -> tuple[RunConfig, str]:
     """The settings of a run; where its preset is ``auto``, those of the fastest preset whose plan fits nine tenths of the free memory.
 
     Args:
         base: gives the architecture, if it comes to that.
         stages: that count.
+        levers: that the command has, for what it says if nothing fits.
+        processes: how many there are, and the index of this one's card; several cannot step inside the backward pass.
 
     Returns:
         The settings, their preset filled in, and why it was taken, for people.
@@ -78,22 +99,27 @@ def choose(
     plain = resolve(flags, file, recipe)
     if plain.preset != "auto":
         return plain, "asked for"
-    card, free = on_this_machine(plain.memory.device)
+    card, free = on_this_machine(plain.memory.device, processes[1])
+    if card is None and plain.memory.device == "cuda":
+        raise ImagicError("--preset auto with --device cuda, but there is no CUDA device here", "a card to look at", "name a --preset")
     if card is None:
         return resolve(flags, file, recipe, "cpu"), "asked for a CPU" if plain.memory.device == "cpu" else "no CUDA device found"
-    failure: OutOfMemory | None = None
+    drawn, failure = base(), None
     for name in _BY_COMFORT:
         run = resolve(flags, file, recipe, name)
         try:
-            plan = predict(base(), run, planned(run, card))
+            plan = predict(drawn, run, planned(run, card))
         except NotDrawn as error:
             return resolve(flags, file, recipe, "8gb"), f"the tightest, since {error.got} cannot be planned"
         stage = max(stages, key=plan.needs)
         need = plan.needs(stage) - plan.context  # the context is there by now
+        if processes[0] > 1 and run.memory.optimizer_in_backward:
+            continue
         if need <= _SHARE * free:
             return run, f"{gib(need)} predicted for stage {stage}, {gib(free)} free on the card"
-        failure = too_large(base(), run, planned(run, card), stage, free)
-    raise failure or AssertionError
+        failure = too_large(drawn, run, planned(run, card), stage, free, levers=levers)
+    assert failure is not None
+    raise failure
 
 
 def choose_for_edit(base: Callable[[], Architecture], made: RunConfig, given: Mapping[str, Any]) -> RunConfig:
@@ -108,7 +134,8 @@ def choose_for_edit(base: Callable[[], Architecture], made: RunConfig, given: Ma
     """
     own = {name: value for name, value in made.edit.model_dump().items() if name != "batch_size"}
     recipe: Recipe = {"lora": {"resolution": made.resolution, "edit": {"batch_size": made.edit.batch_size}}}
-    return choose(base, given, {"edit": own}, recipe, ("encode", "sample", "decode"))[0]
+    file = {"edit": own, "memory": {"quantize": made.memory.quantize}}
+    return choose(base, given, file, recipe, ("encode", "sample", "decode"), EDIT_LEVERS)[0]
 
 
 def planned(run: RunConfig, card: Assumed | None = None) -> Assumed:
@@ -135,28 +162,33 @@ def refuse_if_too_large(base: Architecture, run: RunConfig, free: int, assumed: 
         raise too_large(base, run, assumed, stage, free)
 
 
-def too_large(base: Architecture, run: RunConfig, assumed: Assumed, stage: str, free: int, kept: str = "") -> OutOfMemory:
-    """Names the stage, what it needs and what is free, and the next lever with what it saves.
+def too_large(
+    base: Architecture, run: RunConfig, assumed: Assumed, stage: str, free: int, kept: str = "", levers: Levers = FIT_LEVERS
+) -> OutOfMemory:
+    """Names the stage, what it needs and what can be had, and the next lever with what it saves.
 
     Args:
+        free: bytes that the run could have at the most.
         kept: what was saved of the work so far, as a sentence without its full stop.
     """
     where = "the card" if assumed.device == "cuda" else "this machine"
     try:
         plan = predict(base, run, assumed)
     except NotDrawn:
-        got = f"stage {stage} ran out of memory, with {gib(free)} free on {where}" + (f"; {kept}" if kept else "")
+        got = f"stage {stage} ran out of memory, with {gib(free)} to be had on {where}" + (f"; {kept}" if kept else "")
         return OutOfMemory(got, "room for every stage", "use --preset 8gb, or a lower --resolution")
-    lever = next_lever(base, run, assumed, stage)
+    lever = next_lever(base, run, assumed, stage, levers)
     remedy = f"{lever[0]} saves about {gib(lever[1])} there" if lever else "use a lower --resolution, or a device with more memory"
-    got = f"stage {stage} needs {gib(plan.needs(stage) - plan.context)} (predicted), and {gib(free)} are free on {where}"
+    got = f"stage {stage} needs {gib(plan.needs(stage) - plan.context)} (predicted), and {gib(free)} can be had on {where}"
     return OutOfMemory(got + (f"; {kept}" if kept else ""), "room for every stage", remedy)
 
 
-def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str) -> tuple[str, int] | None:
+def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str, levers: Levers = FIT_LEVERS) -> tuple[str, int] | None:
     """The next lever that is not yet pulled and lowers a stage by more than a fiftieth, and the bytes that it saves."""
     now = predict(base, run, assumed).needs(stage)
-    for flag, change in _LEVERS:
+    for flag, change in levers:
+        if flag == _STOCHASTIC and assumed.dtype != "bf16":
+            continue
         try:
             other = resolve(merged(_given(run), change), {}, {})
         except ImagicError:  # a lever of the other mode, or one that another rules out
@@ -178,13 +210,14 @@ def _given(run: RunConfig) -> dict[str, Any]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the device, or the machine, had no memory left."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and (type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error))
-    )
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in told for sign in _SIGNS))
 
 
 @contextmanager
-def explained(base: Architecture, run: RunConfig, runtime: Any, stage: str, kept: Callable[[], str] = lambda: "") -> Iterator[None]:
+def explained(
+    base: Architecture, run: RunConfig, runtime: Any, stage: str, kept: Callable[[], str] = lambda: "", levers: Levers = FIT_LEVERS
+) -> Iterator[None]:
     """Turns running out of memory into an error that says what to do.
 
     Args:
@@ -199,7 +232,7 @@ def explained(base: Architecture, run: RunConfig, runtime: Any, stage: str, kept
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise too_large(base, run, assumed_from(runtime), stage, available(runtime.device), kept()) from error
+        raise too_large(base, run, assumed_from(runtime), stage, available(runtime.device), kept(), levers) from error
 
 
 def assumed_from(runtime: Any) -> Assumed:
@@ -209,7 +242,7 @@ def assumed_from(runtime: Any) -> Assumed:
 
 
 def available(device: Any) -> int:
-    """Bytes that this process holds on a device or could still get there."""
+    """Bytes that PyTorch holds on a card or could still get there; what is free in host memory."""
     from .runtime import free_memory
 
     if device.type == "cuda":

@@ -67,7 +67,7 @@ def _batch(base: Base, text: Conditioning, seeds: list[int], config: EditConfig,
         "num_inference_steps": config.steps,
         "eta": config.ddim_eta,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-        "output_type": "pt",
+        "output_type": "latent",
     }
     if config.start == "image":
         arguments |= {"image": ((canvas.pixels + 1) / 2).expand(batch, -1, -1, -1), "strength": config.strength}
@@ -79,4 +79,5 @@ def _batch(base: Base, text: Conditioning, seeds: list[int], config: EditConfig,
         raise ImagicError(got, "DDIM, which alone has it", "leave ddim_eta at 0")
     mixed = base.denoiser.dtype != dtype
     with torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False):
-        return pipe(**arguments).images.float()  # pyright: ignore[reportCallIssue]
+        latents = pipe(**arguments).images  # pyright: ignore[reportCallIssue]
+    return (base.decode(latents) / 2 + 0.5).clamp(0, 1)

@@ -92,10 +92,13 @@ def fit(
     refuse_no_steps(config.edit)
     store.prepare(name, overwrite)
     photo = read_photo(image)
+    restore = base is not None
+    if base is None:
+        base = open_for(config)
+    else:
+        config = config.model_copy(update={"memory": base.runtime.memory})  # it has levers of its own
     if config.memory.optimizer_in_backward:
         refuse_several(processes)
-    restore = base is not None
-    base = base or open_for(config)
     if config.tune.mode == "full":
         refuse_half(base)
     reset_peak_memory(base.runtime.device)
@@ -161,18 +164,16 @@ class _Run:
         return attached(self.base, tune, key(self.config.seed, "lora"))
 
     def kept(self, store: Store, name: str) -> KeptEmbedding:
-        """Where the embedding stage's outcome is kept, by all that it depends on."""
+        """Where the embedding stage's outcome is kept, by all that it depends on but the levers that hardly touch it."""
         config, base = self.config, self.base
         inputs = [self.photo.sha256, self.prompt, base.fingerprint, config.embed.model_dump(), config.seed, tuple(self.latents.shape)]
-        runtime = base.runtime
-        numbers = [runtime.dtype, base.denoiser.dtype, runtime.memory.quantize, runtime.optimizer]
-        return KeptEmbedding(store.root, name, [*inputs, *numbers, self.processes.count])
+        return KeptEmbedding(store.root, name, [*inputs, base.runtime.dtype, base.runtime.memory.vae_tiling, self.processes.count])
 
     def keep(self, kept: KeptEmbedding, e_opt: Conditioning) -> str:
         """Saves the embedding; says so."""
         if self.processes.main:
-            kept.save(e_opt, torch.stack(self.losses["embed"]))
-        return "the embedding is kept, and the same command goes on from it"
+            kept.save(e_opt, torch.stack([loss.cpu() for loss in self.losses["embed"]]))
+        return "the embedding is kept, and the same command with more levers goes on from it"
 
     def recalled(self, kept: KeptEmbedding) -> Conditioning | None:
         """The embedding that an earlier run of the same settings kept."""

@@ -49,7 +49,7 @@ def save_lora(base: Base, folder: Path) -> None:
     layers = {name: value.float().cpu() for name, value in get_peft_model_state_dict(base.denoiser, adapter_name=_NAME).items()}
     config["target_modules"] = sorted(config["target_modules"])
     part = base.component
-    type(base.pipeline("text2image")).save_lora_weights(  # pyright: ignore[reportAttributeAccessIssue]
+    base.pipelines["text2image"].save_lora_weights(  # pyright: ignore[reportAttributeAccessIssue]
         folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": config}
     )
     canonical(folder / LORA_FILE)

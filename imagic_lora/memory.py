@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_iter
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the bytes of every tensor storage made while it is active, and takes them off when the storage goes.
+    """Counts the bytes of every tensor storage that an operation returns while it is active, and takes them off when the storage goes.
 
-    What a kernel needs inside itself, the allocator's rounding and the driver are not in it. Under ``FakeTensorMode``, entered before it,
-    it counts a run that never happens.
+    A storage counts with the size that it had when it was first seen. What a kernel needs inside itself, the allocator's rounding and the
+    driver are not in it. Under ``FakeTensorMode``, entered before it, it counts a run that never happens.
 
     Attributes:
         now: bytes held.

@@ -206,7 +206,7 @@ class _Draft:
     def _vae(self, decode: bool, pictures: int = 1) -> tuple[int, int]:
         """Bytes of half the VAE, and the most that a pass through it holds."""
         memory, pixels = self.run.memory, self.pixels
-        if decode and memory.vae_tiling:
+        if memory.vae_tiling:
             pixels = min(pixels, self.architecture.vae["sample_size"] ** 2)
         layers = Layers(Paper(gradients_on=False), Numbers(self.width, self.width))
         vae_forward(self.architecture.vae, layers, pixels, 1 if memory.vae_slicing else pictures, decode)

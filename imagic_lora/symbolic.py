@@ -122,12 +122,12 @@ class Paper:
         assert self._tape is not None
         while self._tape:
             node = self._tape.pop()
-            gradient = gradients.pop(node.out, None)
-            if gradient is None:
+            if node.out not in gradients:
                 continue
             if node.again:
-                self._run_again(node, gradient, gradients)
+                self._run_again(node, gradients)
                 continue
+            gradient = gradients.pop(node.out)
             self.meter.touch(node.scratch)
             for count, width in node.trained:
                 self._train(count, width)
@@ -135,13 +135,12 @@ class Paper:
                 new = gradient if node.passes and gradient.count == count else Sized(self.meter, count, width)
                 gradients.setdefault(name, new)
                 del new
+            del gradient
 
-    def _run_again(self, node: _Node, gradient: Sized, gradients: dict[int, Sized]) -> None:
+    def _run_again(self, node: _Node, gradients: dict[int, Sized]) -> None:
         tape, self._tape = self._tape, []
         assert node.again is not None
-        out = node.again()
-        inner = {out.name: gradient}
-        del out, gradient
+        inner = {node.again().name: gradients.pop(node.out)}
         self._run(inner)
         for name, count, width in node.inputs:
             gradients.setdefault(name, inner.pop(name, None) or Sized(self.meter, count, width))

@@ -110,12 +110,12 @@ def ours(stage: Stage) -> Step:
     return step
 
 
-def reading(step: Step, loss_every: int = 1) -> Step:
+def reading(step: Step) -> Step:
     """A plain step that waits for the device, as one that reads its loss does."""
 
     def waiting() -> None:
         step()
-        if torch.cuda.is_available() and loss_every:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
 
     return waiting
@@ -221,7 +221,7 @@ def levers_table(base: str, side: int, rounds: int, steps: int) -> list[str]:
     lines = []
     for name, mode, without, lever in LEVERS:
         pair = [settings(base, mode, memory) for memory in (lever, without)]
-        stages, benches = [], [Bench(opened(run), side) for run in pair]
+        benches = [Bench(opened(run), side) for run in pair]
         contexts = [bench.stage("tune", run) for bench, run in zip(benches, pair, strict=True)]
         stages = [context.__enter__()[0] for context in contexts]
         a, b, _ = compare(ours(stages[0]), ours(stages[1]), rounds, steps)
@@ -253,7 +253,7 @@ def _own_time(one: Any, card: bool) -> float:
 
 
 def on_a_card(rounds: int, steps: int) -> list[str]:
-    """SD 1.5 at 512 pixels: batches, the compiler, channels_last, xformers where it is there."""
+    """SD 1.5 at 512 pixels: batches, the compiler, channels_last."""
     lines = ["", "## On the card", "", *_head("base", "size", "stage", "batch", "optimizer", "ours, steps/s", "plain, steps/s", "ratio")]
     for batch in (1, 4, 8):
         lines += stages_table("sd15", 512, rounds, steps, {"gradient_checkpointing": True}, batch)
@@ -313,7 +313,7 @@ def _page(table: list[str], peak: str, pictures: list[str], levers: list[str], w
     threads = torch.get_num_threads()
     text = f"""# Speed
 
-Written by `make bench-speed`, {threads} threads of a CPU unless it says otherwise.
+Written by `make bench-speed`, on {threads} of the cores of a CPU unless it says otherwise.
 
 ## Ours against a plain loop
 
@@ -328,8 +328,9 @@ PICTURES
 
 ## What the memory levers cost
 
-Time of a tuning step with the lever over one without, on the embedded base on this CPU, where a card will differ; and what the lever
-saves in stage tune of SD 1.5 at 512 x 512, predicted.
+Time of a tuning step with the lever over one without, on the embedded base on this CPU; a card will differ, above all with an optimizer in
+backward, which waits for the card at every weight. And what the lever alone saves in stage tune of SD 1.5 at 512 x 512, predicted, over
+no other lever: docs/memory.md pulls them one after the other.
 
 LEVERS
 

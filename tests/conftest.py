@@ -31,6 +31,12 @@ def folder(folders: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose linear layers have rows of whole blocks of 64, which 4 bits need."""
+    return save_tiny(tmp_path_factory.mktemp("wide") / "base", width=128)
+
+
+@pytest.fixture(scope="session")
 def photo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A photo that is not square and has to be scaled: 50 x 37."""
     path = tmp_path_factory.mktemp("photo") / "photo.png"

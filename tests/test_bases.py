@@ -159,7 +159,7 @@ def test_what_rests_comes_back_when_it_is_used(folder: Path, idle: str) -> None:
     """Kept it is the same module, released it is gone and read again: frozen, its levers pulled, its answers bit-equal."""
     base = opened(folder, idle=idle, vae_slicing=True)
     image = torch.rand(1, 3, 32, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    helpers = [weakref.ref(module) for module in (base.pipeline("text2image").vae, base.pipeline("text2image").text_encoder)]
+    helpers = [weakref.ref(module) for module in (base.pipeline("text2image").vae, base._helpers["text_encoder"])]
     latents, text = base.encode_image(image), base.encode_text("a cat").tokens
     picture = base.decode(latents)
     base.rest()
@@ -170,7 +170,7 @@ def test_what_rests_comes_back_when_it_is_used(folder: Path, idle: str) -> None:
     assert torch.equal(base.encode_text("a cat").tokens, text)
     pipe = base.pipeline("text2image")
     assert pipe.vae.use_slicing
-    assert not any(p.requires_grad for module in (pipe.vae, pipe.text_encoder) for p in module.parameters())
+    assert not any(p.requires_grad for module in (pipe.vae, base._helpers["text_encoder"]) for p in module.parameters())
 
 
 @pytest.mark.parametrize("switch", [False, True])
@@ -194,8 +194,9 @@ def test_the_denoiser_has_the_precision_of_what_is_trained(
     folder: Path, mode: Any, memory: dict[str, Any], denoiser: torch.dtype, rest: torch.dtype
 ) -> None:
     """That of the master weights in full, that of the arithmetic where it stays frozen; the rest follows the arithmetic."""
-    pipe = opened(folder, mode, **memory).pipeline("text2image")
-    assert [module.dtype for module in (pipe.unet, pipe.vae, pipe.text_encoder)] == [denoiser, rest, rest]
+    base: Any = opened(folder, mode, **memory)
+    pipe = base.pipeline("text2image")
+    assert [module.dtype for module in (pipe.unet, pipe.vae, base._helpers["text_encoder"])] == [denoiser, rest, rest]
 
 
 def test_the_architecture_is_the_same_before_and_after_loading(folder: Path) -> None:
@@ -218,8 +219,9 @@ def test_an_unknown_base_has_no_architecture(name: str) -> None:
 
 def test_a_base_is_frozen(folder: Path) -> None:
     """Nothing of it asks for gradients, nothing is in training mode."""
-    pipe = opened(folder).pipeline("text2image")
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+    base: Any = opened(folder)
+    pipe = base.pipeline("text2image")
+    for module in (pipe.unet, pipe.vae, base._helpers["text_encoder"]):
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
 

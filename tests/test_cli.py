@@ -218,7 +218,7 @@ def test_out_of_memory_is_an_error_with_a_remedy(run: Run, base: Path, photo: Pa
     monkeypatch.setattr(imagic, "tune_stage", full)
     code, _, err = run("fit", photo, "a dog", "--base", base, *SHORT)
     assert code == 2
-    assert "--resolution" in err
+    assert "--preset 8gb" in err
     monkeypatch.setattr(imagic, "tune_stage", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         run("fit", photo, "a dog", "--base", base, *SHORT)
@@ -277,7 +277,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The settings that fit() is given, in place of fitting; on a machine without a card."""
     found: list[RunConfig] = []
     monkeypatch.setattr(cli, "_fit", lambda _i, _p, config, *_: found.append(config))
-    monkeypatch.setattr(fits, "on_this_machine", lambda device: (None, 0))
+    monkeypatch.setattr(fits, "on_this_machine", lambda *_: (None, 0))
     return found
 
 

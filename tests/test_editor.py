@@ -178,7 +178,7 @@ def test_pictures_are_made_wherever_the_text_encoder_is(folder: Path, fitted: Fi
     """One that was offloaded, here to the device that cannot compute, does not draw the sampling after it."""
     base, adapter = opened(folder), fitted("lora")
     expected = pictures(Editor(opened(folder)), adapter)
-    base.pipeline("text2image").text_encoder.to(place)  # pyright: ignore[reportAttributeAccessIssue]
+    base._helpers["text_encoder"].to(place)  # pyright: ignore[reportAttributeAccessIssue]
     assert np.array_equal(pictures(Editor(base), adapter), expected)
 
 
@@ -187,7 +187,7 @@ def test_pictures_are_made_wherever_the_text_encoder_is(folder: Path, fitted: Fi
 def test_the_text_encoder_rests_while_pictures_are_made(folder: Path, fitted: Fitted, idle: str, prompt: str | None) -> None:
     """Released by the first picture if asked, be there a text to encode or not; the pictures are the same, and the editor can go on."""
     base, adapter = opened(folder, idle=idle), fitted("lora")
-    editor, text_encoder = Editor(base), weakref.ref(base.pipeline("text2image").text_encoder)
+    editor, text_encoder = Editor(base), weakref.ref(base._helpers["text_encoder"])
     expected = pictures(Editor(opened(folder)), adapter, prompt=prompt)
     edits = editor.edit(adapter, [0.6], [5], CONFIG, prompt)
     assert np.array_equal(array(next(edits).image), expected[0])

@@ -166,7 +166,7 @@ def test_too_little_memory_is_refused_before_loading(
     monkeypatch.setattr(imagic, "free_memory", lambda device: stages[worst].total - 1)
     with monkeypatch.context() as patch:
         patch.setattr(imagic, "open_base", lambda *_, **__: pytest.fail("opened"))
-        with pytest.raises(ImagicError, match=rf"stage {worst} needs .* \(predicted\), and .* free on this machine"):
+        with pytest.raises(ImagicError, match=rf"stage {worst} needs .* \(predicted\), and .* can be had on this machine"):
             next(fit(photo_file, PROMPT, config, Store(tmp_path), "one"))
     monkeypatch.setattr(imagic, "free_memory", lambda device: stages[worst].total)
     assert next(fit(photo_file, PROMPT, config, Store(tmp_path), "one")).step == 1

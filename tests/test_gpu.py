@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bench_memory import STOCHASTIC, in_a_process, settings
 from common import MODES, PROMPT, array, opened, tiny_config
 
+from imagic_lora.bases.published import architecture
 from imagic_lora.config import MemoryConfig, Mode
 from imagic_lora.editor import Editor
 from imagic_lora.imagic import fit, open_for, result
+from imagic_lora.plan import predict
 from imagic_lora.runtime import Processes, noise_at, resolve_runtime
 from imagic_lora.stages.embed import embed_stage
 from imagic_lora.store import Store
@@ -73,3 +76,21 @@ def test_checkpointing_lowers_the_peak(folder: Path) -> None:
         stage.step(0)
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[0] < peaks[1]
+
+
+@pytest.mark.parametrize("preset", ["8gb", "24gb"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_plan_is_within_a_tenth_of_what_the_card_allocates(mode: Mode, preset: str) -> None:
+    """Stable Diffusion 1.5 at true size: the drawing, without its allowances, against PyTorch's own count of a real run."""
+    run = settings("sd15", mode, preset)
+    found = in_a_process(run)
+    assert found["completed"]
+    drawn = max(peak.total for peak in predict(architecture("sd15"), run).stages.values())
+    assert drawn == pytest.approx(found["allocated"], rel=0.1)
+
+
+@pytest.mark.parametrize(("mode", "stochastic", "cap"), [("lora", False, 3.5), ("full", False, 6.5), ("full", True, 4.5)])
+def test_stable_diffusion_fits_the_card_it_is_promised_for(mode: Mode, stochastic: bool, cap: float) -> None:
+    """With preset 8gb a run completes where PyTorch may take the promised size less the context."""
+    run = settings("sd15", mode, "8gb", STOCHASTIC if stochastic else {})
+    assert in_a_process(run, cap - 0.5)["completed"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from imagic_lora.options import parse_etas, parse_seeds
 from imagic_lora.errors import ImagicError
+from imagic_lora.options import parse_etas, parse_seeds
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,9 @@ def save_tiny(
     scheduler: str = "ddim",
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
+    width: int = 16,
 ) -> Path:
-    """A Stable Diffusion pipeline for 32x32 pictures with 4x8x8 latents; returns its folder."""
+    """A Stable Diffusion pipeline for 32x32 pictures with 4x8x8 latents, its layers of at most ``width`` channels; returns its folder."""
     torch.manual_seed(seed)
     words = tokenizer()
     unet = UNet2DConditionModel(
@@ -42,10 +43,10 @@ def save_tiny(
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(8, 16),
+        block_out_channels=(width // 2, width),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
+        cross_attention_dim=width,
         attention_head_dim=2,
         norm_num_groups=4,
     )
@@ -62,8 +63,8 @@ def save_tiny(
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=16,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
@@ -31,6 +31,8 @@ class Base(ABC):
 
     component: Literal["unet", "transformer"]
     """The part that is trained."""
+    pipelines: ClassVar[dict[PipelineKind, type[DiffusionPipeline]]]
+    """The pipelines that :meth:`pipeline` makes."""
     size_multiple: int
     """Sides of a picture are multiples of this many pixels."""
     resolution: int

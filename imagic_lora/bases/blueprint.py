@@ -67,23 +67,27 @@ class Layers:
     lora_states: int = 0
     cache: list[Sized] | None = None
 
-    def _own(self, *sizes: int, linear: bool = False) -> list[tuple[int, int]]:
+    def _own(self, *sizes: int, four_bit: bool = False) -> list[tuple[int, int]]:
         """Counts parameters; gives the gradients they get."""
         self.parameters += sum(sizes)
         self.states += sum(states_8bit(size) for size in sizes)
-        if linear and self.numbers.four_bit:
+        if four_bit:
             self.bytes += sizes[0] // 2 + sizes[0] // 64 * 4 + sum(sizes[1:]) * self.numbers.weights
         else:
             self.bytes += sum(sizes) * self.numbers.weights
         return [(size, self.numbers.weights) for size in sizes] if self.numbers.trained else []
 
+    def _packs(self, inside: int) -> bool:
+        """Whether a linear layer is held in 4 bits (:mod:`imagic_lora.bases.quantized`)."""
+        return self.numbers.four_bit and inside % 64 == 0
+
     def cast(self, x: Sized, width: int) -> Sized:
         """The same elements in another width."""
         return x if x.width == width else self.paper.op([x], x.count, width)
 
-    def _product(self, x: Sized, out: int, sizes: tuple[int, ...], linear: bool) -> Sized:
+    def _product(self, x: Sized, out: int, sizes: tuple[int, ...], four_bit: bool = False) -> Sized:
         numbers, width = self.numbers, self.numbers.width
-        trained = self._own(*sizes, linear=linear)
+        trained = self._own(*sizes, four_bit=four_bit)
         x = self.cast(x, width)
         kept, scratch = ([x] if trained else []), 0
         if numbers.mixed:  # each use casts its weight, and keeps the cast for the backward pass
@@ -91,7 +95,7 @@ class Layers:
             if self.cache is not None:
                 self.cache.append(kept[-1])
             scratch = sum(sizes) * width if trained else 0
-        if linear and numbers.four_bit:
+        if four_bit:
             scratch = sizes[0] * width
             self.paper.meter.touch(scratch)
         return self.paper.op([x], out, width, kept, trained=trained, scratch=scratch)
@@ -115,7 +119,7 @@ class Layers:
     def linear(self, x: Sized, inside: int, outside: int, bias: bool = True, name: str = "") -> Sized:
         """``[.., inside] -> [.., outside]``."""
         rows = x.count // inside
-        result = self._product(x, rows * outside, (inside * outside, *([outside] if bias else [])), linear=True)
+        result = self._product(x, rows * outside, (inside * outside, *([outside] if bias else [])), self._packs(inside))
         rank = self.numbers.rank
         if rank and name in self.numbers.targets:
             return self._adapted(x, result, inside * rank, outside * rank, rows * rank)
@@ -124,7 +128,7 @@ class Layers:
     def conv(self, x: Sized, inside: int, outside: int, kernel: int = 3, shrink: int = 1, name: str = "") -> Sized:
         """``[B, inside, h, w] -> [B, outside, h / shrink, w / shrink]``."""
         pixels = x.count // inside // shrink**2
-        result = self._product(x, pixels * outside, (inside * outside * kernel**2, outside), linear=False)
+        result = self._product(x, pixels * outside, (inside * outside * kernel**2, outside))
         rank = self.numbers.rank
         if rank and name in self.numbers.targets:
             return self._adapted(x, result, inside * rank * kernel**2, outside * rank, pixels * rank)
@@ -158,7 +162,7 @@ class Layers:
         h = self.silu(h)
         h = self.conv(h, inside, outside, name="conv1")
         if embedding:
-            self._own(embedding * outside, outside, linear=True)
+            self._own(embedding * outside, outside, four_bit=self._packs(embedding))
             h = self.paper.op([h], h.count, h.width, passes=True)
         h = self.norm(h, outside)
         h = self.silu(h)
@@ -186,7 +190,11 @@ class UNet:
         odd += [name for name in ("cross_attention_dim", "layers_per_block") if not isinstance(config[name], int)]
         odd += [] if isinstance(config.get("transformer_layers_per_block") or 1, int) else ["transformer_layers_per_block"]
         if odd:
-            raise NotDrawn(f"a U-Net with {', '.join(odd)}", f"blocks of kind {', '.join(sorted(_KNOWN))} alone", "use plan --exact")
+            raise NotDrawn(
+                f"a U-Net with {', '.join(odd)}",
+                f"blocks of kind {', '.join(sorted(_KNOWN))} alone",
+                "fit it unplanned",
+            )
 
     def forward(self, latents: int, batch: int, tokens: int, tokens_need_grad: bool) -> Sized:
         """One pass.
@@ -200,7 +208,8 @@ class UNet:
         embedding = 4 * channels[0]
         width = layers.numbers.width
         text = layers.paper.tensor(batch * tokens * c["cross_attention_dim"], width, tokens_need_grad)
-        layers._own(channels[0] * embedding, embedding, embedding * embedding, embedding, linear=True)
+        layers._own(channels[0] * embedding, embedding, four_bit=layers._packs(channels[0]))
+        layers._own(embedding * embedding, embedding, four_bit=layers._packs(embedding))
         h = layers.conv(layers.paper.tensor(batch * latents * c["in_channels"], width), c["in_channels"], channels[0])
         skips, here = [(h, channels[0])], channels[0]
         for k, kind in enumerate(c["down_block_types"]):

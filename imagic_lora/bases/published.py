@@ -59,6 +59,13 @@ _VAE: dict[str, Any] = {
 _TEXT: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77}
 _SCHEDULER = {"clip_sample": False, "steps_offset": 1, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
+_NEEDED = {
+    "unet": ("block_out_channels", "layers_per_block", "cross_attention_dim", "in_channels", "out_channels", "sample_size"),
+    "vae": ("block_out_channels", "layers_per_block", "latent_channels", "sample_size"),
+    "text_encoder": ("hidden_size", "intermediate_size", "num_hidden_layers"),
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {"unet": _UNET, "text_encoder": _TEXT}
+
 PUBLISHED: dict[str, Architecture] = {
     # Stable Diffusion 1.5: an 860M U-Net at 64x64 latents, CLIP ViT-L/14's text encoder (arXiv 2112.10752, its model card)
     "sd15": Architecture(
@@ -92,13 +99,18 @@ def architecture(base: str) -> Architecture:
             f"no architecture known for {base!r}", f"one of {names}, or a folder in diffusers' format", "download it and give its folder"
         )
     files = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json"}
-    return Architecture(**{part: _config(folder / part / file) for part, file in files.items()})
+    found = Architecture(**{part: _DEFAULTS.get(part, {}) | _config(folder / part / file) for part, file in files.items()})
+    odd = [f"{part}.{name}" for part, names in _NEEDED.items() for name in names if not getattr(found, part).get(name)]
+    if odd or not isinstance(found.unet["sample_size"], int):
+        got = f"{folder} does not say {', '.join(odd or ['unet.sample_size as one number'])}"
+        raise ImagicError(got, "the configs of a Stable Diffusion base", "give the folder that holds unet/, vae/, ...")
+    return found
 
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ImagicError(
             f"{path} cannot be read ({error})", "diffusers' own format", "give the folder that holds unet/, vae/, ..."
         ) from error

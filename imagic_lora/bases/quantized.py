@@ -9,20 +9,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Linear, Module, Parameter
 
-_BLOCK = 64  # weights that share a scale
+BLOCK = 64  # weights that share a scale
 
 
 def quantize_linear(denoiser: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Replaces every linear layer by one on ``device`` that holds its weights in 4 bits and computes in ``dtype``.
 
-    diffusers' own loader does the same, but refuses to on a CPU.
+    Layers whose rows are not whole blocks of 64 stay as they are: bitsandbytes' CPU kernel takes wrong scales for them (measured, 0.50.2).
+    diffusers' own loader does the same as this, but refuses to on a CPU.
 
     Args:
         denoiser: a diffusers model; LoRA layers attached to it afterwards know its layers by themselves.
     """
     for module in list(denoiser.modules()):
         for name, layer in list(module.named_children()):
-            if type(layer) is Linear:
+            if type(layer) is Linear and layer.in_features % BLOCK == 0:
                 setattr(module, name, _quantized(layer, dtype, device))
     denoiser.is_loaded_in_4bit = True  # PEFT asks for this
 
@@ -32,8 +33,12 @@ def _quantized(layer: Linear, dtype: torch.dtype, device: torch.device) -> Modul
         return _Sized4bit(layer)
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    new = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta")
-    weight: Any = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=new)  # pyright: ignore[reportCallIssue]
+    new: Any = Linear4bit(
+        layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    new.support_avx512bf16_for_cpu = False  # it would repack the weights for inference alone
+    kind: Any = Params4bit  # it takes more than its annotation says
+    weight = kind(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False, module=new)
     new.weight = weight.to(device)  # this quantises
     new.bias = layer.bias
     return new
@@ -45,7 +50,7 @@ class _Sized4bit(Linear):
     def __init__(self, layer: Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.weight = Parameter(torch.empty(layer.weight.numel() // 2, dtype=torch.uint8), requires_grad=False)
-        self.scales = Parameter(torch.empty(layer.weight.numel() // _BLOCK), requires_grad=False)
+        self.scales = Parameter(torch.empty(layer.weight.numel() // BLOCK), requires_grad=False)
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -34,6 +34,7 @@ class StableDiffusion(Base):
     """
 
     component = "unet"
+    pipelines: ClassVar[dict[PipelineKind, Any]] = {"text2image": StableDiffusionPipeline, "image2image": StableDiffusionImg2ImgPipeline}
 
     def __init__(
         self, parts: dict[str, Any], name: str, revision: str | None, fingerprint: str, runtime: Runtime, reload: Callable[[str], Any]
@@ -105,7 +106,7 @@ class StableDiffusion(Base):
                 self._helpers[name] = helper.to("cpu") if idle == "offload" else None
 
     def _move(self, module: Any) -> None:
-        if module.device != self.runtime.device:
+        if any(one.device != self.runtime.device for one in (*module.parameters(), *module.buffers())):
             module.to(self.runtime.device)
 
     def _awake(self, name: str) -> Any:
@@ -159,13 +160,9 @@ class StableDiffusion(Base):
         return _TARGETS[preset]
 
     def pipeline(self, kind: PipelineKind) -> StableDiffusionPipeline | StableDiffusionImg2ImgPipeline:
-        cls = StableDiffusionPipeline if kind == "text2image" else StableDiffusionImg2ImgPipeline
-        text = self._helpers["text_encoder"]
-        if text is not None and text.device != self.runtime.device:
-            text = None  # a pipeline runs where its first module is
-        pipe = cls(
+        pipe = self.pipelines[kind](
             vae=self._awake("vae"),
-            text_encoder=text,  # pyright: ignore[reportArgumentType]  # optional in diffusers, though not in its annotation
+            text_encoder=None,  # it is given embeddings; and it would run where, and as precisely as, its text encoder does
             tokenizer=self._tokenizer,
             unet=self._unet,
             scheduler=type(self._scheduler).from_config(self._scheduler.config),

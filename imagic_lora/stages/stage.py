@@ -44,7 +44,7 @@ class Stage:
         base: its denoiser may carry trainable layers.
         latents: of the photo, ``[1, C, h, w]``.
         conditioning: gives the conditioning of a step; it may depend on the trainables.
-        trainables: fp32 parameters by name.
+        trainables: parameters by name; fp32, or bf16 that is rounded stochastically.
         seed: of noise and timesteps.
         processes: that share the batch.
     """

@@ -45,5 +45,6 @@ class KeptEmbedding:
         return Conditioning.from_tensors(tensors), losses
 
     def forget(self) -> None:
-        """Removes the file: the adapter is stored."""
-        self.path.unlink(missing_ok=True)
+        """Removes what was kept for these inputs: the adapter is stored."""
+        if self.load(torch.device("cpu")):
+            self.path.unlink()

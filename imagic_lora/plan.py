@@ -195,7 +195,7 @@ class _Draft:
             four_bit=memory.quantize == "nf4",
             wide_norms=self.assumed.device == "cuda",
         )
-        layers = Layers(paper, numbers, cache=[] if memory.autocast_cache else None)
+        layers = Layers(paper, numbers, cache=[] if memory.autocast_cache and numbers.trained else None)  # autocast keeps what is trained
         unet = UNet(self.architecture.unet, layers, memory.gradient_checkpointing and trains is not None)
         out = unet.forward(self.pixels // self.architecture.factor**2, batch, self.architecture.tokens, tokens_need_grad=trains == "embed")
         counted, layers.cache = replace(layers, cache=None), None  # autocast clears it at the end of a forward pass

@@ -148,7 +148,10 @@ def _pictures(base: StableDiffusion, run: RunConfig, latents: Tensor, text: Cond
     held, count = tracker.now, run.edit.batch_size
     tracker.reset_peak()
     batch = count * (2 if run.edit.guidance_scale > 1 else 1)
-    base.predict(latents.expand(batch, -1, -1, -1), torch.zeros(batch, dtype=torch.int64), text)
+    noisy, times = latents.expand(batch, -1, -1, -1).to(base.denoiser.dtype), torch.zeros(batch, dtype=torch.int64)
+    dtype = base.runtime.dtype
+    with torch.autocast("cpu", dtype, enabled=base.denoiser.dtype != dtype, cache_enabled=False):  # as generate() has it
+        base.denoiser(noisy, times, text.expand(batch).tokens.to(dtype))
     yield "sample", Peak(held, 0, 0, tracker.peak - held)
     tracker.reset_peak()
     base.decode(latents.expand(count, -1, -1, -1))

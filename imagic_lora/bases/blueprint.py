@@ -192,8 +192,8 @@ class UNet:
         if odd:
             raise NotDrawn(
                 f"a U-Net with {', '.join(odd)}",
-                f"blocks of kind {', '.join(sorted(_KNOWN))} alone",
-                "fit it unplanned",
+                f"blocks of kind {', '.join(sorted(_KNOWN))} alone, one number for each size",
+                "fit it unplanned, with --preset 8gb",
             )
 
     def forward(self, latents: int, batch: int, tokens: int, tokens_need_grad: bool) -> Sized:

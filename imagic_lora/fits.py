@@ -104,7 +104,7 @@ def choose(
         raise ImagicError("--preset auto with --device cuda, but there is no CUDA device here", "a card to look at", "name a --preset")
     if card is None:
         return resolve(flags, file, recipe, "cpu"), "asked for a CPU" if plain.memory.device == "cpu" else "no CUDA device found"
-    drawn, failure = base(), None
+    drawn, tightest = base(), None
     for name in _BY_COMFORT:
         run = resolve(flags, file, recipe, name)
         try:
@@ -117,9 +117,10 @@ def choose(
             continue
         if need <= _SHARE * free:
             return run, f"{gib(need)} predicted for stage {stage}, {gib(free)} free on the card"
-        failure = too_large(drawn, run, planned(run, card), stage, free, levers=levers)
-    assert failure is not None
-    raise failure
+        tightest = run, stage
+    assert tightest is not None
+    run, stage = tightest
+    raise too_large(drawn, run, planned(run, card), stage, free, levers=levers)
 
 
 def choose_for_edit(base: Callable[[], Architecture], made: RunConfig, given: Mapping[str, Any]) -> RunConfig:

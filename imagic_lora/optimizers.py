@@ -11,12 +11,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
+from .bases.blueprint import states_8bit
 from .errors import ImagicError
 from .runtime import Processes, Runtime, key
 
 _FP16_SCALE = 1024.0  # keeps small gradients above fp16's underflow on their way back
-_BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit states
-_MIN_8BIT = 4096
 
 
 def build_optimizer(name: str, parameters: Iterable[Parameter], learning_rate: float) -> torch.optim.Optimizer:
@@ -40,10 +39,7 @@ class _Sized8bit(torch.optim.Optimizer):
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for parameter in self.param_groups[0]["params"]:
             if parameter.grad is not None and not self.state[parameter]:
-                small, count = parameter.numel() < _MIN_8BIT, parameter.numel()
-                one = {"state": torch.empty(count, dtype=torch.float32 if small else torch.uint8)}
-                scales = {} if small else {"scale": torch.empty(-(-count // _BLOCK))}
-                self.state[parameter] = {f"{name}{k}": torch.empty_like(value) for k in (1, 2) for name, value in (one | scales).items()}
+                self.state[parameter] = {"states": torch.empty(states_8bit(parameter.numel()), dtype=torch.uint8)}
 
 
 def loss_scale(runtime: Runtime) -> float:

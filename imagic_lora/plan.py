@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from .bases.blueprint import ATTENTION, Layers, Numbers, UNet, text_parameters, vae_forward
+from .bases.blueprint import LORA_TARGETS, Layers, Numbers, UNet, text_parameters, vae_forward
 from .bases.published import Architecture
 from .config import RunConfig
 from .symbolic import Paper
@@ -15,7 +15,6 @@ _CONTEXT = 500 * 2**20  # what a CUDA context and its libraries' kernels take, b
 _LIBRARIES = 700 * 2**20  # of Python, PyTorch and diffusers in host memory
 _FRAGMENTATION = 0.05  # of all but the weights, which are laid out once
 _ROUNDING = 8  # bytes an element: bf16 weights are stepped and rounded on fp32 copies of weight and gradient
-_TARGETS = {"attention": ATTENTION, "attention+conv": (*ATTENTION, "conv1", "conv2")}
 
 
 @dataclass(frozen=True)
@@ -114,24 +113,13 @@ def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None 
         NotDrawn: the U-Net has parts that cannot be drawn.
     """
     assumed = assumed or assume(run)
-    return with_stages(architecture, run, assumed, _Draft(architecture, run, assumed).stages())
+    draft = _Draft(architecture, run, assumed)
+    return draft.plan(draft.stages())
 
 
 def with_stages(architecture: Architecture, run: RunConfig, assumed: Assumed, stages: dict[str, Peak]) -> Plan:
     """A plan of these peaks, with what does not depend on how they were found."""
-    draft = _Draft(architecture, run, assumed)
-    embeddings = 3 * architecture.tokens * architecture.unet["cross_attention_dim"] * 4
-    kept = 2 * draft.unet.parameters if draft.full else 4 * draft.unet.lora
-    trained = draft.unet.bytes if draft.full else 4 * draft.unet.lora
-    cuda = assumed.device == "cuda"
-    return Plan(
-        assumed,
-        stages,
-        context=_CONTEXT if cuda else _LIBRARIES,
-        host=_LIBRARIES + (draft.unet.bytes + draft.helpers if cuda else max(peak.total for peak in stages.values())),
-        adapter=kept + embeddings,
-        checkpoint=trained + draft.states + embeddings,
-    )
+    return _Draft(architecture, run, assumed).plan(stages)
 
 
 class _Draft:
@@ -149,6 +137,21 @@ class _Draft:
         eight = assumed.optimizer == "adam8bit"
         trained = self.unet.parameters if self.full else self.unet.lora
         self.states = (self.unet.states if self.full else self.unet.lora_states) if eight else 8 * trained
+
+    def plan(self, stages: dict[str, Peak]) -> Plan:
+        """The plan of these peaks."""
+        embeddings = 3 * self.architecture.tokens * self.architecture.unet["cross_attention_dim"] * 4
+        kept = 2 * self.unet.parameters if self.full else 4 * self.unet.lora
+        trained = self.unet.bytes if self.full else 4 * self.unet.lora
+        cuda = self.assumed.device == "cuda"
+        return Plan(
+            self.assumed,
+            stages,
+            context=_CONTEXT if cuda else _LIBRARIES,
+            host=_LIBRARIES + (self.unet.bytes + self.helpers if cuda else max(peak.total for peak in stages.values())),
+            adapter=kept + embeddings,
+            checkpoint=trained + self.states + embeddings,
+        )
 
     def stages(self) -> dict[str, Peak]:
         """The peak of every stage."""
@@ -191,7 +194,7 @@ class _Draft:
             weights=4 if self.full and not rounded else self.width,
             trained=self.full and trains == "tune",
             rank=run.tune.rank if lora else 0,
-            targets=_TARGETS[run.tune.targets] if lora else (),
+            targets=LORA_TARGETS[run.tune.targets] if lora else (),
             four_bit=memory.quantize == "nf4",
             wide_norms=self.assumed.device == "cuda",
         )

@@ -23,12 +23,10 @@ from .full import unfrozen
 from .lora import attached
 from .memory import Tracker
 from .plan import Assumed, Peak, Plan, with_stages
-from .runtime import Processes, Runtime
+from .runtime import DTYPES, Processes, Runtime
 from .stages.embed import embed_stage
 from .stages.stage import Stage
 from .stages.tune import tune_stage
-
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def _normalising_in_fp32(normalise: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -61,7 +59,7 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Pl
     """
     idle = "keep" if run.memory.idle == "keep" else "release"  # on the one device there is here, offloading would move nothing
     memory = run.memory.model_copy(update={"idle": idle, "attention": "sdpa"})
-    runtime = Runtime(torch.device("cpu"), _DTYPES[assumed.dtype], assumed.optimizer, memory, {})
+    runtime = Runtime(torch.device("cpu"), DTYPES[assumed.dtype], assumed.optimizer, memory, {})
     with FakeTensorMode(), patch.object(Module, "_apply", _converted), Tracker() as tracker:
         base = random_base(architecture, run, runtime)
         with _autocast_as_on_a_card() if assumed.device == "cuda" else nullcontext():

@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import MemoryConfig, Timesteps
 from .errors import ImagicError
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _GOLDEN = 0.6180339887498949
 
 
@@ -74,11 +74,15 @@ def _optimizer(memory: MemoryConfig, device: torch.device) -> tuple[str, str]:
 
 def has_bitsandbytes() -> bool:
     """Whether bitsandbytes can be imported."""
+    return _bitsandbytes_error() is None
+
+
+def _bitsandbytes_error() -> Exception | None:
     try:
-        _refuse_missing_bitsandbytes("", "", "")
-    except ImagicError:
-        return False
-    return True
+        import bitsandbytes  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        return error
+    return None
 
 
 def levers(memory: MemoryConfig) -> list[str]:
@@ -107,9 +111,7 @@ def _refuse_missing(memory: MemoryConfig, device: torch.device, dtype: torch.dty
 
 
 def _refuse_missing_bitsandbytes(asked: str, instead: str, flag: str) -> None:
-    try:
-        import bitsandbytes  # noqa: F401
-    except (ImportError, RuntimeError) as error:
+    if error := _bitsandbytes_error():
         raise ImagicError(
             f"{asked}, but bitsandbytes cannot be imported ({error})",
             "a working bitsandbytes",
@@ -129,7 +131,7 @@ def _device(memory: MemoryConfig) -> tuple[torch.device, str]:
 
 def _dtype(memory: MemoryConfig, device: torch.device) -> tuple[torch.dtype, str]:
     if memory.dtype != "auto":
-        return _DTYPES[memory.dtype], "asked for"
+        return DTYPES[memory.dtype], "asked for"
     if device.type == "cpu":
         return torch.float32, "exact, and fast enough on a CPU"
     if torch.cuda.get_device_capability(device) >= (8, 0):

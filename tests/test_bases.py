@@ -23,7 +23,7 @@ from diffusers import (
 from tiny import save_tiny
 from torch import Tensor
 
-from imagic_lora.bases.files import count_parameters
+from imagic_lora.bases.files import fingerprint
 from imagic_lora.bases.registry import architecture_of, locate
 from imagic_lora.errors import ImagicError
 
@@ -299,7 +299,7 @@ def test_broken_weights_are_named(folder: Path, tmp_path: Path) -> None:
     """A truncated file, or the pointer that git leaves of a large one, is no traceback."""
     shutil.copytree(folder, tmp_path / "base")
     (tmp_path / "base/unet/diffusion_pytorch_model.safetensors").write_text("version https://git-lfs")
-    for open_it in (lambda: opened(tmp_path / "base"), lambda: count_parameters(tmp_path / "base", "unet")):
+    for open_it in (lambda: opened(tmp_path / "base"), lambda: fingerprint(tmp_path / "base", ("unet",))):
         with pytest.raises(ImagicError):
             open_it()
 

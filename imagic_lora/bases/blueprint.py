@@ -12,6 +12,8 @@ from ..symbolic import Paper, Sized
 _KNOWN = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 _UNKNOWN = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "only_cross_attention", "dual_cross_attention")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+LORA_TARGETS = {"attention": ATTENTION, "attention+conv": (*ATTENTION, "conv1", "conv2")}
+BLOCK_4BIT = 64  # weights that share a scale in 4 bits
 
 
 class NotDrawn(ImagicError):
@@ -72,14 +74,14 @@ class Layers:
         self.parameters += sum(sizes)
         self.states += sum(states_8bit(size) for size in sizes)
         if four_bit:
-            self.bytes += sizes[0] // 2 + sizes[0] // 64 * 4 + sum(sizes[1:]) * self.numbers.weights
+            self.bytes += sizes[0] // 2 + sizes[0] // BLOCK_4BIT * 4 + sum(sizes[1:]) * self.numbers.weights
         else:
             self.bytes += sum(sizes) * self.numbers.weights
         return [(size, self.numbers.weights) for size in sizes] if self.numbers.trained else []
 
     def _packs(self, inside: int) -> bool:
         """Whether a linear layer is held in 4 bits (:mod:`imagic_lora.bases.quantized`)."""
-        return self.numbers.four_bit and inside % 64 == 0
+        return self.numbers.four_bit and inside % BLOCK_4BIT == 0
 
     def cast(self, x: Sized, width: int) -> Sized:
         """The same elements in another width."""

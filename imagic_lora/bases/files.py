@@ -1,4 +1,4 @@
-"""What the files of a base say without loading them: their variant, size and fingerprint."""
+"""What the files of a base say without loading them: their variant and fingerprint."""
 
 from __future__ import annotations
 
@@ -37,15 +37,6 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ImagicError(f"{path} is not a whole safetensors file ({error})", "safetensors", "download the base again") from error
     with file as inside:
         yield inside
-
-
-def count_parameters(folder: Path, component: str) -> int:
-    """Parameters of a component, from the headers alone."""
-    total = 0
-    for path in weight_files(folder, component):
-        with _opened(path) as file:
-            total += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
-    return total
 
 
 def fingerprint(folder: Path, components: tuple[str, ...]) -> str:

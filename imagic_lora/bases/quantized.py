@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Linear, Module, Parameter
 
-BLOCK = 64  # weights that share a scale
+from .blueprint import BLOCK_4BIT
 
 
 def quantize_linear(denoiser: Any, dtype: torch.dtype, device: torch.device) -> None:
@@ -23,7 +23,7 @@ def quantize_linear(denoiser: Any, dtype: torch.dtype, device: torch.device) -> 
     """
     for module in list(denoiser.modules()):
         for name, layer in list(module.named_children()):
-            if type(layer) is Linear and layer.in_features % BLOCK == 0:
+            if type(layer) is Linear and layer.in_features % BLOCK_4BIT == 0:
                 setattr(module, name, _quantized(layer, dtype, device))
     denoiser.is_loaded_in_4bit = True  # PEFT asks for this
 
@@ -50,7 +50,7 @@ class _Sized4bit(Linear):
     def __init__(self, layer: Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.weight = Parameter(torch.empty(layer.weight.numel() // 2, dtype=torch.uint8), requires_grad=False)
-        self.scales = Parameter(torch.empty(layer.weight.numel() // BLOCK), requires_grad=False)
+        self.scales = Parameter(torch.empty(layer.weight.numel() // BLOCK_4BIT), requires_grad=False)
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

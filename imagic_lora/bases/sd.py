@@ -16,13 +16,12 @@ from ..conditioning import Conditioning
 from ..errors import ImagicError, ImagicWarning
 from ..runtime import Runtime
 from .base import Base, PipelineKind
+from .blueprint import LORA_TARGETS
 from .files import fingerprint, variant
 from .published import Architecture
 from .quantized import quantize_linear
 
-_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 HELPERS = ("vae", "text_encoder")
-_TARGETS = {"attention": _ATTENTION, "attention+conv": [*_ATTENTION, "conv1", "conv2"]}
 
 
 class StableDiffusion(Base):
@@ -157,7 +156,7 @@ class StableDiffusion(Base):
             return self._unet(x_t.to(self._unet.dtype), timesteps, tokens.to(self._unet.dtype)).sample
 
     def lora_targets(self, preset: str) -> list[str]:
-        return _TARGETS[preset]
+        return list(LORA_TARGETS[preset])
 
     def pipeline(self, kind: PipelineKind) -> StableDiffusionPipeline | StableDiffusionImg2ImgPipeline:
         pipe = self.pipelines[kind](

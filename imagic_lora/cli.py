@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from rich.markup import escape
 from rich.table import Table
 
+from .benching import bench
 from .config import DeviceConfig, EditConfig, PresetOrAuto, RunConfig, checked, merged, read_yaml, recipe_of, refusal
 from .console import counted, err, out, print_json, quiet_libraries, quiet_loading, refused, say_plan, say_what_is_active, shown
 from .errors import ImagicError
@@ -39,6 +40,7 @@ app = App(
 )
 app.command(list_adapters, name="list")
 app.command(show)
+app.command(bench)
 
 
 @app.command
@@ -186,15 +188,15 @@ def edit(
     source = (base, None) if base else (record.base.name, record.base.revision)
     run = choose_for_edit(lambda: architecture_of(*source), record.config, {"edit": flags, "memory": levers, "preset": preset})
     config = run.edit
-    if "strength" in flags and config.start == "noise":
+    if "strength" in flags and config.start != "image":
         raise ImagicError("--strength without --start image", "both or neither", "add --start image, or leave out --strength")
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
     text = record.prompt if prompt is None else prompt
-    refuse_edit(etas, config, text)
+    refuse_edit(etas, seeds, config, text)
     folder = out_dir or Path("outputs") / record.name
     folder.mkdir(parents=True, exist_ok=True)
     editor = Editor(open_base(source[0], resolve_runtime(run.memory), source[1]))
-    edits = counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds))
+    edits = counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "pictures")
     how = {"adapter": record.name, "base": record.base.name, "prompt": text, "edit": config.model_dump()}
     so_far = f"the pictures made so far are in {folder}"
     with explained(editor.base.architecture, run, editor.base.runtime, "decode", lambda: so_far, EDIT_LEVERS):

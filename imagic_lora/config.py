@@ -77,8 +77,9 @@ class EditConfig(Config):
     """Steps of the sampler."""
     ddim_eta: float = Field(default=0.0, ge=0, le=1)
     """Noise that DDIM adds on its way; 0 is deterministic. Not the eta of Imagic."""
-    start: Literal["noise", "image"] = "noise"
-    """noise samples from scratch; image starts from the photo, noised by strength."""
+    start: Literal["noise", "image", "inverted"] = "noise"
+    """noise samples from scratch; image starts from the photo, noised by strength; inverted from the very noise that gives the photo back
+    (DDIM inversion), which keeps place and surroundings best and makes the seed meaningless."""
     strength: float = Field(default=0.8, gt=0, le=1)
     """How much of the photo is noised away with start image: 1 is all of it."""
     batch_size: int = Field(default=4, ge=1, le=256)
@@ -153,6 +154,12 @@ class RunConfig(Config):
 
 Recipe = Mapping[Mode, Mapping[str, Any]]
 
+_CRITTERS: dict[str, Any] = {  # docs/log.md holds what else was tried
+    "eta": 1.0,
+    "embed": {"steps": 20, "learning_rate": 5e-2, "batch_size": 4},
+    "edit": {"guidance_scale": 2.0, "steps": 15, "start": "inverted"},
+}
+
 RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
     "sd": {
         "lora": {},
@@ -160,15 +167,10 @@ RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
     },
     "critters": {
         "lora": {
-            "embed": {"steps": 100, "learning_rate": 2e-2, "batch_size": 8},
-            "tune": {"steps": 50, "learning_rate": 1e-3, "batch_size": 8, "rank": 4, "targets": "attention+conv"},
-            "edit": {"guidance_scale": 3.0, "steps": 30},
+            **_CRITTERS,
+            "tune": {"steps": 10, "learning_rate": 3e-3, "batch_size": 4, "rank": 4, "targets": "attention+conv"},
         },
-        "full": {
-            "embed": {"steps": 100, "learning_rate": 2e-2, "batch_size": 8},
-            "tune": {"steps": 60, "learning_rate": 4e-5, "batch_size": 8},
-            "edit": {"guidance_scale": 3.0, "steps": 30},
-        },
+        "full": {**_CRITTERS, "tune": {"steps": 10, "learning_rate": 2e-4, "batch_size": 4}},
     },
 }
 """Rates and sizes that suit a kind of base, by mode."""

@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Generator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,12 +17,12 @@ from .config import RunConfig
 from .errors import ImagicError, ImagicWarning
 
 if TYPE_CHECKING:
-    from .editor import Edit
     from .plan import Plan
     from .runtime import Runtime
     from .stages.stage import StepReport
     from .store import Adapter
 
+Value = TypeVar("Value")
 err = Console(stderr=True, emoji=False)
 out = Console(emoji=False)
 
@@ -96,11 +96,11 @@ def shown(steps: Generator[StepReport, None, Adapter | None], run: RunConfig) ->
                     err.print(f"{report.stage} {report.step}/{report.steps} loss {loss}", highlight=False)
 
 
-def counted(edits: Iterable[Edit], total: int) -> Iterable[Edit]:
-    """The edits, with a progress bar."""
+def counted(items: Iterable[Value], total: int, what: str) -> Iterable[Value]:
+    """The items as they come, with a progress bar."""
     from rich.progress import track
 
-    return track(edits, "pictures", total=total, console=err, disable=not err.is_terminal)
+    return track(items, what, total=total, console=err, disable=not err.is_terminal)
 
 
 def print_json(value: dict[str, Any]) -> None:

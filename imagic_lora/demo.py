@@ -52,7 +52,8 @@ def embedding_alone(editor: Editor, adapter: Adapter, config: EditConfig, seed: 
     """The reconstruction from ``e_opt`` on the untuned base."""
     editor.close()
     stored = adapter.embeddings()
-    return next(generate(editor.base, [stored["optimised"]], [seed], config, adapter.canvas(), stored.get("null")))
+    e_opt = stored["optimised"]
+    return next(generate(editor.base, [e_opt], [seed], config, adapter.canvas(), stored.get("null"), e_opt))
 
 
 def _page(photo: Image.Image, before: Image.Image, edits: list[Edit], truth: Image.Image, prompt: str) -> Image.Image:

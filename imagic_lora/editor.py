@@ -26,11 +26,14 @@ class Edit:
     image: Image.Image
 
 
-def refuse_edit(etas: Sequence[float], config: EditConfig, prompt: str) -> None:
-    """Raises ImagicError for an eta outside [0, 2], an empty prompt, or settings that leave the sampler no step."""
+def refuse_edit(etas: Sequence[float], seeds: Sequence[int], config: EditConfig, prompt: str) -> None:
+    """Raises ImagicError for an eta outside [0, 2], an empty prompt, settings that leave the sampler no step, or seeds without a use."""
     for eta in etas:
         if not 0 <= eta <= 2:
             raise ImagicError(f"eta {eta:g}", "0 (the photo) to 1 (the text), at most 2", "choose another --eta")
+    if len(seeds) > 1 and config.start == "inverted" and not config.ddim_eta:
+        got = f"{len(seeds)} seeds with start inverted"
+        raise ImagicError(got, "one: the noise is the photo's own", "use --start noise for several, or add --ddim-eta")
     refuse_empty(prompt)
     refuse_no_steps(config)
 
@@ -80,7 +83,7 @@ class Editor:
         Raises:
             ImagicError: an eta out of range, an adapter of another base, numbers that are not finite.
         """
-        refuse_edit(etas, config, adapter.record.prompt if prompt is None else prompt)
+        refuse_edit(etas, seeds, config, adapter.record.prompt if prompt is None else prompt)
         self.wear(adapter)
         device = self.base.runtime.device
         stored = {name: value.to(device) for name, value in adapter.embeddings().items()}
@@ -88,7 +91,7 @@ class Editor:
         self.base.rest()
         canvas, pairs = adapter.canvas(), list(product(etas, seeds))
         mixes = [interpolate(target, stored["optimised"], eta) for eta, _ in pairs]
-        pictures = generate(self.base, mixes, [seed for _, seed in pairs], config, canvas, stored.get("null"))
+        pictures = generate(self.base, mixes, [seed for _, seed in pairs], config, canvas, stored.get("null"), stored["optimised"])
         yield from (Edit(eta, seed, picture) for (eta, seed), picture in zip(pairs, pictures, strict=True))
 
     def close(self) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
-from .bases.base import Base
+from .bases.base import Base, PipelineKind
 from .conditioning import Conditioning, concatenate
 from .config import EditConfig
 from .errors import ImagicError
@@ -18,14 +19,21 @@ from .images import Canvas, to_image
 
 
 def generate(
-    base: Base, conditionings: Sequence[Conditioning], seeds: Sequence[int], config: EditConfig, canvas: Canvas, null: Conditioning | None
+    base: Base,
+    conditionings: Sequence[Conditioning],
+    seeds: Sequence[int],
+    config: EditConfig,
+    canvas: Canvas,
+    null: Conditioning | None,
+    source: Conditioning,
 ) -> Iterator[Image.Image]:
     """One picture for each pair of conditioning and seed, in batches.
 
     Args:
         conditionings, seeds: of equal length; the noise of a picture depends on its seed alone.
-        canvas: the photo as it was trained on; gives the size, and the start with ``start="image"``.
+        canvas: the photo as it was trained on; gives the size, and the start with ``start="image"`` or ``"inverted"``.
         null: the unconditional conditioning; None, or a guidance scale of 1 or less, means no guidance.
+        source: the conditioning that stands for the photo, under which it is inverted with ``start="inverted"``.
 
     Yields:
         Pictures at the photo's own size, in order, as batches are done.
@@ -35,9 +43,10 @@ def generate(
             holds NaN.
     """
     refuse_no_steps(config)
+    noise = inverted(base, canvas, source, config.steps) if config.start == "inverted" else None
     for start in range(0, len(seeds), config.batch_size):
         part = slice(start, start + config.batch_size)
-        pixels = _batch(base, concatenate(list(conditionings[part])), list(seeds[part]), config, canvas, null)
+        pixels = _batch(base, concatenate(list(conditionings[part])), list(seeds[part]), config, canvas, null, noise)
         if pixels.isnan().any():
             raise ImagicError("a generated picture holds NaN", "numbers", "try --dtype fp32 or bf16")
         yield from (canvas.restored(to_image(one)) for one in pixels * 2 - 1)
@@ -56,28 +65,57 @@ def refuse_no_steps(config: EditConfig) -> None:
         raise ImagicError(got, "at least one step: strength times steps is 1 or more", "raise one of them")
 
 
-def _batch(base: Base, text: Conditioning, seeds: list[int], config: EditConfig, canvas: Canvas, null: Conditioning | None) -> Tensor:
+def inverted(base: Base, canvas: Canvas, source: Conditioning, steps: int) -> Tensor:
+    """The noise from which DDIM without guidance comes back to the photo, ``[1, C, h, w]``: DDIM run backwards (arXiv 2010.02502, section
+    4.3), at the conditioning that stands for the photo."""
+    backwards = _pipeline(base, "text2image", DDIMInverseScheduler)
+    clean = base.encode_image(canvas.pixels).to(base.runtime.dtype)
+    return _latents(base, backwards, _text(base, source, None) | {"guidance_scale": 1.0, "num_inference_steps": steps, "latents": clean})
+
+
+def _batch(
+    base: Base, text: Conditioning, seeds: list[int], config: EditConfig, canvas: Canvas, null: Conditioning | None, noise: Tensor | None
+) -> Tensor:
     """Pixels in [0, 1], ``[B, 3, H, W]``."""
-    batch, device, dtype = len(seeds), base.runtime.device, base.runtime.dtype
+    batch = len(seeds)
     guided = null is not None and config.guidance_scale > 1
-    arguments: dict[str, Any] = {
-        "prompt_embeds": text.to(device, dtype).tokens,
-        "negative_prompt_embeds": null.expand(batch).to(device, dtype).tokens if null is not None and guided else None,
+    arguments: dict[str, Any] = _text(base, text, null.expand(batch) if null is not None and guided else None) | {
         "guidance_scale": config.guidance_scale if guided else 1.0,
         "num_inference_steps": config.steps,
         "eta": config.ddim_eta,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-        "output_type": "latent",
     }
     if config.start == "image":
+        pipe = base.pipeline("image2image")
         arguments |= {"image": ((canvas.pixels + 1) / 2).expand(batch, -1, -1, -1), "strength": config.strength}
     else:
-        arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3]}
-    pipe = base.pipeline("image2image" if config.start == "image" else "text2image")
+        pipe = base.pipeline("text2image") if noise is None else _pipeline(base, "text2image", DDIMScheduler)
+        start = None if noise is None else noise.expand(batch, -1, -1, -1)
+        arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3], "latents": start}
     if config.ddim_eta and "eta" not in inspect.signature(pipe.scheduler.step).parameters:  # pyright: ignore[reportAttributeAccessIssue]
         got = f"ddim_eta {config.ddim_eta:g} with a sampler of kind {type(pipe.scheduler).__name__}"  # pyright: ignore[reportAttributeAccessIssue]
         raise ImagicError(got, "DDIM, which alone has it", "leave ddim_eta at 0")
+    return (base.decode(_latents(base, pipe, arguments)) / 2 + 0.5).clamp(0, 1)
+
+
+def _pipeline(base: Base, kind: PipelineKind, sampler: Any) -> Any:
+    """A pipeline with another sampler than the base declares, on the same schedule."""
+    pipe: Any = base.pipeline(kind)
+    pipe.scheduler = sampler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def _text(base: Base, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+    device, dtype = base.runtime.device, base.runtime.dtype
+    return {
+        "prompt_embeds": text.to(device, dtype).tokens,
+        "negative_prompt_embeds": None if null is None else null.to(device, dtype).tokens,
+    }
+
+
+def _latents(base: Base, pipe: Any, arguments: dict[str, Any]) -> Tensor:
+    """What a pipeline comes to, before it is decoded."""
+    device, dtype = base.runtime.device, base.runtime.dtype
     mixed = base.denoiser.dtype != dtype
     with torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False):
-        latents = pipe(**arguments).images  # pyright: ignore[reportCallIssue]
-    return (base.decode(latents) / 2 + 0.5).clamp(0, 1)
+        return pipe(**arguments, output_type="latent").images

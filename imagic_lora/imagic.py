@@ -202,7 +202,7 @@ class _Run:
         cells = [("photo", self.photo.image)]
         try:
             with explained(self.base.architecture, self.config, self.base.runtime, "decode"):
-                pictures = list(generate(self.base, mixes, [self.config.seed] * 2, self.config.edit, self.canvas, self.null))
+                pictures = list(generate(self.base, mixes, [self.config.seed] * 2, self.config.edit, self.canvas, self.null, e_opt))
             cells += [(f"eta {eta:g}", picture) for eta, picture in zip(etas, pictures, strict=True)]
         except OutOfMemory as error:
             warnings.warn(f"the adapter is stored without a preview: {error}", ImagicWarning, stacklevel=2)

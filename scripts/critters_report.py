@@ -7,7 +7,9 @@ caption of a held-out picture; writes ``docs/critters-samples.png``.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,8 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from imagic_lora.bases.registry import CRITTERS
+from imagic_lora.bench.scores import SAME
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, render, scene_at
-from imagic_lora.critters.judge import Judge
+from imagic_lora.critters.judge import Judge, Sight
+from imagic_lora.critters.scene import IDENTITY
 from imagic_lora.images import sheet, to_image
 from imagic_lora.metrics import CritterAlignment, pixels
 
@@ -38,10 +42,31 @@ def fidelity(pictures: Tensor) -> tuple[float, Tensor]:
     return (10 * torch.log10(4 / error)).mean().item(), back
 
 
-def agreement(judge: Judge, pictures: Tensor, scenes: list[Scene]) -> dict[str, float]:
-    """How often the judge sees what each scene says, by attribute."""
-    seen = [one for part in batches(pictures) for one in judge.see(part)]
-    return {name: sum(s[name] == getattr(scene, name) for s, scene in zip(seen, scenes, strict=True)) / len(scenes) for name in ATTRIBUTES}
+def sights(judge: Judge, pictures: Tensor) -> list[Sight]:
+    return [one for part in batches(pictures) for one in judge.see(part)]
+
+
+def agreement(seen: list[Sight], scenes: list[Scene]) -> dict[str, float]:
+    """How often the judge sees what each scene says, by attribute, and all five at once."""
+    wrong = [one.changed(scene) for one, scene in zip(seen, scenes, strict=True)]
+    right = {name: sum(name not in one for one in wrong) / len(wrong) for name in ATTRIBUTES}
+    return right | {"all": sum(not one for one in wrong) / len(wrong)}
+
+
+def show_identity(title: str, seen: list[Sight], scenes: list[Scene]) -> None:
+    """The judge's median error of every factor, in standard deviations over scenes, and its distances."""
+    pairs = list(zip(seen, scenes, strict=True))
+    factors = {name: median(abs(one.deviations(scene)[name]) for one, scene in pairs) for name in IDENTITY}
+    distances = [one.distance(scene) for one, scene in pairs]
+    within = sum(distance <= SAME for distance in distances) / len(distances)
+    print(f"{title:46}" + "  ".join(f"{name} {value:.2f}" for name, value in factors.items()))
+    print(f"{'':46}distance {median(distances):.3f} (median), within {SAME:g}: {100 * within:.1f}%")
+
+
+def strangers(scenes: list[Scene]) -> list[Scene]:
+    """Each scene with the identity of another one, its attributes and its facing kept."""
+    others = scenes[1:] + scenes[:1]
+    return [replace(scene, **{name: getattr(other, name) for name in IDENTITY}) for scene, other in zip(scenes, others, strict=True)]
 
 
 def samples(scenes: list[Scene], guidance: float) -> list[Image.Image]:
@@ -66,7 +91,7 @@ def show(title: str, figures: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=500, help="held-out renders")
-    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=DOCS / "critters-samples.png")
     args = parser.parse_args()
@@ -75,15 +100,16 @@ def main() -> None:
     decibels, back = fidelity(renders)
     print(f"VAE round trip of {args.pictures} held-out pictures: {decibels:.2f} dB PSNR")
     judge = Judge.load()
-    show("judge on held-out renders", agreement(judge, renders, held_out))
-    show("judge on their VAE round trips", agreement(judge, back, held_out))
+    seen, seen_back = sights(judge, renders), sights(judge, back)
+    show("judge on held-out renders", agreement(seen, held_out))
+    show("judge on their VAE round trips", agreement(seen_back, held_out))
+    show_identity("identity on renders, errors", seen, held_out)
+    show_identity("identity on round trips, errors", seen_back, held_out)
+    show_identity("against another one's identity", seen, strangers(held_out))
     asked = [scene_at("heldout", 10_000 + k) for k in range(args.samples)]
     made = samples(asked, args.guidance)
-    found = agreement(judge, pixels(made), asked)
-    show(f"{args.samples} samples at guidance {args.guidance:g}, by the judge", found)
-    seen = judge.see(pixels(made))
-    both = [s["pose"] == a.pose and s["animal"] == a.animal for s, a in zip(seen, asked, strict=True)]
-    print(f"{'pose and animal both':46}{100 * sum(both) / len(both):.1f}%")
+    found = sights(judge, pixels(made))
+    show(f"{args.samples} samples at guidance {args.guidance:g}, by the judge", agreement(found, asked))
     texts = [caption(scene) for scene in held_out[:100]]
     scores = CritterAlignment.load().scores([to_image(one) for one in renders[:100]], texts)
     right = [texts[int(scores[k].argmax())] == texts[k] for k in range(100)]

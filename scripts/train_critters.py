@@ -32,7 +32,8 @@ from transformers import (
 )
 
 from imagic_lora.critters import ATTRIBUTES, SIZE, render, sample_caption, scene_at
-from imagic_lora.critters.judge import Judge
+from imagic_lora.critters.judge import FACINGS, Judge, measured
+from imagic_lora.critters.scene import IDENTITY
 
 DATA = Path(__file__).parent.parent / "imagic_lora" / "data" / "critters"
 VAE: dict[str, Any] = {
@@ -274,7 +275,8 @@ def export_pipeline(run: Run, words: CLIPTokenizer, scheduler: Any) -> None:
 
 
 def train_judge(args: argparse.Namespace) -> None:
-    """The judge learns from renders and from their VAE round trips, both blurred and made noisy at random."""
+    """The judge learns from renders and from VAE round trips of latents with more or less noise, some blurred, all more or less noisy:
+    what it reads must survive the softness of a generated picture."""
     vae: Any = AutoencoderKL.from_pretrained(DATA / "vae").to(args.device).eval()
     judge = Judge()
     data = pictures(args.work, args.pictures)
@@ -284,15 +286,19 @@ def train_judge(args: argparse.Namespace) -> None:
         indices = rng.integers(0, len(data), 64)
         x = tensor(data[indices], args.device)
         with torch.no_grad():
-            z = vae.encode(x[:24]).latent_dist.mean
-            x[:24] = vae.decode(z + VAE_NOISE * torch.randn_like(z)).sample.clamp(-1, 1).float()
+            z = vae.encode(x[:40]).latent_dist.mean
+            rough = 1 - 0.75 * run.step / args.steps  # less and less
+            spread = 4 * rough * VAE_NOISE * torch.rand(len(z), 1, 1, 1, device=x.device)
+            x[:40] = vae.decode(z + spread * torch.randn_like(z)).sample.clamp(-1, 1).float()
         x[::3] = F.avg_pool2d(F.pad(x[::3], (1, 1, 1, 1), "replicate"), 3, 1)
-        x = x + 0.08 * torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x)
+        x = x + 0.2 * rough * torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x)
         scenes = [scene_at("train", int(k)) for k in indices]
-        losses = []
-        for name, logits in judge(x).items():
-            right = torch.tensor([ATTRIBUTES[name].index(getattr(s, name)) for s in scenes], device=x.device)
-            losses.append(F.cross_entropy(logits.float(), right))
+        outputs = {name: output.float() for name, output in judge(x).items()}
+        identity = torch.tensor([measured(scene) for scene in scenes], device=x.device)
+        losses = [F.smooth_l1_loss(outputs["identity"], identity, beta=0.2) * len(IDENTITY)]
+        for name, values in {**ATTRIBUTES, "facing": FACINGS}.items():
+            right = torch.tensor([values.index(getattr(s, name)) for s in scenes], device=x.device)
+            losses.append(F.cross_entropy(outputs[name], right))
         return torch.stack(losses).sum()
 
     for _ in run.train(loss_of):
@@ -334,7 +340,7 @@ def train_clip(args: argparse.Namespace) -> None:
 
 PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
     "vae": (train_vae, 6500),
-    "judge": (train_judge, 1500),
+    "judge": (train_judge, 5000),
     "clip": (train_clip, 1000),
     "unet": (train_unet, 4600),
 }

@@ -140,6 +140,8 @@ def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[st
         "no such adapter": (["edit", "max", "--store", store], "rex"),
         "empty prompt for an edit": (["edit", "rex", "--store", store, "--prompt", " "], "empty prompt"),
         "strength without a start": (["edit", "rex", "--store", store, "--strength", "0.5"], "--start image"),
+        "strength with inverted noise": (["edit", "rex", "--store", store, "--start", "inverted", "--strength", "0.5"], "--start image"),
+        "seeds of inverted noise": (["edit", "rex", "--store", store, "--start", "inverted", "--seed", "0:2"], "--start noise"),
         "no step to take": (["edit", "rex", "--store", store, "--start", "image", "--strength", "0.1", "--steps", "2"], "strength 0.1"),
         "a path in a name": (["fit", photo, "a dog", "--base", base, "--name", "../x"], "no path"),
         "a path in an edit": (["edit", "../rex", "--store", store], "no path"),
@@ -167,6 +169,7 @@ BAD = [
     "a path in an edit", "existing name", "unknown command", "unknown flag", "value out of range", "wrong type", "clash",
     "xformers without CUDA", "unknown preset for an edit", "clash of levers", "clash in a plan", "no architecture to plan",
     "plain master weights", "stochastic without bf16", "offload without CUDA", "offload without CUDA in an edit",
+    "strength with inverted noise", "seeds of inverted noise",
 ]  # fmt: skip
 
 

@@ -10,12 +10,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 
-from imagic_lora.critters import ATTRIBUTES, SIZE, Scene, caption, render, sample_caption, scene_at
-from imagic_lora.critters.judge import Judge
-from imagic_lora.critters.scene import Split
+from imagic_lora.critters import ATTRIBUTES, SIZE, Scene, backdrop, caption, render, sample_caption, scene_at
+from imagic_lora.critters.judge import Judge, Sight, measured
+from imagic_lora.critters.scene import IDENTITY, Split
 
 DOG = Scene("dog", "sitting", "brown", "grass", "hat", 0.25, 1.0, 32.0, 57.5, 1, 2, 0.75, 39.0, -0.5)
 CAT = Scene("cat", "jumping", "orange", "night", "none", -0.5, 1.125, 30.0, 58.0, -1, 3, 0.25, 36.0, 0.5)
@@ -200,9 +201,67 @@ def test_the_judge_is_stored_in_half_precision_and_nothing_else_is_lost(tmp_path
 
 
 def test_the_judge_names_the_likeliest_value_of_every_attribute() -> None:
-    """What it sees is the largest logit, by the fixed order of the values."""
+    """What it sees is the largest logit, by the fixed order of the values; the identity comes back in the scene's own units."""
     torch.manual_seed(0)
     judge, pictures = Judge().eval(), torch.rand(5, 3, SIZE, SIZE) * 2 - 1
-    logits = {name: value.double().tolist() for name, value in judge(pictures).items()}
-    expected = [{name: values[row.index(max(row))] for name, values in ATTRIBUTES.items() for row in [logits[name][k]]} for k in range(5)]
-    assert judge.see(pictures) == expected
+    outputs = {name: value.double().tolist() for name, value in judge(pictures).items()}
+    middle = {"shade": 0, "size": 1.02, "x": 32, "y": 57.5, "spots": 1.5, "sun": 0.5, "horizon": 39, "tint": 0}
+    for k, sight in enumerate(judge.see(pictures)):
+        best = {name: outputs[name][k].index(max(outputs[name][k])) for name in (*ATTRIBUTES, "facing")}
+        assert sight.attributes == {name: values[best[name]] for name, values in ATTRIBUTES.items()}
+        assert sight.facing == (-1, 1)[best["facing"]]
+        for name, value in zip(IDENTITY, outputs["identity"][k], strict=True):
+            assert sight.identity[name] == pytest.approx(middle[name] + value * IDENTITY[name])
+
+
+def test_what_the_judge_learns_of_a_scene_has_mean_zero_and_spread_one() -> None:
+    """Over many scenes, for every factor of the identity."""
+    learned = torch.tensor([measured(scene_at("heldout", k)) for k in range(2000)])
+    assert learned.shape == (2000, len(IDENTITY))
+    assert learned.mean(0).abs().max() < 0.08
+    assert (learned.std(0) - 1).abs().max() < 0.05
+
+
+def test_a_sight_of_the_scene_itself_has_no_distance() -> None:
+    """Neither in a factor nor together; nothing has changed."""
+    sight = seen_as(DOG)
+    assert sight.distance(DOG) == 0
+    assert set(sight.deviations(DOG).values()) == {0.0}
+    assert sight.changed(DOG) == []
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_the_distance_is_in_standard_deviations(name: str) -> None:
+    """One factor of eight that is two standard deviations off makes 2 / sqrt(8), whichever it is."""
+    other = replace(DOG, **{name: getattr(DOG, name) + 2 * IDENTITY[name]})
+    assert seen_as(other).deviations(DOG)[name] == pytest.approx(2)
+    assert seen_as(other).distance(DOG) == pytest.approx(2 / 8**0.5)
+
+
+def test_an_animal_that_turned_round_is_another_one() -> None:
+    """Whatever else is the same."""
+    assert seen_as(replace(DOG, facing=-1)).distance(DOG) == float("inf")
+
+
+def test_changed_attributes_are_named() -> None:
+    """All of them, and they alone; they have no distance."""
+    other = replace(DOG, pose="jumping", thing="none")
+    assert seen_as(other).changed(DOG) == ["pose", "thing"]
+    assert seen_as(other).distance(DOG) == 0
+
+
+def seen_as(scene: Scene) -> Sight:
+    """What a judge without error sees."""
+    facts = asdict(scene)
+    return Sight({name: facts[name] for name in ATTRIBUTES}, scene.facing, {name: float(facts[name]) for name in IDENTITY})
+
+
+@pytest.mark.parametrize("scene", WORLD, ids=lambda scene: scene.animal)
+def test_the_backdrop_is_the_picture_without_its_animal(scene: Scene) -> None:
+    """It does not depend on the animal; what differs from the picture is around the animal, and there it differs."""
+    behind = np.asarray(backdrop(scene)).astype(int)
+    assert (behind == np.asarray(backdrop(scene.edited(animal="bird", pose="sleeping", colour="blue", thing="ball")))).all()
+    differs = (np.asarray(render(scene)).astype(int) != behind).any(2)
+    rows, columns = differs.nonzero()
+    assert 0.08 < differs.mean() < 0.5
+    assert (abs(columns - scene.x).max(), rows.max()) <= (32, scene.y + 4)

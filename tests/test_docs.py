@@ -24,16 +24,14 @@ def test_a_config_is_valid_and_headed_by_its_command(path: Path) -> None:
     """Every setting is known, the file names the command that uses it, and its own name is its base, its preset and its mode."""
     settings = read_yaml(path)
     config = resolve({}, settings, recipe_of(settings["base"]))
-    assert config.base in ("sd15", "sd21", "sdxl")
+    assert config.base in ("sd15", "sd21", "sdxl", "critters")
     assert f"--config configs/{path.name}" in path.read_text()
-    if path.stem != "reference-imagic":
+    if not path.stem.startswith("reference-"):
         base, *preset, mode = path.stem.split("-")
         assert (base, preset or ["auto"], mode) == (config.base, [config.preset], config.tune.mode)
 
 
-@pytest.mark.parametrize(
-    "name", ["docs/demo.png", "docs/critters-samples.png", "docs/ten-scenes-lora.png", "docs/critters.md", "docs/log.md"]
-)
+@pytest.mark.parametrize("name", ["docs/demo.png", "docs/critters-samples.png", "docs/critterbench.png", "docs/critters.md", "docs/log.md"])
 def test_what_the_documents_show_is_there(name: str) -> None:
     """Pictures and pages that the documents link."""
     assert (ROOT / name).stat().st_size > 0

@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import MODES, array, opened, same, weights
+from common import KINDS, MODES, array, opened, same, weights
+from diffusers import DDIMScheduler
 from tiny import save_tiny
+from torch import Tensor
 
+from imagic_lora.bases.base import Base
 from imagic_lora.conditioning import Conditioning
 from imagic_lora.config import EditConfig, Mode
 from imagic_lora.editor import Editor
 from imagic_lora.errors import ImagicError
-from imagic_lora.generate import generate
+from imagic_lora.generate import generate, inverted
 from imagic_lora.images import to_image
 from imagic_lora.store import Adapter
 
@@ -61,7 +64,7 @@ def test_the_weights_of_an_adapter_matter(folder: Path, fitted: Fitted) -> None:
     """The same embedding on the bare base gives another picture."""
     adapter, base = fitted("lora"), opened(folder)
     stored = adapter.embeddings()
-    bare = next(generate(base, [stored["optimised"]], [5], CONFIG, adapter.canvas(), stored["null"]))
+    bare = next(generate(base, [stored["optimised"]], [5], CONFIG, adapter.canvas(), stored["null"], stored["optimised"]))
     assert np.abs(pictures(Editor(base), adapter, etas=[0])[0] - array(bare)).max() > 1
 
 
@@ -81,7 +84,7 @@ def test_an_eta_out_of_range_is_refused(folder: Path, fitted: Fitted, eta: float
         next(Editor(opened(folder)).edit(fitted("lora"), [0.5, eta], [0], CONFIG))
 
 
-@pytest.mark.parametrize("start", ["noise", "image"])
+@pytest.mark.parametrize("start", ["noise", "image", "inverted"])
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_pictures_do_not_depend_on_the_batch_size(folder: Path, fitted: Fitted, start: str, batch_size: int) -> None:
     """Six pictures in batches of 2, or of 5 and 1, are those made one at a time, to rounding; and they differ among themselves."""
@@ -112,6 +115,48 @@ def test_start_from_the_image_by_strength(folder: Path, fitted: Fitted) -> None:
     assert not np.array_equal(strong, pictures(editor, adapter, CONFIG)[0])
 
 
+def inverted_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int) -> Tensor:
+    """DDIM backwards, in float64 but for the denoiser: x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) noise, both as they are predicted at x_t."""
+    scheduler = DDIMScheduler.from_config(base.training.config)
+    scheduler.set_timesteps(steps)
+    alphas, x = scheduler.alphas_cumprod.double(), clean.double()
+    now = scheduler.final_alpha_cumprod.double()
+    with torch.no_grad():
+        for t in reversed(scheduler.timesteps.tolist()):
+            answer = base.predict(x.float(), torch.tensor([t]), source).double()
+            if base.prediction_type == "v_prediction":
+                noise, predicted = now.sqrt() * answer + (1 - now).sqrt() * x, now.sqrt() * x - (1 - now).sqrt() * answer
+            else:
+                noise, predicted = answer, (x - (1 - now).sqrt() * answer) / now.sqrt()
+            now = alphas[t]
+            x = now.sqrt() * predicted + (1 - now).sqrt() * noise
+    return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_inverted_noise_is_ddim_backwards(folders: dict[str, Path], fitted: Fitted, kind: str) -> None:
+    """As the equations have it."""
+    base, adapter = opened(folders[kind]), fitted("lora", 0, kind)
+    canvas, source = adapter.canvas(), adapter.embeddings()["optimised"]
+    expected = inverted_by_hand(base, base.encode_image(canvas.pixels), source, 10)
+    torch.testing.assert_close(inverted(base, canvas, source, 10).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_seed_of_inverted_noise_has_no_say(folder: Path, fitted: Fitted) -> None:
+    """The picture is that of the photo's own noise."""
+    editor, config = Editor(opened(folder)), CONFIG.model_copy(update={"start": "inverted"})
+    assert np.array_equal(*(pictures(editor, fitted("lora"), config, seeds=[seed]) for seed in (1, 2)))
+
+
+def test_several_seeds_of_inverted_noise_are_refused(folder: Path, fitted: Fitted) -> None:
+    """They would all be the same picture, but for those that DDIM adds noise to."""
+    editor, config = Editor(opened(folder)), CONFIG.model_copy(update={"start": "inverted"})
+    with pytest.raises(ImagicError, match="2 seeds"):
+        pictures(editor, fitted("lora"), config, seeds=[0, 1])
+    noisy = pictures(editor, fitted("lora"), config.model_copy(update={"ddim_eta": 1.0}), seeds=[0, 1])
+    assert not np.array_equal(noisy[0], noisy[1])
+
+
 @pytest.mark.parametrize(("steps", "strength"), [(2, 0.3), (1, 0.8), (10, 0.05)])
 def test_a_strength_of_less_than_a_step_is_refused(folder: Path, fitted: Fitted, steps: int, strength: float) -> None:
     """Too little noise for one step of the sampler is said, with both settings."""
@@ -120,7 +165,7 @@ def test_a_strength_of_less_than_a_step_is_refused(folder: Path, fitted: Fitted,
         pictures(Editor(opened(folder)), fitted("lora"), config)
 
 
-@pytest.mark.parametrize("start", ["noise", "image"])
+@pytest.mark.parametrize("start", ["noise", "image", "inverted"])
 def test_a_picture_has_the_size_of_the_photo(folder: Path, fitted: Fitted, start: str) -> None:
     """50 x 37, though it was worked on at 32 x 24."""
     edits = Editor(opened(folder)).edit(fitted("lora"), [0.5], [0], CONFIG.model_copy(update={"start": start}))
@@ -133,7 +178,7 @@ def test_another_prompt_takes_the_place_of_the_target(folder: Path, fitted: Fitt
     stored, editor = adapter.embeddings(), Editor(base)
     edited = pictures(editor, adapter, prompt="a dog")[0]
     mixed = Conditioning(0.6 * base.encode_text("a dog").tokens + (1 - 0.6) * stored["optimised"].tokens)
-    expected = next(generate(base, [mixed], [5], CONFIG, adapter.canvas(), stored["null"]))
+    expected = next(generate(base, [mixed], [5], CONFIG, adapter.canvas(), stored["null"], stored["optimised"]))
     assert np.array_equal(edited, array(expected))
     assert not np.array_equal(edited, pictures(editor, adapter)[0])
     assert np.array_equal(pictures(editor, adapter, prompt="a cat"), pictures(editor, adapter))
@@ -150,8 +195,8 @@ def test_no_guidance_needs_no_null(folder: Path, fitted: Fitted) -> None:
     """A scale of 1, and a base without an unconditional embedding, are the same plain sampling."""
     base, adapter = opened(folder), fitted("lora")
     stored, off = adapter.embeddings(), CONFIG.model_copy(update={"guidance_scale": 1.0})
-    one = next(generate(base, [stored["target"]], [5], off, adapter.canvas(), stored["null"]))
-    other = next(generate(base, [stored["target"]], [5], CONFIG, adapter.canvas(), None))
+    one = next(generate(base, [stored["target"]], [5], off, adapter.canvas(), stored["null"], stored["optimised"]))
+    other = next(generate(base, [stored["target"]], [5], CONFIG, adapter.canvas(), None, stored["optimised"]))
     assert np.array_equal(array(one), array(other))
 
 
@@ -170,7 +215,7 @@ def test_pictures_that_are_not_finite_are_refused(folder: Path, fitted: Fitted) 
     stored = adapter.embeddings()
     broken = Conditioning(torch.full_like(stored["target"].tokens, torch.nan))
     with pytest.raises(ImagicError, match="holds NaN"):
-        next(generate(base, [broken], [0], CONFIG, adapter.canvas(), stored["null"]))
+        next(generate(base, [broken], [0], CONFIG, adapter.canvas(), stored["null"], stored["optimised"]))
 
 
 @pytest.mark.parametrize("place", ["cpu", "meta"])

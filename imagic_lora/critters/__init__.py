@@ -4,7 +4,7 @@ A :class:`Scene` says everything there is to know of a picture; :func:`render` d
 ``scene.edited(pose="jumping")`` is the scene whose picture is the true edit. Nothing here imports the rest of the package.
 """
 
-from .draw import SIZE, render
+from .draw import SIZE, backdrop, render
 from .scene import ANIMALS, ATTRIBUTES, COLOURS, PLACES, POSES, THINGS, Scene, caption, sample_caption, scene_at
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SIZE",
     "THINGS",
     "Scene",
+    "backdrop",
     "caption",
     "render",
     "sample_caption",

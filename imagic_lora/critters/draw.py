@@ -261,6 +261,11 @@ def _tinted(image: Image.Image, tint: float) -> Image.Image:
     return image.point(table)
 
 
+def backdrop(scene: Scene) -> Image.Image:
+    """The picture of a scene without its animal, its shadow and its thing: 64 x 64, RGB."""
+    return _tinted(_background(scene).reduce(_SS), scene.tint)
+
+
 def render(scene: Scene) -> Image.Image:
     """The picture of a scene: 64 x 64, RGB. Pure: equal scenes give equal pixels, on every machine."""
     canvas = _background(scene)

@@ -1,10 +1,12 @@
-"""The judge: a small separate classifier of the five attributes, used only to score.
+"""The judge: a small separate network that reads a picture back into its scene, used only to score.
 
 It shares nothing with the base or with the CLIP model: no weights, no training loop of theirs, no captions.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,9 +14,47 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .scene import ATTRIBUTES
+from .scene import ATTRIBUTES, IDENTITY, Scene
 
 WEIGHTS = Path(__file__).parent.parent / "data" / "critters" / "judge.safetensors"
+FACINGS = (-1, 1)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the judge sees in one picture.
+
+    Args:
+        attributes: the most likely value of each of the five.
+        facing: 1 looks right, -1 looks left.
+        identity: its estimate of every factor of :data:`IDENTITY`, in the scene's own units.
+    """
+
+    attributes: dict[str, str]
+    facing: int
+    identity: dict[str, float]
+
+    def deviations(self, scene: Scene) -> dict[str, float]:
+        """How far each factor of the identity is from a scene's, in standard deviations over scenes."""
+        return {name: (self.identity[name] - getattr(scene, name)) / spread for name, spread in IDENTITY.items()}
+
+    def distance(self, scene: Scene) -> float:
+        """The root mean square of :meth:`deviations`; infinite where the animal faces the other way."""
+        if self.facing != scene.facing:
+            return math.inf
+        return math.sqrt(sum(one * one for one in self.deviations(scene).values()) / len(IDENTITY))
+
+    def changed(self, scene: Scene) -> list[str]:
+        """The attributes that are not the scene's."""
+        return [name for name, value in self.attributes.items() if value != getattr(scene, name)]
+
+
+def measured(scene: Scene) -> list[float]:
+    """The identity of a scene as the judge learns it: every factor over its standard deviation, around a typical scene."""
+    return [(getattr(scene, name) - middle) / IDENTITY[name] for name, middle in _MIDDLE.items()]
+
+
+_MIDDLE = {"shade": 0.0, "size": 1.02, "x": 32.0, "y": 57.5, "spots": 1.5, "sun": 0.5, "horizon": 39.0, "tint": 0.0}
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -22,24 +62,35 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """Five convolutions of stride 2, then one linear head for each attribute."""
+    """Five convolutions of stride 2, then one linear head for each attribute, for the facing and for the identity."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 24, 48, 96, 128, 128)
+        widths = (3, 32, 64, 96, 128, 160)
         self.features = nn.Sequential(*(_block(a, b) for a, b in pairwise(widths)), nn.Flatten())
-        self.heads = nn.ModuleDict({name: nn.Linear(128 * 4, len(values)) for name, values in ATTRIBUTES.items()})
+        sizes = {**{name: len(values) for name, values in ATTRIBUTES.items()}, "facing": len(FACINGS), "identity": len(IDENTITY)}
+        self.heads = nn.ModuleDict({name: nn.Linear(160 * 4, size) for name, size in sizes.items()})
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Logits of each attribute, ``[B, values]``, for pictures ``[B, 3, 64, 64]`` in [-1, 1]."""
+        """For pictures ``[B, 3, 64, 64]`` in [-1, 1]: logits of each attribute and of ``facing``, ``[B, values]``, and ``identity``,
+        ``[B, factors]``, as :func:`measured` gives it."""
         features = self.features(pictures)
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def see(self, pictures: Tensor) -> list[dict[str, str]]:
-        """What each picture shows: the most likely value of every attribute."""
-        best = {name: logits.argmax(1).tolist() for name, logits in self(pictures).items()}
-        return [{name: ATTRIBUTES[name][best[name][k]] for name in best} for k in range(len(pictures))]
+    def see(self, pictures: Tensor) -> list[Sight]:
+        """What each picture shows."""
+        outputs = self(pictures)
+        best = {name: outputs[name].argmax(1).tolist() for name in (*ATTRIBUTES, "facing")}
+        identity = outputs["identity"].double().tolist()
+        return [
+            Sight(
+                {name: values[best[name][k]] for name, values in ATTRIBUTES.items()},
+                FACINGS[best["facing"][k]],
+                {name: _MIDDLE[name] + value * IDENTITY[name] for name, value in zip(IDENTITY, identity[k], strict=True)},
+            )
+            for k in range(len(pictures))
+        ]
 
     def save(self, path: Path) -> None:
         """Writes the weights in half precision."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -26,6 +27,18 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "thing": THINGS,
 }
 """The attributes a caption can name, each with its values in a fixed order (the judge's class indices)."""
+
+IDENTITY: dict[str, float] = {
+    "shade": 2 / math.sqrt(12),
+    "size": 0.2 / math.sqrt(12),
+    "x": 6 / math.sqrt(12),
+    "y": 5 / math.sqrt(12),
+    "spots": math.sqrt(1.25),
+    "sun": 1 / math.sqrt(12),
+    "horizon": 10 / math.sqrt(12),
+    "tint": 2 / math.sqrt(12),
+}
+"""What a caption cannot say but for the facing, each with its standard deviation over scenes."""
 
 WHERE = {"grass": "on the grass", "sand": "on the sand", "snow": "in the snow", "night": "at night"}
 WITH = {"none": "", "hat": "wearing a hat", "ball": "with a ball"}
@@ -83,7 +96,11 @@ def scene_at(split: Split, index: int) -> Scene:
     ``train`` trains the embedded base, ``heldout`` measures it, ``choose`` is for picking defaults, ``claim`` for every figure
     that is claimed of an edit, ``demo`` for the demo and the example adapters.
     """
-    rng = random.Random(f"critters/{split}/{index}")
+    return random_scene(random.Random(f"critters/{split}/{index}"))
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """A scene with every attribute and factor drawn evenly over its range."""
     return Scene(
         animal=rng.choice(ANIMALS),  # pyright: ignore[reportArgumentType]
         pose=rng.choice(POSES),  # pyright: ignore[reportArgumentType]
@@ -104,11 +121,11 @@ def scene_at(split: Split, index: int) -> Scene:
 
 def caption(scene: Scene) -> str:
     """The full caption: ``a brown dog sitting on the grass wearing a hat``."""
-    words = [_article(scene.colour), scene.colour, scene.animal, scene.pose, WHERE[scene.place], WITH[scene.thing]]
+    words = [article(scene.colour), scene.colour, scene.animal, scene.pose, WHERE[scene.place], WITH[scene.thing]]
     return " ".join(w for w in words if w)
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
@@ -128,4 +145,4 @@ def sample_caption(scene: Scene, rng: random.Random) -> str:
     opening = "a photo of " if rng.random() < 0.2 else ""
     tail = [WHERE[scene.place]] if keep["place"] else []
     tail += [WITH[scene.thing]] if keep["thing"] and scene.thing != "none" else []
-    return " ".join([f"{opening}{_article(words[0])}", *words, *tail])
+    return " ".join([f"{opening}{article(words[0])}", *words, *tail])

@@ -1,0 +1,58 @@
+"""The methods that CritterBench compares, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import RECIPES, Mode, RunConfig, read_yaml, resolve
+from ..errors import ImagicError
+from ..methods.bounds import Bounds
+from ..methods.fitted import Imagic
+from ..methods.method import Method
+from ..methods.untuned import prompt_only, sdedit
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STRENGTHS = (0.5, 0.65, 0.8, 0.9)
+
+
+def defaults(mode: Mode, changes: Mapping[str, Any] | None = None) -> RunConfig:
+    """The settings of a run on the embedded base, with the recipe of a mode and some changes."""
+    return resolve({"base": "critters", "tune": {"mode": mode}}, changes or {}, RECIPES["critters"])
+
+
+def reference(name: str, file: str) -> Imagic:
+    """A recipe from ``configs/`` as it is, on the embedded base at its own size.
+
+    Raises:
+        ImagicError: the file is not there: it is in a checkout, not in the installed package.
+    """
+    path = CONFIGS / file
+    if not path.is_file():
+        raise ImagicError(f"method {name} needs {path}", "a checkout with configs/", "run in a clone of the repository, or leave it out")
+    return Imagic(name, resolve({"base": "critters", "resolution": None}, read_yaml(path), {}))
+
+
+CATALOGUE: dict[str, Callable[[], Method]] = {
+    "bounds": Bounds,
+    "prompt-only": lambda: prompt_only(defaults("lora").edit),
+    "sdedit": lambda: sdedit(defaults("lora").edit, STRENGTHS),
+    "imagic-lora": lambda: Imagic("imagic-lora", defaults("lora"), embedding=True),
+    "imagic-full": lambda: Imagic("imagic-full", defaults("full")),
+    "reference": lambda: reference("reference", "reference-imagic.yaml"),
+    "reference-retuned": lambda: reference("reference-retuned", "reference-imagic-retuned.yaml"),
+}
+
+
+def chosen(names: str | None) -> list[Method]:
+    """The methods of a list with commas, in its order; all where there is none.
+
+    Raises:
+        ImagicError: a name that is not in the catalogue.
+    """
+    asked = list(CATALOGUE) if names is None else list(dict.fromkeys(name.strip() for name in names.split(",")))
+    for name in asked:
+        if name not in CATALOGUE:
+            raise ImagicError(f"--methods {name}", f"some of {', '.join(CATALOGUE)}, with commas", "mend the list")
+    return [CATALOGUE[name]() for name in asked]

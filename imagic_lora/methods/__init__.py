@@ -1,0 +1,1 @@
+"""Imagic and what it is compared with, each behind one call."""

@@ -1,0 +1,41 @@
+"""Editing without a fit: the sentence alone, and image to image (SDEdit, arXiv 2108.01073)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..config import EditConfig
+from ..generate import generate
+from ..images import to_canvas
+from .method import Made, Method, Studio, Task, metered
+
+
+class Untuned(Method):
+    """Pictures of the untuned base at the embedding of the sentence, one for each way to start.
+
+    Args:
+        starts: settings of a row, by its name.
+    """
+
+    def __init__(self, name: str, starts: dict[str, EditConfig]) -> None:
+        self.name, self.rows, self.starts = name, tuple(starts), starts
+        self.settings = {row: config.model_dump() for row, config in starts.items()}
+
+    def pictures(self, studio: Studio, task: Task) -> Iterator[Made]:
+        base = studio.base
+        canvas = to_canvas(task.photo, base.resolution, base.size_multiple)
+        text, null = base.encode_text(task.text), base.null()
+        for row, config in self.starts.items():
+            with metered(base) as meter:
+                (image,) = generate(base, [text], [task.seed], config, canvas, null, text)
+                yield Made(row, image, meter.price())
+
+
+def prompt_only(config: EditConfig) -> Untuned:
+    """From noise: nothing is known of the photo."""
+    return Untuned("prompt-only", {"prompt-only": config.model_copy(update={"start": "noise"})})
+
+
+def sdedit(config: EditConfig, strengths: Sequence[float]) -> Untuned:
+    """From the photo, noised by each strength."""
+    return Untuned("sdedit", {f"sdedit-{s:g}": config.model_copy(update={"start": "image", "strength": s}) for s in strengths})

@@ -20,7 +20,7 @@ demo: $(READY) ## fit and edit one shipped picture on the embedded base: outputs
 test: $(READY) ## the tests, some minutes on two cores
 	$(BIN)/pytest
 
-test-slow: $(READY) ## what takes longer: edits of many scenes
+test-slow: $(READY) ## what takes longer
 	$(BIN)/pytest -m slow
 
 test-gpu: $(READY) ## what needs a CUDA device
@@ -37,6 +37,10 @@ check: lint test ## all that must pass
 critters-report: $(READY) ## the figures and the sheet of the embedded base
 	$(BIN)/python scripts/critters_report.py
 
+bench-critters: $(READY) ## CritterBench, all methods, hours on two cores; goes on where it was: docs/critterbench.md
+	$(BIN)/imagic-lora bench critters --cases 60 --seed 7 --workers 2
+	$(BIN)/python scripts/critterbench_figures.py outputs/bench/critters-7
+
 bench-memory: $(READY) ## predicted, and on a card measured, peaks: docs/memory.md
 	$(BIN)/python scripts/bench_memory.py
 
@@ -47,4 +51,4 @@ clean: ## remove outputs, caches and .venv
 	rm -rf outputs $(VENV) .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test test-slow test-gpu lint check critters-report bench-memory bench-speed clean
+.PHONY: help setup demo test test-slow test-gpu lint check critters-report bench-critters bench-memory bench-speed clean

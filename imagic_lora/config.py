@@ -157,7 +157,7 @@ Recipe = Mapping[Mode, Mapping[str, Any]]
 _CRITTERS: dict[str, Any] = {  # docs/log.md holds what else was tried
     "eta": 1.0,
     "embed": {"steps": 20, "learning_rate": 5e-2, "batch_size": 4},
-    "edit": {"guidance_scale": 2.0, "steps": 15, "start": "inverted"},
+    "edit": {"guidance_scale": 3.0, "steps": 15, "start": "inverted"},
 }
 
 RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {

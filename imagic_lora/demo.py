@@ -18,7 +18,7 @@ from .store import Adapter, Store
 
 SCENE = 12
 CHANGE = {"pose": "jumping"}
-ETAS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+ETAS = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 
 
 def run_demo(out: Path, shown: Callable[[Generator[StepReport, None, Adapter | None], RunConfig], Adapter | None]) -> Path:

@@ -11,7 +11,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
-from .bases.base import Base, PipelineKind
+from .bases.base import Base
 from .conditioning import Conditioning, concatenate
 from .config import EditConfig
 from .errors import ImagicError
@@ -68,7 +68,7 @@ def refuse_no_steps(config: EditConfig) -> None:
 def inverted(base: Base, canvas: Canvas, source: Conditioning, steps: int) -> Tensor:
     """The noise from which DDIM without guidance comes back to the photo, ``[1, C, h, w]``: DDIM run backwards (arXiv 2010.02502, section
     4.3), at the conditioning that stands for the photo."""
-    backwards = _pipeline(base, "text2image", DDIMInverseScheduler)
+    backwards = _with_sampler(base, DDIMInverseScheduler)
     clean = base.encode_image(canvas.pixels).to(base.runtime.dtype)
     return _latents(base, backwards, _text(base, source, None) | {"guidance_scale": 1.0, "num_inference_steps": steps, "latents": clean})
 
@@ -89,7 +89,7 @@ def _batch(
         pipe = base.pipeline("image2image")
         arguments |= {"image": ((canvas.pixels + 1) / 2).expand(batch, -1, -1, -1), "strength": config.strength}
     else:
-        pipe = base.pipeline("text2image") if noise is None else _pipeline(base, "text2image", DDIMScheduler)
+        pipe = base.pipeline("text2image") if noise is None else _with_sampler(base, DDIMScheduler)
         start = None if noise is None else noise.expand(batch, -1, -1, -1)
         arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3], "latents": start}
     if config.ddim_eta and "eta" not in inspect.signature(pipe.scheduler.step).parameters:  # pyright: ignore[reportAttributeAccessIssue]
@@ -98,9 +98,9 @@ def _batch(
     return (base.decode(_latents(base, pipe, arguments)) / 2 + 0.5).clamp(0, 1)
 
 
-def _pipeline(base: Base, kind: PipelineKind, sampler: Any) -> Any:
-    """A pipeline with another sampler than the base declares, on the same schedule."""
-    pipe: Any = base.pipeline(kind)
+def _with_sampler(base: Base, sampler: Any) -> Any:
+    """The text-to-image pipeline with another sampler than the base declares, on the same schedule."""
+    pipe: Any = base.pipeline("text2image")
     pipe.scheduler = sampler.from_config(pipe.scheduler.config)
     return pipe
 

@@ -1,4 +1,5 @@
-"""Makes the two example adapters in ``adapters/`` with the shipped defaults: ``python scripts/make_examples.py``."""
+"""Makes the two example adapters in ``adapters/`` with the shipped defaults, each with the eta at which its edit has come by eye:
+``python scripts/make_examples.py``."""
 
 from __future__ import annotations
 
@@ -13,17 +14,17 @@ from imagic_lora.imagic import fit, open_for, result
 from imagic_lora.store import Store
 
 STORE = Path(__file__).parent.parent / "adapters"
-EXAMPLES = {"rex-jumps": (12, "a dog jumping"), "mia-at-night": (6, "a cat at night")}
+EXAMPLES = {"rex-jumps": (12, "a dog jumping", 1.0), "mia-at-night": (6, "a cat at night", 1.3)}
 
 
 def main() -> None:
     logging.disable_progress_bar()
-    config = resolve({"base": "critters"}, {}, RECIPES["critters"])
-    base = open_for(config)
+    base = open_for(resolve({"base": "critters"}, {}, RECIPES["critters"]))
     with tempfile.TemporaryDirectory() as folder:
-        for name, (index, prompt) in EXAMPLES.items():
+        for name, (index, prompt, eta) in EXAMPLES.items():
             photo = Path(folder) / f"{name}.png"
             render(scene_at("demo", index)).save(photo)
+            config = resolve({"base": "critters", "eta": eta}, {}, RECIPES["critters"])
             adapter = result(fit(photo, prompt, config, Store(STORE), name, base=base, overwrite=True))
             assert adapter is not None
             print(f"{adapter.folder.name}: {adapter.size / 1e6:.2f} MB")

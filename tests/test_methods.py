@@ -257,13 +257,13 @@ def test_without_embedding_there_are_two_rows(base: Base, folder: Path, task: Ta
 
 @pytest.mark.parametrize("mode", MODES)
 def test_imagic_is_a_fit_and_its_edits(fitting: Fitting, folder: Path, photo_file: Path, tmp_path: Path, mode: Mode) -> None:
-    """Bit for bit those of the library at the task's seed: one eta, then four etas times two seeds, of which CLIP's choice is given."""
+    """Bit for bit those of the library at the task's seed: one eta, then eight etas, of which CLIP's choice is given."""
     (one, best, _), clip, _ = fitting(mode)
     adapter, editor = apart(folder, mode, photo_file, tmp_path)
     config = tiny_config(folder, mode).edit
     (expected,) = editor.edit(adapter, [0.7], [SEED], config)
     assert np.array_equal(array(one.image), array(expected.image))
-    expected = list(editor.edit(adapter, [0.7 - 0.2, 0.7 - 0.1, 0.7, 0.7 + 0.1], [SEED, SEED + 1], config))
+    expected = list(editor.edit(adapter, [0.7 + more for more in (-0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)], [SEED], config))
     ((images, text, photo),) = clip.shown
     assert len(images) == len(expected) == 8
     assert all(np.array_equal(array(a), array(b.image)) for a, b in zip(images, expected, strict=True))
@@ -272,6 +272,30 @@ def test_imagic_is_a_fit_and_its_edits(fitting: Fitting, folder: Path, photo_fil
     assert text == PROMPT
     with Image.open(photo_file) as shown:
         assert np.array_equal(array(photo), array(shown))
+
+
+@pytest.mark.parametrize("eta", [0.1, 1.9])
+def test_the_etas_of_the_best_stay_in_range(base: Base, folder: Path, task: Task, eta: float) -> None:
+    """Near either end of what an edit takes."""
+    assert [one.row for one in run(Imagic("ours", tiny_config(folder, eta=eta)), base, task)] == ["ours", "ours-best"]
+
+
+def test_imagic_can_start_from_inverted_noise(base: Base, folder: Path, task: Task) -> None:
+    """The inversion is paid for: a pass a step more than from noise."""
+    noise, inverted = (
+        run(Imagic("ours", tiny_config(folder, edit={"start": start})), base, task)[0].price for start in ("noise", "inverted")
+    )
+    assert inverted.forward - noise.forward == tiny_config(folder).edit.steps
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_method_that_is_left_early_leaves_the_base(base: Base, folder: Path, task: Task, mode: Mode) -> None:
+    """Bit-equal to before, after its first picture."""
+    before = weights(base.denoiser)
+    pictures = Imagic("ours", tiny_config(folder, mode)).pictures(studio_of(base), task)
+    next(pictures)
+    pictures.close()
+    assert same(weights(base.denoiser), before)
 
 
 def test_the_embedding_alone_is_on_the_untuned_base(fitting: Fitting, folder: Path, photo_file: Path, tmp_path: Path) -> None:

@@ -28,20 +28,27 @@ class Table:
 def tables(summary: Mapping[str, Any]) -> dict[str, Table]:
     """What the terminal and the page show, by title."""
     return {
-        "Success, and the denoiser's evaluations that it takes": _main(summary),
-        "Distance to the true edit": _distances(summary),
+        "Success and its parts, %": _shares(summary),
         "Success by kind, %": _kinds(summary),
+        "Distance to the true edit": _distances(summary),
+        "What a picture costs": _costs(summary),
         "imagic-lora against each, case by case": _against(summary),
     }
 
 
-def _main(summary: Mapping[str, Any]) -> Table:
+def _shares(summary: Mapping[str, Any]) -> Table:
+    rows = [[name, *(_share(row[measure]) for measure in SHARES)] for name, row in summary["methods"].items()]
+    return Table(("method", *SHARES), rows)
+
+
+def _costs(summary: Mapping[str, Any]) -> Table:
+    forms = {"forward": ",.0f", "backward": ",.0f", "evaluations": ",.0f", "seconds": ".1f"}
     rows = []
     for name, row in summary["methods"].items():
-        cost, shares = row["cost"], [_share(row[measure]) for measure in SHARES]
-        price = [f"{cost['evaluations']:,.0f}", f"{cost['seconds']:.1f}", f"{cost['adapter_bytes'] / 1e6:.2f}"] if cost else ["-"] * 3
-        rows.append([name, *shares, *price])
-    return Table(("method", *(f"{measure} %" for measure in SHARES), "evals", "s", "MB"), rows)
+        cost = row["cost"]
+        plain = [format(cost[measure], form) for measure, form in forms.items()] if cost else ["-"] * len(forms)
+        rows.append([name, *plain, f"{cost['adapter_bytes'] / 1e6:.2f}" if cost else "-"])
+    return Table(("method", *forms, "MB kept"), rows)
 
 
 def _distances(summary: Mapping[str, Any]) -> Table:
@@ -62,14 +69,17 @@ def _against(summary: Mapping[str, Any]) -> Table:
         if against is None:
             continue
         times = [f"{against[measure]:.2f}" if against[measure] is not None else "-" for measure in ("evaluations", "seconds")]
-        rows.append([name, _share(against["success"], "+"), *times])
-    return Table(("method", "success, points ahead", "times its evals", "times its s"), rows)
+        ahead = [_share(against[measure], "+") for measure in ("success", "attributes")]
+        rows.append([name, *ahead, *times])
+    return Table(("method", "success, ahead by", "attributes, ahead by", "evals, times", "s, times"), rows)
 
 
 def _share(mean: Mapping[str, float] | None, sign: str = "") -> str:
     if mean is None:
         return "-"
     middle, low, high = (format(100 * mean[name], f"{sign}.0f") for name in ("mean", "low", "high"))
+    if low == high:
+        return middle
     return f"{middle} [{low} to {high}]" if sign else f"{middle} [{low}-{high}]"
 
 

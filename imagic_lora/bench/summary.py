@@ -66,7 +66,7 @@ class Row:
 def summarise(bench: Bench, results: Sequence[Result]) -> dict[str, Any]:
     """The whole table as JSON: ``methods.ROW.success.{mean,low,high}``, the same for every measure and, under ``kinds``, for every kind.
 
-    ``methods.ROW.against`` holds, for the cases that both have, how far the success of ``imagic-lora`` is above the row's (paired), and how
+    ``methods.ROW.against`` holds, for the cases that both have, how far success and attributes of ``imagic-lora`` are above the row's (paired), and how
     many times its evaluations and its seconds the row takes (mean and median of the pairs).
     """
     rows = _rows(bench, results)
@@ -114,11 +114,14 @@ def _cost(prices: Sequence[Price]) -> dict[str, float]:
 
 def _against(ours: Row, other: Row) -> dict[str, Any]:
     both = [case for case in ours.found if case in other.found]
-    pairs = zip(ours.measure("success", both), other.measure("success", both), strict=True)
-    ahead = bootstrapped([a - b for a, b in pairs])
+    ahead = {}
+    for measure in ("success", "attributes"):
+        pairs = zip(ours.measure(measure, both), other.measure(measure, both), strict=True)
+        mean = bootstrapped([a - b for a, b in pairs])
+        ahead[measure] = None if mean is None else vars(mean)
     priced = [(a[1], b[1]) for case in both if (a := ours.found[case]) and (b := other.found[case])]
     return {
-        "success": None if ahead is None else vars(ahead),
+        **ahead,
         "evaluations": _ratio([(b.forward + b.backward, a.forward + a.backward) for a, b in priced], np.mean),
         "seconds": _ratio([(b.seconds, a.seconds) for a, b in priced], np.median),
     }

@@ -12,7 +12,7 @@ Pose = Literal["sitting", "standing", "jumping", "sleeping"]
 Colour = Literal["white", "gray", "black", "brown", "orange", "blue"]
 Place = Literal["grass", "sand", "snow", "night"]
 Thing = Literal["none", "hat", "ball"]
-Split = Literal["train", "heldout", "choose", "claim", "demo"]
+Split = Literal["train", "heldout", "demo"]
 
 ANIMALS: tuple[str, ...] = get_args(Animal)
 POSES: tuple[str, ...] = get_args(Pose)
@@ -93,8 +93,8 @@ class Scene:
 def scene_at(split: Split, index: int) -> Scene:
     """Scene number ``index`` of a split: the same on every machine, and no two splits share a seed.
 
-    ``train`` trains the embedded base, ``heldout`` measures it, ``choose`` is for picking defaults, ``claim`` for every figure
-    that is claimed of an edit, ``demo`` for the demo and the example adapters.
+    ``train`` trains the embedded base, ``heldout`` measures it, ``demo`` is for the demo and the example adapters. The benchmark draws its
+    scenes from seeds of its own.
     """
     return random_scene(random.Random(f"critters/{split}/{index}"))
 

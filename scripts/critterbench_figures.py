@@ -1,0 +1,94 @@
+"""The pictures of docs/critterbench.md: ``python scripts/critterbench_figures.py outputs/bench/critters-7``.
+
+``critterbench.png`` shows the first cases of a run of ``imagic-lora bench critters`` by several methods, ``critterbench-cost.png`` what
+every method reaches for what it costs, and what imagic-lora reaches with less and with more steps of both stages (run here, on cases of a
+seed that claims nothing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from imagic_lora.bench.cases import case_at
+from imagic_lora.bench.catalogue import defaults
+from imagic_lora.bench.critters import Bench
+from imagic_lora.bench.summary import summarise
+from imagic_lora.images import sheet
+from imagic_lora.methods.fitted import Imagic
+
+DOCS = Path(__file__).parent.parent / "docs"
+SHOWN = ("oracle", "imagic-lora", "imagic-full", "imagic-lora-best", "embedding-only", "sdedit-0.8", "prompt-only")
+
+
+def first_cases(folder: Path, seed: int, count: int) -> Image.Image:
+    """A row a case: the photo, what the bounds and the methods make of it."""
+    rows = []
+    for index in range(count):
+        case, where = case_at(seed, index), folder / "cases" / f"{seed}-{index:04d}"
+        rows.append([(case.text, Image.open(where / "source.png")), *((row, Image.open(where / f"{row}.png")) for row in SHOWN)])
+    return sheet(rows, f"CritterBench, the first {count} cases of seed {seed}, not selected", cell=112)
+
+
+def budgets(folder: Path, times: list[float], seed: int, cases: int, workers: int) -> dict[str, Any]:
+    """The summary of imagic-lora with so many times its steps in both stages."""
+    config = defaults("lora")
+    methods = []
+    for factor in times:
+        steps = {stage: max(1, round(getattr(config, stage).steps * factor)) for stage in ("embed", "tune")}
+        methods.append(Imagic(f"steps x{factor:g}", defaults("lora", {stage: {"steps": count} for stage, count in steps.items()})))
+    bench = Bench(seed, cases, methods, folder)
+    return summarise(bench, list(bench.results(workers)))
+
+
+def cost(summary: dict[str, Any], ours: dict[str, Any], note: str) -> Any:
+    """Success, and the attributes alone, against evaluations of the denoiser."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharex=True, layout="constrained")
+    for axis, measure in zip(axes, ("success", "attributes"), strict=True):
+        for name, row in summary["methods"].items():
+            if row["cost"] and row["cost"]["evaluations"]:
+                _point(axis, row, measure, name)
+        line = [row for name, row in ours["methods"].items() if not name.endswith("-best")]
+        line.sort(key=lambda row: row["cost"]["evaluations"])
+        x, y = [row["cost"]["evaluations"] for row in line], [100 * row[measure]["mean"] for row in line]
+        axis.plot(x, y, "k--", marker="s", label=note)
+        axis.axhline(100 * summary["methods"]["oracle"][measure]["mean"], color="green", linewidth=1, label="oracle")
+        axis.set(
+            xscale="log", ylim=(0, 101), xlabel="passes through the denoiser, forward and backward, for a picture", ylabel=f"{measure}, %"
+        )
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    return figure
+
+
+def _point(axis: Any, row: dict[str, Any], measure: str, name: str) -> None:
+    mean, low, high = (100 * row[measure][key] for key in ("mean", "low", "high"))
+    axis.errorbar(row["cost"]["evaluations"], mean, yerr=[[mean - low], [high - mean]], fmt="o", capsize=3, alpha=0.8, label=name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", type=Path, help="folder of a run of imagic-lora bench critters")
+    parser.add_argument("--times", type=float, nargs="+", default=[0.25, 1.0, 4.0], help="of the default steps, for the curve")
+    parser.add_argument("--cases", type=int, default=12, help="for the curve")
+    parser.add_argument("--seed", type=int, default=1, help="of the cases for the curve")
+    parser.add_argument("--rows", type=int, default=12, help="cases in the picture")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    summary = json.loads((args.bench / "summary.json").read_text(encoding="utf-8"))
+    first_cases(args.bench, summary["seed"], args.rows).save(DOCS / "critterbench.png")
+    ours = budgets(args.bench / "budgets", args.times, args.seed, args.cases, args.workers)
+    note = f"imagic-lora, steps x\n{', '.join(f'{factor:g}' for factor in args.times)}\n({args.cases} cases of seed {args.seed})"
+    cost(summary, ours, note).savefig(DOCS / "critterbench-cost.png", dpi=110)
+    (args.bench / "budgets.json").write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {DOCS / 'critterbench.png'} and {DOCS / 'critterbench-cost.png'}")
+
+
+if __name__ == "__main__":
+    main()

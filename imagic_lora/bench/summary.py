@@ -66,8 +66,8 @@ class Row:
 def summarise(bench: Bench, results: Sequence[Result]) -> dict[str, Any]:
     """The whole table as JSON: ``methods.ROW.success.{mean,low,high}``, the same for every measure and, under ``kinds``, for every kind.
 
-    ``methods.ROW.against`` holds, for the cases that both have, how far success and attributes of ``imagic-lora`` are above the row's (paired), and how
-    many times its evaluations and its seconds the row takes (mean and median of the pairs).
+    ``methods.ROW.against`` holds, for the cases that both have, how far success and attributes of ``imagic-lora`` are above the row's
+    (paired), and how many times its evaluations and its seconds the row takes (mean and median of the pairs).
     """
     rows = _rows(bench, results)
     kinds = {case: case_at(bench.seed, case).kind for case in range(bench.cases)}

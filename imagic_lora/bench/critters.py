@@ -18,6 +18,7 @@ import torch
 
 from ..bases.registry import open_base
 from ..config import MemoryConfig
+from ..console import quiet_libraries, quiet_loading
 from ..critters import render
 from ..critters.judge import WEIGHTS, Judge
 from ..images import write_png
@@ -143,8 +144,6 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 @cache
 def _studio() -> tuple[Studio, Scorer]:
     """One for a process: the embedded base in fp32, so that figures do not depend on the card."""
-    from ..console import quiet_libraries, quiet_loading
-
     quiet_libraries()
     quiet_loading()
     clip = CritterAlignment.load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,12 +66,12 @@ class Scorer:
         changed = [name for name in sight.changed(case.truth) if name != case.kind]
         distance = sight.distance(case.truth)
         if distance > SAME:
-            changed.append("facing" if distance == float("inf") else "identity")
+            changed.append("identity" if math.isfinite(distance) else "facing")
         return Score(
             aligned=sight.attributes[case.kind] == getattr(case.truth, case.kind),
             kept=not changed,
             changed=changed,
-            identity=None if distance == float("inf") else distance,
+            identity=distance if math.isfinite(distance) else None,
             background=drift(case, image),
             psnr=min(psnr(image, truth), 100.0),
             ssim=ssim(image, truth),

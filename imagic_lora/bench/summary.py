@@ -96,8 +96,12 @@ def _rows(bench: Bench, results: Sequence[Result]) -> dict[str, Row]:
 
 def _measured(row: Row, cases: Iterable[int]) -> dict[str, Any]:
     cases = list(cases)
-    means = {name: bootstrapped(row.measure(name, cases)) for name in MEASURES}
-    return {name: None if mean is None else vars(mean) for name, mean in means.items()}
+    return {name: _interval(row.measure(name, cases)) for name in MEASURES}
+
+
+def _interval(values: Sequence[float]) -> dict[str, float] | None:
+    mean = bootstrapped(values)
+    return None if mean is None else vars(mean)
 
 
 def _cost(prices: Sequence[Price]) -> dict[str, float]:
@@ -117,8 +121,7 @@ def _against(ours: Row, other: Row) -> dict[str, Any]:
     ahead = {}
     for measure in ("success", "attributes"):
         pairs = zip(ours.measure(measure, both), other.measure(measure, both), strict=True)
-        mean = bootstrapped([a - b for a, b in pairs])
-        ahead[measure] = None if mean is None else vars(mean)
+        ahead[measure] = _interval([a - b for a, b in pairs])
     priced = [(a[1], b[1]) for case in both if (a := ours.found[case]) and (b := other.found[case])]
     return {
         **ahead,

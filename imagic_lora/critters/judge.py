@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .scene import ATTRIBUTES, IDENTITY, Scene
+from .scene import ATTRIBUTES, IDENTITY, RANGES, Scene
 
 WEIGHTS = Path(__file__).parent.parent / "data" / "critters" / "judge.safetensors"
 FACINGS = (-1, 1)
+_MIDDLE = {name: (low + high) / 2 for name, (low, high) in RANGES.items()}
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,6 @@ class Sight:
 def measured(scene: Scene) -> list[float]:
     """The identity of a scene as the judge learns it: every factor over its standard deviation, around a typical scene."""
     return [(getattr(scene, name) - middle) / IDENTITY[name] for name, middle in _MIDDLE.items()]
-
-
-_MIDDLE = {"shade": 0.0, "size": 1.02, "x": 32.0, "y": 57.5, "spots": 1.5, "sun": 0.5, "horizon": 39.0, "tint": 0.0}
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:

@@ -28,17 +28,19 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 """The attributes a caption can name, each with its values in a fixed order (the judge's class indices)."""
 
-IDENTITY: dict[str, float] = {
-    "shade": 2 / math.sqrt(12),
-    "size": 0.2 / math.sqrt(12),
-    "x": 6 / math.sqrt(12),
-    "y": 5 / math.sqrt(12),
-    "spots": math.sqrt(1.25),
-    "sun": 1 / math.sqrt(12),
-    "horizon": 10 / math.sqrt(12),
-    "tint": 2 / math.sqrt(12),
+RANGES: dict[str, tuple[float, float]] = {
+    "shade": (-1, 1),
+    "size": (0.92, 1.12),
+    "x": (29, 35),
+    "y": (55, 60),
+    "spots": (0, 3),
+    "sun": (0, 1),
+    "horizon": (34, 44),
+    "tint": (-1, 1),
 }
-"""What a caption cannot say but for the facing, each with its standard deviation over scenes."""
+"""What a caption cannot say but for the facing: the range over which each factor is drawn evenly, the spots in whole numbers."""
+IDENTITY: dict[str, float] = {name: (high - low) / math.sqrt(12) for name, (low, high) in RANGES.items()} | {"spots": math.sqrt(1.25)}
+"""The same factors in the same order, each with its standard deviation over scenes."""
 
 WHERE = {"grass": "on the grass", "sand": "on the sand", "snow": "in the snow", "night": "at night"}
 WITH = {"none": "", "hat": "wearing a hat", "ball": "with a ball"}
@@ -107,15 +109,15 @@ def random_scene(rng: random.Random) -> Scene:
         colour=rng.choice(COLOURS),  # pyright: ignore[reportArgumentType]
         place=rng.choice(PLACES),  # pyright: ignore[reportArgumentType]
         thing=rng.choice(THINGS),  # pyright: ignore[reportArgumentType]
-        shade=rng.uniform(-1, 1),
-        size=rng.uniform(0.92, 1.12),
-        x=rng.uniform(29, 35),
-        y=rng.uniform(55, 60),
+        shade=rng.uniform(*RANGES["shade"]),
+        size=rng.uniform(*RANGES["size"]),
+        x=rng.uniform(*RANGES["x"]),
+        y=rng.uniform(*RANGES["y"]),
         facing=rng.choice((-1, 1)),
         spots=rng.randrange(4),
         sun=rng.random(),
-        horizon=rng.uniform(34, 44),
-        tint=rng.uniform(-1, 1),
+        horizon=rng.uniform(*RANGES["horizon"]),
+        tint=rng.uniform(*RANGES["tint"]),
     )
 
 

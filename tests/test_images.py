@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
+import re
 import struct
+import subprocess
+import sys
+import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
+from torture.photos import _chunk, _directory, _endless, _exif, _of_inks, _of_lightness, _png, _scans, _segment, _tiff, _with_segments
 
 from imagic_lora import images
 from imagic_lora.errors import ImagicError
@@ -41,11 +49,28 @@ def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 def png_of(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds no pixels."""
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + _chunk(b"IDAT")
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"")
+def bytes_of(image: Image.Image, format: str, **options: Any) -> bytes:
+    """What an image is saved as."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def read_bytes(data: bytes, folder: Path) -> np.ndarray:
+    """The pixels of a file of these bytes."""
+    path = folder / "photo"
+    path.write_bytes(data)
+    return np.asarray(read_photo(path).image)
+
+
+def gray_profile() -> bytes:
+    """Gray whose light goes with the square of the value."""
+    from torture.photos import _profile
+
+    return _profile(b"GRAY", {b"kTRC": b"curv\0\0\0\0\0\0\0\1\2\0"}, version=2)
 
 
 def linear_profile() -> bytes:
@@ -203,14 +228,32 @@ def truncated_jpeg(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-BROKEN = {
-    "missing": (lambda path: None, "cannot be read"),
-    "folder": (lambda path: path.mkdir(), "cannot be read"),
+def sparse(path: Path, head: bytes, size: int) -> None:
+    """A file that claims a size and takes no room."""
+    path.write_bytes(head)
+    os.truncate(path, size)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, "cannot be read .No such file"),
+    "folder": (lambda path: path.mkdir(), "cannot be read .it is not a regular file"),
+    "pipe": (os.mkfifo, "cannot be read .it is not a regular file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "cannot be read .it is not a regular file"),
+    "dangling": (lambda path: path.symlink_to("nothing"), "cannot be read .No such file"),
+    "a loop": (lambda path: path.symlink_to(path.name), "cannot be read .Too many levels"),
+    "below a file": (lambda path: path.parent.rmdir() or path.parent.write_bytes(b"x"), "cannot be read .Not a directory"),
+    "a terabyte": (lambda path: sparse(path, b"\xff\xd8\xff", 2**40), "is too large .1099511627776 bytes.*at most 64 MiB of JPEG"),
+    "a terabyte of TIFF": (lambda path: sparse(path, b"II*\0", 2**40), "is too large .*at most 256 MiB of TIFF"),
+    "zeros": (lambda path: sparse(path, b"", 2**40), "not an image of a known format"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "text": (lambda path: path.write_text("a photo of a dog"), "not an image of a known format"),
+    "plain PPM": (lambda path: path.write_bytes(b"P3 1 1 255 1 2 3 "), "not an image of a known format"),
+    "BigTIFF": (lambda path: path.write_bytes(b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0"), "not an image of a known format"),
+    "MP4": (lambda path: path.write_bytes(b"\0\0\0\x18ftypisom\0\0\2\0isommp42"), "not an image of a known format"),
     "truncated": (truncated_jpeg, "is broken"),
     "no pixels": (lambda path: path.write_bytes(png_of(8, 8)), "is broken"),
     "a bomb": (lambda path: path.write_bytes(png_of(20_000, 20_000)), "too large"),
+    "a long line": (lambda path: path.write_bytes(png_of(1_000_001, 1)), "has 1000001x1 pixels"),
 }
 
 
@@ -218,10 +261,393 @@ BROKEN = {
 def test_a_file_that_is_no_photo_is_refused(case: str, tmp_path: Path) -> None:
     """The error names the file and what is wrong with it."""
     make, words = BROKEN[case]
-    path = tmp_path / "photo.png"
+    path = tmp_path / "folder" / "photo.png"
+    path.parent.mkdir()
     make(path)
     with pytest.raises(ImagicError, match=f"photo.png.*{words}"):
         read_photo(path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800"])
+def test_a_path_that_cannot_be_is_refused(name: str, tmp_path: Path) -> None:
+    """Too long, with a NUL, beyond UTF-8."""
+    with pytest.raises(ImagicError, match="cannot be read"):
+        read_photo(tmp_path / name)
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what the system says."""
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "photo.png"
+    path.write_bytes(b"x")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ImagicError, match=r"photo.png cannot be read \(Permission denied\)"):
+        read_photo(path)
+
+
+@pytest.mark.parametrize("name", ["狗 🐕.png", "--help", " ", "a\nb\x1b[31m", "\udcff\udc80.jpg", "'\"{}%s.png"])
+def test_any_name_is_read_and_can_be_shown(name: str, tmp_path: Path) -> None:
+    """Line ends, escapes and bytes that are no UTF-8 are escaped in messages; everything else stays as it is."""
+    pixels, path = noise(3, 4, 3), tmp_path / name
+    path.write_bytes(bytes_of(Image.fromarray(pixels), "PNG"))
+    assert np.array_equal(np.asarray(read_photo(path).image), pixels)
+    path.write_bytes(b"text")
+    with pytest.raises(ImagicError, match="not an image") as error:
+        read_photo(path)
+    assert str(error.value).isprintable()
+    assert not name.isprintable() or str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "txt", "heic", ""])
+def test_the_format_is_told_by_content(suffix: str, tmp_path: Path) -> None:
+    """Whatever the name says."""
+    pixels = noise(5, 9, 3)
+    assert np.array_equal(read(Image.fromarray(pixels), tmp_path / f"photo.{suffix}", format="PNG"), pixels)
+
+
+RAISED = [
+    struct.error("x"),
+    KeyError("x"),
+    ZeroDivisionError(),
+    EOFError(),
+    OverflowError(),
+    AssertionError(),
+    RecursionError("x"),
+    SystemError(),
+]
+
+
+@pytest.mark.parametrize("error", [*RAISED, MemoryError()], ids=lambda error: type(error).__name__)
+def test_whatever_a_decoder_raises_is_a_refusal(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken; or too large, where there is no memory for it."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    path = tmp_path / "photo.png"
+    path.write_bytes(bytes_of(Image.new("RGB", (3, 3)), "PNG"))
+    monkeypatch.setattr(Image, "open", fail)
+    words = "is too large" if isinstance(error, MemoryError) else re.escape(f"is broken ({str(error) or type(error).__name__})")
+    with pytest.raises(ImagicError, match=f"photo.png {words}") as refusal:
+        read_photo(path)
+    assert refusal.value.__cause__ is error
+
+
+def test_nothing_is_left_changed(tmp_path: Path) -> None:
+    """Neither Pillow's limits and openers nor the filters of warnings."""
+
+    def state() -> list[Any]:
+        return [Image.MAX_IMAGE_PIXELS, sorted(Image.OPEN), sorted(Image.EXTENSION), list(warnings.filters)]
+
+    Image.init()
+    before = state()
+    (tmp_path / "bad.tiff").write_bytes(_tiff(9, 9, {258: (3, [8]), 262: (3, [1])}, b""))
+    read(Image.fromarray(noise(5, 5, 3)), tmp_path / "photo.png")
+    with pytest.raises(ImagicError):
+        read_photo(tmp_path / "bad.tiff")
+    assert state() == before
+
+
+def test_what_a_decoder_warns_of_is_not_passed_on(tmp_path: Path) -> None:
+    """Tags cut off in EXIF make Pillow warn; warnings are errors here."""
+    upright = noise(8, 8, 3)
+    data = _png(8, 8, 8, 2, [row.tobytes() for row in upright], _chunk(b"eXIf", _exif(1, {282: (5, [1, 1]), 271: (3, [1] * 9)})[:-20]))
+    assert np.array_equal(read_bytes(data, tmp_path), upright)
+
+
+def slow(data: bytes, folder: Path) -> None:
+    """It must be refused for its work."""
+    with pytest.raises(ImagicError, match="takes long to read"):
+        read_bytes(data, folder)
+
+
+def test_many_pieces_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk of a PNG takes some reads; a good file of some chunks takes few."""
+    monkeypatch.setattr(images._Sips, "left", 1000)
+    rows = [bytes(3)]
+    assert read_bytes(_png(1, 1, 8, 2, rows, _chunk(b"prVt") * 200), tmp_path).shape == (1, 1, 3)
+    slow(_png(1, 1, 8, 2, rows, _chunk(b"prVt") * 1000), tmp_path)
+    slow(_png(1, 1, 8, 2, rows, _chunk(b"IDAT") * 1000), tmp_path)
+
+
+def test_many_scans_of_a_jpeg_are_refused(tmp_path: Path) -> None:
+    """Also behind a comment that looks like the end; but what follows the picture does not count, say a video."""
+    assert read_bytes(_scans(64, 64, 90), tmp_path).shape == (64, 64, 3)
+    assert read_bytes(_scans(64, 64, 9) + b"\xff\xda" * 9999, tmp_path).shape == (64, 64, 3)
+    slow(_scans(64, 64, 101), tmp_path)
+    slow(_with_segments(_scans(64, 64, 101), _segment(0xFE, b"\xff\xd9")), tmp_path)
+
+
+def test_much_exif_of_a_jpeg_is_refused(tmp_path: Path) -> None:
+    """Pillow joins its segments."""
+    jpeg, exif = bytes_of(Image.new("L", (9, 9)), "JPEG"), _segment(0xE1, b"Exif\0\0" + _exif(1).ljust(60_000, b"\0"))
+    assert read_bytes(_with_segments(jpeg, exif * 9), tmp_path).shape == (9, 9, 3)
+    slow(_with_segments(jpeg, exif * 17), tmp_path)
+
+
+@pytest.mark.parametrize("chunk", [b"zTXt", b"iCCP"])
+def test_many_compressed_chunks_of_a_png_are_refused(chunk: bytes, tmp_path: Path) -> None:
+    """Pillow unpacks a megabyte of each, and counts only those with a name."""
+    chunks, rows = _chunk(chunk, b"\0\0" + zlib.compress(b"x")), [bytes(3)]
+    assert read_bytes(_png(1, 1, 8, 2, rows, chunks * 500), tmp_path).shape == (1, 1, 3)
+    slow(_png(1, 1, 8, 2, rows, chunks * 501), tmp_path)
+
+
+def test_slow_decoders_get_fewer_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PPM of 254 values is read by a loop in Python, one of 255 is not."""
+    monkeypatch.setattr(images, "MAX_PIXELS", 800)
+    data = b" 11 10 254\n" + bytes(range(254)) + bytes(76)
+    slow(b"P6" + data, tmp_path)
+    assert read_bytes(b"P6" + data.replace(b"254\n", b"255\n", 1), tmp_path).shape == (10, 11, 3)
+    monkeypatch.setattr(images, "MAX_PIXELS", 880)
+    assert read_bytes(b"P6" + data, tmp_path)[0, 1].tolist() == [3, 4, 5]
+
+
+GRAY_TAGS = {258: (3, [8]), 262: (3, [1])}
+
+
+def test_many_numbers_in_the_tags_of_a_tiff_are_refused(tmp_path: Path) -> None:
+    """Bytes are no numbers."""
+    assert read_bytes(_tiff(9, 9, GRAY_TAGS | {50_000: (7, [5] * 300_000)}, bytes(81)), tmp_path).shape == (9, 9, 3)
+    slow(_tiff(9, 9, GRAY_TAGS | {50_000: (3, [5] * 300_000)}, bytes(81)), tmp_path)
+
+
+def test_a_directory_of_exif_in_a_tiff_is_left_alone(tmp_path: Path) -> None:
+    """Its numbers are never made, be they fractions by zero or millions."""
+    pixels = noise(9, 9)
+    inner = _directory({37_500: (5, [1, 0] * 200_000)}, "<", 8 + 500 + 81)
+    data = _tiff(9, 9, GRAY_TAGS | {34_665: (4, [589]), 700: (7, bytes(500 - 134))}, pixels.tobytes())
+    assert data.index(pixels.tobytes()) + 81 == 589
+    found = read_bytes(data + inner, tmp_path)
+    assert np.array_equal(found[..., 0], pixels)
+
+
+def test_a_raw_file_is_refused(tmp_path: Path) -> None:
+    """Its first picture is a preview."""
+    with pytest.raises(ImagicError, match="holds only a preview"):
+        read_bytes(_tiff(9, 9, GRAY_TAGS | {254: (4, [1])}, bytes(81)), tmp_path)
+
+
+def test_a_tile_far_larger_than_the_picture_is_refused(tmp_path: Path) -> None:
+    """A tile of a gigabyte takes seconds, whatever is shown of it."""
+    body = zlib.compress(bytes(16 * 16))
+    tags = GRAY_TAGS | {259: (3, [8]), 324: (4, [0]), 325: (4, [len(body)])}
+    assert read_bytes(_tiff(9, 9, tags | {322: (4, [16]), 323: (4, [16])}, body), tmp_path).shape == (9, 9, 3)
+    with pytest.raises(ImagicError, match="tiles are far larger"):
+        read_bytes(_tiff(9, 9, tags | {322: (4, [2048]), 323: (4, [2064])}, body), tmp_path)
+
+
+def test_the_first_of_several_pictures_is_read(tmp_path: Path) -> None:
+    """Of an animation or of pages."""
+    first, second = (Image.fromarray(noise(9, 9, seed=seed)) for seed in (0, 1))
+    for format in ("GIF", "PNG", "TIFF"):
+        assert np.array_equal(
+            read(first, tmp_path / "several", format=format, save_all=True, append_images=[second])[..., 0], np.asarray(first)
+        )
+
+
+def test_12_bits_are_scaled_by_their_full_range(tmp_path: Path) -> None:
+    """Two pixels in three bytes; 4095 is white."""
+    found = read_bytes(_tiff(4, 1, {258: (3, [12]), 262: (3, [1])}, bytes([0x00, 0x0F, 0xFF, 0x80, 0x00, 0x10])), tmp_path)
+    assert found[0, :, 0].tolist() == [0, 255, 128, 0]
+
+
+@pytest.mark.parametrize(("bits", "dtype", "top"), [(16, "<u2", 65535), (32, "<f4", 1.0)])
+def test_white_may_be_zero(bits: int, dtype: str, top: float, tmp_path: Path) -> None:
+    """A TIFF may count from white to black."""
+    gray = noise(9, 9)
+    tags = {258: (3, [bits]), 262: (3, [0]), 339: (3, [3 if bits == 32 else 1])}
+    assert np.array_equal(read_bytes(_tiff(9, 9, tags, (top - gray * (top / 255)).astype(dtype).tobytes()), tmp_path)[..., 1], gray)
+
+
+@pytest.mark.parametrize("most", [200, 65535])
+def test_a_dark_pgm_of_16_bits_stays_dark(most: int, tmp_path: Path) -> None:
+    """Its header says the range."""
+    values = np.linspace(0, most, 12).round()
+    found = read_bytes(b"P5 4 3 65535\n" + values.astype(">u2").tobytes(), tmp_path)
+    assert np.array_equal(found[..., 0].ravel(), (values / 257).round())
+
+
+def test_highlights_of_floats_are_clipped(tmp_path: Path) -> None:
+    """A little above 1 is still a picture from 0 to 1, and a little below 0 is black."""
+    found = read(Image.fromarray(np.array([[-0.1, 0, 0.5, 1, 1.3]], np.float32)), tmp_path / "float.tiff")
+    assert found[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, 1e30, -1e30])
+@pytest.mark.parametrize("place", [0, 5])
+def test_floats_that_are_no_picture_are_refused(odd: float, place: int, tmp_path: Path) -> None:
+    """Not finite, or beyond every range."""
+    values = np.linspace(0, 1, 9, dtype=np.float32)
+    values[place] = odd
+    with pytest.raises(ImagicError, match="its values go from|not all its values are finite"):
+        read(Image.fromarray(values.reshape(3, 3)), tmp_path / "float.tiff")
+
+
+def test_a_transparent_gray_of_16_bits_becomes_white(tmp_path: Path) -> None:
+    """It is compared in 16 bits; a neighbour of the same 8 bits stays."""
+    data = _png(3, 1, 16, 0, [struct.pack(">3H", 1000, 1001, 0)], _chunk(b"tRNS", struct.pack(">H", 1000)))
+    assert read_bytes(data, tmp_path)[0, :, 0].tolist() == [255, 4, 0]
+
+
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path: Path) -> None:
+    """Pillow keeps 8 bits of the picture, and would take too many pixels for it."""
+    with pytest.raises(ImagicError, match="transparent colour of 16 bits"):
+        read_bytes(_png(1, 1, 16, 2, [bytes(6)], _chunk(b"tRNS", bytes(6))), tmp_path)
+
+
+def test_lab_is_converted(tmp_path: Path) -> None:
+    """Grays of CIE L* by its formula and the curve of sRGB."""
+    lightness = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.merge("LAB", [Image.fromarray(lightness), *[Image.new("L", (16, 16), 128)] * 2])
+    np.testing.assert_allclose(read(image, tmp_path / "lab.tiff")[..., 1], _of_lightness(lightness / 2.55), atol=2)
+
+
+def test_a_profile_of_inks_is_converted(tmp_path: Path) -> None:
+    """One in which only black counts, and goes evenly in CIE L*."""
+    inks = noise(16, 16, 4)
+    image = Image.frombytes("CMYK", (16, 16), inks.tobytes())
+    np.testing.assert_allclose(
+        read(image, tmp_path / "inks.tiff", icc_profile=_of_inks())[..., 1], _of_lightness(100 - inks[..., 3] / 2.55), atol=3
+    )
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_a_gray_profile_is_converted(mode: str, tmp_path: Path) -> None:
+    """Also of a gray with opacity, and of one of 16 bits."""
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(gray)
+    if mode == "LA":
+        image.putalpha(255)
+    if mode == "I;16":
+        image = Image.frombytes("I;16", (16, 16), (gray.astype("<u2") * 257).tobytes())
+    light = (gray / 255) ** 2
+    expected = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    np.testing.assert_allclose(read(image, tmp_path / "gray.png", icc_profile=gray_profile())[..., 0], expected, atol=1.5)
+
+
+def test_colours_are_converted_before_they_are_mixed_with_white(tmp_path: Path) -> None:
+    """As browsers do: half of linear black is middle gray of sRGB."""
+    image = Image.new("RGBA", (1, 1), (0, 0, 0, 128))
+    assert read(image, tmp_path / "half.png", icc_profile=linear_profile())[0, 0].tolist() == [127, 127, 127]
+
+
+def test_a_profile_that_would_take_hours_is_passed_over(tmp_path: Path) -> None:
+    """Ten thousand curves before each node of a table."""
+    pixels = noise(9, 9, 3)
+    assert np.array_equal(read(Image.fromarray(pixels), tmp_path / "hours.png", icc_profile=_endless(10_000)), pixels)
+
+
+def test_exif_that_points_at_itself_is_read(tmp_path: Path) -> None:
+    """A directory that is its own follower and its own child."""
+    upright = noise(5, 9, 3)
+    rows = [row.tobytes() for row in STORED[6](upright)]
+    exif = _exif(6, {34665: (4, [8]), 34853: (4, [8]), 40965: (4, [8])}, following=8)
+    assert np.array_equal(read_bytes(_png(5, 9, 8, 2, rows, _chunk(b"eXIf", exif)), tmp_path), upright)
+
+
+@pytest.mark.parametrize("exif", [b"", b"II", b"XX*\0\x08\0\0\0", b"II*\0\xff\xff\xff\xff", _exif(9), _exif(0), _exif(6)[:14]])
+def test_exif_that_says_nothing_leaves_the_picture_as_it_is(exif: bytes, tmp_path: Path) -> None:
+    """Broken, cut off, or of an orientation that there is not."""
+    upright = noise(5, 9, 3)
+    data = _png(9, 5, 8, 2, [row.tobytes() for row in upright], _chunk(b"eXIf", exif))
+    assert np.array_equal(read_bytes(data, tmp_path), upright)
+
+
+def test_exif_of_megabytes_is_refused(tmp_path: Path) -> None:
+    """An orientation of millions of numbers would be made into a tuple."""
+    with pytest.raises(ImagicError, match="EXIF is too large"):
+        read_bytes(_png(1, 1, 8, 2, [bytes(3)], _chunk(b"eXIf", _exif(6, {ORIENTATION: (3, [6] * 600_000)}))), tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "I;16", "P"])
+@pytest.mark.parametrize("size", [(40, 30), (1000, 1), (1, 1000)])
+def test_a_picture_in_pieces_is_the_same(mode: str, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, and parts of rows where these are long."""
+    image = Image.frombytes(
+        mode, size, noise(size[0] * size[1] * (2 if mode == "I;16" else len(Image.new(mode, (1, 1)).getbands()))).tobytes()
+    )
+    whole = read(image, tmp_path / "photo.tiff")
+    monkeypatch.setattr(images, "_PIECE", 70)
+    assert np.array_equal(read(image, tmp_path / "photo.tiff"), whole)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+@pytest.mark.parametrize("orientation", STORED)
+def test_every_turn_of_an_avif_comes_in_upright(orientation: int, tmp_path: Path) -> None:
+    """Its boxes turn it, once."""
+    upright, exif = np.asarray(Image.fromarray(noise(2, 3, 3)).resize((48, 32), Image.Resampling.NEAREST)), Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    found = read(stored, tmp_path / "turned.avif", exif=exif, quality=95, subsampling="4:4:4")
+    assert found.shape == upright.shape
+    assert np.abs(found.astype(int) - upright).mean() < 6
+
+
+def test_an_avif_where_pillow_has_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As any format that is not known."""
+    monkeypatch.setattr(features, "check", lambda feature: False)
+    with pytest.raises(ImagicError, match="not an image of a known format"):
+        read_bytes(b"\0\0\0\x18ftypavif\0\0\0\0avifmif1", tmp_path)
+
+
+def heic(pixels: np.ndarray, **info: Any) -> bytes:
+    """A HEIC file that turns as the EXIF in ``info`` says, by its boxes."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    file, out = pillow_heif.from_bytes("RGB", pixels.shape[1::-1], pixels.tobytes()), io.BytesIO()
+    file.info.update(info)
+    file.save(out, quality=95, chroma=444)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_every_turn_of_a_heic_comes_in_upright(orientation: int, tmp_path: Path) -> None:
+    """Its boxes turn it; the same in its EXIF must not turn it again."""
+    upright = np.asarray(Image.fromarray(noise(2, 3, 3)).resize((48, 32), Image.Resampling.NEAREST))
+    data = heic(np.ascontiguousarray(STORED[orientation](upright)), exif=b"Exif\0\0" + _exif(orientation))
+    assert (b"irot" in data or b"imir" in data) == (orientation > 1)
+    found = read_bytes(data, tmp_path)
+    assert found.shape == upright.shape
+    assert np.abs(found.astype(int) - upright).mean() < 6
+
+
+def test_what_xmp_says_of_a_heic_does_not_turn_it(tmp_path: Path) -> None:
+    """Neither once nor twice."""
+    pixels = np.asarray(Image.fromarray(noise(2, 3, 3)).resize((48, 32), Image.Resampling.NEAREST))
+    assert read_bytes(heic(pixels, xmp=b'<x tiff:Orientation="6"/>'), tmp_path).shape == pixels.shape
+
+
+def test_the_profile_of_a_heic_is_converted(tmp_path: Path) -> None:
+    """Linear light goes through the sRGB curve."""
+    light = np.full((32, 32, 3), 55, np.uint8)
+    found = read_bytes(heic(light, icc_profile=linear_profile(), icc_profile_type="prof"), tmp_path)
+    assert abs(found.mean() - 255 * (1.055 * (55 / 255) ** (1 / 2.4) - 0.055)) < 4
+
+
+def test_a_heic_over_the_cap_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what its boxes say."""
+    data = heic(noise(32, 48, 3))
+    monkeypatch.setattr(images, "MAX_PIXELS", 32 * 48 - 1)
+    with pytest.raises(ImagicError, match="has 48x32 pixels"):
+        read_bytes(data, tmp_path)
+
+
+def test_a_heic_without_the_package_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remedy is a command."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImagicError, match=r"is a HEIC file.*pip install 'imagic-lora\[heic\]'"):
+        read_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", tmp_path)
+
+
+def test_the_package_for_heic_is_imported_only_for_it(tmp_path: Path) -> None:
+    """A fresh Python that has read a PNG has not met it."""
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (3, 3)).save(path)
+    code = f"import sys; from pathlib import Path; from imagic_lora.images import read_photo; read_photo(Path({str(path)!r}))"
+    subprocess.run([sys.executable, "-c", f"{code}; sys.exit('pillow_heif' in sys.modules)"], check=True)
 
 
 def test_a_photo_over_the_cap_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +737,28 @@ def test_metadata_comes_back_from_a_png(tmp_path: Path) -> None:
     write_png(Image.fromarray(pixels), path, metadata)
     assert read_metadata(path) == metadata
     assert np.array_equal(np.asarray(Image.open(path)), pixels)
+
+
+FOREIGN = {
+    "another format": (bytes_of(Image.new("RGB", (3, 3)), "JPEG"), "does not say how it was made"),
+    "no metadata": (bytes_of(Image.new("RGB", (3, 3)), "PNG"), "does not say how it was made"),
+    "a list": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"tEXt", b"imagic-lora\0[1]")), "does not say how it was made"),
+    "no JSON": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"tEXt", b"imagic-lora\0{")), "is broken"),
+    "too deep": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"tEXt", b"imagic-lora\0" + b"[" * 100_000)), "is broken"),
+    "too many digits": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"tEXt", b"imagic-lora\0" + b"9" * 100_000)), "is broken"),
+    "a bomb": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"zTXt", b"imagic-lora\0\0" + zlib.compress(bytes(5_000_000)))), "is broken"),
+    "slow": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"zTXt", b"\0\0") * 501), "takes long to read"),
+    "text": (b"text", "not an image"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_metadata_of_strangers_is_refused(case: str, tmp_path: Path) -> None:
+    """The error names the file."""
+    path = tmp_path / "edit.png"
+    path.write_bytes(FOREIGN[case][0])
+    with pytest.raises(ImagicError, match=f"edit.png {FOREIGN[case][1]}"):
+        read_metadata(path)
 
 
 @pytest.mark.parametrize(("title", "top"), [("", 8), ("a dog jumping, and a title far too long for a page this narrow", 34)])

@@ -343,6 +343,11 @@ def text_parameters(config: dict[str, Any]) -> int:
     return (config["vocab_size"] + config["max_position_embeddings"]) * d + config["num_hidden_layers"] * block + 2 * d
 
 
+def scales_8bit(size: int) -> int:
+    """How many fp32 scales a state of Adam8bit has for a tensor: one for every 256 elements, none under 4,096, where it keeps 32 bits."""
+    return 0 if size < 4096 else -(-size // 256)
+
+
 def states_8bit(size: int) -> int:
-    """Bytes of Adam8bit's two states for a tensor: a byte and a share of an fp32 scale each; 32 bits under 4,096 elements."""
-    return 8 * size if size < 4096 else 2 * (size + 4 * -(-size // 256))
+    """Bytes of Adam8bit's two states for a tensor: a byte and a share of a scale each, or 32 bits."""
+    return 2 * (size + 4 * scales_8bit(size)) if scales_8bit(size) else 8 * size

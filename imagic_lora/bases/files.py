@@ -1,8 +1,9 @@
-"""What the files of a base say without loading them: their variant and fingerprint."""
+"""The weights of a base: safetensors and nothing else, under the names that diffusers gives them. And their fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,33 +11,79 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..errors import ImagicError
+from .vetting import refused
 
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _SAMPLES = 16  # values of a tensor that enter the fingerprint
-
-
-def variant(folder: Path) -> str | None:
-    """``fp16`` where a folder holds its U-Net in that variant only, else None."""
-    files = [path.name for path in (folder / "unet").glob("*.safetensors")]
-    return "fp16" if files and all(".fp16." in name for name in files) else None
+_LONGEST = 2**22  # bytes of a header; that of Stable Diffusion's U-Net has a fiftieth
+_MOST = 2**32  # weights of a component; the largest of Stable Diffusion has a fifth of that
 
 
 def weight_files(folder: Path, component: str) -> list[Path]:
-    """The safetensors files that a component is loaded from."""
-    fp16 = variant(folder) == "fp16"
-    files = sorted((folder / component).glob("*.safetensors"))
-    return [path for path in files if (".fp16." in path.name) == fp16 and ".non_ema." not in path.name]
+    """The safetensors files that a component is loaded from: the one whole file, else its shards, else either in the fp16 variant.
+
+    They are found by their names. An index of shards, which might name any file anywhere, is not read.
+    """
+    for stem in (STEMS[component], f"{STEMS[component]}.fp16"):
+        for pattern in (f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors"):
+            files = sorted(path for path in (folder / component).glob(pattern) if path.is_file())
+            if files:
+                return files
+    return []
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        with path.open("rb") as raw:
+            if (size := int.from_bytes(raw.read(8), "little")) > _LONGEST:
+                raise ValueError(f"a header of {size:,} bytes")
         file = safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
-        raise ImagicError(f"{path} is not a whole safetensors file ({error})", "safetensors", "download the base again") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise refused(f"{path} is not a whole safetensors file ({error})", "safetensors") from error
     with file as inside:
         yield inside
+
+
+def tensors(folder: Path, component: str) -> dict[str, Tensor]:
+    """All tensors of a component as views of its files, which are read as they are used; without position ids, which are no weights.
+
+    Raises:
+        ImagicError: there is no such file, one is not whole, or it holds something that is no weight, or far too many of them.
+    """
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder, component):
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                if name.endswith("position_ids"):
+                    continue
+                if (kind := file.get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
+                    raise refused(f"{path} holds {name[:80]!r} as {kind}", "weights in F32, F16 or BF16")
+                if name in found:
+                    raise refused(f"{path} holds {name[:80]!r}, as another file beside it does", "every tensor once")
+                found[name] = file.get_tensor(name)
+    if not found:
+        raise refused(f"{folder / component} holds no weights", f"{STEMS[component]}.safetensors")
+    if (count := sum(tensor.numel() for tensor in found.values())) > _MOST:
+        raise refused(f"{folder / component} holds {count:,} weights", f"at most {_MOST:,}")
+    return found
+
+
+def finite(state: dict[str, Tensor], dtype: torch.dtype, where: Path) -> dict[str, Tensor]:
+    """The tensors in another precision.
+
+    Raises:
+        ImagicError: a value is not finite, or is no longer: it would paint black pictures.
+    """
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    for name, tensor in state.items():
+        if tensor.numel() and not all(math.isfinite(end) for end in torch.aminmax(tensor)):
+            got = f"{name[:80]!r} in {where} holds NaN or infinity in {str(dtype).removeprefix('torch.')}"
+            raise ImagicError(got, "finite weights", "try --dtype fp32, or download the base again")
+    return state
 
 
 def fingerprint(folder: Path, components: tuple[str, ...]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ImagicError
+from .vetting import read_json, vet_sizes
 
 CRITTERS = Path(__file__).parent.parent / "data" / "critters"
 
@@ -59,11 +59,10 @@ _VAE: dict[str, Any] = {
 _TEXT: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77}
 _SCHEDULER = {"clip_sample": False, "steps_offset": 1, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
-_NEEDED = {
-    "unet": ("block_out_channels", "layers_per_block", "cross_attention_dim", "in_channels", "out_channels", "sample_size"),
-    "vae": ("block_out_channels", "layers_per_block", "latent_channels", "sample_size"),
-    "text_encoder": ("hidden_size", "intermediate_size", "num_hidden_layers"),
-}
+_TEXT_SETTINGS = (  # of the text encoder; others are for training, or for libraries to find code and files by
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "hidden_act",
+    "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 _DEFAULTS: dict[str, dict[str, Any]] = {"unet": _UNET, "text_encoder": _TEXT}
 
 PUBLISHED: dict[str, Architecture] = {
@@ -84,33 +83,40 @@ PUBLISHED: dict[str, Architecture] = {
 }
 
 
+def local_folder(name: str) -> Path | None:
+    """The folder of that name, if there is one."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long a name; the home of nobody; a name that cannot be one
+        return None
+
+
 def architecture(base: str) -> Architecture:
     """The architecture of a named base, or of a folder in diffusers' format.
 
     Raises:
-        ImagicError: neither, or a config that is missing or is no JSON.
+        ImagicError: neither, or as :func:`read_architecture`.
     """
     if base in PUBLISHED:
         return PUBLISHED[base]
-    folder = CRITTERS if base == "critters" else Path(base).expanduser()
-    if not folder.is_dir():
+    folder = CRITTERS if base == "critters" else local_folder(base)
+    if folder is None:
         names = ", ".join(["critters", *PUBLISHED])
         raise ImagicError(
             f"no architecture known for {base!r}", f"one of {names}, or a folder in diffusers' format", "download it and give its folder"
         )
+    return read_architecture(folder)
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """What the configs in a folder say.
+
+    Raises:
+        ImagicError: one is missing or cannot be read, or they do not describe a Stable Diffusion base.
+    """
     files = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json"}
-    found = Architecture(**{part: _DEFAULTS.get(part, {}) | _config(folder / part / file) for part, file in files.items()})
-    odd = [f"{part}.{name}" for part, names in _NEEDED.items() for name in names if not getattr(found, part).get(name)]
-    if odd or not isinstance(found.unet["sample_size"], int):
-        got = f"{folder} does not say {', '.join(odd or ['unet.sample_size as one number'])}"
-        raise ImagicError(got, "the configs of a Stable Diffusion base", "give the folder that holds unet/, vae/, ...")
-    return found
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ImagicError(
-            f"{path} cannot be read ({error})", "diffusers' own format", "give the folder that holds unet/, vae/, ..."
-        ) from error
+    parts = {part: _DEFAULTS.get(part, {}) | read_json(folder / part / file) for part, file in files.items()}
+    parts["text_encoder"] = {name: parts["text_encoder"][name] for name in _TEXT_SETTINGS if name in parts["text_encoder"]}
+    vet_sizes(folder, parts)
+    return Architecture(**parts)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 
 from ..errors import ImagicError
 from ..runtime import Runtime
 from .base import Base
-from .published import CRITTERS, PUBLISHED, Architecture, architecture
+from .components import TOKENIZER_FILES
+from .files import STEMS
+from .published import CRITTERS, PUBLISHED, Architecture, architecture, local_folder, read_architecture
 from .sd import StableDiffusion
+from .vetting import read_json, vetted_index
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,16 @@ _FAMILIES: dict[str, type[StableDiffusion]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionImg2ImgPipeline": StableDiffusion,
 }
+_FETCHED = [  # of a hub id; nothing of it is run, or even read, on the way
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    *(
+        f"{part}/{name}"
+        for part, stem in STEMS.items()
+        for name in ("config.json", f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors")
+    ),
+]
 
 
 def architecture_of(name: str, revision: str | None = None) -> Architecture:
@@ -45,7 +57,7 @@ def architecture_of(name: str, revision: str | None = None) -> Architecture:
         return architecture(name)
     folder = locate(name, revision)
     _family(folder, name)
-    return architecture(str(folder))
+    return read_architecture(folder)
 
 
 def locate(name: str, revision: str | None = None) -> Path:
@@ -55,8 +67,7 @@ def locate(name: str, revision: str | None = None) -> Path:
         ImagicError: nothing of that name, not such a folder, or it cannot be fetched.
     """
     source = KNOWN[name].source if name in KNOWN else name
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    if folder := local_folder(source):
         if revision is not None:
             raise ImagicError(f"--revision {revision} of the folder {folder}", "a revision of a hub id", "leave out --revision")
         if not (folder / "model_index.json").is_file():
@@ -68,11 +79,9 @@ def locate(name: str, revision: str | None = None) -> Path:
         names = ", ".join(sorted(KNOWN))
         raise ImagicError(f"no base called {name!r}", f"one of {names}, a folder, or a hub id like owner/name", "check the spelling")
     try:
-        return Path(
-            DiffusionPipeline.download(source, revision=revision, use_safetensors=True, safety_checker=None, feature_extractor=None)
-        )
+        return Path(snapshot_download(source, revision=revision, allow_patterns=_FETCHED))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ImagicError(
             f"base {source} cannot be fetched ({first})", "a hub id with safetensors files, or a network to reach it",
             "check name and network, or download it elsewhere and give its folder with --base",
@@ -87,25 +96,19 @@ def open_base(name: str, runtime: Runtime, revision: str | None = None, master_w
         master_weights: loads the denoiser as what full fine-tuning trains: in fp32, unless the runtime asks for bf16 weights.
 
     Raises:
-        ImagicError: as :func:`locate`; a family without support; files that cannot be read.
+        ImagicError: as :func:`locate`; a family without support; files that are not those of such a base. Nothing in them is run.
     """
     folder = locate(name, revision)
-    if name not in KNOWN and Path(name).expanduser().is_dir():
+    if name not in KNOWN and local_folder(name):
         name = str(folder.resolve())  # so that an adapter finds its base again from any folder
-    family = _family(folder, name)
-    try:
-        return family.load(folder, name, revision, runtime, master_weights)
-    except (OSError, SafetensorError) as error:
-        raise ImagicError(
-            f"{name} cannot be loaded ({error})", "safetensors files of every component", "download the base again"
-        ) from error
+    return _family(folder, name).load(folder, name, revision, runtime, master_weights)
 
 
 def _family(folder: Path, name: str) -> type[StableDiffusion]:
-    try:
-        family = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ImagicError(f"{folder}/model_index.json cannot be read", "diffusers' own format", "download the base again") from error
-    if family not in _FAMILIES:
-        raise ImagicError(f"{name} is a {family}", f"one of {', '.join(_FAMILIES)}", "choose a Stable Diffusion 1.x or 2.x base")
+    family = read_json(folder / "model_index.json").get("_class_name")
+    if not isinstance(family, str) or family not in _FAMILIES:
+        raise ImagicError(
+            f"{name} is a {reprlib.repr(family)}", f"one of {', '.join(_FAMILIES)}", "choose a Stable Diffusion 1.x or 2.x base"
+        )
+    vetted_index(folder)
     return _FAMILIES[family]

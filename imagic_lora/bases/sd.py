@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from ..conditioning import Conditioning
 from ..errors import ImagicError, ImagicWarning
 from ..runtime import Runtime
+from . import components
 from .base import Base, PipelineKind
 from .blueprint import LORA_TARGETS
-from .files import fingerprint, variant
-from .published import Architecture
+from .files import fingerprint
+from .published import Architecture, read_architecture
 from .quantized import quantize_linear
+from .vetting import vetted_index
 
 HELPERS = ("vae", "text_encoder")
 
@@ -74,29 +76,24 @@ class StableDiffusion(Base):
             master_weights: loads the U-Net as the thing that is trained in full: in fp32 whatever the precision of the arithmetic, unless
                 the runtime asks for bf16 weights.
         """
-        files: dict[str, Any] = {"variant": variant(folder), "use_safetensors": True, "local_files_only": True}
+        index, built = vetted_index(folder), read_architecture(folder)
         master = torch.float32 if master_weights and runtime.memory.master_weights == "fp32" else runtime.dtype
-        pipe = StableDiffusionPipeline.from_pretrained(
-            folder,
-            dtype={"unet": master, "default": runtime.dtype},
-            **files,
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-        )
 
-        parts = {part: getattr(pipe, part) for part in ("unet", "tokenizer", "scheduler", *HELPERS)}
-        kinds = {helper: type(parts[helper]) for helper in HELPERS}
+        def helper(name: str) -> Any:
+            if name == "vae":
+                return components.model(AutoencoderKL, built.vae, folder, "vae", runtime.dtype)
+            return components.text_encoder(built.text_encoder, folder, runtime.dtype)
+
+        parts = {
+            "unet": components.model(UNet2DConditionModel, built.unet, folder, "unet", master),
+            "tokenizer": components.tokenizer(built.text_encoder, folder),
+            "scheduler": components.scheduler(index["scheduler"][1], built.scheduler, folder),
+            **{name: helper(name) for name in HELPERS},
+        }
+        with components.library_on(folder):  # a pipeline mends the configs of its early days
+            StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # pyright: ignore
         mark = fingerprint(folder, ("unet", "text_encoder"))
-        return cls(
-            parts,
-            name,
-            revision,
-            mark,
-            runtime,
-            lambda helper: kinds[helper].from_pretrained(folder, subfolder=helper, dtype=runtime.dtype, **files),
-        )
+        return cls(parts, name, revision, mark, runtime, helper)
 
     def rest(self) -> None:
         idle = self.runtime.memory.idle

@@ -26,6 +26,9 @@ test-slow: $(READY) ## what takes longer
 test-gpu: $(READY) ## what needs a CUDA device
 	$(BIN)/pytest -m gpu
 
+torture: $(READY) ## kills, power cuts, full disks, flipped bits, hostile files, many times over; half an hour at the most
+	PYTHONPATH=tests $(BIN)/python -m torture
+
 lint: $(READY) ## ruff, pyright, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +54,4 @@ clean: ## remove outputs, caches and .venv
 	rm -rf outputs $(VENV) .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test test-slow test-gpu lint check critters-report bench-critters bench-memory bench-speed clean
+.PHONY: help setup demo test test-slow test-gpu torture lint check critters-report bench-critters bench-memory bench-speed clean

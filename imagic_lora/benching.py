@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
-from .console import counted, err, out, print_json, quiet_loading
+from .console import counted, err, out, plain, print_json, quiet_loading
 from .errors import ImagicError
 from .options import Json
 
@@ -69,8 +68,8 @@ def critters(
     for title, cells in tables(summary).items():
         out.print(_table(title, cells))
     if summary["failed"]:
-        err.print(f"[yellow]{summary['failed']} failed[/]; why is in {escape(str(page))}")
-    err.print(f"[green]Look at[/] {escape(str(page))}")
+        err.print(f"[yellow]{summary['failed']} failed[/]; why is in {plain(page)}")
+    err.print(f"[green]Look at[/] {plain(page)}")
 
 
 def _table(title: str, cells: Cells) -> Table:
@@ -78,5 +77,5 @@ def _table(title: str, cells: Cells) -> Table:
     for k, name in enumerate(cells.columns):
         table.add_column(name, justify="right" if k else "left", no_wrap=True)
     for row in cells.rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(plain, row))
     return table

@@ -1,50 +1,139 @@
-"""What a stage came to, kept when a later one fails, and taken up again by the next run."""
+"""What a fit has come to so far, on the disk: whole or not there, checked before it is believed, never a pickle."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from .conditioning import Conditioning
+from .durable import Sealed, changed_file, draft, unsealed, writable
+from .errors import ImagicError, ImagicWarning
+from .tensors import encoded, read
+
+CHECKPOINT, STATE = "checkpoint.json", "state.safetensors"
+_ORDER = ("embed", "tune")
 
 
-class KeptEmbedding:
-    """The outcome of the embedding stage of one adapter, in the store beside it.
+class CheckpointRecord(Sealed):
+    """``checkpoint.json``, version 1.
 
     Args:
-        store: folder of adapters.
-        name: of the adapter.
-        inputs: everything that the stage depends on; a file that was kept for other inputs is left alone and not read.
+        step, steps: of the stage: done, and in all.
+        inputs: all that the state depends on; a run that differs in any of it cannot go on from here.
+        seconds: that each stage has taken so far.
+        threads: of PyTorch on the CPU; the bits may depend on how many there are.
     """
 
-    def __init__(self, store: Path, name: str, inputs: list[object]) -> None:
-        self.path = store / f".{name}.embedding.safetensors"
-        self.mark = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+    version: Literal[1] = 1
+    stage: Literal["embed", "tune"]
+    step: int = Field(ge=1)
+    steps: int = Field(ge=1, le=100_000)
+    inputs: dict[str, Any]
+    seconds: dict[str, float]
+    threads: int
 
-    def save(self, optimised: Conditioning, losses: Tensor) -> None:
-        """Writes the optimised embedding and the losses on the way to it."""
-        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in optimised.tensors().items()}
-        save_file({**tensors, "losses": losses.cpu()}, self.path, {"mark": self.mark})
+    @model_validator(mode="after")
+    def _no_further_than_the_last(self) -> CheckpointRecord:
+        if self.step > self.steps:
+            raise ValueError(f"step {self.step} of {self.steps}")
+        return self
 
-    def load(self, device: torch.device) -> tuple[Conditioning, Tensor] | None:
-        """What was kept for these inputs, or None."""
-        try:
-            with safe_open(self.path, "pt") as file:
-                if (file.metadata() or {}).get("mark") != self.mark:
-                    return None
-                tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        except (OSError, SafetensorError):
-            return None
-        losses = tensors.pop("losses")
-        return Conditioning.from_tensors(tensors), losses
 
-    def forget(self) -> None:
-        """Removes what was kept for these inputs: the adapter is stored."""
-        if self.load(torch.device("cpu")):
-            self.path.unlink()
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been read.
+
+    Args:
+        tensors: the state of the stage, and whatever else its writer put in.
+    """
+
+    record: CheckpointRecord
+    tensors: Mapping[str, Tensor]
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose name begins with ``prefix/``, without it."""
+        return {name.removeprefix(f"{prefix}/"): value for name, value in self.tensors.items() if name.startswith(f"{prefix}/")}
+
+
+class Checkpoints:
+    """The checkpoints of one fit: the newest of each stage.
+
+    Args:
+        folder: of their own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, record: CheckpointRecord, tensors: Mapping[str, Tensor]) -> Path:
+        """Writes a checkpoint; only when it is safely on the disk, the older one of its stage goes.
+
+        Raises:
+            ImagicError: a tensor is not finite, or the disk is full; the older one is still there.
+        """
+        with writable(self.folder):
+            pass
+        final = self.folder / f"{record.stage}-{record.step:06d}"
+        with draft(final) as made:
+            made.write(STATE, encoded(tensors))
+            made.seal(CHECKPOINT, record)
+        for path in self.folder.iterdir():
+            if path != final and path.name.startswith((record.stage, ".")):  # those of a writer that was cut off begin with a dot
+                shutil.rmtree(path, ignore_errors=True)
+        return final
+
+    def newest(self, main: bool = True) -> Checkpoint | None:
+        """The newest checkpoint that is whole. One that is not is set aside, with a warning that names it.
+
+        Args:
+            main: False leaves a broken one where it is: another process sets it aside.
+        """
+        for path in reversed(self._there()):
+            try:
+                record = unsealed(path, CHECKPOINT, CheckpointRecord)
+                if broken := changed_file(path, record):
+                    raise ImagicError(f"{broken} is missing or has changed", "the file as it was written", "go on from an older one")
+                return Checkpoint(record, read(path / STATE, whole_numbers=True))
+            except ImagicError as error:
+                if main:
+                    aside = path.with_name(f"{path.name}.broken")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+                    message = f"a broken checkpoint is set aside as {aside}: {error.got}"
+                    warnings.warn(message, ImagicWarning, stacklevel=2)
+        return None
+
+    def any(self) -> bool:
+        """Whether there is a checkpoint, whole or not."""
+        return self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of them."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def clear(self) -> None:
+        """Removes them all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _there(self) -> list[Path]:
+        """Their folders, oldest first."""
+        return [path for stage in _ORDER for path in sorted(self.folder.glob(f"{stage}-*")) if path.is_dir() and path.suffix != ".broken"]
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "") -> list[str]:
+    """What of ``was`` is another in ``now``, one phrase each."""
+    found: list[str] = []
+    for name, old in was.items():
+        new = now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{group}{name}.")
+        elif old != new:
+            found.append(f"{group}{name} was {old!r}, is {new!r}")
+    return found

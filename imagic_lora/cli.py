@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,14 +13,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
-from rich.markup import escape
 from rich.table import Table
 
 from .benching import bench
 from .config import DeviceConfig, EditConfig, PresetOrAuto, RunConfig, checked, merged, read_yaml, recipe_of, refusal
-from .console import counted, err, out, print_json, quiet_libraries, quiet_loading, refused, say_plan, say_what_is_active, shown
-from .errors import ImagicError
-from .listing import facts, list_adapters, show
+from .console import (
+    counted,
+    err,
+    interrupted,
+    out,
+    plain,
+    print_json,
+    quiet_libraries,
+    quiet_loading,
+    refused,
+    say_plan,
+    say_what_is_active,
+    shown,
+)
+from .durable import FULL
+from .errors import ImagicError, Stopped
+from .listing import facts, list_adapters, remove, show, verify
 from .options import DEFAULT_STORE, Json, StoreDir, parse_etas, parse_seeds
 
 if TYPE_CHECKING:
@@ -27,9 +41,10 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from .adapter import Adapter
     from .editor import Edit
     from .stages.stage import StepReport
-    from .store import Adapter
+    from .store import Store
 
 app = App(
     name="imagic-lora",
@@ -40,6 +55,8 @@ app = App(
 )
 app.command(list_adapters, name="list")
 app.command(show)
+app.command(verify)
+app.command(remove, name="rm")
 app.command(bench)
 
 
@@ -52,6 +69,7 @@ def fit(
     config: Path | None = None,
     name: str | None = None,
     store: StoreDir = DEFAULT_STORE,
+    resume: Annotated[bool, Parameter(negative=())] = False,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     as_json: Json = False,
 ) -> None:
@@ -69,22 +87,24 @@ def fit(
         YAML file of settings, laid over the preset; flags are laid over both.
     name
         Name of the adapter; made from the photo's file name where not given.
+    resume
+        Go on from where the same command was interrupted (Ctrl-C, a kill, a power cut): the same photo, sentence, base and settings.
     overwrite
-        Replace an adapter of the same name.
+        Replace an adapter of the same name, and begin an interrupted fit anew.
     """
     from .store import Store
 
     quiet_loading()
     run, why = settings_of(settings, config)
-    adapter = _fit(image, prompt, run, why, Store(store), name or _slug(image.stem), overwrite)
+    adapter = _fit(image, prompt, run, why, Store(store), name or _slug(image.stem), overwrite, resume)
     if adapter is None:
         return
     if as_json:
-        print_json({"name": adapter.record.name, "folder": str(adapter.folder), "bytes": adapter.size, **facts(adapter)})
+        print_json({"name": adapter.name, "folder": str(adapter.folder), "bytes": adapter.size, **facts(adapter)})
     else:
-        folder = escape(str(adapter.folder))
+        folder = plain(adapter.folder)
         err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB). Look at {folder}/preview.png, then:")
-        err.print(f"  imagic-lora edit {adapter.record.name} --eta 0.3:1:0.1", highlight=False)
+        err.print(f"  imagic-lora edit {adapter.name} --eta 0.3:1:0.1", highlight=False)
 
 
 def settings_of(settings: RunConfig | None, config: Path | None) -> tuple[RunConfig, str]:
@@ -101,24 +121,33 @@ def settings_of(settings: RunConfig | None, config: Path | None) -> tuple[RunCon
     return choose(lambda: architecture_of(given.base, given.revision), flags, file, recipe_of(given.base), processes=started)
 
 
-def _fit(image: Path, prompt: str, run: RunConfig, why: str, store: Any, name: str, overwrite: bool) -> Adapter | None:
+def _fit(image: Path, prompt: str, run: RunConfig, why: str, store: Store, name: str, overwrite: bool, resume: bool) -> Adapter | None:
     from .imagic import fit as fit_steps
+    from .imagic import result
+    from .interrupts import Interrupts
     from .runtime import resolve_runtime
 
     processes = _processes(run)
-    steps = fit_steps(image, prompt, run, store, name, overwrite=overwrite, processes=processes)
-    if not processes.main:
-        from .imagic import result
+    with Interrupts() as interrupts:
+        steps = fit_steps(image, prompt, run, store, name, overwrite=overwrite, resume=resume, stop=interrupts.stop, processes=processes)
 
-        return result(steps)
+        def announced() -> Generator[StepReport, None, Adapter | None]:
+            try:
+                first = next(steps)  # by then everything that can be refused has been
+            except StopIteration as done:  # resumed after the last step
+                return done.value
+            interrupts.gentle = True
+            if processes.main:
+                say_what_is_active(resolve_runtime(run.memory), run, why, processes.count)
+            yield first
+            return (yield from steps)
 
-    def announced() -> Generator[StepReport, None, Adapter | None]:
-        first = next(steps)  # by then everything that can be refused has been
-        say_what_is_active(resolve_runtime(run.memory), run, why, processes.count)
-        yield first
-        return (yield from steps)
-
-    return shown(announced(), run)
+        try:
+            return shown(announced(), run) if processes.main else result(announced())
+        except KeyboardInterrupt:
+            if name in store.unfinished():
+                raise Stopped("what was saved before is as it was") from None
+            raise
 
 
 def _processes(run: RunConfig) -> Any:
@@ -193,19 +222,19 @@ def edit(
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
     text = record.prompt if prompt is None else prompt
     refuse_edit(etas, seeds, config, text)
-    folder = out_dir or Path("outputs") / record.name
+    folder = out_dir or Path("outputs") / adapter.name
     folder.mkdir(parents=True, exist_ok=True)
     editor = Editor(open_base(source[0], resolve_runtime(run.memory), source[1]))
     edits = counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "pictures")
-    how = {"adapter": record.name, "base": record.base.name, "prompt": text, "edit": config.model_dump()}
+    how = {"adapter": adapter.name, "base": record.base.name, "prompt": text, "edit": config.model_dump()}
     so_far = f"the pictures made so far are in {folder}"
     with explained(editor.base.architecture, run, editor.base.runtime, "decode", lambda: so_far, EDIT_LEVERS):
         written = _write_edits(edits, folder, how, adapter.canvas().photo())
     if as_json:
-        print_json({"adapter": record.name, "pictures": written, "sheet": str(folder / "sheet.png")})
+        print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / "sheet.png")})
     else:
         plural = "" if len(written) == 1 else "s"
-        err.print(f"[green]Wrote[/] {len(written)} picture{plural} and {escape(str(folder / 'sheet.png'))}")
+        err.print(f"[green]Wrote[/] {len(written)} picture{plural} and {plain(folder / 'sheet.png')}")
 
 
 def _write_edits(edits: Iterable[Edit], folder: Path, how: dict[str, Any], photo: Image) -> list[dict[str, Any]]:
@@ -286,7 +315,7 @@ def demo(*, out: Path = Path("outputs/demo"), as_json: Json = False) -> None:
     if as_json:
         print_json({"sheet": str(page)})
     else:
-        err.print(f"[green]Look at[/] {escape(str(page))}")
+        err.print(f"[green]Look at[/] {plain(page)}")
 
 
 @app.command
@@ -301,7 +330,7 @@ def doctor(*, as_json: Json = False) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2))
     for group, values in facts.items():
         for key, value in values.items():
-            table.add_row(f"[dim]{group}[/]", key, escape(str(value)))
+            table.add_row(f"[dim]{group}[/]", key, plain(value))
     out.print(table)
 
 
@@ -330,9 +359,19 @@ def main(tokens: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # whoever read our output has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except KeyboardInterrupt:
-            err.print("Interrupted; nothing was stored.")
-            return 130
+        except (KeyboardInterrupt, Stopped) as error:
+            if os.environ.get("RANK", "0") != "0":
+                return 130
+            if isinstance(error, KeyboardInterrupt):
+                return interrupted("nothing was stored", None, tokens)
+            return interrupted(
+                str(error), shlex.join(["imagic-lora", *tokens, *(["--resume"] if "--resume" not in tokens else [])]), tokens
+            )
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            got = f"the disk is full{f' ({error.filename})' if error.filename else ''}"
+            return refused(ImagicError(got, "room for what is to be written", "free some space"), tokens)
         except (MemoryError, RuntimeError) as error:
             from .fits import is_out_of_memory
 

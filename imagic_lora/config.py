@@ -131,6 +131,15 @@ class MemoryConfig(DeviceConfig):
         return value
 
 
+class CheckpointConfig(Config):
+    """How often a fit saves what it has come to; at the end of a stage, and when it is interrupted, it does so anyway."""
+
+    seconds: float = Field(default=300, gt=0, allow_inf_nan=False)
+    """At the latest after this many seconds."""
+    steps: int | None = Field(default=None, ge=1)
+    """And after every so many steps, where given."""
+
+
 class RunConfig(Config):
     """A whole run: one photo, one sentence."""
 
@@ -150,6 +159,7 @@ class RunConfig(Config):
     tune: Annotated[TuneConfig, Parameter(group="Stage 2: tune")] = TuneConfig()
     edit: Annotated[EditConfig, Parameter(group="Stage 3: the preview, and defaults for later edits")] = EditConfig()
     memory: Annotated[MemoryConfig, Parameter(group="Device and memory")] = MemoryConfig()
+    checkpoint: Annotated[CheckpointConfig, Parameter(group="Checkpoints, to go on from after an interruption")] = CheckpointConfig()
 
 
 Recipe = Mapping[Mode, Mapping[str, Any]]
@@ -216,7 +226,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ImagicError(f"{path} cannot be read as YAML: {error}", "a text file of settings", "see configs/ for examples") from error
+        raise ImagicError(
+            f"{path} cannot be read as YAML: {' '.join(str(error).split())}", "a text file of settings", "see configs/ for examples"
+        ) from error
     if found is None:
         return {}
     if not isinstance(found, dict):

@@ -17,14 +17,19 @@ from .config import RunConfig
 from .errors import ImagicError, ImagicWarning
 
 if TYPE_CHECKING:
+    from .adapter import Adapter
     from .plan import Plan
     from .runtime import Runtime
     from .stages.stage import StepReport
-    from .store import Adapter
 
 Value = TypeVar("Value")
 err = Console(stderr=True, emoji=False)
 out = Console(emoji=False)
+
+
+def plain(text: object) -> str:
+    """Text from anywhere, for a terminal: neither markup, nor control characters, nor those that turn the direction of writing work."""
+    return escape("".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text)))
 
 
 def say_what_is_active(runtime: Runtime, run: RunConfig, why: str, processes: int) -> None:
@@ -44,7 +49,7 @@ def say_what_is_active(runtime: Runtime, run: RunConfig, why: str, processes: in
         rows[name] = f"{stage.steps} steps of batch {stage.batch_size} at rate {stage.learning_rate:g}"
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(f"[dim]{name}[/]", escape(value))
+        table.add_row(f"[dim]{name}[/]", plain(value))
     err.print(table)
 
 
@@ -55,7 +60,7 @@ def say_plan(plan: Plan, run: RunConfig, why: str) -> None:
     size = f"{run.resolution} pixels squared" if run.resolution else "the base's own resolution"
     table = Table("MiB", "weights", "gradients", "optimizer", "activations", "allowance", "peak")
     heading = f"{run.base}, mode {run.tune.mode}, preset {run.preset} ({why}), {size}, {assumed.dtype} on {where}"
-    out.print(escape(heading), highlight=False)
+    out.print(plain(heading), highlight=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, peak in plan.stages.items():
@@ -80,13 +85,16 @@ def shown(steps: Generator[StepReport, None, Adapter | None], run: RunConfig) ->
     ) as bar:
         totals = {"embed": run.embed.steps, "tune": run.tune.steps}
         tasks = {stage: bar.add_task(stage, total=total, loss="", start=False) for stage, total in totals.items()}
+        begun: set[str] = set()
         while True:
             try:
                 report = next(steps)
             except StopIteration as done:
                 return done.value
-            if report.step == 1:
+            if report.stage not in begun:
+                begun.add(report.stage)
                 bar.start_task(tasks[report.stage])
+                bar.update(tasks[report.stage], completed=report.step - 1)
             tenth = report.step % max(1, report.steps // 10) == 0
             bar.update(tasks[report.stage], completed=report.step)
             if tenth:
@@ -117,7 +125,7 @@ def quiet_libraries() -> None:
 
     def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
         if issubclass(category, ImagicWarning):
-            err.print(f"[yellow]Warning:[/] {escape(str(message))}")
+            err.print(f"[yellow]Warning:[/] {plain(message)}")
 
     warnings.showwarning = show_warning
 
@@ -131,11 +139,26 @@ def quiet_loading() -> None:
     of_transformers.disable_progress_bar()
 
 
+def interrupted(told: str, command: str | None, tokens: Sequence[str]) -> int:
+    """Says how to go on, in JSON too where that was asked for; gives the exit code.
+
+    Args:
+        command: that goes on; None where there is nothing to go on from.
+    """
+    if "--json" in tokens:
+        print_json({"interrupted": told, "resume": command})
+    err.print(f"[yellow]Interrupted:[/] {plain(told)}", highlight=False)
+    if command:
+        err.print("Go on with:")
+        err.print(f"  {plain(command)}", highlight=False, soft_wrap=True)
+    return 130
+
+
 def refused(error: ImagicError, tokens: Sequence[str]) -> int:
     """Says what was wrong, in JSON too where that was asked for; gives the exit code."""
     if "--json" in tokens:
         print_json({"error": {"got": error.got, "expected": error.expected, "remedy": error.remedy}})
-    err.print(f"[red]Error:[/] {escape(error.got)}", highlight=False)
-    err.print(f"  expected: {escape(error.expected)}", highlight=False)
-    err.print(f"  what to do: {escape(error.remedy)}", highlight=False)
+    err.print(f"[red]Error:[/] {plain(error.got)}", highlight=False)
+    err.print(f"  expected: {plain(error.expected)}", highlight=False)
+    err.print(f"  what to do: {plain(error.remedy)}", highlight=False)
     return 2

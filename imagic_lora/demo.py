@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from .adapter import Adapter
 from .config import RECIPES, EditConfig, RunConfig, resolve
 from .critters import render, scene_at
 from .editor import Edit, Editor
@@ -14,7 +15,7 @@ from .generate import generate
 from .images import sheet, write_png
 from .imagic import fit, open_for
 from .stages.stage import StepReport
-from .store import Adapter, Store
+from .store import Store
 
 SCENE = 12
 CHANGE = {"pose": "jumping"}

@@ -9,12 +9,12 @@ from itertools import product
 
 from PIL import Image
 
+from .adapter import Adapter
 from .bases.base import Base
 from .conditioning import interpolate
 from .config import EditConfig
 from .errors import ImagicError
 from .generate import generate, refuse_empty, refuse_no_steps
-from .store import Adapter
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,11 @@ class Editor:
         """Puts an adapter's weights into the base.
 
         Raises:
-            ImagicError: the adapter was made for another base, or replaces weights of a quantised one.
+            ImagicError: as :meth:`~imagic_lora.adapter.Adapter.worn_by`; the adapter before is still in where a record or a header told.
         """
         if self._worn is adapter:
             return
-        made_for = adapter.record.base
-        if made_for.fingerprint != self.base.fingerprint:
-            raise ImagicError(
-                f"adapter {adapter.record.name} was made for base {made_for.name}, not for {self.base.name}",
-                "the weights it was made on",
-                "the weights have changed: fit again" if made_for.name == self.base.name else f"use --base {made_for.name}",
-            )
-        if self.base.runtime.memory.quantize != "none" and any(part.mode == "full" for part in adapter.record.parts):
-            raise ImagicError(f"adapter {adapter.record.name} replaces every weight of a quantised base", "a plain base", "open it anew")
+        adapter.refuse_foreign(self.base)
         self.close()
         self._stack.enter_context(adapter.worn_by(self.base))
         self._worn = adapter

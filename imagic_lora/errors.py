@@ -19,5 +19,13 @@ class ImagicError(Exception):
         super().__init__(f"{got}. Expected: {expected}. What to do: {remedy}.")
 
 
+class NotFinite(ImagicError):
+    """Numbers that should be finite are not."""
+
+
 class ImagicWarning(UserWarning):
     """Something the user should know of; the work goes on."""
+
+
+class Stopped(Exception):
+    """A fit that was asked to stop has stopped; what it has come to is saved, as the message says."""

@@ -18,6 +18,7 @@ from .plan import Assumed, assume, predict
 
 STAGES = ("encode", "embed", "tune", "sample", "decode")
 _BY_COMFORT: tuple[Preset, ...] = ("24gb", "16gb", "12gb", "8gb")
+_PICTURES = 2**25  # bytes for photo, preview and records
 _SHARE = 0.9  # of the free memory that a plan may take
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 _SIGNS = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
@@ -48,7 +49,7 @@ class OutOfMemory(ImagicError):
 
 def gib(size: float) -> str:
     """Bytes for people."""
-    return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def on_this_machine(device: str, index: int = 0) -> tuple[Assumed | None, int]:
@@ -161,6 +162,28 @@ def refuse_if_too_large(base: Architecture, run: RunConfig, free: int, assumed: 
     stage = max(plan.stages, key=lambda name: plan.stages[name].total)
     if plan.stages[stage].total > free:
         raise too_large(base, run, assumed, stage, free)
+
+
+def refuse_full_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Path, there: int) -> None:
+    """Raises before minutes are spent on what there is no room to store.
+
+    Args:
+        folder: what is written lies on the same disk.
+        there: bytes of checkpoints that lie there already.
+
+    Raises:
+        ImagicError: less is free than the adapter takes with two checkpoints, of which the older goes when the newer is there.
+    """
+    try:
+        plan = predict(base, run, assumed)
+    except NotDrawn:
+        return
+    need, free = plan.adapter + 2 * plan.checkpoint + _PICTURES - there, shutil.disk_usage(folder).free
+    if need > free:
+        parts = f"the adapter {gib(plan.adapter)}, two checkpoints of {gib(plan.checkpoint)}"
+        got = f"{gib(free)} free on the disk of {folder}, and the fit needs {gib(need)} more ({parts})"
+        smaller = ", or use --mode lora" if run.tune.mode == "full" else ""
+        raise ImagicError(got, "room for both", f"free some space, or choose another --store{smaller}")
 
 
 def too_large(

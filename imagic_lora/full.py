@@ -7,10 +7,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from .bases.base import Base
+from .durable import Draft
 from .errors import ImagicError
+from .tensors import encoded, read, shapes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -52,24 +53,38 @@ def unfrozen(base: Base, restore: bool = True) -> Iterator[dict[str, torch.nn.Pa
             base.denoiser.requires_grad_(False)
 
 
-def save_full(base: Base, folder: Path) -> None:
-    """Writes the denoiser into ``folder/<component>/`` in diffusers' own format, half precision.
+def saved_full(base: Base) -> tuple[str, ...]:
+    """The files of :func:`save_full`."""
+    return f"{base.component}/config.json", f"{base.component}/{WEIGHTS}"
+
+
+def save_full(base: Base, draft: Draft) -> None:
+    """Writes the denoiser into ``<component>/`` in diffusers' own format, half precision.
 
     Raises:
-        ImagicError: a weight is too large for half precision.
+        ImagicError: a weight is not finite, or too large for half precision.
     """
-    target = folder / base.component
-    weights = {name: value.detach().half().cpu().contiguous() for name, value in base.denoiser.state_dict().items()}
+    config, file = saved_full(base)
+    state = base.denoiser.state_dict()
+    weights = {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
     for name, value in weights.items():
-        if not value.isfinite().all():
+        if not value.isfinite().all() and state[name].isfinite().all():
             raise ImagicError(f"weight {name} does not fit in half precision", "finite weights", "use a lower --tune.learning-rate")
-    base.denoiser.save_config(target)
-    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+    draft.write(config, [base.denoiser.to_json_string().encode()])
+    draft.write(file, encoded(weights, {"format": "pt"}))
 
 
 @contextmanager
 def loaded_full(base: Base, folder: Path) -> Iterator[None]:
-    """The denoiser with the stored weights; the base's own afterwards."""
+    """The denoiser with the stored weights; the base's own afterwards.
+
+    Raises:
+        ImagicError: other names or shapes than the base's, which is seen before anything is loaded, or weights that are not finite.
+    """
+    path = folder / base.component / WEIGHTS
+    if shapes(path) != {name: tuple(value.shape) for name, value in base.denoiser.state_dict().items()}:
+        raise ImagicError(f"{path} holds tensors of other names or shapes", "those of the base", "fit or copy the adapter again")
+    weights = read(path)
     with _restored(base):
-        base.denoiser.load_state_dict(load_file(folder / base.component / WEIGHTS))
+        base.denoiser.load_state_dict(weights)
         yield

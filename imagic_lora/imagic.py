@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import Parameter
 
+from .adapter import Adapter
 from .bases.base import Base
 from .bases.registry import architecture_of, open_base
-from .checkpoints import KeptEmbedding
-from .conditioning import Conditioning, interpolate
-from .config import RunConfig, TuneConfig
-from .errors import ImagicError, ImagicWarning
-from .fits import OutOfMemory, assumed_from, explained, refuse_if_too_large
-from .full import refuse_half, save_full, unfrozen
-from .generate import generate, refuse_empty, refuse_no_steps
-from .images import Canvas, Photo, read_photo, sheet, to_canvas, to_image, write_png
-from .lora import attached, save_lora
+from .checkpoints import Checkpoint, CheckpointRecord, Checkpoints, differences
+from .conditioning import Conditioning
+from .config import RunConfig
+from .errors import ImagicError, ImagicWarning, NotFinite, Stopped
+from .fits import assumed_from, explained, refuse_full_disk, refuse_if_too_large
+from .full import refuse_half, unfrozen
+from .generate import refuse_empty, refuse_no_steps
+from .images import read_photo
+from .lora import attached
 from .optimizers import refuse_several
-from .runtime import Processes, Runtime, free_memory, key, peak_memory, reset_peak_memory, resolve_runtime
+from .run import Run
+from .runtime import Processes, Runtime, free_memory, key, reset_peak_memory, resolve_runtime
 from .stages.embed import embed_stage, optimised
-from .stages.stage import Stage, StepReport, train
+from .stages.stage import OPTIMIZER, TRAINABLE, Stage, StepReport, train
 from .stages.tune import tune_stage
-from .store import CARD, PREVIEW, SOURCE, STEPS, Adapter, BaseRecord, Record, SourceRecord, Store, save_embeddings, weights_record
+from .store import Store
 
-_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
+_SAME_LATENTS = 0.05  # relative: levers and devices differ by far less, another VAE by more
 Value = TypeVar("Value")
 
 
@@ -61,21 +58,27 @@ def fit(
     *,
     base: Base | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
     processes: Processes | None = None,
 ) -> Generator[StepReport, None, Adapter | None]:
     """Both training stages, a preview, and the stored adapter (Imagic, arXiv 2210.09276).
 
-    A generator: it does its work as it is iterated, and closing it cancels. :func:`result` runs one to its end. A base that is given is
-    left bit-equal to before; one that is opened here is let go afterwards.
+    A generator: it does its work as it is iterated. :func:`result` runs one to its end. A base that is given is left bit-equal to before;
+    one that is opened here is let go afterwards.
 
-    What was trained outlasts a lack of memory: the embedding is kept in the store for the next run of the same settings, and an adapter
-    whose preview cannot be made is stored without one, with a warning.
+    What was trained is not lost: it is saved now and then, at the end of a stage, when ``stop`` says so, and when the generator is closed.
+    An adapter whose preview cannot be made for lack of memory is stored without one, with a warning.
 
     Args:
         image: file of the photo.
         prompt: what the edited photo shows.
         name: of the adapter in the store.
         base: already loaded; opened by ``config`` where not given.
+        overwrite: an adapter and an unfinished fit of the same name.
+        resume: goes on from the newest checkpoint of that name that is whole. On the CPU, with as many threads as before, the outcome is
+            that of a run that was never interrupted, byte for byte.
+        stop: asked after every step; with several processes all stop after the same one.
 
     Yields:
         A report of every step.
@@ -84,42 +87,204 @@ def fit(
         The adapter, or None on processes other than the main one, which do not write.
 
     Raises:
-        ImagicError: an empty prompt, a name that is taken, a strength without steps, an unreadable photo, a base that cannot be had,
-            numbers that are not finite.
+        Stopped: ``stop`` said so; what was trained is saved.
+        ImagicError: an empty prompt, a name that is taken or being written, a strength without steps, an unreadable photo, a base that
+            cannot be had, too little memory or disk, nothing whole to resume, another run than the one interrupted, numbers that are not
+            finite.
     """
     processes = processes or Processes()
     refuse_empty(prompt)
     refuse_no_steps(config.edit)
-    store.prepare(name, overwrite)
-    photo = read_photo(image)
-    restore = base is not None
-    if base is None:
-        base = open_for(config)
-    else:
-        config = config.model_copy(update={"memory": base.runtime.memory})  # it has levers of its own
-    if config.memory.optimizer_in_backward:
-        refuse_several(processes)
-    if config.tune.mode == "full":
-        refuse_half(base)
-    reset_peak_memory(base.runtime.device)
-    run = _Run(config, base, photo, prompt, processes)
-    kept = run.kept(store, name)
-    e_opt = run.recalled(kept)
-    if e_opt is None:
-        embed = run.embed_stage()
-        yield from run.follow(embed)
-        e_opt = optimised(embed)
-        del embed
-    with run.trainables(restore) as parameters:
-        tune = tune_stage(run.base, run.latents, e_opt, parameters, config.tune, config.seed, processes)
-        yield from run.follow(tune, partial(run.keep, kept, e_opt))
-        del tune  # and with it the optimiser's states, before pictures need room
-        if not processes.main:
-            return None
-        preview = run.preview(e_opt)
-        adapter = store.write(run.record(name), lambda folder: run.fill(folder, e_opt, preview), overwrite)
-    kept.forget()
+    saved = Checkpoints(store.checkpoints(name))
+    with store.claimed(name) if processes.main else nullcontext():
+        if processes.main:
+            _prepare(store, name, saved, overwrite, resume)
+        found = _found(saved, name, processes) if resume else None
+        photo = read_photo(image)
+        restore = base is not None
+        if base is None:
+            base = open_for(config)
+        else:
+            config = config.model_copy(update={"memory": base.runtime.memory})  # it has levers of its own
+        if config.memory.optimizer_in_backward:
+            refuse_several(processes)
+        if config.tune.mode == "full":
+            refuse_half(base)
+        if processes.main:
+            refuse_full_disk(base.architecture, config, assumed_from(base.runtime), store.root, saved.size)
+        reset_peak_memory(base.runtime.device)
+        run = Run(config, base, photo, prompt, processes)
+        if processes.main and not resume:
+            saved.clear()  # only now that nothing is refused any more
+        stages = _Stages(run, saved, stop)
+        e_opt, start = stages.taken_up(found) if found else (None, 0)
+        if e_opt is None:
+            embed = embed_stage(base, run.latents, run.target, config.embed, config.seed, processes)
+            yield from stages.follow(embed, start, found)
+            e_opt, start, found = optimised(embed), 0, None
+            del embed
+        with _trainables(run, restore) as parameters:
+            tune = tune_stage(base, run.latents, e_opt, parameters, config.tune, config.seed, processes)
+            yield from stages.follow(tune, start, found, {f"optimised/{name}": value for name, value in e_opt.tensors().items()})
+            del tune, found  # and with them the optimiser's states, before pictures need room
+            if not processes.main:
+                return None
+            with _heeding(base, stop, stages.kept):
+                preview = run.preview(e_opt)
+            adapter = store.write(run.record(name), lambda draft: run.fill(draft, e_opt, preview), overwrite)
+        saved.clear()
     return adapter
+
+
+def _prepare(store: Store, name: str, saved: Checkpoints, overwrite: bool, resume: bool) -> None:
+    """Refuses a name that is taken, by an adapter or by an unfinished fit, unless it is asked for."""
+    store.prepare(name, overwrite)
+    if saved.any() and not resume and not overwrite:
+        got = f"an unfinished fit of {name} is in {saved.folder}"
+        raise ImagicError(got, "to go on with it, or to begin anew", "add --resume, or --overwrite")
+
+
+def _found(saved: Checkpoints, name: str, processes: Processes) -> Checkpoint:
+    found = saved.newest(processes.main)
+    if found is None:
+        kind = "whole checkpoint" if saved.any() else "checkpoint"
+        raise ImagicError(f"there is no {kind} of {name} to resume", "an interrupted fit", "leave out --resume to begin anew")
+    return found
+
+
+def _trainables(run: Run, restore: bool) -> AbstractContextManager[dict[str, Parameter]]:
+    if run.config.tune.mode == "full":
+        return unfrozen(run.base, restore)
+    return attached(run.base, run.config.tune, key(run.config.seed, "lora"))
+
+
+@contextmanager
+def _heeding(base: Base, stop: Callable[[], bool], kept: str) -> Iterator[None]:
+    """Pictures take a while too: ``stop`` is asked at every step of the sampler."""
+
+    def look(*_: object) -> None:
+        if stop():
+            raise Stopped(kept)
+
+    hook = base.denoiser.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@dataclass
+class _Stages:
+    """Drives the stages of a run and saves what they come to."""
+
+    run: Run
+    saved: Checkpoints
+    stop: Callable[[], bool]
+    kept: str = ""
+    last: float = field(default_factory=time.perf_counter)
+
+    def follow(
+        self, stage: Stage, start: int, found: Checkpoint | None, more: Mapping[str, Tensor] | None = None
+    ) -> Generator[StepReport, None, None]:
+        """Passes the reports of a stage on, keeping its losses and its time.
+
+        Args:
+            start: steps that are done already, by the state in ``found``.
+            more: goes into its checkpoints.
+
+        Raises:
+            Stopped: after a step that ``stop`` spoke up in.
+        """
+        run, step, steps = self.run, start, stage.config.steps
+        if found:
+            stage.load_state_dict(found.tensors)
+        losses = run.losses.setdefault(stage.name, [])
+        begun = time.perf_counter() - run.seconds.get(stage.name, 0.0)
+        try:
+            with explained(run.base.architecture, run.config, run.base.runtime, stage.name, lambda: self.kept):
+                for report in train(stage, start, self.stop):
+                    losses.append(report.loss)
+                    step = report.step
+                    run.seconds[stage.name] = round(time.perf_counter() - begun, 3)
+                    yield report
+                    if step < steps and self._due(step):
+                        self._save(stage, step, more)
+        except GeneratorExit:
+            self._save(stage, step, more)
+            raise
+        except NotFinite as error:
+            raise NotFinite("; ".join(filter(None, (error.got, self.kept))), error.expected, error.remedy) from error
+        if step > start or not found:
+            self._save(stage, step, more)
+        if step < steps or run.processes.any(self.stop()):
+            raise Stopped(self.kept)
+
+    def taken_up(self, found: Checkpoint) -> tuple[Conditioning | None, int]:
+        """Takes losses, times and latents from a checkpoint; gives the optimised embedding, if it was that far, and the steps done.
+
+        Raises:
+            ImagicError: it is of another run.
+        """
+        run, record = self.run, found.record
+        other = differences(record.inputs, run.inputs(record.stage, finished=False))
+        if not other and not self._whole(found):
+            other = ["what it holds does not fit"]
+        latents = found.tensors.get("latents", run.latents).to(run.latents)
+        if not other and (latents - run.latents).norm() > _SAME_LATENTS * latents.norm():
+            other = ["the photo's latents are others (another VAE?)"]
+        if other:
+            got, expected = f"another run than the one interrupted: {'; '.join(other)}", "the same photo, sentence, base and settings"
+            raise ImagicError(got, expected, "give what was given then, or begin anew with --overwrite and without --resume")
+        threads = torch.get_num_threads()
+        if run.base.runtime.device.type == "cpu" and threads != record.threads:
+            message = f"the fit was begun on {record.threads} threads and goes on on {threads}: its last digits may differ"
+            warnings.warn(message, ImagicWarning, stacklevel=2)
+        run.latents = latents
+        run.losses = {stage: list(losses.to(latents.device)) for stage, losses in found.group("losses").items()}
+        run.seconds = dict(record.seconds)
+        self._keep(record.stage, record.step, record.steps)
+        if record.stage == "embed":
+            return None, record.step
+        return Conditioning.from_tensors(found.group("optimised")).to(latents.device), record.step
+
+    def _whole(self, found: Checkpoint) -> bool:
+        """Whether a checkpoint holds what :meth:`_save` puts into one, in the right shapes; the stage looks after its own state."""
+        run, record = self.run, found.record
+        expected = {"latents": tuple(run.latents.shape), f"losses/{record.stage}": (record.step,)}
+        if record.stage == "tune":
+            expected["losses/embed"] = (run.config.embed.steps,)
+            expected |= {f"optimised/{name}": tuple(value.shape) for name, value in run.target.tensors().items()}
+        rest = {name: tuple(value.shape) for name, value in found.tensors.items() if not name.startswith((TRAINABLE, OPTIMIZER))}
+        finished = not any(name.startswith(OPTIMIZER) for name in found.tensors)
+        return rest == expected and finished == (record.step == record.steps)
+
+    def _due(self, step: int) -> bool:
+        every = self.run.config.checkpoint
+        return time.perf_counter() - self.last >= every.seconds or (every.steps is not None and step % every.steps == 0)
+
+    def _save(self, stage: Stage, step: int, more: Mapping[str, Tensor] | None) -> None:
+        """Saves a stage as it is after a step; of a finished one only what it came to."""
+        run = self.run
+        if not run.processes.main or step == 0:
+            return
+        stage.check()
+        finished = step == stage.config.steps
+        state = {name: value for name, value in stage.state_dict().items() if not (finished and name.startswith(OPTIMIZER))}
+        losses = {f"losses/{name}": torch.stack(values) for name, values in run.losses.items() if values}
+        record = CheckpointRecord(
+            stage=stage.name,  # pyright: ignore[reportArgumentType]  # one of the two
+            step=step,
+            steps=stage.config.steps,
+            inputs=run.inputs(stage.name, finished),
+            seconds=run.seconds,
+            threads=torch.get_num_threads(),
+        )
+        self.saved.save(record, {"latents": run.latents, **state, **losses, **(more or {})})
+        self._keep(stage.name, step, stage.config.steps)
+        self.last = time.perf_counter()
+
+    def _keep(self, stage: str, step: int, steps: int) -> None:
+        self.kept = f"{step} of {steps} steps of stage {stage} are saved, and the same command with --resume goes on from there"
 
 
 def result(steps: Generator[StepReport, None, Value]) -> Value:
@@ -129,144 +294,3 @@ def result(steps: Generator[StepReport, None, Value]) -> Value:
             next(steps)
         except StopIteration as done:
             return done.value
-
-
-@dataclass
-class _Run:
-    """What the parts of one fit share."""
-
-    config: RunConfig
-    base: Base
-    photo: Photo
-    prompt: str
-    processes: Processes
-    losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        base = self.base
-        self.canvas: Canvas = to_canvas(self.photo.image, self.config.resolution or base.resolution, base.size_multiple)
-        with explained(base.architecture, self.config, base.runtime, "encode"):
-            self.latents = base.encode_image(self.canvas.pixels)
-        if not self.latents.isfinite().all():
-            raise ImagicError("the photo's latents are not finite", "finite values", "try --dtype fp32 or bf16")
-        self.target = base.encode_text(self.prompt)
-        self.null = base.null()
-        base.rest()
-
-    def embed_stage(self) -> Stage:
-        return embed_stage(self.base, self.latents, self.target, self.config.embed, self.config.seed, self.processes)
-
-    def trainables(self, restore: bool) -> AbstractContextManager[dict[str, Parameter]]:
-        tune: TuneConfig = self.config.tune
-        if tune.mode == "full":
-            return unfrozen(self.base, restore)
-        return attached(self.base, tune, key(self.config.seed, "lora"))
-
-    def kept(self, store: Store, name: str) -> KeptEmbedding:
-        """Where the embedding stage's outcome is kept, by all that it depends on but the levers that hardly touch it."""
-        config, base = self.config, self.base
-        inputs = [self.photo.sha256, self.prompt, base.fingerprint, config.embed.model_dump(), config.seed, tuple(self.latents.shape)]
-        return KeptEmbedding(store.root, name, [*inputs, base.runtime.dtype, base.runtime.memory.vae_tiling, self.processes.count])
-
-    def keep(self, kept: KeptEmbedding, e_opt: Conditioning) -> str:
-        """Saves the embedding; says so."""
-        if self.processes.main:
-            kept.save(e_opt, torch.stack([loss.cpu() for loss in self.losses["embed"]]))
-        return "the embedding is kept, and the same command with more levers goes on from it"
-
-    def recalled(self, kept: KeptEmbedding) -> Conditioning | None:
-        """The embedding that an earlier run of the same settings kept."""
-        found = kept.load(self.base.runtime.device)
-        if found is None:
-            return None
-        warnings.warn("the embedding that an earlier run kept is taken; stage embed is not repeated", ImagicWarning, stacklevel=2)
-        e_opt, losses = found
-        self.losses["embed"], self.seconds["embed"] = list(losses), 0.0
-        return e_opt
-
-    def follow(self, stage: Stage, kept: Callable[[], str] = lambda: "") -> Iterator[StepReport]:
-        """Passes the reports of a stage on, keeping its losses and its time; ``kept`` saves what there is if memory runs out."""
-        losses = self.losses.setdefault(stage.name, [])
-        start = time.perf_counter()
-        with explained(self.base.architecture, self.config, self.base.runtime, stage.name, kept):
-            for report in train(stage):
-                losses.append(report.loss)
-                yield report
-        self.seconds[stage.name] = round(time.perf_counter() - start, 3)
-
-    def preview(self, e_opt: Conditioning) -> Image.Image:
-        """The photo, its reconstruction at eta 0, and the edit; the photo alone where memory does not reach for more."""
-        etas = (0.0, self.config.eta)
-        mixes = [interpolate(self.target, e_opt, eta) for eta in etas]
-        cells = [("photo", self.photo.image)]
-        try:
-            with explained(self.base.architecture, self.config, self.base.runtime, "decode"):
-                pictures = list(generate(self.base, mixes, [self.config.seed] * 2, self.config.edit, self.canvas, self.null, e_opt))
-            cells += [(f"eta {eta:g}", picture) for eta, picture in zip(etas, pictures, strict=True)]
-        except OutOfMemory as error:
-            warnings.warn(f"the adapter is stored without a preview: {error}", ImagicWarning, stacklevel=2)
-        return sheet([cells], self.prompt)
-
-    def fill(self, folder: Path, e_opt: Conditioning, preview: Image.Image) -> None:
-        """Every file of the adapter but its record."""
-        (save_full if self.config.tune.mode == "full" else save_lora)(self.base, folder)
-        named = {"target": self.target, "optimised": e_opt}
-        save_embeddings(folder, named if self.null is None else {**named, "null": self.null})
-        write_png(to_image(self.canvas.pixels[0]), folder / SOURCE, {})
-        write_png(preview, folder / PREVIEW, {"prompt": self.prompt})
-        lines = [
-            json.dumps({"stage": stage, "step": k + 1, "loss": round(loss, 6)})
-            for stage, losses in self.losses.items()
-            for k, loss in enumerate(torch.stack(losses).tolist())
-        ]
-        (folder / STEPS).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(_card(folder, self.prompt, self.base.name, self.config), encoding="utf-8")
-
-    def record(self, name: str) -> Record:
-        """How the adapter was made, without the hashes of its files."""
-        base, config = self.base, self.config
-        return Record(
-            name=name,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            base=BaseRecord(name=base.name, revision=base.revision, fingerprint=base.fingerprint),
-            parts=[weights_record(base, config.tune.mode)],
-            prompt=self.prompt,
-            config=config,
-            source=SourceRecord(sha256=self.photo.sha256, size=self.canvas.size, box=self.canvas.box),
-            losses={stage: _ends(torch.stack(losses)) for stage, losses in self.losses.items()},
-            seconds=self.seconds,
-            runtime=base.runtime.reasons | {"processes": str(self.processes.count)},
-            peak_memory=peak_memory(base.runtime.device),
-            versions={library: version(library) for library in _LIBRARIES},
-        )
-
-
-def _ends(losses: Tensor) -> tuple[float, float]:
-    """Means over the first and the last tenth."""
-    tenth = max(1, len(losses) // 10)
-    return round(losses[:tenth].mean().item(), 6), round(losses[-tenth:].mean().item(), 6)
-
-
-def _card(folder: Path, prompt: str, base: str, config: RunConfig) -> str:
-    """``README.md`` of an adapter; text from outside stands in indented blocks, where Markdown means nothing."""
-    mode = config.tune.mode
-    return "\n".join(
-        [
-            "# An imagic-lora adapter",
-            "",
-            f"Made by imagic-lora (Imagic, arXiv 2210.09276), mode {mode}, for this sentence:",
-            "",
-            f"    {json.dumps(prompt)}",
-            "",
-            "on this base:",
-            "",
-            f"    {json.dumps(base)}",
-            "",
-            "`embeddings.safetensors` holds the embeddings of the sentence (`target.tokens`) and of the photo (`optimised.tokens`).",
-            "Interpolate them with eta and give the result as `prompt_embeds`; the weights load with plain diffusers:",
-            "`load_lora_weights` on this folder." if mode == "lora" else "`UNet2DConditionModel.from_pretrained` on `unet/`.",
-            "`adapter.json` says how it was made.",
-            "",
-        ]
-    )

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from .console import err, out, print_json
+from .console import err, out, plain, print_json
 from .errors import ImagicError
 from .options import DEFAULT_STORE, Json, StoreDir
 
 if TYPE_CHECKING:
-    from .store import Adapter
+    from .adapter import Adapter
 
 
 def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
@@ -26,17 +25,20 @@ def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> 
         try:
             adapters.append(shelf.read(name, verify=False))
         except ImagicError as error:
-            err.print(f"[yellow]Passed over:[/] {escape(error.got)}")
+            err.print(f"[yellow]Passed over:[/] {plain(error.got)}")
+    unfinished = shelf.unfinished()
     if as_json:
-        print_json({"adapters": [{"name": a.record.name, "bytes": a.size, **facts(a)} for a in adapters]})
+        print_json({"adapters": [{"name": a.name, "bytes": a.size, **facts(a)} for a in adapters], "unfinished": unfinished})
         return
+    for name in unfinished:
+        err.print(f"[yellow]Unfinished:[/] {plain(name)}; the same fit command with --resume goes on with it", highlight=False)
     if not adapters:
-        err.print(f"No adapters in {escape(str(store))} yet. Make one: imagic-lora fit PHOTO PROMPT")
+        err.print(f"No adapters in {plain(store)} yet. Make one: imagic-lora fit PHOTO PROMPT")
         return
     table = Table("name", "base", "mode", "prompt", "MB", "made")
     for a in adapters:
         r = a.record
-        table.add_row(*map(escape, (r.name, r.base.name, r.config.tune.mode, r.prompt, f"{a.size / 1e6:.2f}", r.created[:10])))
+        table.add_row(*map(plain, (a.name, r.base.name, r.config.tune.mode, r.prompt, f"{a.size / 1e6:.2f}", r.created[:10])))
     out.print(table)
 
 
@@ -56,9 +58,52 @@ def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -
         print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json")})
         return
     table = Table(show_header=False, box=None, padding=(0, 2))
-    for key, value in {"name": record.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **facts(adapter)}.items():
-        table.add_row(f"[dim]{key}[/]", escape(json.dumps(value) if isinstance(value, dict) else str(value)))
+    for key, value in {"name": adapter.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **facts(adapter)}.items():
+        table.add_row(f"[dim]{key}[/]", plain(json.dumps(value) if isinstance(value, dict) else str(value)))
     out.print(table)
+
+
+def verify(name: str | None = None, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
+    """Check every byte of an adapter, or of all of them, against its hashes; exit code 2 if one has changed.
+
+    Parameters
+    ----------
+    name
+        The adapter; all where not given.
+    """
+    from .store import Store
+
+    shelf = Store(store)
+    names, wrong = [name] if name else shelf.names(), {}
+    for one in names:
+        try:
+            shelf.read(one)
+        except ImagicError as error:
+            wrong[one] = error
+        else:
+            err.print(f"[green]Unchanged:[/] {plain(one)}", highlight=False)
+    if wrong:
+        got = "; ".join(error.got for error in wrong.values())
+        raise ImagicError(got, f"{len(names)} adapters as they were written", next(iter(wrong.values())).remedy)
+    if as_json:
+        print_json({"unchanged": names})
+
+
+def remove(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
+    """Remove an adapter, and what an unfinished fit of that name has saved.
+
+    Parameters
+    ----------
+    name
+        The adapter, see: imagic-lora list
+    """
+    from .store import Store
+
+    Store(store).remove(name)
+    if as_json:
+        print_json({"removed": name})
+    else:
+        err.print(f"[green]Removed[/] {plain(name)}", highlight=False)
 
 
 def facts(adapter: Adapter) -> dict[str, Any]:

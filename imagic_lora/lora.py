@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from .bases.base import Base
+from .bases.blueprint import LORA_TARGETS
 from .config import TuneConfig
+from .durable import Draft
+from .errors import ImagicError
+from .tensors import encoded, opened, read, shapes
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+_METADATA = "lora_adapter_metadata"  # where diffusers looks for PEFT's settings
+_REMEDY = "fit or copy the adapter again"
 _NAME = "imagic"
 
 
@@ -43,33 +49,76 @@ def attached(base: Base, config: TuneConfig, seed: int) -> Iterator[dict[str, to
         base.denoiser.unload_lora()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def save_lora(base: Base, folder: Path) -> None:
-    """Writes the attached layers as ``pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights(folder)`` reads."""
+def saved_lora(base: Base) -> tuple[str, ...]:
+    """The files of :func:`save_lora`."""
+    return (LORA_FILE,)
+
+
+def save_lora(base: Base, draft: Draft) -> None:
+    """Writes the attached layers as ``pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights(folder)`` reads.
+
+    Raises:
+        ImagicError: a weight is not finite.
+    """
     config = base.denoiser.peft_config[_NAME].to_dict()  # pyright: ignore[reportAttributeAccessIssue]
-    layers = {name: value.float().cpu() for name, value in get_peft_model_state_dict(base.denoiser, adapter_name=_NAME).items()}
     config["target_modules"] = sorted(config["target_modules"])
+    layers = get_peft_model_state_dict(base.denoiser, adapter_name=_NAME)
     part = base.component
-    base.pipelines["text2image"].save_lora_weights(  # pyright: ignore[reportAttributeAccessIssue]
-        folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": config}
-    )
-    canonical(folder / LORA_FILE)
+    told = json.dumps({f"{part}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
+    tensors = {f"{part}.{name}": value.float() for name, value in layers.items()}
+    draft.write(LORA_FILE, encoded(tensors, {"format": "pt", _METADATA: told}))
 
 
 @contextmanager
 def loaded_lora(base: Base, folder: Path) -> Iterator[None]:
-    """The denoiser with stored layers; bit-equal to the base afterwards."""
+    """The denoiser with stored layers; bit-equal to the base afterwards.
+
+    Raises:
+        ImagicError: the file is not one of :func:`save_lora` for such a base, which is seen before anything is loaded, or not finite.
+    """
+    refuse_foreign_lora(base, folder / LORA_FILE)
     try:
-        base.pipeline("text2image").load_lora_weights(folder, adapter_name=_NAME)  # pyright: ignore[reportAttributeAccessIssue]
+        base.pipeline("text2image").load_lora_weights(folder, weight_name=LORA_FILE, use_safetensors=True, adapter_name=_NAME)  # pyright: ignore[reportAttributeAccessIssue]
         yield
     finally:
         base.denoiser.unload_lora()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def canonical(path: Path) -> None:
-    """Rewrites the header of a safetensors file with its keys in order, so that equal content is equal bytes."""
-    raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + length])
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+def refuse_foreign_lora(base: Base, path: Path) -> None:
+    """Raises ImagicError for layers that the base does not have, other shapes, or settings of PEFT that are not ours.
+
+    Some of PEFT's settings change the base's weights, and one names a module to import.
+    """
+    rank, targets = _told(base, path)
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, module in base.denoiser.named_modules():
+        if not name.endswith(tuple(f".{target}" for target in targets)):
+            continue
+        linear: Any = isinstance(module, torch.nn.Linear)  # one in 4 bits is, too
+        layer, one = f"{base.component}.{name}", cast(Any, module)
+        wide, high = (one.in_features, one.out_features) if linear else (one.in_channels, one.out_channels)
+        kernel = () if linear else one.kernel_size
+        expected[f"{layer}.lora_A.weight"] = (rank, wide, *kernel)
+        expected[f"{layer}.lora_B.weight"] = (high, rank, *(1 for _ in kernel))
+    if shapes(path) != expected:
+        raise ImagicError(f"{path} holds tensors of other names or shapes", f"LoRA layers of rank {rank} for {', '.join(targets)}", _REMEDY)
+    read(path)
+
+
+def _told(base: Base, path: Path) -> tuple[int, list[str]]:
+    """The rank and the layers that a file's metadata tells of, if all else it tells is what :func:`attached` would have."""
+    usual = LoraConfig().to_dict()
+    try:
+        with opened(path) as file:
+            told = json.loads((file.metadata() or {})[_METADATA])
+        part = f"{base.component}."
+        mine = {key.removeprefix(part): value for key, value in told.items() if key.startswith(part)}
+        rank, alpha, targets = mine.pop("r"), mine.pop("lora_alpha"), mine.pop("target_modules")
+        odd = [key for key in told if not key.startswith(part)]
+        odd += [key for key, value in mine.items() if key != "peft_version" and (key not in usual or value != usual[key])]
+        right = type(rank) is int and 1 <= rank <= 1024 and type(alpha) in (int, float) and 0 < alpha < float("inf")
+        if odd or not right or type(targets) is not list or sorted(targets) not in [sorted(layers) for layers in LORA_TARGETS.values()]:
+            raise ValueError(", ".join(map(repr, odd[:3])) or "rank, alpha or layers out of range")
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ImagicError(f"{path} has settings that are not ours ({error})", "a LoRA file as fit writes it", _REMEDY) from error
+    return rank, targets

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
-from .bases.blueprint import states_8bit
+from .bases.blueprint import scales_8bit, states_8bit
 from .errors import ImagicError
 from .runtime import Processes, Runtime, key
 
+_MAPS = ("qmap1", "qmap2")
 _FP16_SCALE = 1024.0  # keeps small gradients above fp16's underflow on their way back
 
 
@@ -70,12 +71,32 @@ class Updates(ABC):
         """
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """The states of the optimisers."""
+    def stepped(self, name: str) -> tuple[torch.optim.Optimizer, Parameter]:
+        """The optimiser of a trainable, and what it steps in its stead: the trainable itself, or its fp32 copy."""
 
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """The live states as ``TRAINABLE/STATE``, the same whichever way the optimisers work; empty before the first step."""
+        found: dict[str, Tensor] = {}
+        for name in self.trainables:
+            optimizer, parameter = self.stepped(name)
+            for part, value in optimizer.state[parameter].items():
+                if part not in _MAPS:
+                    found[f"{name}/{part}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+        return found
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ImagicError: the states are not those of these optimisers.
+        """
+        for name, weight in self.trainables.items():
+            optimizer, parameter = self.stepped(name)
+            mine = {part.removeprefix(f"{name}/"): value for part, value in state.items() if part.startswith(f"{name}/")}
+            if mine and {part: (value.dtype, tuple(value.shape)) for part, value in mine.items()} != _forms(optimizer, weight):
+                raise ImagicError(f"states of {name} that are not this optimiser's", "those of the same optimiser", "begin anew")
+            optimizer.state[parameter] = {part: _as_held(value, parameter.device) for part, value in mine.items()} | _maps(optimizer, mine)
 
 
 def build_updates(trainables: Mapping[str, Parameter], learning_rate: float, runtime: Runtime, seed: int) -> Updates:
@@ -104,11 +125,8 @@ class Together(Updates):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(dict(state))
+    def stepped(self, name: str) -> tuple[torch.optim.Optimizer, Parameter]:
+        return self.optimizer, self.trainables[name]
 
 
 class OneByOne(Updates):
@@ -166,12 +184,32 @@ class OneByOne(Updates):
             round_stochastically(master.data, weight, key(self.seed, "rounding", step, name))
             master.data = master.data.new_empty(0)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+    def stepped(self, name: str) -> tuple[torch.optim.Optimizer, Parameter]:
+        return self.optimizers[name], self.masters[name]
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(dict(state[name]))
+
+def _forms(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of each state of a weight."""
+    whole = torch.float32, tuple(weight.shape)
+    if isinstance(optimizer, torch.optim.Adam):
+        return {"step": (torch.float32, ()), "exp_avg": whole, "exp_avg_sq": whole}
+    scales = scales_8bit(weight.numel())
+    states = dict.fromkeys(("state1", "state2"), (torch.uint8, whole[1]) if scales else whole)
+    return {"step": (torch.int64, ()), **states, **(dict.fromkeys(("absmax1", "absmax2"), (torch.float32, (scales,))) if scales else {})}
+
+
+def _as_held(value: Tensor, device: torch.device) -> Tensor | int:
+    """A copy on the device; bitsandbytes counts its steps in plain whole numbers."""
+    return int(value) if value.dtype == torch.int64 else value.to(device, copy=True)
+
+
+def _maps(optimizer: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The two tables of 8-bit values that all 8-bit states of bitsandbytes share, made again."""
+    if "state1" not in state or state["state1"].dtype != torch.uint8:
+        return {}
+    if not optimizer.name2qmap:
+        optimizer.fill_qmap()
+    return dict(zip(_MAPS, (optimizer.name2qmap["dynamic"], optimizer.name2qmap["udynamic"]), strict=True))
 
 
 def _hollow(weight: Parameter) -> Parameter:

@@ -206,6 +206,7 @@ class Processes:
         self._several = state is not None and state.num_processes > 1
         self.count = state.num_processes if state is not None else 1
         self.rank = state.process_index if state is not None else 0
+        self._device = state.device if state is not None else None
 
     @property
     def main(self) -> bool:
@@ -221,3 +222,10 @@ class Processes:
         if self._several:
             for tensor in tensors:
                 tensor.copy_(reduce(tensor, "mean"))  # pyright: ignore[reportArgumentType]  # a tensor in, a tensor out
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in one of the processes; must be called by all of them."""
+        if not self._several:
+            return flag
+        here = torch.tensor(float(flag), device=self._device)
+        return bool(reduce(here, "sum") > 0)  # pyright: ignore[reportOperatorIssue]  # a tensor in, a tensor out

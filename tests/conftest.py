@@ -12,9 +12,10 @@ from common import KINDS, PROMPT, tiny_config
 from PIL import Image
 from tiny import save_tiny
 
+from imagic_lora.adapter import Adapter
 from imagic_lora.config import Mode
 from imagic_lora.imagic import fit, result
-from imagic_lora.store import Adapter, Store
+from imagic_lora.store import Store
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shlex
 import shutil
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +23,12 @@ from tiny import save_tiny
 import imagic_lora.cli as cli
 import imagic_lora.console as console
 import imagic_lora.fits as fits
+import imagic_lora.images as images
 import imagic_lora.imagic as imagic
 import imagic_lora.runtime as runtime
 from imagic_lora.config import PRESETS, RECIPES, Config, DeviceConfig, EditConfig, MemoryConfig, RunConfig, checked
 from imagic_lora.images import read_metadata, read_photo
+from imagic_lora.stages.stage import Stage, StepReport
 from imagic_lora.store import Store
 
 Run = Callable[..., tuple[int, str, str]]
@@ -201,15 +207,112 @@ def test_a_long_prompt_is_a_warning_that_says_what_was_cut(run: Run, base: Path,
     assert "Warning: the prompt is longer than the 14 tokens this base reads; lost: 'n squad'" in err
 
 
-def test_an_interrupt_exits_130(run: Run, base: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing is stored."""
+def test_an_interrupt_before_anything_is_trained_exits_130(run: Run, base: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and nothing is left."""
+    monkeypatch.setattr(imagic, "embed_stage", lambda *_: signal.raise_signal(signal.SIGINT))
+    code, _, err = run("fit", photo, "a dog", "--base", base, *SHORT)
+    assert (code, err) == (130, "Interrupted: nothing was stored")
+    assert not list(Path("adapters").iterdir())
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(imagic, "tune_stage", interrupted)
-    assert run("fit", photo, "a dog", "--base", base, *SHORT)[0] == 130
-    assert not list(Path("adapters").glob("*"))
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sends signals in the middle of a step of a stage."""
+    plain = Stage.step
+
+    def at_step(name: str, k: int, *signals: signal.Signals) -> None:
+        def step(self: Stage, now: int) -> StepReport:
+            for one in signals if (self.name, now) == (name, k) else ():
+                signal.raise_signal(one)
+            return plain(self, now)
+
+        monkeypatch.setattr(Stage, "step", step)
+
+    return at_step
+
+
+@pytest.mark.parametrize(("stage", "k"), [("embed", 1), ("embed", 2), ("tune", 0), ("tune", 2)])
+@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT,) * 3], ids=["int", "term", "thrice"])
+def test_an_interrupted_fit_goes_on_by_the_command_it_prints(
+    stage: str, k: int, signals: tuple[signal.Signals, ...], run: Run, base: Path, photo: Path, signalled: Callable[..., None]
+) -> None:
+    """The step is finished, it is saved, 130; the printed command, typed as it is, comes to the bytes of a run that was let be."""
+    command = ["fit", photo, "a 'big' dog", "--base", base, "--embed.steps", 3, "--tune.steps", 3, "--edit.steps", 2, "--rank", 2, "--name"]
+    assert run(*command, "whole")[0] == 0
+    signalled(stage, k, *signals)
+    handler = signal.getsignal(signal.SIGINT)
+    code, out, err = run(*command, "rex", "--json")
+    assert code == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert f"{k + 1} of 3 steps of stage {stage} are saved" in err
+    printed = json.loads(out)["resume"]
+    assert f"Go on with: {printed}" in err
+    assert "Unfinished: rex" in run("list")[2]
+    assert json.loads(run("list", "--json")[1])["unfinished"] == ["rex"]
+    signalled("none", 0)
+    assert run(*command, "rex")[0] == 2
+    assert run(*shlex.split(printed)[1:])[0] == 0
+    files = Store(Path("adapters")).read("rex").record.files
+    assert files == Store(Path("adapters")).read("whole").record.files
+    assert json.loads(run("list", "--json")[1])["unfinished"] == []
+
+
+def test_an_interrupt_while_loading_leaves_what_was_saved(
+    run: Run, base: Path, photo: Path, signalled: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once; the command to go on with is printed again, with one --resume."""
+    signalled("tune", 0, signal.SIGINT)
+    assert run("fit", photo, "a dog", "--base", base, *SHORT, "--name", "rex")[0] == 130
+    monkeypatch.setattr(imagic, "open_for", lambda *_: signal.raise_signal(signal.SIGINT))
+    code, _, err = run("fit", photo, "a dog", "--base", base, *SHORT, "--name", "rex", "--resume")
+    assert code == 130
+    assert "what was saved before is as it was" in err
+    assert err.count("--resume") == 1
+
+
+def test_verify_finds_a_changed_byte_and_names_the_file(run: Run, store: Path, tmp_path: Path) -> None:
+    """Of one adapter, or of all; exit code 2."""
+    shutil.copytree(store / "rex", tmp_path / "mine/rex")
+    shutil.copytree(store / "rex", tmp_path / "mine/max")
+    assert json.loads(run("verify", "--store", "mine", "--json")[1]) == {"unchanged": ["max", "rex"]}
+    path = tmp_path / "mine/max/preview.png"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, _, err = run("verify", "--store", "mine")
+    assert code == 2
+    assert "Unchanged: rex" in err
+    assert "max/preview.png is missing or has changed" in err
+    assert run("verify", "rex", "--store", "mine")[0] == 0
+    assert run("verify", "nobody", "--store", "mine")[0] == 2
+
+
+def test_rm_removes_an_adapter_and_an_unfinished_fit(
+    run: Run, base: Path, photo: Path, store: Path, signalled: Callable[..., None]
+) -> None:
+    """Each by its name; what is not there is refused."""
+    shutil.copytree(store / "rex", "adapters/rex")
+    signalled("tune", 0, signal.SIGINT)
+    assert run("fit", photo, "a dog", "--base", base, *SHORT, "--name", "max")[0] == 130
+    assert run("rm", "rex")[0] == run("rm", "max")[0] == 0
+    assert not list(Path("adapters").iterdir())
+    assert run("rm", "rex")[0] == 2
+
+
+def test_a_full_disk_is_an_error_with_a_remedy(run: Run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pictures too; another OSError keeps its traceback."""
+
+    def full(code: int) -> Callable[..., None]:
+        def write(*_: object) -> None:
+            raise OSError(code, os.strerror(code), "eta.png")
+
+        return write
+
+    monkeypatch.setattr(images, "write_png", full(errno.ENOSPC))
+    code, _, err = run("edit", "rex", "--store", store, "--steps", 2)
+    assert code == 2
+    assert "the disk is full (eta.png)" in err
+    monkeypatch.setattr(images, "write_png", full(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        run("edit", "rex", "--store", store, "--steps", 2)
 
 
 def test_out_of_memory_is_an_error_with_a_remedy(run: Run, base: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +327,7 @@ def test_out_of_memory_is_an_error_with_a_remedy(run: Run, base: Path, photo: Pa
     assert "--preset 8gb" in err
     monkeypatch.setattr(imagic, "tune_stage", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        run("fit", photo, "a dog", "--base", base, *SHORT)
+        run("fit", photo, "a dog", "--base", base, *SHORT, "--overwrite")
 
 
 def leaves(group: type[BaseModel] = RunConfig, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -245,9 +348,18 @@ def at(config: Any, path: tuple[str, ...]) -> Any:
 
 def other_value(path: tuple[str, ...]) -> Any:
     """A valid value of a setting that is not its default."""
-    special = {"base": "somewhere", "revision": "main", "resolution": 48, "alpha": 3.5, "device": "cpu", "strength": 0.25}
-    if path[-1] in special:
-        return special[path[-1]]
+    special = {
+        "base": "somewhere",
+        "revision": "main",
+        "resolution": 48,
+        "alpha": 3.5,
+        ("checkpoint", "steps"): 9,
+        "device": "cpu",
+        "strength": 0.25,
+    }
+    for known in (path, path[-1]):
+        if known in special:
+            return special[known]
     default, choices = at(RunConfig(), path), get_args(_annotation(path))
     if choices and isinstance(default, str):
         return next(c for c in choices if c != default)
@@ -342,14 +454,15 @@ def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Pa
     by_runtime: set[tuple[str, ...]] = set()
     resolved = runtime.resolve_runtime
     monkeypatch.setattr(imagic, "resolve_runtime", lambda memory: resolved(Watched(memory._config, by_runtime, ("memory",))))
-    for module, name in ((imagic, "refuse_if_too_large"), (runtime, "_refuse_missing")):
+    for module, name in ((imagic, "refuse_if_too_large"), (imagic, "refuse_full_disk"), (runtime, "_refuse_missing")):
         monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(runtime, "levers", lambda memory: [])
     monkeypatch.setattr(imagic.Store, "write", lambda *_: "stored")
-    monkeypatch.setattr(imagic._Run, "record", lambda self, name: None)
+    monkeypatch.setattr(imagic.Run, "record", lambda self, name: None)
+    monkeypatch.setattr(imagic.Run, "inputs", lambda *_: {})
     for mode in MODES:
         tune = {"steps": 1, "mode": mode}
-        config = checked({"base": str(base), "embed": {"steps": 1}, "tune": tune, "edit": {"steps": 2, "start": "image"}})
+        config = checked({"base": str(base), "embed": {"steps": 2}, "tune": tune, "edit": {"steps": 2, "start": "image"}})
         steps = imagic.fit(photo, "a dog", Watched(config, by_fit), Store(tmp_path), "x")  # pyright: ignore[reportArgumentType]
         assert imagic.result(steps) == "stored"
     assert set(leaves()) - {path for path in by_fit if path[0] != "memory"} - by_runtime == {("preset",)}

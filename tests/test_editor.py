@@ -16,6 +16,7 @@ from diffusers import DDIMScheduler
 from tiny import save_tiny
 from torch import Tensor
 
+from imagic_lora.adapter import Adapter
 from imagic_lora.bases.base import Base
 from imagic_lora.conditioning import Conditioning
 from imagic_lora.config import EditConfig, Mode
@@ -23,7 +24,6 @@ from imagic_lora.editor import Editor
 from imagic_lora.errors import ImagicError
 from imagic_lora.generate import generate, inverted
 from imagic_lora.images import to_image
-from imagic_lora.store import Adapter
 
 CONFIG = EditConfig(steps=2, guidance_scale=3.0)
 Fitted = Callable[..., Adapter]

@@ -20,6 +20,7 @@ import imagic_lora.editor as editor
 import imagic_lora.fits as fits
 import imagic_lora.imagic as imagic
 import imagic_lora.plan as plan
+from imagic_lora.adapter import PREVIEW, STEPS, Adapter
 from imagic_lora.bases.published import PUBLISHED, architecture
 from imagic_lora.config import Mode, Preset, RunConfig, merged, recipe_of, resolve
 from imagic_lora.errors import ImagicError, ImagicWarning
@@ -27,7 +28,7 @@ from imagic_lora.fits import OutOfMemory, choose, choose_for_edit, explained, is
 from imagic_lora.imagic import fit, result
 from imagic_lora.plan import Assumed, Plan, predict
 from imagic_lora.stages.stage import Stage, StepReport
-from imagic_lora.store import PREVIEW, STEPS, Adapter, Store
+from imagic_lora.store import Store
 
 CARD = Assumed("cuda", "bf16", "adam8bit")
 SD15 = PUBLISHED["sd15"]
@@ -338,7 +339,6 @@ def test_what_was_kept_is_saved_only_when_memory_runs_out(folder: Path) -> None:
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
-KEPT = ".one.embedding.safetensors"
 Starve = Callable[..., Any]
 
 
@@ -384,9 +384,13 @@ def finished(steps: Iterator[StepReport]) -> list[tuple[str, int]]:
     return [(report.stage, report.step) for report in steps]
 
 
+MORE = {"gradient_checkpointing": True, "optimizer_in_backward": True, "idle": "release", "vae_slicing": True}
+
+
 @pytest.mark.parametrize(
     ("mode", "error", "at"), [("lora", CUDA, 0), ("full", HOST, 2), ("lora", MemoryError(), 3)], ids=["card", "host", "python"]
 )
+@pytest.mark.parametrize("levers", [{}, MORE], ids=["the same", "more levers"])
 def test_the_embedding_outlasts_a_lack_of_memory(
     folder: Path,
     photo_file: Path,
@@ -396,16 +400,17 @@ def test_the_embedding_outlasts_a_lack_of_memory(
     mode: Mode,
     error: BaseException,
     at: int,
+    levers: dict[str, Any],
 ) -> None:
-    """The same fit goes on from it, to the bits of a fit that nothing disturbed, and nothing is left over."""
+    """With --resume the fit goes on from it, to the bits of a fit that nothing disturbed, and nothing is left over."""
     store, config = Store(tmp_path), tiny_config(folder, mode)
-    with starve("tune", error, at), pytest.raises(OutOfMemory, match=r"stage tune needs .*; the embedding is kept") as caught:
+    told = r"stage tune needs .*; 3 of 3 steps of stage embed are saved, and the same command with --resume goes on from there\. "
+    with starve("tune", error, at), pytest.raises(OutOfMemory, match=told) as caught:
         finished(fit(photo_file, PROMPT, config, store, "one"))
     assert caught.value.__cause__ is error
-    assert [path.name for path in tmp_path.iterdir()] == [KEPT]
+    assert [path.name for path in tmp_path.iterdir()] == [".one.checkpoints"]
     assert store.names() == []
-    with pytest.warns(ImagicWarning, match="stage embed is not repeated"):
-        reports = finished(fit(photo_file, PROMPT, config, store, "one"))
+    reports = finished(fit(photo_file, PROMPT, tiny_config(folder, mode, memory=levers), store, "one", resume=True))
     assert reports == [("tune", k) for k in (1, 2, 3, 4)]
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
     found, undisturbed = store.read("one"), fitted(mode)
@@ -413,6 +418,17 @@ def test_the_embedding_outlasts_a_lack_of_memory(
     assert len(bytes_of(found)) == 2
     assert (found.folder / STEPS).read_text() == (undisturbed.folder / STEPS).read_text()
     assert found.record.losses == undisturbed.record.losses
+
+
+def test_the_last_checkpoint_outlasts_a_lack_of_memory(
+    folder: Path, photo_file: Path, fitted: Callable[..., Adapter], tmp_path: Path, starve: Starve
+) -> None:
+    """Where stage tune was saved as well, it is not begun again."""
+    store, config = Store(tmp_path), tiny_config(folder, checkpoint={"steps": 2})
+    with starve("tune", CUDA, 3), pytest.raises(OutOfMemory, match="; 2 of 4 steps of stage tune are saved"):
+        finished(fit(photo_file, PROMPT, config, store, "one"))
+    assert finished(fit(photo_file, PROMPT, config, store, "one", resume=True)) == [("tune", 3), ("tune", 4)]
+    assert bytes_of(store.read("one")) == bytes_of(fitted("lora"))
 
 
 def test_a_given_base_is_given_back(folder: Path, photo_file: Path, tmp_path: Path, starve: Starve) -> None:
@@ -425,68 +441,22 @@ def test_a_given_base_is_given_back(folder: Path, photo_file: Path, tmp_path: Pa
     assert torch.equal(output(base), picture)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "changes"),
-    [
-        ("a dog", {}),
-        (PROMPT, {"seed": 1}),
-        (PROMPT, {"embed": {"learning_rate": 0.1}}),
-        (PROMPT, {"resolution": 16}),
-        (PROMPT, {"memory": {"dtype": "bf16"}}),
-    ],
-    ids=str,
-)
-def test_an_embedding_of_another_run_is_not_taken(
-    folder: Path, photo_file: Path, tmp_path: Path, starve: Starve, prompt: str, changes: dict[str, Any]
-) -> None:
-    """Another sentence, seed, rate, size or precision begins with stage embed, and leaves what is kept alone."""
-    with starve("tune", CUDA), pytest.raises(OutOfMemory):
-        finished(fit(photo_file, PROMPT, tiny_config(folder), Store(tmp_path), "one"))
-    kept = (tmp_path / KEPT).read_bytes()
-    run = fit(photo_file, prompt, tiny_config(folder, **changes), Store(tmp_path), "one")
-    assert next(run).stage == "embed"
-    run.close()
-    assert (tmp_path / KEPT).read_bytes() == kept
-
-
-def test_an_embedding_of_another_photo_or_name_is_not_taken(folder: Path, photo_file: Path, tmp_path: Path, starve: Starve) -> None:
-    """Nor one that is broken."""
-    config, store = tiny_config(folder), Store(tmp_path)
-    other = tmp_path / "other.png"
-    Image.open(photo_file).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(other)
-    with starve("tune", CUDA), pytest.raises(OutOfMemory):
-        finished(fit(photo_file, PROMPT, config, store, "one"))
-    for photo, name in ((other, "one"), (photo_file, "two")):
-        assert next(fit(photo, PROMPT, config, store, name)).stage == "embed"
-    (tmp_path / KEPT).write_bytes((tmp_path / KEPT).read_bytes()[:40])
-    assert next(fit(photo_file, PROMPT, config, store, "one")).stage == "embed"
-
-
-def test_levers_beside_the_arithmetic_go_on_from_it(folder: Path, photo_file: Path, tmp_path: Path, starve: Starve) -> None:
-    """What the error advised may be put on the command line."""
-    with starve("tune", CUDA), pytest.raises(OutOfMemory):
-        finished(fit(photo_file, PROMPT, tiny_config(folder), Store(tmp_path), "one"))
-    levers = {"gradient_checkpointing": True, "optimizer_in_backward": True, "idle": "release", "vae_slicing": True}
-    with pytest.warns(ImagicWarning, match="is not repeated"):
-        assert next(fit(photo_file, PROMPT, tiny_config(folder, memory=levers), Store(tmp_path), "one")).stage == "tune"
-
-
-def test_in_the_first_stage_nothing_is_kept(folder: Path, photo_file: Path, tmp_path: Path, starve: Starve) -> None:
-    """And nothing is promised."""
+def test_before_anything_is_saved_nothing_is_promised(folder: Path, photo_file: Path, tmp_path: Path, starve: Starve) -> None:
+    """And nothing is left."""
     with starve("embed", CUDA, 2), pytest.raises(OutOfMemory, match="stage embed") as caught:
         finished(fit(photo_file, PROMPT, tiny_config(folder), Store(tmp_path), "one"))
-    assert "kept" not in str(caught.value)
+    assert "saved" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stage", ["embed", "tune"])
-def test_other_errors_pass_unchanged(folder: Path, photo_file: Path, tmp_path: Path, starve: Starve, stage: str) -> None:
-    """With their own words, and nothing kept."""
+@pytest.mark.parametrize(("stage", "left"), [("embed", []), ("tune", [".one.checkpoints"])])
+def test_other_errors_pass_unchanged(folder: Path, photo_file: Path, tmp_path: Path, starve: Starve, stage: str, left: list[str]) -> None:
+    """With their own words; what was saved before is there."""
     error = RuntimeError("a bug")
     with starve(stage, error), pytest.raises(RuntimeError) as caught:
         finished(fit(photo_file, PROMPT, tiny_config(folder), Store(tmp_path), "one"))
     assert caught.value is error
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == left
 
 
 def failing(error: BaseException, after: int = 0) -> Callable[..., Iterator[Image.Image]]:
@@ -511,7 +481,7 @@ def test_an_adapter_is_stored_without_its_preview(
     error: BaseException,
 ) -> None:
     """Its files verify and are those of an undisturbed fit; the sheet shows the photo alone, and a warning says why."""
-    monkeypatch.setattr(imagic, "generate", failing(error, after=1))
+    monkeypatch.setattr("imagic_lora.run.generate", failing(error, after=1))
     with pytest.warns(ImagicWarning, match="stored without a preview: stage decode needs"):
         made = result(fit(photo_file, PROMPT, tiny_config(folder, mode), Store(tmp_path), "one"))
     assert made is not None
@@ -524,7 +494,7 @@ def test_an_adapter_is_stored_without_its_preview(
 
 def test_other_errors_of_a_preview_pass_unchanged(folder: Path, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing is stored."""
-    monkeypatch.setattr(imagic, "generate", failing(RuntimeError("a bug")))
+    monkeypatch.setattr("imagic_lora.run.generate", failing(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match=r"^a bug$"):
         result(fit(photo_file, PROMPT, tiny_config(folder), Store(tmp_path), "one"))
     assert Store(tmp_path).names() == []
@@ -554,22 +524,23 @@ SHORT = ("--device", "cpu", "--embed.steps", "2", "--tune.steps", "2", "--edit.s
 def test_a_fit_without_memory_on_the_command_line(
     command: Callable[..., tuple[int, str, str]], folder: Path, photo_file: Path, starve: Starve, error: BaseException
 ) -> None:
-    """Exit code 2 and no traceback; the same command goes on."""
+    """Exit code 2 and no traceback; the same command goes on with --resume, and says so without."""
     tokens = ["fit", photo_file, PROMPT, "--base", folder, *SHORT]
     with starve("tune", error):
         code, _, err = command(*tokens)
     assert code == 2
     assert "stage tune needs" in err
-    assert "the embedding is kept, and the same command with more levers goes on from it" in err
+    assert "2 of 2 steps of stage embed are saved, and the same command with --resume goes on from there" in err
     assert "Traceback" not in err
-    assert Path("adapters", KEPT).is_file()
+    code, _, err = command(*tokens)
+    assert code == 2
+    assert "an unfinished fit of one" in err
     with starve("tune", error):
-        code, out, _ = command(*tokens, "--json")
+        code, out, _ = command(*tokens, "--resume", "--json")
     assert code == 2
     assert set(json.loads(out)["error"]) == {"got", "expected", "remedy"}
-    code, _, err = command(*tokens)
+    code, _, err = command(*tokens, "--resume", "--gradient-checkpointing")
     assert code == 0, err
-    assert "Warning: the embedding that an earlier run kept is taken" in err
     assert "tune 2/2" in err
     assert "embed 2/2" not in err
     assert [path.name for path in Path("adapters").iterdir()] == ["one"]
@@ -608,5 +579,5 @@ def test_a_fit_that_cannot_fit_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(imagic, "free_memory", lambda device: 1000)
     code, _, err = command(*tokens, "--device", "cpu")
     assert code == 2
-    assert "0.0 GiB can be had on this machine" in err
+    assert "0.0 MiB can be had on this machine" in err
     assert "Traceback" not in err

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import imagic_lora.methods.fitted as imagic
+from imagic_lora.adapter import Adapter
 from imagic_lora.bases.base import Base
 from imagic_lora.conditioning import Conditioning
 from imagic_lora.config import EditConfig, Mode
@@ -26,7 +27,7 @@ from imagic_lora.methods.bounds import Bounds
 from imagic_lora.methods.fitted import Imagic
 from imagic_lora.methods.method import Made, Method, Price, Studio, Task, metered
 from imagic_lora.methods.untuned import Untuned, prompt_only, sdedit
-from imagic_lora.store import Adapter, Store
+from imagic_lora.store import Store
 
 CONFIG = EditConfig(steps=5, guidance_scale=3.0)
 SEED = 11

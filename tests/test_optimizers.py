@@ -48,12 +48,7 @@ def trained(stage: Stage) -> dict[str, Tensor]:
 
 def states(stage: Stage) -> dict[str, Tensor]:
     """A copy of the optimiser's states of every parameter, however many optimisers there are."""
-    updates: Any = stage.updates
-    if isinstance(updates, Together):
-        found = {name: updates.optimizer.state[weight] for name, weight in updates.trainables.items()}
-    else:
-        found = {name: updates.optimizers[name].state[master] for name, master in updates.masters.items()}
-    return {f"{name}/{part}": torch.as_tensor(value).clone() for name, own in found.items() for part, value in own.items()}
+    return {name: value.clone() for name, value in stage.updates.state_dict().items()}
 
 
 def outcome(stage: Stage) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
@@ -420,7 +415,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(folder: Path, mode: Mode, memory
     with tuning(folder, mode, **memory) as stage:
         steps = train(stage)
         list(islice(steps, 2))
-        state = stage.state_dict()
+        state = {key: value.clone() for key, value in stage.state_dict().items()}
         losses = [report.loss.item() for report in steps]
         uninterrupted, kept = trained(stage), states(stage)
     with tuning(folder, mode, **memory) as stage:

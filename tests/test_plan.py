@@ -14,10 +14,10 @@ from common import MODES, tiny_config
 from safetensors.torch import load_file
 
 import imagic_lora.cli as cli
+from imagic_lora.adapter import Adapter
 from imagic_lora.bases.published import PUBLISHED, architecture
 from imagic_lora.config import Mode, RunConfig, merged, recipe_of, resolve
 from imagic_lora.plan import Assumed, Peak, Plan, assume, predict
-from imagic_lora.store import Adapter
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "fragmentation", "context")
 STAGES = ["encode", "embed", "tune", "sample", "decode"]

@@ -18,6 +18,7 @@ from torch.nn import Conv2d, Linear, Module, Sequential
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.quantized import quantize_linear
 from imagic_lora.config import EmbedConfig, TuneConfig
+from imagic_lora.durable import Draft
 from imagic_lora.lora import attached, save_lora
 from imagic_lora.memory import Tracker
 from imagic_lora.objective import denoising_loss
@@ -187,7 +188,7 @@ def test_its_layers_load_into_a_base_that_is_not_quantised(wide: Path, tmp_path:
     with attached(base, CONFIG, 0) as parameters:
         list(train(tune_stage(base, LATENTS, base.encode_text("a cat"), parameters, CONFIG, 0, Processes())))
         tuned = output(base)
-        save_lora(base, tmp_path)
+        save_lora(base, Draft(tmp_path))
         stored = {name.replace(".imagic.", "."): weight.detach().clone() for name, weight in parameters.items()}
     pipe: Any = StableDiffusionPipeline.from_pretrained(wide, local_files_only=True, use_safetensors=True)
     exact = opened(wide)

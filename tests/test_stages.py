@@ -149,7 +149,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(folder: Path, name: str, mode: M
     with staged(opened(folder, mode, optimizer=optimizer), name, mode) as stage:
         steps = train(stage)
         list(islice(steps, 2))
-        state = stage.state_dict()
+        state = {key: value.clone() for key, value in stage.state_dict().items()}
         losses = [report.loss.item() for report in steps]
         uninterrupted = trained(stage)
     for _ in range(2):

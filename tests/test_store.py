@@ -1,23 +1,29 @@
-"""Adapters on disk: whole and unchanged, or refused."""
+"""Adapters on disk: whole and unchanged, or refused; one writer a name."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
-from common import MODES, opened, output
-from safetensors.torch import load_file
+from common import MODES
+from test_durable import failing, sealed
 
-from imagic_lora.conditioning import Conditioning
+from imagic_lora.adapter import RECORD, Adapter, BaseRecord, Record, SourceRecord
 from imagic_lora.config import Mode, RunConfig
-from imagic_lora.errors import ImagicError
-from imagic_lora.images import read_photo, to_canvas
-from imagic_lora.store import EMBEDDINGS, RECORD, Adapter, BaseRecord, Record, SourceRecord, Store, save_embeddings
+from imagic_lora.durable import Draft
+from imagic_lora.errors import ImagicError, NotFinite
+from imagic_lora.store import Store
+from imagic_lora.tensors import encoded
 
 BAD_NAMES = ["", ".", "..", ".hidden", "a/b", "../a", "/a", "a\\b", "a b", "-a", "a\n", "a" * 101, "é"]
 
@@ -25,36 +31,35 @@ BAD_NAMES = ["", ".", "..", ".hidden", "a/b", "../a", "/a", "a\\b", "a b", "-a",
 def record(name: str = "one", **changes) -> Record:
     """A record of nothing in particular."""
     given = Record(
-        name=name,
+        name="one",
         created="2030-01-01T00:00:00+00:00",
         base=BaseRecord(name="tiny", revision=None, fingerprint="f"),
         parts=[],
         prompt="a cat",
         config=RunConfig(base="tiny", eta=0.3),
-        source=SourceRecord(sha256="0", size=(3, 2), box=(0, 0, 3, 2)),
+        source=SourceRecord(sha256="0" * 64, size=(3, 2), box=(0, 0, 3, 2)),
         losses={"embed": (1.5, 0.25)},
         seconds={"embed": 0.1},
         runtime={"device": "cpu"},
         peak_memory=7,
         versions={"torch": "2"},
     )
-    return given.model_copy(update=changes)
+    return given.model_copy(update={"name": name, **changes})
 
 
-def fill(text: str = "words") -> Callable[[Path], None]:
+def fill(text: str = "words") -> Callable[[Draft], None]:
     """Writes a file, and another in a folder."""
 
-    def write(folder: Path) -> None:
-        (folder / "card.md").write_text(text)
-        (folder / "unet").mkdir()
-        (folder / "unet/config.json").write_text("{}")
+    def write(draft: Draft) -> None:
+        draft.write("card.md", [text.encode()])
+        draft.write("unet/config.json", [b"{}"])
 
     return write
 
 
 def hidden(root: Path) -> list[str]:
     """Names beginning with a dot in a folder."""
-    return [path.name for path in root.iterdir() if path.name.startswith(".")]
+    return sorted(path.name for path in root.iterdir() if path.name.startswith("."))
 
 
 @pytest.fixture
@@ -74,6 +79,29 @@ def copied(tmp_path: Path, fitted: Callable[..., Adapter]) -> Callable[[Mode], S
         return Store(tmp_path)
 
     return make
+
+
+HOLD = """
+import fcntl, os, sys
+handle = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(handle, fcntl.LOCK_EX)
+os.write(handle, str(os.getpid()).encode())
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def rival(store: Store, name: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has a name until the block ends, or it is killed."""
+    arguments = [sys.executable, "-c", HOLD, str(store.root / f".{name}.lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_what_is_written_is_read(store: Store) -> None:
@@ -97,6 +125,7 @@ def test_one_changed_bit_in_any_file_is_refused(copied: Callable[[Mode], Store],
         path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
         with pytest.raises(ImagicError, match=f"{file} is missing or has changed"):
             store.read("copy")
+        store.read("copy", verify=False)
         path.write_bytes(good)
     store.read("copy")
 
@@ -113,27 +142,71 @@ def test_a_missing_file_is_refused(copied: Callable[[Mode], Store], mode: Mode) 
         (store.root / "away").rename(path)
 
 
-@pytest.mark.parametrize(("key", "value"), [("version", 2), ("prompt", None), ("surprise", 1), ("files", ["card.md"])])
+def test_a_record_changed_by_hand_is_refused(copied: Callable[[Mode], Store]) -> None:
+    """Every one of its lines, were it only a figure in it, whether or not the other files are looked at."""
+    store = copied("lora")
+    path = store.root / "copy" / RECORD
+    lines = path.read_text().splitlines(keepends=True)
+    for k in range(len(lines)):
+        path.write_text("".join(lines[:k] + lines[k + 1 :]))
+        with pytest.raises(ImagicError, match=f"{RECORD} cannot be believed"):
+            store.read("copy", verify=False)
+    path.write_text("".join(lines).replace('"peak_memory": ', '"peak_memory": 1'))
+    with pytest.raises(ImagicError, match=f"{RECORD} cannot be believed"):
+        store.read("copy")
+    path.write_text("".join(lines))
+    store.read("copy")
+
+
+ODD = {
+    "version": 2,
+    "prompt": None,
+    "surprise": 1,
+    "files": ["card.md"],
+    "name": "../one",
+    "config": {"surprise": 1},
+    "parts": [{"component": "vae", "mode": "lora", "files": []}],
+    "source": {"sha256": "0", "size": [3, 2], "box": [0, 0, 3, 2]},
+}
+
+
+@pytest.mark.parametrize(("key", "value"), ODD.items())
 def test_a_record_of_another_shape_is_refused(store: Store, key: str, value: object) -> None:
-    """Another version, a missing or an unknown field."""
+    """Another version, another type, an unknown field, however well it is sealed."""
     path = store.root / "one" / RECORD
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(ImagicError, match="cannot be read"):
-        store.read("one")
+    told = json.loads(path.read_text())
+    del told["sha256"]
+    path.write_bytes(sealed(told))
+    store.read("one")
+    for changed in (
+        told | {key: value},
+        {name: one for name, one in told.items() if name != key} if key == "prompt" else told | {key: value},
+    ):
+        path.write_bytes(sealed(changed))
+        with pytest.raises(ImagicError, match="cannot be believed"):
+            store.read("one")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"é'])
 def test_a_broken_record_is_refused(store: Store, text: str) -> None:
     """Nothing but a JSON object will do."""
     (store.root / "one" / RECORD).write_text(text, encoding="latin-1")
-    with pytest.raises(ImagicError, match="cannot be read"):
+    with pytest.raises(ImagicError, match="cannot be believed"):
         store.read("one")
+
+
+def test_an_adapter_is_called_as_its_folder(store: Store) -> None:
+    """Whatever its record says: a copy is another adapter."""
+    shutil.copytree(store.root / "one", store.root / "two")
+    assert (store.read("two").name, store.read("two").record.name) == ("two", "one")
 
 
 def test_an_unknown_name_says_which_there_are(store: Store) -> None:
     """So that a misspelling is seen at once."""
     with pytest.raises(ImagicError, match=r"no adapter 'two'.*\(one\)"):
         store.read("two")
+    with pytest.raises(ImagicError, match=r"no adapter 'two'.*\(none\)"):
+        Store(store.root / "none").read("two")
 
 
 def test_an_existing_name_is_refused(store: Store) -> None:
@@ -145,18 +218,24 @@ def test_an_existing_name_is_refused(store: Store) -> None:
 
 def test_overwrite_replaces_the_whole_folder(store: Store) -> None:
     """Files of the old adapter do not linger."""
-    store.write(record(prompt="a dog"), lambda folder: (folder / "new.md").touch(), overwrite=True)
+    store.write(record(prompt="a dog"), lambda draft: draft.write("new.md", []), overwrite=True)
     assert store.read("one").record.prompt == "a dog"
     assert {path.name for path in (store.root / "one").iterdir()} == {"new.md", RECORD}
     assert hidden(store.root) == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def not_finite(draft: Draft) -> None:
+    """A file that stops on its way."""
+    draft.write("weights", encoded({"a": torch.tensor(torch.nan)}))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, NotFinite])
 def test_a_failing_write_leaves_the_old_adapter(store: Store, error: type[BaseException]) -> None:
     """And nothing of its own."""
 
-    def fail(folder: Path) -> None:
-        fill("other words")(folder)
+    def fail(draft: Draft) -> None:
+        fill("other words")(draft)
+        not_finite(draft) if error is NotFinite else None
         raise error
 
     for name in ("one", "two"):
@@ -166,48 +245,47 @@ def test_a_failing_write_leaves_the_old_adapter(store: Store, error: type[BaseEx
     assert [path.name for path in store.root.iterdir()] == ["one"]
 
 
-def test_everything_is_flushed_before_it_has_its_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file and folder of an adapter while it is hidden, and then the folder that names it."""
-    flushed, sync = [], os.fsync
-
-    def spy(handle: int) -> None:
-        flushed.append((os.fstat(handle).st_ino, (store.root / "two").exists()))
-        sync(handle)
-
-    monkeypatch.setattr(os, "fsync", spy)
-    folder = store.write(record("two"), fill()).folder
-    assert {(path.stat().st_ino, False) for path in [*folder.rglob("*"), folder]} == set(flushed[:-1])
-    assert flushed[-1] == (store.root.stat().st_ino, True)
-
-
-def test_a_folder_that_cannot_be_written_to_is_refused_beforehand(tmp_path: Path) -> None:
-    """Here a file stands where the folder should be."""
+def test_a_folder_that_cannot_be_written_to_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a file stands where the folder should be; there the disk may only be read."""
     (tmp_path / "file").write_text("")
     with pytest.raises(ImagicError, match="cannot be written to"):
         Store(tmp_path / "file").prepare("one", overwrite=False)
+    monkeypatch.setattr(os, "open", failing(errno.EROFS))
+    with pytest.raises(ImagicError, match="cannot be written to"):
+        Store(tmp_path).prepare("one", overwrite=False)
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_that_is_no_name_is_refused(store: Store, name: str) -> None:
-    """To read, to write and to check."""
-    for refused in (store.read, lambda name: store.prepare(name, False), lambda name: store.write(record(name), fill(), overwrite=True)):
+    """To read, to write, to remove, to claim and to check."""
+
+    def claim(name: str) -> None:
+        with store.claimed(name):
+            pytest.fail("claimed")
+
+    def write(name: str) -> None:
+        store.write(record(name), fill(), overwrite=True)
+
+    for refused in (store.read, lambda name: store.prepare(name, False), write, store.remove, claim, store.checkpoints):
         with pytest.raises(ImagicError, match="as a name"):
             refused(name)
     assert store.names() == ["one"]
 
 
-@pytest.mark.parametrize("name", ["a", "A-1", "rex.v2_b", "0", "a" * 100])
+@pytest.mark.parametrize("name", ["a", "A-1", "rex.v2_b", "0", "a" * 100, "x.part", "x.old", "x.checkpoints", "x.lock"])
 def test_a_good_name_is_taken(store: Store, name: str) -> None:
-    """Letters, digits, dot, underscore and hyphen."""
+    """Letters, digits, dot, underscore and hyphen, though a hidden file may end so too."""
     assert store.write(record(name), fill()).record.name == name
+    assert store.names() == sorted(["one", name])
 
 
 def test_names_are_those_of_whole_adapters(store: Store) -> None:
-    """In order; not the hidden, the half-written, or loose files."""
+    """In order; not the hidden, the half-written, loose files, or folders that cannot be named."""
     store.write(record("B"), fill())
-    for name in (".two.1.part", "three"):
+    for name in (".two.hidden", "three", "fo ur"):
         (store.root / name).mkdir()
-    shutil.copy(store.root / "one" / RECORD, store.root / ".two.1.part")
+    shutil.copy(store.root / "one" / RECORD, store.root / ".two.hidden")
+    shutil.copy(store.root / "one" / RECORD, store.root / "fo ur")
     (store.root / "loose.txt").write_text("")
     assert store.names() == ["B", "one"]
 
@@ -215,52 +293,150 @@ def test_names_are_those_of_whole_adapters(store: Store) -> None:
 def test_a_store_that_is_not_there_is_empty(tmp_path: Path) -> None:
     """Asking does not make it."""
     store = Store(tmp_path / "none")
-    assert store.names() == []
+    assert store.names() == store.unfinished() == []
+    with pytest.raises(ImagicError, match="no adapter"):
+        store.read("one")
+    with pytest.raises(ImagicError, match="no adapter"):
+        store.remove("one")
     assert not store.root.exists()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_an_adapter_holds_no_pickle(fitted: Callable[..., Adapter], mode: Mode) -> None:
-    """Only formats that cannot run code, and every one as the design lists it."""
-    files = {path.relative_to(fitted(mode).folder).as_posix() for path in fitted(mode).folder.rglob("*") if path.is_file()}
-    lora, full = {"pytorch_lora_weights.safetensors"}, {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
-    common = {"adapter.json", "embeddings.safetensors", "source.png", "preview.png", "steps.jsonl", "README.md"}
-    assert files == common | (lora if mode == "lora" else full)
+def left_behind(store: Store) -> None:
+    """As a writer leaves it that was cut off between two names, and another before it had any."""
+    (store.root / "one").rename(store.root / ".one.old")
+    (store.root / ".one.part").mkdir()
+    (store.root / ".two.part").mkdir()
 
 
-def test_embeddings_come_back_as_they_were(tmp_path: Path) -> None:
-    """Tokens, pooled and extra inputs of each kind, under the names of the design."""
-    extra = {"sizes": torch.tensor([[64.0, 48.0]])}
-    named = {kind: Conditioning(torch.rand(1, 3, 4), torch.rand(1, 5), extra) for kind in ("target", "optimised", "null")}
-    save_embeddings(tmp_path, named)
-    assert sorted(load_file(tmp_path / EMBEDDINGS)) == sorted(f"{kind}.{part}" for kind in named for part in ("tokens", "pooled", "sizes"))
-    found = Adapter(tmp_path, record()).embeddings()
-    assert found.keys() == named.keys()
-    for kind, value in named.items():
-        assert found[kind].tensors().keys() == value.tensors().keys()
-        assert all(torch.equal(found[kind].tensors()[name], tensor) for name, tensor in value.tensors().items())
+@pytest.mark.parametrize("look", [Store.names, lambda store: store.read("one"), lambda store: store.prepare("one", True)])
+def test_what_a_writer_that_was_cut_off_has_left_is_undone(store: Store, look: Callable[[Store], object]) -> None:
+    """By whoever looks next: the old adapter is there again."""
+    left_behind(store)
+    look(store)
+    assert (store.root / "one" / "card.md").read_text() == "words"
+    assert not {".one.old", ".one.part"} & set(hidden(store.root))
+    assert store.names() == ["one"]
+    assert hidden(store.root) == []
 
 
-def test_the_canvas_is_the_one_trained_on(fitted: Callable[..., Adapter], photo_file: Path) -> None:
-    """Bit-equal pixels, the same box and size, from the adapter alone."""
-    expected, found = to_canvas(read_photo(photo_file).image, 32, 8), fitted("lora").canvas()
-    assert torch.equal(found.pixels, expected.pixels)
-    assert (found.box, found.size) == (expected.box, expected.size)
+def test_a_writer_at_work_is_let_be(store: Store) -> None:
+    """Whoever looks meanwhile sees the old adapter, and removes nothing that is being written."""
+    seen: list[str] = []
+
+    def watched(draft: Draft) -> None:
+        fill("other words")(draft)
+        thread = Thread(target=lambda: seen.extend(store.names()))
+        thread.start()
+        thread.join()
+
+    store.write(record(), watched, overwrite=True)
+    assert seen == ["one"]
+    assert (store.read("one").folder / "card.md").read_text() == "other words"
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_size_counts_weights_and_embeddings(fitted: Callable[..., Adapter], mode: Mode) -> None:
-    """What a user has to keep, not the pictures."""
-    adapter = fitted(mode)
-    kept = [*adapter.folder.rglob("*.safetensors"), *adapter.folder.rglob("config.json")]
-    assert adapter.size == sum(path.stat().st_size for path in kept)
+def test_a_name_that_another_process_writes_is_refused(store: Store) -> None:
+    """By its number; reading goes on, other names are free, and what it has half written stays."""
+    (store.root / ".two.part").mkdir()
+    with rival(store, "one") as process, rival(store, "two"):
+        for refused in (
+            lambda: store.prepare("one", True),
+            lambda: store.write(record(), fill("other words"), overwrite=True),
+            lambda: store.remove("one"),
+        ):
+            with pytest.raises(ImagicError, match=rf"one is being written by process {process.pid}"):
+                refused()
+        (store.root / ".one.lock").write_text("")
+        with pytest.raises(ImagicError, match="one is being written by another process"):
+            store.prepare("one", True)
+        assert store.names() == ["one"]
+        assert (store.read("one").folder / "card.md").read_text() == "words"
+        store.write(record("three"), fill())
+        assert hidden(store.root) == [".one.lock", ".two.lock", ".two.part"]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_worn_adapter_is_taken_off(folder: Path, fitted: Callable[..., Adapter], mode: Mode) -> None:
-    """The output differs while it is worn, and is bit-equal afterwards."""
-    base = opened(folder)
-    before = output(base)
-    with fitted(mode).worn_by(base):
-        assert not torch.equal(output(base), before)
-    assert torch.equal(output(base), before)
+def test_a_name_whose_writer_was_killed_is_free(store: Store) -> None:
+    """What it left is undone."""
+    with rival(store, "one") as process:
+        left_behind(store)
+        process.kill()
+        process.wait()
+        assert hidden(store.root) == [".one.lock", ".one.old", ".one.part", ".two.part"]
+        assert store.names() == ["one"]
+        store.write(record(), fill("other words"), overwrite=True)
+    assert (store.read("one").folder / "card.md").read_text() == "other words"
+    assert hidden(store.root) == []
+
+
+@pytest.mark.parametrize("told", ["", "47", "4711\nanother.machine\n", "\0" * 9], ids=["nothing", "a number", "a machine", "zeros"])
+def test_what_a_power_cut_left_of_a_claim_stops_nobody(store: Store, told: str) -> None:
+    """The claim itself went with the process that had it."""
+    (store.root / ".one.lock").write_text(told)
+    store.write(record(), fill("other words"), overwrite=True)
+    assert hidden(store.root) == []
+
+
+def test_a_claim_may_be_claimed_again_by_who_has_it(store: Store) -> None:
+    """A fit claims a name for as long as it takes, and writes under that claim; only then it is free."""
+    with store.claimed("one"):
+        (store.root / ".one.part").mkdir()
+        with store.claimed("one"):
+            pass
+        assert hidden(store.root) == [".one.lock", ".one.part"]
+        store.write(record(), fill(), overwrite=True)
+        assert hidden(store.root) == [".one.lock"]
+    assert hidden(store.root) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
+def test_a_claim_ends_with_its_block(store: Store, error: type[BaseException]) -> None:
+    """However that ends."""
+    with pytest.raises(error), store.claimed("one"):
+        raise error
+    assert hidden(store.root) == []
+
+
+def test_what_is_removed_is_gone(store: Store) -> None:
+    """With what an unfinished fit of that name has saved, and nothing besides."""
+    store.write(record("two"), fill())
+    for name in ("one", "two", "three"):
+        (store.checkpoints(name) / "embed-000003").mkdir(parents=True)
+    store.remove("one")
+    assert (store.names(), store.unfinished()) == (["two"], ["three", "two"])
+    store.remove("three")
+    assert store.unfinished() == ["two"]
+    assert sorted(path.name for path in store.root.iterdir()) == [".two.checkpoints", "two"]
+    with pytest.raises(ImagicError, match=r"no adapter 'one'.*\(two\)"):
+        store.remove("one")
+
+
+def test_an_adapter_that_cannot_be_believed_can_be_removed(store: Store) -> None:
+    """So can a folder that is none."""
+    (store.root / "one" / RECORD).write_text("{")
+    store.remove("one")
+    (store.root / "two").mkdir()
+    store.remove("two")
+    assert not list(store.root.iterdir())
+
+
+def test_a_removal_that_is_cut_off_leaves_no_half(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is gone first; the next look clears up."""
+
+    def interrupted(path: Path, **_: object) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.remove("one")
+    assert hidden(store.root) == [".one.part"]
+    assert store.names() == []
+    assert hidden(store.root) == []
+
+
+def test_unfinished_fits_are_those_with_checkpoints(store: Store) -> None:
+    """In order, whatever dots a name has; they are no adapters."""
+    for name in ("b", "a", "rex.v2", "x.checkpoints"):
+        store.checkpoints(name).mkdir()
+    assert store.unfinished() == ["a", "b", "rex.v2", "x.checkpoints"]
+    assert store.names() == ["one"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -14,15 +13,16 @@ import torch
 from common import MODES, opened, output, same, weights
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import Parameter
 
+from imagic_lora.adapter import Adapter
 from imagic_lora.bases.base import Base
 from imagic_lora.config import Mode, TuneConfig
+from imagic_lora.durable import Draft
 from imagic_lora.errors import ImagicError
 from imagic_lora.full import WEIGHTS, loaded_full, save_full, unfrozen
-from imagic_lora.lora import LORA_FILE, attached, canonical, loaded_lora, save_lora
-from imagic_lora.store import Adapter
+from imagic_lora.lora import LORA_FILE, attached, loaded_lora, save_lora
 
 TARGETS = ["attention", "attention+conv"]
 
@@ -104,7 +104,7 @@ def test_saved_lora_is_exact_in_plain_diffusers(folder: Path, tmp_path: Path, ta
     with attached(base, lora_config(targets, alpha=alpha), 0) as parameters:
         shake(parameters)
         expected = output(base)
-        save_lora(base, tmp_path)
+        save_lora(base, Draft(tmp_path))
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(tmp_path)
     base._unet = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
@@ -117,7 +117,7 @@ def test_full_weights_are_half_precision_in_diffusers_format(folder: Path, tmp_p
     with unfrozen(base) as parameters:
         shake(parameters)
         expected = {name: value.half() for name, value in sorted(weights(base.denoiser).items())}
-        save_full(base, tmp_path)
+        save_full(base, Draft(tmp_path))
     assert same(dict(sorted(load_file(tmp_path / "unet" / WEIGHTS).items())), expected)
 
 
@@ -127,7 +127,7 @@ def test_full_weights_beyond_half_precision_are_refused(folder: Path, tmp_path: 
     with unfrozen(base) as parameters, torch.no_grad():
         parameters["conv_in.bias"][0] = 1e5
         with pytest.raises(ImagicError, match=r"conv_in\.bias does not fit in half precision"):
-            save_full(base, tmp_path)
+            save_full(base, Draft(tmp_path))
 
 
 def test_full_fine_tuning_needs_master_weights(folder: Path) -> None:
@@ -189,34 +189,7 @@ def test_loaded_full_weights_are_those_of_the_file(folder: Path, fitted: Callabl
     assert same(dict(sorted(now.items())), {name: value.float() for name, value in sorted(stored.items())})
 
 
-def rewritten(path: Path, order: Callable[[list[str]], list[str]]) -> None:
-    """Puts the keys of a safetensors header, and those of its metadata, in another order."""
-    raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + length])
-    header["__metadata__"] = {key: header["__metadata__"][key] for key in order(list(header["__metadata__"]))}
-    text = json.dumps({key: header[key] for key in order(list(header))}).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
-
-
-def test_canonical_headers_make_equal_content_equal_bytes(tmp_path: Path) -> None:
-    """Whatever the order of keys and the spacing; safetensors reads the same tensors and metadata from it."""
-    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.float16)}
-    metadata = {letter: letter * 3 for letter in "edcba"}
-    found = []
-    for order in (sorted, lambda keys: sorted(keys, reverse=True), list):
-        path = tmp_path / "file.safetensors"
-        save_file(tensors, path, metadata=metadata)
-        rewritten(path, order)
-        canonical(path)
-        found.append(path.read_bytes())
-        with safe_open(path, "pt") as file:
-            assert file.metadata() == metadata
-            assert all(torch.equal(file.get_tensor(name), value) for name, value in tensors.items())
-    assert found[0] == found[1] == found[2]
-
-
-def test_canonical_leaves_lora_files_readable(fitted: Callable[..., Adapter]) -> None:
+def test_lora_files_tell_their_settings(fitted: Callable[..., Adapter]) -> None:
     """The adapter's own metadata is in the file, with the alpha that is not its rank."""
     with safe_open(fitted("lora").folder / LORA_FILE, "pt") as file:
         stored = json.loads(file.metadata()["lora_adapter_metadata"])

@@ -98,7 +98,7 @@ def write_page(bench: Bench, results: Sequence[Result], summary: Mapping[str, An
         cases=[_line(bench, index, results, rows) for index in range(bench.cases)],
     )
     path = bench.out / "index.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 

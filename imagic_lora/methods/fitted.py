@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 
+from ..adapter import Adapter
 from ..conditioning import interpolate
 from ..config import RunConfig
 from ..editor import Editor
@@ -14,7 +15,7 @@ from ..generate import generate
 from ..images import write_png
 from ..imagic import fit
 from ..stages.stage import StepReport
-from ..store import Adapter, Store
+from ..store import Store
 from .method import Made, Meter, Method, Price, Studio, Task, metered
 
 ETAS = (-0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)

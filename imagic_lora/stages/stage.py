@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +12,13 @@ from torch.nn import Parameter
 from ..bases.base import Base
 from ..conditioning import Conditioning
 from ..config import EmbedConfig, TuneConfig
-from ..errors import ImagicError
+from ..errors import ImagicError, NotFinite
 from ..objective import denoising_loss
 from ..optimizers import build_updates
 from ..runtime import Processes, key, moved, noise_at, times_at
+from ..tensors import all_finite
+
+TRAINABLE, OPTIMIZER = "trainables/", "optimizer/"
 
 
 @dataclass(frozen=True)
@@ -78,46 +80,49 @@ class Stage:
         return StepReport(self.name, k + 1, self.config.steps, loss)
 
     def check(self) -> None:
-        """Reads the finiteness of all steps so far, which waits for the device.
+        """Reads the finiteness of all steps so far, and of the trainables as they are; waits for the device.
 
         Raises:
-            ImagicError: a loss or a gradient was NaN or infinite.
+            NotFinite: a loss, a gradient or a trainable was NaN or infinite.
         """
-        if not self._finite:
-            raise ImagicError(
-                f"a loss or gradient of stage {self.name} is not a finite number",
+        if not self._finite or not all_finite(parameter.detach() for parameter in self.trainables.values()):
+            raise NotFinite(
+                f"a loss, gradient or weight of stage {self.name} is not a finite number",
                 "finite arithmetic",
                 f"try --dtype fp32 or bf16, or a lower --{self.name}.learning-rate (now {self.config.learning_rate:g})",
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of trainables and optimiser states, in host memory: all that a resumed run needs besides its step number."""
-        return {"trainables": _copied(self.trainables), "optimizer": _copied(self.updates.state_dict())}
+    def state_dict(self) -> dict[str, Tensor]:
+        """The live trainables and optimiser states: all that a resumed run needs besides its step number."""
+        named = {f"{TRAINABLE}{name}": parameter.detach() for name, parameter in self.trainables.items()}
+        return named | {f"{OPTIMIZER}{name}": value for name, value in self.updates.state_dict().items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ImagicError: names or shapes of the trainables are not those of this stage.
+        """
+        shapes = {f"{TRAINABLE}{name}": parameter.shape for name, parameter in self.trainables.items()}
+        if shapes != {name: value.shape for name, value in state.items() if name.startswith(TRAINABLE)}:
+            raise ImagicError(f"a state that does not fit stage {self.name}", "the same base and settings", "begin anew")
         with torch.no_grad():
             for name, parameter in self.trainables.items():
-                parameter.copy_(state["trainables"][name])
-        self.updates.load_state_dict(_copied(state["optimizer"]))  # PyTorch's own would share its tensors with the state
+                parameter.copy_(state[TRAINABLE + name])
+        states = {name.removeprefix(OPTIMIZER): value for name, value in state.items() if name.startswith(OPTIMIZER)}
+        self.updates.load_state_dict(states)
 
 
-def _copied(value: Any) -> Any:
-    """Nested dicts and lists, their tensors copied to host memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
-    return [_copied(inner) for inner in value] if isinstance(value, list) else value
-
-
-def train(stage: Stage, start: int = 0) -> Iterator[StepReport]:
+def train(stage: Stage, start: int = 0, stop: Callable[[], bool] = lambda: False) -> Iterator[StepReport]:
     """Runs a stage from step ``start`` to its end, yielding after every step; closing the iterator stops it.
 
     Finiteness is read every step on the CPU, every ten on CUDA, and after the last.
 
+    Args:
+        stop: asked after every step; one process that is to stop stops all, after the same step.
+
     Raises:
-        ImagicError: something was not finite.
+        NotFinite: something was not finite.
     """
     every = 10 if stage.latents.device.type == "cuda" else 1
     for k in range(start, stage.config.steps):
@@ -125,3 +130,5 @@ def train(stage: Stage, start: int = 0) -> Iterator[StepReport]:
         if report.step % every == 0 or report.step == report.steps:
             stage.check()
         yield report
+        if stage.processes.any(stop()):
+            return

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .durable import Sealed, changed_file, draft, unsealed, writable
+from .durable import Sealed, changed_file, draft, remove, unsealed, writable
 from .errors import ImagicError, ImagicWarning
 from .tensors import encoded, read
 
@@ -120,7 +120,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Removes them all."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
 
     def _there(self) -> list[Path]:
         """Their folders, oldest first."""

@@ -31,7 +31,7 @@ from .console import (
     say_what_is_active,
     shown,
 )
-from .durable import FULL
+from .durable import FULL, writable
 from .errors import ImagicError, Stopped
 from .listing import facts, list_adapters, remove, show, verify
 from .options import DEFAULT_STORE, Json, StoreDir, parse_etas, parse_seeds
@@ -223,7 +223,8 @@ def edit(
     text = record.prompt if prompt is None else prompt
     refuse_edit(etas, seeds, config, text)
     folder = out_dir or Path("outputs") / adapter.name
-    folder.mkdir(parents=True, exist_ok=True)
+    with writable(folder):
+        pass
     editor = Editor(open_base(source[0], resolve_runtime(run.memory), source[1]))
     edits = counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "pictures")
     how = {"adapter": adapter.name, "base": record.base.name, "prompt": text, "edit": config.model_dump()}

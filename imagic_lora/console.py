@@ -27,9 +27,14 @@ err = Console(stderr=True, emoji=False)
 out = Console(emoji=False)
 
 
+_LONGEST = 2000  # characters of one text that a terminal is given
+
+
 def plain(text: object) -> str:
     """Text from anywhere, for a terminal: neither markup, nor control characters, nor those that turn the direction of writing work."""
-    return escape("".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text)))
+    told = str(text)
+    more = f"... ({len(told) - _LONGEST} characters more)" if len(told) > _LONGEST else ""
+    return escape("".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in told[:_LONGEST]) + more)
 
 
 def say_what_is_active(runtime: Runtime, run: RunConfig, why: str, processes: int) -> None:

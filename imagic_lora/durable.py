@@ -101,12 +101,13 @@ def draft(final: Path) -> Iterator[Draft]:
 
 
 def remove(final: Path) -> None:
-    """Removes a folder so that no half of it ever bears its name."""
+    """Removes a folder, if it is there, so that no half of it ever bears its name; what is cut off, :func:`recover` finishes."""
     hidden, _ = _hidden(final)
     recover(final)
-    final.rename(hidden)
-    _flush(final.parent)
-    shutil.rmtree(hidden, ignore_errors=True)
+    if final.exists():
+        final.rename(hidden)
+        _flush(final.parent)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def recover(final: Path) -> None:
@@ -141,13 +142,15 @@ def writable(root: Path) -> Iterator[None]:
             root.mkdir(parents=True, exist_ok=True)
             _flush(root.parent)
         yield
-    except OSError as error:
-        if error.errno in FULL:
+    except (OSError, UnicodeError) as error:  # a name may be none
+        if isinstance(error, OSError) and error.errno in FULL:
             there = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
             got = f"the disk of {root} is full ({shutil.disk_usage(there).free / 2**20:,.0f} MiB free)"
             remedy = "free some space, then run it again, with --resume where a fit was interrupted; nothing that was stored before is lost"
             raise ImagicError(got, "room for what is to be written", remedy) from error
-        raise ImagicError(f"{root} cannot be written to ({error.strerror or error})", "a folder to write to", "choose another") from error
+        raise ImagicError(
+            f"{root} cannot be written to ({getattr(error, 'strerror', None) or error})", "a folder to write to", "choose another"
+        ) from error
 
 
 def unsealed(folder: Path, name: str, kind: type[R]) -> R:

@@ -213,11 +213,16 @@ class _Stages:
             self._save(stage, step, more)
             raise
         except NotFinite as error:
-            raise NotFinite("; ".join(filter(None, (error.got, self.kept))), error.expected, error.remedy) from error
+            raise self._with_kept(error) from error
         if step > start or not found:
             self._save(stage, step, more)
         if step < steps or run.processes.any(self.stop()):
             raise Stopped(self.kept)
+
+    def _with_kept(self, error: NotFinite) -> NotFinite:
+        """Says once what is saved."""
+        got = error.got if not self.kept or self.kept in error.got else f"{error.got}; {self.kept}"
+        return NotFinite(got, error.expected, error.remedy)
 
     def taken_up(self, found: Checkpoint) -> tuple[Conditioning | None, int]:
         """Takes losses, times and latents from a checkpoint; gives the optimised embedding, if it was that far, and the steps done.
@@ -267,7 +272,6 @@ class _Stages:
         run = self.run
         if not run.processes.main or step == 0:
             return
-        stage.check()
         finished = step == stage.config.steps
         state = {name: value for name, value in stage.state_dict().items() if not (finished and name.startswith(OPTIMIZER))}
         losses = {f"losses/{name}": torch.stack(values) for name, values in run.losses.items() if values}
@@ -279,7 +283,11 @@ class _Stages:
             seconds=run.seconds,
             threads=torch.get_num_threads(),
         )
-        self.saved.save(record, {"latents": run.latents, **state, **losses, **(more or {})})
+        try:
+            stage.check()
+            self.saved.save(record, {"latents": run.latents, **state, **losses, **(more or {})})
+        except NotFinite as error:
+            raise self._with_kept(error) from error
         self._keep(stage.name, step, stage.config.steps)
         self.last = time.perf_counter()
 

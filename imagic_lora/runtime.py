@@ -206,7 +206,7 @@ class Processes:
         self._several = state is not None and state.num_processes > 1
         self.count = state.num_processes if state is not None else 1
         self.rank = state.process_index if state is not None else 0
-        self._device = state.device if state is not None else None
+        self._state = state
 
     @property
     def main(self) -> bool:
@@ -225,7 +225,7 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in one of the processes; must be called by all of them."""
-        if not self._several:
+        if not self._several or self._state is None:
             return flag
-        here = torch.tensor(float(flag), device=self._device)
+        here = torch.tensor(float(flag), device=self._state.device)
         return bool(reduce(here, "sum") > 0)  # pyright: ignore[reportOperatorIssue]  # a tensor in, a tensor out

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from .adapter import NAME, RECORD, Adapter, Record
@@ -25,8 +25,9 @@ def _sign(handle: int) -> None:
 
 def _signed(path: Path) -> str:
     try:
-        return f"process {int(path.read_text())}"
-    except (OSError, ValueError):
+        number = int(path.read_text())
+        return f"process {number}" if psutil.pid_exists(number) else "another process"  # which has not signed yet
+    except (OSError, ValueError, OverflowError):
         return "another process"
 
 
@@ -68,7 +69,8 @@ class Store:
                 raise ImagicError(got, "one writer for a name", "wait until it is done, or choose another --name") from error
         try:
             if lock.lock_counter == 1:
-                recover(self.root / name)
+                for folder in (self.root / name, self.checkpoints(name)):
+                    recover(folder)
             yield
         finally:
             if lock.lock_counter == 1:
@@ -137,9 +139,8 @@ class Store:
         if not final.exists() and not self.checkpoints(name).exists():
             self.read(name)
         with self.claimed(name), writable(self.root):
-            if final.exists():
-                remove(final)
-            shutil.rmtree(self.checkpoints(name), ignore_errors=True)
+            for folder in (final, self.checkpoints(name)):
+                remove(folder)
 
     def checkpoints(self, name: str) -> Path:
         """Where a fit of that name saves what it has come to."""
@@ -147,10 +148,12 @@ class Store:
 
     def unfinished(self) -> list[str]:
         """Names whose fit was cut off, or is still at work."""
-        return sorted(path.name[1:].removesuffix(".checkpoints") for path in self.root.glob(".*.checkpoints"))
+        return sorted({path.parent.name[1:].removesuffix(".checkpoints") for path in self.root.glob(".*.checkpoints/[!.]*")})
 
     def _mend(self) -> None:
         """Undoes what writers that were cut off have left; those still at work, and a folder that cannot be written to, are let be."""
         for name in cut_off(self.root):
+            if name.startswith("."):  # what was removed are checkpoints
+                name = name[1:].removesuffix(".checkpoints")
             with suppress(ImagicError), self.claimed(name):
                 pass

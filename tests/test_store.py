@@ -437,6 +437,6 @@ def test_a_removal_that_is_cut_off_leaves_no_half(store: Store, monkeypatch: pyt
 def test_unfinished_fits_are_those_with_checkpoints(store: Store) -> None:
     """In order, whatever dots a name has; they are no adapters."""
     for name in ("b", "a", "rex.v2", "x.checkpoints"):
-        store.checkpoints(name).mkdir()
+        (store.checkpoints(name) / "embed-000003").mkdir(parents=True)
     assert store.unfinished() == ["a", "b", "rex.v2", "x.checkpoints"]
     assert store.names() == ["one"]

@@ -1,0 +1,23 @@
+"""A few cases of every torture of content: adapters, checkpoints, numbers, writers, strangers, texts."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+CASES = {"bits": 40, "numbers": 5, "races": 6, "strangers": 40, "texts": 120}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("torture")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_goes_wrong(name: str, place: Path) -> None:
+    """What is yielded is empty for a case that went well."""
+    found = list(import_module(f"torture.{name}").torture(CASES[name], 0, place))
+    assert len(found) >= CASES[name]
+    assert not (wrong := [text for text in found if text]), "\n".join(wrong)

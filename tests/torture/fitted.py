@@ -1,0 +1,128 @@
+"""What the tortures of content share: a tiny base, an adapter of each mode, a checkpoint of each stage; forged records; verdicts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from common import MODES, PROMPT, opened, tiny_config
+from PIL import Image
+from tiny import save_tiny
+
+from imagic_lora.adapter import RECORD, Adapter
+from imagic_lora.bases.base import Base
+from imagic_lora.config import Mode, RunConfig, merged
+from imagic_lora.imagic import fit, result
+from imagic_lora.stages.stage import StepReport
+from imagic_lora.store import Store
+
+STAGES = ("embed", "tune")
+STEPS = 3  # of each stage
+Steps = Generator[StepReport, None, Adapter | None]
+Case = tuple[str, Callable[[], object]]  # a name, and what raises if all is not well
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Made once; to be copied, not changed.
+
+    Args:
+        folder: of a tiny base.
+        photo: a file.
+        base: it, loaded.
+        store: adapters ``lora`` and ``full``, and a fit ``unfinished`` with a checkpoint of each stage.
+    """
+
+    folder: Path
+    photo: Path
+    base: Base
+    store: Store
+
+    def config(self, mode: Mode = "lora", **changes: Any) -> RunConfig:
+        """A run of 3 + 3 steps that is saved after each."""
+        tune = {"steps": STEPS, "batch_size": 1} | ({"rank": 2, "targets": "attention"} if mode == "lora" else {})
+        quick = {"embed": {"steps": STEPS, "batch_size": 1}, "edit": {"steps": 1, "guidance_scale": 1.0}, "checkpoint": {"steps": 1}}
+        return tiny_config(self.folder, mode, **merged(quick, {"tune": tune}, changes))
+
+    def fit(self, store: Store, name: str, config: RunConfig | None = None, prompt: str = PROMPT, **options: Any) -> Steps:
+        """A fit of the photo with the loaded base."""
+        return fit(self.photo, prompt, config or self.config(), store, name, base=self.base, **options)
+
+
+@cache
+def fitted(folder: Path) -> Fitted:
+    """All of it, in a folder."""
+    made = Fitted(save_tiny(folder / "base"), folder / "photo.png", opened(folder / "base", "full"), Store(folder / "fitted"))
+    Image.radial_gradient("L").resize((40, 32)).convert("RGB").save(made.photo)
+    for mode in MODES:
+        result(made.fit(made.store, mode, made.config(mode)))
+    steps = made.fit(made.store, "unfinished")
+    for _ in range(STEPS + 2):
+        next(steps)
+    steps.close()
+    return made
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What is in the files below a folder, the hidden ones too."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def forged(folder: Path, name: str = RECORD, /, **changes: Any) -> None:
+    """Changes a record, and makes its hashes right: those of all files, and its own."""
+    told = json.loads((folder / name).read_text())
+    del told["sha256"], told["files"]
+    hashes = {file: hashlib.sha256(content).hexdigest() for file, content in files(folder).items() if file != name}
+    told = merged(told, {"files": hashes}, changes)
+    seal = hashlib.sha256(_text(told)).hexdigest()
+    (folder / name).write_bytes(_text(told | {"sha256": seal}))
+
+
+def _text(told: dict[str, Any]) -> bytes:
+    return (json.dumps(told, indent=2) + "\n").encode()
+
+
+def drawn(every: Sequence[Case], cases: int, seed: int) -> list[Case]:
+    """As many of the cases, in an order of the seed."""
+    return random.Random(seed).sample(every, min(cases, len(every)))
+
+
+def verdict(case: Case) -> str:
+    """Empty, or what was wrong."""
+    name, work = case
+    try:
+        work()
+    except (Exception, pytest.fail.Exception) as error:
+        return f"{name}: {type(error).__name__}: {error}"
+    return ""
+
+
+class _TooSlow(BaseException):
+    """Nobody catches it on the way."""
+
+
+def in_time(work: Callable[[], object]) -> None:
+    """Fails where it hangs, or takes over five seconds of the CPU."""
+
+    def over(*_: object) -> None:
+        raise _TooSlow
+
+    began, before = time.process_time(), signal.signal(signal.SIGALRM, over)
+    signal.alarm(30)
+    try:
+        work()
+    except _TooSlow:
+        raise AssertionError("it hangs") from None
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert (took := time.process_time() - began) < 5, f"took {took:.1f} s"

@@ -145,7 +145,7 @@ def writable(root: Path) -> Iterator[None]:
     except (OSError, UnicodeError) as error:  # a name may be none
         if isinstance(error, OSError) and error.errno in FULL:
             there = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-            got = f"the disk of {root} is full ({shutil.disk_usage(there).free / 2**20:,.0f} MiB free)"
+            got = f"the disk of {root} is full, or its quota used up ({shutil.disk_usage(there).free / 2**20:,.0f} MiB free)"
             remedy = "free some space, then run it again, with --resume where a fit was interrupted; nothing that was stored before is lost"
             raise ImagicError(got, "room for what is to be written", remedy) from error
         raise ImagicError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ from .bases.registry import architecture_of, open_base
 from .checkpoints import Checkpoint, CheckpointRecord, Checkpoints, differences
 from .conditioning import Conditioning
 from .config import RunConfig
+from .durable import writable
 from .errors import ImagicError, ImagicWarning, NotFinite, Stopped
 from .fits import assumed_from, explained, refuse_full_disk, refuse_if_too_large
 from .full import refuse_half, unfrozen
@@ -115,7 +116,8 @@ def fit(
         reset_peak_memory(base.runtime.device)
         run = Run(config, base, photo, prompt, processes)
         if processes.main and not resume:
-            saved.clear()  # only now that nothing is refused any more
+            with writable(store.root):
+                saved.clear()  # only now that nothing is refused any more
         stages = _Stages(run, saved, stop)
         e_opt, start = stages.taken_up(found) if found else (None, 0)
         if e_opt is None:
@@ -132,7 +134,8 @@ def fit(
             with _heeding(base, stop, stages.kept):
                 preview = run.preview(e_opt)
             adapter = store.write(run.record(name), lambda draft: run.fill(draft, e_opt, preview), overwrite)
-        saved.clear()
+        with suppress(OSError):  # what stays is in nobody's way
+            saved.clear()
     return adapter
 
 

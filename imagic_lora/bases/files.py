@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ImagicError
+from ..tensors import opened
 from .vetting import refused
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _SAMPLES = 16  # values of a tensor that enter the fingerprint
-_LONGEST = 2**22  # bytes of a header; that of Stable Diffusion's U-Net has a fiftieth
 _MOST = 2**32  # weights of a component; the largest of Stable Diffusion has a fifth of that
 
 
@@ -35,19 +31,6 @@ def weight_files(folder: Path, component: str) -> list[Path]:
     return []
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with path.open("rb") as raw:
-            if (size := int.from_bytes(raw.read(8), "little")) > _LONGEST:
-                raise ValueError(f"a header of {size:,} bytes")
-        file = safe_open(path, "pt")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise refused(f"{path} is not a whole safetensors file ({error})", "safetensors") from error
-    with file as inside:
-        yield inside
-
-
 def tensors(folder: Path, component: str) -> dict[str, Tensor]:
     """All tensors of a component as views of its files, which are read as they are used; without position ids, which are no weights.
 
@@ -56,7 +39,7 @@ def tensors(folder: Path, component: str) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for path in weight_files(folder, component):
-        with _opened(path) as file:
+        with opened(path) as file:
             for name in file.keys():  # noqa: SIM118  # not a mapping
                 if name.endswith("position_ids"):
                     continue
@@ -96,7 +79,7 @@ def fingerprint(folder: Path, components: tuple[str, ...]) -> str:
     for component in components:
         rows: dict[str, tuple[list[int], torch.Tensor]] = {}
         for path in weight_files(folder, component):
-            with _opened(path) as file:
+            with opened(path) as file:
                 for name in file.keys():  # noqa: SIM118  # not a mapping
                     part = file.get_slice(name)
                     shape = part.get_shape()

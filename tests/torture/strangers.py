@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -205,7 +206,7 @@ def _pickles(made: Fitted, marker: Path) -> Iterator[Case]:
 
 def _records(outside: Path) -> Iterator[Case]:
     """Records that lie, and that are none."""
-    victim, layers = "0" * 64, {"component": "unet", "mode": "lora"}
+    victim, layers = hashlib.sha256(b"words").hexdigest(), {"component": "unet", "mode": "lora"}
     listed = ("../../outside/victim", str(outside / "victim"), "/etc/passwd", "..", "unet/../../x", "a\0b", "C:\\x", "~", "a/b/c", ".x", "")
     weights = ("../../outside/pytorch_lora_weights.bin", str(outside / "model.bin"), "pytorch_lora_weights.bin", RECORD, "", None, 3)
     bases = (

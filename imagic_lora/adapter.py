@@ -15,8 +15,9 @@ from .config import Mode, RunConfig
 from .durable import Draft, FileName, Sealed, Sha256
 from .errors import ImagicError
 from .full import loaded_full, saved_full
-from .images import MAX_PIXELS, Canvas, read_photo, to_pixels
+from .images import Canvas, to_pixels
 from .lora import loaded_lora, saved_lora
+from .photos import MAX_PIXELS, read_photo
 from .tensors import encoded, read
 
 RECORD, EMBEDDINGS, SOURCE, PREVIEW, STEPS, CARD = (

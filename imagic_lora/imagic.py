@@ -25,9 +25,9 @@ from .errors import ImagicError, ImagicWarning, NotFinite, Stopped
 from .fits import assumed_from, explained, refuse_full_disk, refuse_if_too_large
 from .full import refuse_half, unfrozen
 from .generate import refuse_empty, refuse_no_steps
-from .images import read_photo
 from .lora import attached
 from .optimizers import refuse_several
+from .photos import read_photo
 from .run import Run
 from .runtime import Processes, Runtime, free_memory, key, reset_peak_memory, resolve_runtime
 from .stages.embed import embed_stage, optimised

@@ -22,8 +22,9 @@ from .errors import ImagicWarning
 from .fits import OutOfMemory, explained
 from .full import save_full
 from .generate import generate
-from .images import Canvas, Photo, png, sheet, to_canvas, to_image
+from .images import Canvas, png, sheet, to_canvas, to_image
 from .lora import save_lora
+from .photos import Photo
 from .runtime import Processes, peak_memory
 from .tensors import refuse_not_finite
 

@@ -21,8 +21,9 @@ from imagic_lora.config import Mode
 from imagic_lora.durable import draft, unsealed
 from imagic_lora.errors import ImagicError
 from imagic_lora.full import WEIGHTS
-from imagic_lora.images import png, read_photo, to_canvas, to_image
+from imagic_lora.images import png, to_canvas, to_image
 from imagic_lora.lora import LORA_FILE
+from imagic_lora.photos import read_photo
 from imagic_lora.store import Store
 
 Tensors = dict[str, Tensor]

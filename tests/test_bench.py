@@ -35,10 +35,10 @@ from imagic_lora.critters import ATTRIBUTES, backdrop, render
 from imagic_lora.critters.judge import Judge, Sight
 from imagic_lora.critters.scene import IDENTITY, Scene
 from imagic_lora.errors import ImagicError
-from imagic_lora.images import read_metadata
 from imagic_lora.methods.fitted import Imagic
 from imagic_lora.methods.method import Made, Method, Price, Studio, Task
 from imagic_lora.metrics import CritterAlignment, pixels
+from imagic_lora.photos import read_metadata
 
 MANY = [case_at(3, index) for index in range(240)]
 SOME = MANY[:8]

@@ -27,7 +27,7 @@ import imagic_lora.images as images
 import imagic_lora.imagic as imagic
 import imagic_lora.runtime as runtime
 from imagic_lora.config import PRESETS, RECIPES, Config, DeviceConfig, EditConfig, MemoryConfig, RunConfig, checked
-from imagic_lora.images import read_metadata, read_photo
+from imagic_lora.photos import read_metadata, read_photo
 from imagic_lora.stages.stage import Stage, StepReport
 from imagic_lora.store import Store
 

@@ -21,12 +21,13 @@ from imagic_lora.conditioning import Conditioning
 from imagic_lora.config import EditConfig, Mode
 from imagic_lora.editor import Editor
 from imagic_lora.generate import generate
-from imagic_lora.images import read_photo, to_canvas
+from imagic_lora.images import to_canvas
 from imagic_lora.imagic import fit, result
 from imagic_lora.methods.bounds import Bounds
 from imagic_lora.methods.fitted import Imagic
 from imagic_lora.methods.method import Made, Method, Price, Studio, Task, metered
 from imagic_lora.methods.untuned import Untuned, prompt_only, sdedit
+from imagic_lora.photos import read_photo
 from imagic_lora.store import Store
 
 CONFIG = EditConfig(steps=5, guidance_scale=3.0)

@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image, ImageCms, features
 
 from imagic_lora.errors import ImagicError
-from imagic_lora.images import MAX_PIXELS, read_metadata, read_photo, to_canvas
+from imagic_lora.images import to_canvas
+from imagic_lora.photos import MAX_PIXELS, read_metadata, read_photo
 
 try:
     import pillow_heif

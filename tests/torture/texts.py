@@ -26,7 +26,8 @@ from imagic_lora.bench import page
 from imagic_lora.bench.critters import Bench
 from imagic_lora.config import RunConfig
 from imagic_lora.errors import ImagicError, ImagicWarning
-from imagic_lora.images import png, read_metadata, sheet
+from imagic_lora.images import png, sheet
+from imagic_lora.photos import read_metadata
 from imagic_lora.plan import assume, predict
 from imagic_lora.store import Store
 

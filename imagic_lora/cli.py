@@ -80,7 +80,7 @@ def fit(
     Parameters
     ----------
     image
-        The photo: JPEG, PNG, WebP, TIFF, BMP or GIF.
+        The photo: JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF; HEIC with the extra heic.
     prompt
         What the edited photo shows, as one sentence: "a dog jumping".
     config

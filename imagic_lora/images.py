@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,7 @@ def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str = "", ce
 
 def _fitting(text: str, font: Any, width: int) -> str:
     """The text, or as much of its beginning as fits into a width in pixels."""
-    if font.getlength(text) <= width:
+    short = text[: width + 1]  # measuring takes its time for each letter, and hardly one is narrower than a pixel
+    if short == text and font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    return short[: bisect_left(range(1, len(short) + 1), True, key=lambda count: font.getlength(short[:count] + "...") > width)] + "..."

@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -781,3 +782,10 @@ def test_a_sheet_keeps_the_shape_of_a_picture(size: tuple[int, int], shown: tupl
     page = np.asarray(sheet([[("", Image.new("RGB", size, (255, 0, 0)))]], cell=100))
     rows, columns = np.nonzero((page == (255, 0, 0)).all(-1))
     assert (np.ptp(columns) + 1, np.ptp(rows) + 1) == shown
+
+
+def test_a_long_title_takes_no_time() -> None:
+    """As much of it as there is room for."""
+    start = time.perf_counter()
+    sheet([[("", Image.new("RGB", (8, 8)))]], "dog " * 5000)
+    assert time.perf_counter() - start < 1

@@ -450,7 +450,7 @@ def test_a_full_disk_is_the_users_to_mend(final: Path, monkeypatch: pytest.Monke
     before = content(final)
     real, calls = os.write, count()
     monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[:2]) if next(calls) < 2 else failing(number)())
-    with pytest.raises(ImagicError, match=r"the disk of .*root is full \([\d,]+ MiB free\).*--resume") as caught:
+    with pytest.raises(ImagicError, match=r"the disk of .*root is full, or its quota used up \([\d,]+ MiB free\).*--resume") as caught:
         write(final)
     assert isinstance(caught.value.__cause__, OSError)
     assert content(final) == before

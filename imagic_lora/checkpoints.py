@@ -128,12 +128,13 @@ class Checkpoints:
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "") -> list[str]:
-    """What of ``was`` is another in ``now``, one phrase each."""
+    """What is another in ``now`` than in ``was``, or is in only one of them, one phrase each."""
     found: list[str] = []
-    for name, old in was.items():
-        new = now.get(name)
+    for name in {**was, **now}:
+        old, new = was.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{group}{name}.")
-        elif old != new:
-            found.append(f"{group}{name} was {old!r}, is {new!r}")
+        elif old != new or (name in was) != (name in now):
+            told = [repr(side[name]) if name in side else "missing" for side in (was, now)]
+            found.append(f"{group}{name} was {told[0]}, is {told[1]}")
     return found

@@ -97,7 +97,7 @@ def fit(
     refuse_empty(prompt)
     refuse_no_steps(config.edit)
     saved = Checkpoints(store.checkpoints(name))
-    with store.claimed(name) if processes.main else nullcontext():
+    with store.claimed(name) if processes.main else nullcontext(store) as store:
         if processes.main:
             _prepare(store, name, saved, overwrite, resume)
         found = _found(saved, name, processes) if resume else None
@@ -234,7 +234,7 @@ class _Stages:
             ImagicError: it is of another run.
         """
         run, record = self.run, found.record
-        other = differences(record.inputs, run.inputs(record.stage, finished=False))
+        other = differences(record.inputs, run.inputs(record.stage, finished=record.step == record.steps))
         if not other and not self._whole(found):
             other = ["what it holds does not fit"]
         latents = found.tensors.get("latents", run.latents).to(run.latents)

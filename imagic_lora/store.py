@@ -51,31 +51,39 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._held: str | None = None
 
     @contextmanager
-    def claimed(self, name: str) -> Iterator[None]:
-        """The right to write a name, which no other process has meanwhile; what a writer that was cut off has left is undone first.
+    def claimed(self, name: str) -> Iterator[Store]:
+        """The right to write a name, which nobody else has meanwhile; what a writer that was cut off has left is undone first.
+
+        What it gives is the store for whoever has the name: only through that one it can be written, removed or claimed again.
 
         Raises:
-            ImagicError: another process has it, or the folder cannot be written to.
+            ImagicError: another process has it, or another writer of this one, or the folder cannot be written to.
         """
-        path = self.root / f".{checked_name(name)}.lock"
-        lock = FileLock(path, is_singleton=True, on_acquired=_sign)  # the system lets go of a dead process's
+        if checked_name(name) == self._held:
+            yield self
+            return
+        path = self.root / f".{name}.lock"
+        # The system lets go of a dead process's; a fit may be begun in one thread and closed in another.
+        lock = FileLock(path, thread_local=False, on_acquired=_sign)
         with writable(self.root):
             try:
                 lock.acquire(blocking=False)
             except Timeout as error:
                 got = f"{self.root / name} is being written by {_signed(path)}"
                 raise ImagicError(got, "one writer for a name", "wait until it is done, or choose another --name") from error
+        holder = Store(self.root)
         try:
-            if lock.lock_counter == 1:
-                for folder in (self.root / name, self.checkpoints(name)):
-                    recover(folder)
-            yield
+            for folder in (self.root / name, self.checkpoints(name)):
+                recover(folder)
+            holder._held = name
+            yield holder
         finally:
-            if lock.lock_counter == 1:
-                with suppress(OSError):  # not on Windows
-                    path.unlink()  # whoever has it open already sees that it has no name any more
+            holder._held = None
+            with suppress(OSError):  # not on Windows
+                path.unlink()  # whoever has it open already sees that it has no name any more
             lock.release()
 
     def prepare(self, name: str, overwrite: bool) -> None:
@@ -122,8 +130,8 @@ class Store:
         Raises:
             ImagicError: as :meth:`prepare`; the disk is full; something is not finite.
         """
-        with self.claimed(record.name):
-            self.prepare(record.name, overwrite)
+        with self.claimed(record.name) as held:
+            held.prepare(record.name, overwrite)
             with draft(self.root / record.name) as made:
                 fill(made)
                 made.seal(RECORD, record)

@@ -72,10 +72,18 @@ def opened(path: Path) -> Iterator[Any]:
         with path.open("rb") as raw:
             if (size := int.from_bytes(raw.read(8), "little")) > _LONGEST:
                 raise SafetensorError(f"a header of {size:,} bytes")
-        with safe_open(path, "pt") as inside:
-            yield inside
+        file = safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        raise ImagicError(f"{path} is not a whole safetensors file ({error})", "safetensors", "make or download it again") from error
+        raise _not_whole(path, error) from error
+    try:
+        with file as inside:
+            yield inside
+    except SafetensorError as error:  # an OSError is of what the caller does meanwhile
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(path: Path, error: Exception) -> ImagicError:
+    return ImagicError(f"{path} is not a whole safetensors file ({error})", "safetensors", "make or download it again")
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -296,10 +296,16 @@ def test_what_was_cut_off_at_another_step_is_cleared_up(saved: Checkpoints) -> N
 DIFFERENT: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({}, {}, []),
     (INPUTS, dict(reversed(INPUTS.items())), []),
-    (INPUTS, INPUTS | {"more": 1}, []),
+    (INPUTS, INPUTS | {"more": 1}, ["more was missing, is 1"]),
+    (INPUTS, INPUTS | {"more": None}, ["more was missing, is None"]),
+    ({}, {"seed": 0, "embed": {"steps": 3}}, ["seed was missing, is 0", "embed was missing, is {'steps': 3}"]),
+    ({"a": 1, "c": 3}, {"b": 2, "c": 4, "a": 1}, ["c was 3, is 4", "b was missing, is 2"]),
+    ({"embed": {}}, {"embed": {"steps": 3}}, ["embed.steps was missing, is 3"]),
+    ({"embed": {}}, {"embed": {"optimizer": "adam"}}, ["embed.optimizer was missing, is 'adam'"]),
     ({"seed": 0}, {"seed": 1}, ["seed was 0, is 1"]),
     ({"prompt": "a cat"}, {"prompt": "a 'dog'\n"}, ["""prompt was 'a cat', is "a 'dog'\\n\""""]),
-    ({"optimizer": "adam"}, {}, ["optimizer was 'adam', is None"]),
+    ({"optimizer": "adam"}, {}, ["optimizer was 'adam', is missing"]),
+    ({"rank": None}, {}, ["rank was None, is missing"]),
     ({"a": 1, "b": 2, "c": 3}, {"c": 4, "b": 2, "a": 0}, ["a was 1, is 0", "c was 3, is 4"]),
     ({"embed": {"steps": 3, "rate": 0.1}}, {"embed": {"steps": 3, "rate": 0.2}}, ["embed.rate was 0.1, is 0.2"]),
     ({"a": {"b": {"c": 1, "d": [1, 2]}}}, {"a": {"b": {"c": 2, "d": [1, 3]}}}, ["a.b.c was 1, is 2", "a.b.d was [1, 2], is [1, 3]"]),
@@ -310,5 +316,5 @@ DIFFERENT: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("was", "now", "expected"), DIFFERENT, ids=range(len(DIFFERENT)))
 def test_differences_are_told_with_both_values(was: dict[str, Any], now: dict[str, Any], expected: list[str]) -> None:
-    """By the full name, in order; what was not asked for then may be anything now."""
+    """By the full name, in order, those that are new last."""
     assert differences(was, now) == expected

@@ -321,10 +321,12 @@ def test_from_the_embedding_it_goes_on_to_anything(fitting: Fitting, undisturbed
 
 @pytest.mark.parametrize("asked", [3, 4])
 def test_stopped_while_pictures_are_made_it_goes_on_to_the_same_bytes(fitting: Fitting, undisturbed: Undisturbed, asked: int) -> None:
-    """Before any step of the sampler; nothing is trained again."""
-    late = count(1)
+    """Before any step of the sampler, and when it has gone on from there too; nothing is trained again."""
+    late, later = count(1), count(2)
     with pytest.raises(Stopped, match=f"^{TUNE} of {TUNE} steps of stage tune are saved"):
         fitting.run(stop=lambda: len(fitting.done) == len(REPORTS) and next(late) >= asked)
+    with pytest.raises(Stopped, match=f"^{TUNE} of {TUNE} steps of stage tune are saved"):
+        fitting.run(stop=lambda: next(later) >= asked, resume=True)
     assert fitting.there() == ["embed-000002", "tune-000003"]
     assert fitting.run(resume=True) == []
     assert fitting.files() == files(undisturbed())
@@ -584,6 +586,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         fitting.run(resume=True)
 
 
+@pytest.mark.parametrize("steps", [1, EMBED, EMBED + 1, len(REPORTS)])
+def test_a_checkpoint_that_does_not_tell_of_what_run_it_is_is_refused(half_way: HalfWay, fitting: Fitting, steps: int) -> None:
+    """However good its hashes are, in either stage, done or not."""
+    newest = half_way(LORA, steps).saved.newest()
+    assert newest is not None
+    fitting.saved.save(newest.record.model_copy(update={"inputs": {}}), newest.tensors)
+    with pytest.raises(ImagicError, match=r"another run than the one interrupted: photo was missing, is '[0-9a-f]{64}'; prompt was"):
+        fitting.run(resume=True)
+
+
 def test_a_checkpoint_goes_on_in_another_store(half_way: HalfWay, fitting: Fitting, undisturbed: Undisturbed) -> None:
     """Where somebody else has written it: it is all that is needed."""
     newest = half_way(LORA, EMBED + 1).saved.newest()
@@ -697,7 +709,7 @@ def test_a_disk_that_is_too_small_is_seen_by_the_process_that_writes(fitting: Fi
 
 
 def test_a_name_that_is_being_fitted_is_refused(fitting: Fitting) -> None:
-    """From the first step to the last, whoever asks and however, with the number of the process; other names are free."""
+    """From the first step to the last, in any thread, however it is asked, with the number of the process; other names are free."""
     run: Any = fitting.start()
     next(run)
     found: list[str] = []
@@ -707,11 +719,12 @@ def test_a_name_that_is_being_fitted_is_refused(fitting: Fitting) -> None:
             next(fit(fitting.photo, PROMPT, fitting.config(), fitting.store, "one", **options))
         found.append(caught.value.got)
 
-    asking = [Thread(target=ask, kwargs=options) for options in ({}, {"resume": True}, {"overwrite": True})]
-    for thread in asking:
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        ask(**options)
+        thread = Thread(target=ask, kwargs=options)
         thread.start()
         thread.join()
-    assert found == [f"{fitting.store.root / 'one'} is being written by process {os.getpid()}"] * 3
+    assert found == [f"{fitting.store.root / 'one'} is being written by process {os.getpid()}"] * 6
     fitting.store.prepare("two", False)
     run.close()
     fitting.store.prepare("one", False)

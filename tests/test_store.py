@@ -334,17 +334,20 @@ def test_a_writer_at_work_is_let_be(store: Store) -> None:
     assert (store.read("one").folder / "card.md").read_text() == "other words"
 
 
+ALL_WRITERS: list[Callable[[Store], object]] = [
+    lambda store: store.prepare("one", True),
+    lambda store: store.write(record(), fill("other words"), overwrite=True),
+    lambda store: store.remove("one"),
+]
+
+
 def test_a_name_that_another_process_writes_is_refused(store: Store) -> None:
     """By its number; reading goes on, other names are free, and what it has half written stays."""
     (store.root / ".two.part").mkdir()
     with rival(store, "one") as process, rival(store, "two"):
-        for refused in (
-            lambda: store.prepare("one", True),
-            lambda: store.write(record(), fill("other words"), overwrite=True),
-            lambda: store.remove("one"),
-        ):
+        for refused in ALL_WRITERS:
             with pytest.raises(ImagicError, match=rf"one is being written by process {process.pid}"):
-                refused()
+                refused(store)
         (store.root / ".one.lock").write_text("")
         with pytest.raises(ImagicError, match="one is being written by another process"):
             store.prepare("one", True)
@@ -377,14 +380,49 @@ def test_what_a_power_cut_left_of_a_claim_stops_nobody(store: Store, told: str) 
 
 def test_a_claim_may_be_claimed_again_by_who_has_it(store: Store) -> None:
     """A fit claims a name for as long as it takes, and writes under that claim; only then it is free."""
-    with store.claimed("one"):
+    with store.claimed("one") as held:
         (store.root / ".one.part").mkdir()
-        with store.claimed("one"):
+        with held.claimed("one"):
             pass
         assert hidden(store.root) == [".one.lock", ".one.part"]
-        store.write(record(), fill(), overwrite=True)
+        held.write(record(), fill("other words"), overwrite=True)
         assert hidden(store.root) == [".one.lock"]
     assert hidden(store.root) == []
+    assert (store.read("one").folder / "card.md").read_text() == "other words"
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["of another name", "none"])
+def test_a_claim_is_of_no_use_to_another_writer_of_the_process(store: Store, held: bool) -> None:
+    """Whoever has none, or that of another name, is refused in the same thread too, as by another process, and touches nothing."""
+    (store.checkpoints("one") / "embed-000003").mkdir(parents=True)
+    with store.claimed("one"), store.claimed("two") as two:
+        for refused in ALL_WRITERS:
+            with pytest.raises(ImagicError, match=f"one is being written by process {os.getpid()}"):
+                refused(two if held else Store(store.root))
+        assert hidden(store.root) == [".one.checkpoints", ".one.lock", ".two.lock"]
+        assert (store.read("one").folder / "card.md").read_text() == "words"
+        assert store.unfinished() == ["one"]
+    store.remove("one")
+
+
+def test_a_claim_that_has_ended_is_of_no_use(store: Store) -> None:
+    """Though somebody has kept what it gave."""
+    with store.claimed("one") as held:
+        pass
+    with store.claimed("one"), pytest.raises(ImagicError, match="one is being written by"):
+        held.prepare("one", True)
+
+
+def test_a_claim_belongs_to_no_thread(store: Store) -> None:
+    """Begun in one and ended in another, the name is free."""
+    claim = store.claimed("one")
+    thread = Thread(target=claim.__enter__)
+    thread.start()
+    thread.join()
+    assert hidden(store.root) == [".one.lock"]
+    claim.__exit__(None, None, None)
+    assert hidden(store.root) == []
+    store.prepare("one", True)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])

@@ -245,7 +245,15 @@ def test_types_that_are_never_written_do_not_come_in(tmp_path: Path, dtype: str)
         read(tmp_path / "file")
 
 
-def test_an_error_inside_is_not_the_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(28, "the disk is full"), FileNotFoundError("another file")], ids=repr)
+def test_an_error_inside_is_not_the_files(tmp_path: Path, error: Exception) -> None:
     """What else goes wrong while a file is open passes as it is."""
-    with pytest.raises(RuntimeError, match="a bug"), opened(write(tmp_path / "file", {"a": torch.ones(1)})):
-        raise RuntimeError("a bug")
+    with pytest.raises(type(error)) as caught, opened(write(tmp_path / "file", {"a": torch.ones(1)})):
+        raise error
+    assert caught.value is error
+
+
+def test_what_the_library_cannot_read_later_is_refused_too(tmp_path: Path) -> None:
+    """A tensor that a whole file does not hold, in words that name the file."""
+    with pytest.raises(ImagicError, match="file is not a whole safetensors file"), opened(write(tmp_path / "file", {})) as file:
+        file.get_tensor("a")

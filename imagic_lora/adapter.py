@@ -24,6 +24,7 @@ RECORD, EMBEDDINGS, SOURCE, PREVIEW, STEPS, CARD = (
     "adapter.json", "embeddings.safetensors", "source.png", "preview.png", "steps.jsonl", "README.md",
 )  # fmt: skip
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z"
+Name = Annotated[str, Field(pattern=NAME.replace(r"\Z", "$"))]
 _REMEDY = "fit or copy the adapter again"
 
 
@@ -55,15 +56,22 @@ class SourceRecord(_Part):
     box: tuple[int, int, int, int]
 
 
+class CompressedRecord(_Part):
+    """What was compressed: a full adapter, and the norm of what was lost over the norm of all that it had changed."""
+
+    name: Name
+    error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Record(Sealed):
     """``adapter.json``, version 1: how an adapter was made, and the hash of every other file.
 
     Losses are the mean of the first and of the last tenth of each stage; ``runtime`` is what ``auto`` came to; ``peak_memory`` is in
-    bytes.
+    bytes. ``compressed`` is there only where that was done.
     """
 
     version: Literal[1] = 1
-    name: Annotated[str, Field(pattern=NAME.replace(r"\Z", "$"))]
+    name: Name
     created: str
     base: BaseRecord
     parts: list[WeightsRecord]
@@ -75,6 +83,7 @@ class Record(Sealed):
     runtime: dict[str, str]
     peak_memory: int
     versions: dict[str, str]
+    compressed: Annotated[CompressedRecord | None, Field(exclude_if=lambda one: one is None)] = None
 
 
 class Adapter:
@@ -101,7 +110,7 @@ class Adapter:
             ImagicError: the file holds anything else.
         """
         groups: dict[str, dict] = {}
-        for key, value in read(self._listed(EMBEDDINGS)).items():
+        for key, value in read(self.listed(EMBEDDINGS)).items():
             kind, _, name = key.partition(".")
             groups.setdefault(kind, {})[name] = value.float()
         forms = [{name: value.shape for name, value in named.items()} for named in groups.values()]
@@ -117,7 +126,7 @@ class Adapter:
         Raises:
             ImagicError: the photo cannot be read, or does not lie where the record says.
         """
-        source, image = self.record.source, read_photo(self._listed(SOURCE)).image
+        source, image = self.record.source, read_photo(self.listed(SOURCE)).image
         (left, top, right, bottom), (width, height) = source.box, source.size
         inside = 0 <= left < right <= image.width and 0 <= top < bottom <= image.height
         if not inside or min(source.size) < 1 or width * height > MAX_PIXELS:
@@ -148,9 +157,9 @@ class Adapter:
             raise ImagicError(
                 f"adapter {self.name} has a canvas of {wide}x{high} pixels", f"at most {most} squared, in whole {multiple}", _REMEDY
             )
-        tokens = self.embeddings()["target"].tokens
-        if tuple(tokens.shape) != (1, base.architecture.tokens, base.architecture.unet["cross_attention_dim"]):
-            raise ImagicError(f"adapter {self.name} has embeddings of shape {tuple(tokens.shape)}", "those of its base", _REMEDY)
+        shapes = {name: tuple(value.shape) for name, value in self.embeddings()["target"].tensors().items()}
+        if shapes != base.architecture.conditioning:
+            raise ImagicError(f"adapter {self.name} has embeddings of shapes {shapes}", f"{base.architecture.conditioning}", _REMEDY)
 
     @contextmanager
     def worn_by(self, base: Base) -> Iterator[None]:
@@ -163,11 +172,11 @@ class Adapter:
         with ExitStack() as stack:
             for part in self.record.parts:
                 for file in part.files:
-                    self._listed(file)
+                    self.listed(file)
                 stack.enter_context((loaded_lora if part.mode == "lora" else loaded_full)(base, self.folder))
             yield
 
-    def _listed(self, file: str) -> Path:
+    def listed(self, file: str) -> Path:
         """The path of a file whose hash is on record."""
         if file not in self.record.files:
             raise ImagicError(f"{self.folder / file} is not on the adapter's record", "a file whose hash is known", _REMEDY)

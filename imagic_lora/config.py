@@ -64,8 +64,8 @@ class TuneConfig(Config):
     """Rank of the LoRA matrices (mode lora)."""
     alpha: Annotated[float | None, _flag("alpha")] = Field(default=None, gt=0, allow_inf_nan=False)
     """LoRA scale times rank; the rank itself where not given (mode lora)."""
-    targets: Annotated[Literal["attention", "attention+conv"], _flag("targets")] = "attention"
-    """Layers that LoRA adapts: attention projections, or these and the convolutions (mode lora)."""
+    targets: Annotated[Literal["attention", "attention+conv", "all"], _flag("targets")] = "attention"
+    """Layers that LoRA adapts: the attention projections, these and the convolutions of the residual blocks, or all (mode lora)."""
 
 
 class EditConfig(Config):

@@ -70,7 +70,9 @@ def inverted(base: Base, canvas: Canvas, source: Conditioning, steps: int) -> Te
     4.3), at the conditioning that stands for the photo."""
     backwards = _with_sampler(base, DDIMInverseScheduler)
     clean = base.encode_image(canvas.pixels).to(base.runtime.dtype)
-    return _latents(base, backwards, _text(base, source, None) | {"guidance_scale": 1.0, "num_inference_steps": steps, "latents": clean})
+    high, wide = canvas.pixels.shape[2:]
+    size = {"height": high, "width": wide, "latents": clean}
+    return _latents(base, backwards, _spoken(base, source, None) | size | {"guidance_scale": 1.0, "num_inference_steps": steps})
 
 
 def _batch(
@@ -79,7 +81,7 @@ def _batch(
     """Pixels in [0, 1], ``[B, 3, H, W]``."""
     batch = len(seeds)
     guided = null is not None and config.guidance_scale > 1
-    arguments: dict[str, Any] = _text(base, text, null.expand(batch) if null is not None and guided else None) | {
+    arguments: dict[str, Any] = _spoken(base, text, null.expand(batch) if null is not None and guided else None) | {
         "guidance_scale": config.guidance_scale if guided else 1.0,
         "num_inference_steps": config.steps,
         "eta": config.ddim_eta,
@@ -87,7 +89,8 @@ def _batch(
     }
     if config.start == "image":
         pipe = base.pipeline("image2image")
-        arguments |= {"image": ((canvas.pixels + 1) / 2).expand(batch, -1, -1, -1), "strength": config.strength}
+        clean = base.encode_image(canvas.pixels).to(base.runtime.dtype)
+        arguments |= {"image": clean.expand(batch, -1, -1, -1), "strength": config.strength}
     else:
         pipe = base.pipeline("text2image") if noise is None else _with_sampler(base, DDIMScheduler)
         start = None if noise is None else noise.expand(batch, -1, -1, -1)
@@ -105,12 +108,9 @@ def _with_sampler(base: Base, sampler: Any) -> Any:
     return pipe
 
 
-def _text(base: Base, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+def _spoken(base: Base, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
     device, dtype = base.runtime.device, base.runtime.dtype
-    return {
-        "prompt_embeds": text.to(device, dtype).tokens,
-        "negative_prompt_embeds": None if null is None else null.to(device, dtype).tokens,
-    }
+    return base.spoken(text.to(device, dtype), None if null is None else null.to(device, dtype))
 
 
 def _latents(base: Base, pipe: Any, arguments: dict[str, Any]) -> Tensor:

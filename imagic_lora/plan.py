@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 from .bases.blueprint import LORA_TARGETS, Layers, Numbers, UNet, text_parameters, vae_forward
@@ -106,6 +107,11 @@ def assume(run: RunConfig, device: Literal["cuda", "cpu"] | None = None) -> Assu
     return Assumed(where, dtype, optimizer)
 
 
+def comes_later(run: RunConfig, assumed: Assumed) -> bool:
+    """Whether the denoiser is still in host memory while photo and sentence are encoded; one in 4 bits is made on the card."""
+    return assumed.device == "cuda" and run.memory.idle != "keep" and run.memory.quantize == "none"
+
+
 def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None = None) -> Plan:
     """The analytic plan, from a drawing of the models in sizes alone.
 
@@ -133,14 +139,15 @@ class _Draft:
         self.unet = self._drawn(tuned=True)[0]
         vae = self._vae(decode=True)[0], self._vae(decode=False)[0]
         self.vae = vae[0] + vae[1]
-        self.helpers = self.vae + text_parameters(architecture.text_encoder) * self.width
+        texts = architecture.text_encoders.items()
+        self.helpers = self.vae + self.width * sum(text_parameters(config, part == "text_encoder_2") for part, config in texts)
         eight = assumed.optimizer == "adam8bit"
         trained = self.unet.parameters if self.full else self.unet.lora
         self.states = (self.unet.states if self.full else self.unet.lora_states) if eight else 8 * trained
 
     def plan(self, stages: dict[str, Peak]) -> Plan:
         """The plan of these peaks."""
-        embeddings = 3 * self.architecture.tokens * self.architecture.unet["cross_attention_dim"] * 4
+        embeddings = 3 * 4 * sum(prod(shape) for shape in self.architecture.conditioning.values())
         kept = 2 * self.unet.parameters if self.full else 4 * self.unet.lora
         trained = self.unet.bytes if self.full else 4 * self.unet.lora
         cuda = self.assumed.device == "cuda"
@@ -161,7 +168,7 @@ class _Draft:
         pictures = around + lora + (0 if run.memory.idle == "keep" else self.vae)
         batch = run.edit.batch_size * (2 if run.edit.guidance_scale > 1 else 1)
         return {
-            "encode": Peak(unet.bytes + self.helpers, 0, 0, self._vae(decode=False)[1]),
+            "encode": Peak(self.helpers + (0 if comes_later(run, self.assumed) else unet.bytes), 0, 0, self._vae(decode=False)[1]),
             "embed": Peak(around, 0, 0, self._drawn(batch=run.embed.batch_size, trains="embed")[1]),
             "tune": self._tune(around + lora),
             "sample": Peak(pictures, 0, 0, self._drawn(tuned=True, batch=batch)[1]),
@@ -200,7 +207,8 @@ class _Draft:
         )
         layers = Layers(paper, numbers, cache=[] if memory.autocast_cache and numbers.trained else None)  # autocast keeps what is trained
         unet = UNet(self.architecture.unet, layers, memory.gradient_checkpointing and trains is not None)
-        out = unet.forward(self.pixels // self.architecture.factor**2, batch, self.architecture.tokens, tokens_need_grad=trains == "embed")
+        tokens = self.architecture.conditioning["tokens"][1]
+        out = unet.forward(self.pixels // self.architecture.factor**2, batch, tokens, tokens_need_grad=trains == "embed")
         counted, layers.cache = replace(layers, cache=None), None  # autocast clears it at the end of a forward pass
         if trains:
             paper.backward(out)
@@ -211,6 +219,7 @@ class _Draft:
         memory, pixels = self.run.memory, self.pixels
         if memory.vae_tiling:
             pixels = min(pixels, self.architecture.vae["sample_size"] ** 2)
-        layers = Layers(Paper(gradients_on=False), Numbers(self.width, self.width))
+        width = 4 if self.architecture.wide_vae and self.assumed.dtype == "fp16" else self.width
+        layers = Layers(Paper(gradients_on=False), Numbers(width, width))
         vae_forward(self.architecture.vae, layers, pixels, 1 if memory.vae_slicing else pictures, decode)
         return layers.bytes, layers.paper.meter.peak

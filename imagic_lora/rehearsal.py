@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,16 +14,18 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module, Parameter
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig
 
+from .bases.components import TEXT_ENCODERS
 from .bases.published import Architecture
-from .bases.sd import StableDiffusion
+from .bases.registry import family_of
+from .bases.sd import TOKENIZERS, StableDiffusion, vae_dtype
 from .conditioning import Conditioning
 from .config import RunConfig
 from .full import unfrozen
 from .lora import attached
 from .memory import Tracker
-from .plan import Assumed, Peak, Plan, with_stages
+from .plan import Assumed, Peak, Plan, comes_later, with_stages
 from .runtime import DTYPES, Processes, Runtime
 from .stages.embed import embed_stage
 from .stages.stage import Stage
@@ -63,7 +66,10 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Pl
     with FakeTensorMode(), patch.object(Module, "_apply", _converted), Tracker() as tracker:
         base = random_base(architecture, run, runtime)
         with _autocast_as_on_a_card() if assumed.device == "cuda" else nullcontext():
-            stages = dict(_stages(base, run, tracker, architecture))
+            stages = dict(_stages(base, run, tracker))
+    if comes_later(run, assumed):
+        later = sum(one.nbytes for one in (*base.denoiser.parameters(), *base.denoiser.buffers()))
+        stages["encode"] = replace(stages["encode"], weights=stages["encode"].weights - later)
     return with_stages(architecture, run, assumed, stages)
 
 
@@ -84,16 +90,23 @@ def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) ->
     full = run.tune.mode == "full" and run.memory.master_weights == "fp32"
 
     def helper(name: str) -> Any:
-        with _default_dtype(runtime.dtype):
+        with _default_dtype(vae_dtype(architecture, runtime.dtype) if name == "vae" else runtime.dtype):
             if name == "vae":
                 return AutoencoderKL.from_config(architecture.vae)
-            return CLIPTextModel(CLIPTextConfig(**architecture.text_encoder))
+            return TEXT_ENCODERS[name](CLIPTextConfig(**architecture.text_encoders[name]))
 
     with _default_dtype(torch.float32 if full else runtime.dtype):
         unet = UNet2DConditionModel.from_config(architecture.unet)
-    parts = {"unet": unet, "vae": helper("vae"), "text_encoder": helper("text_encoder"), "tokenizer": None}
-    parts["scheduler"] = DDIMScheduler.from_config(architecture.scheduler)
-    return StableDiffusion(parts, run.base, None, "", runtime, helper)
+    parts = {"unet": unet, "scheduler": DDIMScheduler.from_config(architecture.scheduler), "vae": helper("vae")}
+    for encoder in architecture.text_encoders:
+        parts |= {encoder: helper(encoder), TOKENIZERS[encoder]: None}
+    return family_of(architecture)(architecture, parts, run.base, None, "", runtime, helper)
+
+
+def random_text(base: StableDiffusion, height: int, width: int) -> Conditioning:
+    """A conditioning of the right shapes for a picture of that size, without a tokenizer."""
+    named = {name: torch.rand(shape) for name, shape in base.architecture.conditioning.items()}
+    return base.framed(Conditioning.from_tensors(named), height, width).to(base.runtime.device)
 
 
 @contextmanager
@@ -106,14 +119,14 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _stages(base: StableDiffusion, run: RunConfig, tracker: Tracker, architecture: Architecture) -> Iterator[tuple[str, Peak]]:
+def _stages(base: StableDiffusion, run: RunConfig, tracker: Tracker) -> Iterator[tuple[str, Peak]]:
     side = run.resolution or base.resolution
     tracker.reset_peak()
     held = tracker.now
     latents = base.encode_image(torch.empty(1, 3, side, side))
     yield "encode", Peak(held, 0, 0, tracker.peak - held)
     base.rest()
-    text = Conditioning(torch.empty(1, architecture.tokens, architecture.unet["cross_attention_dim"]))
+    text = random_text(base, side, side)
     stage = embed_stage(base, latents, text, _short(run.embed), 0, Processes())
     yield "embed", _trained(stage, tracker)
     del stage
@@ -149,7 +162,9 @@ def _pictures(base: StableDiffusion, run: RunConfig, latents: Tensor, text: Cond
     noisy, times = latents.expand(batch, -1, -1, -1).to(base.denoiser.dtype), torch.zeros(batch, dtype=torch.int64)
     dtype = base.runtime.dtype
     with torch.autocast("cpu", dtype, enabled=base.denoiser.dtype != dtype, cache_enabled=False):  # as generate() has it
-        base.denoiser(noisy, times, text.expand(batch).tokens.to(dtype))
+        told = text.expand(batch).to(noisy.device, dtype)
+        base.denoiser(noisy, times, told.tokens, **base.beside(told))
+        del told
     yield "sample", Peak(held, 0, 0, tracker.peak - held)
     tracker.reset_peak()
     base.decode(latents.expand(count, -1, -1, -1))

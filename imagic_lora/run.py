@@ -48,10 +48,12 @@ class Run:
         self.canvas: Canvas = to_canvas(self.photo.image, self.config.resolution or base.resolution, base.size_multiple)
         with explained(base.architecture, self.config, base.runtime, "encode"):
             self.latents = base.encode_image(self.canvas.pixels)
-        self.target = base.encode_text(self.prompt)
-        self.null = base.null()
+        high, wide = self.canvas.pixels.shape[2:]
+        self.target, null = base.framed(base.encode_text(self.prompt), high, wide), base.null()
+        self.null = None if null is None else base.framed(null, high, wide)
         told = {"the sentence's embedding": self.target, **({"the empty sentence's embedding": self.null} if self.null else {})}
-        refuse_not_finite({"the photo's latents": self.latents, **{name: one.tokens for name, one in told.items()}})
+        embeddings = {f"{name} ({part})": value for name, one in told.items() for part, value in one.tensors().items()}
+        refuse_not_finite({"the photo's latents": self.latents, **embeddings})
         base.rest()
 
     def inputs(self, stage: str, finished: bool) -> dict[str, Any]:
@@ -98,7 +100,7 @@ class Run:
             for k, loss in enumerate(torch.stack(losses).tolist())
         ]
         draft.write(STEPS, ["\n".join([*lines, ""]).encode()])
-        draft.write(CARD, [_card(self.prompt, self.base.name, self.config).encode()])
+        draft.write(CARD, [card(self.prompt, self.base.name, self.config).encode()])
 
     def record(self, name: str) -> Record:
         """How the adapter was made, without the hashes of its files."""
@@ -125,7 +127,7 @@ def _ends(losses: Tensor) -> tuple[float, float]:
     return round(losses[:tenth].mean().item(), 6), round(losses[-tenth:].mean().item(), 6)
 
 
-def _card(prompt: str, base: str, config: RunConfig) -> str:
+def card(prompt: str, base: str, config: RunConfig) -> str:
     """``README.md`` of an adapter; text from outside stands in indented blocks, where Markdown means nothing."""
     mode = config.tune.mode
     return "\n".join(

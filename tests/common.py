@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
+from imagic_lora.adapter import Adapter
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.registry import open_base
-from imagic_lora.config import MemoryConfig, Mode, RunConfig, checked, merged
+from imagic_lora.config import EditConfig, MemoryConfig, Mode, RunConfig, checked, merged
 from imagic_lora.runtime import Processes, resolve_runtime
 
 KINDS: list[Literal["epsilon", "v_prediction"]] = ["epsilon", "v_prediction"]
@@ -53,6 +56,30 @@ def output(base: Base) -> Tensor:
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         return base.predict(noise, torch.tensor([10, 700]), base.encode_text(PROMPT))
+
+
+def by_diffusers(pipe: Any, adapter: Adapter, eta: float, seed: int, config: EditConfig) -> Image.Image:
+    """The edit by diffusers alone, from the files of an adapter.
+
+    Args:
+        pipe: its pipeline over the base, loaded by diffusers.
+    """
+    if adapter.record.parts[0].mode == "lora":
+        pipe.load_lora_weights(adapter.folder)
+    else:
+        pipe.unet = UNet2DConditionModel.from_pretrained(adapter.folder / "unet")
+    stored = load_file(adapter.folder / "embeddings.safetensors")
+    names = [name for name in ("tokens", "pooled") if f"target.{name}" in stored]
+    mixed = {name: eta * stored[f"target.{name}"] + (1 - eta) * stored[f"optimised.{name}"] for name in names}
+    height, width = adapter.canvas().pixels.shape[2:]
+    told: dict[str, Any] = {"prompt_embeds": mixed["tokens"], "height": height, "width": width}
+    if "null.tokens" in stored:
+        told["negative_prompt_embeds"] = stored["null.tokens"]
+    if "pooled" in mixed:
+        told |= {"pooled_prompt_embeds": mixed["pooled"], "negative_pooled_prompt_embeds": stored["null.pooled"]}
+    told |= {"guidance_scale": config.guidance_scale, "num_inference_steps": config.steps}
+    picture = pipe(**told, generator=torch.Generator().manual_seed(seed)).images[0]
+    return adapter.canvas().restored(picture)
 
 
 def array(image: Image.Image) -> np.ndarray:

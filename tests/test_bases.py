@@ -27,7 +27,7 @@ from tiny import save_tiny
 from torch import Tensor
 
 from imagic_lora.bases import registry
-from imagic_lora.bases.files import fingerprint, finite
+from imagic_lora.bases.files import Folder, fingerprint, finite
 from imagic_lora.bases.registry import architecture_of, locate
 from imagic_lora.bases.vetting import read_json
 from imagic_lora.errors import ImagicError
@@ -304,7 +304,7 @@ def test_broken_weights_are_named(folder: Path, tmp_path: Path) -> None:
     """A truncated file, or the pointer that git leaves of a large one, is no traceback."""
     shutil.copytree(folder, tmp_path / "base")
     (tmp_path / "base/unet/diffusion_pytorch_model.safetensors").write_text("version https://git-lfs")
-    for open_it in (lambda: opened(tmp_path / "base"), lambda: fingerprint(tmp_path / "base", ("unet",))):
+    for open_it in (lambda: opened(tmp_path / "base"), lambda: fingerprint(Folder(tmp_path / "base"), ("unet",))):
         with pytest.raises(ImagicError):
             open_it()
 
@@ -458,7 +458,7 @@ def test_sizes_are_plausible(copy: Path, file: str, name: str, value: object) ->
     ("file", "values", "why"),
     [
         ("unet", {"in_channels": 9}, "out_channels to in_channels, 4 to 9"),
-        ("unet", {"cross_attention_dim": 24}, "hidden_size of the text encoder to cross_attention_dim, 16 to 24"),
+        ("unet", {"cross_attention_dim": 24}, "hidden_size of the text encoders to cross_attention_dim, 16 to 24"),
         ("unet", {"down_block_types": ["DownBlock2D"]}, "down_block_types to block_out_channels, 1 to 2"),
         ("unet", {"up_block_types": [1, 2]}, r"the blocks \[1, 2\]"),
         ("unet", {"class_embed_type": "timestep"}, "a U-Net with class_embed_type"),

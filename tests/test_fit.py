@@ -7,13 +7,11 @@ import json
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from common import KINDS, MODES, PROMPT, Pretended, array, opened, output, same, tiny_config, weights
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from common import MODES, PROMPT, Pretended, array, opened, output, same, tiny_config, weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,44 +19,13 @@ import imagic_lora.imagic as imagic
 from imagic_lora.adapter import PREVIEW, Adapter
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.registry import architecture_of
-from imagic_lora.config import EditConfig, Mode
-from imagic_lora.editor import Editor
+from imagic_lora.config import Mode
 from imagic_lora.errors import ImagicError
 from imagic_lora.imagic import fit, result
 from imagic_lora.plan import predict
 from imagic_lora.store import Store
 
 REPORTS = [("embed", k, 3) for k in (1, 2, 3)] + [("tune", k, 4) for k in (1, 2, 3, 4)]
-
-
-def by_diffusers(folder: Path, adapter: Adapter, eta: float, seed: int, config: EditConfig) -> Image.Image:
-    """The edit by diffusers alone, from the files of an adapter."""
-    pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
-    if adapter.record.parts[0].mode == "lora":
-        pipe.load_lora_weights(adapter.folder)
-    else:
-        pipe.unet = UNet2DConditionModel.from_pretrained(adapter.folder / "unet")
-    stored = load_file(adapter.folder / "embeddings.safetensors")
-    height, width = adapter.canvas().pixels.shape[2:]
-    picture = pipe(
-        prompt_embeds=eta * stored["target.tokens"] + (1 - eta) * stored["optimised.tokens"],
-        negative_prompt_embeds=stored["null.tokens"],
-        guidance_scale=config.guidance_scale,
-        num_inference_steps=config.steps,
-        generator=torch.Generator().manual_seed(seed),
-        height=height,
-        width=width,
-    ).images[0]
-    return adapter.canvas().restored(picture)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_plain_diffusers_makes_the_same_picture(folders: dict[str, Path], fitted: Callable[..., Adapter], kind: str, mode: Mode) -> None:
-    """To 1 of 255, from the adapter's files alone."""
-    adapter, config = fitted(mode, kind=kind), EditConfig(steps=4, guidance_scale=3.0)
-    edited = next(Editor(opened(folders[kind])).edit(adapter, [0.6], [5], config)).image
-    assert np.abs(array(edited) - array(by_diffusers(folders[kind], adapter, 0.6, 5, config))).max() <= 1
 
 
 @pytest.mark.parametrize("mode", MODES)

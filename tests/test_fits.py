@@ -150,7 +150,7 @@ def test_too_little_memory_is_an_error_that_says_what_to_do(chosen: Chosen, mode
     with pytest.raises(OutOfMemory) as caught:
         chosen(1.25 * GIB, **flags)
     worst, lever = planned("8gb", **flags).worst, {"lora": "--quantize nf4", "full": "--master-weights bf16-stochastic"}[mode]
-    assert worst == {"lora": "encode", "full": "tune"}[mode]
+    assert worst == {"lora": "decode", "full": "tune"}[mode]
     assert f"stage {worst} needs {need('8gb', **flags) / GIB:.1f} GiB (predicted), and 1.2 GiB can be had on the card" in caught.value.got
     assert caught.value.remedy.startswith(f"{lever} saves about ")
     assert isinstance(caught.value, ImagicError)

@@ -418,8 +418,8 @@ def test_offloading_is_refused_without_a_card(folder: Path) -> None:
         resolve_runtime(MemoryConfig(device="cpu", idle="offload"))
 
 
-def test_offloading_moves_the_helpers_and_no_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the CPU at rest, back to the device when one is used; the device is PyTorch's own pretended one here."""
+def test_offloading_moves_the_helpers_and_brings_the_denoiser(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the CPU at rest, when the denoiser comes; back to the device when one is used. The device is PyTorch's own pretended one here."""
     base = opened(folder)
     device = torch.device("meta")
     base.runtime = replace(base.runtime, device=device, memory=base.runtime.memory.model_copy(update={"idle": "offload"}))
@@ -429,12 +429,12 @@ def test_offloading_moves_the_helpers_and_no_more(folder: Path, monkeypatch: pyt
         own = module.to
         monkeypatch.setattr(module, "to", lambda where, name=name, own=own: (moves.append((name, str(where))), own(where))[1])
     base.rest()
-    assert moves == [("vae", "cpu"), ("text_encoder", "cpu")]
+    assert moves == [("vae", "cpu"), ("text_encoder", "cpu"), ("denoiser", "meta")]
     picture = base.decode(noised_latents(8, 1))
-    assert moves[2:] == [("vae", "meta")]
+    assert moves[3:] == [("vae", "meta")]
     assert (picture.device, picture.shape) == (device, (1, 3, 32, 32))
     assert base._helpers == {"vae": vae, "text_encoder": text_encoder}  # pyright: ignore[reportAttributeAccessIssue]
-    assert text_encoder.device.type == base.denoiser.device.type == "cpu"
+    assert (text_encoder.device.type, base.denoiser.device.type) == ("cpu", "meta")
 
 
 def test_slicing_decodes_one_by_one(folder: Path) -> None:

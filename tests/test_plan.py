@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,6 +122,7 @@ def test_a_base_whose_sizes_nobody_knows_is_refused(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
 def test_a_folder_without_sizes_is_refused(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, content: str | None) -> None:
     """A config that is missing, broken or says too little."""
+    shutil.copy(folder / "model_index.json", tmp_path)
     for part, file in {"unet": "config", "vae": "config", "text_encoder": "config", "scheduler": "scheduler_config"}.items():
         (tmp_path / part).mkdir()
         (tmp_path / part / f"{file}.json").write_text((folder / part / f"{file}.json").read_text())

@@ -18,17 +18,22 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig
 
-from imagic_lora.bases.blueprint import ATTENTION, Layers, Numbers, UNet, states_8bit, text_parameters, vae_forward
+from imagic_lora.bases.blueprint import ATTENTION, LORA_TARGETS, Layers, Numbers, UNet, states_8bit, text_parameters, vae_forward
+from imagic_lora.bases.components import TEXT_ENCODERS
 from imagic_lora.bases.published import PUBLISHED, Architecture, architecture
 from imagic_lora.bases.quantized import quantize_linear
 from imagic_lora.errors import ImagicError
 from imagic_lora.memory import Tracker
 from imagic_lora.symbolic import Meter, Paper, Sized
 
-BASES = ["sd15", "sd21", "critters", "tiny"]
-TARGETS = {"attention": ATTENTION, "attention+conv": (*ATTENTION, "conv1", "conv2")}
+BASES = ["sd15", "sd21", "sdxl", "critters", "tiny"]
+TARGETS = {
+    "attention": ATTENTION,
+    "attention+conv": (*ATTENTION, "conv1", "conv2"),
+    "all": LORA_TARGETS["all"],
+}
 
 
 def held(paper: Paper) -> tuple[int, int]:
@@ -240,7 +245,7 @@ def known(folder: Path) -> Callable[[str], Architecture]:
 def drawn(base: Architecture, checkpointing: bool = False, gradients: bool = False, **numbers: Any) -> Layers:
     """The U-Net, counted."""
     layers = Layers(Paper(gradients_on=gradients), Numbers(**({"width": 4, "weights": 4} | numbers)))
-    UNet(base.unet, layers, checkpointing).forward(64, 1, base.tokens, False)
+    UNet(base.unet, layers, checkpointing).forward(64, 1, base.conditioning["tokens"][1], False)
     return replace(layers)
 
 
@@ -263,13 +268,22 @@ def test_every_parameter_is_counted(known: Callable[[str], Architecture], name: 
         vae_forward(base.vae, vae, 64**2, 1, decode)
     assert drawn(base).parameters == parameters(on_meta(lambda: UNet2DConditionModel.from_config(base.unet)))
     assert vae.parameters == parameters(on_meta(lambda: AutoencoderKL.from_config(base.vae)))
-    assert text_parameters(base.text_encoder) == parameters(on_meta(lambda: CLIPTextModel(CLIPTextConfig(**base.text_encoder))))
+    for part, config in base.text_encoders.items():
+        real = parameters(on_meta(lambda part=part, config=config: TEXT_ENCODERS[part](CLIPTextConfig(**config))))
+        assert text_parameters(config, projects=part == "text_encoder_2") == real
 
 
 def test_the_published_sizes_are_the_published_ones() -> None:
-    """U-Net, text encoder: of the weights on the hub."""
-    found = {name: (drawn(base).parameters, text_parameters(base.text_encoder)) for name, base in PUBLISHED.items()}
-    assert found == {"sd15": (859_520_964, 123_060_480), "sd21": (865_910_724, 340_387_840)}
+    """U-Net, text encoders: of the weights on the hub."""
+    found = {
+        name: [drawn(base).parameters, *(text_parameters(config, part[-1] == "2") for part, config in base.text_encoders.items())]
+        for name, base in PUBLISHED.items()
+    }
+    assert found == {
+        "sd15": [859_520_964, 123_060_480],
+        "sd21": [865_910_724, 340_387_840],
+        "sdxl": [2_567_463_684, 123_060_480, 694_659_840],
+    }
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -285,6 +299,10 @@ def test_every_lora_parameter_is_counted(known: Callable[[str], Architecture], n
     assert layers.lora_states == sum(map(states_8bit, trainable))
     if (name, targets) == ("sd15", "attention"):
         assert layers.lora == 797_184  # 3.2 MB at rank 4, as everywhere
+    if targets == "all":
+        kinds = (nn.Linear, nn.Conv2d)
+        plain: Any = on_meta(lambda: UNet2DConditionModel.from_config(base.unet))
+        assert len(trainable) == 2 * sum(isinstance(module, kinds) for module in plain.modules())
 
 
 def test_checkpointing_counts_nothing_twice(known: Callable[[str], Architecture]) -> None:

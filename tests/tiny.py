@@ -10,13 +10,16 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "pndm": PNDMScheduler}
+SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "lcm": LCMScheduler, "pndm": PNDMScheduler}
+NOISE = {"steps_offset": 1, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -34,8 +37,13 @@ def save_tiny(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     width: int = 16,
+    guided: bool = False,
 ) -> Path:
-    """A Stable Diffusion pipeline for 32x32 pictures with 4x8x8 latents, its layers of at most ``width`` channels; returns its folder."""
+    """A Stable Diffusion pipeline for 32x32 pictures with 4x8x8 latents, its layers of at most ``width`` channels; returns its folder.
+
+    Args:
+        guided: the guidance scale is embedded, as in latent consistency models.
+    """
     torch.manual_seed(seed)
     words = tokenizer()
     unet = UNet2DConditionModel(
@@ -49,8 +57,60 @@ def save_tiny(
         cross_attention_dim=width,
         attention_head_dim=2,
         norm_num_groups=4,
+        **({"time_cond_proj_dim": 12} if guided else {}),
     )
-    vae = AutoencoderKL(
+    kind = SCHEDULERS[scheduler]
+    options = {"ddim": {"clip_sample": False, "set_alpha_to_one": False}, "pndm": {"skip_prk_steps": True}}.get(scheduler, {})
+    declared = kind(**options, **NOISE, prediction_type=prediction_type)
+    pipe = StableDiffusionPipeline(
+        _vae(),
+        text_encoder(words, width),
+        words,
+        unet,
+        declared,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.to(dtype=dtype).save_pretrained(folder, variant=variant)
+    return folder
+
+
+def save_tiny_sdxl(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Path:
+    """A Stable Diffusion XL pipeline for 32x32 pictures: two text encoders of 16 and 24 channels, 20 pooled; returns its folder."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=2,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=40,
+        attention_head_dim=(1, 2),
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=6,
+        projection_class_embeddings_input_dim=20 + 6 * 6,
+    )
+    pipe = StableDiffusionXLPipeline(
+        _vae(),
+        text_encoder(words, 16),
+        CLIPTextModelWithProjection(_text_config(words, 24, projection_dim=20, hidden_act="gelu")),
+        words,
+        words,
+        unet,
+        EulerDiscreteScheduler(**NOISE, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+    pipe.to(dtype=dtype).save_pretrained(folder, variant=variant)
+    return folder
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(4, 8, 8),
@@ -60,26 +120,23 @@ def save_tiny(
         sample_size=32,
         scaling_factor=0.5,
     )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
+
+
+def _text_config(words: CLIPTokenizer, width: int, **more) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        **more,
     )
-    kind = SCHEDULERS[scheduler]
-    options = {"clip_sample": False, "set_alpha_to_one": False} if scheduler == "ddim" else {}
-    declared = kind(
-        **options, steps_offset=1, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
-    )
-    pipe = StableDiffusionPipeline(
-        vae, text, words, unet, declared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-    pipe.to(dtype=dtype).save_pretrained(folder, variant=variant)
-    return folder
+
+
+def text_encoder(words: CLIPTokenizer, width: int) -> CLIPTextModel:
+    """Two layers."""
+    return CLIPTextModel(_text_config(words, width))

@@ -64,6 +64,14 @@ class Base(ABC):
     def null(self) -> Conditioning | None:
         """The unconditional conditioning, for guidance; None where the base is not to be guided."""
 
+    def framed(self, conditioning: Conditioning, height: int, width: int) -> Conditioning:
+        """The conditioning with what the family is told beside the text of a picture of ``height x width`` pixels, as extra inputs."""
+        return conditioning
+
+    @abstractmethod
+    def spoken(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+        """The arguments by which a pipeline is told a conditioning, and the unconditional one where it is to be guided."""
+
     @abstractmethod
     def encode_image(self, image: Tensor) -> Tensor:
         """Scaled latents ``[1, C, h, w]`` fp32 of an image ``[1, 3, H, W]`` in [-1, 1]."""
@@ -82,7 +90,7 @@ class Base(ABC):
 
     @abstractmethod
     def lora_targets(self, preset: str) -> list[str]:
-        """Names of the layers that LoRA adapts: ``attention`` or ``attention+conv``."""
+        """Names of the layers that LoRA adapts: ``attention``, ``attention+conv``, or ``all`` linear and convolutional ones."""
 
     @abstractmethod
     def pipeline(self, kind: PipelineKind) -> DiffusionPipeline:

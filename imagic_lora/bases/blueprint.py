@@ -10,9 +10,22 @@ from ..errors import ImagicError
 from ..symbolic import Paper, Sized
 
 _KNOWN = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
-_UNKNOWN = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "only_cross_attention", "dual_cross_attention")
+_UNKNOWN = (
+    "class_embed_type",
+    "encoder_hid_dim_type",
+    "only_cross_attention",
+    "dual_cross_attention",
+    "reverse_transformer_layers_per_block",
+)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-LORA_TARGETS = {"attention": ATTENTION, "attention+conv": (*ATTENTION, "conv1", "conv2")}
+_CONV = ("conv1", "conv2")
+_REST = (
+    "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
+    "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "time_embedding.cond_proj", "add_embedding.linear_1",
+    "add_embedding.linear_2",
+)  # fmt: skip
+LORA_TARGETS = {"attention": ATTENTION, "attention+conv": (*ATTENTION, *_CONV), "all": (*ATTENTION, *_CONV, *_REST)}
+"""Layers by the ends of their names; ``all`` is every linear and convolutional one."""
 BLOCK_4BIT = 64  # weights that share a scale in 4 bits
 
 
@@ -158,19 +171,23 @@ class Layers:
         """Scaled dot-product attention that holds no matrix of scores (arXiv 2205.14135)."""
         return self.paper.op([q, k, v], q.count, q.width, [q, k, v], keeps_output=True)
 
-    def resnet(self, x: Sized, inside: int, outside: int, embedding: int) -> Sized:
-        """A residual block; ``embedding`` is the width of the time embedding, 0 for none."""
+    def resnet(self, x: Sized, inside: int, outside: int, times: Sized | None, embedding: int) -> Sized:
+        """A residual block.
+
+        Args:
+            times: the time embedding, ``[B, embedding]``, where it is told one.
+        """
         h = self.norm(x, inside)
         h = self.silu(h)
         h = self.conv(h, inside, outside, name="conv1")
-        if embedding:
-            self._own(embedding * outside, outside, four_bit=self._packs(embedding))
-            h = self.paper.op([h], h.count, h.width, passes=True)
+        if times:
+            told = self.linear(self.silu(times), embedding, outside, name="time_emb_proj")
+            h = self.paper.op([h, told], h.count, h.width, passes=True)
         h = self.norm(h, outside)
         h = self.silu(h)
         h = self.conv(h, outside, outside, name="conv2")
         if inside != outside:
-            x = self.conv(x, inside, outside, kernel=1)
+            x = self.conv(x, inside, outside, kernel=1, name="conv_shortcut")
         return self.scaled(self.add(x, h))
 
 
@@ -190,7 +207,7 @@ class UNet:
         found = {*config["down_block_types"], *config["up_block_types"]}
         odd = sorted(found - _KNOWN) + [name for name in _UNKNOWN if config.get(name)]
         odd += [name for name in ("cross_attention_dim", "layers_per_block") if not isinstance(config[name], int)]
-        odd += [] if isinstance(config.get("transformer_layers_per_block") or 1, int) else ["transformer_layers_per_block"]
+        odd += [] if config.get("addition_embed_type") in (None, "text_time") else ["addition_embed_type"]
         if odd:
             raise NotDrawn(
                 f"a U-Net with {', '.join(odd)}",
@@ -203,65 +220,90 @@ class UNet:
 
         Args:
             latents: pixels of one latent picture, ``h * w``.
-            tokens: of one conditioning.
+            tokens: of one conditioning; its pooled embedding needs a gradient where they do.
         """
         c, layers = self.config, self.layers
         channels, per_block = c["block_out_channels"], c["layers_per_block"]
-        embedding = 4 * channels[0]
-        width = layers.numbers.width
+        width, depths = layers.numbers.width, self._depths()
         text = layers.paper.tensor(batch * tokens * c["cross_attention_dim"], width, tokens_need_grad)
-        layers._own(channels[0] * embedding, embedding, four_bit=layers._packs(channels[0]))
-        layers._own(embedding * embedding, embedding, four_bit=layers._packs(embedding))
-        h = layers.conv(layers.paper.tensor(batch * latents * c["in_channels"], width), c["in_channels"], channels[0])
+        self.times = self._times(batch, tokens_need_grad)
+        first = layers.paper.tensor(batch * latents * c["in_channels"], width)
+        h = layers.conv(first, c["in_channels"], channels[0], name="conv_in")
         skips, here = [(h, channels[0])], channels[0]
         for k, kind in enumerate(c["down_block_types"]):
             for _ in range(per_block):
-                h = self._resnet(h, here, channels[k], embedding)
+                h = self._resnet(h, here, channels[k])
                 here = channels[k]
                 if kind == "CrossAttnDownBlock2D":
-                    h = self._transformer(h, here, text)
+                    h = self._transformer(h, here, text, depths[k])
                 skips.append((h, here))
             if k + 1 < len(channels):
-                h = layers.conv(h, here, here, shrink=2)
+                h = layers.conv(h, here, here, shrink=2, name="downsamplers.0.conv")
                 skips.append((h, here))
-        h = self._resnet(h, here, here, embedding)
-        h = self._transformer(h, here, text)
-        h = self._resnet(h, here, here, embedding)
+        h = self._resnet(h, here, here)
+        h = self._transformer(h, here, text, depths[-1])
+        h = self._resnet(h, here, here)
         for k, kind in enumerate(c["up_block_types"]):
             outside, came = channels[-1 - k], h  # the caller holds what it gave a block
             for _ in range(per_block + 1):
                 skip, extra = skips.pop()
                 h = layers.paper.op([h, skip], h.count + skip.count, h.width)
                 del skip
-                h = self._resnet(h, here + extra, outside, embedding)
+                h = self._resnet(h, here + extra, outside)
                 here = outside
                 if kind == "CrossAttnUpBlock2D":
-                    h = self._transformer(h, here, text)
+                    h = self._transformer(h, here, text, depths[-1 - k])
             if k + 1 < len(channels):
                 h = layers.paper.op([h], h.count * 4, h.width)
-                h = layers.conv(h, here, here)
+                h = layers.conv(h, here, here, name="upsamplers.0.conv")
         came = h  # noqa: F841
         h = layers.silu(layers.norm(h, here))
-        return layers.conv(h, here, c["out_channels"])
+        return layers.conv(h, here, c["out_channels"], name="conv_out")
+
+    def _depths(self) -> list[int]:
+        """Transformer blocks of each level."""
+        depths = self.config.get("transformer_layers_per_block") or 1
+        return depths if isinstance(depths, list) else [depths] * len(self.config["block_out_channels"])
+
+    def _times(self, batch: int, needs_grad: bool) -> Sized:
+        """The embedding of the timestep, and of what else the family is told beside the tokens."""
+        c, layers = self.config, self.layers
+        here, paper, width = c["block_out_channels"][0], layers.paper, layers.numbers.width
+        times = paper.tensor(batch * here, width)
+        if told := c.get("time_cond_proj_dim"):
+            times = layers.add(
+                times, layers.linear(paper.tensor(batch * told, width), told, here, bias=False, name="time_embedding.cond_proj")
+            )
+        times = self._perceptron(times, here, "time_embedding")
+        if c.get("addition_embed_type"):
+            wide = c["projection_class_embeddings_input_dim"]
+            times = layers.add(times, self._perceptron(paper.tensor(batch * wide, width, needs_grad), wide, "add_embedding"))
+        return times
+
+    def _perceptron(self, x: Sized, inside: int, name: str) -> Sized:
+        layers, inner = self.layers, 4 * self.config["block_out_channels"][0]
+        h = layers.silu(layers.linear(x, inside, inner, name=f"{name}.linear_1"))
+        return layers.linear(h, inner, inner, name=f"{name}.linear_2")
 
     def _part(self, part: Callable[[Sized], Sized], x: Sized) -> Sized:
         return self.layers.paper.checkpoint(part, x) if self.checkpointing else part(x)
 
-    def _resnet(self, x: Sized, inside: int, outside: int, embedding: int) -> Sized:
-        return self._part(lambda y: self.layers.resnet(y, inside, outside, embedding), x)
+    def _resnet(self, x: Sized, inside: int, outside: int) -> Sized:
+        embedding = 4 * self.config["block_out_channels"][0]
+        return self._part(lambda y: self.layers.resnet(y, inside, outside, self.times, embedding), x)
 
-    def _transformer(self, x: Sized, channels: int, text: Sized) -> Sized:
+    def _transformer(self, x: Sized, channels: int, text: Sized, depth: int) -> Sized:
         layers = self.layers
         h = layers.norm(x, channels)
-        h = self._projection(h, channels)
-        for _ in range(self.config.get("transformer_layers_per_block") or 1):
+        h = self._projection(h, channels, "proj_in")
+        for _ in range(depth):
             h = self._part(lambda y: self._block(y, channels, text), h)
-        return layers.add(self._projection(h, channels), x)
+        return layers.add(self._projection(h, channels, "proj_out"), x)
 
-    def _projection(self, h: Sized, channels: int) -> Sized:
+    def _projection(self, h: Sized, channels: int, name: str) -> Sized:
         if self.config.get("use_linear_projection"):
-            return self.layers.linear(h, channels, channels)
-        return self.layers.conv(h, channels, channels, kernel=1)
+            return self.layers.linear(h, channels, channels, name=name)
+        return self.layers.conv(h, channels, channels, kernel=1, name=name)
 
     def _block(self, h: Sized, channels: int, text: Sized) -> Sized:
         """A transformer block: self-attention, attention to the text, feed-forward with GEGLU (arXiv 2002.05202).
@@ -276,12 +318,12 @@ class UNet:
         out = self._attention(n, channels, text, inside)
         h = layers.add(out, h)
         n = layers.norm(h, channels)
-        both = layers.linear(n, channels, 8 * channels)
+        both = layers.linear(n, channels, 8 * channels, name="ff.net.0.proj")
         half = both.count // 2
         gate = layers.paper.op([both], half, both.width, [both])
         product = layers.paper.op([both, gate], half, both.width, [both, gate])
         del both, gate
-        return layers.add(layers.linear(product, 4 * channels, channels), h)
+        return layers.add(layers.linear(product, 4 * channels, channels, name="ff.net.2"), h)
 
     def _attention(self, x: Sized, channels: int, text: Sized | None, inside: int) -> Sized:
         layers = self.layers
@@ -313,7 +355,7 @@ def vae_forward(config: dict[str, Any], layers: Layers, pixels: int, pictures: i
     for k, outside in enumerate(order):
         came = h  # the caller holds what it gave a block
         for _ in range(config["layers_per_block"] + (1 if decode else 0)):
-            h, here = layers.resnet(h, here, outside, 0), outside
+            h, here = layers.resnet(h, here, outside, None, 0), outside
         if k + 1 < len(order):
             h = layers.paper.op([h], h.count * 4, h.width) if decode else h
             h = layers.conv(h, here, here, shrink=1 if decode else 2)
@@ -327,20 +369,25 @@ def vae_forward(config: dict[str, Any], layers: Layers, pixels: int, pictures: i
 
 
 def _middle(layers: Layers, h: Sized, channels: int) -> Sized:
-    h = layers.resnet(h, channels, channels, 0)
+    h = layers.resnet(h, channels, channels, None, 0)
     n = layers.norm(h, channels)
     q, k, v = (layers.linear(n, channels, channels) for _ in range(3))
     out = layers.linear(layers.attend(q, k, v), channels, channels)
     del q, k, v, n
     h = layers.scaled(layers.add(out, h))
-    return layers.resnet(h, channels, channels, 0)
+    return layers.resnet(h, channels, channels, None, 0)
 
 
-def text_parameters(config: dict[str, Any]) -> int:
-    """Parameters of a ``CLIPTextModel``: token and position embeddings, blocks of attention and MLP with two norms each, a last norm."""
+def text_parameters(config: dict[str, Any], projects: bool = False) -> int:
+    """Parameters of a ``CLIPTextModel``: token and position embeddings, blocks of attention and MLP with two norms each, a last norm.
+
+    Args:
+        projects: it is one ``WithProjection``, of the pooled embedding.
+    """
     d, inner = config["hidden_size"], config["intermediate_size"]
     block = 4 * (d * d + d) + 2 * d * inner + inner + d + 4 * d
-    return (config["vocab_size"] + config["max_position_embeddings"]) * d + config["num_hidden_layers"] * block + 2 * d
+    ends = (config["vocab_size"] + config["max_position_embeddings"]) * d + 2 * d
+    return ends + config["num_hidden_layers"] * block + (d * config["projection_dim"] if projects else 0)
 
 
 def scales_8bit(size: int) -> int:

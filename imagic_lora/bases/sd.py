@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,45 +17,52 @@ from ..runtime import Runtime
 from . import components
 from .base import Base, PipelineKind
 from .blueprint import LORA_TARGETS
-from .files import fingerprint
-from .published import Architecture, read_architecture
+from .files import Files, fingerprint
+from .published import Architecture
 from .quantized import quantize_linear
-from .vetting import vetted_index
 
-HELPERS = ("vae", "text_encoder")
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 class StableDiffusion(Base):
     """A Stable Diffusion base over its components.
 
     Args:
-        parts: ``unet``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler``, on any device.
-        reload: reads ``vae`` or ``text_encoder`` again, after it was released.
+        parts: ``unet``, ``vae``, ``scheduler``, and each text encoder with its tokenizer, on any device.
+        reload: reads the VAE or a text encoder again, after it was released.
     """
 
     component = "unet"
     pipelines: ClassVar[dict[PipelineKind, Any]] = {"text2image": StableDiffusionPipeline, "image2image": StableDiffusionImg2ImgPipeline}
+    outside: ClassVar[dict[str, Any]] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    """What its pipelines could hold and do not."""
 
     def __init__(
-        self, parts: dict[str, Any], name: str, revision: str | None, fingerprint: str, runtime: Runtime, reload: Callable[[str], Any]
+        self,
+        architecture: Architecture,
+        parts: dict[str, Any],
+        name: str,
+        revision: str | None,
+        fingerprint: str,
+        runtime: Runtime,
+        reload: Callable[[str], Any],
     ) -> None:
         super().__init__(name, revision, fingerprint, runtime, dict(parts["scheduler"].config))
-        self._unet, self._tokenizer, self._scheduler = parts["unet"], parts["tokenizer"], parts["scheduler"]
-        self._helpers: dict[str, Any] = {helper: parts[helper] for helper in HELPERS}
+        self.architecture = architecture
+        self._unet, self._scheduler = parts["unet"], parts["scheduler"]
+        self._tokenizers = {TOKENIZERS[encoder]: parts[TOKENIZERS[encoder]] for encoder in architecture.text_encoders}
+        self._helpers: dict[str, Any] = {helper: parts[helper] for helper in ("vae", *architecture.text_encoders)}
         self._reload = reload
-        config = parts["vae"].config
-        self._scaling, self._factor = config.scaling_factor, 2 ** (len(config.block_out_channels) - 1)
-        self.size_multiple = math.lcm(8, self._factor)  # diffusers' pipelines ask for multiples of 8
-        self.resolution = self._unet.config.sample_size * self._factor
-        self.architecture = Architecture(
-            dict(self._unet.config), dict(config), parts["text_encoder"].config.to_dict(), dict(self._scheduler.config)
-        )
+        self._scaling = parts["vae"].config.scaling_factor
+        self.size_multiple = math.lcm(8, architecture.factor)  # diffusers' pipelines ask for multiples of 8
+        self.resolution = architecture.resolution
         self.freeze(self._unet)
         if runtime.memory.quantize == "nf4":
             quantize_linear(self._unet, runtime.dtype, runtime.device)
-        self._move(self._unet)
-        for helper in HELPERS:
-            self._awake(helper)
+        if runtime.memory.idle == "keep":
+            self._move(self._unet)
+            for helper in self._helpers:
+                self._awake(helper)
         if runtime.memory.gradient_checkpointing:
             self._unet.enable_gradient_checkpointing()
         if runtime.memory.attention == "xformers":
@@ -68,41 +74,43 @@ class StableDiffusion(Base):
                 ) from error
 
     @classmethod
-    def load(cls, folder: Path, name: str, revision: str | None, runtime: Runtime, master_weights: bool = False) -> StableDiffusion:
-        """A base from a folder in diffusers' own format.
+    def load(cls, files: Files, name: str, revision: str | None, runtime: Runtime, master_weights: bool = False) -> StableDiffusion:
+        """A base from its files.
 
         Args:
-            folder: holds ``model_index.json`` and a folder for each component, in safetensors.
             master_weights: loads the U-Net as the thing that is trained in full: in fp32 whatever the precision of the arithmetic, unless
                 the runtime asks for bf16 weights.
         """
-        index, built = vetted_index(folder), read_architecture(folder)
+        built = files.architecture()
         master = torch.float32 if master_weights and runtime.memory.master_weights == "fp32" else runtime.dtype
 
-        def helper(name: str) -> Any:
-            if name == "vae":
-                return components.model(AutoencoderKL, built.vae, folder, "vae", runtime.dtype)
-            return components.text_encoder(built.text_encoder, folder, runtime.dtype)
+        def helper(part: str) -> Any:
+            if part == "vae":
+                return components.model(AutoencoderKL, built.vae, files, part, vae_dtype(built, runtime.dtype))
+            return components.text_encoder(built.text_encoders[part], files, part, runtime.dtype)
 
         parts = {
-            "unet": components.model(UNet2DConditionModel, built.unet, folder, "unet", master),
-            "tokenizer": components.tokenizer(built.text_encoder, folder),
-            "scheduler": components.scheduler(index["scheduler"][1], built.scheduler, folder),
-            **{name: helper(name) for name in HELPERS},
+            "unet": components.model(UNet2DConditionModel, built.unet, files, "unet", master),
+            "scheduler": components.scheduler(built.scheduler, files),
+            "vae": helper("vae"),
         }
-        with components.library_on(folder):  # a pipeline mends the configs of its early days
-            StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # pyright: ignore
-        mark = fingerprint(folder, ("unet", "text_encoder"))
-        return cls(parts, name, revision, mark, runtime, helper)
+        for encoder, config in built.text_encoders.items():
+            parts[encoder] = helper(encoder)
+            parts[TOKENIZERS[encoder]] = components.tokenizer(config, files, TOKENIZERS[encoder])
+        with components.library_on(files.place("unet").parent):  # a pipeline mends the configs of its early days
+            cls.pipelines["text2image"](**parts, **cls.outside)
+        return cls(built, parts, name, revision, fingerprint(files, ("unet", *built.text_encoders)), runtime, helper)
 
     def rest(self) -> None:
         idle = self.runtime.memory.idle
         for name, helper in self._helpers.items():
             if helper is not None and idle != "keep":
                 self._helpers[name] = helper.to("cpu") if idle == "offload" else None
+        self._move(self._unet)
 
     def _move(self, module: Any) -> None:
-        if any(one.device != self.runtime.device for one in (*module.parameters(), *module.buffers())):
+        """A module to the device. What is not kept there comes when it is first used: the U-Net after photo and sentence are encoded."""
+        if next(module.parameters()).device != self.runtime.device:
             module.to(self.runtime.device)
 
     def _awake(self, name: str) -> Any:
@@ -124,17 +132,28 @@ class StableDiffusion(Base):
 
     @torch.no_grad()
     def encode_text(self, prompt: str) -> Conditioning:
-        limit = self._tokenizer.model_max_length
-        everything = self._tokenizer(prompt).input_ids
+        return Conditioning(self._awake("text_encoder")(self._ids("tokenizer", prompt))[0].float())
+
+    def _ids(self, name: str, prompt: str) -> Tensor:
+        """The tokens of a prompt, ``[1, T]``; warns with what was cut."""
+        tokenizer = self._tokenizers[name]
+        limit, everything = tokenizer.model_max_length, tokenizer(prompt).input_ids
         if len(everything) > limit:
-            lost = self._tokenizer.decode(everything[limit - 1 : -1])
+            lost = tokenizer.decode(everything[limit - 1 : -1])
             message = f"the prompt is longer than the {limit - 2} tokens this base reads; lost: {lost!r}"
-            warnings.warn(message, ImagicWarning, stacklevel=2)
-        ids = self._tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
-        return Conditioning(self._awake("text_encoder")(ids.to(self.runtime.device))[0].float())
+            warnings.warn(message, ImagicWarning, stacklevel=4)
+        ids = tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
+        return ids.to(self.runtime.device)
 
     def null(self) -> Conditioning:
         return self.encode_text("")
+
+    def beside(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What the U-Net is told beside the tokens, as its own arguments."""
+        return {}
+
+    def spoken(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+        return {"prompt_embeds": text.tokens, "negative_prompt_embeds": None if null is None else null.tokens}
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
@@ -147,24 +166,29 @@ class StableDiffusion(Base):
         return vae.decode(latents.to(self.runtime.device, vae.dtype) / self._scaling).sample.float()
 
     def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        tokens = conditioning.expand(len(x_t)).tokens
-        mixed = self._unet.dtype == torch.float32 and self.runtime.dtype != torch.float32
+        self._move(self._unet)
+        told, dtype = conditioning.expand(len(x_t)).to(x_t.device, self._unet.dtype), self._unet.dtype
+        mixed = dtype == torch.float32 and self.runtime.dtype != torch.float32
         with torch.autocast(self.runtime.device.type, self.runtime.dtype, enabled=mixed, cache_enabled=self.runtime.memory.autocast_cache):
-            return self._unet(x_t.to(self._unet.dtype), timesteps, tokens.to(self._unet.dtype)).sample
+            return self._unet(x_t.to(dtype), timesteps, told.tokens, **self.beside(told)).sample
 
     def lora_targets(self, preset: str) -> list[str]:
         return list(LORA_TARGETS[preset])
 
-    def pipeline(self, kind: PipelineKind) -> StableDiffusionPipeline | StableDiffusionImg2ImgPipeline:
+    def pipeline(self, kind: PipelineKind) -> Any:
+        self._move(self._unet)
         pipe = self.pipelines[kind](
             vae=self._awake("vae"),
-            text_encoder=None,  # it is given embeddings; and it would run where, and as precisely as, its text encoder does
-            tokenizer=self._tokenizer,
+            **dict.fromkeys(self.architecture.text_encoders),  # none: it is given embeddings, and would run where its text encoder does
+            **self._tokenizers,
             unet=self._unet,
             scheduler=type(self._scheduler).from_config(self._scheduler.config),
-            safety_checker=None,  # pyright: ignore[reportArgumentType]
-            feature_extractor=None,  # pyright: ignore[reportArgumentType]
-            requires_safety_checker=False,
+            **self.outside,
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+
+def vae_dtype(architecture: Architecture, dtype: torch.dtype) -> torch.dtype:
+    """The precision of the VAE: that of the rest, but for one that overflows in fp16 and paints black pictures."""
+    return torch.float32 if architecture.wide_vae and dtype == torch.float16 else dtype

@@ -16,6 +16,15 @@ _COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "text_encoder": ("transformers", ("CLIPTextModel",)),
     "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
 }
+_SECOND: dict[str, tuple[str, tuple[str, ...]]] = {
+    "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
+    "tokenizer_2": _COMPONENTS["tokenizer"],
+}
+FAMILIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # the components of each kind of pipeline
+    **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline"), _COMPONENTS),
+    **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), _COMPONENTS | _SECOND),
+}
+TIME_IDS = 6  # height and width of the original, top and left of the crop, height and width of the picture (arXiv 2307.01952)
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # never loaded, so they may be anything
 _REQUIRED = {
     "unet": ("sample_size", "in_channels", "out_channels", "cross_attention_dim", "layers_per_block", "block_out_channels"),
@@ -24,12 +33,14 @@ _REQUIRED = {
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
     ),
 }  # fmt: skip
+_REQUIRED["text_encoder_2"] = (*_REQUIRED["text_encoder"], "projection_dim")
 _LISTS = ("block_out_channels", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads")
 _SIZES = {name for names in _REQUIRED.values() for name in names} | {*_LISTS, "norm_num_groups", "num_train_timesteps"}
+_SIZES |= {"addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim"}
 _NUMBERS = ("scaling_factor", "norm_eps", "layer_norm_eps", "mid_block_scale_factor", "resnet_out_scale_factor")
 _WHOLE = ("freq_shift", "downsample_padding", "bos_token_id", "eos_token_id", "pad_token_id")
-_INPUTS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type")  # nobody gives these
-_MOST = {"layers_per_block": 4, "transformer_layers_per_block": 2, "reverse_transformer_layers_per_block": 2, "num_hidden_layers": 64}
+_INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type")  # nobody gives these
+_MOST = {"layers_per_block": 4, "transformer_layers_per_block": 10, "reverse_transformer_layers_per_block": 10, "num_hidden_layers": 64}
 _MOST_BLOCKS = 6
 _MOST_PARTS = 2**17  # of a JSON file; the largest, a tokenizer's, has 49,000
 
@@ -91,20 +102,24 @@ def _finite(text: str) -> float:
 
 
 def vetted_index(folder: Path) -> dict[str, Any]:
-    """``model_index.json``, if every component is of the one class that is supported, and none is unknown.
+    """``model_index.json``, if its family is known, every component is of the one class that is supported, and none is unknown.
 
     Raises:
         ImagicError: it is not so. A class from anywhere else might be code that came with the base.
     """
     path = folder / "model_index.json"
     index = read_json(path)
-    for part, (library, classes) in _COMPONENTS.items():
+    family = index.get("_class_name")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ImagicError(f"{folder} is a {reprlib.repr(family)}", f"one of {', '.join(FAMILIES)}", "choose a Stable Diffusion base")
+    components = FAMILIES[family]
+    for part, (library, classes) in components.items():
         if index.get(part) not in [[library, name] for name in classes]:
             raise refused(f"{path} has {reprlib.repr(index.get(part))} as {part}", f"{' or '.join(classes)} of {library}")
     scheduler = index.get("scheduler")
     if not (isinstance(scheduler, list) and len(scheduler) == 2 and scheduler[0] == "diffusers" and isinstance(scheduler[1], str)):
         raise refused(f"{path} has {reprlib.repr(scheduler)} as scheduler", "a scheduler of diffusers")
-    known = {*_COMPONENTS, "scheduler", *_UNUSED}
+    known = {*components, "scheduler", *_UNUSED}
     for name, value in index.items():
         if name not in known and not name.startswith("_") and isinstance(value, (list, dict)):
             raise refused(f"{path} has a component {reprlib.repr(name)}", f"none but {', '.join(sorted(known))}")
@@ -117,21 +132,25 @@ def vet_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
     Whoever builds them afterwards on tensors without memory is done in seconds.
 
     Args:
-        parts: the configs of ``unet``, ``vae``, ``text_encoder`` and ``scheduler``.
+        parts: the configs of ``unet``, ``vae``, ``text_encoder``, ``scheduler``, and ``text_encoder_2`` where there is one.
 
     Raises:
         ImagicError: they are not, or do not.
     """
     unet, vae, text = parts["unet"], parts["vae"], parts["text_encoder"]
-    odd = [f"{part}.{name}" for part, names in _REQUIRED.items() for name in names if parts[part].get(name) is None]
+    second = parts.get("text_encoder_2")
+    odd = [f"{part}.{name}" for part in parts for name in _REQUIRED.get(part, ()) if parts[part].get(name) is None]
     odd += [f"{part}.{name}" for part, config in parts.items() for name, value in config.items() if not _is_plausible(name, value)]
     if odd:
         raise refused(
             f"{folder} gives no plausible {', '.join(repr(name[:60]) for name in odd[:5])}", "the configs of a Stable Diffusion base"
         )
     foreign = [name for name in _INPUTS if unet.get(name) is not None]
+    if unet.get("addition_embed_type") != ("text_time" if second else None):
+        foreign.append("addition_embed_type")
     if foreign:
-        raise refused(f"{folder} has a U-Net with {', '.join(foreign)}", "one that is told a text alone")
+        expected = "one that is told a text and sizes" if second else "one that is told a text alone"
+        raise refused(f"{folder} has a U-Net with {', '.join(foreign)}", expected)
     widths, down, up = unet["block_out_channels"], unet.get("down_block_types", ()), unet.get("up_block_types", ())
     for blocks, kind in ((widths, int), (down, str), (up, str), (vae["block_out_channels"], int)):
         if not isinstance(blocks, list) or not all(isinstance(one, kind) for one in blocks):
@@ -143,10 +162,22 @@ def vet_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
         "latent_channels of the VAE to in_channels of the U-Net": (vae["latent_channels"], unet["in_channels"]),
         "in_channels of the VAE to a picture": (vae.get("in_channels", 3), 3),
         "out_channels of the VAE to a picture": (vae.get("out_channels", 3), 3),
-        "hidden_size of the text encoder to cross_attention_dim": (text["hidden_size"], unet["cross_attention_dim"]),
+        "hidden_size of the text encoders to cross_attention_dim": (
+            text["hidden_size"] + (second["hidden_size"] if second else 0),
+            unet["cross_attention_dim"],
+        ),
+        "pooled embedding and sizes to projection_class_embeddings_input_dim": _told_besides(unet, second),
     }.items():
         if found[0] != found[1]:
             raise refused(f"{folder} does not fit together: {what}, {found[0]} to {found[1]}", "equal numbers")
+
+
+def _told_besides(unet: dict[str, Any], second: dict[str, Any] | None) -> tuple[int, int]:
+    """How wide what the U-Net is told beside the tokens is, and how wide it takes it."""
+    if second is None:
+        return 0, 0
+    told = second["projection_dim"] + TIME_IDS * (unet.get("addition_time_embed_dim") or 0)
+    return told, unet.get("projection_class_embeddings_input_dim") or 0
 
 
 def _is_plausible(name: str, value: object) -> bool:

@@ -31,6 +31,7 @@ from .console import (
     say_what_is_active,
     shown,
 )
+from .converting import compress, export
 from .durable import FULL, writable
 from .errors import ImagicError, Stopped
 from .listing import facts, list_adapters, remove, show, verify
@@ -57,6 +58,8 @@ app.command(list_adapters, name="list")
 app.command(show)
 app.command(verify)
 app.command(remove, name="rm")
+app.command(compress)
+app.command(export)
 app.command(bench)
 
 
@@ -118,7 +121,8 @@ def settings_of(settings: RunConfig | None, config: Path | None) -> tuple[RunCon
         flags = merged({"memory": {"device": "cpu"}}, flags)
     given = checked(merged(file, flags))
     started = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    return choose(lambda: architecture_of(given.base, given.revision), flags, file, recipe_of(given.base), processes=started)
+    built = architecture_of(given.base, given.revision)
+    return choose(lambda: built, flags, file, recipe_of(given.base, built.few_steps, built.embeds_guidance), processes=started)
 
 
 def _fit(image: Path, prompt: str, run: RunConfig, why: str, store: Store, name: str, overwrite: bool, resume: bool) -> Adapter | None:
@@ -284,16 +288,17 @@ def plan(
         flags = merged({"embed": {"batch_size": batch}, "tune": {"batch_size": batch}}, flags)
     file = read_yaml(config) if config else {}
     base = checked(merged(file, flags)).base
-    run, why = choose(lambda: architecture(base), flags, file, recipe_of(base))
+    built = architecture(base)
+    run, why = choose(lambda: built, flags, file, recipe_of(base, built.few_steps, built.embeds_guidance))
     card = None if why == "asked for" else on_this_machine(run.memory.device)[0]
     assumed = planned(run, card)
     if exact:
         from .rehearsal import rehearse
 
         quiet_loading()
-        found = rehearse(architecture(base), run, assumed)
+        found = rehearse(built, run, assumed)
     else:
-        found = predict(architecture(base), run, assumed)
+        found = predict(built, run, assumed)
     if as_json:
         print_json({"base": base, "mode": run.tune.mode, "preset": run.preset, **found.to_json()})
     else:

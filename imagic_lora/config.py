@@ -146,7 +146,8 @@ class RunConfig(Config):
     preset: Annotated[PresetOrAuto, _flag("preset")] = "auto"
     """Memory levers for a size of card; auto takes the fastest that fits 90% of the free memory."""
     base: Annotated[str, _flag("base")] = Field(default="sd15", min_length=1)
-    """A name (sd15, sd21, critters), a folder in diffusers' format, or a hub id."""
+    """A name (sd15, sd21, sdxl, sdxl-turbo, critters, or one of your own), a folder in diffusers' format, a single .safetensors file, or a
+    hub id."""
     revision: Annotated[str | None, _flag("revision")] = None
     """Branch, tag or commit of a hub id."""
     resolution: Annotated[int | None, _flag("resolution")] = Field(default=None, ge=8, le=4096)
@@ -185,6 +186,8 @@ RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
 }
 """Rates and sizes that suit a kind of base, by mode."""
 
+_EMBEDDED_GUIDANCE = 8.0  # at which latent consistency models are shown by their makers (arXiv 2310.04378)
+
 _ROOMY = {"idle": "release", "vae_slicing": True}
 _SPARE = {**_ROOMY, "gradient_checkpointing": True}
 _TIGHT = {**_SPARE, "optimizer_in_backward": True}
@@ -202,11 +205,6 @@ PRESETS: dict[Preset, dict[Mode, dict[str, Any]]] = {
 """Memory levers for a size of card, by mode: the most comfortable first."""
 
 
-def recipe_of(base: str) -> Recipe:
-    """The recipe that suits a base: its own, or that of Stable Diffusion."""
-    return RECIPES.get(base, RECIPES["sd"])
-
-
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """The layers laid over each other, later ones on top, group by group."""
     result: dict[str, Any] = {}
@@ -215,6 +213,20 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
             below = result.get(name)
             result[name] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return result
+
+
+def recipe_of(base: str, few_steps: int | None = None, embeds_guidance: bool = False) -> Recipe:
+    """The recipe that suits a base: its own, or that of Stable Diffusion.
+
+    Args:
+        few_steps: of a distilled base, how many steps it samples in; it is not guided by an unconditional pass.
+        embeds_guidance: the guidance scale is one of its inputs.
+    """
+    recipe = RECIPES.get(base, RECIPES["sd"])
+    if few_steps is None:
+        return recipe
+    sampling = {"edit": {"steps": few_steps, "guidance_scale": _EMBEDDED_GUIDANCE if embeds_guidance else 0.0}}
+    return {mode: merged(settings, sampling) for mode, settings in recipe.items()}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _batch(
     batch = len(seeds)
     guided = null is not None and config.guidance_scale > 1
     arguments: dict[str, Any] = _spoken(base, text, null.expand(batch) if null is not None and guided else None) | {
-        "guidance_scale": config.guidance_scale if guided else 1.0,
+        "guidance_scale": config.guidance_scale if guided or base.architecture.embeds_guidance else 1.0,
         "num_inference_steps": config.steps,
         "eta": config.ddim_eta,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],

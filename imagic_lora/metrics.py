@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from transformers import CLIPModel, CLIPTokenizer
 
-from .bases.registry import CRITTERS
+from .bases.known import CRITTERS
 from .images import to_pixels
 
 

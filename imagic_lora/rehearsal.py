@@ -106,7 +106,7 @@ def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) ->
 def random_text(base: StableDiffusion, height: int, width: int) -> Conditioning:
     """A conditioning of the right shapes for a picture of that size, without a tokenizer."""
     named = {name: torch.rand(shape) for name, shape in base.architecture.conditioning.items()}
-    return base.framed(Conditioning.from_tensors(named), height, width).to(base.runtime.device)
+    return base.framed(Conditioning.from_tensors(named), height, width, 1.0).to(base.runtime.device)
 
 
 @contextmanager

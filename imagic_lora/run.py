@@ -49,8 +49,9 @@ class Run:
         with explained(base.architecture, self.config, base.runtime, "encode"):
             self.latents = base.encode_image(self.canvas.pixels)
         high, wide = self.canvas.pixels.shape[2:]
-        self.target, null = base.framed(base.encode_text(self.prompt), high, wide), base.null()
-        self.null = None if null is None else base.framed(null, high, wide)
+        scale = self.config.edit.guidance_scale
+        self.target, null = base.framed(base.encode_text(self.prompt), high, wide, scale), base.null()
+        self.null = None if null is None else base.framed(null, high, wide, scale)
         told = {"the sentence's embedding": self.target, **({"the empty sentence's embedding": self.null} if self.null else {})}
         embeddings = {f"{name} ({part})": value for name, one in told.items() for part, value in one.tensors().items()}
         refuse_not_finite({"the photo's latents": self.latents, **embeddings})

@@ -18,7 +18,7 @@ from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
-from imagic_lora.bases.registry import CRITTERS
+from imagic_lora.bases.known import CRITTERS
 from imagic_lora.bench.scores import SAME
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, render, scene_at
 from imagic_lora.critters.judge import Judge, Sight

@@ -349,7 +349,7 @@ def at(config: Any, path: tuple[str, ...]) -> Any:
 def other_value(path: tuple[str, ...]) -> Any:
     """A valid value of a setting that is not its default."""
     special = {
-        "base": "somewhere",
+        "base": "sd21",
         "revision": "main",
         "resolution": 48,
         "alpha": 3.5,

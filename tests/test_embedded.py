@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from imagic_lora import cli
-from imagic_lora.bases.registry import CRITTERS, open_base
+from imagic_lora.bases.known import CRITTERS
+from imagic_lora.bases.registry import open_base
 from imagic_lora.config import EditConfig, MemoryConfig
 from imagic_lora.critters import ATTRIBUTES, caption, render, scene_at
 from imagic_lora.critters.judge import Judge

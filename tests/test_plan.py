@@ -96,7 +96,7 @@ def test_people_get_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--base", "sd15", "--preset", "8gb"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert all(stage in out for stage in STAGES)
-    assert f"Peak {plan_of('lora', '8gb').peak_bytes / GIB:.2f} GiB in stage encode" in out
+    assert f"Peak {plan_of('lora', '8gb').peak_bytes / GIB:.2f} GiB in stage decode" in out
     assert "Predicted, not measured" in out
 
 

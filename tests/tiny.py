@@ -77,7 +77,7 @@ def save_tiny(
 
 
 def save_tiny_sdxl(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Path:
-    """A Stable Diffusion XL pipeline for 32x32 pictures: two text encoders of 16 and 24 channels, 20 pooled; returns its folder."""
+    """A Stable Diffusion XL pipeline for 32x32 pictures: two text encoders of 16 and 24 channels; returns its folder."""
     torch.manual_seed(seed)
     words = tokenizer()
     unet = UNet2DConditionModel(
@@ -93,12 +93,12 @@ def save_tiny_sdxl(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=6,
-        projection_class_embeddings_input_dim=20 + 6 * 6,
+        projection_class_embeddings_input_dim=24 + 6 * 6,
     )
     pipe = StableDiffusionXLPipeline(
         _vae(),
         text_encoder(words, 16),
-        CLIPTextModelWithProjection(_text_config(words, 24, projection_dim=20, hidden_act="gelu")),
+        CLIPTextModelWithProjection(_text_config(words, 24, projection_dim=24, hidden_act="gelu")),
         words,
         words,
         unet,

@@ -39,6 +39,8 @@ class Base(ABC):
     """Side of the square pictures it was made for, in pixels."""
     architecture: Architecture
     """The configs of its components."""
+    visited: Tensor | None = None
+    """The timesteps that a distilled base samples at, the only ones it is trained at; None for all."""
 
     def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, declared: dict[str, object]) -> None:
         self.name, self.revision, self.fingerprint, self.runtime = name, revision, fingerprint, runtime
@@ -64,8 +66,13 @@ class Base(ABC):
     def null(self) -> Conditioning | None:
         """The unconditional conditioning, for guidance; None where the base is not to be guided."""
 
-    def framed(self, conditioning: Conditioning, height: int, width: int) -> Conditioning:
-        """The conditioning with what the family is told beside the text of a picture of ``height x width`` pixels, as extra inputs."""
+    def framed(self, conditioning: Conditioning, height: int, width: int, guidance_scale: float) -> Conditioning:
+        """The conditioning with what the family is told beside the text, as extra inputs.
+
+        Args:
+            height, width: of the picture, in pixels.
+            guidance_scale: that pictures are to be made with, for families that embed it.
+        """
         return conditioning
 
     @abstractmethod
@@ -98,6 +105,8 @@ class Base(ABC):
 
     def timesteps(self, times: Tensor) -> Tensor:
         """Training timesteps, int64, for times in [0, 1)."""
+        if self.visited is not None:
+            return self.visited[(times * len(self.visited)).long()]
         return (times * self.training.config.num_train_timesteps).long()
 
     def noised(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def tokenizer(text: dict[str, Any], files: Files, part: str) -> CLIPTokenizer:
     return made
 
 
-def scheduler(config: dict[str, Any], files: Files) -> Any:
+def scheduler(config: dict[str, Any], files: Files, few_steps: int | None = None) -> Any:
     """The scheduler of the kind that its config names, which has been seen to make a schedule.
 
     Raises:
@@ -127,11 +127,24 @@ def scheduler(config: dict[str, Any], files: Files) -> Any:
             raise refused(f"{where} has a scheduler {reprlib.repr(name)}", "one of diffusers whose libraries are installed")
         tried = kind.from_config(config)
         tried.set_timesteps(min(10, tried.config.num_train_timesteps))
+        visited(tried, few_steps)
         training: Any = DDPMScheduler.from_config(dict(tried.config))
         kept = training.alphas_cumprod
         if len(kept) != tried.config.num_train_timesteps or not bool(((kept >= 0) & (kept <= 1)).all()):
             raise refused(f"{where} has betas that make no noise", "betas between 0 and 1, one for each timestep")
         return kind.from_config(config)
+
+
+def visited(scheduler: Any, few_steps: int | None) -> torch.Tensor | None:
+    """The timesteps that a distilled base samples at, ascending; None for one that samples at any.
+
+    A consistency sampler takes its few from those that its base was distilled at, which are all given.
+    """
+    if few_steps is None:
+        return None
+    copy = type(scheduler).from_config(scheduler.config)
+    copy.set_timesteps(copy.config.get("original_inference_steps", few_steps))
+    return copy.timesteps.round().long().sort().values
 
 
 def _is_scheduler(kind: Any) -> bool:

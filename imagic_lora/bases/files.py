@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import ImagicError
 from ..tensors import opened
-from .published import Architecture, read_architecture
+from .known import Known
+from .published import Architecture, architecture_at
 from .tokenizers import tokenizer_files
 from .vetting import refused
 
@@ -29,6 +30,8 @@ _MOST = 2**32  # weights of a component; the largest of Stable Diffusion XL has 
 
 class Files(Protocol):
     """Where a base is read from. Components have the names of their folders in diffusers' format."""
+
+    path: Path
 
     def architecture(self) -> Architecture:
         """The configs of its components."""
@@ -50,11 +53,11 @@ class Files(Protocol):
 class Folder:
     """A base in diffusers' own format: ``model_index.json`` and a folder for each component."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, known: Known | None = None) -> None:
+        self.path, self.known = path, known
 
     def architecture(self) -> Architecture:
-        return read_architecture(self.path)
+        return architecture_at(self.path, self.known)
 
     def place(self, part: str) -> Path:
         return self.path / part
@@ -72,7 +75,7 @@ class Folder:
                     raise refused(f"{path} holds {name[:80]!r}, as another file beside it does", "every tensor once")
                 found[name] = tensor
         if not found:
-            raise refused(f"{self.place(part)} holds no weights", f"{STEMS[part]}.safetensors")
+            raise refused(f"{self.place(part)} holds no weights", f"{STEMS[part]}.safetensors; pickles (.bin, .ckpt) are not read")
         return not_too_many(found, self.place(part))
 
     def tokenizer(self, part: str) -> dict[str, str]:
@@ -92,8 +95,11 @@ def weight_files(folder: Path, component: str) -> list[Path]:
     return []
 
 
-def weights(path: Path) -> dict[str, Tensor]:
+def weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
     """The tensors of a file as views of it, without position ids.
+
+    Args:
+        prefixes: of the names that are asked for.
 
     Raises:
         ImagicError: it is not whole, or holds something that is no weight.
@@ -101,7 +107,7 @@ def weights(path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     with opened(path) as file:
         for name in file.keys():  # noqa: SIM118  # not a mapping
-            if name.endswith("position_ids"):
+            if name.endswith("position_ids") or not name.startswith(prefixes):
                 continue
             if (kind := file.get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
                 raise refused(f"{path} holds {name[:80]!r} as {kind}", "weights in F32, F16 or BF16")

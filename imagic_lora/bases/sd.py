@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from ..conditioning import Conditioning
@@ -53,6 +55,7 @@ class StableDiffusion(Base):
         self._tokenizers = {TOKENIZERS[encoder]: parts[TOKENIZERS[encoder]] for encoder in architecture.text_encoders}
         self._helpers: dict[str, Any] = {helper: parts[helper] for helper in ("vae", *architecture.text_encoders)}
         self._reload = reload
+        self.visited = components.visited(parts["scheduler"], architecture.few_steps)
         self._scaling = parts["vae"].config.scaling_factor
         self.size_multiple = math.lcm(8, architecture.factor)  # diffusers' pipelines ask for multiples of 8
         self.resolution = architecture.resolution
@@ -91,13 +94,13 @@ class StableDiffusion(Base):
 
         parts = {
             "unet": components.model(UNet2DConditionModel, built.unet, files, "unet", master),
-            "scheduler": components.scheduler(built.scheduler, files),
+            "scheduler": components.scheduler(built.scheduler, files, built.few_steps),
             "vae": helper("vae"),
         }
         for encoder, config in built.text_encoders.items():
             parts[encoder] = helper(encoder)
             parts[TOKENIZERS[encoder]] = components.tokenizer(config, files, TOKENIZERS[encoder])
-        with components.library_on(files.place("unet").parent):  # a pipeline mends the configs of its early days
+        with components.library_on(files.path):  # a pipeline mends the configs of its early days
             cls.pipelines["text2image"](**parts, **cls.outside)
         return cls(built, parts, name, revision, fingerprint(files, ("unet", *built.text_encoders)), runtime, helper)
 
@@ -145,12 +148,22 @@ class StableDiffusion(Base):
         ids = tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
         return ids.to(self.runtime.device)
 
-    def null(self) -> Conditioning:
-        return self.encode_text("")
+    def null(self) -> Conditioning | None:
+        return None if self.architecture.embeds_guidance else self.encode_text("")
+
+    def framed(self, conditioning: Conditioning, height: int, width: int, guidance_scale: float) -> Conditioning:
+        if not self.architecture.embeds_guidance:
+            return conditioning
+        guidance = torch.full((1,), guidance_scale, device=conditioning.tokens.device)
+        return replace(conditioning, extra={**conditioning.extra, "guidance": guidance})
 
     def beside(self, conditioning: Conditioning) -> dict[str, Any]:
         """What the U-Net is told beside the tokens, as its own arguments."""
-        return {}
+        if not self.architecture.embeds_guidance:
+            return {}
+        scale, size = conditioning.extra["guidance"], self.architecture.unet["time_cond_proj_dim"]
+        told = get_timestep_embedding((scale - 1) * 1000, size, downscale_freq_shift=1)  # arXiv 2310.04378, appendix; as diffusers has it
+        return {"timestep_cond": told.to(conditioning.tokens.dtype)}
 
     def spoken(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
         return {"prompt_embeds": text.tokens, "negative_prompt_embeds": None if null is None else null.tokens}

@@ -30,22 +30,22 @@ class StableDiffusionXL(StableDiffusion):
             tokens.append(answer.hidden_states[-2])
             pooled = answer[0]
         assert pooled is not None
-        bare = Conditioning(torch.cat(tokens, dim=-1).float(), pooled.float())
-        return self.framed(bare, self.resolution, self.resolution)
+        return Conditioning(torch.cat(tokens, dim=-1).float(), pooled.float())
 
-    def null(self) -> Conditioning:
-        empty = self.encode_text("")
-        if not self.architecture.empty_is_zeros or empty.pooled is None:
+    def null(self) -> Conditioning | None:
+        empty = super().null()
+        if empty is None or empty.pooled is None or not self.architecture.empty_is_zeros:
             return empty
-        return replace(empty, tokens=torch.zeros_like(empty.tokens), pooled=torch.zeros_like(empty.pooled))
+        return Conditioning(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))
 
-    def framed(self, conditioning: Conditioning, height: int, width: int) -> Conditioning:
-        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=conditioning.tokens.device)
-        return replace(conditioning, extra={"time_ids": ids})
+    def framed(self, conditioning: Conditioning, height: int, width: int, guidance_scale: float) -> Conditioning:
+        told = super().framed(conditioning, height, width, guidance_scale)
+        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=told.tokens.device)
+        return replace(told, extra={**told.extra, "time_ids": ids})
 
     def beside(self, conditioning: Conditioning) -> dict[str, Any]:
         told = {"text_embeds": conditioning.pooled, "time_ids": conditioning.extra["time_ids"].to(conditioning.tokens.dtype)}
-        return {"added_cond_kwargs": told}
+        return super().beside(conditioning) | {"added_cond_kwargs": told}
 
     def spoken(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
         high, wide, top, left, height, width = (int(one) for one in text.extra["time_ids"][0])

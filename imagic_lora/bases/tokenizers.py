@@ -1,7 +1,8 @@
-"""The files of a CLIP tokenizer, of which only what cannot name other files is read. No torch here."""
+"""The files of a CLIP tokenizer, of which only what cannot name other files is read; and CLIP's own vocabulary. No torch here."""
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -23,6 +24,26 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
         ImagicError: one cannot be read.
     """
     return {name: _vetted(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()}
+
+
+def shipped_tokenizer(pad: str) -> dict[str, str]:
+    """The files of a tokenizer with CLIP's own vocabulary: all bytes, those at the end of a word, what byte pairs make of them, two marks.
+
+    Args:
+        pad: the token that fills a short sentence up.
+    """
+    merges = gzip.decompress((Path(__file__).parent.parent / "data" / "vocabulary" / "merges.txt.gz").read_bytes()).decode()
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [*map(chr, printable), *(chr(256 + k) for k in range(len(others)))]
+    pairs = ["".join(pair.split()) for pair in merges.splitlines()]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *pairs, "<|startoftext|>", "<|endoftext|>"]
+    settings = {"bos_token": words[-2], "eos_token": words[-1], "unk_token": words[-1], "pad_token": pad, "model_max_length": 77}
+    return {
+        "vocab.json": json.dumps({word: k for k, word in enumerate(words)}),
+        "merges.txt": f"#version: 0.2\n{merges}",
+        "tokenizer_config.json": json.dumps(settings),
+    }
 
 
 def _vetted(path: Path) -> str:

@@ -24,6 +24,7 @@ FAMILIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # the component
     **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline"), _COMPONENTS),
     **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), _COMPONENTS | _SECOND),
 }
+MAX_HEADER = 2**22  # bytes of a safetensors header; that of Stable Diffusion XL in a single file has a sixth
 TIME_IDS = 6  # height and width of the original, top and left of the crop, height and width of the picture (arXiv 2307.01952)
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # never loaded, so they may be anything
 _REQUIRED = {
@@ -99,6 +100,32 @@ def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"the number {text}")
     return number
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors that a safetensors file says it holds, by name, and its metadata.
+
+    Raises:
+        ImagicError: it is a pickle, or no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if length > MAX_HEADER and start.startswith((b"PK\x03\x04", b"\x80")):  # a length may begin so, too
+                raise ImagicError(
+                    f"{path} is a pickle, which can run code on whoever reads it", "safetensors, whatever its name",
+                    "look for a .safetensors file of the same checkpoint, or convert it where you trust it",
+                )  # fmt: skip
+            if not 2 <= length <= MAX_HEADER:
+                raise ValueError(f"a header of {length:,} bytes")
+            found = json.loads(file.read(length), object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite)
+        said = found.pop("__metadata__", {})
+        if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
+            raise ValueError("metadata that is no text")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise refused(f"{path} cannot be read ({error})", "a safetensors file") from error
+    return found, said
 
 
 def vetted_index(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""A checkpoint in the original layout, one ``.safetensors`` file, read as the components that diffusers makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from torch import Tensor
+
+from .files import not_too_many, weights
+from .known import Known
+from .published import Architecture, architecture_at, local_place
+from .tokenizers import shipped_tokenizer, tokenizer_files
+from .vetting import refused
+
+_PREFIXES = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+}
+_OPEN_CLIP = {"text_encoder": "cond_stage_model.model.", "text_encoder_2": "conditioner.embedders.1.model."}
+
+
+class SingleFile:
+    """A base in one file. diffusers knows its names; configs and tokenizer come along with this package, or are given."""
+
+    def __init__(self, path: Path, known: Known | None = None) -> None:
+        self.path, self.known = path, known
+
+    def architecture(self) -> Architecture:
+        return architecture_at(self.path, self.known)
+
+    def place(self, part: str) -> Path:
+        return self.path
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Those of a component, as diffusers names them.
+
+        Raises:
+            ImagicError: the file is not whole, or holds none of it.
+        """
+        if not (held := weights(self.path, _PREFIXES[part])):
+            raise refused(f"{self.path} holds no {part}", "a whole checkpoint: U-Net, VAE and text encoders")
+        return not_too_many(self._converted(part, held), self.path)
+
+    def _converted(self, part: str, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        built = self.architecture()
+        if part == "unet":
+            return convert_ldm_unet_checkpoint(held, built.unet)
+        if part == "vae":
+            return convert_ldm_vae_checkpoint(held, built.vae)
+        prefix = _OPEN_CLIP[part]
+        if not any(name.startswith(prefix) for name in held):
+            return convert_ldm_clip_checkpoint(held)
+        model: Any = SimpleNamespace(config=SimpleNamespace(hidden_size=built.text_encoders[part]["hidden_size"]))
+        return convert_open_clip_checkpoint(model, held, prefix)
+
+    def tokenizer(self, part: str) -> dict[str, str]:
+        given = local_place(self.known.config) if self.known and self.known.config else None
+        if given:
+            return tokenizer_files(given / part)
+        encoder = self.architecture().text_encoders[part.replace("tokenizer", "text_encoder")]
+        return shipped_tokenizer("!" if encoder.get("hidden_act") == "gelu" else "<|endoftext|>")  # OpenCLIP pads with its first token

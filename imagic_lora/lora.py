@@ -36,10 +36,12 @@ def attached(base: Base, config: TuneConfig, seed: int) -> Iterator[dict[str, to
         The trainable parameters by name, fp32 whatever the base's precision.
     """
     alpha = config.rank if config.alpha is None else config.alpha
-    lora = LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=base.lora_targets(config.targets))  # pyright: ignore[reportArgumentType]  # a fractional alpha is fine
+    targets = base.lora_targets(config.targets)
+    lora = LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]  # a fractional alpha is fine
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         base.denoiser.add_adapter(lora, _NAME)  # pyright: ignore[reportAttributeAccessIssue]
+    lora.target_modules = targets  # PEFT makes of a long list one that is right for this denoiser alone
     try:
         trainable = {name: p for name, p in base.denoiser.named_parameters() if p.requires_grad}
         for parameter in trainable.values():
@@ -92,7 +94,7 @@ def refuse_foreign_lora(base: Base, path: Path) -> None:
     rank, targets = _told(base, path)
     expected: dict[str, tuple[int, ...]] = {}
     for name, module in base.denoiser.named_modules():
-        if not name.endswith(tuple(f".{target}" for target in targets)):
+        if not f".{name}".endswith(tuple(f".{target}" for target in targets)):
             continue
         linear: Any = isinstance(module, torch.nn.Linear)  # one in 4 bits is, too
         layer, one = f"{base.component}.{name}", cast(Any, module)

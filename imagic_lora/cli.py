@@ -34,7 +34,7 @@ from .console import (
 from .converting import compress, export
 from .durable import FULL, writable
 from .errors import ImagicError, Stopped
-from .listing import facts, list_adapters, remove, show, verify
+from .listing import bases, facts, list_adapters, remove, show, verify
 from .options import DEFAULT_STORE, Json, StoreDir, parse_etas, parse_seeds
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ app.command(verify)
 app.command(remove, name="rm")
 app.command(compress)
 app.command(export)
+app.command(bases)
 app.command(bench)
 
 
@@ -126,6 +127,8 @@ def settings_of(settings: RunConfig | None, config: Path | None) -> tuple[RunCon
 
 
 def _fit(image: Path, prompt: str, run: RunConfig, why: str, store: Store, name: str, overwrite: bool, resume: bool) -> Adapter | None:
+    from .bases.registry import architecture_of
+    from .fits import adapter_bytes
     from .imagic import fit as fit_steps
     from .imagic import result
     from .interrupts import Interrupts
@@ -142,7 +145,8 @@ def _fit(image: Path, prompt: str, run: RunConfig, why: str, store: Store, name:
                 return done.value
             interrupts.gentle = True
             if processes.main:
-                say_what_is_active(resolve_runtime(run.memory), run, why, processes.count)
+                size = adapter_bytes(architecture_of(run.base, run.revision), run)
+                say_what_is_active(resolve_runtime(run.memory), run, why, processes.count, size)
             yield first
             return (yield from steps)
 

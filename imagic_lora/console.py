@@ -37,17 +37,24 @@ def plain(text: object) -> str:
     return escape("".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in told[:_LONGEST]) + more)
 
 
-def say_what_is_active(runtime: Runtime, run: RunConfig, why: str, processes: int) -> None:
-    """Preset, device, precision and levers, each with its reason."""
+def say_what_is_active(runtime: Runtime, run: RunConfig, why: str, processes: int, size: int | None) -> None:
+    """Preset, device, precision and levers, each with its reason.
+
+    Args:
+        size: of the adapter, in bytes.
+    """
+    from .fits import gib
+
     tune = run.tune
     how = f"LoRA, rank {tune.rank}, {tune.targets}" if tune.mode == "lora" else f"full, {run.memory.master_weights} master weights"
-    size = f"{run.resolution} pixels squared" if run.resolution else "the base's own"
+    side = f"{run.resolution} pixels squared" if run.resolution else "the base's own"
     rows = {
         "preset": f"{run.preset} ({why})",
         **runtime.reasons,
         "base": run.base,
-        "resolution": size,
+        "resolution": side,
         "tuning": how,
+        **({"adapter": f"about {gib(size)}"} if size else {}),
         "processes": str(processes),
     }
     for name, stage in {"embed": run.embed, "tune": tune}.items():

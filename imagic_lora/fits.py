@@ -164,6 +164,14 @@ def refuse_if_too_large(base: Architecture, run: RunConfig, free: int, assumed: 
         raise too_large(base, run, assumed, stage, free)
 
 
+def adapter_bytes(base: Architecture, run: RunConfig) -> int | None:
+    """Bytes of the adapter that a run will leave; None where the base cannot be drawn."""
+    try:
+        return predict(base, run).adapter
+    except NotDrawn:
+        return None
+
+
 def refuse_full_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Path, there: int) -> None:
     """Raises before minutes are spent on what there is no room to store.
 

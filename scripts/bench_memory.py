@@ -20,13 +20,12 @@ import torch
 from diffusers.utils import logging
 
 from imagic_lora.bases.published import architecture
-from imagic_lora.conditioning import Conditioning
 from imagic_lora.config import PRESETS, Mode, RunConfig, merged, recipe_of, resolve
 from imagic_lora.fits import is_out_of_memory
 from imagic_lora.full import unfrozen
 from imagic_lora.lora import attached
 from imagic_lora.plan import Plan, assume, predict
-from imagic_lora.rehearsal import random_base, rehearse
+from imagic_lora.rehearsal import random_base, random_text, rehearse
 from imagic_lora.runtime import Processes, resolve_runtime
 from imagic_lora.stages.embed import embed_stage
 from imagic_lora.stages.tune import tune_stage
@@ -35,6 +34,7 @@ PAGE = Path("docs/memory.md")
 CAPS = (6, 8, 12, 16)
 MODES: tuple[Mode, ...] = ("lora", "full")
 STOCHASTIC = {"memory": {"master_weights": "bf16-stochastic"}}
+NF4 = {"memory": {"quantize": "nf4"}}
 LADDERS: dict[Mode, list[tuple[str, dict[str, Any]]]] = {
     "full": [
         ("fp32 Adam, autocast with its cache", {"memory": {"optimizer": "adam", "autocast_cache": True}}),
@@ -51,7 +51,7 @@ LADDERS: dict[Mode, list[tuple[str, dict[str, Any]]]] = {
         ("gradient checkpointing", {"memory": {"gradient_checkpointing": True}}),
         ("idle parts released", {"memory": {"idle": "release"}}),
         ("VAE slicing", {"memory": {"vae_slicing": True}}),
-        ("NF4 base", {"memory": {"quantize": "nf4"}}),
+        ("NF4 base", NF4),
     ],
 }
 PEERS = [("fp32, fp32 Adam, no lever", {"memory": {"dtype": "fp32", "optimizer": "adam"}})]
@@ -75,15 +75,16 @@ def predicted_table() -> list[str]:
     """Every base, mode and preset."""
     lines = ["| base | mode | preset | encode | embed | tune | sample | decode | with allowances | drawn / counted |", "|" + "---|" * 10]
     cases: list[tuple[str, Mode, str, dict[str, Any]]] = []
-    for base, mode, preset in itertools.product(("sd15", "sd21", "critters"), MODES, PRESETS):
+    for base, mode, preset in itertools.product(("sd15", "sd21", "sdxl", "critters"), MODES, PRESETS):
         cases.append((base, mode, preset, {}))
-    for base in ("sd15", "sd21"):
+    for base in ("sd15", "sd21", "sdxl"):
         cases.append((base, "full", "8gb", STOCHASTIC))
+    cases.append(("sdxl", "lora", "8gb", NF4))
     for base, mode, preset, change in cases:
         run = settings(base, mode, preset, change)
         counted, drawn = exact(run), predict(architecture(base), run)
         stages = " | ".join(mib(peak.total) for peak in counted.stages.values())
-        name = f"{mode}, bf16-stochastic" if change else mode
+        name = ", ".join([mode, *(value for group in change.values() for value in group.values())])
         ratio = drawn.peak_bytes / counted.peak_bytes
         lines.append(f"| {base} | {name} | {preset} | {stages} | **{mib(counted.peak_bytes)}** | {ratio:.3f} |")
         print(lines[-1], flush=True)
@@ -117,7 +118,7 @@ def on_the_card(run: RunConfig, cap: float | None) -> dict[str, Any]:
         side = run.resolution or base.resolution
         latents = base.encode_image(torch.zeros(1, 3, side, side))
         base.rest()
-        text = Conditioning(torch.randn(1, card.tokens, card.unet["cross_attention_dim"], device="cuda"))
+        text = random_text(base, side, side)
         stage = embed_stage(base, latents, text, run.embed, 0, Processes())
         for k in range(2):
             stage.step(k)

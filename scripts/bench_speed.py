@@ -69,9 +69,7 @@ class Bench:
         made = base.architecture
         shape = (1, made.unet["in_channels"], side // made.factor, side // made.factor)
         self.latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        self.text = Conditioning(
-            torch.randn(1, made.tokens, made.unet["cross_attention_dim"], generator=torch.Generator().manual_seed(1)).to(self.device)
-        )
+        self.text = Conditioning(torch.randn(made.conditioning["tokens"], generator=torch.Generator().manual_seed(1)).to(self.device))
 
     def plain(self, parameters: list[Parameter], text: Conditioning, optimizer: torch.optim.Optimizer, batch: int) -> Step:
         """One step of a plain training loop over the same parameters."""

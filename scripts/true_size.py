@@ -1,0 +1,95 @@
+"""A base at true size with random weights: ``python scripts/true_size.py --base sdxl``.
+
+One real step of each stage and one of the sampler on the CPU: its time, the tensors it held, and what was predicted. Neither time nor memory
+depends on the values of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers.utils import logging
+
+from imagic_lora.bases.published import PUBLISHED
+from imagic_lora.bases.sd import StableDiffusion
+from imagic_lora.config import Mode, RunConfig, merged, recipe_of, resolve
+from imagic_lora.full import unfrozen
+from imagic_lora.lora import attached
+from imagic_lora.memory import Tracker
+from imagic_lora.plan import assume, predict
+from imagic_lora.rehearsal import random_base, random_text
+from imagic_lora.runtime import Processes, resolve_runtime
+from imagic_lora.stages.embed import embed_stage
+from imagic_lora.stages.tune import tune_stage
+
+MODES: dict[Mode, dict[str, object]] = {"lora": {}, "full": {"master_weights": "bf16-stochastic"}}
+
+
+def settings(base: str, mode: Mode, side: int) -> RunConfig:
+    """The tightest preset, in bf16 on the CPU."""
+    memory = {"device": "cpu", "dtype": "bf16", "optimizer": "adam8bit", **MODES[mode]}
+    given = {"base": base, "preset": "8gb", "resolution": side, "tune": {"mode": mode}, "memory": memory}
+    return resolve(merged(given, {"embed": {"steps": 1}, "tune": {"steps": 1}}), {}, recipe_of(base))
+
+
+@contextmanager
+def timed(name: str, tracker: Tracker, predicted: dict[str, int]) -> Iterator[None]:
+    """Prints what the inside took."""
+    gc.collect()
+    tracker.reset_peak()
+    begun = time.perf_counter()
+    yield
+    seconds, peak = time.perf_counter() - begun, tracker.peak
+    print(f"| {name} | {seconds:.1f} | {peak / 2**20:,.0f} | {predicted[name] / 2**20:,.0f} | {peak / predicted[name]:.3f} |", flush=True)
+
+
+def one_step_each(base: StableDiffusion, run: RunConfig, side: int, tracker: Tracker, predicted: dict[str, int]) -> None:
+    """Every stage once, with its own code."""
+    with timed("encode", tracker, predicted):
+        latents = base.encode_image(torch.rand(1, 3, side, side) * 2 - 1)
+    base.rest()
+    text = random_text(base, side, side)
+    with timed("embed", tracker, predicted):
+        stage = embed_stage(base, latents, text, run.embed, 0, Processes())
+        stage.step(0)
+        stage.check()
+    del stage
+    trained = attached(base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(base, restore=False)
+    with trained as trainables:
+        with timed("tune", tracker, predicted):
+            stage = tune_stage(base, latents, text, trainables, run.tune, 0, Processes())
+            stage.step(0)
+            stage.check()
+        del stage
+        with torch.no_grad():
+            base.pipeline("text2image")
+            with timed("sample", tracker, predicted):
+                base.predict(latents.expand(2, -1, -1, -1), torch.full((2,), 500), text)
+            with timed("decode", tracker, predicted):
+                picture = base.decode(latents)
+    assert picture.isfinite().all()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="sdxl", choices=PUBLISHED)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--mode", choices=MODES, default="lora")
+    asked = parser.parse_args()
+    logging.disable_progress_bar()
+    run = settings(asked.base, asked.mode, asked.side)
+    built = PUBLISHED[asked.base]
+    predicted = {name: peak.total for name, peak in predict(built, run, assume(run, "cpu")).stages.items()}
+    print(f"{asked.base}, {asked.mode}, {asked.side} pixels, bf16 on the CPU, {torch.get_num_threads()} threads, random weights\n")
+    print("| stage, one step | seconds | MiB of tensors | predicted | ratio |\n|" + "---|" * 5)
+    with Tracker() as tracker:
+        one_step_each(random_base(built, run, resolve_runtime(run.memory)), run, asked.side, tracker, predicted)
+
+
+if __name__ == "__main__":
+    main()

@@ -50,8 +50,11 @@ bench-memory: $(READY) ## predicted, and on a card measured, peaks: docs/memory.
 bench-speed: $(READY) ## our loop against a plain one, the price of the levers: docs/speed.md
 	$(BIN)/python scripts/bench_speed.py
 
+bench-swaps: $(READY) ## time of a swap between two adapters, on critters and at the size of SD 1.5
+	$(BIN)/python scripts/bench_swaps.py
+
 clean: ## remove outputs, caches and .venv
 	rm -rf outputs $(VENV) .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test test-slow test-gpu torture lint check critters-report bench-critters bench-memory bench-speed clean
+.PHONY: help setup demo test test-slow test-gpu torture lint check critters-report bench-critters bench-memory bench-speed bench-swaps clean

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from .bases.base import Base
 from .conditioning import Conditioning
 from .config import Mode, RunConfig
-from .durable import Draft, FileName, Sealed, Sha256
+from .durable import Draft, FileName, Sealed, Sha256, unsealed
 from .errors import ImagicError
 from .full import loaded_full, saved_full
 from .images import Canvas, to_pixels
-from .lora import loaded_lora, saved_lora
+from .lora import Layers, loaded_lora, read_lora, saved_lora
 from .photos import MAX_PIXELS, read_photo
 from .tensors import encoded, read
 
@@ -161,20 +161,30 @@ class Adapter:
         if shapes != base.architecture.conditioning:
             raise ImagicError(f"adapter {self.name} has embeddings of shapes {shapes}", f"{base.architecture.conditioning}", _REMEDY)
 
-    @contextmanager
-    def worn_by(self, base: Base) -> Iterator[None]:
+    def refuse_replaced(self) -> None:
+        """Raises ImagicError if what lies in its folder is no longer what its record tells of: what was read there may be of another."""
+        if unsealed(self.folder, RECORD, Record) != self.record:
+            raise ImagicError(f"{self.folder} holds another adapter than when it was read", "the same one", "read it again from its store")
+
+    def layers(self, base: Base) -> Layers | None:
+        """Its LoRA layers, in host memory; None where it has full weights, which are large and go from the disk into the base.
+
+        Raises:
+            ImagicError: as :meth:`refuse_foreign`; layers that do not fit the base, or are not finite.
+        """
+        self.refuse_foreign(base)
+        (part,) = self.record.parts
+        paths = [self.listed(file) for file in part.files]
+        return read_lora(base, paths[0]) if part.mode == "lora" else None
+
+    def worn_by(self, base: Base) -> AbstractContextManager[object]:
         """The base with this adapter's weights; bit-equal to before afterwards.
 
         Raises:
-            ImagicError: as :meth:`refuse_foreign`; weights that do not fit the base, or are not finite.
+            ImagicError: as :meth:`layers`; full weights that do not fit the base, or are not finite.
         """
-        self.refuse_foreign(base)
-        with ExitStack() as stack:
-            for part in self.record.parts:
-                for file in part.files:
-                    self.listed(file)
-                stack.enter_context((loaded_lora if part.mode == "lora" else loaded_full)(base, self.folder))
-            yield
+        layers = self.layers(base)
+        return loaded_full(base, self.folder) if layers is None else loaded_lora(base, layers)
 
     def listed(self, file: str) -> Path:
         """The path of a file whose hash is on record."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .bases.base import Base
 from .durable import Draft
@@ -16,14 +17,19 @@ from .tensors import encoded, read, shapes
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+Weights = dict[str, Tensor]
+"""The weights of a denoiser by name."""
+
+
 @contextmanager
-def _restored(base: Base) -> Iterator[None]:
-    """Whatever happens to the denoiser's weights inside is undone afterwards, bit for bit, from a copy in host memory."""
-    before = {name: value.to("cpu", copy=True) for name, value in base.denoiser.state_dict().items()}
+def _restored(base: Base, own: Weights | None = None) -> Iterator[Weights]:
+    """Whatever happens to the denoiser's weights inside is undone afterwards, bit for bit, from a copy in host memory: the one given, or a
+    new one."""
+    own = own or {name: value.to("cpu", copy=True) for name, value in base.denoiser.state_dict().items()}
     try:
-        yield
+        yield own
     finally:
-        base.denoiser.load_state_dict(before)
+        base.denoiser.load_state_dict(own)
 
 
 def refuse_half(base: Base) -> None:
@@ -75,8 +81,14 @@ def save_full(base: Base, draft: Draft) -> None:
 
 
 @contextmanager
-def loaded_full(base: Base, folder: Path) -> Iterator[None]:
+def loaded_full(base: Base, folder: Path, own: Weights | None = None) -> Iterator[Weights]:
     """The denoiser with the stored weights; the base's own afterwards.
+
+    Args:
+        own: those, where they were copied before.
+
+    Yields:
+        The base's own weights, in host memory.
 
     Raises:
         ImagicError: other names or shapes than the base's, which is seen before anything is loaded, or weights that are not finite.
@@ -84,7 +96,6 @@ def loaded_full(base: Base, folder: Path) -> Iterator[None]:
     path = folder / base.component / WEIGHTS
     if shapes(path) != {name: tuple(value.shape) for name, value in base.denoiser.state_dict().items()}:
         raise ImagicError(f"{path} holds tensors of other names or shapes", "those of the base", "fit or copy the adapter again")
-    weights = read(path)
-    with _restored(base):
-        base.denoiser.load_state_dict(weights)
-        yield
+    with _restored(base, own) as own:
+        base.denoiser.load_state_dict(read(path))
+        yield own

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from torch import Tensor
 
 from .bases.base import Base
 from .bases.blueprint import LORA_TARGETS
@@ -23,6 +26,21 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"  # where diffusers looks for PEFT's settings
 _REMEDY = "fit or copy the adapter again"
 _NAME = "imagic"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Stored LoRA layers, in host memory.
+
+    Args:
+        targets: ends of the names of the layers that they adapt.
+        tensors: for each of those layers ``<name>.lora_A.weight``, ``[rank, in, ...]``, and ``<name>.lora_B.weight``, ``[out, rank, ...]``.
+    """
+
+    rank: int
+    alpha: float
+    targets: list[str]
+    tensors: dict[str, Tensor]
 
 
 @contextmanager
@@ -72,43 +90,57 @@ def save_lora(base: Base, draft: Draft) -> None:
 
 
 @contextmanager
-def loaded_lora(base: Base, folder: Path) -> Iterator[None]:
-    """The denoiser with stored layers; bit-equal to the base afterwards.
-
-    Raises:
-        ImagicError: the file is not one of :func:`save_lora` for such a base, which is seen before anything is loaded, or not finite.
-    """
-    refuse_foreign_lora(base, folder / LORA_FILE)
+def loaded_lora(base: Base, layers: Layers) -> Iterator[None]:
+    """The denoiser with stored layers, or those that :func:`swapped_lora` puts in their place; bit-equal to the base afterwards."""
+    told = {"r": layers.rank, "lora_alpha": layers.alpha, "target_modules": layers.targets}
     try:
-        base.pipeline("text2image").load_lora_weights(folder, weight_name=LORA_FILE, use_safetensors=True, adapter_name=_NAME)  # pyright: ignore[reportAttributeAccessIssue]
+        with torch.random.fork_rng(devices=[]):  # low_cpu_mem_usage draws nothing, but patches torch for every thread meanwhile
+            base.denoiser.load_lora_adapter(dict(layers.tensors), prefix=None, metadata=told, adapter_name=_NAME)  # pyright: ignore[reportAttributeAccessIssue]
+        del layers  # they may be swapped for others
         yield
     finally:
         base.denoiser.unload_lora()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def refuse_foreign_lora(base: Base, path: Path) -> None:
-    """Raises ImagicError for layers that the base does not have, other shapes, or settings of PEFT that are not ours.
+def swapped_lora(base: Base, layers: Layers) -> bool:
+    """Puts layers of any rank in the place of loaded ones with the same targets, as if they had been loaded; False where there are none."""
+    modules: dict[str, Any] = dict(base.denoiser.named_modules())
+    loaded = {name for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    if loaded != {key.rsplit(".", 2)[0] for key in layers.tensors}:
+        return False
+    for key, value in layers.tensors.items():
+        name, matrix, _ = key.rsplit(".", 2)
+        layer, weight = modules[name], modules[f"{name}.{matrix}.{_NAME}"].weight
+        weight.data = value.to(weight.device, weight.dtype)
+        layer.r[_NAME], layer.lora_alpha[_NAME], layer.scaling[_NAME] = layers.rank, layers.alpha, layers.alpha / layers.rank
+    return True
 
-    Some of PEFT's settings change the base's weights, and one names a module to import.
+
+def read_lora(base: Base, path: Path) -> Layers:
+    """The layers of a file of :func:`save_lora`; others may be on the base meanwhile.
+
+    Raises:
+        ImagicError: layers that the base does not have, other shapes, numbers that are not finite, or settings of PEFT that are not ours:
+            some of those change the base's weights, and one names a module to import.
     """
-    rank, targets = _told(base, path)
+    rank, alpha, targets = _told(base, path)
     expected: dict[str, tuple[int, ...]] = {}
     for name, module in base.denoiser.named_modules():
         if not f".{name}".endswith(tuple(f".{target}" for target in targets)):
             continue
-        linear: Any = isinstance(module, torch.nn.Linear)  # one in 4 bits is, too
-        layer, one = f"{base.component}.{name}", cast(Any, module)
+        layer, one = f"{base.component}.{name}", cast(Any, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+        linear = isinstance(one, torch.nn.Linear)  # one in 4 bits is, too
         wide, high = (one.in_features, one.out_features) if linear else (one.in_channels, one.out_channels)
         kernel = () if linear else one.kernel_size
         expected[f"{layer}.lora_A.weight"] = (rank, wide, *kernel)
         expected[f"{layer}.lora_B.weight"] = (high, rank, *(1 for _ in kernel))
     if shapes(path) != expected:
         raise ImagicError(f"{path} holds tensors of other names or shapes", f"LoRA layers of rank {rank} for {', '.join(targets)}", _REMEDY)
-    read(path)
+    return Layers(rank, alpha, targets, {name.removeprefix(f"{base.component}."): value for name, value in read(path).items()})
 
 
-def _told(base: Base, path: Path) -> tuple[int, list[str]]:
-    """The rank and the layers that a file's metadata tells of, if all else it tells is what :func:`attached` would have."""
+def _told(base: Base, path: Path) -> tuple[int, float, list[str]]:
+    """The rank, the alpha and the layers that a file's metadata tells of, if all else it tells is what :func:`attached` would have."""
     usual = LoraConfig().to_dict()
     try:
         with opened(path) as file:
@@ -123,4 +155,4 @@ def _told(base: Base, path: Path) -> tuple[int, list[str]]:
             raise ValueError(", ".join(map(repr, odd[:3])) or "rank, alpha or layers out of range")
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ImagicError(f"{path} has settings that are not ours ({error})", "a LoRA file as fit writes it", _REMEDY) from error
-    return rank, targets
+    return rank, alpha, targets

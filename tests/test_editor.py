@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import statistics
+import sys
+import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from common import KINDS, MODES, array, opened, same, weights
+from bench_swaps import measured, random_adapter
+from common import KINDS, MODES, PROMPT, array, opened, output, same, tiny_config, weights
 from diffusers import DDIMScheduler
 from tiny import save_tiny
 from torch import Tensor
 
+from imagic_lora import editor as module
 from imagic_lora.adapter import Adapter
 from imagic_lora.bases.base import Base
+from imagic_lora.bases.published import architecture
 from imagic_lora.conditioning import Conditioning
 from imagic_lora.config import EditConfig, Mode
 from imagic_lora.editor import Editor
 from imagic_lora.errors import ImagicError
 from imagic_lora.generate import generate, inverted
 from imagic_lora.images import to_image
+from imagic_lora.imagic import fit, result
+from imagic_lora.rehearsal import random_base
+from imagic_lora.runtime import resolve_runtime
+from imagic_lora.store import Store
 
+EXAMPLES = Path(__file__).parent.parent / "adapters"
 CONFIG = EditConfig(steps=2, guidance_scale=3.0)
 Fitted = Callable[..., Adapter]
 
@@ -45,6 +60,30 @@ def test_swapped_adapters_do_not_mix(folder: Path, fitted: Fitted, first: tuple,
     assert np.array_equal(swapped[0], alone_a)
     assert np.array_equal(swapped[1], alone_b)
     assert np.array_equal(swapped[2], alone_a)
+    assert not np.array_equal(alone_a, alone_b)
+
+
+@pytest.fixture(scope="module")
+def narrow(folder: Path, photo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Adapter]:
+    """Gives an adapter of another rank, alpha or choice of layers than the fixtures' own."""
+    store = Store(tmp_path_factory.mktemp("narrow"))
+
+    def make(name: str, **tune) -> Adapter:
+        config = tiny_config(folder, tune={"steps": 2, "alpha": 3.0} | tune)
+        made = result(fit(photo_file, PROMPT, config, store, name, overwrite=True))
+        assert made is not None
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("tune", [{"rank": 1}, {"rank": 9}, {"targets": "attention"}], ids=str)
+def test_swapped_adapters_may_have_other_ranks_and_layers(folder: Path, fitted: Fitted, narrow: Fitted, tune: dict) -> None:
+    """A, B, A in one editor are bit for bit what each is alone."""
+    a, b, editor = fitted("lora"), narrow("b", **tune), Editor(opened(folder))
+    alone_a, alone_b = (pictures(Editor(opened(folder)), adapter) for adapter in (a, b))
+    for adapter, alone in ((a, alone_a), (b, alone_b), (a, alone_a), (b, alone_b)):
+        assert np.array_equal(pictures(editor, adapter), alone)
     assert not np.array_equal(alone_a, alone_b)
 
 
@@ -252,3 +291,217 @@ def test_noise_of_ddim_is_refused_with_another_sampler(fitted: Fitted, tmp_path:
     editor = Editor(opened(save_tiny(tmp_path / "euler", scheduler="euler")))
     with pytest.raises(ImagicError, match="sampler of kind Euler"):
         next(editor.edit(fitted("lora"), [0.5], [0], CONFIG.model_copy(update={"ddim_eta": 0.5})))
+
+
+# Several at once
+
+FIVE = (0.0, 0.3, 0.5, 0.7, 1.0)
+INVERTED = CONFIG.model_copy(update={"batch_size": 2, "start": "inverted"})
+
+
+@pytest.mark.parametrize("others", [("lora", 1), ("full", 0)], ids=str)
+def test_interleaved_edits_do_not_mix(folder: Path, fitted: Fitted, others: tuple) -> None:
+    """Two edits of five pictures in batches of two, taken by turns, are what each is alone; one left early disturbs nobody."""
+    adapters = fitted("lora"), fitted(*others)
+    alone = [pictures(Editor(opened(folder)), adapter, INVERTED, FIVE) for adapter in adapters]
+    editor = Editor(opened(folder))
+    left = editor.edit(adapters[1], FIVE, [5], INVERTED, "a dog")
+    next(left)
+    by_turns = zip_longest(*(editor.edit(adapter, FIVE, [5], INVERTED) for adapter in adapters))
+    for k, edits in enumerate(by_turns):
+        assert all(np.array_equal(array(edit.image), alone[which][k]) for which, edit in enumerate(edits))
+        if k == 1:
+            left.close()
+    assert not np.array_equal(*alone)
+
+
+def test_an_edit_goes_on_after_close(folder: Path, fitted: Fitted) -> None:
+    """Its adapter is put back for the next batch."""
+    adapter, editor = fitted("lora"), Editor(opened(folder))
+    before, alone = weights(editor.base.denoiser), pictures(editor, adapter, INVERTED, FIVE)
+    edits = editor.edit(adapter, FIVE, [5], INVERTED)
+    first = [next(edits) for _ in range(3)]
+    editor.close()
+    assert same(weights(editor.base.denoiser), before)
+    assert np.array_equal(np.stack([array(edit.image) for edit in (*first, *edits)]), alone)
+
+
+def test_threads_share_an_editor(folder: Path, fitted: Fitted, narrow: Fitted) -> None:
+    """Three threads, each with its adapters, get what they would get alone, whatever they put in and take out of it meanwhile."""
+    adapters = fitted("lora"), fitted("full"), fitted("lora", 1), narrow("threads", rank=2)
+    alone = [pictures(Editor(opened(folder)), adapter, INVERTED, FIVE) for adapter in adapters]
+    editor, before, often = Editor(opened(folder)), sys.getswitchinterval(), 4
+
+    def work(which: int) -> bool:
+        if which % 5 == 4:
+            editor.close()
+        which %= len(adapters)
+        prompt = PROMPT if which == 0 else None  # encoded while others sample
+        return np.array_equal(pictures(editor, adapters[which], INVERTED, FIVE, prompt=prompt), alone[which])
+
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            assert all(pool.map(work, range(often * len(adapters))))
+    finally:
+        sys.setswitchinterval(before)
+
+
+# What is kept in memory
+
+
+def copied(adapter: Adapter, root: Path, name: str) -> Adapter:
+    """The same adapter in a store of its own, in the place of one of that name."""
+    shutil.rmtree(root / name, ignore_errors=True)
+    shutil.copytree(adapter.folder, root / name)
+    return Store(root).read(name)
+
+
+def test_a_swap_does_not_touch_the_disk(folder: Path, fitted: Fitted, narrow: Fitted, tmp_path: Path) -> None:
+    """Adapters that were worn before are worn again, to the same pictures, when their files are gone; one has other layers."""
+    real = fitted("lora"), fitted("lora", 1), narrow("memory", targets="attention")
+    adapters, editor = [copied(one, tmp_path, str(k)) for k, one in enumerate(real)], Editor(opened(folder))
+    before = [pictures(editor, adapter) for adapter in adapters]
+    shutil.rmtree(tmp_path)
+    for adapter, expected in (*zip(adapters, before, strict=True), *zip(adapters, before, strict=True)):
+        assert np.array_equal(pictures(editor, adapter), expected)
+
+
+def test_those_used_last_are_kept(folder: Path, fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two places, the third adapter takes that of the one not used for longest; 8 is how many there are."""
+    assert module.HELD == 8
+    monkeypatch.setattr(module, "HELD", 2)
+    a, b, c = (copied(fitted("lora", seed), tmp_path, name) for name, seed in (("a", 0), ("b", 1), ("c", 0)))
+    editor = Editor(opened(folder))
+    for adapter in (a, b, a, c):
+        editor.wear(adapter)
+    shutil.rmtree(tmp_path)
+    for adapter in (a, c, a):
+        editor.wear(adapter)
+    with pytest.raises(ImagicError, match=r"source\.png"):
+        editor.wear(b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_adapter_that_was_written_anew_is_read_anew(folder: Path, fitted: Fitted, tmp_path: Path, mode: Mode) -> None:
+    """Read from its store again it gives the new pictures; the old record never stands for the new files."""
+    old, base = copied(fitted(mode), tmp_path, "one"), opened(folder)
+    editor, before = Editor(base), weights(base.denoiser)
+    expected_old, expected_new = (pictures(Editor(opened(folder)), fitted(mode, seed)) for seed in (0, 1))
+    assert np.array_equal(pictures(editor, old), expected_old)
+    new = copied(fitted(mode, 1), tmp_path, "one")
+    assert np.array_equal(pictures(editor, old), expected_old)  # it is in
+    assert np.array_equal(pictures(editor, new), expected_new)
+    if mode == "lora":
+        assert np.array_equal(pictures(editor, old), expected_old)  # it is in memory
+    else:
+        with pytest.raises(ImagicError, match="another adapter than when it was read"):
+            pictures(editor, old)
+        assert same(weights(base.denoiser), before)
+        assert np.array_equal(pictures(editor, new), expected_new)
+    with pytest.raises(ImagicError, match="another adapter than when it was read"):
+        pictures(Editor(base), old)
+
+
+def test_full_adapters_share_one_copy_of_the_base(folder: Path, fitted: Fitted) -> None:
+    """Made once, whatever is worn between them, until the editor is closed."""
+    editor = Editor(opened(folder))
+    assert editor._own is None
+    before = weights(editor.base.denoiser)
+    editor.wear(fitted("full"))
+    own = editor._own
+    assert own is not None
+    for adapter in (fitted("full", 1), fitted("lora"), fitted("full")):
+        editor.wear(adapter)
+        assert editor._own is own
+    assert same(own, before)
+    editor.close()
+    assert editor._own is None
+
+
+@pytest.mark.parametrize(("mode", "writes"), [("lora", "to"), ("full", "copy_")])
+def test_a_swap_that_fails_half_way_leaves_the_base(
+    folder: Path, fitted: Fitted, monkeypatch: pytest.MonkeyPatch, mode: Mode, writes: str
+) -> None:
+    """Bit-equal to before any adapter, and the editor can go on."""
+    editor, adapter, write, count = Editor(opened(folder)), fitted(mode, 1), getattr(Tensor, writes), 0
+    before, expected = weights(editor.base.denoiser), pictures(editor, adapter)
+    editor.wear(fitted("lora"))
+
+    def failing(*args, **kwargs) -> Tensor:
+        nonlocal count
+        count += 1
+        if count == 9:
+            raise KeyboardInterrupt
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(Tensor, writes, failing)
+    with pytest.raises(KeyboardInterrupt):
+        editor.wear(adapter)
+    monkeypatch.undo()
+    assert count >= 9
+    assert same(weights(editor.base.denoiser), before)
+    assert np.array_equal(pictures(editor, adapter), expected)
+
+
+def test_an_adapter_that_is_refused_leaves_the_one_before(folder: Path, fitted: Fitted, tmp_path: Path) -> None:
+    """Its output is the same, and closing still gives the base back."""
+    editor, broken = Editor(opened(folder)), copied(fitted("lora", 1), tmp_path, "broken")
+    (broken.folder / "pytorch_lora_weights.safetensors").unlink()
+    before = weights(editor.base.denoiser)
+    editor.wear(fitted("lora"))
+    worn = output(editor.base)
+    with pytest.raises(ImagicError, match="not a whole safetensors file"):
+        editor.wear(broken)
+    assert torch.equal(output(editor.base), worn)
+    editor.close()
+    assert same(weights(editor.base.denoiser), before)
+
+
+def counted(base: Base) -> tuple[int, int]:
+    """Tensors alive, and modules of the denoiser."""
+    gc.collect()
+    return sum(issubclass(type(one), Tensor) for one in gc.get_objects()), sum(1 for _ in base.denoiser.modules())
+
+
+def test_swaps_are_fast_and_memory_does_not_grow() -> None:
+    """On the embedded base: 200 swaps of its two examples take at most 20 ms in the median, and leave no tensor, module or megabyte."""
+    store, editor = Store(EXAMPLES), Editor(opened(Path("critters")))
+    adapters, before = [store.read(name) for name in ("rex-jumps", "mia-at-night")], weights(editor.base.denoiser)
+    for adapter in adapters:
+        editor.wear(adapter)
+    found, memory, seconds = counted(editor.base), psutil.Process().memory_info().rss, []
+    for k in range(200):
+        start = time.perf_counter()
+        editor.wear(adapters[k % 2])
+        seconds.append(time.perf_counter() - start)
+    assert statistics.median(seconds) <= 0.02
+    assert counted(editor.base) == found
+    assert psutil.Process().memory_info().rss - memory < 32 * 2**20
+    editor.close()
+    assert same(weights(editor.base.denoiser), before)
+
+
+def test_a_swap_needs_no_tokenizer(folder: Path, tmp_path: Path) -> None:
+    """Random layers on a base of random weights are swapped and measured, and the base is as before."""
+    run = tiny_config(folder)
+    base = random_base(architecture(str(folder)), run, resolve_runtime(run.memory))
+    before, adapters = weights(base.denoiser), [random_adapter(base, Store(tmp_path), f"r{seed}", run, seed) for seed in (0, 1)]
+    read, swaps = measured(Editor(base), adapters, 5)
+    assert len(swaps) == 5
+    assert 0 < min(swaps) < read
+    assert same(weights(base.denoiser), before)
+
+
+def test_memory_does_not_grow_when_layers_are_replaced(
+    folder: Path, fitted: Fitted, narrow: Fitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor with adapters that come from the disk each time, of other layers, or of all weights."""
+    monkeypatch.setattr(module, "HELD", 2)
+    several = fitted("lora"), narrow("grow", targets="attention"), fitted("full"), fitted("lora", 1), fitted("full", 1)
+    editor, found = Editor(opened(folder)), []
+    for _ in range(4):
+        for adapter in several:
+            editor.wear(adapter)
+        found.append(counted(editor.base))
+    assert len(set(found)) == 1

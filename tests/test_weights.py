@@ -14,17 +14,19 @@ from common import MODES, opened, output, same, weights
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn import Parameter
 
 from imagic_lora.adapter import Adapter
 from imagic_lora.bases.base import Base
+from imagic_lora.bases.blueprint import LORA_TARGETS
 from imagic_lora.config import Mode, TuneConfig
 from imagic_lora.durable import Draft
 from imagic_lora.errors import ImagicError
 from imagic_lora.full import WEIGHTS, loaded_full, save_full, unfrozen
-from imagic_lora.lora import LORA_FILE, attached, loaded_lora, save_lora
+from imagic_lora.lora import LORA_FILE, Layers, attached, loaded_lora, read_lora, save_lora, swapped_lora
 
-TARGETS = ["attention", "attention+conv"]
+TARGETS = list(LORA_TARGETS)
 
 
 def lora_config(targets: str = "attention", rank: int = 4, alpha: float | None = None) -> TuneConfig:
@@ -168,10 +170,10 @@ def test_weights_that_need_not_be_restored_stay_as_they_were_trained(folder: Pat
 @pytest.mark.parametrize("error", [False, True])
 def test_stored_weights_leave_no_trace(folder: Path, fitted: Callable[..., Adapter], mode: Mode, error: bool) -> None:
     """A loaded adapter changes the output; afterwards, also after an exception, names, values and output are as before."""
-    base, load = opened(folder), {"lora": loaded_lora, "full": loaded_full}[mode]
+    base, stored = opened(folder), fitted(mode).folder
     before, picture = weights(base.denoiser), output(base)
     try:
-        with load(base, fitted(mode).folder):
+        with loaded_full(base, stored) if mode == "full" else loaded_lora(base, read_lora(base, stored / LORA_FILE)):
             assert not torch.equal(output(base), picture)
             if error:
                 raise KeyboardInterrupt
@@ -194,3 +196,128 @@ def test_lora_files_tell_their_settings(fitted: Callable[..., Adapter]) -> None:
     with safe_open(fitted("lora").folder / LORA_FILE, "pt") as file:
         stored = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (stored["unet.r"], stored["unet.lora_alpha"]) == (4, 2)
+
+
+def written(base: Base, folder: Path, seed: int, targets: str = "attention", rank: int = 4, alpha: float | None = None) -> Path:
+    """A file of random layers for a base."""
+    folder.mkdir()
+    with attached(base, lora_config(targets, rank, alpha), seed) as parameters:
+        shake(parameters)
+        save_lora(base, Draft(folder))
+    return folder / LORA_FILE
+
+
+def in_diffusers(folder: Path, path: Path, dtype: str) -> Tensor:
+    """The output of plain diffusers with a file of layers."""
+    base = opened(folder, dtype=dtype)
+    pipe: Any = StableDiffusionPipeline.from_pretrained(folder).to(base.runtime.dtype)
+    pipe.load_lora_weights(path.parent)
+    for weight in pipe.unet.parameters():
+        weight.data = weight.data.clone()  # at whole multiples of 64 bytes, not as they lie in the file: the last bit may depend on it
+    base._unet = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
+    return output(base)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_swapped_layers_are_those_of_plain_diffusers(folder: Path, tmp_path: Path, targets: str, dtype: str) -> None:
+    """Whatever rank and alpha they take the place of, and when they come back; the base is bit-equal in the end."""
+    base = opened(folder, dtype=dtype)
+    sizes: list[tuple[int, float | None]] = [(4, 10.0), (7, 2.0), (1, None)]
+    paths = [written(opened(folder), tmp_path / str(k), k, targets, *size) for k, size in enumerate(sizes)]
+    expected, before, picture = [in_diffusers(folder, path, dtype) for path in paths], weights(base.denoiser), output(base)
+    layers = [read_lora(base, path) for path in paths]
+    with loaded_lora(base, layers[0]):
+        assert torch.equal(output(base), expected[0])
+        for k in (1, 2, 1, 0):
+            assert swapped_lora(base, layers[k])
+            assert torch.equal(output(base), expected[k])
+    assert same(weights(base.denoiser), before)
+    assert torch.equal(output(base), picture)
+
+
+def test_layers_swap_on_a_base_in_4_bits(wide: Path, tmp_path: Path) -> None:
+    """What loading them gives there, bit for bit, and the base's codes are as before."""
+    base = opened(wide, quantize="nf4")
+    paths = [written(base, tmp_path / str(rank), rank, "attention+conv", rank, 3.0) for rank in (2, 5)]
+    before, expected = weights(base.denoiser), list[Tensor]()
+    first, second = [read_lora(base, path) for path in paths]
+    for layers in (first, second):
+        with loaded_lora(base, layers):
+            expected.append(output(base))
+    assert not torch.equal(*expected)
+    with loaded_lora(base, first):
+        assert swapped_lora(base, second)
+        assert torch.equal(output(base), expected[1])
+        assert swapped_lora(base, read_lora(base, paths[0]))
+        assert torch.equal(output(base), expected[0])
+    assert same(weights(base.denoiser), before)
+
+
+def test_layers_of_other_targets_are_not_swapped(folder: Path, tmp_path: Path) -> None:
+    """Nor where there are none: it is said, and nothing has changed."""
+    base = opened(folder)
+    some, more = (read_lora(base, written(base, tmp_path / targets, 0, targets)) for targets in ("attention", "attention+conv"))
+    before = weights(base.denoiser)
+    assert not swapped_lora(base, some)
+    assert same(weights(base.denoiser), before)
+    for one, other in ((some, more), (more, some)):
+        with loaded_lora(base, one):
+            worn = weights(base.denoiser)
+            assert not swapped_lora(base, other)
+            assert same(weights(base.denoiser), worn)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_layers_are_read_the_same_with_others_on(wide: Path, tmp_path: Path, quantize: str) -> None:
+    """Whether these have the same targets or not."""
+    base = opened(wide, quantize=quantize)
+    paths = [written(base, tmp_path / str(k), k, targets) for k, targets in enumerate(["attention", "attention+conv", "attention"])]
+    expected = [read_lora(base, path) for path in paths]
+    for on in expected:
+        with loaded_lora(base, on):
+            for path, layers in zip(paths, expected, strict=True):
+                found = read_lora(base, path)
+                assert (found.rank, found.alpha, found.targets) == (layers.rank, layers.alpha, layers.targets)
+                assert same(found.tensors, layers.tensors)
+
+
+def test_layers_in_memory_do_not_change(folder: Path, tmp_path: Path) -> None:
+    """Neither when they are loaded, nor when others take their place."""
+    base = opened(folder)
+    several = [read_lora(base, written(base, tmp_path / str(k), k)) for k in (0, 1)]
+    copies = [Layers(one.rank, one.alpha, one.targets, {name: value.clone() for name, value in one.tensors.items()}) for one in several]
+    with loaded_lora(base, several[0]):
+        for one in (several[1], several[0], several[1]):
+            swapped_lora(base, one)
+            output(base)
+    for one, copy in zip(several, copies, strict=True):
+        assert same(one.tensors, copy.tensors)
+
+
+def test_full_weights_take_a_copy_that_is_there(folder: Path, fitted: Callable[..., Adapter]) -> None:
+    """The base comes back from it, and no other is made."""
+    base = opened(folder)
+    before = weights(base.denoiser)
+    with loaded_full(base, fitted("full").folder) as own:
+        assert same(own, before)
+    own["conv_in.bias"] += 1
+    with loaded_full(base, fitted("full", 1).folder, own) as again:
+        assert again is own
+    assert same(weights(base.denoiser), own)
+    assert not same(weights(base.denoiser), before)
+
+
+def test_loading_layers_is_noticed_by_nobody_else(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The global generator stays as it is, and modules that other threads make meanwhile are as ever."""
+    base, seen, ours, reset = opened(folder), set(), torch.nn.Module.register_parameter, torch.nn.Linear.reset_parameters
+
+    def watched(layer: torch.nn.Linear) -> None:
+        seen.add(torch.nn.Module.register_parameter)
+        reset(layer)
+
+    layers, state = read_lora(base, written(base, tmp_path / "one", 0)), torch.random.get_rng_state()
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", watched)
+    with loaded_lora(base, layers):
+        assert seen == {ours}
+    assert torch.equal(torch.random.get_rng_state(), state)

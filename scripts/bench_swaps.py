@@ -1,0 +1,104 @@
+"""Time of a swap from one LoRA adapter to another in one editor: ``python scripts/bench_swaps.py``.
+
+On the CPU, at fp32: the embedded base with the two example adapters, and Stable Diffusion 1.5 at true size with random weights and two
+random adapters of rank 16 on its attention. ``read`` is the first time that the second is worn, from the disk; ``swap`` is every later one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+from PIL import Image
+
+from imagic_lora.adapter import SOURCE, Adapter, BaseRecord, Record, SourceRecord, save_embeddings, weights_record
+from imagic_lora.bases.published import PUBLISHED
+from imagic_lora.bases.registry import open_base
+from imagic_lora.bases.sd import StableDiffusion
+from imagic_lora.config import MemoryConfig, RunConfig
+from imagic_lora.durable import Draft
+from imagic_lora.editor import Editor
+from imagic_lora.images import png
+from imagic_lora.lora import attached, save_lora
+from imagic_lora.rehearsal import random_base, random_text
+from imagic_lora.runtime import peak_memory, resolve_runtime
+from imagic_lora.store import Store
+
+EXAMPLES = Path(__file__).parent.parent / "adapters"
+MEMORY = MemoryConfig(device="cpu", dtype="fp32")
+
+
+def random_adapter(base: StableDiffusion, store: Store, name: str, run: RunConfig, seed: int) -> Adapter:
+    """A stored adapter of random LoRA layers, text and photo, in sizes as a fit's."""
+    side, generator = base.resolution, torch.Generator().manual_seed(seed)
+    record = Record(
+        name=name,
+        created="",
+        base=BaseRecord(name=base.name, revision=None, fingerprint=base.fingerprint),
+        parts=[weights_record(base, "lora")],
+        prompt="a dog",
+        config=run,
+        source=SourceRecord(sha256="0" * 64, size=(side, side), box=(0, 0, side, side)),
+        losses={},
+        seconds={},
+        runtime={},
+        peak_memory=0,
+        versions={},
+    )
+
+    def fill(draft: Draft) -> None:
+        with attached(base, run.tune, seed) as parameters, torch.no_grad():
+            for value in parameters.values():
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.02)
+            save_lora(base, draft)
+        save_embeddings(draft, {kind: random_text(base, side, side) for kind in ("target", "optimised", "null")})
+        draft.write(SOURCE, [png(Image.new("RGB", (side, side)), {})])
+
+    return store.write(record, fill)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measured(editor: Editor, adapters: list[Adapter], count: int) -> tuple[float, list[float]]:
+    """Seconds of the last adapter's first time, and of every swap after it; the base is as before afterwards."""
+    first = [seconds(lambda: editor.wear(one)) for one in adapters]  # noqa: B023  # it is called at once
+    swaps = [seconds(lambda: editor.wear(adapters[k % len(adapters)])) for k in range(count)]  # noqa: B023
+    editor.close()
+    return first[-1], swaps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--swaps", type=int, default=200, help="of each base")
+    parser.add_argument("--base", choices=("critters", "sd15"), action="append", help="both where not given")
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    for name in options.base or ("critters", "sd15"):
+        with tempfile.TemporaryDirectory() as folder:
+            if name == "critters":
+                base, store = open_base("critters", resolve_runtime(MEMORY)), Store(EXAMPLES)
+                adapters = [store.read(one) for one in store.names()[:2]]
+            else:
+                run = RunConfig(base=name, memory=MEMORY)
+                base, store = random_base(PUBLISHED[name], run, resolve_runtime(MEMORY)), Store(Path(folder))
+                adapters = [random_adapter(base, store, f"random-{seed}", run, seed) for seed in (0, 1)]
+            read, swaps = measured(Editor(base), adapters, options.swaps)
+            size, peak = adapters[0].size / 1e6, peak_memory(base.runtime.device) / 2**30
+        median, slowest = statistics.median(swaps) * 1e3, max(swaps) * 1e3
+        print(f"{name}: swap {median:.1f} ms (median of {len(swaps)}, slowest {slowest:.1f}), read {read * 1e3:.0f} ms, ", end="")
+        print(f"adapters of {size:.1f} MB, process at most {peak:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main()

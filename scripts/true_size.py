@@ -1,7 +1,7 @@
 """A base at true size with random weights: ``python scripts/true_size.py --base sdxl``.
 
-One real step of each stage and one of the sampler on the CPU: its time, the tensors it held, and what was predicted. Neither time nor memory
-depends on the values of the weights.
+One real step of each stage and one of the sampler on the CPU: its time, the tensors it held, and what was predicted. Neither time nor
+memory depends on the values of the weights.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -510,10 +511,43 @@ def test_every_device_setting_of_an_edit_reaches_its_runtime(
     assert getattr(asked[0], name) == (default if level == "built-in" else value)
 
 
-@pytest.mark.parametrize("command", ["", "fit", "edit", "list", "show", "plan", "demo", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "fit", "edit", "list", "show", "verify", "rm", "compress", "export", "plan", "bases", "bench critters", "demo", "doctor"],
+)
 def test_help_explains_every_command(command: str, run: Run) -> None:
     """Help exits with 0 and names what it is about."""
     code, out, _ = run(*command.split(), "--help")
     assert code == 0
     assert "Usage" in out
     assert "None" not in out
+
+
+def test_the_bases_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those that come along and the user's own, with the file that these are in."""
+    path = tmp_path / "bases.yaml"
+    path.write_text("mine: {source: owner/name, revision: abc, few_steps: 4}")
+    monkeypatch.setenv("IMAGIC_LORA_BASES", str(path))
+    code, out, _ = run("bases", "--json")
+    found = json.loads(out)
+    assert (code, found["file"]) == (0, str(path))
+    assert list(found["bases"]) == ["critters", "sd15", "sd21", "sdxl", "sdxl-turbo", "mine"]
+    assert found["bases"]["mine"]["source"] == "owner/name"
+    code, out, err = run("bases")
+    assert code == 0
+    assert "mine (yours)" in " ".join(out.split())
+    assert "sdxl-turbo" in out
+    assert str(path) in err
+    path.write_text("mine: [")
+    assert run("bases")[0] == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fit_says_how_large_its_adapter_will_be(run: Run, photo: Path, mode: Mode) -> None:
+    """Within a tenth of what it comes to, before the first step is shown."""
+    steps = ("--embed.steps", 1, "--tune.steps", 1, "--edit.steps", 1)
+    code, out, err = run("fit", photo, "a cat", "--base", "critters", "--mode", mode, "--preset", "cpu", *steps, "--name", "cat", "--json")
+    assert code == 0, err
+    said = re.search(r"adapter about ([0-9.]+) MiB", err)
+    assert said is not None
+    assert float(said[1]) * 2**20 == pytest.approx(json.loads(out)["bytes"], rel=0.1)

@@ -134,18 +134,22 @@ class Adapter:
             raise ImagicError(got, "a part of the canvas", _REMEDY)
         return Canvas(to_pixels(image), source.box, source.size)
 
-    def refuse_foreign(self, base: Base) -> None:
+    def refuse_foreign(self, base: Base, force: bool = False) -> None:
         """Looks at records and headers alone, before anything is loaded.
+
+        Args:
+            force: another base will do, as long as all shapes are the same.
 
         Raises:
             ImagicError: it was made for another base, replaces weights of a quantised one, or has a photo or embeddings of other shapes.
         """
         made_for = self.record.base
-        if made_for.fingerprint != base.fingerprint:
+        if made_for.fingerprint != base.fingerprint and not force:
             raise ImagicError(
                 f"adapter {self.name} was made for base {made_for.name}, not for {base.name}",
                 "the weights it was made on",
-                "the weights have changed: fit again" if made_for.name == base.name else f"use --base {made_for.name}",
+                ("the weights have changed: fit again" if made_for.name == base.name else f"use --base {made_for.name}")
+                + ", or edit with --force",
             )
         if self.record.parts != [weights_record(base, self.record.config.tune.mode)]:
             raise ImagicError(f"adapter {self.name} lists weights under other names", "those of its mode", _REMEDY)
@@ -166,13 +170,16 @@ class Adapter:
         if unsealed(self.folder, RECORD, Record) != self.record:
             raise ImagicError(f"{self.folder} holds another adapter than when it was read", "the same one", "read it again from its store")
 
-    def layers(self, base: Base) -> Layers | None:
+    def layers(self, base: Base, force: bool = False) -> Layers | None:
         """Its LoRA layers, in host memory; None where it has full weights, which are large and go from the disk into the base.
+
+        Args:
+            force: as for :meth:`refuse_foreign`.
 
         Raises:
             ImagicError: as :meth:`refuse_foreign`; layers that do not fit the base, or are not finite.
         """
-        self.refuse_foreign(base)
+        self.refuse_foreign(base, force)
         (part,) = self.record.parts
         paths = [self.listed(file) for file in part.files]
         return read_lora(base, paths[0]) if part.mode == "lora" else None

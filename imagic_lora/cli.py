@@ -33,7 +33,7 @@ from .console import (
 )
 from .converting import compress, export
 from .durable import FULL, writable
-from .errors import ImagicError, Stopped
+from .errors import ImagicError, ImagicWarning, Stopped
 from .listing import bases, facts, list_adapters, remove, show, verify
 from .options import DEFAULT_STORE, Json, StoreDir, parse_etas, parse_seeds
 
@@ -187,6 +187,7 @@ def edit(
     device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device and memory")] = None,
     preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
     base: str | None = None,
+    force: Annotated[bool, Parameter(negative=())] = False,
     store: StoreDir = DEFAULT_STORE,
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
     as_json: Json = False,
@@ -207,7 +208,9 @@ def edit(
     preset
         Memory levers for a size of card; auto takes the fastest that fits 90% of the free memory.
     base
-        Load the base from here instead of where the adapter says; it must be the same weights.
+        Load the base from here instead of where the adapter says; it must be the same weights, as a folder, a single file or in fp16.
+    force
+        Use the adapter on other weights of the same shapes as well; the pictures' metadata say so.
     out_dir
         Folder for the pictures; outputs/NAME where not given.
     """
@@ -233,9 +236,15 @@ def edit(
     folder = out_dir or Path("outputs") / adapter.name
     with writable(folder):
         pass
-    editor = Editor(open_base(source[0], resolve_runtime(run.memory), source[1]))
+    editor = Editor(open_base(source[0], resolve_runtime(run.memory), source[1]), force)
     edits = counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "pictures")
-    how = {"adapter": adapter.name, "base": record.base.name, "prompt": text, "edit": config.model_dump()}
+    foreign = editor.base.fingerprint != record.base.fingerprint
+    if foreign and force:
+        warnings.warn(
+            f"{adapter.name} was made for base {record.base.name}, and is used on {editor.base.name}", ImagicWarning, stacklevel=1
+        )
+    how = {"adapter": adapter.name, "base": editor.base.name, "prompt": text, "edit": config.model_dump()}
+    how |= {"forced": record.base.name} if foreign else {}
     so_far = f"the pictures made so far are in {folder}"
     with explained(editor.base.architecture, run, editor.base.runtime, "decode", lambda: so_far, EDIT_LEVERS):
         written = _write_edits(edits, folder, how, adapter.canvas().photo())

@@ -61,10 +61,13 @@ class Editor:
     The last adapter stays in; another takes its place when it is needed. Those used last are kept in memory, each as its record tells of
     it. Threads may share an editor, and edits may be interleaved: every batch of pictures is made with its own adapter in, and no other at
     work. :meth:`close` gives the base back bit-equal to before; until then nothing else may change it.
+
+    Args:
+        force: adapters of other bases of the same shapes are used, too.
     """
 
-    def __init__(self, base: Base) -> None:
-        self.base = base
+    def __init__(self, base: Base, force: bool = False) -> None:
+        self.base, self.force = base, force
         self._lock = Lock()
         self._held: dict[tuple[Path, str], _Held] = {}  # the one used last comes last
         self._stack = ExitStack()
@@ -122,7 +125,7 @@ class Editor:
         key = adapter.folder, adapter.record.model_dump_json()  # which has the hash of every file
         held = self._held.pop(key, None)
         if held is None:
-            held = _Held(adapter, adapter.layers(self.base), adapter.canvas(), adapter.embeddings())
+            held = _Held(adapter, adapter.layers(self.base, self.force), adapter.canvas(), adapter.embeddings())
             adapter.refuse_replaced()
         self._held[key] = held
         if len(self._held) > HELD:

@@ -27,7 +27,7 @@ import imagic_lora.fits as fits
 import imagic_lora.images as images
 import imagic_lora.imagic as imagic
 import imagic_lora.runtime as runtime
-from imagic_lora.config import PRESETS, RECIPES, Config, DeviceConfig, EditConfig, MemoryConfig, RunConfig, checked
+from imagic_lora.config import PRESETS, RECIPES, Config, DeviceConfig, EditConfig, MemoryConfig, Mode, RunConfig, checked
 from imagic_lora.photos import read_metadata, read_photo
 from imagic_lora.stages.stage import Stage, StepReport
 from imagic_lora.store import Store
@@ -551,3 +551,21 @@ def test_a_fit_says_how_large_its_adapter_will_be(run: Run, photo: Path, mode: M
     said = re.search(r"adapter about ([0-9.]+) MiB", err)
     assert said is not None
     assert float(said[1]) * 2**20 == pytest.approx(json.loads(out)["bytes"], rel=0.1)
+
+
+@pytest.mark.filterwarnings("always::imagic_lora.errors.ImagicWarning")
+def test_another_base_of_the_same_shapes_can_be_forced(run: Run, store: Path, base: Path, tmp_path: Path) -> None:
+    """It is said, and the pictures say so; the right base needs no force and is not called forced; other shapes stay refused."""
+    other, wider = save_tiny(tmp_path / "other", seed=1), save_tiny(tmp_path / "wider", width=32)
+    edit = ("edit", "rex", "--store", store, "--steps", 2, "--eta", "0.5", "--json")
+    code, out, err = run(*edit, "--base", other, "--force")
+    assert code == 0
+    assert f"made for base {base}" in err
+    forced = read_metadata(Path(json.loads(out)["pictures"][0]["file"]))
+    assert (forced["base"], forced["forced"]) == (str(other), str(base))
+    code, out, err = run(*edit, "--force")
+    plain = read_metadata(Path(json.loads(out)["pictures"][0]["file"]))
+    assert (code, plain["base"], "forced" in plain, "made for base" in err) == (0, str(base), False, False)
+    code, _, err = run(*edit, "--base", wider, "--force")
+    assert (code, "embeddings of shapes" in err) == (2, True)
+    assert run(*edit, "--base", other)[0] == 2

@@ -72,7 +72,7 @@ class EditConfig(Config):
     """Stage 3: pictures from the interpolated embedding."""
 
     guidance_scale: float = Field(default=7.5, ge=0, le=50)
-    """Classifier-free guidance; 1 and less turn it off."""
+    """Classifier-free guidance; 1 and less turn it off. Of a consistency model (LCM) an input, in training as well."""
     steps: int = Field(default=50, ge=1, le=1000)
     """Steps of the sampler."""
     ddim_eta: float = Field(default=0.0, ge=0, le=1)
@@ -96,8 +96,8 @@ class DeviceConfig(Config):
     attention: Annotated[Literal["sdpa", "xformers"], _flag("attention")] = "sdpa"
     """PyTorch's own attention, or that of xformers (CUDA only)."""
     idle: Annotated[Idle, _flag("idle")] = "keep"
-    """Text encoder and VAE while they have nothing to do: keep them on the device, offload them to host memory, or release them and read
-    them from the disk when they are needed again."""
+    """Text encoders and VAE while they have nothing to do: keep them on the device, offload them to host memory, or release them and read
+    them from the disk when they are needed again. But for keep, the denoiser comes to the device only after photo and sentence are encoded."""
     vae_tiling: Annotated[bool, _flag("vae-tiling")] = False
     """Encodes and decodes pictures larger than the VAE was made for tile by tile: less memory, slower, a seam now and then."""
     vae_slicing: Annotated[bool, _flag("vae-slicing")] = False

@@ -1,0 +1,113 @@
+"""One change of the defaults at a time, on the same cases: ``python scripts/ablate_critters.py --cases 60``.
+
+The cases are drawn from a seed of their own, so that what is chosen by them can be claimed by CritterBench's. Every case is fitted and
+edited with the defaults and with each change, at one eta and one seed; what is done is kept in a file and not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import logging
+
+from imagic_lora.bases.base import Base
+from imagic_lora.bench.cases import Case, case_at
+from imagic_lora.bench.catalogue import defaults
+from imagic_lora.bench.scores import Scorer
+from imagic_lora.bench.summary import bootstrapped
+from imagic_lora.config import RunConfig
+from imagic_lora.console import quiet_loading
+from imagic_lora.critters import render
+from imagic_lora.critters.judge import Judge
+from imagic_lora.editor import Editor
+from imagic_lora.imagic import fit, open_for, result
+from imagic_lora.metrics import CritterAlignment
+from imagic_lora.store import Store
+
+CPU = {"memory": {"device": "cpu", "dtype": "fp32"}}
+CHANGES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "timesteps uniform": {"embed": {"timesteps": "uniform"}, "tune": {"timesteps": "uniform"}},
+    "targets attention": {"tune": {"targets": "attention"}},
+    "targets all": {"tune": {"targets": "all"}},
+    "rank 1": {"tune": {"rank": 1}},
+    "rank 16": {"tune": {"rank": 16}},
+}
+SCORES = {"aligned": 100, "attributes": 100, "success": 100, "psnr": 1}  # per cent, and dB to the true edit
+
+
+def edited(base: Base, scorer: Scorer, case: Case, config: RunConfig) -> dict[str, float]:
+    """The scores of a case at some settings, and the size of the adapter."""
+    with tempfile.TemporaryDirectory() as folder:
+        photo = Path(folder) / "photo.png"
+        render(case.source).save(photo)
+        config = config.model_copy(update={"seed": case.index})
+        adapter = result(fit(photo, case.text, config, Store(Path(folder)), "case", base=base))
+        assert adapter is not None
+        editor = Editor(base)
+        (edit,) = editor.edit(adapter, [config.eta], [case.index], config.edit)
+        editor.close()
+        score = scorer.score(case, edit.image)
+        return {name: float(getattr(score, name)) for name in SCORES} | {"megabytes": adapter.size / 1e6}
+
+
+def results(kept: Path, seed: int, cases: int, changes: list[str]) -> Iterator[dict[str, Any]]:
+    """What was done before, and what is done now: case by case, all changes of one before the next."""
+    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    settings = {change: defaults("lora", {**CPU, **CHANGES[change]}) for change in changes}
+    found = {
+        (one["change"], one["case"]): one for one in done if one["settings"] == settings.get(one["change"], RunConfig()).model_dump_json()
+    }
+    base, scorer = open_for(settings[changes[0]]), Scorer(Judge.load(), CritterAlignment.load())
+    for index in range(cases):
+        for change, config in settings.items():
+            if (change, index) not in found:
+                scores = edited(base, scorer, case_at(seed, index), config)
+                found[change, index] = {"change": change, "case": index, "settings": config.model_dump_json(), **scores}
+                with kept.open("a") as file:
+                    file.write(json.dumps(found[change, index]) + "\n")
+            yield found[change, index]
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Each score, and its difference to the defaults on the same cases with a 95% interval."""
+    by = {change: {row["case"]: row for row in rows if row["change"] == change} for change in CHANGES}
+    yield "| change | cases | " + " | ".join(f"{name} | difference" for name in SCORES) + " | MB |"
+    yield "|" + "---|" * (3 + 2 * len(SCORES))
+    for change, own in by.items():
+        both = sorted(own.keys() & by["defaults"].keys())
+        if not both:
+            continue
+        cells = [change, str(len(both))]
+        for name, unit in SCORES.items():
+            apart = bootstrapped([unit * (own[case][name] - by["defaults"][case][name]) for case in both])
+            assert apart is not None
+            cells += [f"{unit * sum(own[case][name] for case in both) / len(both):.3g}"]
+            cells += [f"{apart.mean:+.2g} [{apart.low:+.2g}, {apart.high:+.2g}]" if change != "defaults" else ""]
+        yield "| " + " | ".join([*cells, f"{own[both[0]]['megabytes']:.2f}"]) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=11, help="of the cases; 7 is that of the claims")
+    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
+    parser.add_argument("--out", type=Path, default=Path("outputs/ablation"))
+    asked = parser.parse_args()
+    logging.set_verbosity_error()
+    quiet_loading()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for row in results(asked.out / f"seed-{asked.seed}.jsonl", asked.seed, asked.cases, asked.changes):
+        rows.append(row)
+        print(f"case {row['case']} {row['change']}: " + " ".join(f"{name} {row[name]:.0f}" for name in SCORES), flush=True)
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()

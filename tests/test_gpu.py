@@ -9,6 +9,7 @@ import pytest
 import torch
 from bench_memory import STOCHASTIC, in_a_process, settings
 from common import MODES, PROMPT, array, opened, tiny_config
+from tiny import save_tiny, save_tiny_sdxl
 
 from imagic_lora.bases.published import architecture
 from imagic_lora.config import MemoryConfig, Mode
@@ -29,11 +30,17 @@ def test_the_defaults_on_cuda_save_memory() -> None:
     assert runtime.optimizer == "adam8bit"
 
 
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base of either family."""
+    return {"sd": save_tiny, "sdxl": save_tiny_sdxl}[request.param](tmp_path_factory.mktemp("family") / request.param)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_fit_and_an_edit_are_finite_in_every_precision(mode: Mode, dtype: str, folder: Path, photo_file: Path, tmp_path: Path) -> None:
+def test_a_fit_and_an_edit_are_finite_in_every_precision(mode: Mode, dtype: str, family: Path, photo_file: Path, tmp_path: Path) -> None:
     """No black picture: the edit varies, in fp32, fp16 and bf16, LoRA and full."""
-    config = tiny_config(folder, mode, memory={"device": "cuda", "dtype": dtype})
+    config = tiny_config(family, mode, memory={"device": "cuda", "dtype": dtype})
     base = open_for(config)
     adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), "x", base=base))
     assert adapter is not None
@@ -43,11 +50,11 @@ def test_a_fit_and_an_edit_are_finite_in_every_precision(mode: Mode, dtype: str,
 
 
 @pytest.mark.parametrize("idle", ["keep", "offload", "release"])
-def test_what_is_idle_makes_no_difference_but_in_memory(idle: str, folder: Path, photo_file: Path, tmp_path: Path) -> None:
+def test_what_is_idle_makes_no_difference_but_in_memory(idle: str, family: Path, photo_file: Path, tmp_path: Path) -> None:
     """A fit and an edit with another prompt, which need text encoder and VAE again, give the picture they give when both are kept."""
     found = []
     for way in ("keep", idle):
-        config = tiny_config(folder, memory={"device": "cuda", "dtype": "fp32", "idle": way})
+        config = tiny_config(family, memory={"device": "cuda", "dtype": "fp32", "idle": way})
         base = open_for(config)
         adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), way, base=base, overwrite=True))
         assert adapter is not None

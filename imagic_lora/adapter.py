@@ -144,12 +144,14 @@ class Adapter:
             ImagicError: it was made for another base, replaces weights of a quantised one, or has a photo or embeddings of other shapes.
         """
         made_for = self.record.base
-        if made_for.fingerprint != base.fingerprint and not force:
+        shapes = {name: tuple(value.shape) for name, value in self.embeddings()["target"].tensors().items()}
+        same = shapes == base.architecture.conditioning
+        if made_for.fingerprint != base.fingerprint and not (force and same):
+            remedy = "the weights have changed: fit again" if made_for.name == base.name else f"use --base {made_for.name}"
             raise ImagicError(
                 f"adapter {self.name} was made for base {made_for.name}, not for {base.name}",
-                "the weights it was made on",
-                ("the weights have changed: fit again" if made_for.name == base.name else f"use --base {made_for.name}")
-                + ", or edit with --force",
+                "the weights it was made on" if same else "the weights it was made on: these have embeddings of other shapes",
+                f"{remedy}, or edit with --force" if same else remedy,
             )
         if self.record.parts != [weights_record(base, self.record.config.tune.mode)]:
             raise ImagicError(f"adapter {self.name} lists weights under other names", "those of its mode", _REMEDY)
@@ -161,8 +163,7 @@ class Adapter:
             raise ImagicError(
                 f"adapter {self.name} has a canvas of {wide}x{high} pixels", f"at most {most} squared, in whole {multiple}", _REMEDY
             )
-        shapes = {name: tuple(value.shape) for name, value in self.embeddings()["target"].tensors().items()}
-        if shapes != base.architecture.conditioning:
+        if not same:
             raise ImagicError(f"adapter {self.name} has embeddings of shapes {shapes}", f"{base.architecture.conditioning}", _REMEDY)
 
     def refuse_replaced(self) -> None:

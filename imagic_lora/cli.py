@@ -35,7 +35,7 @@ from .converting import compress, export
 from .durable import FULL, writable
 from .errors import ImagicError, ImagicWarning, Stopped
 from .listing import bases, facts, list_adapters, remove, show, verify
-from .options import DEFAULT_STORE, Json, StoreDir, parse_etas, parse_seeds
+from .options import DEFAULT_STORE, Json, StoreDir, around, parse_etas, parse_seeds
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
@@ -108,7 +108,7 @@ def fit(
     else:
         folder = plain(adapter.folder)
         err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB). Look at {folder}/preview.png, then:")
-        err.print(f"  imagic-lora edit {adapter.name} --eta 0.3:1:0.1", highlight=False)
+        err.print(f"  imagic-lora edit {adapter.name} --eta {around(run.eta)}", highlight=False)
 
 
 def settings_of(settings: RunConfig | None, config: Path | None) -> tuple[RunConfig, str]:
@@ -266,7 +266,11 @@ def _write_edits(edits: Iterable[Edit], folder: Path, how: dict[str, Any], photo
         write_png(one.image, path, how | {"eta": one.eta, "seed": one.seed})
         written.append({"file": str(path), "eta": one.eta, "seed": one.seed})
         rows.setdefault(one.seed, [("photo", photo)]).append((f"eta {one.eta:g} seed {one.seed}", one.image))
-    write_png(sheet(list(rows.values()), how["prompt"]), folder / "sheet.png", {"adapter": how["adapter"]})
+    write_png(
+        sheet(list(rows.values()), how["prompt"]),
+        folder / "sheet.png",
+        {name: how[name] for name in ("adapter", "base", "forced") if name in how},
+    )
     return written
 
 
@@ -281,7 +285,7 @@ def plan(
 ) -> None:
     """Predict the peak memory of a fit, and where it goes; needs neither a GPU nor weights.
 
-    Takes every setting of fit, so that the same line can be planned before it is run; those that do not touch memory change nothing here.
+    Takes every setting of fit, but neither photo, sentence nor name; those that do not touch memory change nothing here.
 
     Parameters
     ----------
@@ -313,7 +317,7 @@ def plan(
     else:
         found = predict(built, run, assumed)
     if as_json:
-        print_json({"base": base, "mode": run.tune.mode, "preset": run.preset, **found.to_json()})
+        print_json({"base": base, "mode": run.tune.mode, "preset": run.preset, "fits": found.fits(run.preset), **found.to_json()})
     else:
         say_plan(found, run, why)
 

@@ -97,7 +97,7 @@ class DeviceConfig(Config):
     """PyTorch's own attention, or that of xformers (CUDA only)."""
     idle: Annotated[Idle, _flag("idle")] = "keep"
     """Text encoders and VAE while they have nothing to do: keep them on the device, offload them to host memory, or release them and read
-    them from the disk when they are needed again. But for keep, the denoiser comes to the device only after photo and sentence are encoded."""
+    them from the disk when they are needed again. But for keep, the denoiser comes there only after photo and sentence are encoded."""
     vae_tiling: Annotated[bool, _flag("vae-tiling")] = False
     """Encodes and decodes pictures larger than the VAE was made for tile by tile: less memory, slower, a seam now and then."""
     vae_slicing: Annotated[bool, _flag("vae-slicing")] = False

@@ -43,8 +43,6 @@ def say_what_is_active(runtime: Runtime, run: RunConfig, why: str, processes: in
     Args:
         size: of the adapter, in bytes.
     """
-    from .fits import gib
-
     tune = run.tune
     how = f"LoRA, rank {tune.rank}, {tune.targets}" if tune.mode == "lora" else f"full, {run.memory.master_weights} master weights"
     side = f"{run.resolution} pixels squared" if run.resolution else "the base's own"
@@ -54,7 +52,7 @@ def say_what_is_active(runtime: Runtime, run: RunConfig, why: str, processes: in
         "base": run.base,
         "resolution": side,
         "tuning": how,
-        **({"adapter": f"about {gib(size)}"} if size else {}),
+        **({"adapter": f"about {size / 1e6:.2f} MB"} if size else {}),
         "processes": str(processes),
     }
     for name, stage in {"embed": run.embed, "tune": tune}.items():
@@ -84,6 +82,8 @@ def say_plan(plan: Plan, run: RunConfig, why: str) -> None:
     shown = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in sizes.items())
     out.print(f"Peak [bold]{plan.peak_bytes / 2**30:.2f} GiB[/] in stage {plan.worst}. {shown[0].upper() + shown[1:]}.", highlight=False)
     allowed = "the CUDA context" if assumed.device == "cuda" else "Python and its libraries"
+    if not plan.fits(run.preset):
+        err.print(f"[yellow]Warning:[/] more than the card that preset {run.preset} is for", highlight=False)
     out.print(f"Predicted, not measured; the allowance is for {allowed} and for fragmentation.", highlight=False)
 
 

@@ -9,14 +9,14 @@ from cyclopts import Parameter
 
 from .console import counted, err, plain, print_json, quiet_loading
 from .listing import facts
-from .options import DEFAULT_STORE, Json, StoreDir
+from .options import DEFAULT_STORE, Json, StoreDir, Whole, around
 
 
 def compress(
     adapter: str,
     /,
     *,
-    rank: int,
+    rank: Whole,
     name: str | None = None,
     base: str | None = None,
     store: StoreDir = DEFAULT_STORE,
@@ -63,8 +63,11 @@ def compress(
         print_json({"name": made.name, "folder": str(made.folder), "bytes": made.size, "error": lost, **facts(made)})
         return
     sizes = f"{made.size / 1e6:.2f} MB of {full.size / 1e6:.2f}"
-    err.print(f"[green]Stored[/] {plain(made.folder)} ({sizes}); lost: {lost:.1%} of the norm of what was changed.", highlight=False)
-    err.print(f"  imagic-lora edit {made.name} --eta 0.3:1:0.1", highlight=False)
+    told = f"lost: {lost:.1%} of the norm of what was changed, of which pictures show little (docs/adapters.md)."
+    err.print(f"[green]Stored[/] {plain(made.folder)} ({sizes}); {told}", highlight=False)
+    if made.size > full.size:
+        err.print("[yellow]Warning:[/] it is larger than the full adapter; choose a lower --rank")
+    err.print(f"  imagic-lora edit {made.name} --eta {around(made.record.config.eta)}", highlight=False)
 
 
 def export(

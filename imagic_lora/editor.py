@@ -17,7 +17,7 @@ from .conditioning import Conditioning, interpolate
 from .config import EditConfig
 from .errors import ImagicError
 from .full import Weights, loaded_full
-from .generate import generate, refuse_empty, refuse_no_steps
+from .generate import generate, refuse_empty, refuse_no_steps, refuse_steps
 from .images import Canvas
 from .lora import Layers, loaded_lora, swapped_lora
 
@@ -101,6 +101,7 @@ class Editor:
         pairs = list(product(etas, seeds))
         with self._lock:
             held = self._hold(adapter)
+            refuse_steps(self.base, config)
             device = self.base.runtime.device
             stored = {name: value.to(device) for name, value in held.embeddings.items()}
             target = stored["target"] if prompt is None else replace(self.base.encode_text(prompt), extra=stored["target"].extra)

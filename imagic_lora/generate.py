@@ -43,7 +43,7 @@ def generate(
             holds NaN.
     """
     refuse_no_steps(config)
-    noise = inverted(base, canvas, source, config.steps) if config.start == "inverted" else None
+    noise = inverted(base, canvas, source, config) if config.start == "inverted" else None
     for start in range(0, len(seeds), config.batch_size):
         part = slice(start, start + config.batch_size)
         pixels = _batch(base, concatenate(list(conditionings[part])), list(seeds[part]), config, canvas, null, noise)
@@ -65,14 +65,24 @@ def refuse_no_steps(config: EditConfig) -> None:
         raise ImagicError(got, "at least one step: strength times steps is 1 or more", "raise one of them")
 
 
-def inverted(base: Base, canvas: Canvas, source: Conditioning, steps: int) -> Tensor:
+def refuse_steps(base: Base, config: EditConfig) -> None:
+    """Raises ImagicError if the base's sampler cannot take so many steps."""
+    sampler = base.sampler()
+    try:
+        sampler.set_timesteps(config.steps)
+    except ValueError as error:
+        got = f"{config.steps} steps of a sampler of kind {type(sampler).__name__} ({next(iter(str(error).splitlines()), '')[:200]})"
+        raise ImagicError(got, "as many as it has", "use other --steps") from error
+
+
+def inverted(base: Base, canvas: Canvas, source: Conditioning, config: EditConfig) -> Tensor:
     """The noise from which DDIM without guidance comes back to the photo, ``[1, C, h, w]``: DDIM run backwards (arXiv 2010.02502, section
     4.3), at the conditioning that stands for the photo."""
     backwards = _with_sampler(base, DDIMInverseScheduler)
     clean = base.encode_image(canvas.pixels).to(base.runtime.dtype)
     high, wide = canvas.pixels.shape[2:]
-    size = {"height": high, "width": wide, "latents": clean}
-    return _latents(base, backwards, _spoken(base, source, None) | size | {"guidance_scale": 1.0, "num_inference_steps": steps})
+    how = {"height": high, "width": wide, "latents": clean, "num_inference_steps": config.steps}
+    return _latents(base, backwards, _spoken(base, source, None) | how | {"guidance_scale": _scale(base, config, guided=False)})
 
 
 def _batch(
@@ -82,7 +92,7 @@ def _batch(
     batch = len(seeds)
     guided = null is not None and config.guidance_scale > 1
     arguments: dict[str, Any] = _spoken(base, text, null.expand(batch) if null is not None and guided else None) | {
-        "guidance_scale": config.guidance_scale if guided or base.architecture.embeds_guidance else 1.0,
+        "guidance_scale": _scale(base, config, guided),
         "num_inference_steps": config.steps,
         "eta": config.ddim_eta,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
@@ -97,8 +107,13 @@ def _batch(
         arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3], "latents": start}
     if config.ddim_eta and "eta" not in inspect.signature(pipe.scheduler.step).parameters:  # pyright: ignore[reportAttributeAccessIssue]
         got = f"ddim_eta {config.ddim_eta:g} with a sampler of kind {type(pipe.scheduler).__name__}"  # pyright: ignore[reportAttributeAccessIssue]
-        raise ImagicError(got, "DDIM, which alone has it", "leave ddim_eta at 0")
+        raise ImagicError(got, "one that has it, as DDIM does", "leave ddim_eta at 0")
     return (base.decode(_latents(base, pipe, arguments)) / 2 + 0.5).clamp(0, 1)
+
+
+def _scale(base: Base, config: EditConfig, guided: bool) -> float:
+    """The guidance scale that a pipeline is told: an input of some denoisers, else 1 for none."""
+    return config.guidance_scale if guided or base.architecture.embeds_guidance else 1.0
 
 
 def _with_sampler(base: Base, sampler: Any) -> Any:

@@ -84,9 +84,11 @@ def verify(name: str | None = None, *, store: StoreDir = DEFAULT_STORE, as_json:
             err.print(f"[green]Unchanged:[/] {plain(one)}", highlight=False)
     if wrong:
         got = "; ".join(error.got for error in wrong.values())
-        raise ImagicError(got, f"{len(names)} adapters as they were written", next(iter(wrong.values())).remedy)
+        raise ImagicError(got, "adapters as they were written", next(iter(wrong.values())).remedy)
     if as_json:
         print_json({"unchanged": names})
+    elif not names:
+        err.print(f"No adapters in {plain(store)}")
 
 
 def remove(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
@@ -121,6 +123,7 @@ def facts(adapter: Adapter) -> dict[str, Any]:
         "peak_memory": record.peak_memory,
         "created": record.created,
         "files": list(record.files),
+        **({"compressed": record.compressed.model_dump()} if record.compressed else {}),
     }
 
 

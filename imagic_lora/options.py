@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from .errors import ImagicError
 
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON object on stdout; everything for people goes to stderr.")]
 StoreDir = Annotated[Path, Parameter(name="--store", help="The folder of adapters.")]
 DEFAULT_STORE = Path("adapters")
+
+
+def _whole(_: object, tokens: Sequence[Token]) -> int:
+    return int(tokens[0].value)
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
+"""A whole number; without this 1.5 would be rounded."""
+
+
+def around(eta: float) -> str:
+    """Etas to look at first, as ``--eta`` takes them."""
+    return f"{max(0.0, eta - 0.4):g}:{min(2.0, eta + 0.4):g}:0.1"
 
 
 def parse_etas(text: str) -> list[float]:

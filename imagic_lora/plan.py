@@ -88,6 +88,10 @@ class Plan:
         """Bytes that the whole run takes."""
         return self.needs(self.worst)
 
+    def fits(self, preset: str) -> bool:
+        """Whether it fits the size of card that a preset is for, if it is for one."""
+        return not preset.endswith("gb") or self.peak_bytes <= int(preset.removesuffix("gb")) * 2**30
+
     def to_json(self) -> dict[str, Any]:
         """For ``plan --json``."""
         stages = {
@@ -105,6 +109,11 @@ def assume(run: RunConfig, device: Literal["cuda", "cpu"] | None = None) -> Assu
     dtype = memory.dtype if memory.dtype != "auto" else ("bf16" if where == "cuda" else "fp32")
     optimizer = memory.optimizer if memory.optimizer != "auto" else ("adam8bit" if where == "cuda" else "adam")
     return Assumed(where, dtype, optimizer)
+
+
+def passes(architecture: Architecture, run: RunConfig) -> int:
+    """Passes through the denoiser for a step of the sampler: two where it is guided by an unconditional one."""
+    return 2 if run.edit.guidance_scale > 1 and not architecture.embeds_guidance else 1
 
 
 def comes_later(run: RunConfig, assumed: Assumed) -> bool:
@@ -166,7 +175,7 @@ class _Draft:
         around = unet.bytes + (self.helpers if run.memory.idle == "keep" else 0)
         lora = 0 if self.full else 4 * unet.lora
         pictures = around + lora + (0 if run.memory.idle == "keep" else self.vae)
-        batch = run.edit.batch_size * (2 if run.edit.guidance_scale > 1 else 1)
+        batch = run.edit.batch_size * passes(self.architecture, run)
         return {
             "encode": Peak(self.helpers + (0 if comes_later(run, self.assumed) else unet.bytes), 0, 0, self._vae(decode=False)[1]),
             "embed": Peak(around, 0, 0, self._drawn(batch=run.embed.batch_size, trains="embed")[1]),

@@ -25,7 +25,7 @@ from .config import RunConfig
 from .full import unfrozen
 from .lora import attached
 from .memory import Tracker
-from .plan import Assumed, Peak, Plan, comes_later, with_stages
+from .plan import Assumed, Peak, Plan, comes_later, passes, with_stages
 from .runtime import DTYPES, Processes, Runtime
 from .stages.embed import embed_stage
 from .stages.stage import Stage
@@ -158,7 +158,7 @@ def _pictures(base: StableDiffusion, run: RunConfig, latents: Tensor, text: Cond
     base.pipeline("text2image")  # wakes the VAE, as an edit does
     held, count = tracker.now, run.edit.batch_size
     tracker.reset_peak()
-    batch = count * (2 if run.edit.guidance_scale > 1 else 1)
+    batch = count * passes(base.architecture, run)
     noisy, times = latents.expand(batch, -1, -1, -1).to(base.denoiser.dtype), torch.zeros(batch, dtype=torch.int64)
     dtype = base.runtime.dtype
     with torch.autocast("cpu", dtype, enabled=base.denoiser.dtype != dtype, cache_enabled=False):  # as generate() has it

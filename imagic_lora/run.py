@@ -21,7 +21,7 @@ from .durable import Draft
 from .errors import ImagicWarning
 from .fits import OutOfMemory, explained
 from .full import save_full
-from .generate import generate
+from .generate import generate, refuse_steps
 from .images import Canvas, png, sheet, to_canvas, to_image
 from .lora import save_lora
 from .photos import Photo
@@ -45,6 +45,7 @@ class Run:
 
     def __post_init__(self) -> None:
         base = self.base
+        refuse_steps(base, self.config.edit)
         self.canvas: Canvas = to_canvas(self.photo.image, self.config.resolution or base.resolution, base.size_multiple)
         with explained(base.architecture, self.config, base.runtime, "encode"):
             self.latents = base.encode_image(self.canvas.pixels)
@@ -70,6 +71,8 @@ class Run:
             "processes": self.processes.count,
             "embed": config.embed.model_dump(mode="json"),
         }
+        if self.base.architecture.embeds_guidance:
+            found["guidance_scale"] = config.edit.guidance_scale
         weights = {"master_weights": runtime.memory.master_weights, "quantize": runtime.memory.quantize}
         if stage == "tune":
             found |= weights | {"tune": config.tune.model_dump(mode="json")}

@@ -38,7 +38,7 @@ def checked_name(name: str) -> str:
         ImagicError: it holds a path, begins with a dot, or is empty or over 100 characters.
     """
     if not re.match(NAME, name):
-        raise ImagicError(f"{name!r} as a name", "letters, digits, '.', '_' and '-', at most 100, no path", "choose another --name")
+        raise ImagicError(f"{name!r} as a name", "letters, digits, '.', '_' and '-', at most 100, no path", "choose another name")
     return name
 
 

@@ -218,7 +218,7 @@ def test_the_architecture_is_the_same_before_and_after_loading(folder: Path) -> 
 @pytest.mark.parametrize("name", ["no-such-base", "/no/such"])
 def test_an_unknown_base_has_no_architecture(name: str) -> None:
     """It is refused as it would be on opening."""
-    with pytest.raises(ImagicError, match="no base called"):
+    with pytest.raises(ImagicError, match=r"no base called|no file or folder /no/such"):
         architecture_of(name)
 
 
@@ -260,10 +260,10 @@ def test_other_weights_have_another_fingerprint(folder: Path, tmp_path: Path) ->
     assert opened(save_tiny(tmp_path, seed=1)).fingerprint != opened(folder).fingerprint
 
 
-@pytest.mark.parametrize("name", ["no-such-base", "./no/such/folder", "/no/such", "a/b/c"])
+@pytest.mark.parametrize("name", ["no-such-base", "./no/such/folder", "/no/such", "a/b/c", "models/mine.safetensors", "models/mine.CKPT"])
 def test_an_unknown_base_is_refused(name: str) -> None:
     """A name that is neither known nor a folder nor shaped like a hub id is never looked for on the network."""
-    with pytest.raises(ImagicError, match="no base called"):
+    with pytest.raises(ImagicError, match="no file or folder" if "/" in name else "no base called"):
         locate(name)
 
 
@@ -304,14 +304,14 @@ def test_broken_weights_are_named(folder: Path, tmp_path: Path) -> None:
     """A truncated file, or the pointer that git leaves of a large one, is no traceback."""
     shutil.copytree(folder, tmp_path / "base")
     (tmp_path / "base/unet/diffusion_pytorch_model.safetensors").write_text("version https://git-lfs")
-    for open_it in (lambda: opened(tmp_path / "base"), lambda: fingerprint(Folder(tmp_path / "base"), ("unet",))):
+    for open_it in (lambda: opened(tmp_path / "base"), lambda: fingerprint(Folder(tmp_path / "base"), ("unet",), "epsilon")):
         with pytest.raises(ImagicError):
             open_it()
 
 
 def test_a_revision_of_a_folder_is_refused(folder: Path) -> None:
     """It would be ignored."""
-    with pytest.raises(ImagicError, match=r"--revision main of /.*a revision of a hub id"):
+    with pytest.raises(ImagicError, match=r"revision main of /.*a revision of a hub id"):
         locate(str(folder), "main")
 
 
@@ -486,12 +486,44 @@ def test_parts_fit_each_other_and_their_weights(copy: Path, file: str, values: d
         ({"timestep_spacing": "x"}, "scheduler makes nothing"),
         ({"beta_schedule": "linear", "beta_start": -1}, "betas that make no noise"),
         ({"trained_betas": [0.1, 0.2]}, "betas that make no noise"),
+        ({"use_flow_sigmas": True}, "noises by another rule"),
+        ({"timestep_type": "continuous"}, "noises by another rule"),
     ],
 )
 def test_a_scheduler_makes_a_schedule(copy: Path, values: dict[str, Any], why: str) -> None:
     """Before the training, not after it."""
     with pytest.raises(ImagicError, match=why):
         opened(said(copy, "scheduler/scheduler_config.json", **values))
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_sampler_of_another_noise_is_refused(copy: Path, name: str) -> None:
+    """Its base was made with noise that training here would not give it."""
+    index = json.loads((copy / "model_index.json").read_text()) | {"scheduler": ["diffusers", name]}
+    (copy / "model_index.json").write_text(json.dumps(index))
+    (copy / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": name, "prediction_type": "epsilon"}))
+    with pytest.raises(ImagicError, match=f"{name} that noises by another rule"):
+        opened(copy)
+
+
+@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
+def test_latents_that_are_scaled_by_channel_are_refused(copy: Path, name: str) -> None:
+    """They would be trained at another scale."""
+    with pytest.raises(ImagicError, match="latents_mean or latents_std"):
+        opened(said(copy, "vae/config.json", **{name: [0.0, 0.0, 0.0, 0.0]}))
+
+
+def test_an_adapter_is_no_base(fitted: Callable[..., Any]) -> None:
+    """With what to do with it."""
+    with pytest.raises(ImagicError, match=r"is an adapter.*imagic-lora edit"):
+        locate(str(fitted("lora").folder))
+
+
+def test_the_same_weights_that_predict_another_thing_are_another_base(folder: Path, tmp_path: Path) -> None:
+    """An adapter of one would paint noise on the other."""
+    shutil.copytree(folder, tmp_path / "base")
+    before = opened(tmp_path / "base").fingerprint
+    assert opened(said(tmp_path / "base", "scheduler/scheduler_config.json", prediction_type="v_prediction")).fingerprint != before
 
 
 @pytest.mark.parametrize(("file", "name"), [(UNET, "conv_in.weight"), (VAE, "encoder.conv_in.bias"), (TEXT, "final_layer_norm.bias")])
@@ -621,9 +653,10 @@ def test_what_configs_say_to_libraries_is_not_heard(copy: Path, folder: Path) ->
 @pytest.mark.parametrize(
     ("values", "why"),
     [
-        ({"model_max_length": 2}, "reads 2 tokens"),
+        ({"model_max_length": 2}, "reads 2 tokens.*the 16 that the text encoder takes"),
+        ({"model_max_length": 15}, "reads 15 tokens"),
         ({"model_max_length": "x"}, "tokenizer makes nothing"),
-        ({"model_max_length": -1}, "tokenizer makes nothing"),
+        ({"model_max_length": -1}, "reads -1 tokens"),
         ({"pad_token": "<pad>"}, "has a token 54.*below the 54"),
         ({"unk_token": "<unk>"}, "tokenizer makes nothing"),
     ],
@@ -681,5 +714,5 @@ def test_a_hub_id_that_cannot_be_fetched_is_refused(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["~no-such-user/x/y", "a" * 5000, "\0"])
 def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
     """Whatever the system says of it."""
-    with pytest.raises(ImagicError, match="no base called"):
+    with pytest.raises(ImagicError, match=r"no base called|no file or folder ~no-such-user"):
         locate(name)

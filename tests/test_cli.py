@@ -17,6 +17,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from common import MODES
+from cyclopts import CycloptsError
 from PIL import Image
 from pydantic import BaseModel
 from tiny import save_tiny
@@ -28,6 +29,7 @@ import imagic_lora.images as images
 import imagic_lora.imagic as imagic
 import imagic_lora.runtime as runtime
 from imagic_lora.config import PRESETS, RECIPES, Config, DeviceConfig, EditConfig, MemoryConfig, Mode, RunConfig, checked
+from imagic_lora.options import around
 from imagic_lora.photos import read_metadata, read_photo
 from imagic_lora.stages.stage import Stage, StepReport
 from imagic_lora.store import Store
@@ -548,9 +550,9 @@ def test_a_fit_says_how_large_its_adapter_will_be(run: Run, photo: Path, mode: M
     steps = ("--embed.steps", 1, "--tune.steps", 1, "--edit.steps", 1)
     code, out, err = run("fit", photo, "a cat", "--base", "critters", "--mode", mode, "--preset", "cpu", *steps, "--name", "cat", "--json")
     assert code == 0, err
-    said = re.search(r"adapter about ([0-9.]+) MiB", err)
+    said = re.search(r"adapter about ([0-9.]+) MB", err)
     assert said is not None
-    assert float(said[1]) * 2**20 == pytest.approx(json.loads(out)["bytes"], rel=0.1)
+    assert float(said[1]) * 1e6 == pytest.approx(json.loads(out)["bytes"], rel=0.1)
 
 
 @pytest.mark.filterwarnings("always::imagic_lora.errors.ImagicWarning")
@@ -567,5 +569,33 @@ def test_another_base_of_the_same_shapes_can_be_forced(run: Run, store: Path, ba
     plain = read_metadata(Path(json.loads(out)["pictures"][0]["file"]))
     assert (code, plain["base"], "forced" in plain, "made for base" in err) == (0, str(base), False, False)
     code, _, err = run(*edit, "--base", wider, "--force")
-    assert (code, "embeddings of shapes" in err) == (2, True)
+    assert (code, "embeddings of other shapes" in err, "--force" in err) == (2, True, False)
     assert run(*edit, "--base", other)[0] == 2
+
+
+@pytest.mark.parametrize(("rank", "code"), [("1.5", 2), ("0", 2), ("x", 2)])
+def test_a_rank_is_a_whole_number(run: Run, store: Path, rank: str, code: int) -> None:
+    """Not rounded to one."""
+    assert run("compress", "rex", "--store", store, "--rank", rank)[0] == code
+    assert cli.app.parse_args(["compress", "rex", "--rank", "3"], print_error=False, exit_on_error=False)[1].arguments["rank"] == 3
+    with pytest.raises(CycloptsError):
+        cli.app.parse_args(["compress", "rex", "--rank", "1.5"], print_error=False, exit_on_error=False)
+
+
+def test_a_plan_says_whether_it_fits_the_card_of_its_preset(run: Run) -> None:
+    """SDXL in full on 8 GB does not."""
+    for preset, enough in (("8gb", False), ("24gb", True)):
+        asked = ("plan", "--base", "sdxl", "--mode", "full" if preset == "8gb" else "lora", "--preset", preset)
+        assert json.loads(run(*asked, "--json")[1])["fits"] == enough
+        assert ("more than the card" in run(*asked)[2]) != enough
+
+
+def test_what_to_look_at_first_is_around_the_eta_of_the_fit() -> None:
+    """In steps that --eta takes."""
+    assert [around(eta) for eta in (0.7, 1.0, 0.2, 2.0)] == ["0.3:1.1:0.1", "0.6:1.4:0.1", "0:0.6:0.1", "1.6:2:0.1"]
+
+
+def test_an_empty_store_is_not_called_verified(run: Run, tmp_path: Path) -> None:
+    """A mistyped folder, for one."""
+    code, _, err = run("verify", "--store", tmp_path / "nostore")
+    assert (code, "No adapters in" in err) == (0, True)

@@ -21,6 +21,8 @@ from imagic_lora.config import MemoryConfig, recipe_of
 from imagic_lora.editor import Editor
 from imagic_lora.errors import ImagicError
 from imagic_lora.imagic import fit, result
+from imagic_lora.plan import assume, predict
+from imagic_lora.rehearsal import rehearse
 from imagic_lora.runtime import resolve_runtime
 from imagic_lora.store import Store
 
@@ -102,6 +104,69 @@ def test_a_list_that_is_wrong_is_refused(listed: Any, content: Any, why: str) ->
     with pytest.raises(ImagicError, match=why) as caught:
         known_base("mine")
     assert str(path) in caught.value.got
+
+
+def test_a_listed_base_that_is_not_there_is_named(listed: Any) -> None:
+    """With its path and whose it is; a revision of a local one is refused rather than recorded."""
+    path = listed({"mine": {"source": "/no/such.safetensors"}, "local": {"source": ".", "revision": "abc"}})
+    with pytest.raises(ImagicError, match=rf"/no/such\.safetensors, which {path} gives as base mine"):
+        locate("mine")
+    with pytest.raises(ImagicError, match="revision abc of"):
+        locate("local")
+
+
+def test_a_path_needs_no_list(listed: Any, folder: Path) -> None:
+    """However wrong that is."""
+    listed("mine: [")
+    assert locate(str(folder)) == folder
+
+
+@pytest.mark.parametrize("resumed", [8.0, 2.0])
+def test_a_resumed_fit_is_told_the_same_guidance(lcm: Path, photo_file: Path, tmp_path: Path, resumed: float) -> None:
+    """Where it is an input of the denoiser, another is another run."""
+    store, config = Store(tmp_path), tiny_config(lcm, edit={"guidance_scale": 8.0})
+    steps = fit(photo_file, PROMPT, config, store, "cat")
+    next(steps)
+    steps.close()
+    config = tiny_config(lcm, edit={"guidance_scale": resumed})
+    again = fit(photo_file, PROMPT, config, store, "cat", resume=True)
+    if resumed == 8.0:
+        assert result(again) is not None
+    else:
+        with pytest.raises(ImagicError, match=r"guidance_scale was 8\.0, is 2\.0"):
+            result(again)
+
+
+@pytest.mark.parametrize("start", ["noise", "inverted"])
+def test_more_steps_than_a_sampler_has_are_refused_before_the_training(lcm: Path, photo_file: Path, tmp_path: Path, start: Any) -> None:
+    """And in an edit; nothing is lost."""
+    store = Store(tmp_path)
+    with pytest.raises(ImagicError, match="60 steps of a sampler of kind LCMScheduler"):
+        next(fit(photo_file, PROMPT, tiny_config(lcm, edit={"steps": 60, "start": start}), store, "cat"))
+    adapter = result(fit(photo_file, PROMPT, tiny_config(lcm), store, "cat", overwrite=True))
+    assert adapter is not None
+    with pytest.raises(ImagicError, match="60 steps of a sampler"):
+        next(Editor(opened(lcm)).edit(adapter, [0.5], [0], adapter.record.config.edit.model_copy(update={"steps": 60, "start": start})))
+
+
+def test_the_noise_of_the_photo_is_found_at_the_guidance_that_it_is_used_at(lcm: Path, photo_file: Path, tmp_path: Path) -> None:
+    """Where it is an input: every pass of the inversion is told it, as those of the way back are."""
+    config = tiny_config(lcm, edit={"guidance_scale": 8.0, "start": "inverted", "steps": 4})
+    base, told = opened(lcm), []
+    adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), "cat", base=base))
+    assert adapter is not None
+    base.denoiser.register_forward_pre_hook(lambda _, args, more: told.append(more["timestep_cond"]), with_kwargs=True)
+    next(Editor(base).edit(adapter, [0.5], [0], config.edit))
+    assert len(told) == 8
+    assert all(torch.equal(one, told[0]) for one in told)
+
+
+def test_the_plan_of_a_consistency_model_counts_one_pass(lcm: Path) -> None:
+    """For a picture, at any guidance."""
+    built, run = architecture(str(lcm)), tiny_config(lcm, edit={"guidance_scale": 8.0})
+    plain = tiny_config(lcm, edit={"guidance_scale": 1.0})
+    assert predict(built, run).stages["sample"] == predict(built, plain).stages["sample"]
+    assert rehearse(built, run, assume(run)).stages["sample"] == rehearse(built, plain, assume(plain)).stages["sample"]
 
 
 def test_a_list_that_is_not_there_is_refused(listed: Any) -> None:

@@ -137,6 +137,14 @@ def test_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert single_architecture(path, Known(source=str(path), config="sdxl")) == PUBLISHED["sdxl"]
 
 
+def test_a_published_config_is_not_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer comes from where the sizes come from."""
+    path = marked(tmp_path / "one.safetensors", MARKS["sd15"])
+    (tmp_path / "sd15").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert SingleFile(path, Known(source=str(path), config="sd15")).tokenizer("tokenizer").keys() == shipped_tokenizer("!").keys()
+
+
 def _pickled(path: Path) -> Path:
     path.write_bytes(pickle.dumps({"state_dict": {}}))
     return path
@@ -178,7 +186,10 @@ def test_a_checkpoint_under_another_name_is_read(tmp_path: Path, named: Callable
         (lambda path: path.write_bytes(b""), "cannot be read"),
         (lambda path: path.write_bytes(b"\xff" * 100), "a header of"),
         (lambda path: path.write_bytes(b"\x10" + bytes(7) + b"no json at all.."), "cannot be read"),
-        (lambda path: marked(path, "lora_unet_x.lora_up.weight"), "holds 1 tensors.*original layout"),
+        (lambda path: path.write_bytes(b"\x02" + bytes(7) + b"[]"), "a list, not an object"),
+        (lambda path: marked(path, "lora_unet_x.lora_up.weight"), "is a LoRA file"),
+        (lambda path: marked(path, "x"), "holds 1 tensors.*original layout"),
+        (lambda path: marked(path, MARKS["sd15"], "model.diffusion_model.input_blocks.0.0.weight"), "looks like sd15, but begins with"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, write: Callable[[Path], Any], why: str) -> None:
@@ -192,11 +203,18 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, write: Callable[[Path]
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda found: [found.pop(name) for name in list(found) if name.startswith("first_stage")], "holds no vae"),
+        (lambda found: [found.pop(name) for name in list(found) if name.startswith("first_stage")], "holds 0 tensors of a vae"),
         (lambda found: found.pop("model.diffusion_model.out.0.weight"), "tensors of .* are missing"),
         (lambda found: found.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)}), "not of the shape"),
         (lambda found: found.pop("cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias"), r"holds .* weights"),
         (lambda found: found.update({"model.diffusion_model.out.0.weight": torch.full((8,), torch.nan)}), "NaN"),
+        (lambda found: found.pop("model.diffusion_model.input_blocks.2.0.op.bias"), "lacks .*downsamplers.0.conv.bias"),
+        (lambda found: found.pop("first_stage_model.encoder.down.0.downsample.conv.bias"), "lacks .*downsamplers.0.conv.bias"),
+        (lambda found: found.pop("first_stage_model.decoder.up.1.upsample.conv.bias"), "makes nothing"),
+        (
+            lambda found: found.update({f"model.diffusion_model.x{k}": torch.zeros(0) for k in range(4000)}),
+            "tensors of a unet",
+        ),
         (lambda found: found.update({"first_stage_model.post_quant_conv.bias": torch.zeros(4, dtype=torch.int64)}), "as I64"),
     ],
 )

@@ -100,6 +100,10 @@ class Base(ABC):
         """Names of the layers that LoRA adapts: ``attention``, ``attention+conv``, or ``all`` linear and convolutional ones."""
 
     @abstractmethod
+    def sampler(self) -> Any:
+        """A fresh scheduler of the declared kind."""
+
+    @abstractmethod
     def pipeline(self, kind: PipelineKind) -> DiffusionPipeline:
         """A diffusers pipeline over the components in memory, with a fresh scheduler of the declared kind."""
 

@@ -7,8 +7,6 @@ libraries. Here the classes are fixed, and nothing that comes with a base names 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,25 +16,12 @@ from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DCondit
 from diffusers.models.modeling_utils import no_init_weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ..errors import ImagicError
 from .blueprint import text_parameters
 from .files import Files, finite
-from .vetting import refused
+from .vetting import library_on, refused
 
 TEXT_ENCODERS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 _PROBE = "a1~\u4e00"  # characters that not every vocabulary has
-
-
-@contextmanager
-def library_on(what: Path) -> Iterator[None]:
-    """Whatever a library says to a stranger's file, the file is to blame."""
-    try:
-        yield
-    except ImagicError:
-        raise
-    except Exception as error:
-        first = next(iter(str(error).splitlines()), "")[:300]
-        raise refused(f"{what} makes nothing ({type(error).__name__}: {first!r})", "what diffusers writes") from error
 
 
 def model(
@@ -104,7 +89,9 @@ def tokenizer(text: dict[str, Any], files: Files, part: str) -> CLIPTokenizer:
         for name, content in files.tokenizer(part).items():
             Path(copy, name).write_text(content, encoding="utf-8")
         made = CLIPTokenizer.from_pretrained(copy, local_files_only=True)
-        length = made.model_max_length = min(made.model_max_length, text["max_position_embeddings"])
+        if (length := made.model_max_length) < text["max_position_embeddings"]:
+            raise refused(f"{where} reads {length} tokens", f"the {text['max_position_embeddings']} that the text encoder takes")
+        length = made.model_max_length = text["max_position_embeddings"]
         ids = made(_PROBE, padding="max_length", max_length=length, truncation=True).input_ids
         highest = max(made.get_vocab().values())
     if len(ids) != length or length < 3 or ids[0] != made.bos_token_id:
@@ -125,6 +112,8 @@ def scheduler(config: dict[str, Any], files: Files, few_steps: int | None = None
         kind: Any = getattr(schedulers, name, None) if isinstance(name, str) else None
         if not _is_scheduler(kind):
             raise refused(f"{where} has a scheduler {reprlib.repr(name)}", "one of diffusers whose libraries are installed")
+        if _noises_otherwise(str(name), kind, config):
+            raise refused(f"{where} has a scheduler {name} that noises by another rule than DDPM's", "one of Stable Diffusion")
         tried = kind.from_config(config)
         tried.set_timesteps(min(10, tried.config.num_train_timesteps))
         visited(tried, few_steps)
@@ -145,6 +134,12 @@ def visited(scheduler: Any, few_steps: int | None) -> torch.Tensor | None:
     copy = type(scheduler).from_config(scheduler.config)
     copy.set_timesteps(copy.config.get("original_inference_steps", few_steps))
     return copy.timesteps.round().long().sort().values
+
+
+def _noises_otherwise(name: str, kind: Any, config: dict[str, Any]) -> bool:
+    """Whether a base was made with other noise than is trained with here: EDM's (arXiv 2206.00364), a flow's."""
+    odd = name.startswith(("EDM", "FlowMatch")) or config.get("timestep_type", "discrete") != "discrete" or config.get("use_flow_sigmas")
+    return bool(odd) or not hasattr(kind, "add_noise")
 
 
 def _is_scheduler(kind: Any) -> bool:

@@ -140,13 +140,13 @@ def finite(state: dict[str, Tensor], dtype: torch.dtype, where: Path) -> dict[st
     return state
 
 
-def fingerprint(files: Files, components: Iterable[str]) -> str:
-    """A hash over names, shapes and sampled values of every tensor, the values rounded to half precision.
+def fingerprint(files: Files, components: Iterable[str], prediction: str) -> str:
+    """A hash over names, shapes and sampled values of every tensor, the values rounded to half precision, and what they predict.
 
     So the same weights have the same fingerprint in fp16, in fp32 and in a single file. Only the first row of a tensor is read, which keeps
     it fast at any size.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if prediction == "epsilon" else prediction.encode())
     for component in components:
         rows = {name.removeprefix("text_model."): tensor for name, tensor in files.tensors(component).items()}  # older libraries say so
         for name in sorted(rows):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +15,13 @@ from ..errors import ImagicError
 
 CRITTERS = Path(__file__).parent.parent / "data" / "critters"
 VARIABLE = "IMAGIC_LORA_BASES"
+_REMEDY = "mend it: docs/bases.md has an example"
+_MEANT = {
+    "missing": "a setting that it lacks",
+    "extra_forbidden": "source, revision, config, resolution, prediction or few_steps",
+    "string_type": "text, in quotes where it is all digits",
+    "string_pattern_mismatch": "a name of letters, digits, '.', '_' and '-'",
+}
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -72,12 +81,15 @@ def known_bases() -> dict[str, Known]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ImagicError(f"{path} has {where} = {first['input']!r}", first["msg"], "see docs/bases.md for an example") from error
+        expected = _MEANT.get(first["type"], first["msg"])
+        raise ImagicError(f"{path} has {where} = {reprlib.repr(first['input'])}", expected, _REMEDY) from error
+    except ImagicError as error:
+        raise ImagicError(error.got, "a mapping of names to bases", _REMEDY) from error
     if taken := sorted(added.keys() & SHIPPED.keys()):
         raise ImagicError(f"{path} names {', '.join(taken)}", "names that do not come along", "choose others")
     return SHIPPED | added
 
 
 def known_base(name: str) -> Known | None:
-    """The base of that name, if there is one; the user's file is not looked at for one that comes along."""
-    return SHIPPED.get(name) or known_bases().get(name)
+    """The base of that name, if there is one; the user's file is not looked at for one that comes along, or for a path."""
+    return SHIPPED.get(name) or (known_bases().get(name) if re.match(_NAME, name) else None)

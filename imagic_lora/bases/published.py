@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -233,9 +234,12 @@ def single_architecture(path: Path, known: Known | None) -> Architecture:
         kind = None
     else:
         kind = next((kind for mark, kind in _MARKS.items() if mark in names), None)
+        if any("lora" in name for name in names):
+            raise ImagicError(f"{path} is a LoRA file", "the checkpoint of a base", "give the base that it belongs to")
         if kind is None:
             raise refused(f"{path} holds {len(names)} tensors", "a checkpoint of Stable Diffusion 1.x, 2.x or XL in the original layout")
         built = PUBLISHED[kind]
+        _refuse_other_sizes(path, kind, names)
     scheduler = dict(built.scheduler)
     told = "v" if "v_pred" in names else said.get("modelspec.prediction_type", "")
     if told.startswith(("v", "eps")):
@@ -248,3 +252,12 @@ def single_architecture(path: Path, known: Known | None) -> Architecture:
     if "ztsnr" in names:
         scheduler["rescale_betas_zero_snr"] = True
     return replace(built, scheduler=scheduler)
+
+
+def _refuse_other_sizes(path: Path, kind: str, names: dict[str, Any]) -> None:
+    """Raises ImagicError for a checkpoint that looks like one of a kind and begins with a layer of another size."""
+    first, unet = names.get("model.diffusion_model.input_blocks.0.0.weight"), PUBLISHED[kind].unet
+    expected = [unet["block_out_channels"][0], unet["in_channels"], 3, 3]
+    if isinstance(first, dict) and first.get("shape") != expected:
+        got = f"{path} looks like {kind}, but begins with a layer of shape {reprlib.repr(first.get('shape'))}"
+        raise ImagicError(got, f"{expected}", f"if it is right, name it in {bases_file()} with a config: see docs/bases.md")

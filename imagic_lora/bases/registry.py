@@ -11,7 +11,7 @@ from ..errors import ImagicError
 from ..runtime import Runtime
 from .base import Base
 from .files import STEMS, Files, Folder, weight_files
-from .known import known_base, known_bases
+from .known import bases_file, known_base, known_bases
 from .published import PUBLISHED, Architecture, local_place
 from .sd import StableDiffusion
 from .sdxl import StableDiffusionXL
@@ -24,6 +24,8 @@ _CONFIGS = [  # of a hub id; nothing of it is run, or even read, on the way
     *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in TOKENIZER_FILES),
     *(f"{part}/config.json" for part in STEMS),
 ]
+
+_ENDS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files; no hub id ends so
 
 
 def _weights(variant: str) -> list[str]:
@@ -71,14 +73,19 @@ def locate(name: str, revision: str | None = None, configs: bool = False) -> Pat
     known = known_base(name)
     source = known.source if known else name
     if place := local_place(source):
-        if revision is not None:
-            raise ImagicError(f"--revision {revision} of {place}", "a revision of a hub id", "leave out --revision")
+        if named := revision or (known.revision if known else None):
+            raise ImagicError(f"revision {named} of {place}", "a revision of a hub id", "leave it out")
+        if place.is_dir() and (place / "adapter.json").is_file():
+            raise ImagicError(f"{place} is an adapter", "the base that it was made on", "to use it: imagic-lora edit")
         if place.is_dir() and not (place / "model_index.json").is_file():
             raise ImagicError(
                 f"{place} has no model_index.json", "a folder in diffusers' format", "give the folder that holds unet/, vae/, ..."
             )
         return place
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.lower().endswith(_ENDS):
+        whose = f", which {bases_file()} gives as base {name}" if known else ""
+        raise ImagicError(f"no file or folder {source}{whose}", "a base that is there", "check the path")
+    if "/" not in source:
         names = ", ".join(sorted(known_bases()))
         raise ImagicError(
             f"no base called {name!r}", f"one of {names}, a folder, a file, or a hub id like owner/name", "check the spelling"
@@ -89,11 +96,9 @@ def locate(name: str, revision: str | None = None, configs: bool = False) -> Pat
 def _fetched(source: str, revision: str | None, configs: bool) -> Path:
     """A hub id, in half precision where it comes in nothing else."""
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_CONFIGS))
-        if not configs:
-            snapshot_download(source, revision=revision, allow_patterns=_weights(""))
-            if not weight_files(folder, "unet"):
-                snapshot_download(source, revision=revision, allow_patterns=_weights(".fp16"))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_CONFIGS, *([] if configs else _weights(""))]))
+        if not configs and not weight_files(folder, "unet"):
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_CONFIGS, *_weights(".fp16")]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ImagicError(

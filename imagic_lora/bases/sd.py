@@ -102,7 +102,8 @@ class StableDiffusion(Base):
             parts[TOKENIZERS[encoder]] = components.tokenizer(config, files, TOKENIZERS[encoder])
         with components.library_on(files.path):  # a pipeline mends the configs of its early days
             cls.pipelines["text2image"](**parts, **cls.outside)
-        return cls(built, parts, name, revision, fingerprint(files, ("unet", *built.text_encoders)), runtime, helper)
+        mark = fingerprint(files, ("unet", *built.text_encoders), parts["scheduler"].config.prediction_type)
+        return cls(built, parts, name, revision, mark, runtime, helper)
 
     def rest(self) -> None:
         idle = self.runtime.memory.idle
@@ -188,6 +189,9 @@ class StableDiffusion(Base):
     def lora_targets(self, preset: str) -> list[str]:
         return list(LORA_TARGETS[preset])
 
+    def sampler(self) -> Any:
+        return type(self._scheduler).from_config(self._scheduler.config)
+
     def pipeline(self, kind: PipelineKind) -> Any:
         self._move(self._unet)
         pipe = self.pipelines[kind](
@@ -195,7 +199,7 @@ class StableDiffusion(Base):
             **dict.fromkeys(self.architecture.text_encoders),  # none: it is given embeddings, and would run where its text encoder does
             **self._tokenizers,
             unet=self._unet,
-            scheduler=type(self._scheduler).from_config(self._scheduler.config),
+            scheduler=self.sampler(),
             **self.outside,
         )
         pipe.set_progress_bar_config(disable=True)

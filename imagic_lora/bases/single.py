@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .files import not_too_many, weights
 from .known import Known
-from .published import Architecture, architecture_at, local_place
+from .published import PUBLISHED, Architecture, architecture_at, local_place
 from .tokenizers import shipped_tokenizer, tokenizer_files
-from .vetting import refused
+from .vetting import library_on, refused
 
 _PREFIXES = {
     "unet": ("model.diffusion_model.",),
@@ -26,6 +26,7 @@ _PREFIXES = {
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
     "text_encoder_2": ("conditioner.embedders.1.",),
 }
+_MOST = 4000  # tensors of a component; the U-Net of Stable Diffusion XL has 1,680
 _OPEN_CLIP = {"text_encoder": "cond_stage_model.model.", "text_encoder_2": "conditioner.embedders.1.model."}
 
 
@@ -47,9 +48,14 @@ class SingleFile:
         Raises:
             ImagicError: the file is not whole, or holds none of it.
         """
-        if not (held := weights(self.path, _PREFIXES[part])):
-            raise refused(f"{self.path} holds no {part}", "a whole checkpoint: U-Net, VAE and text encoders")
-        return not_too_many(self._converted(part, held), self.path)
+        held = not_too_many(weights(self.path, _PREFIXES[part]), self.path)
+        if not 0 < len(held) <= _MOST:
+            raise refused(f"{self.path} holds {len(held)} tensors of a {part}", "a whole checkpoint: U-Net, VAE and text encoders")
+        with library_on(self.path):
+            found = self._converted(part, held)
+        if missing := [name for name, tensor in found.items() if tensor is None]:
+            raise refused(f"{self.path} lacks {missing[0][:80]!r} of its {part}", "a whole checkpoint")
+        return found
 
     def _converted(self, part: str, held: dict[str, Tensor]) -> dict[str, Tensor]:
         built = self.architecture()
@@ -64,7 +70,8 @@ class SingleFile:
         return convert_open_clip_checkpoint(model, held, prefix)
 
     def tokenizer(self, part: str) -> dict[str, str]:
-        given = local_place(self.known.config) if self.known and self.known.config else None
+        config = self.known.config if self.known else None
+        given = local_place(config) if config and config not in PUBLISHED else None
         if given:
             return tokenizer_files(given / part)
         encoder = self.architecture().text_encoders[part.replace("tokenizer", "text_encoder")]

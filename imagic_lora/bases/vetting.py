@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,18 @@ _MOST_PARTS = 2**17  # of a JSON file; the largest, a tokenizer's, has 49,000
 def refused(got: str, expected: str) -> ImagicError:
     """What is said of a base that cannot be used."""
     return ImagicError(got, expected, "download the base again, or choose another")
+
+
+@contextmanager
+def library_on(what: Path) -> Iterator[None]:
+    """Whatever a library says to a stranger's file, the file is to blame."""
+    try:
+        yield
+    except ImagicError:
+        raise
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")[:300]
+        raise refused(f"{what} makes nothing ({type(error).__name__}: {first!r})", "what diffusers writes") from error
 
 
 def read_text(path: Path, limit: int = 2**20) -> str:
@@ -120,10 +134,12 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             if not 2 <= length <= MAX_HEADER:
                 raise ValueError(f"a header of {length:,} bytes")
             found = json.loads(file.read(length), object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite)
+            if not isinstance(found, dict):
+                raise ValueError(f"a {type(found).__name__}, not an object")
         said = found.pop("__metadata__", {})
         if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
             raise ValueError("metadata that is no text")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise refused(f"{path} cannot be read ({error})", "a safetensors file") from error
     return found, said
 
@@ -178,6 +194,8 @@ def vet_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
     if foreign:
         expected = "one that is told a text and sizes" if second else "one that is told a text alone"
         raise refused(f"{folder} has a U-Net with {', '.join(foreign)}", expected)
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise refused(f"{folder} has a VAE with latents_mean or latents_std", "latents that are scaled by one number")
     widths, down, up = unet["block_out_channels"], unet.get("down_block_types", ()), unet.get("up_block_types", ())
     for blocks, kind in ((widths, int), (down, str), (up, str), (vae["block_out_channels"], int)):
         if not isinstance(blocks, list) or not all(isinstance(one, kind) for one in blocks):

@@ -24,8 +24,11 @@ class Untuned(Method):
     def pictures(self, studio: Studio, task: Task) -> Iterator[Made]:
         base = studio.base
         canvas = to_canvas(task.photo, base.resolution, base.size_multiple)
-        text, null = base.encode_text(task.text), base.null()
+        high, wide = canvas.pixels.shape[2:]
         for row, config in self.starts.items():
+            scale, empty = config.guidance_scale, base.null()
+            text = base.framed(base.encode_text(task.text), high, wide, scale)
+            null = None if empty is None else base.framed(empty, high, wide, scale)
             with metered(base) as meter:
                 (image,) = generate(base, [text], [task.seed], config, canvas, null, text)
                 yield Made(row, image, meter.price())

@@ -10,23 +10,38 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from diffusers.utils import logging
+from PIL import Image
+from torch import Tensor
+from torch.nn import Parameter
 
 from imagic_lora.bases.base import Base
 from imagic_lora.bench.cases import Case, case_at
 from imagic_lora.bench.catalogue import defaults
 from imagic_lora.bench.scores import Scorer
 from imagic_lora.bench.summary import bootstrapped
+from imagic_lora.conditioning import Conditioning, interpolate
 from imagic_lora.config import RunConfig
 from imagic_lora.console import quiet_loading
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
 from imagic_lora.editor import Editor
+from imagic_lora.generate import generate
 from imagic_lora.imagic import fit, open_for, result
+from imagic_lora.lora import attached
 from imagic_lora.metrics import CritterAlignment
+from imagic_lora.objective import denoising_loss
+from imagic_lora.photos import read_photo
+from imagic_lora.run import Run
+from imagic_lora.runtime import Processes, key
+from imagic_lora.stages.stage import Stage, train
 from imagic_lora.store import Store
 
 CPU = {"memory": {"device": "cpu", "dtype": "fp32"}}
@@ -37,23 +52,67 @@ CHANGES: dict[str, dict[str, Any]] = {
     "targets all": {"tune": {"targets": "all"}},
     "rank 1": {"tune": {"rank": 1}},
     "rank 16": {"tune": {"rank": 16}},
+    "min-SNR 5": {},
+    "joint": {},
+    "joint, half the steps": {"embed": {"steps": 10}, "tune": {"steps": 5}},
 }
 SCORES = {"aligned": 100, "attributes": 100, "success": 100, "psnr": 1}  # per cent, and dB to the true edit
 
 
-def edited(base: Base, scorer: Scorer, case: Case, config: RunConfig) -> dict[str, float]:
+def separately(base: Base, photo: Path, case: Case, config: RunConfig) -> tuple[Image.Image, float]:
+    """The edit of a case by both stages after each other, as fit has them, and the megabytes of the adapter."""
+    adapter = result(fit(photo, case.text, config, Store(photo.parent), "case", base=base))
+    assert adapter is not None
+    editor = Editor(base)
+    (edit,) = editor.edit(adapter, [config.eta], [case.index], config.edit)
+    editor.close()
+    return edit.image, adapter.size / 1e6
+
+
+def jointly(base: Base, photo: Path, case: Case, config: RunConfig) -> tuple[Image.Image, float]:
+    """The edit of a case with embedding and layers trained together, at the rates and with all the steps of both stages.
+
+    The embedding is trained as a multiple of its change, which is another rate to Adam.
+    """
+    run = Run(config, base, read_photo(photo), case.text, Processes())
+    change, scale = Parameter(torch.zeros_like(run.target.tokens)), config.embed.learning_rate / config.tune.learning_rate
+
+    def conditioning() -> Conditioning:
+        return replace(run.target, tokens=run.target.tokens + scale * change)
+
+    both = config.tune.model_copy(update={"steps": config.embed.steps + config.tune.steps})
+    with attached(base, config.tune, key(config.seed, "lora")) as layers:
+        for _ in train(Stage("joint", base, run.latents, conditioning, {"change": change, **layers}, both, config.seed, Processes())):
+            pass
+        e_opt = replace(run.target, tokens=conditioning().tokens.detach())
+        mix = interpolate(run.target, e_opt, config.eta)
+        with torch.no_grad():
+            (image,) = generate(base, [mix], [case.index], config.edit, run.canvas, run.null, e_opt)
+        return image, 4 * sum(layer.numel() for layer in layers.values()) / 1e6
+
+
+@contextmanager
+def weighted(gamma: float) -> Iterator[None]:
+    """The loss of each sample times ``min(SNR, gamma) / SNR`` of its timestep (arXiv 2303.09556, for bases that predict the noise)."""
+
+    def loss(base: Base, latents: Tensor, conditioning: Conditioning, noise: Tensor, times: Tensor) -> Tensor:
+        kept = base.training.alphas_cumprod[base.timesteps(times)]
+        ratio = kept / (1 - kept)
+        return denoising_loss(base, latents, conditioning, noise, times) * ratio.clamp_max(gamma) / ratio
+
+    with patch("imagic_lora.stages.stage.denoising_loss", loss):
+        yield
+
+
+def edited(base: Base, scorer: Scorer, case: Case, change: str, config: RunConfig) -> dict[str, float]:
     """The scores of a case at some settings, and the size of the adapter."""
-    with tempfile.TemporaryDirectory() as folder:
+    config = config.model_copy(update={"seed": case.index})
+    with tempfile.TemporaryDirectory() as folder, weighted(5) if change == "min-SNR 5" else nullcontext():
         photo = Path(folder) / "photo.png"
         render(case.source).save(photo)
-        config = config.model_copy(update={"seed": case.index})
-        adapter = result(fit(photo, case.text, config, Store(Path(folder)), "case", base=base))
-        assert adapter is not None
-        editor = Editor(base)
-        (edit,) = editor.edit(adapter, [config.eta], [case.index], config.edit)
-        editor.close()
-        score = scorer.score(case, edit.image)
-        return {name: float(getattr(score, name)) for name in SCORES} | {"megabytes": adapter.size / 1e6}
+        image, size = (jointly if change.startswith("joint") else separately)(base, photo, case, config)
+    score = scorer.score(case, image)
+    return {name: float(getattr(score, name)) for name in SCORES} | {"megabytes": size}
 
 
 def results(kept: Path, seed: int, cases: int, changes: list[str]) -> Iterator[dict[str, Any]]:
@@ -67,7 +126,7 @@ def results(kept: Path, seed: int, cases: int, changes: list[str]) -> Iterator[d
     for index in range(cases):
         for change, config in settings.items():
             if (change, index) not in found:
-                scores = edited(base, scorer, case_at(seed, index), config)
+                scores = edited(base, scorer, case_at(seed, index), change, config)
                 found[change, index] = {"change": change, "case": index, "settings": config.model_dump_json(), **scores}
                 with kept.open("a") as file:
                     file.write(json.dumps(found[change, index]) + "\n")

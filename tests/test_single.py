@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from tiny import save_tiny, save_tiny_sdxl
 from imagic_lora.bases.known import VARIABLE, Known
 from imagic_lora.bases.published import PUBLISHED, architecture, single_architecture
 from imagic_lora.bases.registry import open_base
+from imagic_lora.bases.sd import StableDiffusion
+from imagic_lora.bases.sdxl import StableDiffusionXL
 from imagic_lora.bases.single import SingleFile
 from imagic_lora.bases.tokenizers import shipped_tokenizer
 from imagic_lora.config import MemoryConfig
@@ -227,6 +230,23 @@ def test_a_file_that_is_not_whole_is_refused(
     save_file(found, tmp_path / "one.safetensors")
     with pytest.raises(ImagicError, match=why):
         on_cpu(named(tmp_path / "one.safetensors", folder))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_whatever_is_missing_or_bent_is_refused(tmp_path: Path, kind: str) -> None:
+    """Sixty tensors of every part, dropped, cut short or flattened: a clear refusal each."""
+    folder = (save_tiny if kind == "sd1" else save_tiny_sdxl)(tmp_path / "base")
+    path = write_single(folder, tmp_path / "one.safetensors")
+    whole, known = load_file(path), Known(source=str(path), config=str(folder))
+    names = random.Random(0).sample([name for name in whole if not name.endswith(("model_ema.decay", "betas", "logit_scale"))], 60)
+    bend = {"dropped": None, "cut": lambda one: one[..., :-1].contiguous(), "flat": lambda one: one.reshape(-1)[:1].squeeze()}
+    runtime, family = resolve_runtime(MemoryConfig(device="cpu")), StableDiffusionXL if kind == "sdxl" else StableDiffusion
+    for k, name in enumerate(names):
+        change = list(bend.values())[k % 3]
+        spoilt = {other: value for other, value in whole.items() if other != name} | ({name: change(whole[name])} if change else {})
+        save_file(spoilt, path)
+        with pytest.raises(ImagicError):
+            family.load(SingleFile(path, known), "x", None, runtime)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])

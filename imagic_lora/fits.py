@@ -167,7 +167,7 @@ def refuse_if_too_large(base: Architecture, run: RunConfig, free: int, assumed: 
 def adapter_bytes(base: Architecture, run: RunConfig) -> int | None:
     """Bytes of the adapter that a run will leave; None where the base cannot be drawn."""
     try:
-        return predict(base, run).adapter
+        return predict(base, run, assume(run)).adapter
     except NotDrawn:
         return None
 

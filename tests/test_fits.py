@@ -557,7 +557,7 @@ def test_an_edit_without_memory_on_the_command_line(
     """Exit code 2 and no traceback; the pictures made so far are there, and the error says where."""
     adapter, place = fitted("lora"), tmp_path / "pictures"
     monkeypatch.setattr(editor, "generate", failing(error, after=2))
-    flags = ("--store", adapter.folder.parent, "--out", place, "--seed", "0:4", "--device", "cpu")
+    flags = ("--store", adapter.folder.parent, "--out", place, "--seed", "0:4", "--batch-size", "2", "--device", "cpu")
     code, _, err = command("edit", adapter.folder.name, *flags)
     assert code == 2
     assert f"the pictures made so far are in {place}" in err

@@ -131,7 +131,7 @@ def _command(*tokens: object) -> tuple[int, Printed]:
 
 def _card(made: Fitted, work: Path, text: str) -> None:
     """In Markdown, text from outside stands in indented blocks, and nothing else is new."""
-    card, plain = run._card(text, text, made.config()), run._card("a cat", "tiny", made.config())
+    card, plain = run.card(text, text, made.config()), run.card("a cat", "tiny", made.config())
     quoted = [json.loads(line) for line in card.split("\n") if line.startswith("    ")]
     assert quoted == [text, text], f"reads {quoted}"
     assert [line for line in card.split("\n") if not line.startswith("    ")] == [
@@ -233,7 +233,7 @@ def _warned(made: Fitted, work: Path, text: str) -> None:
 def _active(made: Fitted, work: Path, text: str) -> None:
     settings = made.config().model_copy(update={"base": text})
     with Printed() as printed:
-        console.say_what_is_active(made.base.runtime, settings, text, 1)
+        console.say_what_is_active(made.base.runtime, settings, text, 1, 1)
     printed.shows(text, 2)
 
 

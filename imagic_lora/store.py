@@ -15,6 +15,8 @@ from .adapter import NAME, RECORD, Adapter, Record
 from .durable import Draft, changed_file, cut_off, draft, recover, remove, unsealed, writable
 from .errors import ImagicError
 
+_MENDING = 0.5  # seconds, more than it takes to undo what a writer that was cut off has left
+
 
 def _sign(handle: int) -> None:
     """Leaves the number of this process in a lock's file, if there is room for it."""
@@ -54,10 +56,13 @@ class Store:
         self._held: str | None = None
 
     @contextmanager
-    def claimed(self, name: str) -> Iterator[Store]:
+    def claimed(self, name: str, patience: float = _MENDING) -> Iterator[Store]:
         """The right to write a name, which nobody else has meanwhile; what a writer that was cut off has left is undone first.
 
         What it gives is the store for whoever has the name: only through that one it can be written, removed or claimed again.
+
+        Args:
+            patience: seconds to wait for whoever has it, who may only be looking.
 
         Raises:
             ImagicError: another process has it, or another writer of this one, or the folder cannot be written to.
@@ -70,7 +75,7 @@ class Store:
         lock = FileLock(path, thread_local=False, on_acquired=_sign)
         with writable(self.root):
             try:
-                lock.acquire(blocking=False)
+                lock.acquire(timeout=patience, poll_interval=0.02)
             except Timeout as error:
                 got = f"{self.root / name} is being written by {_signed(path)}"
                 raise ImagicError(got, "one writer for a name", "wait until it is done, or choose another --name") from error
@@ -163,5 +168,5 @@ class Store:
         for name in cut_off(self.root):
             if name.startswith("."):  # what was removed are checkpoints
                 name = name[1:].removesuffix(".checkpoints")
-            with suppress(ImagicError), self.claimed(name):
+            with suppress(ImagicError), self.claimed(name, patience=0):
                 pass

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
+from time import perf_counter, sleep
 
 import pytest
 import torch
@@ -355,6 +356,27 @@ def test_a_name_that_another_process_writes_is_refused(store: Store) -> None:
         assert (store.read("one").folder / "card.md").read_text() == "words"
         store.write(record("three"), fill())
         assert hidden(store.root) == [".one.lock", ".two.lock", ".two.part"]
+
+
+def test_a_writer_waits_for_whoever_only_looks(store: Store) -> None:
+    """Looking mends what was cut off, which takes a moment; a look itself waits for nobody."""
+    held = Event()
+
+    def look() -> None:
+        with store.claimed("one"):
+            held.set()
+            sleep(0.2)
+
+    looker = Thread(target=look)
+    looker.start()
+    held.wait()
+    left_behind(store)
+    start = perf_counter()
+    store.names()
+    assert perf_counter() - start < 0.15
+    store.write(record("one"), fill("other words"), overwrite=True)
+    looker.join()
+    assert (store.read("one").folder / "card.md").read_text() == "other words"
 
 
 def test_a_name_whose_writer_was_killed_is_free(store: Store) -> None:

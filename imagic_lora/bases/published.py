@@ -234,7 +234,7 @@ def single_architecture(path: Path, known: Known | None) -> Architecture:
         kind = None
     else:
         kind = next((kind for mark, kind in _MARKS.items() if mark in names), None)
-        if any("lora" in name for name in names):
+        if kind is None and any("lora" in name for name in names):
             raise ImagicError(f"{path} is a LoRA file", "the checkpoint of a base", "give the base that it belongs to")
         if kind is None:
             raise refused(f"{path} holds {len(names)} tensors", "a checkpoint of Stable Diffusion 1.x, 2.x or XL in the original layout")

@@ -22,7 +22,8 @@ _BLOCK = {
 def write_single(folder: Path, path: Path, dtype: torch.dtype = torch.float32, metadata: dict[str, str] | None = None) -> Path:
     """Writes the base in a folder as one file, which it returns."""
     unet, vae = UNet2DConditionModel.from_pretrained(folder / "unet"), AutoencoderKL.from_pretrained(folder / "vae")
-    found = {f"model.diffusion_model.{new}": unet.state_dict()[old] for old, new in unet_names(unet)}
+    state = unet.state_dict()
+    found = {f"model.diffusion_model.{new}": state[old] for old, new in unet_names(unet)}
     found |= {f"first_stage_model.{name}": value for name, value in _vae(vae)}
     texts = {
         part: load_file(folder / part / "model.safetensors") for part in ("text_encoder", "text_encoder_2") if (folder / part).is_dir()

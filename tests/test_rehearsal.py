@@ -39,7 +39,6 @@ FAST: list[Case] = [
     ("sd15", "lora", "24gb", NF4 | FOUR),
     ("sd21", "lora", "24gb", {"resolution": 384}),
     ("critters", "full", "24gb", {}),
-    ("sdxl", "lora", "8gb", {}),
 ]
 SLOW: list[Case] = [
     *(("sd15", "lora", preset, {}) for preset in ("24gb", "16gb", "12gb", "8gb", "cpu")),
@@ -48,6 +47,7 @@ SLOW: list[Case] = [
     ("sd15", "lora", "8gb", NF4),
     *(("sd21", mode, preset, {}) for mode in MODES for preset in ("24gb", "8gb")),
     *(("critters", mode, preset, {}) for mode in MODES for preset in ("24gb", "8gb", "cpu") if (mode, preset) != ("full", "24gb")),
+    ("sdxl", "lora", "8gb", {}),
     ("sdxl", "lora", "8gb", {"tune": {"targets": "all"}}),
     *(("sdxl", mode, preset, {}) for mode in MODES for preset in ("24gb", "12gb")),
     ("sdxl", "lora", "8gb", NF4),

@@ -15,6 +15,7 @@ import yaml
 from common import opened, same, tiny_config, weights
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers.models.modeling_utils import no_init_weights
 from original import unet_names, write_single
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, save_tiny_sdxl
@@ -252,11 +253,11 @@ def test_whatever_is_missing_or_bent_is_refused(tmp_path: Path, kind: str) -> No
 @pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
 def test_true_sizes_are_renamed_without_loss(kind: str) -> None:
     """Every tensor of a U-Net of true size finds its name, and no other."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         unet: Any = UNet2DConditionModel.from_config(PUBLISHED[kind].unet)
-    original = {f"model.diffusion_model.{new}": unet.state_dict()[old] for old, new in unet_names(unet)}
-    found = convert_ldm_unet_checkpoint(original, unet.config)
-    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in unet.state_dict().items()}
+    state = unet.state_dict()
+    found = convert_ldm_unet_checkpoint({f"model.diffusion_model.{new}": state[old] for old, new in unet_names(unet)}, unet.config)
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in state.items()}
 
 
 def test_the_vocabulary_is_clips(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .adapter import Adapter
+    from .bases.published import Architecture
     from .editor import Edit
     from .stages.stage import StepReport
     from .store import Store
@@ -99,8 +100,8 @@ def fit(
     from .store import Store
 
     quiet_loading()
-    run, why = settings_of(settings, config)
-    adapter = _fit(image, prompt, run, why, Store(store), name or _slug(image.stem), overwrite, resume)
+    run, why, built = settings_of(settings, config)
+    adapter = _fit(image, prompt, run, why, built, Store(store), name or _slug(image.stem), overwrite, resume)
     if adapter is None:
         return
     if as_json:
@@ -111,8 +112,8 @@ def fit(
         err.print(f"  imagic-lora edit {adapter.name} --eta {around(run.eta)}", highlight=False)
 
 
-def settings_of(settings: RunConfig | None, config: Path | None) -> tuple[RunConfig, str]:
-    """The settings of a run from flags and file over the recipe of its base and the preset, and why it is that preset."""
+def settings_of(settings: RunConfig | None, config: Path | None) -> tuple[RunConfig, str, Architecture]:
+    """The settings of a run from flags and file over the recipe of its base and the preset, why it is that preset, and what the base is."""
     from .bases.registry import architecture_of
     from .fits import choose
 
@@ -123,11 +124,13 @@ def settings_of(settings: RunConfig | None, config: Path | None) -> tuple[RunCon
     given = checked(merged(file, flags))
     started = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     built = architecture_of(given.base, given.revision)
-    return choose(lambda: built, flags, file, recipe_of(given.base, built.few_steps, built.embeds_guidance), processes=started)
+    recipe = recipe_of(given.base, built.few_steps, built.embeds_guidance)
+    return *choose(lambda: built, flags, file, recipe, processes=started), built
 
 
-def _fit(image: Path, prompt: str, run: RunConfig, why: str, store: Store, name: str, overwrite: bool, resume: bool) -> Adapter | None:
-    from .bases.registry import architecture_of
+def _fit(
+    image: Path, prompt: str, run: RunConfig, why: str, built: Architecture, store: Store, name: str, overwrite: bool, resume: bool
+) -> Adapter | None:
     from .fits import adapter_bytes
     from .imagic import fit as fit_steps
     from .imagic import result
@@ -145,8 +148,7 @@ def _fit(image: Path, prompt: str, run: RunConfig, why: str, store: Store, name:
                 return done.value
             interrupts.gentle = True
             if processes.main:
-                size = adapter_bytes(architecture_of(run.base, run.revision), run)
-                say_what_is_active(resolve_runtime(run.memory), run, why, processes.count, size)
+                say_what_is_active(resolve_runtime(run.memory), run, why, processes.count, adapter_bytes(built, run))
             yield first
             return (yield from steps)
 

@@ -117,7 +117,7 @@ def test_what_a_file_predicts(
     path = marked(tmp_path / "one.safetensors", MARKS[kind], *extra, said=said)
     found = single_architecture(path, known).scheduler
     assert expected is None or found["prediction_type"] == expected
-    assert SingleFile(path, known).architecture().scheduler["prediction_type"] == (expected or "epsilon")
+    assert SingleFile(path, known).architecture.scheduler["prediction_type"] == (expected or "epsilon")
     assert "rescale_betas_zero_snr" not in found
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,36 +29,36 @@ _SAMPLES = 16  # values of a tensor that enter the fingerprint
 _MOST = 2**32  # weights of a component; the largest of Stable Diffusion XL has two thirds of that
 
 
-class Files(Protocol):
-    """Where a base is read from. Components have the names of their folders in diffusers' format."""
+class Files(ABC):
+    """Where a base is read from. Components have the names of their folders in diffusers' format.
 
-    path: Path
-
-    def architecture(self) -> Architecture:
-        """The configs of its components."""
-        ...
-
-    def place(self, part: str) -> Path:
-        """Where a component is, for messages."""
-        ...
-
-    def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a component under diffusers' names, as views of files that are read as they are used."""
-        ...
-
-    def tokenizer(self, part: str) -> dict[str, str]:
-        """The files of a tokenizer: names and vetted text."""
-        ...
-
-
-class Folder:
-    """A base in diffusers' own format: ``model_index.json`` and a folder for each component."""
+    Args:
+        known: what is known of the base besides its files.
+    """
 
     def __init__(self, path: Path, known: Known | None = None) -> None:
         self.path, self.known = path, known
 
+    @cached_property
     def architecture(self) -> Architecture:
+        """The configs of its components, read once."""
         return architecture_at(self.path, self.known)
+
+    @abstractmethod
+    def place(self, part: str) -> Path:
+        """Where a component is, for messages."""
+
+    @abstractmethod
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a component under diffusers' names, as views of files that are read as they are used."""
+
+    @abstractmethod
+    def tokenizer(self, part: str) -> dict[str, str]:
+        """The files of a tokenizer: names and vetted text."""
+
+
+class Folder(Files):
+    """A base in diffusers' own format: ``model_index.json`` and a folder for each component."""
 
     def place(self, part: str) -> Path:
         return self.path / part

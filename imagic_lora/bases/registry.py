@@ -40,7 +40,7 @@ def architecture_of(name: str, revision: str | None = None) -> Architecture:
     """
     if name in PUBLISHED:
         return PUBLISHED[name]
-    return files_of(name, revision, configs=True).architecture()
+    return files_of(name, revision, configs=True).architecture
 
 
 def files_of(name: str, revision: str | None = None, configs: bool = False) -> Files:
@@ -123,4 +123,4 @@ def open_base(name: str, runtime: Runtime, revision: str | None = None, master_w
         name = str(files.path.resolve())  # so that an adapter finds its base again from any folder
     elif revision is None and (known := known_base(name)):
         revision = known.revision
-    return family_of(files.architecture()).load(files, name, revision, runtime, master_weights)
+    return family_of(files.architecture).load(files, name, revision, runtime, master_weights)

@@ -84,7 +84,7 @@ class StableDiffusion(Base):
             master_weights: loads the U-Net as the thing that is trained in full: in fp32 whatever the precision of the arithmetic, unless
                 the runtime asks for bf16 weights.
         """
-        built = files.architecture()
+        built = files.architecture
         master = torch.float32 if master_weights and runtime.memory.master_weights == "fp32" else runtime.dtype
 
         def helper(part: str) -> Any:

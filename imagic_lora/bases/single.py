@@ -14,9 +14,8 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor
 
-from .files import not_too_many, weights
-from .known import Known
-from .published import PUBLISHED, Architecture, architecture_at, local_place
+from .files import Files, not_too_many, weights
+from .published import PUBLISHED, local_place
 from .tokenizers import shipped_tokenizer, tokenizer_files
 from .vetting import library_on, refused
 
@@ -30,14 +29,8 @@ _MOST = 4000  # tensors of a component; the U-Net of Stable Diffusion XL has 1,6
 _OPEN_CLIP = {"text_encoder": "cond_stage_model.model.", "text_encoder_2": "conditioner.embedders.1.model."}
 
 
-class SingleFile:
+class SingleFile(Files):
     """A base in one file. diffusers knows its names; configs and tokenizer come along with this package, or are given."""
-
-    def __init__(self, path: Path, known: Known | None = None) -> None:
-        self.path, self.known = path, known
-
-    def architecture(self) -> Architecture:
-        return architecture_at(self.path, self.known)
 
     def place(self, part: str) -> Path:
         return self.path
@@ -58,7 +51,7 @@ class SingleFile:
         return found
 
     def _converted(self, part: str, held: dict[str, Tensor]) -> dict[str, Tensor]:
-        built = self.architecture()
+        built = self.architecture
         if part == "unet":
             return convert_ldm_unet_checkpoint(held, built.unet)
         if part == "vae":
@@ -74,5 +67,5 @@ class SingleFile:
         given = local_place(config) if config and config not in PUBLISHED else None
         if given:
             return tokenizer_files(given / part)
-        encoder = self.architecture().text_encoders[part.replace("tokenizer", "text_encoder")]
+        encoder = self.architecture.text_encoders[part.replace("tokenizer", "text_encoder")]
         return shipped_tokenizer("!" if encoder.get("hidden_act") == "gelu" else "<|endoftext|>")  # OpenCLIP pads with its first token

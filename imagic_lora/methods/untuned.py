@@ -25,10 +25,10 @@ class Untuned(Method):
         base = studio.base
         canvas = to_canvas(task.photo, base.resolution, base.size_multiple)
         high, wide = canvas.pixels.shape[2:]
+        sentence, empty = base.encode_text(task.text), base.null()
         for row, config in self.starts.items():
-            scale, empty = config.guidance_scale, base.null()
-            text = base.framed(base.encode_text(task.text), high, wide, scale)
-            null = None if empty is None else base.framed(empty, high, wide, scale)
+            text = base.framed(sentence, high, wide, config.guidance_scale)
+            null = None if empty is None else base.framed(empty, high, wide, config.guidance_scale)
             with metered(base) as meter:
                 (image,) = generate(base, [text], [task.seed], config, canvas, null, text)
                 yield Made(row, image, meter.price())

@@ -36,6 +36,7 @@ from imagic_lora.imagic import result
 from imagic_lora.lora import LORA_FILE
 from imagic_lora.store import Store
 
+from .bases import Canary
 from .fitted import Fitted, drawn, files, fitted, forged, in_time, verdict
 
 Change = Callable[[Path], object]
@@ -56,16 +57,6 @@ class Case:
     of: str
     change: Change
     harmless: bool | None = False
-
-
-class Canary:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.marker),)
 
 
 def pickles(marker: Path) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ demo: $(READY) ## fit and edit one shipped picture on the embedded base: outputs
 	$(BIN)/imagic-lora demo
 
 test: $(READY) ## the tests, some minutes on two cores
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(READY) ## what takes longer
 	$(BIN)/pytest -m slow

@@ -166,9 +166,9 @@ class RunConfig(Config):
 Recipe = Mapping[Mode, Mapping[str, Any]]
 
 _CRITTERS: dict[str, Any] = {  # docs/log.md holds what else was tried
-    "eta": 1.0,
+    "eta": 0.8,
     "embed": {"steps": 20, "learning_rate": 5e-2, "batch_size": 4},
-    "edit": {"guidance_scale": 3.0, "steps": 15, "start": "inverted"},
+    "edit": {"guidance_scale": 3.0, "steps": 23, "start": "inverted"},
 }
 
 RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
@@ -88,7 +89,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, module: torch.nn.Module, lr: float, decay: float = 0.999) -> None:
         self.args, self.module = args, module.to(args.device)
         self.path = args.work / f"{args.part}.pt"
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.ema = EMAModel(module.parameters(), decay=decay, use_ema_warmup=True, power=0.75)
         self.ema.to(args.device)
@@ -227,8 +228,11 @@ def latents(args: argparse.Namespace) -> np.ndarray:
 
 def train_unet(args: argparse.Namespace) -> None:
     words = tokenizer()
-    unet = UNet2DConditionModel(**UNET)
+    unet: Any = UNet2DConditionModel(**UNET)
     text = CLIPTextModel(text_config(words))
+    if args.device == "cpu":  # 1.5 times as fast there: the fused attention is slow backward
+        unet.to(memory_format=torch.channels_last).set_attn_processor(AttnProcessor())
+        text.set_attn_implementation("eager")
     scheduler: Any = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
@@ -248,7 +252,7 @@ def train_unet(args: argparse.Namespace) -> None:
         states = text(tokens(words, captions, args.device)).last_hidden_state
         predicted = unet(scheduler.add_noise(clean, noise, t), t, states).sample
         snr = compute_snr(scheduler, t)
-        weight = snr.clamp(max=5) / snr  # min-SNR, arXiv 2303.09556
+        weight = snr.clamp(max=5) / snr / snr.clamp(max=1).sqrt()  # min-SNR (arXiv 2303.09556); where noise rules, arXiv 2310.08442
         return ((predicted.float() - noise).square().mean((1, 2, 3)) * weight).mean()
 
     for step in run.train(loss_of):
@@ -352,7 +356,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the whole run (default: as shipped)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=40_000, help="size of the training set")
-    parser.add_argument("--batch", type=int, default=48, help="of the U-Net's training")
+    parser.add_argument("--batch", type=int, default=64, help="of the U-Net's training")
     parser.add_argument("--export-every", type=int, default=0, metavar="STEPS", help="write the U-Net so far into the package")
     parser.add_argument("--work", type=Path, default=Path("outputs/critters"), help="pictures, state and logs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

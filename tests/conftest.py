@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from common import KINDS, PROMPT, tiny_config
 from PIL import Image
 from tiny import save_tiny
@@ -16,6 +18,10 @@ from imagic_lora.adapter import Adapter
 from imagic_lora.config import Mode
 from imagic_lora.imagic import fit, result
 from imagic_lora.store import Store
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, and for what it starts
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

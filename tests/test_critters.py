@@ -16,7 +16,7 @@ import torch
 
 from imagic_lora.critters import ATTRIBUTES, SIZE, Scene, backdrop, caption, render, sample_caption, scene_at
 from imagic_lora.critters.judge import Judge, Sight, measured
-from imagic_lora.critters.scene import IDENTITY, Split
+from imagic_lora.critters.scene import IDENTITY, SHADES, SIZES, SPOTS, Split
 
 DOG = Scene("dog", "sitting", "brown", "grass", "hat", 0.25, 1.0, 32.0, 57.5, 1, 2, 0.75, 39.0, -0.5)
 CAT = Scene("cat", "jumping", "orange", "night", "none", -0.5, 1.125, 30.0, 58.0, -1, 3, 0.25, 36.0, 0.5)
@@ -134,9 +134,10 @@ def test_a_sampled_caption_says_only_what_is_true() -> None:
 
 
 def test_a_sampled_caption_is_made_of_known_phrases_with_the_right_article() -> None:
-    """Over 300 scenes nothing is left when the opening, the attributes and their phrases are taken out."""
-    draw, words = random.Random(1), "|".join(value for name in ("animal", "pose", "colour") for value in ATTRIBUTES[name])
-    phrases = "|".join(phrase for group in PHRASES.values() for phrase in group.values())
+    """Over 300 scenes nothing is left when the opening, the attributes, the words on the identity and their phrases are taken out."""
+    draw = random.Random(1)
+    words = "|".join((*SIZES, *SHADES, *(value for name in ("animal", "pose", "colour") for value in ATTRIBUTES[name])))
+    phrases = "|".join((*SPOTS, "facing (left|right)", *(phrase for group in PHRASES.values() for phrase in group.values())))
     for index in range(300):
         text = sample_caption(scene_at("heldout", index), draw)
         assert re.fullmatch(rf"(a photo of )?(an (?=[aeiou])|a (?![aeiou]))({words})( ({words}))*( ({phrases}))*", text), text
@@ -150,6 +151,26 @@ def test_sampled_captions_leave_out_and_keep_every_attribute() -> None:
     assert "a dog" in texts
     for name in ("pose", "colour", "place", "thing"):
         assert 120 < sum(bool(said(text)[name]) for text in texts) < 180
+
+
+@pytest.mark.parametrize(
+    ("factor", "word", "lower", "higher"),
+    [
+        ("size", "large", 1.03, 1.06),
+        ("size", "tiny", 0.92, 0.96),
+        ("shade", "pale", 0.51, 1.0),
+        ("shade", "dark", -0.49, -0.01),
+        ("spots", "with two spots", 2, 2),
+        ("facing", "facing left", -1, -1),
+    ],
+)
+def test_a_sampled_caption_tells_of_the_identity_now_and_then(factor: str, word: str, lower: float, higher: float) -> None:
+    """A word on a factor appears in about one caption in four of the scenes it is right for, and never of one it is not."""
+    draw, other = random.Random(3), {"size": 1.0, "shade": 0.2, "spots": 0, "facing": 1}[factor]
+    for value in (lower, higher):
+        texts = [sample_caption(replace(DOG, **{factor: value}), draw) for _ in range(200)]
+        assert 30 < sum(word in text for text in texts) < 70
+    assert not any(word in sample_caption(replace(DOG, **{factor: other}), draw) for _ in range(200))
 
 
 def test_a_scene_is_a_function_of_its_split_and_number() -> None:

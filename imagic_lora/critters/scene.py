@@ -1,4 +1,4 @@
-"""What a picture of the world shows: five attributes a caption can name, and an identity it cannot."""
+"""What a picture of the world shows: five attributes that a full caption names, and an identity that it leaves out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "place": PLACES,
     "thing": THINGS,
 }
-"""The attributes a caption can name, each with its values in a fixed order (the judge's class indices)."""
+"""What a full caption names, each with its values in a fixed order (the judge's class indices)."""
 
 RANGES: dict[str, tuple[float, float]] = {
     "shade": (-1, 1),
@@ -38,19 +38,22 @@ RANGES: dict[str, tuple[float, float]] = {
     "horizon": (34, 44),
     "tint": (-1, 1),
 }
-"""What a caption cannot say but for the facing: the range over which each factor is drawn evenly, the spots in whole numbers."""
+"""What a full caption leaves out but for the facing: the range over which each factor is drawn evenly, the spots in whole numbers."""
 IDENTITY: dict[str, float] = {name: (high - low) / math.sqrt(12) for name, (low, high) in RANGES.items()} | {"spots": math.sqrt(1.25)}
 """The same factors in the same order, each with its standard deviation over scenes."""
 
 WHERE = {"grass": "on the grass", "sand": "on the sand", "snow": "in the snow", "night": "at night"}
 WITH = {"none": "", "hat": "wearing a hat", "ball": "with a ball"}
+SIZES = ("tiny", "small", "large", "huge")
+SHADES = ("deep", "dark", "light", "pale")
+SPOTS = ("without spots", "with one spot", "with two spots", "with three spots")
 
 
 @dataclass(frozen=True)
 class Scene:
     """One picture of the world, in full.
 
-    The first five fields are what a caption can say. The others are the identity, which an edit must keep:
+    The first five fields are what a full caption says. The others are the identity, which an edit must keep:
 
     Args:
         shade: lightness within the colour, -1 (darker) to 1 (lighter).
@@ -132,19 +135,31 @@ def article(word: str) -> str:
 
 
 def sample_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption as a person might write it: phrases left out at random, the pose before or after the animal.
+    """A caption as a person might write it: phrases left out at random, the pose before or after the animal, now and then a word on the
+    identity, as in ``a small pale brown dog sitting with two spots facing left on the grass``.
 
-    Half of the captions are complete; the others keep each of colour, pose, place and thing with probability one half, so that
-    short prompts work too.
+    Half of the captions tell all attributes; the others keep each of colour, pose, place and thing with probability one half, so that
+    short prompts work too. Half say nothing of the identity; the others tell each of shade, size, spots and facing with probability one
+    half.
     """
-    keep = dict.fromkeys(("colour", "pose", "place", "thing"), True)
+    tell = dict.fromkeys(("colour", "pose", "place", "thing"), True)
     if rng.random() < 0.5:
-        keep = {name: rng.random() < 0.5 for name in keep}
-    colour = [scene.colour] if keep["colour"] else []
-    pose = [scene.pose] if keep["pose"] else []
+        tell = {name: rng.random() < 0.5 for name in tell}
+    spoken = rng.random() < 0.5
+    tell |= {name: spoken and rng.random() < 0.5 for name in ("size", "shade", "spots", "facing")}
+    said = {"size": _level(scene, "size", SIZES), "shade": _level(scene, "shade", SHADES), "colour": scene.colour, "pose": scene.pose}
     before = rng.random() < 0.3
-    words = [*(pose if before else []), *colour, scene.animal, *([] if before else pose)]
+    order = ["pose", "size", "shade", "colour"] if before else ["size", "shade", "colour"]
+    words = [*(said[name] for name in order if tell[name]), scene.animal, *([said["pose"]] if tell["pose"] and not before else [])]
     opening = "a photo of " if rng.random() < 0.2 else ""
-    tail = [WHERE[scene.place]] if keep["place"] else []
-    tail += [WITH[scene.thing]] if keep["thing"] and scene.thing != "none" else []
+    tail = [SPOTS[scene.spots]] if tell["spots"] else []
+    tail += ["facing " + ("right" if scene.facing > 0 else "left")] if tell["facing"] else []
+    tail += [WHERE[scene.place]] if tell["place"] else []
+    tail += [WITH[scene.thing]] if tell["thing"] and scene.thing != "none" else []
     return " ".join([f"{opening}{article(words[0])}", *words, *tail])
+
+
+def _level(scene: Scene, name: str, words: tuple[str, ...]) -> str:
+    """The word for a factor's part of its range."""
+    low, high = RANGES[name]
+    return words[min(int((getattr(scene, name) - low) / (high - low) * len(words)), len(words) - 1)]

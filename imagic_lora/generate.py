@@ -100,7 +100,8 @@ def _batch(
     if config.start == "image":
         pipe = base.pipeline("image2image")
         clean = base.encode_image(canvas.pixels).to(base.runtime.dtype)
-        arguments |= {"image": clean.expand(batch, -1, -1, -1), "strength": config.strength}
+        image = clean if clean.shape[1] == 4 else canvas.pixels / 2 + 0.5  # pipelines know latents by their 4 channels, others they make
+        arguments |= {"image": image.expand(batch, -1, -1, -1), "strength": config.strength}
     else:
         pipe = base.pipeline("text2image") if noise is None else _with_sampler(base, DDIMScheduler)
         start = None if noise is None else noise.expand(batch, -1, -1, -1)

@@ -346,7 +346,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
     "vae": (train_vae, 6500),
     "judge": (train_judge, 5000),
     "clip": (train_clip, 1000),
-    "unet": (train_unet, 4600),
+    "unet": (train_unet, 6000),
 }
 
 
@@ -355,7 +355,7 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--steps", type=int, help="of the whole run (default: as shipped)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=40_000, help="size of the training set")
+    parser.add_argument("--pictures", type=int, default=80_000, help="size of the training set")
     parser.add_argument("--batch", type=int, default=64, help="of the U-Net's training")
     parser.add_argument("--export-every", type=int, default=0, metavar="STEPS", help="write the U-Net so far into the package")
     parser.add_argument("--work", type=Path, default=Path("outputs/critters"), help="pictures, state and logs")

@@ -73,6 +73,17 @@ def test_from_inverted_noise_comes_the_photo() -> None:
     assert psnr(back, shown) > 25 > psnr(other, shown)
 
 
+def test_from_a_hardly_noised_photo_comes_the_photo() -> None:
+    """Start image, whose latents have eight channels here and not four: near at a strength of 0.1, another picture at 1."""
+    base, scene = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[0]
+    canvas, text = to_canvas(render(scene), 64, 8), base.encode_text(caption(scene))
+    shown = to_image(base.decode(base.encode_image(canvas.pixels))[0])
+    weak = EditConfig(steps=20, guidance_scale=1.0, start="image", strength=0.1)
+    strong = weak.model_copy(update={"strength": 1.0})
+    near, far = (next(generate(base, [text], [0], config, canvas, None, text)) for config in (weak, strong))
+    assert psnr(near, shown) > 22 > psnr(far, shown)
+
+
 def test_clip_prefers_the_true_caption() -> None:
     """A picture fits its own caption better than one of another place, nearly always."""
     alignment = CritterAlignment.load()

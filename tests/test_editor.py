@@ -467,7 +467,7 @@ def counted(base: Base) -> tuple[int, int]:
 def test_swaps_are_fast_and_memory_does_not_grow() -> None:
     """On the embedded base: 200 swaps of its two examples take at most 20 ms in the median, and leave no tensor, module or megabyte."""
     store, editor = Store(EXAMPLES), Editor(opened(Path("critters")))
-    adapters, before = [store.read(name) for name in ("rex-jumps", "mia-at-night")], weights(editor.base.denoiser)
+    adapters, before = [store.read(name) for name in ("rex-jumps", "mia-wears-a-hat")], weights(editor.base.denoiser)
     for adapter in adapters:
         editor.wear(adapter)
     found, memory, seconds = counted(editor.base), psutil.Process().memory_info().rss, []

@@ -95,7 +95,7 @@ def test_clip_prefers_the_true_caption() -> None:
     assert wins >= 15
 
 
-@pytest.mark.parametrize("name", ["rex-jumps", "mia-at-night"])
+@pytest.mark.parametrize("name", ["rex-jumps", "mia-wears-a-hat"])
 def test_an_example_adapter_works_right_after_installation(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """edit writes the single pictures and one labelled sheet; the adapter belongs to the base that ships."""
     assert Store(EXAMPLES).read(name).size <= 2e6

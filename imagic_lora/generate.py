@@ -99,8 +99,10 @@ def _batch(
     }
     if config.start == "image":
         pipe = base.pipeline("image2image")
-        clean = base.encode_image(canvas.pixels).to(base.runtime.dtype)
-        image = clean if clean.shape[1] == 4 else canvas.pixels / 2 + 0.5  # pipelines know latents by their 4 channels, others they make
+        if base.architecture.vae["latent_channels"] == 4:
+            image = base.encode_image(canvas.pixels).to(base.runtime.dtype)
+        else:  # pipelines know latents by their 4 channels; what has others they encode themselves
+            image = canvas.pixels / 2 + 0.5
         arguments |= {"image": image.expand(batch, -1, -1, -1), "strength": config.strength}
     else:
         pipe = base.pipeline("text2image") if noise is None else _with_sampler(base, DDIMScheduler)

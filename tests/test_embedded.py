@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
 
 from imagic_lora import cli
 from imagic_lora.bases.known import CRITTERS
@@ -62,25 +63,27 @@ def test_plain_diffusers_samples_what_the_prompt_says() -> None:
     assert sum(one.attributes["pose"] == scene.pose for one, scene in zip(seen, asked, strict=True)) >= 9
 
 
-def test_from_inverted_noise_comes_the_photo() -> None:
-    """Without guidance and at its own caption: within 25 dB of what the VAE can show, where noise of its own gives another picture."""
+def unguided(*configs: EditConfig) -> list[Image.Image]:
+    """What the VAE can show of a held-out picture, and what comes of its own caption at each of some settings, nothing fitted."""
     base, scene = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[0]
     canvas, text = to_canvas(render(scene), 64, 8), base.encode_text(caption(scene))
     shown = to_image(base.decode(base.encode_image(canvas.pixels))[0])
+    return [shown, *(next(generate(base, [text], [0], config, canvas, None, text)) for config in configs)]
+
+
+def test_from_inverted_noise_comes_the_photo() -> None:
+    """Without guidance and at its own caption: within 25 dB of what the VAE can show, where noise of its own gives another picture."""
     plain = EditConfig(steps=30, guidance_scale=1.0)
     inverted = plain.model_copy(update={"start": "inverted"})
-    back, other = (next(generate(base, [text], [0], config, canvas, None, text)) for config in (inverted, plain))
+    shown, back, other = unguided(inverted, plain)
     assert psnr(back, shown) > 25 > psnr(other, shown)
 
 
 def test_from_a_hardly_noised_photo_comes_the_photo() -> None:
     """Start image, whose latents have eight channels here and not four: near at a strength of 0.1, another picture at 1."""
-    base, scene = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[0]
-    canvas, text = to_canvas(render(scene), 64, 8), base.encode_text(caption(scene))
-    shown = to_image(base.decode(base.encode_image(canvas.pixels))[0])
     weak = EditConfig(steps=20, guidance_scale=1.0, start="image", strength=0.1)
     strong = weak.model_copy(update={"strength": 1.0})
-    near, far = (next(generate(base, [text], [0], config, canvas, None, text)) for config in (weak, strong))
+    shown, near, far = unguided(weak, strong)
     assert psnr(near, shown) > 22 > psnr(far, shown)
 
 

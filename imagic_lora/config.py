@@ -78,8 +78,9 @@ class EditConfig(Config):
     ddim_eta: float = Field(default=0.0, ge=0, le=1)
     """Noise that DDIM adds on its way; 0 is deterministic. Not the eta of Imagic."""
     start: Literal["noise", "image", "inverted"] = "noise"
-    """noise samples from scratch; image starts from the photo, noised by strength; inverted from the very noise that gives the photo back
-    (DDIM inversion), which keeps place and surroundings best and makes the seed meaningless."""
+    """noise samples from scratch; image starts from the photo, noised by strength; inverted from the very noise that gives the photo back,
+    which keeps place and surroundings best: DDIM run backwards where ddim_eta is 0, so that the seed has no say, or else noise by the seed,
+    with what every step has to add to lead to the photo (edit-friendly inversion), which lets more be changed."""
     strength: float = Field(default=0.8, gt=0, le=1)
     """How much of the photo is noised away with start image: 1 is all of it."""
     batch_size: int = Field(default=4, ge=1, le=256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .conditioning import Conditioning, concatenate
 from .config import EditConfig
 from .errors import ImagicError
 from .images import Canvas, to_image
+from .samplers import Retracing, Tracing
 
 
 def generate(
@@ -43,9 +45,14 @@ def generate(
             holds NaN.
     """
     refuse_no_steps(config)
-    noise = inverted(base, canvas, source, config) if config.start == "inverted" else None
+
+    @cache
+    def of_photo(seed: int) -> tuple[Tensor, ...]:
+        return traced(base, canvas, source, config, seed) if config.ddim_eta else (inverted(base, canvas, source, config),)
+
     for start in range(0, len(seeds), config.batch_size):
         part = slice(start, start + config.batch_size)
+        noise = [of_photo(seed if config.ddim_eta else 0) for seed in seeds[part]] if config.start == "inverted" else None
         pixels = _batch(base, concatenate(list(conditionings[part])), list(seeds[part]), config, canvas, null, noise)
         if pixels.isnan().any():
             raise ImagicError("a generated picture holds NaN", "numbers", "try --dtype fp32 or bf16")
@@ -80,15 +87,49 @@ def inverted(base: Base, canvas: Canvas, source: Conditioning, config: EditConfi
     4.3), at the conditioning that stands for the photo."""
     backwards = _with_sampler(base, DDIMInverseScheduler)
     clean = base.encode_image(canvas.pixels).to(base.runtime.dtype)
+    return _latents(base, backwards, _at_photo(base, canvas, source, config, clean))
+
+
+def traced(base: Base, canvas: Canvas, source: Conditioning, config: EditConfig, seed: int) -> tuple[Tensor, ...]:
+    """The noise with which DDIM that adds some comes back to the photo: edit-friendly inversion (arXiv 2304.06140, equations 5 and 6).
+
+    The photo is noised to the level of every step, each time anew; what a step has to add to get from one level to the next is kept.
+
+    Args:
+        source: the conditioning that stands for the photo.
+        seed: of the noise; other noise leads to the same photo, and to another edit.
+
+    Returns:
+        The latents before the first step, then what each step adds, all ``[1, C, h, w]``.
+    """
+    along = _with_sampler(base, Tracing)
+    sampler: Any = along.scheduler
+    sampler.set_timesteps(config.steps)
+    clean = base.encode_image(canvas.pixels)
+    draws = torch.randn(config.steps, *clean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clean)
+    noised = sampler.add_noise(clean.expand_as(draws), draws, sampler.timesteps)
+    sampler.path, sampler.added = torch.cat([noised, clean]).to(base.runtime.dtype)[:, None], []
+    _latents(base, along, _at_photo(base, canvas, source, config, sampler.path[0]) | {"eta": config.ddim_eta})
+    return sampler.path[0], *sampler.added
+
+
+def _at_photo(base: Base, canvas: Canvas, source: Conditioning, config: EditConfig, latents: Tensor) -> dict[str, Any]:
+    """What a pipeline is told to go from such latents without guidance, at the conditioning that stands for the photo."""
     high, wide = canvas.pixels.shape[2:]
-    how = {"height": high, "width": wide, "latents": clean, "num_inference_steps": config.steps}
-    return _latents(base, backwards, _spoken(base, source, None) | how | {"guidance_scale": _scale(base, config, guided=False)})
+    how = {"height": high, "width": wide, "latents": latents, "num_inference_steps": config.steps}
+    return _spoken(base, source, None) | how | {"guidance_scale": _scale(base, config, guided=False)}
 
 
 def _batch(
-    base: Base, text: Conditioning, seeds: list[int], config: EditConfig, canvas: Canvas, null: Conditioning | None, noise: Tensor | None
+    base: Base,
+    text: Conditioning,
+    seeds: list[int],
+    config: EditConfig,
+    canvas: Canvas,
+    null: Conditioning | None,
+    noise: list[tuple[Tensor, ...]] | None,
 ) -> Tensor:
-    """Pixels in [0, 1], ``[B, 3, H, W]``."""
+    """Pixels in [0, 1], ``[B, 3, H, W]``; from noise of the photo where there is some, for each picture as of :func:`traced`."""
     batch = len(seeds)
     guided = null is not None and config.guidance_scale > 1
     arguments: dict[str, Any] = _spoken(base, text, null.expand(batch) if null is not None and guided else None) | {
@@ -105,8 +146,10 @@ def _batch(
             image = canvas.pixels / 2 + 0.5
         arguments |= {"image": image.expand(batch, -1, -1, -1), "strength": config.strength}
     else:
-        pipe = base.pipeline("text2image") if noise is None else _with_sampler(base, DDIMScheduler)
-        start = None if noise is None else noise.expand(batch, -1, -1, -1)
+        pipe, start = base.pipeline("text2image"), None
+        if noise is not None:
+            pipe = _with_sampler(base, Retracing if config.ddim_eta else DDIMScheduler)
+            start, *pipe.scheduler.added = (torch.cat(each) for each in zip(*noise, strict=True))
         arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3], "latents": start}
     if config.ddim_eta and "eta" not in inspect.signature(pipe.scheduler.step).parameters:  # pyright: ignore[reportAttributeAccessIssue]
         got = f"ddim_eta {config.ddim_eta:g} with a sampler of kind {type(pipe.scheduler).__name__}"  # pyright: ignore[reportAttributeAccessIssue]

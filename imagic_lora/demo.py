@@ -17,9 +17,9 @@ from .imagic import fit, open_for
 from .stages.stage import StepReport
 from .store import Store
 
-SCENE = 27
+SCENE = 45
 CHANGE = {"pose": "jumping"}
-ETAS = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+ETAS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def run_demo(out: Path, shown: Callable[[Generator[StepReport, None, Adapter | None], RunConfig], Adapter | None]) -> Path:

@@ -24,7 +24,7 @@ from torch.nn import Parameter
 
 from imagic_lora.bases.base import Base
 from imagic_lora.bench.cases import Case, case_at
-from imagic_lora.bench.catalogue import defaults
+from imagic_lora.bench.catalogue import budgeted, defaults
 from imagic_lora.bench.scores import Scorer
 from imagic_lora.bench.summary import bootstrapped
 from imagic_lora.conditioning import Conditioning, interpolate
@@ -54,7 +54,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "rank 16": {"tune": {"rank": 16}},
     "min-SNR 5": {},
     "joint": {},
-    "joint, half the steps": {"embed": {"steps": 10}, "tune": {"steps": 5}},
+    "joint, half the steps": {stage: {"steps": getattr(budgeted("lora", 0.5), stage).steps} for stage in ("embed", "tune")},
+    "DDIM inversion": {"edit": {"ddim_eta": 0.0}},
+    "from noise": {"edit": {"start": "noise"}},
+    "batch 4, a quarter of the steps": {
+        stage: {"batch_size": 4, "steps": getattr(quarter, stage).steps, "learning_rate": getattr(quarter, stage).learning_rate}
+        for quarter in [budgeted("lora", 0.25)]
+        for stage in ("embed", "tune")
+    },
 }
 SCORES = {"aligned": 100, "attributes": 100, "success": 100, "psnr": 1}  # per cent, and dB to the true edit
 

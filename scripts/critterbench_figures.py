@@ -2,7 +2,7 @@
 
 ``critterbench.png`` shows the first cases of a run of ``imagic-lora bench critters`` by several methods, ``critterbench-cost.png`` what
 every method reaches for what it costs, and what imagic-lora reaches with less and with more steps of both stages (run here, on cases of a
-seed that claims nothing).
+seed that claims nothing). The tables of the run are printed as Markdown.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from imagic_lora.bench.cases import case_at
-from imagic_lora.bench.catalogue import defaults
+from imagic_lora.bench.catalogue import budgeted
 from imagic_lora.bench.critters import Bench
+from imagic_lora.bench.page import Table, tables
 from imagic_lora.bench.summary import summarise
 from imagic_lora.images import sheet
 from imagic_lora.methods.fitted import Imagic
@@ -37,12 +38,8 @@ def first_cases(folder: Path, seed: int, count: int) -> Image.Image:
 
 
 def budgets(folder: Path, times: list[float], seed: int, cases: int, workers: int) -> dict[str, Any]:
-    """The summary of imagic-lora with so many times its steps in both stages."""
-    config = defaults("lora")
-    methods = []
-    for factor in times:
-        steps = {stage: max(1, round(getattr(config, stage).steps * factor)) for stage in ("embed", "tune")}
-        methods.append(Imagic(f"steps x{factor:g}", defaults("lora", {stage: {"steps": count} for stage, count in steps.items()})))
+    """The summary of imagic-lora with so many times its steps in both stages, at rates divided by as many."""
+    methods = [Imagic(f"steps x{factor:g}", budgeted("lora", factor)) for factor in times]
     bench = Bench(seed, cases, methods, folder)
     return summarise(bench, list(bench.results(workers)))
 
@@ -67,6 +64,12 @@ def cost(summary: dict[str, Any], ours: dict[str, Any], note: str) -> Any:
     return figure
 
 
+def markdown(table: Table) -> str:
+    """A table as it is in docs/critterbench.md."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def _point(axis: Any, row: dict[str, Any], measure: str, name: str) -> None:
     mean, low, high = (100 * row[measure][key] for key in ("mean", "low", "high"))
     axis.errorbar(row["cost"]["evaluations"], mean, yerr=[[mean - low], [high - mean]], fmt="o", capsize=3, alpha=0.8, label=name)
@@ -82,6 +85,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     summary = json.loads((args.bench / "summary.json").read_text(encoding="utf-8"))
+    for title, table in tables(summary).items():
+        print(f"{title}\n\n{markdown(table)}\n")
     first_cases(args.bench, summary["seed"], args.rows).save(DOCS / "critterbench.png")
     ours = budgets(args.bench / "budgets", args.times, args.seed, args.cases, args.workers)
     note = f"imagic-lora, steps x\n{', '.join(f'{factor:g}' for factor in args.times)}\n({args.cases} cases of seed {args.seed})"

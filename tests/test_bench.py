@@ -25,12 +25,12 @@ import imagic_lora.bench.critters as critters
 import imagic_lora.bench.page as page
 from imagic_lora import cli
 from imagic_lora.bench.cases import KINDS, Case, Kind, case_at
-from imagic_lora.bench.catalogue import CATALOGUE, chosen
+from imagic_lora.bench.catalogue import CATALOGUE, budgeted, chosen, defaults
 from imagic_lora.bench.critters import Bench, Result
 from imagic_lora.bench.page import tables, write_page
 from imagic_lora.bench.scores import SAME, Score, Scorer, drift
 from imagic_lora.bench.summary import bootstrapped, summarise
-from imagic_lora.config import RECIPES
+from imagic_lora.config import RECIPES, Mode, RunConfig
 from imagic_lora.critters import ATTRIBUTES, backdrop, render
 from imagic_lora.critters.judge import Judge, Sight
 from imagic_lora.critters.scene import IDENTITY, Scene
@@ -785,6 +785,28 @@ def test_an_unknown_method_is_refused(names: str) -> None:
         chosen(names)
     assert all(name in caught.value.expected for name in CATALOGUE)
     assert names.split(",")[-1] in caught.value.got
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_ours_takes_a_tenth_of_the_reference(mode: Mode) -> None:
+    """Of its passes through the denoiser, the edit included."""
+    (theirs,) = chosen("reference")
+    assert isinstance(theirs, Imagic)
+    assert passes(defaults(mode)) <= 0.1 * passes(theirs.config)
+
+
+def test_another_budget_goes_as_long_a_way() -> None:
+    """Twice the steps at half the rates, in both stages, and nothing else."""
+    usual, twice = defaults("full"), budgeted("full", 2)
+    assert twice.embed == usual.embed.model_copy(update={"steps": 2 * usual.embed.steps, "learning_rate": usual.embed.learning_rate / 2})
+    assert twice.tune == usual.tune.model_copy(update={"steps": 2 * usual.tune.steps, "learning_rate": usual.tune.learning_rate / 2})
+    assert twice.model_copy(update={"embed": usual.embed, "tune": usual.tune}) == usual
+
+
+def passes(config: RunConfig) -> int:
+    """Through the denoiser, of one sample: forward and backward in training, twice a guided step, once a step of an inversion."""
+    training = 2 * sum(stage.steps * stage.batch_size for stage in (config.embed, config.tune))
+    return training + config.edit.steps * (3 if config.edit.start == "inverted" else 2)
 
 
 def test_ours_run_with_the_recipe_of_the_embedded_base() -> None:

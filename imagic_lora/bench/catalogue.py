@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import RECIPES, Mode, RunConfig, read_yaml, resolve
+from ..config import RECIPES, EditConfig, Mode, RunConfig, read_yaml, resolve
 from ..errors import ImagicError
 from ..methods.bounds import Bounds
 from ..methods.fitted import Imagic
@@ -20,6 +20,21 @@ STRENGTHS = (0.5, 0.65, 0.8, 0.9)
 def defaults(mode: Mode, changes: Mapping[str, Any] | None = None) -> RunConfig:
     """The settings of a run on the embedded base, with the recipe of a mode and some changes."""
     return resolve({"base": "critters", "tune": {"mode": mode}}, changes or {}, RECIPES["critters"])
+
+
+def budgeted(mode: Mode, times: float) -> RunConfig:
+    """The defaults with so many times the steps of both stages, at rates divided by as many: as long a way by other steps."""
+    config = defaults(mode)
+    changes: dict[str, Any] = {}
+    for stage in ("embed", "tune"):
+        usual = getattr(config, stage)
+        changes[stage] = {"steps": max(1, round(usual.steps * times)), "learning_rate": usual.learning_rate / times}
+    return defaults(mode, changes)
+
+
+def untuned() -> EditConfig:
+    """The sampler of the defaults where nothing is fitted: it adds no noise, at a guidance at which the base follows a sentence well."""
+    return defaults("lora").edit.model_copy(update={"ddim_eta": 0.0, "guidance_scale": 3.0})
 
 
 def reference(name: str, file: str) -> Imagic:
@@ -36,8 +51,8 @@ def reference(name: str, file: str) -> Imagic:
 
 CATALOGUE: dict[str, Callable[[], Method]] = {
     "bounds": Bounds,
-    "prompt-only": lambda: prompt_only(defaults("lora").edit),
-    "sdedit": lambda: sdedit(defaults("lora").edit, STRENGTHS),
+    "prompt-only": lambda: prompt_only(untuned()),
+    "sdedit": lambda: sdedit(untuned(), STRENGTHS),
     "imagic-lora": lambda: Imagic("imagic-lora", defaults("lora"), embedding=True),
     "imagic-full": lambda: Imagic("imagic-full", defaults("full")),
     "reference": lambda: reference("reference", "reference-imagic.yaml"),

@@ -111,12 +111,12 @@ def test_both_stages_train_all_that_they_should(place: Place, fit_on: Fit, famil
     assert all(loss > 0 for loss in steps)
 
 
-@pytest.mark.parametrize("start", ["noise", "image", "inverted"])
+@pytest.mark.parametrize(("start", "ddim_eta"), [("noise", 0.0), ("image", 0.0), ("inverted", 0.0), ("inverted", 1.0)])
 @pytest.mark.parametrize("family", ["sdxl", "lcm"])
-def test_every_start_makes_pictures_of_the_photos_size(place: Place, fit_on: Fit, family: str, start: Any) -> None:
-    """From noise, from the photo, from its own noise; and eta and seed tell."""
+def test_every_start_makes_pictures_of_the_photos_size(place: Place, fit_on: Fit, family: str, start: Any, ddim_eta: float) -> None:
+    """From noise, from the photo, from its own noise at the start and at every step; and eta tells."""
     adapter = fit_on(family, "lora")
-    config = EditConfig(steps=4, guidance_scale=3.0, start=start, ddim_eta=0.0)
+    config = EditConfig(steps=4, guidance_scale=3.0, start=start, ddim_eta=ddim_eta)
     pictures = [one.image for one in Editor(open_family(place, family)).edit(adapter, [0.0, 1.0], [0], config)]
     assert {picture.size for picture in pictures} == {adapter.canvas().size}
     assert (array(pictures[0]) != array(pictures[1])).any()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -45,14 +45,13 @@ def generate(
             holds NaN.
     """
     refuse_no_steps(config)
-
-    @cache
-    def of_photo(seed: int) -> tuple[Tensor, ...]:
-        return traced(base, canvas, source, config, seed) if config.ddim_eta else (inverted(base, canvas, source, config),)
-
+    of_photo = None
+    if config.start == "inverted":
+        clean = base.encode_image(canvas.pixels)
+        of_photo = cache(partial(traced if config.ddim_eta else inverted, base, canvas, clean, source, config))
     for start in range(0, len(seeds), config.batch_size):
         part = slice(start, start + config.batch_size)
-        noise = [of_photo(seed if config.ddim_eta else 0) for seed in seeds[part]] if config.start == "inverted" else None
+        noise = [of_photo(seed) for seed in seeds[part]] if of_photo else None
         pixels = _batch(base, concatenate(list(conditionings[part])), list(seeds[part]), config, canvas, null, noise)
         if pixels.isnan().any():
             raise ImagicError("a generated picture holds NaN", "numbers", "try --dtype fp32 or bf16")
@@ -82,20 +81,20 @@ def refuse_steps(base: Base, config: EditConfig) -> None:
         raise ImagicError(got, "as many as it has", "use other --steps") from error
 
 
-def inverted(base: Base, canvas: Canvas, source: Conditioning, config: EditConfig) -> Tensor:
-    """The noise from which DDIM without guidance comes back to the photo, ``[1, C, h, w]``: DDIM run backwards (arXiv 2010.02502, section
-    4.3), at the conditioning that stands for the photo."""
+def inverted(base: Base, canvas: Canvas, clean: Tensor, source: Conditioning, config: EditConfig, seed: int = 0) -> tuple[Tensor]:
+    """The noise from which DDIM without guidance comes back to the photo: DDIM run backwards (arXiv 2010.02502, section 4.3), at the
+    conditioning that stands for the photo. Takes and returns what :func:`traced` does; the seed has no say, and no step adds anything."""
     backwards = _with_sampler(base, DDIMInverseScheduler)
-    clean = base.encode_image(canvas.pixels).to(base.runtime.dtype)
-    return _latents(base, backwards, _at_photo(base, canvas, source, config, clean))
+    return (_latents(base, backwards, _at_photo(base, canvas, source, config, clean.to(base.runtime.dtype))),)
 
 
-def traced(base: Base, canvas: Canvas, source: Conditioning, config: EditConfig, seed: int) -> tuple[Tensor, ...]:
+def traced(base: Base, canvas: Canvas, clean: Tensor, source: Conditioning, config: EditConfig, seed: int) -> tuple[Tensor, ...]:
     """The noise with which DDIM that adds some comes back to the photo: edit-friendly inversion (arXiv 2304.06140, equations 5 and 6).
 
     The photo is noised to the level of every step, each time anew; what a step has to add to get from one level to the next is kept.
 
     Args:
+        clean: the photo's latents, ``[1, C, h, w]``.
         source: the conditioning that stands for the photo.
         seed: of the noise; other noise leads to the same photo, and to another edit.
 
@@ -105,7 +104,6 @@ def traced(base: Base, canvas: Canvas, source: Conditioning, config: EditConfig,
     along = _with_sampler(base, Tracing)
     sampler: Any = along.scheduler
     sampler.set_timesteps(config.steps)
-    clean = base.encode_image(canvas.pixels)
     draws = torch.randn(config.steps, *clean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clean)
     noised = sampler.add_noise(clean.expand_as(draws), draws, sampler.timesteps)
     sampler.path, sampler.added = torch.cat([noised, clean]).to(base.runtime.dtype)[:, None], []

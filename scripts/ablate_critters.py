@@ -28,7 +28,7 @@ from imagic_lora.bench.catalogue import budgeted, defaults
 from imagic_lora.bench.scores import Scorer
 from imagic_lora.bench.summary import bootstrapped
 from imagic_lora.conditioning import Conditioning, interpolate
-from imagic_lora.config import RunConfig
+from imagic_lora.config import RunConfig, merged
 from imagic_lora.console import quiet_loading
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
@@ -44,6 +44,7 @@ from imagic_lora.runtime import Processes, key
 from imagic_lora.stages.stage import Stage, train
 from imagic_lora.store import Store
 
+PACE = {"steps", "learning_rate"}
 CPU = {"memory": {"device": "cpu", "dtype": "fp32"}}
 CHANGES: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -54,14 +55,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "rank 16": {"tune": {"rank": 16}},
     "min-SNR 5": {},
     "joint": {},
-    "joint, half the steps": {stage: {"steps": getattr(budgeted("lora", 0.5), stage).steps} for stage in ("embed", "tune")},
+    "joint, half the steps": budgeted("lora", 0.5).model_dump(include={"embed": {"steps"}, "tune": {"steps"}}),
     "DDIM inversion": {"edit": {"ddim_eta": 0.0}},
     "from noise": {"edit": {"start": "noise"}},
-    "batch 4, a quarter of the steps": {
-        stage: {"batch_size": 4, "steps": getattr(quarter, stage).steps, "learning_rate": getattr(quarter, stage).learning_rate}
-        for quarter in [budgeted("lora", 0.25)]
-        for stage in ("embed", "tune")
-    },
+    "batch 4, a quarter of the steps": merged(
+        budgeted("lora", 0.25).model_dump(include={"embed": PACE, "tune": PACE}), {"embed": {"batch_size": 4}, "tune": {"batch_size": 4}}
+    ),
 }
 SCORES = {"aligned": 100, "attributes": 100, "success": 100, "psnr": 1}  # per cent, and dB to the true edit
 

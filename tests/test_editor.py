@@ -177,8 +177,9 @@ def test_the_inverted_noise_is_ddim_backwards(folders: dict[str, Path], fitted: 
     """As the equations have it."""
     base, adapter = opened(folders[kind]), fitted("lora", 0, kind)
     canvas, source = adapter.canvas(), adapter.embeddings()["optimised"]
-    expected = inverted_by_hand(base, base.encode_image(canvas.pixels), source, 10)
-    torch.testing.assert_close(inverted(base, canvas, source, EditConfig(steps=10)).double(), expected, rtol=1e-3, atol=1e-3)
+    clean = base.encode_image(canvas.pixels)
+    (found,) = inverted(base, canvas, clean, source, EditConfig(steps=10))
+    torch.testing.assert_close(found.double(), inverted_by_hand(base, clean, source, 10), rtol=1e-3, atol=1e-3)
 
 
 def traced_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int, eta: float, seed: int) -> list[Tensor]:
@@ -208,8 +209,9 @@ def test_the_traced_noise_is_what_the_steps_lack(folders: dict[str, Path], fitte
     """As the equations have it."""
     base, adapter = opened(folders[kind]), fitted("lora", 0, kind)
     canvas, source = adapter.canvas(), adapter.embeddings()["optimised"]
-    expected = traced_by_hand(base, base.encode_image(canvas.pixels), source, 10, ddim_eta, 3)
-    found = traced(base, canvas, source, EditConfig(steps=10, ddim_eta=ddim_eta), 3)
+    clean = base.encode_image(canvas.pixels)
+    expected = traced_by_hand(base, clean, source, 10, ddim_eta, 3)
+    found = traced(base, canvas, clean, source, EditConfig(steps=10, ddim_eta=ddim_eta), 3)
     torch.testing.assert_close(torch.stack(found).double(), torch.stack(expected), rtol=1e-3, atol=1e-3)
 
 

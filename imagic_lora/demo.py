@@ -17,7 +17,7 @@ from .imagic import fit, open_for
 from .stages.stage import StepReport
 from .store import Store
 
-SCENE = 117
+SCENE = 45
 CHANGE = {"pose": "jumping"}
 ETAS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

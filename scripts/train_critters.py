@@ -12,7 +12,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,9 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from imagic_lora.critters import ATTRIBUTES, SIZE, Scene, full_caption, render, sample_caption, scene_at
+from imagic_lora.critters import ATTRIBUTES, SIZE, render, sample_caption, scene_at
 from imagic_lora.critters.judge import FACINGS, Judge, measured
-from imagic_lora.critters.scene import IDENTITY, RANGES
+from imagic_lora.critters.scene import IDENTITY
 
 DATA = Path(__file__).parent.parent / "imagic_lora" / "data" / "critters"
 VAE: dict[str, Any] = {
@@ -47,8 +46,6 @@ VAE: dict[str, Any] = {
     "norm_num_groups": 8,
     "sample_size": SIZE,
 }
-MOVED = {"shade": 1, "size": 1, "x": 4, "y": 1, "spots": 3, "sun": 2, "horizon": 2, "tint": 1, "facing": 2}
-"""How often the scenes of a group differ in each factor: more often where the caption is slow to be heard."""
 UNET: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 8,
@@ -61,44 +58,20 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 4,
     "norm_num_groups": 16,
 }
-GROUP = 4  # neighbours in the U-Net's training set, which differ in one or two factors of the identity
-LOUD_FROM, LOUD_WEIGHT = 0.5, 0.2  # the half of a batch that is told all: where its timesteps begin, and the weight of its loss in latents
 VAE_NOISE = 0.1  # standard deviation that the decoder learns to bear, and the encoder to declare
 
 
-def neighbour(index: int) -> Scene:
-    """Training scene number ``index`` of the U-Net: the first of a group is one of its own, the others differ from it in one or two factors
-    of the identity, each moved by half of its range (around its end), so that every factor still is drawn evenly."""
-    scene, rng = scene_at("train", index // GROUP), random.Random(f"critters/neighbour/{index}")
-    if index % GROUP == 0:
-        return scene
-    moved: dict[str, Any] = {}
-    for name in rng.choices(tuple(MOVED), tuple(MOVED.values()), k=rng.choice((1, 2))):
-        if name == "facing":
-            moved[name] = -scene.facing
-        elif name == "spots":
-            moved[name] = (scene.spots + 2) % 4
-        else:
-            low, high = RANGES[name]
-            moved[name] = low + (getattr(scene, name) - low + (high - low) / 2) % (high - low)
-    return replace(scene, **moved)
-
-
-def drawn(index: int) -> np.ndarray:
+def picture(index: int) -> np.ndarray:
     return np.asarray(render(scene_at("train", index)))
 
 
-def drawn_neighbour(index: int) -> np.ndarray:
-    return np.asarray(render(neighbour(index)))
-
-
-def pictures(work: Path, count: int, draw: Callable[[int], np.ndarray] = drawn) -> np.ndarray:
+def pictures(work: Path, count: int) -> np.ndarray:
     """The first ``count`` training pictures, ``[count, 64, 64, 3]`` uint8, drawn once and kept in a file."""
-    path = work / f"{draw.__name__}-{count}.npy"
+    path = work / f"pictures-{count}.npy"
     if not path.exists():
         array = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", np.uint8, (count, SIZE, SIZE, 3))
         with Pool() as pool:
-            for k, one in enumerate(pool.imap(draw, range(count), chunksize=256)):
+            for k, one in enumerate(pool.imap(picture, range(count), chunksize=256)):
                 array[k] = one
         array.flush()
         path.with_suffix(".part").rename(path)
@@ -239,23 +212,12 @@ def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def adopt(model: Any, words: CLIPTokenizer, other: Any, folder: Path) -> None:
-    """Gives a model the weights of another one of the same sizes, of the base in a folder; tokens are matched by their text."""
-    own, mine, theirs = model.state_dict(), words.get_vocab(), CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
-    for name, value in other.state_dict().items():
-        if name.endswith("token_embedding.weight"):
-            for token in mine.keys() & theirs.keys():
-                own[name][mine[token]] = value[theirs[token]]
-        else:
-            own[name].copy_(value)
-
-
 def latents(args: argparse.Namespace) -> np.ndarray:
     """The scaled latent means of the training pictures, ``[N, 8, 8, 8]`` float16, encoded once by the exported VAE."""
-    path = args.work / f"latents-{args.pictures}.npy"  # of neighbours
+    path = args.work / f"latents-{args.pictures}.npy"
     if not path.exists():
         vae: Any = AutoencoderKL.from_pretrained(DATA / "vae").to(args.device).eval()
-        data, parts = pictures(args.work, args.pictures, drawn_neighbour), []
+        data, parts = pictures(args.work, args.pictures), []
         with torch.no_grad():
             for k in range(0, len(data), 100):
                 mean = vae.encode(tensor(data[k : k + 100], args.device)).latent_dist.mean
@@ -264,32 +226,10 @@ def latents(args: argparse.Namespace) -> np.ndarray:
     return np.load(path)
 
 
-def spoken(indices: np.ndarray, loud: list[bool], draw: random.Random) -> tuple[list[str], list[float]]:
-    """What the U-Net is told of each picture: two captions, the first ones before the second ones, and the share of the second.
-
-    In the loud half all there is to tell is told. In the other half one in ten is told nothing, for guidance; and half of the others are
-    told both captions at once, mixed: what is said half aloud is true as well. All of a group hear the same kind.
-    """
-    first, second, share = [], [], []
-    for k, all_said in zip(indices[::GROUP], loud[::GROUP], strict=True):
-        seeds, silent, mixed = (draw.random(), draw.random()), draw.random() < 0.1, draw.random() < 0.5
-        part = draw.random() if mixed and not silent and not all_said else 0.0
-        for index in range(int(k), int(k) + GROUP):
-            scene = neighbour(index)
-            one, other = (sample_caption(scene, random.Random(seed)) for seed in seeds)
-            first.append(full_caption(scene) if all_said else "" if silent else one)
-            second.append(other)
-            share.append(part)
-    return first + second, share
-
-
 def train_unet(args: argparse.Namespace) -> None:
     words = tokenizer()
     unet: Any = UNet2DConditionModel(**UNET)
     text = CLIPTextModel(text_config(words))
-    if args.start_from:
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start_from / "unet").float().state_dict())
-        adopt(text, words, CLIPTextModel.from_pretrained(args.start_from / "text_encoder"), args.start_from)
     if args.device == "cpu":  # 1.5 times as fast there: the fused attention is slow backward
         unet.to(memory_format=torch.channels_last).set_attn_processor(AttnProcessor())
         text.set_attn_implementation("eager")
@@ -301,25 +241,18 @@ def train_unet(args: argparse.Namespace) -> None:
     run = Run(args, torch.nn.ModuleDict({"unet": unet, "text": text}), lr=6e-4)
     total = scheduler.config.num_train_timesteps
 
-    groups = args.batch // GROUP
-    loud = torch.arange(args.batch) < args.batch // 2
-
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
-        indices = (GROUP * rng.integers(0, len(data) // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
+        indices = rng.integers(0, len(data), args.batch)
         draw = random.Random(int(rng.integers(2**62)))
-        told, share = spoken(indices, [bool(one) for one in loud], draw)
+        captions = ["" if draw.random() < 0.1 else sample_caption(scene_at("train", int(k)), draw) for k in indices]
         clean = data[indices].to(args.device).float()
         clean = clean + scale * torch.randn_like(clean)
-        noise = torch.randn(groups, *clean.shape[1:], device=args.device).repeat_interleave(GROUP, 0)  # the same in a group
-        u = torch.cat([(torch.arange(half) + torch.rand(half)) / half for half in (groups // 2, groups - groups // 2)])
-        u = u.repeat_interleave(GROUP)
-        t = (torch.where(loud, LOUD_FROM + (1 - LOUD_FROM) * u, u) * total).long().to(args.device)
-        states, others = text(tokens(words, told, args.device)).last_hidden_state.chunk(2)
-        states = torch.lerp(states, others, torch.tensor(share, device=args.device)[:, None, None].to(states))
+        noise = torch.randn_like(clean)
+        t = ((torch.arange(args.batch) + torch.rand(args.batch)) * total / args.batch).long().to(args.device)
+        states = text(tokens(words, captions, args.device)).last_hidden_state
         predicted = unet(scheduler.add_noise(clean, noise, t), t, states).sample
         snr = compute_snr(scheduler, t)
-        usual = snr.clamp(max=5) / snr / snr.clamp(max=1).sqrt()  # min-SNR (arXiv 2303.09556); where noise rules, arXiv 2310.08442
-        weight = torch.where(loud.to(args.device), LOUD_WEIGHT / snr, usual)
+        weight = snr.clamp(max=5) / snr / snr.clamp(max=1).sqrt()  # min-SNR (arXiv 2303.09556); where noise rules, arXiv 2310.08442
         return ((predicted.float() - noise).square().mean((1, 2, 3)) * weight).mean()
 
     for step in run.train(loss_of):
@@ -391,8 +324,6 @@ def train_clip(args: argparse.Namespace) -> None:
         projection_dim=128,
     )
     clip = CLIPModel(CLIPConfig(text_config=text_config(words).to_dict(), vision_config=vision.to_dict(), projection_dim=128))
-    if args.start_from:
-        adopt(clip, words, CLIPModel.from_pretrained(args.start_from / "clip"), args.start_from)
     data = pictures(args.work, args.pictures)
     run = Run(args, clip, lr=1e-3)
 
@@ -415,7 +346,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
     "vae": (train_vae, 6500),
     "judge": (train_judge, 5000),
     "clip": (train_clip, 1000),
-    "unet": (train_unet, 5600),
+    "unet": (train_unet, 6000),
 }
 
 
@@ -426,9 +357,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=80_000, help="size of the training set")
     parser.add_argument("--batch", type=int, default=64, help="of the U-Net's training")
-    parser.add_argument(
-        "--start-from", type=Path, metavar="FOLDER", help="begin with the U-Net and text encoder, or the CLIP, of another base"
-    )
     parser.add_argument("--export-every", type=int, default=0, metavar="STEPS", help="write the U-Net so far into the package")
     parser.add_argument("--work", type=Path, default=Path("outputs/critters"), help="pictures, state and logs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

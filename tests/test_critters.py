@@ -13,12 +13,10 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPTokenizer
 
-from imagic_lora.bases.known import CRITTERS
 from imagic_lora.critters import ATTRIBUTES, SIZE, Scene, backdrop, caption, render, sample_caption, scene_at
 from imagic_lora.critters.judge import Judge, Sight, measured
-from imagic_lora.critters.scene import IDENTITY, WORDS, Split
+from imagic_lora.critters.scene import IDENTITY, SHADES, SIZES, SPOTS, Split
 
 DOG = Scene("dog", "sitting", "brown", "grass", "hat", 0.25, 1.0, 32.0, 57.5, 1, 2, 0.75, 39.0, -0.5)
 CAT = Scene("cat", "jumping", "orange", "night", "none", -0.5, 1.125, 30.0, 58.0, -1, 3, 0.25, 36.0, 0.5)
@@ -138,22 +136,11 @@ def test_a_sampled_caption_says_only_what_is_true() -> None:
 def test_a_sampled_caption_is_made_of_known_phrases_with_the_right_article() -> None:
     """Over 300 scenes nothing is left when the opening, the attributes, the words on the identity and their phrases are taken out."""
     draw = random.Random(1)
-    words = "|".join((*WORDS["size"], *WORDS["shade"], *(value for name in ("animal", "pose", "colour") for value in ATTRIBUTES[name])))
-    hours = "|".join((*WORDS["tint"], *WORDS["sun"]))
-    tail = [*(phrase for name in ("spots", "y", "x", "horizon") for phrase in WORDS[name]), "facing (left|right)"]
-    tail += [phrase for group in PHRASES.values() for phrase in group.values()]
-    phrases = "|".join([*tail, f"in the( ({hours}))+ hours"])
+    words = "|".join((*SIZES, *SHADES, *(value for name in ("animal", "pose", "colour") for value in ATTRIBUTES[name])))
+    phrases = "|".join((*SPOTS, "facing (left|right)", *(phrase for group in PHRASES.values() for phrase in group.values())))
     for index in range(300):
         text = sample_caption(scene_at("heldout", index), draw)
         assert re.fullmatch(rf"(a photo of )?(an (?=[aeiou])|a (?![aeiou]))({words})( ({words}))*( ({phrases}))*", text), text
-
-
-def test_the_longest_sampled_caption_fits_the_tokenizer() -> None:
-    """Of 2,000, with the two tokens that frame it, none is cut off; every word is a token."""
-    draw, words = random.Random(4), CLIPTokenizer.from_pretrained(CRITTERS / "tokenizer")
-    texts = [sample_caption(scene_at("heldout", index), draw) for index in range(2000)]
-    assert max(len(ids) for ids in words(texts).input_ids) <= words.model_max_length
-    assert all(len(ids) == len(text.split()) + 2 for ids, text in zip(words(texts).input_ids, texts, strict=True))
 
 
 def test_sampled_captions_leave_out_and_keep_every_attribute() -> None:
@@ -174,24 +161,16 @@ def test_sampled_captions_leave_out_and_keep_every_attribute() -> None:
         ("shade", "pale", 0.51, 1.0),
         ("shade", "dark", -0.49, -0.01),
         ("spots", "with two spots", 2, 2),
-        ("x", "leftmost", 29.0, 30.4),
-        ("x", "rightward", 32.1, 33.4),
-        ("y", "close", 58.8, 60.0),
-        ("sun", "late", 0.76, 1.0),
-        ("horizon", "high horizon", 34.0, 36.4),
-        ("tint", "warm", 0.01, 0.49),
         ("facing", "facing left", -1, -1),
     ],
 )
-def test_a_sampled_caption_tells_of_the_identity_half_of_the_time(factor: str, word: str, lower: float, higher: float) -> None:
-    """A word on a factor appears in about half of the captions of the scenes it is right for, and never of one it is not."""
-    draw = random.Random(3)
-    others = {"size": 1.0, "shade": 0.2, "spots": 0, "x": 31.0, "y": 56.5, "sun": 0.6, "horizon": 40.0, "tint": -0.2, "facing": 1}
+def test_a_sampled_caption_tells_of_the_identity_now_and_then(factor: str, word: str, lower: float, higher: float) -> None:
+    """A word on a factor appears in about one caption in four of the scenes it is right for, and never of one it is not."""
+    draw, other = random.Random(3), {"size": 1.0, "shade": 0.2, "spots": 0, "facing": 1}[factor]
     for value in (lower, higher):
         texts = [sample_caption(replace(DOG, **{factor: value}), draw) for _ in range(200)]
-        assert 80 < sum(bool(re.search(rf"\b{word}\b", text)) for text in texts) < 130
-    other = replace(DOG, **{factor: others[factor]})
-    assert not any(re.search(rf"\b{word}\b", sample_caption(other, draw)) for _ in range(200))
+        assert 30 < sum(word in text for text in texts) < 70
+    assert not any(word in sample_caption(replace(DOG, **{factor: other}), draw) for _ in range(200))
 
 
 def test_a_scene_is_a_function_of_its_split_and_number() -> None:

@@ -5,7 +5,7 @@ A :class:`Scene` says everything there is to know of a picture; :func:`render` d
 """
 
 from .draw import SIZE, backdrop, render
-from .scene import ANIMALS, ATTRIBUTES, COLOURS, PLACES, POSES, THINGS, Scene, caption, full_caption, sample_caption, scene_at
+from .scene import ANIMALS, ATTRIBUTES, COLOURS, PLACES, POSES, THINGS, Scene, caption, sample_caption, scene_at
 
 __all__ = [
     "ANIMALS",
@@ -18,7 +18,6 @@ __all__ = [
     "Scene",
     "backdrop",
     "caption",
-    "full_caption",
     "render",
     "sample_caption",
     "scene_at",

@@ -44,17 +44,9 @@ IDENTITY: dict[str, float] = {name: (high - low) / math.sqrt(12) for name, (low,
 
 WHERE = {"grass": "on the grass", "sand": "on the sand", "snow": "in the snow", "night": "at night"}
 WITH = {"none": "", "hat": "wearing a hat", "ball": "with a ball"}
-WORDS: dict[str, tuple[str, ...]] = {
-    "shade": ("deep", "dark", "light", "pale"),
-    "size": ("tiny", "small", "large", "huge"),
-    "x": ("leftmost", "leftward", "rightward", "rightmost"),
-    "y": ("distant", "far", "near", "close"),
-    "spots": ("without spots", "with one spot", "with two spots", "with three spots"),
-    "sun": ("early", "earlier", "later", "late"),
-    "horizon": ("high horizon", "higher horizon", "lower horizon", "low horizon"),
-    "tint": ("cold", "cool", "warm", "hot"),
-}
-"""What a caption of the training may say of each factor of the identity: a word for each quarter of its range."""
+SIZES = ("tiny", "small", "large", "huge")
+SHADES = ("deep", "dark", "light", "pale")
+SPOTS = ("without spots", "with one spot", "with two spots", "with three spots")
 
 
 @dataclass(frozen=True)
@@ -142,43 +134,32 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def full_caption(scene: Scene) -> str:
-    """The longest caption: all attributes and all of the identity that words can tell."""
-    return _caption(scene, {*ATTRIBUTES, *WORDS, "facing"}, before=False)
-
-
 def sample_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption as a person might write it: phrases left out at random, the pose before or after the animal, some words on the identity,
-    as in ``a small pale brown dog sitting with two spots facing left near on the grass in the warm hours``.
+    """A caption as a person might write it: phrases left out at random, the pose before or after the animal, now and then a word on the
+    identity, as in ``a small pale brown dog sitting with two spots facing left on the grass``.
 
     Half of the captions tell all attributes; the others keep each of colour, pose, place and thing with probability one half, so that
-    short prompts work too. Of the identity three in ten say nothing, as many or a few more all of it, and the others each of its factors
-    and the facing with probability one half.
+    short prompts work too. Half say nothing of the identity; the others tell each of shade, size, spots and facing with probability one
+    half.
     """
-    tell = {"colour", "pose", "place", "thing"}
+    tell = dict.fromkeys(("colour", "pose", "place", "thing"), True)
     if rng.random() < 0.5:
-        tell = {name for name in sorted(tell) if rng.random() < 0.5}
-    share = rng.choices((0.0, 0.5, 1.0), (0.3, 0.35, 0.35))[0]
-    tell |= {name for name in (*WORDS, "facing") if rng.random() < share}
-    return ("a photo of " if rng.random() < 0.2 else "") + _caption(scene, tell, before=rng.random() < 0.3)
-
-
-def _caption(scene: Scene, tell: set[str], before: bool) -> str:
-    """A caption that tells some of the attributes and of the identity; ``before``: the pose comes before the animal."""
-    said = {name: _level(scene, name) for name in WORDS} | {"colour": scene.colour, "pose": scene.pose}
-    said |= {"facing": "facing " + ("right" if scene.facing > 0 else "left"), "place": WHERE[scene.place], "thing": WITH[scene.thing]}
+        tell = {name: rng.random() < 0.5 for name in tell}
+    spoken = rng.random() < 0.5
+    tell |= {name: spoken and rng.random() < 0.5 for name in ("size", "shade", "spots", "facing")}
+    said = {"size": _level(scene, "size", SIZES), "shade": _level(scene, "shade", SHADES), "colour": scene.colour, "pose": scene.pose}
+    before = rng.random() < 0.3
     order = ["pose", "size", "shade", "colour"] if before else ["size", "shade", "colour"]
-    words = [*(said[name] for name in order if name in tell), scene.animal, *([scene.pose] if "pose" in tell and not before else [])]
-    words += [said[name] for name in ("spots", "facing", "y", "x", "place", "thing") if name in tell and said[name]]
-    hours = [said[name] for name in ("tint", "sun") if name in tell]
-    words += ["in the", *hours, "hours"] if hours else []
-    words += [said["horizon"]] if "horizon" in tell else []
-    return f"{article(words[0])} {' '.join(words)}"
+    words = [*(said[name] for name in order if tell[name]), scene.animal, *([said["pose"]] if tell["pose"] and not before else [])]
+    opening = "a photo of " if rng.random() < 0.2 else ""
+    tail = [SPOTS[scene.spots]] if tell["spots"] else []
+    tail += ["facing " + ("right" if scene.facing > 0 else "left")] if tell["facing"] else []
+    tail += [WHERE[scene.place]] if tell["place"] else []
+    tail += [WITH[scene.thing]] if tell["thing"] and scene.thing != "none" else []
+    return " ".join([f"{opening}{article(words[0])}", *words, *tail])
 
 
-def _level(scene: Scene, name: str) -> str:
-    """The word for the quarter of a factor's range; for spots, of their number."""
-    if name == "spots":
-        return WORDS[name][scene.spots]
+def _level(scene: Scene, name: str, words: tuple[str, ...]) -> str:
+    """The word for a factor's part of its range."""
     low, high = RANGES[name]
-    return WORDS[name][min(int((getattr(scene, name) - low) / (high - low) * 4), 3)]
+    return words[min(int((getattr(scene, name) - low) / (high - low) * len(words)), len(words) - 1)]

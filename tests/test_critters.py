@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagic_lora.critters import ATTRIBUTES, SIZE, Scene, backdrop, caption, render, sample_caption, scene_at
+from imagic_lora.critters import ATTRIBUTES, SIZE, Scene, backdrop, caption, longest_caption, render, sample_caption, scene_at
 from imagic_lora.critters.judge import Judge, Sight, measured
 from imagic_lora.critters.scene import IDENTITY, SHADES, SIZES, SPOTS, Split
 
@@ -141,6 +141,22 @@ def test_a_sampled_caption_is_made_of_known_phrases_with_the_right_article() -> 
     for index in range(300):
         text = sample_caption(scene_at("heldout", index), draw)
         assert re.fullmatch(rf"(a photo of )?(an (?=[aeiou])|a (?![aeiou]))({words})( ({words}))*( ({phrases}))*", text), text
+
+
+@pytest.mark.parametrize(
+    ("scene", "text"),
+    [
+        (DOG, "a small light brown dog sitting with two spots facing right on the grass wearing a hat"),
+        (CAT, "a huge dark orange cat jumping with three spots facing left at night"),
+    ],
+    ids=["dog", "cat"],
+)
+def test_the_longest_caption_says_attributes_and_identity(scene: Scene, text: str) -> None:
+    """Size and shade before the colour, spots and facing after the pose; and of 500 sampled captions none has a word that it lacks."""
+    assert longest_caption(scene) == text
+    draw = random.Random(4)
+    words = {*text.split(), "a", "photo", "of"}
+    assert all(set(sample_caption(scene, draw).split()) <= words | {"an"} for _ in range(500))
 
 
 def test_sampled_captions_leave_out_and_keep_every_attribute() -> None:

@@ -5,7 +5,7 @@ A :class:`Scene` says everything there is to know of a picture; :func:`render` d
 """
 
 from .draw import SIZE, backdrop, render
-from .scene import ANIMALS, ATTRIBUTES, COLOURS, PLACES, POSES, THINGS, Scene, caption, sample_caption, scene_at
+from .scene import ANIMALS, ATTRIBUTES, COLOURS, PLACES, POSES, THINGS, Scene, caption, longest_caption, sample_caption, scene_at
 
 __all__ = [
     "ANIMALS",
@@ -18,6 +18,7 @@ __all__ = [
     "Scene",
     "backdrop",
     "caption",
+    "longest_caption",
     "render",
     "sample_caption",
     "scene_at",

@@ -147,16 +147,25 @@ def sample_caption(scene: Scene, rng: random.Random) -> str:
         tell = {name: rng.random() < 0.5 for name in tell}
     spoken = rng.random() < 0.5
     tell |= {name: spoken and rng.random() < 0.5 for name in ("size", "shade", "spots", "facing")}
-    said = {"size": _level(scene, "size", SIZES), "shade": _level(scene, "shade", SHADES), "colour": scene.colour, "pose": scene.pose}
     before = rng.random() < 0.3
-    order = ["pose", "size", "shade", "colour"] if before else ["size", "shade", "colour"]
-    words = [*(said[name] for name in order if tell[name]), scene.animal, *([said["pose"]] if tell["pose"] and not before else [])]
     opening = "a photo of " if rng.random() < 0.2 else ""
-    tail = [SPOTS[scene.spots]] if tell["spots"] else []
-    tail += ["facing " + ("right" if scene.facing > 0 else "left")] if tell["facing"] else []
-    tail += [WHERE[scene.place]] if tell["place"] else []
-    tail += [WITH[scene.thing]] if tell["thing"] and scene.thing != "none" else []
-    return " ".join([f"{opening}{article(words[0])}", *words, *tail])
+    return opening + _caption(scene, {name for name, told in tell.items() if told}, before)
+
+
+def longest_caption(scene: Scene) -> str:
+    """All that a caption of the training can say: ``a small light brown dog sitting with two spots facing right on the grass``."""
+    return _caption(scene, {"size", "shade", "colour", "pose", "spots", "facing", "place", "thing"}, before=False)
+
+
+def _caption(scene: Scene, tell: set[str], before: bool) -> str:
+    """A caption that tells some of the attributes and of the identity; ``before``: the pose comes before the animal."""
+    said = {"size": _level(scene, "size", SIZES), "shade": _level(scene, "shade", SHADES), "colour": scene.colour, "pose": scene.pose}
+    said |= {"spots": SPOTS[scene.spots], "facing": "facing " + ("right" if scene.facing > 0 else "left")}
+    said |= {"animal": scene.animal, "place": WHERE[scene.place], "thing": WITH[scene.thing]}
+    order = ["size", "shade", "colour", "animal", "spots", "facing", "place", "thing"]
+    order.insert(0 if before else order.index("animal") + 1, "pose")
+    words = [said[name] for name in order if name in tell | {"animal"} and said[name]]
+    return f"{article(words[0])} {' '.join(words)}"
 
 
 def _level(scene: Scene, name: str, words: tuple[str, ...]) -> str:

@@ -19,12 +19,17 @@ from PIL import Image
 from torch import Tensor
 
 from imagic_lora.bases.known import CRITTERS
+from imagic_lora.bases.registry import open_base
 from imagic_lora.bench.scores import SAME
+from imagic_lora.conditioning import concatenate
+from imagic_lora.config import MemoryConfig
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
 from imagic_lora.critters.judge import Judge, Sight
-from imagic_lora.critters.scene import IDENTITY, RANGES
-from imagic_lora.images import sheet, to_image
+from imagic_lora.critters.scene import IDENTITY, RANGES, SPOTS
+from imagic_lora.images import sheet, to_image, to_pixels
 from imagic_lora.metrics import CritterAlignment, pixels
+from imagic_lora.objective import denoising_loss
+from imagic_lora.runtime import resolve_runtime
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -89,28 +94,23 @@ def misled(scene: Scene, name: str) -> Scene:
     if name == "facing":
         return replace(scene, facing=-scene.facing)  # pyright: ignore[reportArgumentType]
     if name == "spots":
-        return replace(scene, spots=(scene.spots + 2) % 4)
+        return replace(scene, spots=(scene.spots + 2) % len(SPOTS))
     low, high = RANGES[name]
     return replace(scene, **{name: low + (getattr(scene, name) - low + (high - low) / 2) % (high - low)})
 
 
 @torch.no_grad()
 def heard(scenes: list[Scene], timesteps: tuple[int, ...]) -> dict[str, list[float]]:
-    """How much the denoising loss rises at each timestep, in ten-thousandths, if a caption that tells everything errs in one thing: nothing
-    where the base does not listen."""
-    pipe: Any = StableDiffusionPipeline.from_pretrained(CRITTERS, dtype=torch.float32)
-    clean = pipe.vae.encode(pixels([render(scene) for scene in scenes])).latent_dist.mean * pipe.vae.config.scaling_factor
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    """How much the denoising loss rises at each timestep (of 1,000), in ten-thousandths, if a caption that tells all errs in one thing:
+    nothing where the base does not listen."""
+    base = open_base("critters", resolve_runtime(MemoryConfig(dtype="fp32")))
+    clean = torch.cat([base.encode_image(to_pixels(render(scene))) for scene in scenes])
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
 
     def losses(told: list[Scene]) -> list[float]:
-        texts = [longest_caption(scene) for scene in told]
-        ids = pipe.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        states, found = pipe.text_encoder(ids).last_hidden_state, []
-        for timestep in timesteps:
-            times = torch.full((len(told),), timestep)
-            predicted = pipe.unet(pipe.scheduler.add_noise(clean, noise, times), times, states).sample
-            found.append((predicted - noise).square().mean().item())
-        return found
+        text = concatenate([base.encode_text(longest_caption(scene)) for scene in told])
+        times = (torch.full((len(told),), timestep / 1000, dtype=torch.float64) for timestep in timesteps)
+        return [denoising_loss(base, clean, text, noise, one).mean().item() for one in times]
 
     right = losses(scenes)
     wrong = {name: losses([misled(scene, name) for scene in scenes]) for name in ("facing", "size", "shade", "spots")}

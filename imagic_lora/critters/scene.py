@@ -164,7 +164,7 @@ def _caption(scene: Scene, tell: set[str], before: bool) -> str:
     said |= {"animal": scene.animal, "place": WHERE[scene.place], "thing": WITH[scene.thing]}
     order = ["size", "shade", "colour", "animal", "spots", "facing", "place", "thing"]
     order.insert(0 if before else order.index("animal") + 1, "pose")
-    words = [said[name] for name in order if name in tell | {"animal"} and said[name]]
+    words = [said[name] for name in order if (name == "animal" or name in tell) and said[name]]
     return f"{article(words[0])} {' '.join(words)}"
 
 

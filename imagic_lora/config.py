@@ -167,9 +167,9 @@ class RunConfig(Config):
 Recipe = Mapping[Mode, Mapping[str, Any]]
 
 _CRITTERS: dict[str, Any] = {  # docs/log.md holds what else was tried
-    "eta": 0.8,
-    "embed": {"steps": 60, "learning_rate": 2.5e-2},
-    "edit": {"guidance_scale": 2.0, "steps": 23, "start": "inverted", "ddim_eta": 1.0},
+    "eta": 0.7,
+    "embed": {"steps": 60, "learning_rate": 4e-2},
+    "edit": {"guidance_scale": 2.5, "steps": 23, "start": "inverted", "ddim_eta": 1.0},
 }
 
 RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
@@ -180,9 +180,9 @@ RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
     "critters": {
         "lora": {
             **_CRITTERS,
-            "tune": {"steps": 60, "learning_rate": 2e-3, "rank": 4, "targets": "attention+conv"},
+            "tune": {"steps": 60, "learning_rate": 1e-3, "rank": 4, "targets": "attention+conv"},
         },
-        "full": {**_CRITTERS, "tune": {"steps": 60, "learning_rate": 8e-5}},
+        "full": {**_CRITTERS, "tune": {"steps": 60, "learning_rate": 4e-5}},
     },
 }
 """Rates and sizes that suit a kind of base, by mode."""

@@ -25,7 +25,7 @@ from imagic_lora.conditioning import concatenate
 from imagic_lora.config import MemoryConfig
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
 from imagic_lora.critters.judge import Judge, Sight
-from imagic_lora.critters.scene import IDENTITY, RANGES, SPOTS
+from imagic_lora.critters.scene import IDENTITY, displaced
 from imagic_lora.images import sheet, to_image, to_pixels
 from imagic_lora.metrics import CritterAlignment, pixels
 from imagic_lora.objective import denoising_loss
@@ -89,16 +89,6 @@ def samples(scenes: list[Scene], guidance: float) -> list[Image.Image]:
     return pictures
 
 
-def misled(scene: Scene, name: str) -> Scene:
-    """The scene with one factor of the identity moved by half of its range, around its end, or facing the other way."""
-    if name == "facing":
-        return replace(scene, facing=-scene.facing)  # pyright: ignore[reportArgumentType]
-    if name == "spots":
-        return replace(scene, spots=(scene.spots + 2) % len(SPOTS))
-    low, high = RANGES[name]
-    return replace(scene, **{name: low + (getattr(scene, name) - low + (high - low) / 2) % (high - low)})
-
-
 @torch.no_grad()
 def heard(scenes: list[Scene], timesteps: tuple[int, ...]) -> dict[str, list[float]]:
     """How much the denoising loss rises at each timestep (of 1,000), in ten-thousandths, if a caption that tells all errs in one thing:
@@ -113,7 +103,7 @@ def heard(scenes: list[Scene], timesteps: tuple[int, ...]) -> dict[str, list[flo
         return [denoising_loss(base, clean, text, noise, one).mean().item() for one in times]
 
     right = losses(scenes)
-    wrong = {name: losses([misled(scene, name) for scene in scenes]) for name in ("facing", "size", "shade", "spots")}
+    wrong = {name: losses([displaced(scene, name) for scene in scenes]) for name in ("facing", *IDENTITY)}
     return {name: [1e4 * (a - b) for a, b in zip(found, right, strict=True)] for name, found in wrong.items()}
 
 

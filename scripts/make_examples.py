@@ -14,7 +14,7 @@ from imagic_lora.imagic import fit, open_for, result
 from imagic_lora.store import Store
 
 STORE = Path(__file__).parent.parent / "adapters"
-EXAMPLES = {"rex-jumps": (45, "a dog jumping", 0.8), "mia-wears-a-hat": (98, "a cat wearing a hat", 0.9)}
+EXAMPLES = {"rex-jumps": (45, "a dog jumping", 0.7), "mia-wears-a-hat": (98, "a cat wearing a hat", 0.7)}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from imagic_lora.critters import ATTRIBUTES, SIZE, render, sample_caption, scene_at
+from imagic_lora.critters import ATTRIBUTES, SIZE, Scene, longest_caption, render, sample_caption, scene_at
 from imagic_lora.critters.judge import FACINGS, Judge, measured
-from imagic_lora.critters.scene import IDENTITY
+from imagic_lora.critters.scene import IDENTITY, describe, displaced
 
 DATA = Path(__file__).parent.parent / "imagic_lora" / "data" / "critters"
 VAE: dict[str, Any] = {
@@ -46,6 +47,8 @@ VAE: dict[str, Any] = {
     "norm_num_groups": 8,
     "sample_size": SIZE,
 }
+MOVED = {"shade": 3, "size": 1, "x": 1, "y": 1, "spots": 4, "sun": 1, "horizon": 1, "tint": 2, "facing": 1}
+"""How often the scenes of a group differ in each factor: more often where the caption is slow to be heard."""
 UNET: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 8,
@@ -58,20 +61,40 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 4,
     "norm_num_groups": 16,
 }
+GROUP = 4  # neighbours in the U-Net's training set, which differ in one or two factors of the identity
+LOUD_WEIGHT = 0.2  # of the loss in latents, of the part of a batch that is told all
+EDITS, EDITS_LAST, EDITS_FROM = 192, 250, 0.25  # how many are made at a time, for how many steps, and where their timesteps begin
+EDIT_STEPS, EDIT_RATES = 24, (6e-2, 0.2)  # of the optimisation of their embeddings
+ROUGH = 0.3  # largest standard deviation of the noise on the embeddings, as optimised ones are off the texts' own
 VAE_NOISE = 0.1  # standard deviation that the decoder learns to bear, and the encoder to declare
 
 
-def picture(index: int) -> np.ndarray:
+def neighbour(index: int) -> Scene:
+    """Training scene number ``index`` of the U-Net: the first of a group is one of its own, the others differ from it in one or two factors
+    of the identity, each moved by half of its range (around its end), so that every factor still is drawn evenly."""
+    scene, rng = scene_at("train", index // GROUP), random.Random(f"critters/neighbour/{index}")
+    if index % GROUP == 0:
+        return scene
+    for name in set(rng.choices(tuple(MOVED), tuple(MOVED.values()), k=rng.choice((1, 2)))):
+        scene = displaced(scene, name)
+    return scene
+
+
+def drawn(index: int) -> np.ndarray:
     return np.asarray(render(scene_at("train", index)))
 
 
-def pictures(work: Path, count: int) -> np.ndarray:
+def drawn_neighbour(index: int) -> np.ndarray:
+    return np.asarray(render(neighbour(index)))
+
+
+def pictures(work: Path, count: int, draw: Callable[[int], np.ndarray] = drawn) -> np.ndarray:
     """The first ``count`` training pictures, ``[count, 64, 64, 3]`` uint8, drawn once and kept in a file."""
-    path = work / f"pictures-{count}.npy"
+    path = work / f"{draw.__name__}-{count}.npy"
     if not path.exists():
         array = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", np.uint8, (count, SIZE, SIZE, 3))
         with Pool() as pool:
-            for k, one in enumerate(pool.imap(picture, range(count), chunksize=256)):
+            for k, one in enumerate(pool.imap(draw, range(count), chunksize=256)):
                 array[k] = one
         array.flush()
         path.with_suffix(".part").rename(path)
@@ -212,24 +235,139 @@ def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
+def adopt(model: Any, words: CLIPTokenizer, other: Any, folder: Path) -> None:
+    """Gives a model the weights of another one of the same sizes, of the base in a folder; tokens are matched by their text."""
+    own, mine, theirs = model.state_dict(), words.get_vocab(), CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
+    for name, value in other.state_dict().items():
+        if name.endswith("token_embedding.weight"):
+            for token in mine.keys() & theirs.keys():
+                own[name][mine[token]] = value[theirs[token]]
+        else:
+            own[name].copy_(value)
+
+
+@torch.no_grad()
+def scaled(vae: Any, batch: np.ndarray, device: str) -> torch.Tensor:
+    """The scaled latent means of pictures, ``[B, 8, 8, 8]``."""
+    return vae.encode(tensor(batch, device)).latent_dist.mean.float() * vae.config.scaling_factor
+
+
 def latents(args: argparse.Namespace) -> np.ndarray:
     """The scaled latent means of the training pictures, ``[N, 8, 8, 8]`` float16, encoded once by the exported VAE."""
-    path = args.work / f"latents-{args.pictures}.npy"
+    path = args.work / f"latents-{args.pictures}.npy"  # of neighbours
     if not path.exists():
         vae: Any = AutoencoderKL.from_pretrained(DATA / "vae").to(args.device).eval()
-        data, parts = pictures(args.work, args.pictures), []
-        with torch.no_grad():
-            for k in range(0, len(data), 100):
-                mean = vae.encode(tensor(data[k : k + 100], args.device)).latent_dist.mean
-                parts.append((mean * vae.config.scaling_factor).half().cpu().numpy())
+        data = pictures(args.work, args.pictures, drawn_neighbour)
+        with torch.autocast(args.device, torch.bfloat16):
+            parts = [scaled(vae, data[k : k + 100], args.device).half().cpu().numpy() for k in range(0, len(data), 100)]
         np.save(path, np.concatenate(parts))
     return np.load(path)
+
+
+def changed(scene: Scene, draw: random.Random) -> tuple[Scene, str]:
+    """The scene with another value of one attribute, in half of the cases the pose, and the name of that."""
+    name = "pose" if draw.random() < 0.5 else draw.choice(("colour", "place", "thing", "animal"))
+    return scene.edited(**{name: draw.choice([value for value in ATTRIBUTES[name] if value != getattr(scene, name)])}), name
+
+
+def sentence(scene: Scene, name: str, draw: random.Random) -> str:
+    """What a user would write to ask for one attribute of a scene."""
+    return describe(scene, {name}, before=draw.random() < 0.5)
+
+
+def spoken(indices: np.ndarray, loud: list[bool], draw: random.Random) -> tuple[list[str], list[float]]:
+    """What the U-Net is told of each picture: two captions, the first ones before the second ones, and the share of the second.
+
+    A loud picture is told all that there is to tell. In six of ten loud groups the two contradict each other in one attribute: all of a
+    scene before an edit, and the sentence that asks for it; what has the larger share is true of the picture, in three of four the
+    sentence. Of the other groups one in ten is told nothing, for guidance; half of the rest hear two true captions, mixed. All of a group
+    hear the same kind.
+    """
+    first, second, share = [], [], []
+    for k, all_said in zip(indices[::GROUP], loud[::GROUP], strict=True):
+        seeds, part, happened = (draw.random(), draw.random()), draw.random(), draw.random() < 0.75
+        silent, mixed = draw.random() < 0.1, draw.random() < (0.6 if all_said else 0.5)
+        for index in range(int(k), int(k) + GROUP):
+            scene, one, other = neighbour(index), random.Random(seeds[0]), random.Random(seeds[1])
+            if not all_said:
+                first.append("" if silent else sample_caption(scene, one))
+                second.append(sample_caption(scene, other))
+                share.append(part if mixed and not silent else 0.0)
+            elif not mixed:
+                first.append(longest_caption(scene))
+                second.append("")
+                share.append(0.0)
+            else:
+                counterpart, name = changed(scene, one)
+                before, after = (counterpart, scene) if happened else (scene, counterpart)
+                first.append(longest_caption(before))
+                second.append(sentence(after, name, other))
+                share.append(0.5 + 0.4 * part if happened else 0.5 * part)
+    return first + second, share
+
+
+@dataclass
+class Edits:
+    """Edits as Imagic sees them: embeddings optimised on the picture before, from the sentence that asks for the edit.
+
+    Args:
+        sentences: of each edit, as a user would ask for it.
+        before, after: latents of both pictures, ``[N, 8, 8, 8]``.
+        moves: what the optimisation added to the embedding of the sentence, ``[N, tokens, width]``.
+    """
+
+    sentences: list[str]
+    before: torch.Tensor
+    after: torch.Tensor
+    moves: torch.Tensor
+
+    @classmethod
+    def made(cls, parts: Any, words: CLIPTokenizer, vae: Any, scheduler: Any, rng: np.random.Generator, args: argparse.Namespace) -> Edits:
+        """``EDITS`` of them by the weights as they are, at a rate drawn from ``EDIT_RATES``."""
+        draw, device = random.Random(int(rng.integers(2**62))), args.device
+        pairs: list[tuple[Scene, Scene]] = []
+        sentences: list[str] = []
+        for group in rng.integers(0, args.pictures // GROUP, EDITS // GROUP):
+            seeds = draw.random(), draw.random()
+            for index in range(GROUP * int(group), GROUP * int(group) + GROUP):
+                scene = neighbour(index)
+                after, name = changed(scene, random.Random(seeds[0]))
+                if name == "thing":  # added, never taken away, as in the benchmark
+                    scene = replace(scene, thing="none")
+                    after = scene.edited(thing=random.Random(seeds[1]).choice(("hat", "ball")))
+                pairs.append((scene, after))
+                sentences.append(sentence(after, name, random.Random(seeds[1])))
+        before, after = (scaled(vae, np.stack([np.asarray(render(pair[k])) for pair in pairs]), device) for k in (0, 1))
+        rate = math.exp(rng.uniform(math.log(EDIT_RATES[0]), math.log(EDIT_RATES[1])))
+        parts.requires_grad_(False)
+        with torch.no_grad():
+            start = parts["text"](tokens(words, sentences, device)).last_hidden_state.float()
+        each = zip(before.split(64), start.split(64), strict=True)
+        moved = torch.cat([cls._optimised(parts["unet"], scheduler, clean, some, rate) for clean, some in each])
+        parts.requires_grad_(True)
+        return cls(sentences, before, after, moved - start)
+
+    @staticmethod
+    def _optimised(unet: Any, scheduler: Any, clean: torch.Tensor, start: torch.Tensor, rate: float) -> torch.Tensor:
+        embeddings = start.clone().requires_grad_()
+        optimizer, place = torch.optim.Adam([embeddings], rate), torch.rand(len(clean), device=clean.device)
+        for step in range(EDIT_STEPS):
+            t = ((place + step * 0.618034) % 1 * scheduler.config.num_train_timesteps).long()
+            noise = torch.randn_like(clean)
+            predicted = unet(scheduler.add_noise(clean, noise, t), t, embeddings).sample
+            (predicted.float() - noise).square().mean((1, 2, 3)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return embeddings.detach()
 
 
 def train_unet(args: argparse.Namespace) -> None:
     words = tokenizer()
     unet: Any = UNet2DConditionModel(**UNET)
     text = CLIPTextModel(text_config(words))
+    if args.start_from:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start_from / "unet").float().state_dict())
+        adopt(text, words, CLIPTextModel.from_pretrained(args.start_from / "text_encoder"), args.start_from)
     if args.device == "cpu":  # 1.5 times as fast there: the fused attention is slow backward
         unet.to(memory_format=torch.channels_last).set_attn_processor(AttnProcessor())
         text.set_attn_implementation("eager")
@@ -241,18 +379,48 @@ def train_unet(args: argparse.Namespace) -> None:
     run = Run(args, torch.nn.ModuleDict({"unet": unet, "text": text}), lr=6e-4)
     total = scheduler.config.num_train_timesteps
 
+    vae: Any = AutoencoderKL.from_pretrained(DATA / "vae")
+    vae.to(args.device).eval()
+    groups, edited = args.batch // GROUP, round(args.edits * args.batch / GROUP)
+    louder = round(args.loud * groups)
+    loud = (torch.arange(groups) < louder).repeat_interleave(GROUP)
+    edits: list[Edits] = []
+
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
-        indices = rng.integers(0, len(data), args.batch)
+        if edited and (not edits or run.step % EDITS_LAST == 0):
+            edits[:] = [Edits.made(run.module, words, vae, scheduler, rng, args)]
+        indices = (GROUP * rng.integers(0, len(data) // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
         draw = random.Random(int(rng.integers(2**62)))
-        captions = ["" if draw.random() < 0.1 else sample_caption(scene_at("train", int(k)), draw) for k in indices]
+        told, share = spoken(indices, [bool(one) for one in loud], draw)
         clean = data[indices].to(args.device).float()
+        noise = torch.randn(groups, *clean.shape[1:], device=args.device).repeat_interleave(GROUP, 0)  # the same in a group
+        u = torch.cat([(torch.arange(some) + torch.rand(some)) / max(some, 1) for some in (louder, groups - louder)])
+        u = u.repeat_interleave(GROUP)
+        u = torch.where(loud, args.loud_from + (1 - args.loud_from) * u, u)
+        aloud, moves = loud.clone(), torch.zeros(args.batch, 1, 1, device=args.device)
+        if edited:  # in place of the last groups
+            some = slice(-edited * GROUP, None)
+            which = (GROUP * rng.integers(0, EDITS // GROUP, edited)[:, None] + np.arange(GROUP)).ravel()
+            happened = torch.rand(edited) < 0.8
+            eta = torch.where(happened, 0.55 + 0.35 * torch.rand(edited), 0.4 * torch.rand(edited)).repeat_interleave(GROUP)
+            happened = happened.repeat_interleave(GROUP).to(args.device)
+            clean[some] = torch.where(happened[:, None, None, None], edits[0].after[which], edits[0].before[which])
+            told[args.batch - edited * GROUP : args.batch] = [edits[0].sentences[k] for k in which]
+            share[some] = [0.0] * len(which)
+            u[some] = EDITS_FROM + (1 - EDITS_FROM) * ((torch.arange(edited) + torch.rand(edited)) / edited).repeat_interleave(GROUP)
+            aloud[some] = True
+            moved = (1 - eta).to(args.device)[:, None, None] * edits[0].moves[which]
+            moves = torch.cat([moves.expand(-1, *moved.shape[1:])[: -len(moved)], moved])
         clean = clean + scale * torch.randn_like(clean)
-        noise = torch.randn_like(clean)
-        t = ((torch.arange(args.batch) + torch.rand(args.batch)) * total / args.batch).long().to(args.device)
-        states = text(tokens(words, captions, args.device)).last_hidden_state
+        t = (u * total).long().to(args.device)
+        states, others = text(tokens(words, told, args.device)).last_hidden_state.chunk(2)
+        states = torch.lerp(states, others, torch.tensor(share, device=args.device)[:, None, None].to(states))
+        rough = torch.rand(groups, 1, 1, device=args.device) * torch.randn(groups, *states.shape[1:], device=args.device)
+        states = states + ROUGH * rough.repeat_interleave(GROUP, 0) + moves
         predicted = unet(scheduler.add_noise(clean, noise, t), t, states).sample
         snr = compute_snr(scheduler, t)
-        weight = snr.clamp(max=5) / snr / snr.clamp(max=1).sqrt()  # min-SNR (arXiv 2303.09556); where noise rules, arXiv 2310.08442
+        usual = snr.clamp(max=5) / snr / snr.clamp(max=1).sqrt()  # min-SNR (arXiv 2303.09556); where noise rules, arXiv 2310.08442
+        weight = torch.where(aloud.to(args.device), LOUD_WEIGHT / snr, usual)
         return ((predicted.float() - noise).square().mean((1, 2, 3)) * weight).mean()
 
     for step in run.train(loss_of):
@@ -324,6 +492,8 @@ def train_clip(args: argparse.Namespace) -> None:
         projection_dim=128,
     )
     clip = CLIPModel(CLIPConfig(text_config=text_config(words).to_dict(), vision_config=vision.to_dict(), projection_dim=128))
+    if args.start_from:
+        adopt(clip, words, CLIPModel.from_pretrained(args.start_from / "clip"), args.start_from)
     data = pictures(args.work, args.pictures)
     run = Run(args, clip, lr=1e-3)
 
@@ -346,7 +516,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
     "vae": (train_vae, 6500),
     "judge": (train_judge, 5000),
     "clip": (train_clip, 1000),
-    "unet": (train_unet, 6000),
+    "unet": (train_unet, 3000),
 }
 
 
@@ -357,6 +527,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=80_000, help="size of the training set")
     parser.add_argument("--batch", type=int, default=64, help="of the U-Net's training")
+    parser.add_argument(
+        "--start-from", type=Path, metavar="FOLDER", help="begin with the U-Net and text encoder, or the CLIP, of another base"
+    )
+    parser.add_argument("--loud", type=float, default=0.375, metavar="SHARE", help="of each batch of the U-Net, told all there is to tell")
+    parser.add_argument(
+        "--edits", type=float, default=0.25, metavar="SHARE", help="of each batch, edits at embeddings optimised as Imagic does"
+    )
+    parser.add_argument("--loud-from", type=float, default=0.3, metavar="TIME", help="in [0, 1): where the timesteps of that part begin")
     parser.add_argument("--export-every", type=int, default=0, metavar="STEPS", help="write the U-Net so far into the package")
     parser.add_argument("--work", type=Path, default=Path("outputs/critters"), help="pictures, state and logs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

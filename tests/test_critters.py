@@ -13,10 +13,12 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
+from imagic_lora.bases.known import CRITTERS
 from imagic_lora.critters import ATTRIBUTES, SIZE, Scene, backdrop, caption, longest_caption, render, sample_caption, scene_at
 from imagic_lora.critters.judge import Judge, Sight, measured
-from imagic_lora.critters.scene import IDENTITY, SHADES, SIZES, SPOTS, Split
+from imagic_lora.critters.scene import IDENTITY, RANGES, WORDS, Split, displaced
 
 DOG = Scene("dog", "sitting", "brown", "grass", "hat", 0.25, 1.0, 32.0, 57.5, 1, 2, 0.75, 39.0, -0.5)
 CAT = Scene("cat", "jumping", "orange", "night", "none", -0.5, 1.125, 30.0, 58.0, -1, 3, 0.25, 36.0, 0.5)
@@ -136,8 +138,11 @@ def test_a_sampled_caption_says_only_what_is_true() -> None:
 def test_a_sampled_caption_is_made_of_known_phrases_with_the_right_article() -> None:
     """Over 300 scenes nothing is left when the opening, the attributes, the words on the identity and their phrases are taken out."""
     draw = random.Random(1)
-    words = "|".join((*SIZES, *SHADES, *(value for name in ("animal", "pose", "colour") for value in ATTRIBUTES[name])))
-    phrases = "|".join((*SPOTS, "facing (left|right)", *(phrase for group in PHRASES.values() for phrase in group.values())))
+    words = "|".join((*WORDS["size"], *WORDS["shade"], *(value for name in ("animal", "pose", "colour") for value in ATTRIBUTES[name])))
+    hours = "|".join((*WORDS["tint"], *WORDS["sun"]))
+    tail = [*(phrase for name in ("spots", "y", "x", "horizon") for phrase in WORDS[name]), "facing (left|right)"]
+    tail += [phrase for group in PHRASES.values() for phrase in group.values()]
+    phrases = "|".join([*tail, f"in the( ({hours}))+ hours"])
     for index in range(300):
         text = sample_caption(scene_at("heldout", index), draw)
         assert re.fullmatch(rf"(a photo of )?(an (?=[aeiou])|a (?![aeiou]))({words})( ({words}))*( ({phrases}))*", text), text
@@ -146,17 +151,44 @@ def test_a_sampled_caption_is_made_of_known_phrases_with_the_right_article() -> 
 @pytest.mark.parametrize(
     ("scene", "text"),
     [
-        (DOG, "a small light brown dog sitting with two spots facing right on the grass wearing a hat"),
-        (CAT, "a huge dark orange cat jumping with three spots facing left at night"),
+        (
+            DOG,
+            "a small light brown dog sitting with two spots facing right near rightward on the grass wearing a hat "
+            "in the cool late hours lower horizon",
+        ),
+        (CAT, "a huge dark orange cat jumping with three spots facing left near leftmost at night in the hot earlier hours high horizon"),
     ],
     ids=["dog", "cat"],
 )
 def test_the_longest_caption_says_attributes_and_identity(scene: Scene, text: str) -> None:
-    """Size and shade before the colour, spots and facing after the pose; and of 500 sampled captions none has a word that it lacks."""
+    """Size and shade before the colour, the rest after the pose; and of 500 sampled captions none has a word that it lacks."""
     assert longest_caption(scene) == text
     draw = random.Random(4)
     words = {*text.split(), "a", "photo", "of"}
     assert all(set(sample_caption(scene, draw).split()) <= words | {"an"} for _ in range(500))
+
+
+@pytest.mark.parametrize("name", [*IDENTITY, "facing"])
+def test_a_displaced_factor_is_another_one_in_its_range_and_the_only_change(name: str) -> None:
+    """Its word changes and no other one; twice displaced is back where it was."""
+    for index in range(20):
+        scene = scene_at("heldout", index)
+        moved = displaced(scene, name)
+        if name != "facing":
+            low, high = RANGES[name]
+            assert low <= getattr(moved, name) <= high
+            assert abs(getattr(moved, name) - getattr(scene, name)) == pytest.approx(2 if name == "spots" else (high - low) / 2)
+        assert replace(moved, **{name: getattr(scene, name)}) == scene
+        assert longest_caption(moved) != longest_caption(scene)
+        assert getattr(displaced(moved, name), name) == pytest.approx(getattr(scene, name))
+
+
+def test_the_longest_sampled_caption_fits_the_tokenizer() -> None:
+    """Of 2,000, with the two tokens that frame it, none is cut off; every word is a token."""
+    draw, words = random.Random(4), CLIPTokenizer.from_pretrained(CRITTERS / "tokenizer")
+    texts = [sample_caption(scene_at("heldout", index), draw) for index in range(2000)]
+    assert max(len(ids) for ids in words(texts).input_ids) <= words.model_max_length
+    assert all(len(ids) == len(text.split()) + 2 for ids, text in zip(words(texts).input_ids, texts, strict=True))
 
 
 def test_sampled_captions_leave_out_and_keep_every_attribute() -> None:
@@ -177,16 +209,24 @@ def test_sampled_captions_leave_out_and_keep_every_attribute() -> None:
         ("shade", "pale", 0.51, 1.0),
         ("shade", "dark", -0.49, -0.01),
         ("spots", "with two spots", 2, 2),
+        ("x", "leftmost", 29.0, 30.4),
+        ("x", "rightward", 32.1, 33.4),
+        ("y", "close", 58.8, 60.0),
+        ("sun", "late", 0.76, 1.0),
+        ("horizon", "high horizon", 34.0, 36.4),
+        ("tint", "warm", 0.01, 0.49),
         ("facing", "facing left", -1, -1),
     ],
 )
-def test_a_sampled_caption_tells_of_the_identity_now_and_then(factor: str, word: str, lower: float, higher: float) -> None:
-    """A word on a factor appears in about one caption in four of the scenes it is right for, and never of one it is not."""
-    draw, other = random.Random(3), {"size": 1.0, "shade": 0.2, "spots": 0, "facing": 1}[factor]
+def test_a_sampled_caption_tells_of_the_identity_half_of_the_time(factor: str, word: str, lower: float, higher: float) -> None:
+    """A word on a factor appears in about half of the captions of the scenes it is right for, and never of one it is not."""
+    draw = random.Random(3)
+    others = {"size": 1.0, "shade": 0.2, "spots": 0, "x": 31.0, "y": 56.5, "sun": 0.6, "horizon": 40.0, "tint": -0.2, "facing": 1}
     for value in (lower, higher):
         texts = [sample_caption(replace(DOG, **{factor: value}), draw) for _ in range(200)]
-        assert 30 < sum(word in text for text in texts) < 70
-    assert not any(word in sample_caption(replace(DOG, **{factor: other}), draw) for _ in range(200))
+        assert 80 < sum(bool(re.search(rf"\b{word}\b", text)) for text in texts) < 130
+    other = replace(DOG, **{factor: others[factor]})
+    assert not any(re.search(rf"\b{word}\b", sample_caption(other, draw)) for _ in range(200))
 
 
 def test_a_scene_is_a_function_of_its_split_and_number() -> None:

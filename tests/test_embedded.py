@@ -13,12 +13,15 @@ from PIL import Image
 from imagic_lora import cli
 from imagic_lora.bases.known import CRITTERS
 from imagic_lora.bases.registry import open_base
+from imagic_lora.conditioning import concatenate, interpolate
 from imagic_lora.config import EditConfig, MemoryConfig
-from imagic_lora.critters import ATTRIBUTES, caption, render, scene_at
+from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
 from imagic_lora.critters.judge import Judge
+from imagic_lora.critters.scene import displaced
 from imagic_lora.generate import generate
 from imagic_lora.images import to_canvas, to_image
 from imagic_lora.metrics import CritterAlignment, pixels, psnr
+from imagic_lora.objective import denoising_loss
 from imagic_lora.runtime import resolve_runtime
 from imagic_lora.store import Store
 
@@ -88,6 +91,38 @@ def test_from_a_hardly_noised_photo_comes_the_photo() -> None:
     strong = weak.model_copy(update={"strength": 1.0})
     shown, near, far = unguided(weak, strong)
     assert psnr(near, shown) > 22 > psnr(far, shown)
+
+
+@pytest.mark.parametrize("name", ["facing", "x", "y", "size", "spots", "horizon", "tint", "shade"])
+@torch.no_grad()
+def test_the_base_hears_what_it_is_told_of_the_identity(name: str) -> None:
+    """Its loss on 48 held-out pictures, at timestep 850, is higher if one factor of the caption is wrong."""
+    base, scenes = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[:48]
+    clean = torch.cat([base.encode_image(pixels([render(scene)])) for scene in scenes])
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+
+    def loss(told: list[Scene]) -> float:
+        text = concatenate([base.encode_text(longest_caption(scene)) for scene in told])
+        return denoising_loss(base, clean, text, noise, torch.full((len(told),), 0.85, dtype=torch.float64)).mean().item()
+
+    assert loss([displaced(scene, name) for scene in scenes]) > loss(scenes) * 1.0005
+
+
+def test_a_mixture_of_texts_is_the_edit_of_the_photo() -> None:
+    """All of the photo in words and the sentence for another pose, mixed at eta 0.7, nothing fitted, from the noise of the photo: of 8
+    pictures the judge sees the pose in at least 7, and the animal of the photo looking the same way in at least 7."""
+    base, judge = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), Judge.load()
+    config = EditConfig(steps=23, guidance_scale=1.0, start="inverted", ddim_eta=1.0)
+    posed, kept = 0, 0
+    for seed, scene in enumerate(HELD_OUT[:8]):
+        truth = scene.edited(pose="jumping" if scene.pose != "jumping" else "sleeping")
+        photo, sentence = base.encode_text(longest_caption(scene)), base.encode_text(f"a {truth.pose} {truth.animal}")
+        canvas, mix = to_canvas(render(scene), 64, 8), interpolate(sentence, photo, 0.7)
+        (sight,) = judge.see(pixels([next(generate(base, [mix], [seed], config, canvas, None, photo))]))
+        posed += sight.attributes["pose"] == truth.pose
+        kept += sight.attributes["animal"] == truth.animal and sight.facing == truth.facing
+    assert posed >= 7
+    assert kept >= 7
 
 
 def test_clip_prefers_the_true_caption() -> None:

@@ -44,9 +44,17 @@ IDENTITY: dict[str, float] = {name: (high - low) / math.sqrt(12) for name, (low,
 
 WHERE = {"grass": "on the grass", "sand": "on the sand", "snow": "in the snow", "night": "at night"}
 WITH = {"none": "", "hat": "wearing a hat", "ball": "with a ball"}
-SIZES = ("tiny", "small", "large", "huge")
-SHADES = ("deep", "dark", "light", "pale")
-SPOTS = ("without spots", "with one spot", "with two spots", "with three spots")
+WORDS: dict[str, tuple[str, ...]] = {
+    "shade": ("deep", "dark", "light", "pale"),
+    "size": ("tiny", "small", "large", "huge"),
+    "x": ("leftmost", "leftward", "rightward", "rightmost"),
+    "y": ("distant", "far", "near", "close"),
+    "spots": ("without spots", "with one spot", "with two spots", "with three spots"),
+    "sun": ("early", "earlier", "later", "late"),
+    "horizon": ("high horizon", "higher horizon", "lower horizon", "low horizon"),
+    "tint": ("cold", "cool", "warm", "hot"),
+}
+"""What a caption of the training may say of each factor of the identity: a word for each quarter of its range."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,16 @@ class Scene:
         return replace(self, **changes)  # pyright: ignore[reportArgumentType]  # the values were checked above
 
 
+def displaced(scene: Scene, name: str) -> Scene:
+    """The scene with one factor of the identity moved by half of its range, around its end, or facing the other way."""
+    if name == "facing":
+        return replace(scene, facing=-scene.facing)  # pyright: ignore[reportArgumentType]
+    if name == "spots":
+        return replace(scene, spots=(scene.spots + 2) % 4)
+    low, high = RANGES[name]
+    return replace(scene, **{name: low + (getattr(scene, name) - low + (high - low) / 2) % (high - low)})
+
+
 def scene_at(split: Split, index: int) -> Scene:
     """Scene number ``index`` of a split: the same on every machine, and no two splits share a seed.
 
@@ -135,40 +153,42 @@ def article(word: str) -> str:
 
 
 def sample_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption as a person might write it: phrases left out at random, the pose before or after the animal, now and then a word on the
-    identity, as in ``a small pale brown dog sitting with two spots facing left on the grass``.
+    """A caption as a person might write it: phrases left out at random, the pose before or after the animal, some words on the identity,
+    as in ``a small pale brown dog sitting with two spots facing left near on the grass in the warm hours``.
 
     Half of the captions tell all attributes; the others keep each of colour, pose, place and thing with probability one half, so that
-    short prompts work too. Half say nothing of the identity; the others tell each of shade, size, spots and facing with probability one
-    half.
+    short prompts work too. Of the identity three in ten say nothing, as many or a few more all of it, and the others each of its factors
+    and the facing with probability one half.
     """
-    tell = dict.fromkeys(("colour", "pose", "place", "thing"), True)
+    tell = {"colour", "pose", "place", "thing"}
     if rng.random() < 0.5:
-        tell = {name: rng.random() < 0.5 for name in tell}
-    spoken = rng.random() < 0.5
-    tell |= {name: spoken and rng.random() < 0.5 for name in ("size", "shade", "spots", "facing")}
-    before = rng.random() < 0.3
-    opening = "a photo of " if rng.random() < 0.2 else ""
-    return opening + _caption(scene, {name for name, told in tell.items() if told}, before)
+        tell = {name for name in sorted(tell) if rng.random() < 0.5}
+    share = rng.choices((0.0, 0.5, 1.0), (0.3, 0.35, 0.35))[0]
+    tell |= {name for name in (*WORDS, "facing") if rng.random() < share}
+    return ("a photo of " if rng.random() < 0.2 else "") + describe(scene, tell, before=rng.random() < 0.3)
 
 
 def longest_caption(scene: Scene) -> str:
-    """All that a caption of the training can say: ``a small light brown dog sitting with two spots facing right on the grass``."""
-    return _caption(scene, {"size", "shade", "colour", "pose", "spots", "facing", "place", "thing"}, before=False)
+    """All that a caption of the training can say: attributes, and a word or two on everything of the identity."""
+    return describe(scene, {*ATTRIBUTES, *WORDS, "facing"})
 
 
-def _caption(scene: Scene, tell: set[str], before: bool) -> str:
-    """A caption that tells some of the attributes and of the identity; ``before``: the pose comes before the animal."""
-    said = {"size": _level(scene, "size", SIZES), "shade": _level(scene, "shade", SHADES), "colour": scene.colour, "pose": scene.pose}
-    said |= {"spots": SPOTS[scene.spots], "facing": "facing " + ("right" if scene.facing > 0 else "left")}
-    said |= {"animal": scene.animal, "place": WHERE[scene.place], "thing": WITH[scene.thing]}
-    order = ["size", "shade", "colour", "animal", "spots", "facing", "place", "thing"]
-    order.insert(0 if before else order.index("animal") + 1, "pose")
-    words = [said[name] for name in order if (name == "animal" or name in tell) and said[name]]
+def describe(scene: Scene, tell: set[str], before: bool = False) -> str:
+    """A caption that tells the animal and what else it is to tell; ``before``: the pose comes before the animal."""
+    said = {name: _level(scene, name) for name in WORDS} | {"colour": scene.colour, "pose": scene.pose}
+    said |= {"facing": "facing " + ("right" if scene.facing > 0 else "left"), "place": WHERE[scene.place], "thing": WITH[scene.thing]}
+    order = ["pose", "size", "shade", "colour"] if before else ["size", "shade", "colour"]
+    words = [*(said[name] for name in order if name in tell), scene.animal, *([scene.pose] if "pose" in tell and not before else [])]
+    words += [said[name] for name in ("spots", "facing", "y", "x", "place", "thing") if name in tell and said[name]]
+    hours = [said[name] for name in ("tint", "sun") if name in tell]
+    words += ["in the", *hours, "hours"] if hours else []
+    words += [said["horizon"]] if "horizon" in tell else []
     return f"{article(words[0])} {' '.join(words)}"
 
 
-def _level(scene: Scene, name: str, words: tuple[str, ...]) -> str:
-    """The word for a factor's part of its range."""
+def _level(scene: Scene, name: str) -> str:
+    """The word for the quarter of a factor's range; for spots, of their number."""
+    if name == "spots":
+        return WORDS[name][scene.spots]
     low, high = RANGES[name]
-    return words[min(int((getattr(scene, name) - low) / (high - low) * len(words)), len(words) - 1)]
+    return WORDS[name][min(int((getattr(scene, name) - low) / (high - low) * 4), 3)]

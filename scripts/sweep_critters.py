@@ -1,8 +1,8 @@
 """Settings of Imagic on many cases of CritterBench at once: ``python scripts/sweep_critters.py --cases 100 --etas 0.6 0.8``.
 
 All cases are fitted as one batch in which each sample has an embedding and LoRA layers of its own, with the noise, the timesteps and the
-first weights that the benchmark gives it: the same pictures but for rounding, in a sixth of the time. For choosing settings, on a seed
-that is not that of the claims.
+first weights that the benchmark gives it: the same pictures but for rounding. For choosing settings, on a seed that is not that of the
+claims.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def sweep(base: Base, scorer: Scorer, cases: Sequence[Case], config: RunConfig, 
 
 
 def show(title: str, cases: Sequence[Case], scores: Sequence[Score]) -> None:
-    """One line: success / attributes / aligned in %, identity (median) and PSNR, of pose and of the other kinds."""
+    """One line: success / attributes / aligned in %, and PSNR, of pose and of the other kinds."""
     print(f"{title:28}", end="")
     for kind in ("pose", "others"):
         found = [score for case, score in zip(cases, scores, strict=True) if (case.kind == "pose") == (kind == "pose")]

@@ -347,6 +347,17 @@ class Edits:
         parts.requires_grad_(True)
         return cls(sentences, before, after, moved - start)
 
+    def mixed(self, rng: np.random.Generator, groups: int) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Groups of them at random etas, one for each: the sentences, the latents of what is to be seen there, times in [0, 1), and what is
+        added to the embeddings of the sentences. Four in five have happened."""
+        which = (GROUP * rng.integers(0, EDITS // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
+        happened = torch.rand(groups) < 0.8
+        eta = torch.where(happened, 0.55 + 0.35 * torch.rand(groups), 0.4 * torch.rand(groups)).repeat_interleave(GROUP).to(self.moves)
+        happened = happened.repeat_interleave(GROUP).to(self.after.device)
+        seen = torch.where(happened[:, None, None, None], self.after[which], self.before[which])
+        times = EDITS_FROM + (1 - EDITS_FROM) * ((torch.arange(groups) + torch.rand(groups)) / groups).repeat_interleave(GROUP)
+        return [self.sentences[k] for k in which], seen, times, (1 - eta)[:, None, None] * self.moves[which]
+
     @staticmethod
     def _optimised(unet: Any, scheduler: Any, clean: torch.Tensor, start: torch.Tensor, rate: float) -> torch.Tensor:
         embeddings = start.clone().requires_grad_()
@@ -397,20 +408,12 @@ def train_unet(args: argparse.Namespace) -> None:
         u = torch.cat([(torch.arange(some) + torch.rand(some)) / max(some, 1) for some in (louder, groups - louder)])
         u = u.repeat_interleave(GROUP)
         u = torch.where(loud, args.loud_from + (1 - args.loud_from) * u, u)
-        aloud, moves = loud.clone(), torch.zeros(args.batch, 1, 1, device=args.device)
+        aloud, moves = loud.clone(), 0.0
         if edited:  # in place of the last groups
-            some = slice(-edited * GROUP, None)
-            which = (GROUP * rng.integers(0, EDITS // GROUP, edited)[:, None] + np.arange(GROUP)).ravel()
-            happened = torch.rand(edited) < 0.8
-            eta = torch.where(happened, 0.55 + 0.35 * torch.rand(edited), 0.4 * torch.rand(edited)).repeat_interleave(GROUP)
-            happened = happened.repeat_interleave(GROUP).to(args.device)
-            clean[some] = torch.where(happened[:, None, None, None], edits[0].after[which], edits[0].before[which])
-            told[args.batch - edited * GROUP : args.batch] = [edits[0].sentences[k] for k in which]
-            share[some] = [0.0] * len(which)
-            u[some] = EDITS_FROM + (1 - EDITS_FROM) * ((torch.arange(edited) + torch.rand(edited)) / edited).repeat_interleave(GROUP)
-            aloud[some] = True
-            moved = (1 - eta).to(args.device)[:, None, None] * edits[0].moves[which]
-            moves = torch.cat([moves.expand(-1, *moved.shape[1:])[: -len(moved)], moved])
+            part = slice(args.batch - edited * GROUP, args.batch)
+            told[part], clean[part], u[part], moved = edits[0].mixed(rng, edited)
+            share[part], aloud[part] = [0.0] * len(moved), True
+            moves = F.pad(moved, (0, 0, 0, 0, args.batch - len(moved), 0))
         clean = clean + scale * torch.randn_like(clean)
         t = (u * total).long().to(args.device)
         states, others = text(tokens(words, told, args.device)).last_hidden_state.chunk(2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ..critters import ATTRIBUTES, Scene
-from ..critters.scene import WHERE, WITH, article, random_scene
+from ..critters.scene import describe, random_scene
 
 Kind = Literal["pose", "colour", "place", "thing", "animal"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -44,15 +44,4 @@ def case_at(seed: int, index: int) -> Case:
         source = replace(source, thing="none")
     value = rng.choice([value for value in ATTRIBUTES[kind] if value not in (getattr(source, kind), "none")])
     truth = source.edited(**{kind: value})
-    return Case(index, kind, source, truth, _text(kind, truth, rng))
-
-
-def _text(kind: Kind, truth: Scene, rng: random.Random) -> str:
-    words = {
-        "pose": rng.choice((f"{truth.animal} {truth.pose}", f"{truth.pose} {truth.animal}")),
-        "colour": f"{truth.colour} {truth.animal}",
-        "place": f"{truth.animal} {WHERE[truth.place]}",
-        "thing": f"{truth.animal} {WITH[truth.thing]}",
-        "animal": truth.animal,
-    }[kind]
-    return f"{article(words)} {words}"
+    return Case(index, kind, source, truth, describe(truth, {kind}, before=rng.choice((False, True))))

@@ -144,8 +144,7 @@ def random_scene(rng: random.Random) -> Scene:
 
 def caption(scene: Scene) -> str:
     """The full caption: ``a brown dog sitting on the grass wearing a hat``."""
-    words = [article(scene.colour), scene.colour, scene.animal, scene.pose, WHERE[scene.place], WITH[scene.thing]]
-    return " ".join(w for w in words if w)
+    return describe(scene, {*ATTRIBUTES})
 
 
 def article(word: str) -> str:

@@ -230,6 +230,8 @@ def edit(
     source = (base, None) if base else (record.base.name, record.base.revision)
     run = choose_for_edit(lambda: architecture_of(*source), record.config, {"edit": flags, "memory": levers, "preset": preset})
     config = run.edit
+    if "source_eta" in flags and config.start != "inverted":
+        raise ImagicError("--source-eta without --start inverted", "both or neither", "add --start inverted, or leave out --source-eta")
     if "strength" in flags and config.start != "image":
         raise ImagicError("--strength without --start image", "both or neither", "add --start image, or leave out --strength")
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +49,13 @@ class Conditioning:
         """The inverse of :meth:`tensors`."""
         extra = {name: value for name, value in named.items() if name not in ("tokens", "pooled")}
         return cls(named["tokens"], named.get("pooled"), extra)
+
+
+def sources(target: Conditioning, optimised: Conditioning, etas: Sequence[float], source_eta: float) -> list[Conditioning]:
+    """What the photo is inverted under, for edits at these etas: the interpolation at ``source_eta``, or at the eta of the edit where
+    that is less. Equal ones are one object."""
+    found = {at: interpolate(target, optimised, at) for at in {min(eta, source_eta) for eta in etas}}
+    return [found[min(eta, source_eta)] for eta in etas]
 
 
 def interpolate(target: Conditioning, optimised: Conditioning, eta: float) -> Conditioning:

@@ -81,6 +81,9 @@ class EditConfig(Config):
     """noise samples from scratch; image starts from the photo, noised by strength; inverted from the very noise that gives the photo back,
     which keeps place and surroundings best: DDIM run backwards where ddim_eta is 0, so that the seed has no say, or else noise by the seed,
     with what every step has to add to lead to the photo (edit-friendly inversion), which lets more be changed."""
+    source_eta: float = Field(default=0.0, ge=0, le=1)
+    """The interpolation under which the photo is inverted, with start inverted: 0 is the optimised embedding. The nearer to where the edit
+    sets in, the less of the identity is lost on the way. Edits at a lower eta are inverted under their own."""
     strength: float = Field(default=0.8, gt=0, le=1)
     """How much of the photo is noised away with start image: 1 is all of it."""
     batch_size: int = Field(default=4, ge=1, le=256)

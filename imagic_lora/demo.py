@@ -54,7 +54,7 @@ def embedding_alone(editor: Editor, adapter: Adapter, config: EditConfig, seed: 
     editor.close()
     stored = adapter.embeddings()
     e_opt = stored["optimised"]
-    return next(generate(editor.base, [e_opt], [seed], config, adapter.canvas(), stored.get("null"), e_opt))
+    return next(generate(editor.base, [e_opt], [seed], config, adapter.canvas(), stored.get("null"), [e_opt]))
 
 
 def _page(photo: Image.Image, before: Image.Image, edits: list[Edit], truth: Image.Image, prompt: str) -> Image.Image:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .adapter import Adapter
 from .bases.base import Base
-from .conditioning import Conditioning, interpolate
+from .conditioning import Conditioning, interpolate, sources
 from .config import EditConfig
 from .errors import ImagicError
 from .full import Weights, loaded_full
@@ -107,7 +107,8 @@ class Editor:
             target = stored["target"] if prompt is None else replace(self.base.encode_text(prompt), extra=stored["target"].extra)
             self.base.rest()
         mixes = [interpolate(target, stored["optimised"], eta) for eta, _ in pairs]
-        pictures = generate(self.base, mixes, [seed for _, seed in pairs], config, held.canvas, stored.get("null"), stored["optimised"])
+        of_photo = sources(target, stored["optimised"], [eta for eta, _ in pairs], config.source_eta)
+        pictures = generate(self.base, mixes, [seed for _, seed in pairs], config, held.canvas, stored.get("null"), of_photo)
         for start in range(0, len(pairs), config.batch_size):
             batch = pairs[start : start + config.batch_size]
             with self._lock:  # never while it yields: the caller may go on with another edit, or never come back

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def generate(
     config: EditConfig,
     canvas: Canvas,
     null: Conditioning | None,
-    source: Conditioning,
+    sources: Sequence[Conditioning],
 ) -> Iterator[Image.Image]:
     """One picture for each pair of conditioning and seed, in batches.
 
@@ -35,7 +35,8 @@ def generate(
         conditionings, seeds: of equal length; the noise of a picture depends on its seed alone.
         canvas: the photo as it was trained on; gives the size, and the start with ``start="image"`` or ``"inverted"``.
         null: the unconditional conditioning; None, or a guidance scale of 1 or less, means no guidance.
-        source: the conditioning that stands for the photo, under which it is inverted with ``start="inverted"``.
+        sources: for each picture the conditioning that stands for the photo, under which it is inverted with ``start="inverted"``; the
+            noise is found once for each of these objects and seed.
 
     Yields:
         Pictures at the photo's own size, in order, as batches are done.
@@ -45,13 +46,17 @@ def generate(
             holds NaN.
     """
     refuse_no_steps(config)
-    of_photo = None
-    if config.start == "inverted":
-        clean = base.encode_image(canvas.pixels)
-        of_photo = cache(partial(traced if config.ddim_eta else inverted, base, canvas, clean, source, config))
+    clean = base.encode_image(canvas.pixels) if config.start == "inverted" else None
+
+    @cache
+    def of_photo(source: int, seed: int) -> tuple[Tensor, ...]:
+        assert clean is not None
+        return (traced if config.ddim_eta else inverted)(base, canvas, clean, sources[source], config, seed)
+
+    first = [next(k for k, other in enumerate(sources) if other is source) for source in sources]
     for start in range(0, len(seeds), config.batch_size):
         part = slice(start, start + config.batch_size)
-        noise = [of_photo(seed) for seed in seeds[part]] if of_photo else None
+        noise = None if clean is None else [of_photo(*each) for each in zip(first[part], seeds[part], strict=True)]
         pixels = _batch(base, concatenate(list(conditionings[part])), list(seeds[part]), config, canvas, null, noise)
         if pixels.isnan().any():
             raise ImagicError("a generated picture holds NaN", "numbers", "try --dtype fp32 or bf16")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .adapter import CARD, PREVIEW, SOURCE, STEPS, BaseRecord, Record, SourceRecord, save_embeddings, weights_record
 from .bases.base import Base
-from .conditioning import Conditioning, interpolate
+from .conditioning import Conditioning, interpolate, sources
 from .config import RunConfig
 from .durable import Draft
 from .errors import ImagicWarning
@@ -85,7 +85,8 @@ class Run:
         cells = [("photo", self.photo.image)]
         try:
             with explained(self.base.architecture, self.config, self.base.runtime, "decode"):
-                pictures = list(generate(self.base, mixes, [self.config.seed] * 2, self.config.edit, self.canvas, self.null, e_opt))
+                of_photo, seeds = sources(self.target, e_opt, etas, self.config.edit.source_eta), [self.config.seed] * 2
+                pictures = list(generate(self.base, mixes, seeds, self.config.edit, self.canvas, self.null, of_photo))
             cells += [(f"eta {eta:g}", picture) for eta, picture in zip(etas, pictures, strict=True)]
         except OutOfMemory as error:
             warnings.warn(f"the adapter is stored without a preview: {error}", ImagicWarning, stacklevel=2)

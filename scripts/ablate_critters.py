@@ -27,7 +27,7 @@ from imagic_lora.bench.cases import Case, case_at
 from imagic_lora.bench.catalogue import budgeted, defaults
 from imagic_lora.bench.scores import Scorer
 from imagic_lora.bench.summary import bootstrapped
-from imagic_lora.conditioning import Conditioning, interpolate
+from imagic_lora.conditioning import Conditioning, interpolate, sources
 from imagic_lora.config import RunConfig, merged
 from imagic_lora.console import quiet_loading
 from imagic_lora.critters import render
@@ -93,7 +93,15 @@ def jointly(base: Base, photo: Path, case: Case, config: RunConfig) -> tuple[Ima
         e_opt = replace(run.target, tokens=conditioning().tokens.detach())
         mix = interpolate(run.target, e_opt, config.eta)
         with torch.no_grad():
-            (image,) = generate(base, [mix], [case.index], config.edit, run.canvas, run.null, e_opt)
+            (image,) = generate(
+                base,
+                [mix],
+                [case.index],
+                config.edit,
+                run.canvas,
+                run.null,
+                sources(run.target, e_opt, [config.eta], config.edit.source_eta),
+            )
         return image, 4 * sum(layer.numel() for layer in layers.values()) / 1e6
 
 

@@ -205,7 +205,7 @@ def generation_row(base: str, side: int, rounds: int, sampler_steps: int) -> str
         )  # fmt: skip
 
     a, b, ratio = compare(
-        lambda: list(generate(bench.base, [bench.text] * 2, [0, 1], config, canvas, bench.text, bench.text)), plain, rounds, 1
+        lambda: list(generate(bench.base, [bench.text] * 2, [0, 1], config, canvas, bench.text, [bench.text])), plain, rounds, 1
     )
     return row(base, f"{side} px", f"two pictures, {sampler_steps} steps", 2 / a, 2 / b, f"**{ratio:.3f}**")
 

@@ -24,7 +24,7 @@ from imagic_lora.bases.registry import open_base
 from imagic_lora.bench.cases import Case, case_at
 from imagic_lora.bench.catalogue import defaults
 from imagic_lora.bench.scores import Score, Scorer
-from imagic_lora.conditioning import Conditioning, concatenate, interpolate
+from imagic_lora.conditioning import Conditioning, concatenate, interpolate, sources
 from imagic_lora.config import EditConfig, EmbedConfig, RunConfig, TuneConfig
 from imagic_lora.console import quiet_loading
 from imagic_lora.critters import render
@@ -139,7 +139,8 @@ def sweep(base: Base, scorer: Scorer, cases: Sequence[Case], config: RunConfig, 
         train(base, latents, optimised, list(layers.values()), "tune", config.tune, cases)
         for eta, guidance in edits:
             how = config.edit.model_copy(update={"guidance_scale": guidance})
-            made = base.decode(edited(base, latents, interpolate(target, optimised, eta), optimised, how, cases))
+            (source,) = sources(target, optimised, [eta], how.source_eta)
+            made = base.decode(edited(base, latents, interpolate(target, optimised, eta), source, how, cases))
             show(
                 f"eta {eta:g}, guidance {guidance:g}",
                 cases,
@@ -167,6 +168,7 @@ def main() -> None:
         parser.add_argument(f"--{stage}", nargs=2, metavar=("STEPS", "RATE"), default=(config.steps, config.learning_rate))
     parser.add_argument("--etas", type=float, nargs="+", default=[usual.eta])
     parser.add_argument("--guidance", type=float, nargs="+", default=[usual.edit.guidance_scale])
+    parser.add_argument("--source-eta", type=float, default=usual.edit.source_eta)
     parser.add_argument("--start", choices=("inverted", "noise"), default=usual.edit.start)
     asked = parser.parse_args()
     logging.set_verbosity_error()
@@ -174,7 +176,8 @@ def main() -> None:
     pace = {
         stage: {"steps": int(getattr(asked, stage)[0]), "learning_rate": float(getattr(asked, stage)[1])} for stage in ("embed", "tune")
     }
-    config = defaults("lora", {**pace, "edit": {"start": asked.start}, "memory": {"device": "cpu", "dtype": "fp32", "optimizer": "adam"}})
+    sampling = {"start": asked.start, "source_eta": asked.source_eta}
+    config = defaults("lora", {**pace, "edit": sampling, "memory": {"device": "cpu", "dtype": "fp32", "optimizer": "adam"}})
     base = open_base("critters", resolve_runtime(config.memory))
     base.denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue, reportArgumentType]
     scorer = Scorer(Judge.load(), CritterAlignment.load())

@@ -150,6 +150,10 @@ def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[st
         "empty prompt for an edit": (["edit", "rex", "--store", store, "--prompt", " "], "empty prompt"),
         "strength without a start": (["edit", "rex", "--store", store, "--strength", "0.5"], "--start image"),
         "strength with inverted noise": (["edit", "rex", "--store", store, "--start", "inverted", "--strength", "0.5"], "--start image"),
+        "source eta without inverted noise": (
+            ["edit", "rex", "--store", store, "--start", "noise", "--source-eta", "0.3"],
+            "--start inverted",
+        ),
         "seeds of inverted noise": (["edit", "rex", "--store", store, "--start", "inverted", "--seed", "0:2"], "--start noise"),
         "no step to take": (["edit", "rex", "--store", store, "--start", "image", "--strength", "0.1", "--steps", "2"], "strength 0.1"),
         "a path in a name": (["fit", photo, "a dog", "--base", base, "--name", "../x"], "no path"),
@@ -178,7 +182,7 @@ BAD = [
     "a path in an edit", "existing name", "unknown command", "unknown flag", "value out of range", "wrong type", "clash",
     "xformers without CUDA", "unknown preset for an edit", "clash of levers", "clash in a plan", "no architecture to plan",
     "plain master weights", "stochastic without bf16", "offload without CUDA", "offload without CUDA in an edit",
-    "strength with inverted noise", "seeds of inverted noise",
+    "strength with inverted noise", "source eta without inverted noise", "seeds of inverted noise",
 ]  # fmt: skip
 
 
@@ -471,14 +475,18 @@ def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Pa
     assert set(leaves()) - {path for path in by_fit if path[0] != "memory"} - by_runtime == {("preset",)}
 
 
-def test_edit_flags_override_what_the_adapter_stored(run: Run, store: Path) -> None:
+@pytest.mark.parametrize(
+    "start", [{"start": "image", "strength": 0.9}, {"start": "inverted", "source_eta": 0.3}], ids=lambda way: way["start"]
+)
+def test_edit_flags_override_what_the_adapter_stored(start: dict[str, Any], run: Run, store: Path) -> None:
     """Each setting of stage 3, from its flag to the metadata of the picture it made."""
-    values = {"guidance_scale": 2.0, "steps": 3, "ddim_eta": 0.5, "start": "image", "strength": 0.9, "batch_size": 2}
-    assert set(values) == set(EditConfig.model_fields)
+    values = {"guidance_scale": 2.0, "steps": 3, "ddim_eta": 0.5, "batch_size": 2, **start}
+    assert set(values) | {"strength", "source_eta"} == set(EditConfig.model_fields)
     flags = [token for name, value in values.items() for token in (f"--{name.replace('_', '-')}", value)]
     code, out, _ = run("edit", "rex", "--store", store, *flags, "--json")
     assert code == 0
-    assert read_metadata(Path(json.loads(out)["pictures"][0]["file"]))["edit"] == values
+    made = read_metadata(Path(json.loads(out)["pictures"][0]["file"]))["edit"]
+    assert {name: made[name] for name in values} == values
 
 
 @pytest.mark.parametrize(("flags", "taken"), [((), 4), (("--preset", "8gb"), 1), (("--preset", "8gb", "--batch-size", "3"), 3)])

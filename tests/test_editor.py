@@ -103,7 +103,7 @@ def test_the_weights_of_an_adapter_matter(folder: Path, fitted: Fitted) -> None:
     """The same embedding on the bare base gives another picture."""
     adapter, base = fitted("lora"), opened(folder)
     stored = adapter.embeddings()
-    bare = next(generate(base, [stored["optimised"]], [5], CONFIG, adapter.canvas(), stored["null"], stored["optimised"]))
+    bare = next(generate(base, [stored["optimised"]], [5], CONFIG, adapter.canvas(), stored["null"], [stored["optimised"]]))
     assert np.abs(pictures(Editor(base), adapter, etas=[0])[0] - array(bare)).max() > 1
 
 
@@ -226,6 +226,22 @@ def test_traced_noise_leads_to_the_photo(folder: Path, fitted: Fitted) -> None:
     assert np.abs(back[2] - back[3]).max() > 1
 
 
+@pytest.mark.parametrize("ddim_eta", [0.0, 1.0])
+def test_a_photo_inverted_on_the_way_comes_back_from_there(folder: Path, fitted: Fitted, ddim_eta: float) -> None:
+    """With a source eta of 0.4: the photo at it and below it, which without one there is at eta 0 alone."""
+    editor, adapter = Editor(opened(folder)), fitted("lora")
+    plain = CONFIG.model_copy(update={"start": "inverted", "ddim_eta": ddim_eta, "guidance_scale": 1.0, "steps": 50})
+    on_the_way = pictures(editor, adapter, plain.model_copy(update={"source_eta": 0.4}), [0.0, 0.2, 0.4, 1.0])
+    usual = pictures(editor, adapter, plain, [0.0, 0.4, 1.0])
+    photo = usual[0].astype(float)
+    farther = [np.abs(picture.astype(float) - photo).mean() for picture in (*on_the_way, usual[1])]
+    assert np.array_equal(on_the_way[0], usual[0])
+    if ddim_eta:
+        assert max(farther[:3]) < 1 < farther[4]
+    assert farther[2] < farther[4] < farther[3] * 2
+    assert not np.array_equal(on_the_way[3], usual[2])
+
+
 def test_the_seed_of_inverted_noise_has_no_say(folder: Path, fitted: Fitted) -> None:
     """The picture is that of the photo's own noise."""
     editor, config = Editor(opened(folder)), CONFIG.model_copy(update={"start": "inverted"})
@@ -262,7 +278,7 @@ def test_another_prompt_takes_the_place_of_the_target(folder: Path, fitted: Fitt
     stored, editor = adapter.embeddings(), Editor(base)
     edited = pictures(editor, adapter, prompt="a dog")[0]
     mixed = Conditioning(0.6 * base.encode_text("a dog").tokens + (1 - 0.6) * stored["optimised"].tokens)
-    expected = next(generate(base, [mixed], [5], CONFIG, adapter.canvas(), stored["null"], stored["optimised"]))
+    expected = next(generate(base, [mixed], [5], CONFIG, adapter.canvas(), stored["null"], [stored["optimised"]]))
     assert np.array_equal(edited, array(expected))
     assert not np.array_equal(edited, pictures(editor, adapter)[0])
     assert np.array_equal(pictures(editor, adapter, prompt="a cat"), pictures(editor, adapter))
@@ -279,8 +295,8 @@ def test_no_guidance_needs_no_null(folder: Path, fitted: Fitted) -> None:
     """A scale of 1, and a base without an unconditional embedding, are the same plain sampling."""
     base, adapter = opened(folder), fitted("lora")
     stored, off = adapter.embeddings(), CONFIG.model_copy(update={"guidance_scale": 1.0})
-    one = next(generate(base, [stored["target"]], [5], off, adapter.canvas(), stored["null"], stored["optimised"]))
-    other = next(generate(base, [stored["target"]], [5], CONFIG, adapter.canvas(), None, stored["optimised"]))
+    one = next(generate(base, [stored["target"]], [5], off, adapter.canvas(), stored["null"], [stored["optimised"]]))
+    other = next(generate(base, [stored["target"]], [5], CONFIG, adapter.canvas(), None, [stored["optimised"]]))
     assert np.array_equal(array(one), array(other))
 
 
@@ -299,7 +315,7 @@ def test_pictures_that_are_not_finite_are_refused(folder: Path, fitted: Fitted) 
     stored = adapter.embeddings()
     broken = Conditioning(torch.full_like(stored["target"].tokens, torch.nan))
     with pytest.raises(ImagicError, match="holds NaN"):
-        next(generate(base, [broken], [0], CONFIG, adapter.canvas(), stored["null"], stored["optimised"]))
+        next(generate(base, [broken], [0], CONFIG, adapter.canvas(), stored["null"], [stored["optimised"]]))
 
 
 @pytest.mark.parametrize("place", ["cpu", "meta"])

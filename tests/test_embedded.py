@@ -71,7 +71,7 @@ def unguided(*configs: EditConfig) -> list[Image.Image]:
     base, scene = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[0]
     canvas, text = to_canvas(render(scene), 64, 8), base.encode_text(caption(scene))
     shown = to_image(base.decode(base.encode_image(canvas.pixels))[0])
-    return [shown, *(next(generate(base, [text], [0], config, canvas, None, text)) for config in configs)]
+    return [shown, *(next(generate(base, [text], [0], config, canvas, None, [text])) for config in configs)]
 
 
 @pytest.mark.parametrize(("ddim_eta", "least"), [(0.0, 25), (0.5, 40), (1.0, 40)])
@@ -118,7 +118,7 @@ def test_a_mixture_of_texts_is_the_edit_of_the_photo() -> None:
         truth = scene.edited(pose="jumping" if scene.pose != "jumping" else "sleeping")
         photo, sentence = base.encode_text(longest_caption(scene)), base.encode_text(f"a {truth.pose} {truth.animal}")
         canvas, mix = to_canvas(render(scene), 64, 8), interpolate(sentence, photo, 0.7)
-        (sight,) = judge.see(pixels([next(generate(base, [mix], [seed], config, canvas, None, photo))]))
+        (sight,) = judge.see(pixels([next(generate(base, [mix], [seed], config, canvas, None, [photo]))]))
         posed += sight.attributes["pose"] == truth.pose
         kept += sight.attributes["animal"] == truth.animal and sight.facing == truth.facing
     assert posed >= 7

@@ -261,7 +261,7 @@ def test_no_lever_is_named_that_the_device_cannot_pull(assumed: Assumed) -> None
         assert lever[0] != "--master-weights bf16-stochastic"
 
 
-OWN = {"steps": 30, "guidance_scale": 3.0, "ddim_eta": 0.5, "start": "image", "strength": 0.6}
+OWN = {"steps": 30, "guidance_scale": 3.0, "ddim_eta": 0.5, "start": "image", "strength": 0.6, "source_eta": 0.2}
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_bounds_are_the_photo_and_the_true_edit_through_the_vae(folder: Path, ba
 def alone(base: Base, task: Task, config: EditConfig, seed: int = SEED) -> np.ndarray:
     """What generate() gives for the sentence by itself."""
     canvas, text = to_canvas(task.photo, 32, 8), base.encode_text(task.text)
-    (image,) = generate(base, [text], [seed], config, canvas, base.null(), text)
+    (image,) = generate(base, [text], [seed], config, canvas, base.null(), [text])
     return array(image)
 
 
@@ -306,7 +306,7 @@ def test_the_embedding_alone_is_on_the_untuned_base(fitting: Fitting, folder: Pa
     adapter, _ = apart(folder, "lora", photo_file, tmp_path)
     stored, base, config = adapter.embeddings(), opened(folder), tiny_config(folder).edit
     mixed = Conditioning(0.7 * stored["target"].tokens + (1 - 0.7) * stored["optimised"].tokens)
-    (expected,) = generate(base, [mixed], [SEED], config, adapter.canvas(), stored["null"], stored["optimised"])
+    (expected,) = generate(base, [mixed], [SEED], config, adapter.canvas(), stored["null"], [stored["optimised"]])
     assert np.array_equal(array(made.image), array(expected))
     assert not np.array_equal(array(made.image), array(fitting("lora")[0][0].image))
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from ..adapter import Adapter
-from ..conditioning import interpolate
+from ..conditioning import interpolate, sources
 from ..config import RunConfig
 from ..editor import Editor
 from ..generate import generate
@@ -56,8 +56,9 @@ class Imagic(Method):
                 editor.close()
                 with metered(base) as meter:
                     stored = adapter.embeddings()
-                    e_opt, mix = stored["optimised"], interpolate(stored["target"], stored["optimised"], config.eta)
-                    (image,) = generate(base, [mix], [task.seed], config.edit, adapter.canvas(), stored.get("null"), e_opt)
+                    ends = stored["target"], stored["optimised"]
+                    mix, of_photo = interpolate(*ends, config.eta), sources(*ends, [config.eta], config.edit.source_eta)
+                    (image,) = generate(base, [mix], [task.seed], config.edit, adapter.canvas(), stored.get("null"), of_photo)
                     yield Made("embedding-only", image, prices["embed"] + meter.price())
 
 

@@ -30,7 +30,7 @@ class Untuned(Method):
             text = base.framed(sentence, high, wide, config.guidance_scale)
             null = None if empty is None else base.framed(empty, high, wide, config.guidance_scale)
             with metered(base) as meter:
-                (image,) = generate(base, [text], [task.seed], config, canvas, null, text)
+                (image,) = generate(base, [text], [task.seed], config, canvas, null, [text])
                 yield Made(row, image, meter.price())
 
 

@@ -171,8 +171,8 @@ Recipe = Mapping[Mode, Mapping[str, Any]]
 
 _CRITTERS: dict[str, Any] = {  # docs/log.md holds what else was tried
     "eta": 0.7,
-    "embed": {"steps": 60, "learning_rate": 4e-2},
-    "edit": {"guidance_scale": 2.5, "steps": 23, "start": "inverted", "ddim_eta": 1.0},
+    "embed": {"steps": 60, "learning_rate": 5e-2},
+    "edit": {"guidance_scale": 1.5, "steps": 23, "start": "inverted", "ddim_eta": 1.0, "source_eta": 0.35},
 }
 
 RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {

@@ -63,9 +63,10 @@ UNET: dict[str, Any] = {
 }
 GROUP = 4  # neighbours in the U-Net's training set, which differ in one or two factors of the identity
 LOUD_WEIGHT = 0.2  # of the loss in latents, of the part of a batch that is told all
+APART = 6  # weight, in that part, of what sets the errors of a group apart: there the captions are heard, the rest of the error is common
 EDITS, EDITS_LAST, EDITS_FROM = 192, 250, 0.25  # how many are made at a time, for how many steps, and where their timesteps begin
-EDIT_STEPS, EDIT_RATES = 24, (6e-2, 0.2)  # of the optimisation of their embeddings
-ROUGH = 0.3  # largest standard deviation of the noise on the embeddings, as optimised ones are off the texts' own
+EDIT_STEPS, EDIT_RATES = 36, (4e-2, 0.1)  # of the optimisation of their embeddings
+ROUGH = 0.15  # largest standard deviation of the noise on the embeddings of texts, as optimised ones are off them
 VAE_NOISE = 0.1  # standard deviation that the decoder learns to bear, and the encoder to declare
 
 
@@ -408,23 +409,27 @@ def train_unet(args: argparse.Namespace) -> None:
         u = torch.cat([(torch.arange(some) + torch.rand(some)) / max(some, 1) for some in (louder, groups - louder)])
         u = u.repeat_interleave(GROUP)
         u = torch.where(loud, args.loud_from + (1 - args.loud_from) * u, u)
-        aloud, moves = loud.clone(), 0.0
+        aloud, moves, rough = loud.clone(), 0.0, ROUGH * torch.rand(groups, 1, 1)
         if edited:  # in place of the last groups
             part = slice(args.batch - edited * GROUP, args.batch)
             told[part], clean[part], u[part], moved = edits[0].mixed(rng, edited)
-            share[part], aloud[part] = [0.0] * len(moved), True
+            share[part], aloud[part], rough[-edited:] = [0.0] * len(moved), True, 0.0
             moves = F.pad(moved, (0, 0, 0, 0, args.batch - len(moved), 0))
-        clean = clean + scale * torch.randn_like(clean)
+        clean = clean + scale * torch.randn_like(clean[::GROUP]).repeat_interleave(GROUP, 0)
         t = (u * total).long().to(args.device)
         states, others = text(tokens(words, told, args.device)).last_hidden_state.chunk(2)
         states = torch.lerp(states, others, torch.tensor(share, device=args.device)[:, None, None].to(states))
-        rough = torch.rand(groups, 1, 1, device=args.device) * torch.randn(groups, *states.shape[1:], device=args.device)
-        states = states + ROUGH * rough.repeat_interleave(GROUP, 0) + moves
+        rough = rough.to(args.device) * torch.randn(groups, *states.shape[1:], device=args.device)
+        states = states + rough.repeat_interleave(GROUP, 0) + moves
         predicted = unet(scheduler.add_noise(clean, noise, t), t, states).sample
         snr = compute_snr(scheduler, t)
         usual = snr.clamp(max=5) / snr / snr.clamp(max=1).sqrt()  # min-SNR (arXiv 2303.09556); where noise rules, arXiv 2310.08442
-        weight = torch.where(aloud.to(args.device), LOUD_WEIGHT / snr, usual)
-        return ((predicted.float() - noise).square().mean((1, 2, 3)) * weight).mean()
+        aloud = aloud.to(args.device)
+        weight = torch.where(aloud, LOUD_WEIGHT / snr, usual)
+        error = predicted.float() - noise
+        common = error.unflatten(0, (groups, GROUP)).mean(1).repeat_interleave(GROUP, 0)
+        squares = torch.stack([(error - common).square(), common.square()]).mean((2, 3, 4))
+        return ((squares[0] * torch.where(aloud, APART, 1) + squares[1]) * weight).mean()
 
     for step in run.train(loss_of):
         if args.export_every and step % args.export_every == 0:
@@ -519,7 +524,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
     "vae": (train_vae, 6500),
     "judge": (train_judge, 5000),
     "clip": (train_clip, 1000),
-    "unet": (train_unet, 3000),
+    "unet": (train_unet, 4600),
 }
 
 
@@ -533,9 +538,9 @@ def main() -> None:
     parser.add_argument(
         "--start-from", type=Path, metavar="FOLDER", help="begin with the U-Net and text encoder, or the CLIP, of another base"
     )
-    parser.add_argument("--loud", type=float, default=0.375, metavar="SHARE", help="of each batch of the U-Net, told all there is to tell")
+    parser.add_argument("--loud", type=float, default=0.3125, metavar="SHARE", help="of each batch of the U-Net, told all there is to tell")
     parser.add_argument(
-        "--edits", type=float, default=0.25, metavar="SHARE", help="of each batch, edits at embeddings optimised as Imagic does"
+        "--edits", type=float, default=0.375, metavar="SHARE", help="of each batch, edits at embeddings optimised as Imagic does"
     )
     parser.add_argument("--loud-from", type=float, default=0.3, metavar="TIME", help="in [0, 1): where the timesteps of that part begin")
     parser.add_argument("--export-every", type=int, default=0, metavar="STEPS", help="write the U-Net so far into the package")

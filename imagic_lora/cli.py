@@ -230,10 +230,10 @@ def edit(
     source = (base, None) if base else (record.base.name, record.base.revision)
     run = choose_for_edit(lambda: architecture_of(*source), record.config, {"edit": flags, "memory": levers, "preset": preset})
     config = run.edit
-    if "source_eta" in flags and config.start != "inverted":
-        raise ImagicError("--source-eta without --start inverted", "both or neither", "add --start inverted, or leave out --source-eta")
-    if "strength" in flags and config.start != "image":
-        raise ImagicError("--strength without --start image", "both or neither", "add --start image, or leave out --strength")
+    for name, start in (("source_eta", "--start inverted"), ("strength", "--start image")):
+        flag = "--" + name.replace("_", "-")
+        if name in flags and start != f"--start {config.start}":
+            raise ImagicError(f"{flag} without {start}", "both or neither", f"add {start}, or leave out {flag}")
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
     text = record.prompt if prompt is None else prompt
     refuse_edit(etas, seeds, config, text)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Conditioning:
-    """The encoded text of one prompt, or of a batch of them.
+    """The encoded text of one prompt, or of a batch of them; equal to itself alone.
 
     Args:
         tokens: ``[B, T, D]``, one state a token.

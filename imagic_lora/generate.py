@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -46,17 +46,13 @@ def generate(
             holds NaN.
     """
     refuse_no_steps(config)
-    clean = base.encode_image(canvas.pixels) if config.start == "inverted" else None
-
-    @cache
-    def of_photo(source: int, seed: int) -> tuple[Tensor, ...]:
-        assert clean is not None
-        return (traced if config.ddim_eta else inverted)(base, canvas, clean, sources[source], config, seed)
-
-    first = [next(k for k, other in enumerate(sources) if other is source) for source in sources]
+    of_photo = None
+    if config.start == "inverted":
+        clean = base.encode_image(canvas.pixels)
+        of_photo = cache(partial(traced if config.ddim_eta else inverted, base, canvas, clean, config))
     for start in range(0, len(seeds), config.batch_size):
         part = slice(start, start + config.batch_size)
-        noise = None if clean is None else [of_photo(*each) for each in zip(first[part], seeds[part], strict=True)]
+        noise = [of_photo(*each) for each in zip(sources[part], seeds[part], strict=True)] if of_photo else None
         pixels = _batch(base, concatenate(list(conditionings[part])), list(seeds[part]), config, canvas, null, noise)
         if pixels.isnan().any():
             raise ImagicError("a generated picture holds NaN", "numbers", "try --dtype fp32 or bf16")
@@ -86,14 +82,14 @@ def refuse_steps(base: Base, config: EditConfig) -> None:
         raise ImagicError(got, "as many as it has", "use other --steps") from error
 
 
-def inverted(base: Base, canvas: Canvas, clean: Tensor, source: Conditioning, config: EditConfig, seed: int = 0) -> tuple[Tensor]:
+def inverted(base: Base, canvas: Canvas, clean: Tensor, config: EditConfig, source: Conditioning, seed: int = 0) -> tuple[Tensor]:
     """The noise from which DDIM without guidance comes back to the photo: DDIM run backwards (arXiv 2010.02502, section 4.3), at the
     conditioning that stands for the photo. Takes and returns what :func:`traced` does; the seed has no say, and no step adds anything."""
     backwards = _with_sampler(base, DDIMInverseScheduler)
     return (_latents(base, backwards, _at_photo(base, canvas, source, config, clean.to(base.runtime.dtype))),)
 
 
-def traced(base: Base, canvas: Canvas, clean: Tensor, source: Conditioning, config: EditConfig, seed: int) -> tuple[Tensor, ...]:
+def traced(base: Base, canvas: Canvas, clean: Tensor, config: EditConfig, source: Conditioning, seed: int) -> tuple[Tensor, ...]:
     """The noise with which DDIM that adds some comes back to the photo: edit-friendly inversion (arXiv 2304.06140, equations 5 and 6).
 
     The photo is noised to the level of every step, each time anew; what a step has to add to get from one level to the next is kept.

@@ -92,16 +92,9 @@ def jointly(base: Base, photo: Path, case: Case, config: RunConfig) -> tuple[Ima
             pass
         e_opt = replace(run.target, tokens=conditioning().tokens.detach())
         mix = interpolate(run.target, e_opt, config.eta)
+        of_photo = sources(run.target, e_opt, [config.eta], config.edit.source_eta)
         with torch.no_grad():
-            (image,) = generate(
-                base,
-                [mix],
-                [case.index],
-                config.edit,
-                run.canvas,
-                run.null,
-                sources(run.target, e_opt, [config.eta], config.edit.source_eta),
-            )
+            (image,) = generate(base, [mix], [case.index], config.edit, run.canvas, run.null, of_photo)
         return image, 4 * sum(layer.numel() for layer in layers.values()) / 1e6
 
 

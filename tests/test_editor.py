@@ -178,7 +178,7 @@ def test_the_inverted_noise_is_ddim_backwards(folders: dict[str, Path], fitted: 
     base, adapter = opened(folders[kind]), fitted("lora", 0, kind)
     canvas, source = adapter.canvas(), adapter.embeddings()["optimised"]
     clean = base.encode_image(canvas.pixels)
-    (found,) = inverted(base, canvas, clean, source, EditConfig(steps=10))
+    (found,) = inverted(base, canvas, clean, EditConfig(steps=10), source)
     torch.testing.assert_close(found.double(), inverted_by_hand(base, clean, source, 10), rtol=1e-3, atol=1e-3)
 
 
@@ -211,7 +211,7 @@ def test_the_traced_noise_is_what_the_steps_lack(folders: dict[str, Path], fitte
     canvas, source = adapter.canvas(), adapter.embeddings()["optimised"]
     clean = base.encode_image(canvas.pixels)
     expected = traced_by_hand(base, clean, source, 10, ddim_eta, 3)
-    found = traced(base, canvas, clean, source, EditConfig(steps=10, ddim_eta=ddim_eta), 3)
+    found = traced(base, canvas, clean, EditConfig(steps=10, ddim_eta=ddim_eta), source, 3)
     torch.testing.assert_close(torch.stack(found).double(), torch.stack(expected), rtol=1e-3, atol=1e-3)
 
 

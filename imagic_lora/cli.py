@@ -230,10 +230,6 @@ def edit(
     source = (base, None) if base else (record.base.name, record.base.revision)
     run = choose_for_edit(lambda: architecture_of(*source), record.config, {"edit": flags, "memory": levers, "preset": preset})
     config = run.edit
-    for name, start in (("source_eta", "--start inverted"), ("strength", "--start image")):
-        flag = "--" + name.replace("_", "-")
-        if name in flags and start != f"--start {config.start}":
-            raise ImagicError(f"{flag} without {start}", "both or neither", f"add {start}, or leave out {flag}")
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
     text = record.prompt if prompt is None else prompt
     refuse_edit(etas, seeds, config, text)

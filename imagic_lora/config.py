@@ -276,9 +276,9 @@ def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, p
     asked = {"preset": preset} if preset else {}
     run = checked(merged(recipe.get(mode, {}), levers, given, asked))
     for name, other, right in _clashes(run, given):
-        source = "the flags" if name in _stage_settings(flags) else "the file"
+        source = "the flags" if name in _named(flags) else "the file"
         flag = "--" + name.replace("_", "-")
-        raise ImagicError(f"{flag} (from {source}) together with {other}", right, f"leave out {other} or {flag}")
+        raise ImagicError(f"{flag} (from {source}) together with {other}", right, f"change {other} or leave out {flag}")
     return run
 
 
@@ -287,7 +287,7 @@ def _clashes(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, st
     memory, full = run.memory, run.tune.mode == "full"
     mode = f"--mode {run.tune.mode}"
     for name in ("rank", "alpha", "targets"):
-        if full and name in _stage_settings(given):
+        if full and name in _named(given):
             yield name, mode, "LoRA settings with --mode lora only"
     if full and memory.quantize == "nf4":
         yield "quantize", mode, "a quantised denoiser with --mode lora only: 4-bit weights cannot be trained"
@@ -299,11 +299,14 @@ def _clashes(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield "autocast_cache", "--master-weights bf16-stochastic", "a cache of cast weights with fp32 master weights only"
     if memory.master_weights != "fp32" and memory.dtype in ("fp16", "fp32"):
         yield "master_weights", f"--dtype {memory.dtype}", "bf16 weights with bf16 arithmetic"
+    for name, start in (("strength", "image"), ("source_eta", "inverted")):
+        if name in _named(given) and run.edit.start != start:
+            yield name, f"--start {run.edit.start}", f"it with --start {start} only"
 
 
-def _stage_settings(given: Mapping[str, Any]) -> set[str]:
-    """Names of what is given for the tuning and the memory."""
-    groups = [given.get(group) for group in ("tune", "memory")]
+def _named(given: Mapping[str, Any]) -> set[str]:
+    """Names of what is given for the tuning, the memory and the sampling."""
+    groups = [given.get(group) for group in ("tune", "memory", "edit")]
     return {name for group in groups if isinstance(group, Mapping) for name in group}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .bases.blueprint import NotDrawn
 from .bases.published import Architecture
-from .config import Preset, Recipe, RunConfig, merged, resolve
+from .config import Preset, Recipe, RunConfig, merged, mode_of, resolve
 from .errors import ImagicError
 from .plan import Assumed, assume, predict
 
@@ -134,9 +134,8 @@ def choose_for_edit(base: Callable[[], Architecture], made: RunConfig, given: Ma
     Raises:
         ImagicError: as :func:`choose`.
     """
-    own = {name: value for name, value in made.edit.model_dump().items() if name != "batch_size"}
-    recipe: Recipe = {"lora": {"resolution": made.resolution, "edit": {"batch_size": made.edit.batch_size}}}
-    file = {"edit": own, "memory": {"quantize": made.memory.quantize}}
+    recipe: Recipe = {"lora": {"resolution": made.resolution, "edit": made.edit.model_dump()}}
+    file = {"memory": {"quantize": made.memory.quantize}}
     return choose(base, given, file, recipe, ("encode", "sample", "decode"), EDIT_LEVERS)[0]
 
 
@@ -222,7 +221,7 @@ def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str,
         if flag == _STOCHASTIC and assumed.dtype != "bf16":
             continue
         try:
-            other = resolve(merged(_given(run), change), {}, {})
+            other = pulled(run, change)
         except ImagicError:  # a lever of the other mode, or one that another rules out
             continue
         optimizer = other.memory.optimizer if other.memory.optimizer != "auto" else assumed.optimizer
@@ -232,12 +231,14 @@ def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str,
     return None
 
 
-def _given(run: RunConfig) -> dict[str, Any]:
-    """All settings of a run as if given, without those of the other mode."""
-    given = run.model_dump()
-    if run.tune.mode == "full":
-        given["tune"] = {name: value for name, value in given["tune"].items() if name not in ("rank", "alpha", "targets")}
-    return given
+def pulled(run: RunConfig, change: Mapping[str, Any]) -> RunConfig:
+    """The run with one lever pulled.
+
+    Raises:
+        ImagicError: the lever is of the other mode, or another one rules it out.
+    """
+    given = merged({"tune": {"mode": run.tune.mode}}, change)
+    return resolve(given, {}, {mode_of(given): run.model_dump()})
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -381,7 +381,12 @@ def _annotation(path: tuple[str, ...]) -> Any:
 
 
 FLAT = {"mode", "rank", "alpha", "targets", *MemoryConfig.model_fields}
-COMPANIONS = {"master_weights": ("--mode", "full"), "autocast_cache": ("--mode", "full")}
+COMPANIONS = {
+    "master_weights": ("--mode", "full"),
+    "autocast_cache": ("--mode", "full"),
+    "strength": ("--edit.start", "image"),
+    "source_eta": ("--edit.start", "inverted"),
+}
 """Without these the other value of a setting is a clash."""
 LEVELS = ("built-in", "recipe", "preset", "file", "flag")
 CHOOSING = (("preset",), ("tune", "mode"))

@@ -37,8 +37,13 @@ def another(annotation: Any, default: Any) -> Any:
 
 
 SETTINGS = {path: (default, another(annotation, default)) for path, annotation, default in leaves()}
-COMPANIONS: dict[Leaf, dict[str, Any]] = {("memory", name): {"tune": {"mode": "full"}} for name in ("master_weights", "autocast_cache")}
-"""What has to be given along with a setting for its other value to be valid."""
+COMPANIONS: dict[Leaf, dict[str, Any]] = {
+    ("memory", "master_weights"): {"tune": {"mode": "full"}},
+    ("memory", "autocast_cache"): {"tune": {"mode": "full"}},
+    ("edit", "strength"): {"edit": {"start": "image"}},
+    ("edit", "source_eta"): {"edit": {"start": "inverted"}},
+}
+"""What has to be given along with a setting for it to be valid."""
 each_setting = pytest.mark.parametrize("path", SETTINGS, ids=".".join)
 
 
@@ -81,7 +86,8 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> Resolved:
 def test_nothing_given_is_the_default(path: Leaf, resolved: Resolved) -> None:
     """The built-in level is the model's own default, whose value is valid when given, too."""
     default, _ = SETTINGS[path]
-    assert at(resolved(), path) == default == at(resolved(flags=nested(path, default)), path)
+    given = merged(nested(path, default), COMPANIONS.get(path, {}))
+    assert at(resolved(), path) == default == at(resolved(flags=given), path)
 
 
 @pytest.mark.parametrize(("path", "level"), [(path, level) for path in SETTINGS for level in reach(path)], ids=named)
@@ -223,6 +229,9 @@ CLASHES = {
     "--autocast-cache and --master-weights bf16-stochastic": ({"memory": {"autocast_cache": True}}, merged(FULL, STOCHASTIC)),
     "--master-weights and --dtype fp16": (STOCHASTIC, merged(FULL, {"memory": {"dtype": "fp16"}})),
     "--master-weights and --dtype fp32": (STOCHASTIC, merged(FULL, {"memory": {"dtype": "fp32"}})),
+    "--strength and --start noise": ({"edit": {"strength": 0.8}}, {}),
+    "--strength and --start inverted": ({"edit": {"strength": 0.5}}, {"edit": {"start": "inverted"}}),
+    "--source-eta and --start image": ({"edit": {"source_eta": 0.3}}, {"edit": {"start": "image"}}),
 }
 
 
@@ -238,7 +247,7 @@ def test_levers_that_rule_each_other_out_are_refused(clash: str, level: str, oth
     with pytest.raises(ImagicError) as caught:
         resolve(**given, recipe={})
     assert caught.value.got == f"{flag} (from the {level}) together with {other}"
-    assert caught.value.remedy == f"leave out {other} or {flag}"
+    assert caught.value.remedy == f"change {other} or leave out {flag}"
 
 
 @pytest.mark.parametrize("settings", [{"memory": {"quantize": "nf4"}}, merged(FULL, STOCHASTIC, {"memory": {"dtype": "bf16"}}),

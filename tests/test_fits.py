@@ -22,7 +22,7 @@ import imagic_lora.imagic as imagic
 import imagic_lora.plan as plan
 from imagic_lora.adapter import PREVIEW, STEPS, Adapter
 from imagic_lora.bases.published import PUBLISHED, architecture
-from imagic_lora.config import Mode, Preset, RunConfig, merged, recipe_of, resolve
+from imagic_lora.config import Mode, Preset, RunConfig, checked, recipe_of, resolve
 from imagic_lora.errors import ImagicError, ImagicWarning
 from imagic_lora.fits import OutOfMemory, choose, choose_for_edit, explained, is_out_of_memory, next_lever, refuse_if_too_large, too_large
 from imagic_lora.imagic import fit, result
@@ -244,7 +244,7 @@ def test_no_lever_of_the_other_mode_is_named(mode: Mode, stage: str) -> None:
         assert lever[0] not in found
         found.append(lever[0])
         change = dict(fits.FIT_LEVERS)[lever[0]]
-        run = resolve(merged(fits._given(run), change), {}, {})
+        run = fits.pulled(run, change)
         if lever[0] == "--mode lora":
             break
     wrong = {"lora": {"--master-weights bf16-stochastic", "--mode lora"}, "full": {"--quantize nf4"}}[mode]
@@ -281,7 +281,7 @@ def test_an_edit_keeps_the_adapters_own_sampling(
     monkeypatch: pytest.MonkeyPatch, free: float | None, given: dict[str, Any], batch: int
 ) -> None:
     """But for the batch size, which is the machine's where it has a card; flags stand above both."""
-    made = resolve({"edit": OWN | {"batch_size": 6}, "resolution": 1024, "seed": 9}, {}, {})
+    made = checked({"edit": OWN | {"batch_size": 6}, "resolution": 1024, "seed": 9})
     on_cpu = free is None or given.get("memory", {}).get("device") == "cpu"
     monkeypatch.setattr(fits, "on_this_machine", lambda *_: (None if on_cpu else CARD, int((free or 1) * GIB)))
     asked = {"edit": {}, "memory": {}, "preset": "auto"} | given

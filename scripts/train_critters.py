@@ -12,7 +12,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from critters_lessons import APART, EDITS_LAST, GROUP, Edits, neighbour, scaled, spoken, tensor, tokens
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
@@ -33,9 +33,9 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from imagic_lora.critters import ATTRIBUTES, SIZE, Scene, longest_caption, render, sample_caption, scene_at
+from imagic_lora.critters import ATTRIBUTES, SIZE, render, sample_caption, scene_at
 from imagic_lora.critters.judge import FACINGS, Judge, measured
-from imagic_lora.critters.scene import IDENTITY, describe, displaced
+from imagic_lora.critters.scene import IDENTITY
 
 DATA = Path(__file__).parent.parent / "imagic_lora" / "data" / "critters"
 VAE: dict[str, Any] = {
@@ -47,8 +47,6 @@ VAE: dict[str, Any] = {
     "norm_num_groups": 8,
     "sample_size": SIZE,
 }
-MOVED = {"shade": 3, "size": 1, "x": 1, "y": 1, "spots": 4, "sun": 1, "horizon": 1, "tint": 2, "facing": 1}
-"""How often the scenes of a group differ in each factor: more often where the caption is slow to be heard."""
 UNET: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 8,
@@ -61,24 +59,9 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 4,
     "norm_num_groups": 16,
 }
-GROUP = 4  # neighbours in the U-Net's training set, which differ in one or two factors of the identity
 LOUD_WEIGHT = 0.2  # of the loss in latents, of the part of a batch that is told all
-APART = 6  # weight, in that part, of what sets the errors of a group apart: there the captions are heard, the rest of the error is common
-EDITS, EDITS_LAST, EDITS_FROM = 192, 250, 0.25  # how many are made at a time, for how many steps, and where their timesteps begin
-EDIT_STEPS, EDIT_RATES = 36, (4e-2, 0.1)  # of the optimisation of their embeddings
 ROUGH = 0.15  # largest standard deviation of the noise on the embeddings of texts, as optimised ones are off them
 VAE_NOISE = 0.1  # standard deviation that the decoder learns to bear, and the encoder to declare
-
-
-def neighbour(index: int) -> Scene:
-    """Training scene number ``index`` of the U-Net: the first of a group is one of its own, the others differ from it in one or two factors
-    of the identity, each moved by half of its range (around its end), so that every factor still is drawn evenly."""
-    scene, rng = scene_at("train", index // GROUP), random.Random(f"critters/neighbour/{index}")
-    if index % GROUP == 0:
-        return scene
-    for name in set(rng.choices(tuple(MOVED), tuple(MOVED.values()), k=rng.choice((1, 2)))):
-        scene = displaced(scene, name)
-    return scene
 
 
 def drawn(index: int) -> np.ndarray:
@@ -100,11 +83,6 @@ def pictures(work: Path, count: int, draw: Callable[[int], np.ndarray] = drawn) 
         array.flush()
         path.with_suffix(".part").rename(path)
     return np.load(path, mmap_mode="r")
-
-
-def tensor(batch: np.ndarray, device: str) -> torch.Tensor:
-    """Pictures as ``[B, 3, 64, 64]`` in [-1, 1]."""
-    return torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).to(device).float().div(127.5).sub(1)
 
 
 class Run:
@@ -218,10 +196,6 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(path)
 
 
-def tokens(words: CLIPTokenizer, texts: list[str], device: str) -> torch.Tensor:
-    return words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
-
-
 def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
     special: dict[str, Any] = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return CLIPTextConfig(
@@ -247,12 +221,6 @@ def adopt(model: Any, words: CLIPTokenizer, other: Any, folder: Path) -> None:
             own[name].copy_(value)
 
 
-@torch.no_grad()
-def scaled(vae: Any, batch: np.ndarray, device: str) -> torch.Tensor:
-    """The scaled latent means of pictures, ``[B, 8, 8, 8]``."""
-    return vae.encode(tensor(batch, device)).latent_dist.mean.float() * vae.config.scaling_factor
-
-
 def latents(args: argparse.Namespace) -> np.ndarray:
     """The scaled latent means of the training pictures, ``[N, 8, 8, 8]`` float16, encoded once by the exported VAE."""
     path = args.work / f"latents-{args.pictures}.npy"  # of neighbours
@@ -263,114 +231,6 @@ def latents(args: argparse.Namespace) -> np.ndarray:
             parts = [scaled(vae, data[k : k + 100], args.device).half().cpu().numpy() for k in range(0, len(data), 100)]
         np.save(path, np.concatenate(parts))
     return np.load(path)
-
-
-def changed(scene: Scene, draw: random.Random) -> tuple[Scene, str]:
-    """The scene with another value of one attribute, in half of the cases the pose, and the name of that."""
-    name = "pose" if draw.random() < 0.5 else draw.choice(("colour", "place", "thing", "animal"))
-    return scene.edited(**{name: draw.choice([value for value in ATTRIBUTES[name] if value != getattr(scene, name)])}), name
-
-
-def sentence(scene: Scene, name: str, draw: random.Random) -> str:
-    """What a user would write to ask for one attribute of a scene."""
-    return describe(scene, {name}, before=draw.random() < 0.5)
-
-
-def spoken(indices: np.ndarray, loud: list[bool], draw: random.Random) -> tuple[list[str], list[float]]:
-    """What the U-Net is told of each picture: two captions, the first ones before the second ones, and the share of the second.
-
-    A loud picture is told all that there is to tell. In six of ten loud groups the two contradict each other in one attribute: all of a
-    scene before an edit, and the sentence that asks for it; what has the larger share is true of the picture, in three of four the
-    sentence. Of the other groups one in ten is told nothing, for guidance; half of the rest hear two true captions, mixed. All of a group
-    hear the same kind.
-    """
-    first, second, share = [], [], []
-    for k, all_said in zip(indices[::GROUP], loud[::GROUP], strict=True):
-        seeds, part, happened = (draw.random(), draw.random()), draw.random(), draw.random() < 0.75
-        silent, mixed = draw.random() < 0.1, draw.random() < (0.6 if all_said else 0.5)
-        for index in range(int(k), int(k) + GROUP):
-            scene, one, other = neighbour(index), random.Random(seeds[0]), random.Random(seeds[1])
-            if not all_said:
-                first.append("" if silent else sample_caption(scene, one))
-                second.append(sample_caption(scene, other))
-                share.append(part if mixed and not silent else 0.0)
-            elif not mixed:
-                first.append(longest_caption(scene))
-                second.append("")
-                share.append(0.0)
-            else:
-                counterpart, name = changed(scene, one)
-                before, after = (counterpart, scene) if happened else (scene, counterpart)
-                first.append(longest_caption(before))
-                second.append(sentence(after, name, other))
-                share.append(0.5 + 0.4 * part if happened else 0.5 * part)
-    return first + second, share
-
-
-@dataclass
-class Edits:
-    """Edits as Imagic sees them: embeddings optimised on the picture before, from the sentence that asks for the edit.
-
-    Args:
-        sentences: of each edit, as a user would ask for it.
-        before, after: latents of both pictures, ``[N, 8, 8, 8]``.
-        moves: what the optimisation added to the embedding of the sentence, ``[N, tokens, width]``.
-    """
-
-    sentences: list[str]
-    before: torch.Tensor
-    after: torch.Tensor
-    moves: torch.Tensor
-
-    @classmethod
-    def made(cls, parts: Any, words: CLIPTokenizer, vae: Any, scheduler: Any, rng: np.random.Generator, args: argparse.Namespace) -> Edits:
-        """``EDITS`` of them by the weights as they are, at a rate drawn from ``EDIT_RATES``."""
-        draw, device = random.Random(int(rng.integers(2**62))), args.device
-        pairs: list[tuple[Scene, Scene]] = []
-        sentences: list[str] = []
-        for group in rng.integers(0, args.pictures // GROUP, EDITS // GROUP):
-            seeds = draw.random(), draw.random()
-            for index in range(GROUP * int(group), GROUP * int(group) + GROUP):
-                scene = neighbour(index)
-                after, name = changed(scene, random.Random(seeds[0]))
-                if name == "thing":  # added, never taken away, as in the benchmark
-                    scene = replace(scene, thing="none")
-                    after = scene.edited(thing=random.Random(seeds[1]).choice(("hat", "ball")))
-                pairs.append((scene, after))
-                sentences.append(sentence(after, name, random.Random(seeds[1])))
-        before, after = (scaled(vae, np.stack([np.asarray(render(pair[k])) for pair in pairs]), device) for k in (0, 1))
-        rate = math.exp(rng.uniform(math.log(EDIT_RATES[0]), math.log(EDIT_RATES[1])))
-        parts.requires_grad_(False)
-        with torch.no_grad():
-            start = parts["text"](tokens(words, sentences, device)).last_hidden_state.float()
-        each = zip(before.split(64), start.split(64), strict=True)
-        moved = torch.cat([cls._optimised(parts["unet"], scheduler, clean, some, rate) for clean, some in each])
-        parts.requires_grad_(True)
-        return cls(sentences, before, after, moved - start)
-
-    def mixed(self, rng: np.random.Generator, groups: int) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Groups of them at random etas, one for each: the sentences, the latents of what is to be seen there, times in [0, 1), and what is
-        added to the embeddings of the sentences. Four in five have happened."""
-        which = (GROUP * rng.integers(0, EDITS // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
-        happened = torch.rand(groups) < 0.8
-        eta = torch.where(happened, 0.55 + 0.35 * torch.rand(groups), 0.4 * torch.rand(groups)).repeat_interleave(GROUP).to(self.moves)
-        happened = happened.repeat_interleave(GROUP).to(self.after.device)
-        seen = torch.where(happened[:, None, None, None], self.after[which], self.before[which])
-        times = EDITS_FROM + (1 - EDITS_FROM) * ((torch.arange(groups) + torch.rand(groups)) / groups).repeat_interleave(GROUP)
-        return [self.sentences[k] for k in which], seen, times, (1 - eta)[:, None, None] * self.moves[which]
-
-    @staticmethod
-    def _optimised(unet: Any, scheduler: Any, clean: torch.Tensor, start: torch.Tensor, rate: float) -> torch.Tensor:
-        embeddings = start.clone().requires_grad_()
-        optimizer, place = torch.optim.Adam([embeddings], rate), torch.rand(len(clean), device=clean.device)
-        for step in range(EDIT_STEPS):
-            t = ((place + step * 0.618034) % 1 * scheduler.config.num_train_timesteps).long()
-            noise = torch.randn_like(clean)
-            predicted = unet(scheduler.add_noise(clean, noise, t), t, embeddings).sample
-            (predicted.float() - noise).square().mean((1, 2, 3)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return embeddings.detach()
 
 
 def train_unet(args: argparse.Namespace) -> None:
@@ -400,7 +260,7 @@ def train_unet(args: argparse.Namespace) -> None:
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         if edited and (not edits or run.step % EDITS_LAST == 0):
-            edits[:] = [Edits.made(run.module, words, vae, scheduler, rng, args)]
+            edits[:] = [Edits.made(run.module, words, vae, scheduler, rng, args.pictures)]
         indices = (GROUP * rng.integers(0, len(data) // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
         draw = random.Random(int(rng.integers(2**62)))
         told, share = spoken(indices, [bool(one) for one in loud], draw)

@@ -1,0 +1,100 @@
+"""What the U-Net of the embedded base is shown and told in its training."""
+
+import random
+from dataclasses import fields, replace
+
+import numpy as np
+import torch
+from critters_lessons import EDITS, EDITS_FROM, GROUP, Edits, changed, neighbour, spoken
+
+from imagic_lora.critters import ATTRIBUTES, longest_caption, scene_at
+
+HEADS = range(0, 40 * GROUP, GROUP)
+
+
+def differing(index: int, of: object) -> set[str]:
+    """Names of what sets a member of a group apart from its first."""
+    one, first = of(index), of(index - index % GROUP)  # pyright: ignore[reportCallIssue]
+    return {field.name for field in fields(one) if getattr(one, field.name) != getattr(first, field.name)}
+
+
+def test_neighbours_differ_in_one_or_two_factors_of_the_identity() -> None:
+    """The first is the training scene itself; over many groups every factor is moved."""
+    seen: set[str] = set()
+    for head in HEADS:
+        assert neighbour(head) == scene_at("train", head // GROUP)
+        for index in range(head + 1, head + GROUP):
+            names = differing(index, neighbour)
+            assert 1 <= len(names) <= 2
+            seen |= names
+    assert seen == {"shade", "size", "x", "y", "spots", "sun", "horizon", "tint", "facing"}
+
+
+def test_a_loud_group_is_told_all_and_the_larger_share_is_true() -> None:
+    """A second caption names one attribute: the truth with more than half, or, of a scene that is not shown, less than half."""
+    indices = np.arange(60 * GROUP)
+    told, shares = spoken(indices, [True] * len(indices), random.Random(0))
+    first, second = told[: len(indices)], told[len(indices) :]
+    kinds = {"whole": 0, "happened": 0, "not yet": 0}
+    for index, one, other, share in zip(indices, first, second, shares, strict=True):
+        scene = neighbour(int(index))
+        before = [scene.edited(**{name: value}) for name, values in ATTRIBUTES.items() for value in values]
+        if share == 0 and not other:
+            assert one == longest_caption(scene)
+            kinds["whole"] += 1
+        elif share >= 0.5:
+            assert one in {longest_caption(some) for some in before} - {longest_caption(scene)}
+            kinds["happened"] += 1
+        else:
+            assert one == longest_caption(scene)
+            kinds["not yet"] += 1
+    assert min(kinds.values()) >= 4 * GROUP
+    assert kinds["happened"] > kinds["not yet"]
+
+
+def test_of_the_others_some_are_told_nothing() -> None:
+    """All of a group or none: guidance needs the empty prompt."""
+    indices = np.arange(100 * GROUP)
+    told, shares = spoken(indices, [False] * len(indices), random.Random(1))
+    silent = np.array([not text for text in told[: len(indices)]]).reshape(-1, GROUP)
+    assert np.array_equal(silent.all(1), silent.any(1))
+    assert 2 <= silent.all(1).sum() <= 25
+    assert 0 < np.mean(shares) < 0.5
+
+
+def edits() -> Edits:
+    """Edits from all -1 to all 1, whose embeddings have moved by 1."""
+    size = (EDITS, 8, 8, 8)
+    return Edits(["a sitting dog"] * EDITS, torch.full(size, -1.0), torch.ones(size), torch.ones(EDITS, 3, 2))
+
+
+def test_mixed_edits_are_seen_from_where_they_set_in() -> None:
+    """Above an eta of 0.55 the picture after, below 0.4 the one before; all of a group alike."""
+    torch.manual_seed(0)
+    groups = 400
+    told, seen, times, moves = edits().mixed(np.random.default_rng(0), groups)
+    assert (len(told), seen.shape, times.shape, moves.shape) == (
+        groups * GROUP,
+        (groups * GROUP, 8, 8, 8),
+        (groups * GROUP,),
+        (groups * GROUP, 3, 2),
+    )
+    eta, happened = 1 - moves[:, 0, 0], seen[:, 0, 0, 0] == 1
+    assert bool((eta[happened] >= 0.55).all())
+    assert bool((eta[~happened] <= 0.4).all())
+    assert 0.7 < happened.float().mean() < 0.9
+    assert times.min() >= EDITS_FROM
+    for whole in (eta, times, happened):
+        assert bool((whole.view(groups, GROUP) == whole.view(groups, GROUP)[:, :1]).all())
+
+
+def test_a_changed_scene_differs_in_one_attribute() -> None:
+    """Half of them in the pose."""
+    names = []
+    for k in range(200):
+        scene = scene_at("train", k)
+        other, name = changed(scene, random.Random(k))
+        assert getattr(other, name) != getattr(scene, name)
+        assert replace(other, **{name: getattr(scene, name)}) == scene
+        names.append(name)
+    assert 70 < names.count("pose") < 130

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.training_utils import compute_snr
 from transformers import CLIPTokenizer
 
 from imagic_lora.critters import ATTRIBUTES, Scene, longest_caption, render, sample_caption, scene_at
@@ -21,10 +20,9 @@ from imagic_lora.critters.scene import describe, displaced
 MOVED = {"shade": 3, "size": 1, "x": 1, "y": 1, "spots": 4, "sun": 1, "horizon": 1, "tint": 2, "facing": 1}
 """How often the scenes of a group differ in each factor: more often where the caption is slow to be heard."""
 GROUP = 4  # neighbours in the U-Net's training set, which differ in one or two factors of the identity
-APART, APART_FLOOR, APART_LEAST = 0.9, 0.05, 1.5  # weight of what sets the errors of a group apart: see apart()
-EDITS, EDITS_EVERY, EDITS_KEPT = 192, 150, 9  # how many are made at a time, after how many steps again, and how many times' are kept
-EDITS_FROM = 0.25  # where their timesteps begin
-EDIT_STEPS, EDIT_RATES = 36, (4.5e-2, 6e-2)  # of the optimisation of their embeddings
+APART = 6  # weight, in that part, of what sets the errors of a group apart: there the captions are heard, the rest of the error is common
+EDITS, EDITS_LAST, EDITS_FROM = 192, 250, 0.25  # how many are made at a time, for how many steps, and where their timesteps begin
+EDIT_STEPS, EDIT_RATES = 36, (4e-2, 0.1)  # of the optimisation of their embeddings
 
 
 def neighbour(index: int) -> Scene:
@@ -36,12 +34,6 @@ def neighbour(index: int) -> Scene:
     for name in set(rng.choices(tuple(MOVED), tuple(MOVED.values()), k=rng.choice((1, 2)))):
         scene = displaced(scene, name)
     return scene
-
-
-def sunny(index: int) -> Scene:
-    """As ``neighbour``, but a group differs in the sun's place alone, a quarter of the sky apart: its word is the last to be heard."""
-    scene = scene_at("train", index // GROUP)
-    return replace(scene, sun=(scene.sun + index % GROUP / GROUP) % 1)
 
 
 def tensor(batch: np.ndarray, device: str) -> torch.Tensor:
@@ -142,28 +134,16 @@ class Edits:
         parts.requires_grad_(True)
         return cls(sentences, before, after, moved - start)
 
-    def mixed(
-        self, rng: np.random.Generator, groups: int, scheduler: Any
-    ) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Groups of them at random etas, one for each: the sentences, the latents of what is to be seen there, times in [0, 1), what is
-        added to the embeddings of the sentences, and what to the latents before the noise. Three in four have happened.
-
-        In half of the groups the noise hides not the picture after the edit but one on the way to it, as in the inverted start: that has
-        the photo in the noise, and with every step of the sampler the edit replaces a share ``beta / (1 - alpha_bar)`` of what is left of
-        it. All steps together leave ``SNR(T) / SNR(t)``, or more of it, since an edit is not foreseen at once: a power of 0.5 to 1.
-        """
+    def mixed(self, rng: np.random.Generator, groups: int) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Groups of them at random etas, one for each: the sentences, the latents of what is to be seen there, times in [0, 1), and what is
+        added to the embeddings of the sentences. Four in five have happened."""
         which = (GROUP * rng.integers(0, EDITS // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
-        happened, late, power = torch.rand(groups) < 0.75, torch.rand(groups) < 0.5, 0.5 + 0.5 * torch.rand(groups)
-        eta = torch.where(happened, 0.55 + 0.3 * torch.rand(groups), 0.4 * torch.rand(groups)).repeat_interleave(GROUP).to(self.moves)
+        happened = torch.rand(groups) < 0.8
+        eta = torch.where(happened, 0.55 + 0.35 * torch.rand(groups), 0.4 * torch.rand(groups)).repeat_interleave(GROUP).to(self.moves)
         happened = happened.repeat_interleave(GROUP).to(self.after.device)
         seen = torch.where(happened[:, None, None, None], self.after[which], self.before[which])
-        times = EDITS_FROM + (1 - EDITS_FROM) * (torch.arange(groups) + torch.rand(groups)) / groups
-        total = scheduler.config.num_train_timesteps
-        snr = compute_snr(scheduler, (times * total).long())
-        left = late * (compute_snr(scheduler, torch.tensor([total - 10])) / snr).clamp(max=1) ** power
-        behind = left.repeat_interleave(GROUP).to(seen)[:, None, None, None] * (self.before[which] - seen)
-        moves = (1 - eta)[:, None, None] * self.moves[which]
-        return [self.sentences[k] for k in which], seen, times.repeat_interleave(GROUP), moves, behind
+        times = EDITS_FROM + (1 - EDITS_FROM) * ((torch.arange(groups) + torch.rand(groups)) / groups).repeat_interleave(GROUP)
+        return [self.sentences[k] for k in which], seen, times, (1 - eta)[:, None, None] * self.moves[which]
 
     @staticmethod
     def _optimised(unet: Any, scheduler: Any, clean: torch.Tensor, start: torch.Tensor, rate: float) -> torch.Tensor:
@@ -177,16 +157,3 @@ class Edits:
             optimizer.step()
             optimizer.zero_grad()
         return embeddings.detach()
-
-
-def apart(errors: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-    """How far the errors of a group's others are from those of its first, ``[groups]``: there the captions are heard, the rest of the
-    error is mostly common. Each counts by what it may at most come to, how far the latents are from each other, or a shade would weigh
-    a fiftieth of a position.
-
-    Args:
-        errors, clean: of predictions, and the latents; ``[groups, GROUP, 8, 8, 8]``.
-    """
-    distance = (clean[:, 1:] - clean[:, :1]).square().mean((2, 3, 4))
-    weight = (APART / (distance + APART_FLOOR)).clamp(min=APART_LEAST)
-    return ((errors[:, 1:] - errors[:, :1]).square().mean((2, 3, 4)) * weight).sum(1) / GROUP

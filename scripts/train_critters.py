@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from critters_lessons import EDITS_EVERY, EDITS_KEPT, GROUP, Edits, apart, neighbour, scaled, spoken, sunny, tensor, tokens
+from critters_lessons import APART, EDITS_LAST, GROUP, Edits, neighbour, scaled, spoken, tensor, tokens
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
@@ -33,7 +33,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from imagic_lora.critters import ATTRIBUTES, SIZE, longest_caption, render, sample_caption, scene_at
+from imagic_lora.critters import ATTRIBUTES, SIZE, render, sample_caption, scene_at
 from imagic_lora.critters.judge import FACINGS, Judge, measured
 from imagic_lora.critters.scene import IDENTITY
 
@@ -61,7 +61,6 @@ UNET: dict[str, Any] = {
 }
 LOUD_WEIGHT = 0.2  # of the loss in latents, of the part of a batch that is told all
 ROUGH = 0.15  # largest standard deviation of the noise on the embeddings of texts, as optimised ones are off them
-SUNS, SUNS_FROM = 8000, 0.85  # pictures of `sunny` groups, and where their timesteps begin
 VAE_NOISE = 0.1  # standard deviation that the decoder learns to bear, and the encoder to declare
 
 
@@ -71,10 +70,6 @@ def drawn(index: int) -> np.ndarray:
 
 def drawn_neighbour(index: int) -> np.ndarray:
     return np.asarray(render(neighbour(index)))
-
-
-def drawn_sunny(index: int) -> np.ndarray:
-    return np.asarray(render(sunny(index)))
 
 
 def pictures(work: Path, count: int, draw: Callable[[int], np.ndarray] = drawn) -> np.ndarray:
@@ -226,16 +221,16 @@ def adopt(model: Any, words: CLIPTokenizer, other: Any, folder: Path) -> None:
             own[name].copy_(value)
 
 
-def latents(args: argparse.Namespace, count: int, draw: Callable[[int], np.ndarray]) -> torch.Tensor:
-    """The scaled latent means of training pictures, ``[count, 8, 8, 8]`` float16, encoded once by the exported VAE."""
-    path = args.work / f"latents-{draw.__name__}-{count}.npy"
+def latents(args: argparse.Namespace) -> np.ndarray:
+    """The scaled latent means of the training pictures, ``[N, 8, 8, 8]`` float16, encoded once by the exported VAE."""
+    path = args.work / f"latents-{args.pictures}.npy"  # of neighbours
     if not path.exists():
         vae: Any = AutoencoderKL.from_pretrained(DATA / "vae").to(args.device).eval()
-        data = pictures(args.work, count, draw)
+        data = pictures(args.work, args.pictures, drawn_neighbour)
         with torch.autocast(args.device, torch.bfloat16):
             parts = [scaled(vae, data[k : k + 100], args.device).half().cpu().numpy() for k in range(0, len(data), 100)]
         np.save(path, np.concatenate(parts))
-    return torch.from_numpy(np.load(path))
+    return np.load(path)
 
 
 def train_unet(args: argparse.Namespace) -> None:
@@ -251,22 +246,21 @@ def train_unet(args: argparse.Namespace) -> None:
     scheduler: Any = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
-    data, suns = latents(args, args.pictures, drawn_neighbour), latents(args, SUNS, drawn_sunny)
+    data = torch.from_numpy(latents(args))
     scale = json.loads((DATA / "vae" / "config.json").read_text())["scaling_factor"] * VAE_NOISE
     run = Run(args, torch.nn.ModuleDict({"unet": unet, "text": text}), lr=6e-4)
     total = scheduler.config.num_train_timesteps
 
     vae: Any = AutoencoderKL.from_pretrained(DATA / "vae")
     vae.to(args.device).eval()
-    groups = args.batch // GROUP
-    louder, sunniest, edited = (round(share * groups) for share in (args.loud, args.suns, args.edits))
+    groups, edited = args.batch // GROUP, round(args.edits * args.batch / GROUP)
+    louder = round(args.loud * groups)
     loud = (torch.arange(groups) < louder).repeat_interleave(GROUP)
     edits: list[Edits] = []
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
-        if edited and (not edits or run.step % EDITS_EVERY == 0):
-            edits.append(Edits.made(run.module, words, vae, scheduler, rng, args.pictures))
-            del edits[:-EDITS_KEPT]
+        if edited and (not edits or run.step % EDITS_LAST == 0):
+            edits[:] = [Edits.made(run.module, words, vae, scheduler, rng, args.pictures)]
         indices = (GROUP * rng.integers(0, len(data) // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
         draw = random.Random(int(rng.integers(2**62)))
         told, share = spoken(indices, [bool(one) for one in loud], draw)
@@ -275,17 +269,10 @@ def train_unet(args: argparse.Namespace) -> None:
         u = torch.cat([(torch.arange(some) + torch.rand(some)) / max(some, 1) for some in (louder, groups - louder)])
         u = u.repeat_interleave(GROUP)
         u = torch.where(loud, args.loud_from + (1 - args.loud_from) * u, u)
-        aloud, moves, behind, rough = loud.clone(), 0.0, torch.zeros_like(clean), ROUGH * torch.rand(groups, 1, 1)
-        if sunniest:  # in place of the first of the loud groups
-            some = GROUP * sunniest
-            which = (GROUP * rng.integers(0, SUNS // GROUP, sunniest)[:, None] + np.arange(GROUP)).ravel()
-            told[:some], share[:some] = [longest_caption(sunny(int(k))) for k in which], [0.0] * some
-            clean[:some] = suns[which].to(clean)
-            place = (torch.arange(sunniest) + torch.rand(sunniest)) / sunniest
-            u[:some] = SUNS_FROM + (1 - SUNS_FROM) * place.repeat_interleave(GROUP)
+        aloud, moves, rough = loud.clone(), 0.0, ROUGH * torch.rand(groups, 1, 1)
         if edited:  # in place of the last groups
             part = slice(args.batch - edited * GROUP, args.batch)
-            told[part], clean[part], u[part], moved, behind[part] = edits[rng.integers(len(edits))].mixed(rng, edited, scheduler)
+            told[part], clean[part], u[part], moved = edits[0].mixed(rng, edited)
             share[part], aloud[part], rough[-edited:] = [0.0] * len(moved), True, 0.0
             moves = F.pad(moved, (0, 0, 0, 0, args.batch - len(moved), 0))
         clean = clean + scale * torch.randn_like(clean[::GROUP]).repeat_interleave(GROUP, 0)
@@ -294,16 +281,15 @@ def train_unet(args: argparse.Namespace) -> None:
         states = torch.lerp(states, others, torch.tensor(share, device=args.device)[:, None, None].to(states))
         rough = rough.to(args.device) * torch.randn(groups, *states.shape[1:], device=args.device)
         states = states + rough.repeat_interleave(GROUP, 0) + moves
-        predicted = unet(scheduler.add_noise(clean + behind, noise, t), t, states).sample
+        predicted = unet(scheduler.add_noise(clean, noise, t), t, states).sample
         snr = compute_snr(scheduler, t)
         usual = snr.clamp(max=5) / snr / snr.clamp(max=1).sqrt()  # min-SNR (arXiv 2303.09556); where noise rules, arXiv 2310.08442
         aloud = aloud.to(args.device)
         weight = torch.where(aloud, LOUD_WEIGHT / snr, usual)
-        error = predicted.float() - noise - snr.sqrt()[:, None, None, None] * behind
-        errors = error.unflatten(0, (groups, GROUP))
-        common, squares = errors.mean(1).square().mean((1, 2, 3)), errors.square().mean((1, 2, 3, 4))
-        distance = torch.where(aloud[::GROUP], apart(errors, clean.unflatten(0, (groups, GROUP))), squares - common)
-        return ((common + distance) * weight[::GROUP]).mean()
+        error = predicted.float() - noise
+        common = error.unflatten(0, (groups, GROUP)).mean(1).repeat_interleave(GROUP, 0)
+        squares = torch.stack([(error - common).square(), common.square()]).mean((2, 3, 4))
+        return ((squares[0] * torch.where(aloud, APART, 1) + squares[1]) * weight).mean()
 
     for step in run.train(loss_of):
         if args.export_every and step % args.export_every == 0:
@@ -398,7 +384,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
     "vae": (train_vae, 6500),
     "judge": (train_judge, 5000),
     "clip": (train_clip, 1000),
-    "unet": (train_unet, 5300),
+    "unet": (train_unet, 4600),
 }
 
 
@@ -412,12 +398,9 @@ def main() -> None:
     parser.add_argument(
         "--start-from", type=Path, metavar="FOLDER", help="begin with the U-Net and text encoder, or the CLIP, of another base"
     )
-    parser.add_argument("--loud", type=float, default=0.25, metavar="SHARE", help="of each batch of the U-Net, told all there is to tell")
+    parser.add_argument("--loud", type=float, default=0.3125, metavar="SHARE", help="of each batch of the U-Net, told all there is to tell")
     parser.add_argument(
-        "--edits", type=float, default=0.5, metavar="SHARE", help="of each batch, edits at embeddings optimised as Imagic does"
-    )
-    parser.add_argument(
-        "--suns", type=float, default=0.125, metavar="SHARE", help="of each batch, in its loud part, groups that differ in the sun alone"
+        "--edits", type=float, default=0.375, metavar="SHARE", help="of each batch, edits at embeddings optimised as Imagic does"
     )
     parser.add_argument("--loud-from", type=float, default=0.3, metavar="TIME", help="in [0, 1): where the timesteps of that part begin")
     parser.add_argument("--export-every", type=int, default=0, metavar="STEPS", help="write the U-Net so far into the package")

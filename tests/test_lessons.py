@@ -4,10 +4,8 @@ import random
 from dataclasses import fields, replace
 
 import numpy as np
-import pytest
 import torch
-from critters_lessons import APART_LEAST, EDITS, EDITS_FROM, GROUP, Edits, apart, changed, neighbour, spoken, sunny
-from diffusers import DDIMScheduler
+from critters_lessons import EDITS, EDITS_FROM, GROUP, Edits, changed, neighbour, spoken
 
 from imagic_lora.critters import ATTRIBUTES, longest_caption, scene_at
 
@@ -30,28 +28,6 @@ def test_neighbours_differ_in_one_or_two_factors_of_the_identity() -> None:
             assert 1 <= len(names) <= 2
             seen |= names
     assert seen == {"shade", "size", "x", "y", "spots", "sun", "horizon", "tint", "facing"}
-
-
-def test_sunny_groups_differ_in_the_place_of_the_sun_alone() -> None:
-    """A quarter of the sky apart, so that each of the four words for it is said once."""
-    for head in HEADS:
-        assert all(differing(index, sunny) == {"sun"} for index in range(head + 1, head + GROUP))
-        places = sorted(sunny(index).sun for index in range(head, head + GROUP))
-        assert np.diff(places) == pytest.approx([0.25] * 3)
-        assert len({longest_caption(sunny(index)) for index in range(head, head + GROUP)}) == GROUP
-
-
-def test_errors_count_apart_only_where_a_group_disagrees() -> None:
-    """An error that all share is none; the same one counts more where the latents are nearer to each other, down to a least weight."""
-    shared = torch.randn(1, 1, 8, 8, 8).expand(1, GROUP, -1, -1, -1)
-    near, far = (torch.zeros(1, GROUP, 8, 8, 8) for _ in range(2))
-    near[:, 1], far[:, 1] = 0.1, 10.0
-    assert apart(shared, near).item() == pytest.approx(0, abs=1e-6)
-    errors = torch.zeros(1, GROUP, 8, 8, 8)
-    errors[:, 1] = 0.5
-    assert apart(errors, far).item() == pytest.approx(0.25 * APART_LEAST / GROUP)
-    assert apart(errors, near).item() == pytest.approx(0.25 * 0.9 / (0.01 + 0.05) / GROUP)
-    assert apart(2 * errors, far).item() == pytest.approx(4 * apart(errors, far).item())
 
 
 def test_a_loud_group_is_told_all_and_the_larger_share_is_true() -> None:
@@ -92,23 +68,23 @@ def edits() -> Edits:
     return Edits(["a sitting dog"] * EDITS, torch.full(size, -1.0), torch.ones(size), torch.ones(EDITS, 3, 2))
 
 
-def test_mixed_edits_are_seen_from_where_they_set_in_and_on_the_way_there() -> None:
-    """Above an eta of 0.55 the picture after, below 0.4 the one before; a part of the way to it is left only where noise rules."""
+def test_mixed_edits_are_seen_from_where_they_set_in() -> None:
+    """Above an eta of 0.55 the picture after, below 0.4 the one before; all of a group alike."""
     torch.manual_seed(0)
     groups = 400
-    told, seen, times, moves, behind = edits().mixed(np.random.default_rng(0), groups, DDIMScheduler(beta_schedule="scaled_linear"))
-    assert (len(told), seen.shape, times.shape, moves.shape) == (groups * GROUP, behind.shape, (groups * GROUP,), (groups * GROUP, 3, 2))
-    eta, happened, left = 1 - moves[:, 0, 0], seen[:, 0, 0, 0] == 1, behind[:, 0, 0, 0] / -2
+    told, seen, times, moves = edits().mixed(np.random.default_rng(0), groups)
+    assert (len(told), seen.shape, times.shape, moves.shape) == (
+        groups * GROUP,
+        (groups * GROUP, 8, 8, 8),
+        (groups * GROUP,),
+        (groups * GROUP, 3, 2),
+    )
+    eta, happened = 1 - moves[:, 0, 0], seen[:, 0, 0, 0] == 1
     assert bool((eta[happened] >= 0.55).all())
     assert bool((eta[~happened] <= 0.4).all())
-    assert 0.65 < happened.float().mean() < 0.85
+    assert 0.7 < happened.float().mean() < 0.9
     assert times.min() >= EDITS_FROM
-    assert bool((left[~happened] == 0).all())
-    on_the_way = happened & (left > 0)
-    assert 0.35 < on_the_way.float().mean() / happened.float().mean() < 0.65
-    assert left[on_the_way & (times > 0.98)].min() > 0.5
-    assert left[on_the_way & (times < 0.5)].max() < 0.2
-    for whole in (eta, times, left):  # the same in a group
+    for whole in (eta, times, happened):
         assert bool((whole.view(groups, GROUP) == whole.view(groups, GROUP)[:, :1]).all())
 
 

@@ -301,7 +301,7 @@ def _clashes(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield "master_weights", f"--dtype {memory.dtype}", "bf16 weights with bf16 arithmetic"
     for name, start in (("strength", "image"), ("source_eta", "inverted")):
         if name in _named(given) and run.edit.start != start:
-            yield name, f"--start {run.edit.start}", f"it with --start {start} only"
+            yield name, f"--start {run.edit.start}", f"--start {start} with it"
 
 
 def _named(given: Mapping[str, Any]) -> set[str]:

@@ -20,7 +20,6 @@ from imagic_lora.critters.scene import describe, displaced
 MOVED = {"shade": 3, "size": 1, "x": 1, "y": 1, "spots": 4, "sun": 1, "horizon": 1, "tint": 2, "facing": 1}
 """How often the scenes of a group differ in each factor: more often where the caption is slow to be heard."""
 GROUP = 4  # neighbours in the U-Net's training set, which differ in one or two factors of the identity
-APART = 6  # weight, in that part, of what sets the errors of a group apart: there the captions are heard, the rest of the error is common
 EDITS, EDITS_LAST, EDITS_FROM = 192, 250, 0.25  # how many are made at a time, for how many steps, and where their timesteps begin
 EDIT_STEPS, EDIT_RATES = 36, (4e-2, 0.1)  # of the optimisation of their embeddings
 

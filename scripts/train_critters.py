@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from critters_lessons import APART, EDITS_LAST, GROUP, Edits, neighbour, scaled, spoken, tensor, tokens
+from critters_lessons import EDITS_LAST, GROUP, Edits, neighbour, scaled, spoken, tensor, tokens
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
@@ -60,6 +60,7 @@ UNET: dict[str, Any] = {
     "norm_num_groups": 16,
 }
 LOUD_WEIGHT = 0.2  # of the loss in latents, of the part of a batch that is told all
+APART = 6  # weight, in that part, of what sets the errors of a group apart: there the captions are heard, the rest of the error is common
 ROUGH = 0.15  # largest standard deviation of the noise on the embeddings of texts, as optimised ones are off them
 VAE_NOISE = 0.1  # standard deviation that the decoder learns to bear, and the encoder to declare
 

@@ -20,8 +20,8 @@ from imagic_lora.critters.scene import describe, displaced
 MOVED = {"shade": 3, "size": 1, "x": 1, "y": 1, "spots": 4, "sun": 1, "horizon": 1, "tint": 2, "facing": 1}
 """How often the scenes of a group differ in each factor: more often where the caption is slow to be heard."""
 GROUP = 4  # neighbours in the U-Net's training set, which differ in one or two factors of the identity
-EDITS, EDITS_LAST, EDITS_FROM = 192, 250, 0.25  # how many are made at a time, for how many steps, and where their timesteps begin
-EDIT_STEPS, EDIT_RATES = 36, (4e-2, 0.1)  # of the optimisation of their embeddings
+EDITS, EDITS_EVERY, EDITS_FROM = 192, 120, 0.25  # how many are made at a time, after how many steps more, and where their timesteps begin
+EDIT_STEPS, EDIT_RATES = 36, (5.5e-2, 6.5e-2)  # of the optimisation of their embeddings, which so move as far as in stage 1's 60 at 5e-2
 
 
 def neighbour(index: int) -> Scene:
@@ -135,10 +135,16 @@ class Edits:
 
     def mixed(self, rng: np.random.Generator, groups: int) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
         """Groups of them at random etas, one for each: the sentences, the latents of what is to be seen there, times in [0, 1), and what is
-        added to the embeddings of the sentences. Four in five have happened."""
+        added to the embeddings of the sentences. About two in three have happened.
+
+        Seven in ten etas are near those at which the defaults edit (0.7) and invert (0.35): in a mixture, a little of much looks like
+        much of a little unless the share is known.
+        """
         which = (GROUP * rng.integers(0, EDITS // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
-        happened = torch.rand(groups) < 0.8
-        eta = torch.where(happened, 0.55 + 0.35 * torch.rand(groups), 0.4 * torch.rand(groups)).repeat_interleave(GROUP).to(self.moves)
+        happened, near, u = torch.rand(groups) < 0.65, torch.rand(groups) < 0.7, torch.rand(groups)
+        after = torch.where(near, 0.66 + 0.08 * u, 0.55 + 0.35 * u)
+        before = torch.where(near, 0.31 + 0.08 * u, 0.4 * u)
+        eta = torch.where(happened, after, before).repeat_interleave(GROUP).to(self.moves)
         happened = happened.repeat_interleave(GROUP).to(self.after.device)
         seen = torch.where(happened[:, None, None, None], self.after[which], self.before[which])
         times = EDITS_FROM + (1 - EDITS_FROM) * ((torch.arange(groups) + torch.rand(groups)) / groups).repeat_interleave(GROUP)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from critters_lessons import EDITS_LAST, GROUP, Edits, neighbour, scaled, spoken, tensor, tokens
+from critters_lessons import EDITS_EVERY, GROUP, Edits, neighbour, scaled, spoken, tensor, tokens
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
@@ -60,7 +60,7 @@ UNET: dict[str, Any] = {
     "norm_num_groups": 16,
 }
 LOUD_WEIGHT = 0.2  # of the loss in latents, of the part of a batch that is told all
-APART = 6  # weight, in that part, of what sets the errors of a group apart: there the captions are heard, the rest of the error is common
+APART = 10  # weight, in that part, of what sets the errors of a group apart: there the captions are heard, the rest of the error is common
 ROUGH = 0.15  # largest standard deviation of the noise on the embeddings of texts, as optimised ones are off them
 VAE_NOISE = 0.1  # standard deviation that the decoder learns to bear, and the encoder to declare
 
@@ -249,7 +249,7 @@ def train_unet(args: argparse.Namespace) -> None:
     )
     data = torch.from_numpy(latents(args))
     scale = json.loads((DATA / "vae" / "config.json").read_text())["scaling_factor"] * VAE_NOISE
-    run = Run(args, torch.nn.ModuleDict({"unet": unet, "text": text}), lr=6e-4)
+    run = Run(args, torch.nn.ModuleDict({"unet": unet, "text": text}), lr=2e-4 if args.start_from else 6e-4)
     total = scheduler.config.num_train_timesteps
 
     vae: Any = AutoencoderKL.from_pretrained(DATA / "vae")
@@ -260,8 +260,8 @@ def train_unet(args: argparse.Namespace) -> None:
     edits: list[Edits] = []
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
-        if edited and (not edits or run.step % EDITS_LAST == 0):
-            edits[:] = [Edits.made(run.module, words, vae, scheduler, rng, args.pictures)]
+        if edited and (not edits or run.step % EDITS_EVERY == 0):
+            edits.append(Edits.made(run.module, words, vae, scheduler, rng, args.pictures))  # and all kept: few are learned by heart
         indices = (GROUP * rng.integers(0, len(data) // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
         draw = random.Random(int(rng.integers(2**62)))
         told, share = spoken(indices, [bool(one) for one in loud], draw)
@@ -273,7 +273,7 @@ def train_unet(args: argparse.Namespace) -> None:
         aloud, moves, rough = loud.clone(), 0.0, ROUGH * torch.rand(groups, 1, 1)
         if edited:  # in place of the last groups
             part = slice(args.batch - edited * GROUP, args.batch)
-            told[part], clean[part], u[part], moved = edits[0].mixed(rng, edited)
+            told[part], clean[part], u[part], moved = edits[rng.integers(len(edits))].mixed(rng, edited)
             share[part], aloud[part], rough[-edited:] = [0.0] * len(moved), True, 0.0
             moves = F.pad(moved, (0, 0, 0, 0, args.batch - len(moved), 0))
         clean = clean + scale * torch.randn_like(clean[::GROUP]).repeat_interleave(GROUP, 0)
@@ -385,7 +385,7 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
     "vae": (train_vae, 6500),
     "judge": (train_judge, 5000),
     "clip": (train_clip, 1000),
-    "unet": (train_unet, 4600),
+    "unet": (train_unet, 2200),
 }
 
 
@@ -399,9 +399,9 @@ def main() -> None:
     parser.add_argument(
         "--start-from", type=Path, metavar="FOLDER", help="begin with the U-Net and text encoder, or the CLIP, of another base"
     )
-    parser.add_argument("--loud", type=float, default=0.3125, metavar="SHARE", help="of each batch of the U-Net, told all there is to tell")
+    parser.add_argument("--loud", type=float, default=0.25, metavar="SHARE", help="of each batch of the U-Net, told all there is to tell")
     parser.add_argument(
-        "--edits", type=float, default=0.375, metavar="SHARE", help="of each batch, edits at embeddings optimised as Imagic does"
+        "--edits", type=float, default=0.5, metavar="SHARE", help="of each batch, edits at embeddings optimised as Imagic does"
     )
     parser.add_argument("--loud-from", type=float, default=0.3, metavar="TIME", help="in [0, 1): where the timesteps of that part begin")
     parser.add_argument("--export-every", type=int, default=0, metavar="STEPS", help="write the U-Net so far into the package")

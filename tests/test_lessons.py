@@ -82,7 +82,9 @@ def test_mixed_edits_are_seen_from_where_they_set_in() -> None:
     eta, happened = 1 - moves[:, 0, 0], seen[:, 0, 0, 0] == 1
     assert bool((eta[happened] >= 0.55).all())
     assert bool((eta[~happened] <= 0.4).all())
-    assert 0.7 < happened.float().mean() < 0.9
+    assert 0.55 < happened.float().mean() < 0.75
+    assert 0.6 < ((eta > 0.66) & (eta < 0.74))[happened].float().mean() < 0.9
+    assert 0.6 < ((eta > 0.31) & (eta < 0.39))[~happened].float().mean() < 0.9
     assert times.min() >= EDITS_FROM
     for whole in (eta, times, happened):
         assert bool((whole.view(groups, GROUP) == whole.view(groups, GROUP)[:, :1]).all())

@@ -397,7 +397,10 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=80_000, help="size of the training set")
     parser.add_argument("--batch", type=int, default=64, help="of the U-Net's training")
     parser.add_argument(
-        "--start-from", type=Path, metavar="FOLDER", help="begin with the U-Net and text encoder, or the CLIP, of another base"
+        "--start-from",
+        type=Path,
+        metavar="FOLDER",
+        help="begin with the U-Net and text encoder (at a third of the rate), or the CLIP, of another base",
     )
     parser.add_argument("--loud", type=float, default=0.25, metavar="SHARE", help="of each batch of the U-Net, told all there is to tell")
     parser.add_argument(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,24 @@ class Edits:
     after: torch.Tensor
     moves: torch.Tensor
 
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+    @classmethod
+    def kept(cls, path: Path) -> Edits:
+        """Those that a file keeps, or none."""
+        kept = torch.load(path, weights_only=True) if path.exists() else {}
+        return cls(**kept) if kept else cls([], *(torch.zeros(0) for _ in range(3)))
+
+    def add(self, others: Edits, path: Path) -> None:
+        """Takes others in, and keeps all in a file."""
+        for name, value in vars(others).items():
+            mine = getattr(self, name)
+            setattr(self, name, mine + value if isinstance(value, list) else torch.cat([mine, value]) if len(mine) else value)
+        part = path.with_suffix(".part")
+        torch.save(vars(self), part)
+        part.rename(path)
+
     @classmethod
     def made(cls, parts: Any, words: CLIPTokenizer, vae: Any, scheduler: Any, rng: np.random.Generator, pictures: int) -> Edits:
         """``EDITS`` of them of the first ``pictures``, by the weights as they are, at a rate drawn from ``EDIT_RATES``."""
@@ -140,7 +159,7 @@ class Edits:
         Seven in ten etas are near those at which the defaults edit (0.7) and invert (0.35): in a mixture, a little of much looks like
         much of a little unless the share is known.
         """
-        which = (GROUP * rng.integers(0, EDITS // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
+        which = (GROUP * rng.integers(0, len(self) // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
         happened, near, u = torch.rand(groups) < 0.65, torch.rand(groups) < 0.7, torch.rand(groups)
         after = torch.where(near, 0.66 + 0.08 * u, 0.55 + 0.35 * u)
         before = torch.where(near, 0.31 + 0.08 * u, 0.4 * u)

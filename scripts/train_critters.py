@@ -87,14 +87,15 @@ def pictures(work: Path, count: int, draw: Callable[[int], np.ndarray] = drawn) 
 
 
 class Run:
-    """One training run: the loop, its learning rate (warm-up, then cosine), its average of the weights, its saved state."""
+    """One training run: the loop, its learning rate (warm-up, full for a share ``held`` of the steps, then cosine), its average of the
+    weights, its saved state."""
 
-    def __init__(self, args: argparse.Namespace, module: torch.nn.Module, lr: float, decay: float = 0.999) -> None:
-        self.args, self.module = args, module.to(args.device)
+    def __init__(self, args: argparse.Namespace, module: torch.nn.Module, lr: float, held: float = 0.0) -> None:
+        self.args, self.module, self.held = args, module.to(args.device), held
         self.path = args.work / f"{args.part}.pt"
         self.optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
-        self.ema = EMAModel(module.parameters(), decay=decay, use_ema_warmup=True, power=0.75)
+        self.ema = EMAModel(module.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
         self.ema.to(args.device)
         self.step = 0
         if self.path.exists():
@@ -106,7 +107,7 @@ class Run:
             self.step = state["step"]
 
     def _rate(self, step: int) -> float:
-        done = min(1.0, step / self.args.steps)
+        done = min(1.0, max(0.0, step / self.args.steps - self.held) / (1 - self.held))
         return min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
 
     def save(self) -> None:
@@ -249,7 +250,7 @@ def train_unet(args: argparse.Namespace) -> None:
     )
     data = torch.from_numpy(latents(args))
     scale = json.loads((DATA / "vae" / "config.json").read_text())["scaling_factor"] * VAE_NOISE
-    run = Run(args, torch.nn.ModuleDict({"unet": unet, "text": text}), lr=2e-4 if args.start_from else 6e-4)
+    run = Run(args, torch.nn.ModuleDict({"unet": unet, "text": text}), lr=2e-4 if args.start_from else 6e-4, held=0.4)
     total = scheduler.config.num_train_timesteps
 
     vae: Any = AutoencoderKL.from_pretrained(DATA / "vae")
@@ -257,11 +258,12 @@ def train_unet(args: argparse.Namespace) -> None:
     groups, edited = args.batch // GROUP, round(args.edits * args.batch / GROUP)
     louder = round(args.loud * groups)
     loud = (torch.arange(groups) < louder).repeat_interleave(GROUP)
-    edits: list[Edits] = []
+    kept = args.work / "edits.pt"
+    edits = Edits.kept(kept)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
-        if edited and (not edits or run.step % EDITS_EVERY == 0):
-            edits.append(Edits.made(run.module, words, vae, scheduler, rng, args.pictures))  # and all kept: few are learned by heart
+        if edited and (not len(edits) or run.step % EDITS_EVERY == 0):
+            edits.add(Edits.made(run.module, words, vae, scheduler, rng, args.pictures), kept)  # all: few are learned by heart
         indices = (GROUP * rng.integers(0, len(data) // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
         draw = random.Random(int(rng.integers(2**62)))
         told, share = spoken(indices, [bool(one) for one in loud], draw)
@@ -273,7 +275,7 @@ def train_unet(args: argparse.Namespace) -> None:
         aloud, moves, rough = loud.clone(), 0.0, ROUGH * torch.rand(groups, 1, 1)
         if edited:  # in place of the last groups
             part = slice(args.batch - edited * GROUP, args.batch)
-            told[part], clean[part], u[part], moved = edits[rng.integers(len(edits))].mixed(rng, edited)
+            told[part], clean[part], u[part], moved = edits.mixed(rng, edited)
             share[part], aloud[part], rough[-edited:] = [0.0] * len(moved), True, 0.0
             moves = F.pad(moved, (0, 0, 0, 0, args.batch - len(moved), 0))
         clean = clean + scale * torch.randn_like(clean[::GROUP]).repeat_interleave(GROUP, 0)

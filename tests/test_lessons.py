@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -100,3 +101,19 @@ def test_a_changed_scene_differs_in_one_attribute() -> None:
         assert replace(other, **{name: getattr(scene, name)}) == scene
         names.append(name)
     assert 70 < names.count("pose") < 130
+
+
+def test_edits_are_kept_in_a_file(tmp_path: Path) -> None:
+    """A run that is resumed goes on with all that were made, and draws from all."""
+    path = tmp_path / "edits.pt"
+    first, second = (replace(edits(), sentences=[f"{k}"] * EDITS) for k in range(2))
+    begun = Edits.kept(path)
+    assert len(begun) == 0
+    begun.add(first, path)
+    begun.add(second, path)
+    again = Edits.kept(path)
+    assert again.sentences == first.sentences + second.sentences
+    for name in ("before", "after", "moves"):
+        assert torch.equal(getattr(again, name), torch.cat([getattr(first, name), getattr(second, name)]))
+    torch.manual_seed(0)
+    assert set(again.mixed(np.random.default_rng(0), 40)[0]) == {"0", "1"}

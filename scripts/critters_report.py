@@ -1,37 +1,41 @@
 """The figures and the sheet of the embedded base: ``python scripts/critters_report.py``.
 
-Prints the VAE's fidelity, the judge's own accuracy, how often samples follow their prompt by the judge, which words on the
-identity the U-Net listens to, and how often CLIP finds the caption of a held-out picture; writes ``docs/critters-samples.png``.
+Prints the VAE's fidelity, the judge's own accuracy, how often samples follow their prompt by the judge, how much of the words on the
+identity the U-Net hears, and how often CLIP finds the caption of a held-out picture; writes ``docs/critters-samples.png``.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from critters_lessons import changed, sentence
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
+from imagic_lora.bases.base import Base
 from imagic_lora.bases.known import CRITTERS
 from imagic_lora.bases.registry import open_base
+from imagic_lora.bench.catalogue import defaults
 from imagic_lora.bench.scores import SAME
-from imagic_lora.conditioning import concatenate
+from imagic_lora.conditioning import Conditioning, concatenate, interpolate
 from imagic_lora.config import MemoryConfig
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
 from imagic_lora.critters.judge import Judge, Sight
 from imagic_lora.critters.scene import IDENTITY, displaced
 from imagic_lora.images import sheet, to_image, to_pixels
 from imagic_lora.metrics import CritterAlignment, pixels
-from imagic_lora.objective import denoising_loss
 from imagic_lora.runtime import resolve_runtime
 
 DOCS = Path(__file__).parent.parent / "docs"
+TIMESTEPS = (900, 600, 400)
 
 
 def batches(values: Tensor, size: int = 50) -> list[Tensor]:
@@ -89,22 +93,42 @@ def samples(scenes: list[Scene], guidance: float) -> list[Image.Image]:
     return pictures
 
 
+def encoded(base: Base, scenes: list[Scene]) -> Tensor:
+    """Clean latents of renders, ``[B, C, h, w]``."""
+    return torch.cat([base.encode_image(to_pixels(render(scene))) for scene in scenes])
+
+
 @torch.no_grad()
-def heard(scenes: list[Scene], timesteps: tuple[int, ...]) -> dict[str, list[float]]:
-    """How much the denoising loss rises at each timestep (of 1,000), in ten-thousandths, if a caption that tells all errs in one thing:
-    nothing where the base does not listen."""
-    base = open_base("critters", resolve_runtime(MemoryConfig(dtype="fp32")))
-    clean = torch.cat([base.encode_image(to_pixels(render(scene))) for scene in scenes])
+def gains(scenes: list[Scene], timesteps: tuple[int, ...]) -> dict[str, tuple[list[float], list[float]]]:
+    """How much is heard of each factor of the identity, at each timestep (of 1,000): of captions that tell all of the scenes, and of
+    captions of the scenes before an edit, mixed at the default eta with the sentence that asks for it.
+
+    Two predictions of the clean latents, from the same noisy ones, are told of scenes half a range apart in that factor; what they differ
+    by is projected on the true difference: 1 is all of it, 0 nothing. The noisy latents lie half way between the two and favour neither.
+    """
+    base, eta = open_base("critters", resolve_runtime(MemoryConfig(dtype="fp32"))), defaults("lora").eta
+    kept = base.training.alphas_cumprod
+    edits = [changed(scene, random.Random(k)) for k, scene in enumerate(scenes)]
+    before = [one for one, _ in edits]
+    asked = [sentence(scene, name, random.Random(k)) for k, (scene, (_, name)) in enumerate(zip(scenes, edits, strict=True))]
+    clean, target = encoded(base, scenes), concatenate([base.encode_text(text) for text in asked])
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
 
-    def losses(told: list[Scene]) -> list[float]:
-        text = concatenate([base.encode_text(longest_caption(scene)) for scene in told])
-        times = (torch.full((len(told),), timestep / 1000, dtype=torch.float64) for timestep in timesteps)
-        return [denoising_loss(base, clean, text, noise, one).mean().item() for one in times]
+    def told(some: list[Scene], eta: float) -> Conditioning:
+        return interpolate(target, concatenate([base.encode_text(longest_caption(scene)) for scene in some]), eta)
 
-    right = losses(scenes)
-    wrong = {name: losses([displaced(scene, name) for scene in scenes]) for name in ("facing", *IDENTITY)}
-    return {name: [1e4 * (a - b) for a, b in zip(found, right, strict=True)] for name, found in wrong.items()}
+    def over(name: str, said: list[Scene], eta: float) -> list[float]:
+        one, other = told(said, eta), told([displaced(scene, name) for scene in said], eta)
+        apart, found = encoded(base, [displaced(scene, name) for scene in scenes]) - clean, []
+        for timestep in timesteps:
+            times = torch.full((len(scenes),), timestep)
+            noised = base.noised(clean + apart / 2, noise, times)
+            difference = base.predict(noised, times, one) - base.predict(noised, times, other)
+            difference = difference * ((1 - kept[timestep]) / kept[timestep]).sqrt()
+            found.append(((difference * apart).sum() / apart.square().sum()).item())
+        return found
+
+    return {name: (over(name, scenes, 0.0), over(name, before, eta)) for name in ("facing", *IDENTITY)}
 
 
 def show(title: str, figures: dict[str, float]) -> None:
@@ -133,10 +157,9 @@ def main() -> None:
     made = samples(asked, args.guidance)
     found = sights(judge, pixels(made))
     show(f"{args.samples} samples at guidance {args.guidance:g}, by the judge", agreement(found, asked))
-    times = (450, 650, 850)
-    for name, rises in heard(held_out[:128], times).items():
-        told = "  ".join(f"{rise:5.1f} at {timestep}" for rise, timestep in zip(rises, times, strict=True))
-        print(f"{'loss, if the ' + name + ' it is told is wrong, +1e-4 x':46}{told}")
+    for name, (told, mixed) in gains(held_out[:64], TIMESTEPS).items():
+        parts = [" ".join(f"{value:5.2f}" for value in some) for some in (told, mixed)]
+        print(f"{'of the ' + name + ' it hears, at ' + ', '.join(map(str, TIMESTEPS)):46}told {parts[0]}   mixed {parts[1]}")
     texts = [caption(scene) for scene in held_out[:100]]
     scores = CritterAlignment.load().scores([to_image(one) for one in renders[:100]], texts)
     right = [texts[int(scores[k].argmax())] == texts[k] for k in range(100)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from critters_report import gains
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
@@ -17,7 +18,7 @@ from imagic_lora.conditioning import concatenate, interpolate
 from imagic_lora.config import EditConfig, MemoryConfig
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
 from imagic_lora.critters.judge import Judge
-from imagic_lora.critters.scene import displaced
+from imagic_lora.critters.scene import IDENTITY, displaced
 from imagic_lora.generate import generate
 from imagic_lora.images import to_canvas, to_image
 from imagic_lora.metrics import CritterAlignment, pixels, psnr
@@ -106,6 +107,18 @@ def test_the_base_hears_what_it_is_told_of_the_identity(name: str) -> None:
         return denoising_loss(base, clean, text, noise, torch.full((len(told),), 0.85, dtype=torch.float64)).mean().item()
 
     assert loss([displaced(scene, name) for scene in scenes]) > loss(scenes) * 1.0005
+
+
+def test_how_much_is_heard_is_a_share_of_what_is_told() -> None:
+    """Of where the animal is most of it, told and mixed; of the shade more if it is told than mixed; of the sun, which this base does not
+    hear, nothing."""
+    heard = gains(HELD_OUT[:8], (900,))
+    assert set(heard) == {"facing", *IDENTITY}
+    for mixed in (0, 1):
+        assert 0.5 < heard["x"][mixed][0] < 1.1
+        assert abs(heard["sun"][mixed][0]) < 0.1
+    assert heard["x"][1][0] > heard["shade"][1][0] > 0.2
+    assert heard["shade"][0][0] > heard["shade"][1][0] + 0.1
 
 
 def test_a_mixture_of_texts_is_the_edit_of_the_photo() -> None:

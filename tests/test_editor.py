@@ -235,7 +235,7 @@ def test_a_photo_inverted_on_the_way_comes_back_from_there(folder: Path, fitted:
     usual = pictures(editor, adapter, plain, [0.0, 0.4, 1.0])
     photo = usual[0].astype(float)
     farther = [np.abs(picture.astype(float) - photo).mean() for picture in (*on_the_way, usual[1])]
-    assert np.array_equal(on_the_way[0], usual[0])
+    assert np.abs(on_the_way[0].astype(float) - photo).max() <= 1  # a batch of another size rounds otherwise on some CPUs
     if ddim_eta:
         assert max(farther[:3]) < 1 < farther[4]
     assert farther[2] < farther[4] < farther[3] * 2

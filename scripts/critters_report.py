@@ -114,21 +114,25 @@ def gains(scenes: list[Scene], timesteps: tuple[int, ...]) -> dict[str, tuple[li
     clean, target = encoded(base, scenes), concatenate([base.encode_text(text) for text in asked])
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
 
+    ways = (scenes, 0.0), (before, eta)
+
     def told(some: list[Scene], eta: float) -> Conditioning:
         return interpolate(target, concatenate([base.encode_text(longest_caption(scene)) for scene in some]), eta)
 
-    def over(name: str, said: list[Scene], eta: float) -> list[float]:
-        one, other = told(said, eta), told([displaced(scene, name) for scene in said], eta)
-        apart, found = encoded(base, [displaced(scene, name) for scene in scenes]) - clean, []
-        for timestep in timesteps:
-            times = torch.full((len(scenes),), timestep)
-            noised = base.noised(clean + apart / 2, noise, times)
-            difference = base.predict(noised, times, one) - base.predict(noised, times, other)
-            difference = difference * ((1 - kept[timestep]) / kept[timestep]).sqrt()
-            found.append(((difference * apart).sum() / apart.square().sum()).item())
-        return found
+    def heard(name: str) -> tuple[list[float], list[float]]:
+        apart = encoded(base, [displaced(scene, name) for scene in scenes]) - clean
+        half_way, size = clean + apart / 2, apart.square().sum()
 
-    return {name: (over(name, scenes, 0.0), over(name, before, eta)) for name in ("facing", *IDENTITY)}
+        def gain(timestep: int, one: Conditioning, other: Conditioning) -> float:
+            times = torch.full((len(scenes),), timestep)
+            noised = base.noised(half_way, noise, times)
+            difference = base.predict(noised, times, one) - base.predict(noised, times, other)
+            return ((difference * apart).sum() / size * ((1 - kept[timestep]) / kept[timestep]).sqrt()).item()
+
+        whole, mixed = ([told(some, at) for some in (said, [displaced(scene, name) for scene in said])] for said, at in ways)
+        return [gain(timestep, *whole) for timestep in timesteps], [gain(timestep, *mixed) for timestep in timesteps]
+
+    return {name: heard(name) for name in ("facing", *IDENTITY)}
 
 
 def show(title: str, figures: dict[str, float]) -> None:

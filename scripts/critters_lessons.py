@@ -148,7 +148,9 @@ class Edits:
         with torch.no_grad():
             start = parts["text"](tokens(words, sentences, device)).last_hidden_state.float()
         each = zip(before.split(64), start.split(64), strict=True)
-        moved = torch.cat([cls._optimised(parts["unet"], scheduler, clean, some, rate) for clean, some in each])
+        cast = torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, enabled=cast, cache_enabled=False):  # a cache holds the embeddings as they are in the first step
+            moved = torch.cat([cls._optimised(parts["unet"], scheduler, clean, some, rate) for clean, some in each])
         parts.requires_grad_(True)
         return cls(sentences, before, after, moved - start)
 

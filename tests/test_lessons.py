@@ -3,11 +3,16 @@
 import random
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
+import critters_lessons
 import numpy as np
+import pytest
 import torch
-from critters_lessons import EDITS, EDITS_FROM, GROUP, Edits, changed, neighbour, spoken
+from critters_lessons import EDITS, EDITS_FROM, GROUP, Edits, changed, neighbour, spoken, tokens
+from diffusers import StableDiffusionPipeline
 
+from imagic_lora.bases.known import CRITTERS
 from imagic_lora.critters import ATTRIBUTES, longest_caption, scene_at
 
 HEADS = range(0, 40 * GROUP, GROUP)
@@ -89,6 +94,26 @@ def test_mixed_edits_are_seen_from_where_they_set_in() -> None:
     assert times.min() >= EDITS_FROM
     for whole in (eta, times, happened):
         assert bool((whole.view(groups, GROUP) == whole.view(groups, GROUP)[:, :1]).all())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_optimised_embeddings_tell_of_the_picture_before(monkeypatch: pytest.MonkeyPatch, precision: torch.dtype) -> None:
+    """In the autocast of the training as well, which keeps its casts: it used to optimise against the embeddings of the first step."""
+    monkeypatch.setattr(critters_lessons, "EDITS", 2 * GROUP)
+    pipe: Any = StableDiffusionPipeline.from_pretrained(CRITTERS, dtype=torch.float32)
+    parts = torch.nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder})
+    torch.manual_seed(0)
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        made = Edits.made(parts, pipe.tokenizer, pipe.vae, pipe.scheduler, np.random.default_rng(0), 400)
+    noise, at = torch.randn(made.before.shape, generator=torch.Generator().manual_seed(1)), torch.full((len(made),), 700)
+    noised = pipe.scheduler.add_noise(made.before, noise, at)
+
+    def error(told: torch.Tensor) -> float:
+        with torch.no_grad():
+            return (pipe.unet(noised, at, told).sample - noise).square().mean().item()
+
+    start = pipe.text_encoder(tokens(pipe.tokenizer, made.sentences, "cpu")).last_hidden_state
+    assert error(start + made.moves) < 0.5 * error(start)
 
 
 def test_a_changed_scene_differs_in_one_attribute() -> None:

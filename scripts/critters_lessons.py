@@ -17,11 +17,13 @@ from transformers import CLIPTokenizer
 
 from imagic_lora.critters import ATTRIBUTES, Scene, longest_caption, render, sample_caption, scene_at
 from imagic_lora.critters.scene import describe, displaced
+from imagic_lora.samplers import Tracing
 
 MOVED = {"shade": 3, "size": 1, "x": 1, "y": 1, "spots": 4, "sun": 1, "horizon": 1, "tint": 2, "facing": 1}
 """How often the scenes of a group differ in each factor: more often where the caption is slow to be heard."""
 GROUP = 4  # neighbours in the U-Net's training set, which differ in one or two factors of the identity
 EDITS, EDITS_EVERY, EDITS_FROM = 192, 120, 0.25  # how many are made at a time, after how many steps more, and where their timesteps begin
+WAY_STEPS = 23  # of the sampler by which the defaults edit
 EDIT_STEPS, EDIT_RATES = 36, (5.5e-2, 6.5e-2)  # of the optimisation of their embeddings, which so move as far as in stage 1's 60 at 5e-2
 
 
@@ -93,6 +95,58 @@ def spoken(indices: np.ndarray, loud: list[bool], draw: random.Random) -> tuple[
     return first + second, share
 
 
+def etas(happened: torch.Tensor) -> torch.Tensor:
+    """An eta for each edit, at which it has happened or not yet.
+
+    Seven in ten are near those at which the defaults edit (0.7) and invert (0.35): in a mixture, a little of much looks like much of a
+    little unless the share is known.
+    """
+    near, u = torch.rand(len(happened)) < 0.7, torch.rand(len(happened))
+    after = torch.where(near, 0.66 + 0.08 * u, 0.55 + 0.35 * u)
+    before = torch.where(near, 0.31 + 0.08 * u, 0.4 * u)
+    return torch.where(happened, after, before)
+
+
+def gone(scheduler: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Timesteps of an edit from edit-friendly noise (arXiv 2304.06140), and the share of the difference between edit and photo that is in
+    the latents before each of them, if at every step the clean latents predicted of the two differ by just that.
+
+    What a step adds is the same for both, so their difference goes the way of DDIM from nothing, adding nothing.
+    """
+    path: Any = Tracing.from_config(scheduler.config)
+    path.set_timesteps(WAY_STEPS)
+    share, found = torch.zeros(1), []
+    for t in path.timesteps:
+        known = path.alphas_cumprod[t]
+        found.append(share)
+        share = path.mean((share - known.sqrt()) / (1 - known).sqrt(), int(t), share, eta=1.0)
+    return path.timesteps, torch.cat(found)
+
+
+@dataclass
+class Ways:
+    """Edits on their way from the photo's noise, each beside the photo itself in the same noise.
+
+    An edit turns out as the photo plus what the two predictions of clean latents differ by; so it is that which is to be right, and what
+    both of them miss alike does no harm.
+
+    Args:
+        sentences: of each edit, as a user would ask for it.
+        timesteps: ``[N]``.
+        edit, photo: noisy latents, ``[N, 8, 8, 8]``.
+        difference: of the noise to be predicted, edit less photo.
+        moves, photo_moves: what is added to the embedding of the sentence, ``[N, tokens, width]``.
+    """
+
+    sentences: list[str]
+    timesteps: torch.Tensor
+    edit: torch.Tensor
+    photo: torch.Tensor
+    difference: torch.Tensor
+    moves: torch.Tensor
+    photo_moves: torch.Tensor
+
+
 @dataclass
 class Edits:
     """Edits as Imagic sees them: embeddings optimised on the picture before, from the sentence that asks for the edit.
@@ -156,20 +210,31 @@ class Edits:
 
     def mixed(self, rng: np.random.Generator, groups: int) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
         """Groups of them at random etas, one for each: the sentences, the latents of what is to be seen there, times in [0, 1), and what is
-        added to the embeddings of the sentences. About two in three have happened.
-
-        Seven in ten etas are near those at which the defaults edit (0.7) and invert (0.35): in a mixture, a little of much looks like
-        much of a little unless the share is known.
-        """
-        which = (GROUP * rng.integers(0, len(self) // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
-        happened, near, u = torch.rand(groups) < 0.65, torch.rand(groups) < 0.7, torch.rand(groups)
-        after = torch.where(near, 0.66 + 0.08 * u, 0.55 + 0.35 * u)
-        before = torch.where(near, 0.31 + 0.08 * u, 0.4 * u)
-        eta = torch.where(happened, after, before).repeat_interleave(GROUP).to(self.moves)
+        added to the embeddings of the sentences. About two in three have happened."""
+        which, happened = self._drawn(rng, groups), torch.rand(groups) < 0.65
+        eta = etas(happened).repeat_interleave(GROUP).to(self.moves)
         happened = happened.repeat_interleave(GROUP).to(self.after.device)
         seen = torch.where(happened[:, None, None, None], self.after[which], self.before[which])
         times = EDITS_FROM + (1 - EDITS_FROM) * ((torch.arange(groups) + torch.rand(groups)) / groups).repeat_interleave(GROUP)
         return [self.sentences[k] for k in which], seen, times, (1 - eta)[:, None, None] * self.moves[which]
+
+    def ways(self, rng: np.random.Generator, noise: torch.Tensor, scheduler: Any) -> Ways:
+        """Groups of them on the way, at random etas and timesteps (but the first two of the sampler's and the last two), in this noise."""
+        groups, which = len(noise) // GROUP, self._drawn(rng, len(noise) // GROUP)
+        timesteps, share = gone(scheduler)
+        k = 2 + ((WAY_STEPS - 4) * (torch.arange(groups) + torch.rand(groups)) / groups).long().repeat_interleave(GROUP)
+        t, off = timesteps[k].to(noise.device), (0.75 + 0.3 * torch.rand(groups)).repeat_interleave(GROUP)  # it may lag behind, or go ahead
+        far, known = (one.to(noise)[:, None, None, None] for one in (share[k] * off, scheduler.alphas_cumprod[timesteps[k]]))
+        apart, moves = (self.after - self.before)[which], self.moves[which]
+        photo = scheduler.add_noise(self.before[which], noise, t)
+        edit, of_photo = (etas(torch.full((groups,), after)).repeat_interleave(GROUP)[:, None, None].to(moves) for after in (True, False))
+        difference = (far - known.sqrt()) * apart / (1 - known).sqrt()
+        told = [self.sentences[k] for k in which]
+        return Ways(told, t, photo + far * apart, photo, difference, (1 - edit) * moves, (1 - of_photo) * moves)
+
+    def _drawn(self, rng: np.random.Generator, groups: int) -> np.ndarray:
+        """Indices of random groups."""
+        return (GROUP * rng.integers(0, len(self) // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
 
     @staticmethod
     def _optimised(unet: Any, scheduler: Any, clean: torch.Tensor, start: torch.Tensor, rate: float) -> torch.Tensor:

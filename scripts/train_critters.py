@@ -256,6 +256,8 @@ def train_unet(args: argparse.Namespace) -> None:
     vae: Any = AutoencoderKL.from_pretrained(DATA / "vae")
     vae.to(args.device).eval()
     groups, edited = args.batch // GROUP, round(args.edits * args.batch / GROUP)
+    ways = round(args.ways * args.batch / GROUP)
+    last = slice(args.batch - ways * GROUP, args.batch)
     louder = round(args.loud * groups)
     loud = (torch.arange(groups) < louder).repeat_interleave(GROUP)
     kept = args.work / "edits.pt"
@@ -272,7 +274,7 @@ def train_unet(args: argparse.Namespace) -> None:
         u = torch.cat([(torch.arange(some) + torch.rand(some)) / max(some, 1) for some in (louder, groups - louder)])
         u = u.repeat_interleave(GROUP)
         u = torch.where(loud, args.loud_from + (1 - args.loud_from) * u, u)
-        aloud, moves, rough = loud.clone(), 0.0, ROUGH * torch.rand(groups, 1, 1)
+        aloud, moves, rough = loud.clone(), torch.zeros(1), ROUGH * torch.rand(groups, 1, 1)
         if edited:  # in place of the last groups
             part = slice(args.batch - edited * GROUP, args.batch)
             told[part], clean[part], u[part], moved = edits.mixed(rng, edited)
@@ -280,16 +282,26 @@ def train_unet(args: argparse.Namespace) -> None:
             moves = F.pad(moved, (0, 0, 0, 0, args.batch - len(moved), 0))
         clean = clean + scale * torch.randn_like(clean[::GROUP]).repeat_interleave(GROUP, 0)
         t = (u * total).long().to(args.device)
+        x, target = scheduler.add_noise(clean, noise, t), noise.clone()
+        photo = photo_moves = x[:0]
+        if ways:  # in place of the last edits; of these the photo is predicted too
+            pairs = edits.ways(rng, noise[last], scheduler)
+            told[last], t[last], x[last], target[last] = pairs.sentences, pairs.timesteps, pairs.edit, pairs.difference
+            photo, photo_moves = pairs.photo, pairs.photo_moves - pairs.moves
+            moves = torch.cat([moves[: last.start], pairs.moves])
         states, others = text(tokens(words, told, args.device)).last_hidden_state.chunk(2)
         states = torch.lerp(states, others, torch.tensor(share, device=args.device)[:, None, None].to(states))
         rough = rough.to(args.device) * torch.randn(groups, *states.shape[1:], device=args.device)
         states = states + rough.repeat_interleave(GROUP, 0) + moves
-        predicted = unet(scheduler.add_noise(clean, noise, t), t, states).sample
+        if ways:
+            states = torch.cat([states, states[last] + photo_moves])
+        predicted = unet(torch.cat([x, photo]), torch.cat([t, t[last]]), states).sample.float()
+        predicted, of_photo = predicted.split([args.batch, len(photo)])
         snr = compute_snr(scheduler, t)
         usual = snr.clamp(max=5) / snr / snr.clamp(max=1).sqrt()  # min-SNR (arXiv 2303.09556); where noise rules, arXiv 2310.08442
         aloud = aloud.to(args.device)
         weight = torch.where(aloud, LOUD_WEIGHT / snr, usual)
-        error = predicted.float() - noise
+        error = predicted - F.pad(of_photo, (0, 0, 0, 0, 0, 0, last.start, 0)) - target
         common = error.unflatten(0, (groups, GROUP)).mean(1).repeat_interleave(GROUP, 0)
         squares = torch.stack([(error - common).square(), common.square()]).mean((2, 3, 4))
         return ((squares[0] * torch.where(aloud, APART, 1) + squares[1]) * weight).mean()
@@ -408,12 +420,21 @@ def main() -> None:
     parser.add_argument(
         "--edits", type=float, default=0.5, metavar="SHARE", help="of each batch, edits at embeddings optimised as Imagic does"
     )
+    parser.add_argument(
+        "--ways",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of each batch, edits on their way from the photo's noise, among --edits; version 6 has had none",
+    )
     parser.add_argument("--loud-from", type=float, default=0.3, metavar="TIME", help="in [0, 1): where the timesteps of that part begin")
     parser.add_argument("--export-every", type=int, default=0, metavar="STEPS", help="write the U-Net so far into the package")
     parser.add_argument("--work", type=Path, default=Path("outputs/critters"), help="pictures, state and logs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     train, steps = PARTS[args.part]
+    if not 0 <= args.ways <= args.edits <= 1:
+        parser.error(f"--ways {args.ways:g} is a part of --edits {args.edits:g}, which is a part of 1")
     args.steps = args.steps or steps
     args.work.mkdir(parents=True, exist_ok=True)
     train(args)

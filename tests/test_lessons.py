@@ -9,11 +9,15 @@ import critters_lessons
 import numpy as np
 import pytest
 import torch
-from critters_lessons import EDITS, EDITS_FROM, GROUP, Edits, changed, neighbour, spoken, tokens
+from critters_lessons import EDITS, EDITS_FROM, GROUP, WAY_STEPS, Edits, changed, gone, neighbour, spoken, tokens
 from diffusers import StableDiffusionPipeline
 
 from imagic_lora.bases.known import CRITTERS
+from imagic_lora.bases.registry import open_base
+from imagic_lora.config import MemoryConfig
 from imagic_lora.critters import ATTRIBUTES, longest_caption, scene_at
+from imagic_lora.runtime import resolve_runtime
+from imagic_lora.samplers import Retracing, Tracing
 
 HEADS = range(0, 40 * GROUP, GROUP)
 
@@ -93,6 +97,51 @@ def test_mixed_edits_are_seen_from_where_they_set_in() -> None:
     assert 0.6 < ((eta > 0.31) & (eta < 0.39))[~happened].float().mean() < 0.9
     assert times.min() >= EDITS_FROM
     for whole in (eta, times, happened):
+        assert bool((whole.view(groups, GROUP) == whole.view(groups, GROUP)[:, :1]).all())
+
+
+def test_an_edit_goes_as_far_as_the_way_says() -> None:
+    """By the samplers of the product: if the predictions differ by the edit's difference to the photo at every step."""
+    scheduler = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))).sampler()
+    timesteps, share = gone(scheduler)
+    photo, apart = torch.randn(2, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    along: Any = Tracing.from_config(scheduler.config)
+    back: Any = Retracing.from_config(scheduler.config)
+    for path in (along, back):
+        path.set_timesteps(WAY_STEPS)
+        assert torch.equal(path.timesteps, timesteps)
+
+    def noise_in(x: torch.Tensor, clean: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        known = scheduler.alphas_cumprod[t]
+        return (x - known.sqrt() * clean) / (1 - known).sqrt()
+
+    draws = torch.randn(WAY_STEPS, *photo.shape, generator=torch.Generator().manual_seed(1))
+    along.path = torch.stack([*(along.add_noise(photo, one, t[None]) for one, t in zip(draws, timesteps, strict=True)), photo])
+    along.added = []
+    for x, t in zip(along.path, timesteps, strict=False):
+        along.step(noise_in(x, 0.3 * photo, t), t, x, eta=1.0)
+    back.added, x = along.added, along.path[0]
+    for k, t in enumerate(timesteps):
+        assert torch.allclose(x, along.path[k] + share[k] * apart, atol=1e-4)
+        (x,) = back.step(noise_in(x, 0.3 * photo + apart, t), t, x, eta=1.0)
+    assert torch.allclose(x, photo + apart, atol=1e-2)
+
+
+def test_on_the_way_the_difference_is_to_be_predicted() -> None:
+    """What is asked of the two predictions makes clean latents that differ by the edit; of a group all are as far."""
+    torch.manual_seed(0)
+    scheduler = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))).sampler()
+    groups = 100
+    noise = torch.randn(groups, 8, 8, 8).repeat_interleave(GROUP, 0)
+    ways = edits().ways(np.random.default_rng(0), noise, scheduler)
+    known = scheduler.alphas_cumprod[ways.timesteps][:, None, None, None]
+    clean = (ways.edit - ways.photo - (1 - known).sqrt() * ways.difference) / known.sqrt()
+    assert torch.allclose(clean, torch.full_like(clean, 2.0), atol=1e-3)  # from -1 to 1
+    assert torch.allclose(ways.photo, scheduler.add_noise(torch.full_like(noise, -1.0), noise, ways.timesteps))
+    eta, of_photo = (1 - moves[:, 0, 0] for moves in (ways.moves, ways.photo_moves))
+    assert bool((eta >= 0.55).all())
+    assert bool((of_photo <= 0.4).all())
+    for whole in (eta, of_photo, ways.timesteps):
         assert bool((whole.view(groups, GROUP) == whole.view(groups, GROUP)[:, :1]).all())
 
 

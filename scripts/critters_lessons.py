@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def etas(happened: torch.Tensor) -> torch.Tensor:
     return torch.where(happened, after, before)
 
 
+@cache
 def gone(scheduler: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Timesteps of an edit from edit-friendly noise (arXiv 2304.06140), and the share of the difference between edit and photo that is in
     the latents before each of them, if at every step the clean latents predicted of the two differ by just that.

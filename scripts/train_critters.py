@@ -274,34 +274,35 @@ def train_unet(args: argparse.Namespace) -> None:
         u = torch.cat([(torch.arange(some) + torch.rand(some)) / max(some, 1) for some in (louder, groups - louder)])
         u = u.repeat_interleave(GROUP)
         u = torch.where(loud, args.loud_from + (1 - args.loud_from) * u, u)
-        aloud, moves, rough = loud.clone(), torch.zeros(1), ROUGH * torch.rand(groups, 1, 1)
+        aloud, moves, rough = loud.clone(), torch.zeros(()), ROUGH * torch.rand(groups, 1, 1)
         if edited:  # in place of the last groups
-            part = slice(args.batch - edited * GROUP, args.batch)
-            told[part], clean[part], u[part], moved = edits.mixed(rng, edited)
-            share[part], aloud[part], rough[-edited:] = [0.0] * len(moved), True, 0.0
-            moves = F.pad(moved, (0, 0, 0, 0, args.batch - len(moved), 0))
+            first = args.batch - edited * GROUP
+            part = slice(first, last.start)
+            told[part], clean[part], u[part], moved = edits.mixed(rng, edited - ways)
+            share[first:], aloud[first:], rough[-edited:] = [0.0] * (edited * GROUP), True, 0.0
+            moves = F.pad(moved, (0, 0, 0, 0, first, ways * GROUP))
         clean = clean + scale * torch.randn_like(clean[::GROUP]).repeat_interleave(GROUP, 0)
         t = (u * total).long().to(args.device)
         x, target = scheduler.add_noise(clean, noise, t), noise.clone()
-        photo = photo_moves = x[:0]
-        if ways:  # in place of the last edits; of these the photo is predicted too
-            pairs = edits.ways(rng, noise[last], scheduler)
+        pairs = edits.ways(rng, noise[last], scheduler) if ways else None
+        if pairs:
             told[last], t[last], x[last], target[last] = pairs.sentences, pairs.timesteps, pairs.edit, pairs.difference
-            photo, photo_moves = pairs.photo, pairs.photo_moves - pairs.moves
-            moves = torch.cat([moves[: last.start], pairs.moves])
+            moves[last] = pairs.moves
         states, others = text(tokens(words, told, args.device)).last_hidden_state.chunk(2)
         states = torch.lerp(states, others, torch.tensor(share, device=args.device)[:, None, None].to(states))
         rough = rough.to(args.device) * torch.randn(groups, *states.shape[1:], device=args.device)
         states = states + rough.repeat_interleave(GROUP, 0) + moves
-        if ways:
-            states = torch.cat([states, states[last] + photo_moves])
-        predicted = unet(torch.cat([x, photo]), torch.cat([t, t[last]]), states).sample.float()
-        predicted, of_photo = predicted.split([args.batch, len(photo)])
+        x_all, t_all = x, t
+        if pairs:  # of these the photo is predicted too
+            x_all, t_all = torch.cat([x, pairs.photo]), torch.cat([t, t[last]])
+            states = torch.cat([states, states[last] + pairs.photo_moves - pairs.moves])
+        predicted, of_photo = unet(x_all, t_all, states).sample.float().tensor_split([args.batch])
         snr = compute_snr(scheduler, t)
         usual = snr.clamp(max=5) / snr / snr.clamp(max=1).sqrt()  # min-SNR (arXiv 2303.09556); where noise rules, arXiv 2310.08442
         aloud = aloud.to(args.device)
         weight = torch.where(aloud, LOUD_WEIGHT / snr, usual)
-        error = predicted - F.pad(of_photo, (0, 0, 0, 0, 0, 0, last.start, 0)) - target
+        error = predicted - target
+        error[last] -= of_photo
         common = error.unflatten(0, (groups, GROUP)).mean(1).repeat_interleave(GROUP, 0)
         squares = torch.stack([(error - common).square(), common.square()]).mean((2, 3, 4))
         return ((squares[0] * torch.where(aloud, APART, 1) + squares[1]) * weight).mean()

@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 import torch
 from critters_lessons import EDITS, EDITS_FROM, GROUP, WAY_STEPS, Edits, changed, gone, neighbour, spoken, tokens
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from imagic_lora.bases.known import CRITTERS
-from imagic_lora.bases.registry import open_base
-from imagic_lora.config import MemoryConfig
 from imagic_lora.critters import ATTRIBUTES, longest_caption, scene_at
-from imagic_lora.runtime import resolve_runtime
 from imagic_lora.samplers import Retracing, Tracing
 
 HEADS = range(0, 40 * GROUP, GROUP)
@@ -102,7 +99,7 @@ def test_mixed_edits_are_seen_from_where_they_set_in() -> None:
 
 def test_an_edit_goes_as_far_as_the_way_says() -> None:
     """By the samplers of the product: if the predictions differ by the edit's difference to the photo at every step."""
-    scheduler = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))).sampler()
+    scheduler: Any = DDIMScheduler.from_pretrained(CRITTERS, subfolder="scheduler")
     timesteps, share = gone(scheduler)
     photo, apart = torch.randn(2, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
     along: Any = Tracing.from_config(scheduler.config)
@@ -130,7 +127,7 @@ def test_an_edit_goes_as_far_as_the_way_says() -> None:
 def test_on_the_way_the_difference_is_to_be_predicted() -> None:
     """What is asked of the two predictions makes clean latents that differ by the edit; of a group all are as far."""
     torch.manual_seed(0)
-    scheduler = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))).sampler()
+    scheduler: Any = DDIMScheduler.from_pretrained(CRITTERS, subfolder="scheduler")
     groups = 100
     noise = torch.randn(groups, 8, 8, 8).repeat_interleave(GROUP, 0)
     ways = edits().ways(np.random.default_rng(0), noise, scheduler)

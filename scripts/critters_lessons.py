@@ -50,7 +50,7 @@ def scaled(vae: Any, batch: np.ndarray, device: str) -> torch.Tensor:
     return vae.encode(tensor(batch, device)).latent_dist.mean.float() * vae.config.scaling_factor
 
 
-def tokens(words: CLIPTokenizer, texts: list[str], device: str) -> torch.Tensor:
+def tokens(words: CLIPTokenizer, texts: list[str], device: torch.device | str) -> torch.Tensor:
     return words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
 
 

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from critters_lessons import EDITS_EVERY, GROUP, Edits, neighbour, scaled, spoken, tensor, tokens
+from critters_batches import Batches, loss
+from critters_lessons import EDITS_EVERY, GROUP, Edits, neighbour, scaled, tensor, tokens
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CLIPConfig,
@@ -59,9 +60,6 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 4,
     "norm_num_groups": 16,
 }
-LOUD_WEIGHT = 0.2  # of the loss in latents, of the part of a batch that is told all
-APART = 10  # weight, in that part, of what sets the errors of a group apart: there the captions are heard, the rest of the error is common
-ROUGH = 0.15  # largest standard deviation of the noise on the embeddings of texts, as optimised ones are off them
 VAE_NOISE = 0.1  # standard deviation that the decoder learns to bear, and the encoder to declare
 
 
@@ -249,63 +247,20 @@ def train_unet(args: argparse.Namespace) -> None:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
     data = torch.from_numpy(latents(args))
-    scale = json.loads((DATA / "vae" / "config.json").read_text())["scaling_factor"] * VAE_NOISE
+    spread = json.loads((DATA / "vae" / "config.json").read_text())["scaling_factor"] * VAE_NOISE
     run = Run(args, torch.nn.ModuleDict({"unet": unet, "text": text}), lr=2e-4 if args.start_from else 6e-4, held=0.4)
-    total = scheduler.config.num_train_timesteps
-
     vae: Any = AutoencoderKL.from_pretrained(DATA / "vae")
     vae.to(args.device).eval()
-    groups, edited = args.batch // GROUP, round(args.edits * args.batch / GROUP)
-    ways = round(args.ways * args.batch / GROUP)
-    last = slice(args.batch - ways * GROUP, args.batch)
-    louder = round(args.loud * groups)
-    loud = (torch.arange(groups) < louder).repeat_interleave(GROUP)
+    groups = args.batch // GROUP
+    loud, edited, ways = (round(share * groups) for share in (args.loud, args.edits, args.ways))
+    batches = Batches(data, scheduler, spread, groups, loud, edited, ways, loud_from=args.loud_from, device=args.device)
     kept = args.work / "edits.pt"
     edits = Edits.kept(kept)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         if edited and (not len(edits) or run.step % EDITS_EVERY == 0):
             edits.add(Edits.made(run.module, words, vae, scheduler, rng, args.pictures), kept)  # all: few are learned by heart
-        indices = (GROUP * rng.integers(0, len(data) // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
-        draw = random.Random(int(rng.integers(2**62)))
-        told, share = spoken(indices, [bool(one) for one in loud], draw)
-        clean = data[indices].to(args.device).float()
-        noise = torch.randn(groups, *clean.shape[1:], device=args.device).repeat_interleave(GROUP, 0)  # the same in a group
-        u = torch.cat([(torch.arange(some) + torch.rand(some)) / max(some, 1) for some in (louder, groups - louder)])
-        u = u.repeat_interleave(GROUP)
-        u = torch.where(loud, args.loud_from + (1 - args.loud_from) * u, u)
-        aloud, moves, rough = loud.clone(), torch.zeros(()), ROUGH * torch.rand(groups, 1, 1)
-        if edited:  # in place of the last groups
-            first = args.batch - edited * GROUP
-            part = slice(first, last.start)
-            told[part], clean[part], u[part], moved = edits.mixed(rng, edited - ways)
-            share[first:], aloud[first:], rough[-edited:] = [0.0] * (edited * GROUP), True, 0.0
-            moves = F.pad(moved, (0, 0, 0, 0, first, ways * GROUP))
-        clean = clean + scale * torch.randn_like(clean[::GROUP]).repeat_interleave(GROUP, 0)
-        t = (u * total).long().to(args.device)
-        x, target = scheduler.add_noise(clean, noise, t), noise.clone()
-        pairs = edits.ways(rng, noise[last], scheduler) if ways else None
-        if pairs:
-            told[last], t[last], x[last], target[last] = pairs.sentences, pairs.timesteps, pairs.edit, pairs.difference
-            moves[last] = pairs.moves
-        states, others = text(tokens(words, told, args.device)).last_hidden_state.chunk(2)
-        states = torch.lerp(states, others, torch.tensor(share, device=args.device)[:, None, None].to(states))
-        rough = rough.to(args.device) * torch.randn(groups, *states.shape[1:], device=args.device)
-        states = states + rough.repeat_interleave(GROUP, 0) + moves
-        x_all, t_all = x, t
-        if pairs:  # of these the photo is predicted too
-            x_all, t_all = torch.cat([x, pairs.photo]), torch.cat([t, t[last]])
-            states = torch.cat([states, states[last] + pairs.photo_moves - pairs.moves])
-        predicted, of_photo = unet(x_all, t_all, states).sample.float().tensor_split([args.batch])
-        snr = compute_snr(scheduler, t)
-        usual = snr.clamp(max=5) / snr / snr.clamp(max=1).sqrt()  # min-SNR (arXiv 2303.09556); where noise rules, arXiv 2310.08442
-        aloud = aloud.to(args.device)
-        weight = torch.where(aloud, LOUD_WEIGHT / snr, usual)
-        error = predicted - target
-        error[last] -= of_photo
-        common = error.unflatten(0, (groups, GROUP)).mean(1).repeat_interleave(GROUP, 0)
-        squares = torch.stack([(error - common).square(), common.square()]).mean((2, 3, 4))
-        return ((squares[0] * torch.where(aloud, APART, 1) + squares[1]) * weight).mean()
+        return loss(run.module, words, scheduler, batches.drawn(rng, edits))
 
     for step in run.train(loss_of):
         if args.export_every and step % args.export_every == 0:

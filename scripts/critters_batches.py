@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from critters_lessons import GROUP, Edits, Ways, spoken, tokens
+from critters_lessons import GROUP, Edits, Ways, members, spoken, tokens
 from diffusers.training_utils import compute_snr
 from transformers import CLIPTokenizer
 
@@ -73,7 +73,7 @@ class Batches:
     def drawn(self, rng: np.random.Generator, edits: Edits) -> Batch:
         """One batch; its edits are some of these."""
         size, groups = self.groups * GROUP, self.groups
-        indices = (GROUP * rng.integers(0, len(self.data) // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
+        indices = members(rng, groups, len(self.data))
         loud = (torch.arange(groups) < self.loud).repeat_interleave(GROUP)
         told, share = spoken(indices, loud.tolist(), random.Random(int(rng.integers(2**62))))
         clean = self.data[indices].to(self.device).float()

@@ -39,6 +39,11 @@ def neighbour(index: int) -> Scene:
     return scene
 
 
+def members(rng: np.random.Generator, groups: int, pictures: int) -> np.ndarray:
+    """Indices of all of ``groups`` random groups, of the first ``pictures``."""
+    return (GROUP * rng.integers(0, pictures // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
+
+
 def tensor(batch: np.ndarray, device: str) -> torch.Tensor:
     """Pictures as ``[B, 3, 64, 64]`` in [-1, 1]."""
     return torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).to(device).float().div(127.5).sub(1)
@@ -213,7 +218,7 @@ class Edits:
     def mixed(self, rng: np.random.Generator, groups: int) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
         """Groups of them at random etas, one for each: the sentences, the latents of what is to be seen there, times in [0, 1), and what is
         added to the embeddings of the sentences. About two in three have happened."""
-        which, happened = self._drawn(rng, groups), torch.rand(groups) < 0.65
+        which, happened = members(rng, groups, len(self)), torch.rand(groups) < 0.65
         eta = etas(happened).repeat_interleave(GROUP).to(self.moves)
         happened = happened.repeat_interleave(GROUP).to(self.after.device)
         seen = torch.where(happened[:, None, None, None], self.after[which], self.before[which])
@@ -222,7 +227,7 @@ class Edits:
 
     def ways(self, rng: np.random.Generator, noise: torch.Tensor, scheduler: Any) -> Ways:
         """Groups of them on the way, at random etas and timesteps (but the first two of the sampler's and the last two), in this noise."""
-        groups, which = len(noise) // GROUP, self._drawn(rng, len(noise) // GROUP)
+        groups, which = len(noise) // GROUP, members(rng, len(noise) // GROUP, len(self))
         timesteps, share = gone(scheduler)
         k = 2 + ((WAY_STEPS - 4) * (torch.arange(groups) + torch.rand(groups)) / groups).long().repeat_interleave(GROUP)
         t, off = timesteps[k].to(noise.device), (0.75 + 0.3 * torch.rand(groups)).repeat_interleave(GROUP)  # it may lag behind, or go ahead
@@ -233,10 +238,6 @@ class Edits:
         difference = (far - known.sqrt()) * apart / (1 - known).sqrt()
         told = [self.sentences[k] for k in which]
         return Ways(told, t, photo + far * apart, photo, difference, (1 - edit) * moves, (1 - of_photo) * moves)
-
-    def _drawn(self, rng: np.random.Generator, groups: int) -> np.ndarray:
-        """Indices of random groups."""
-        return (GROUP * rng.integers(0, len(self) // GROUP, groups)[:, None] + np.arange(GROUP)).ravel()
 
     @staticmethod
     def _optimised(unet: Any, scheduler: Any, clean: torch.Tensor, start: torch.Tensor, rate: float) -> torch.Tensor:

@@ -10,9 +10,7 @@ import argparse
 import json
 import math
 import random
-import time
-from collections.abc import Callable, Iterator
-from multiprocessing import Pool
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +18,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from critters_batches import Batches, loss
-from critters_lessons import EDITS_EVERY, GROUP, Edits, neighbour, scaled, tensor, tokens
+from critters_lessons import EDITS_EVERY, GROUP, Edits, scaled, tensor, tokens
+from critters_run import Run, drawn_neighbour, pictures
+from critters_words import DATA, adopt, text_config, tokenizer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import EMAModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-)
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
-from imagic_lora.critters import ATTRIBUTES, SIZE, render, sample_caption, scene_at
+from imagic_lora.critters import ATTRIBUTES, SIZE, sample_caption, scene_at
 from imagic_lora.critters.judge import FACINGS, Judge, measured
 from imagic_lora.critters.scene import IDENTITY
 
-DATA = Path(__file__).parent.parent / "imagic_lora" / "data" / "critters"
 VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -61,92 +51,6 @@ UNET: dict[str, Any] = {
     "norm_num_groups": 16,
 }
 VAE_NOISE = 0.1  # standard deviation that the decoder learns to bear, and the encoder to declare
-
-
-def drawn(index: int) -> np.ndarray:
-    return np.asarray(render(scene_at("train", index)))
-
-
-def drawn_neighbour(index: int) -> np.ndarray:
-    return np.asarray(render(neighbour(index)))
-
-
-def pictures(work: Path, count: int, draw: Callable[[int], np.ndarray] = drawn) -> np.ndarray:
-    """The first ``count`` training pictures, ``[count, 64, 64, 3]`` uint8, drawn once and kept in a file."""
-    path = work / f"{draw.__name__}-{count}.npy"
-    if not path.exists():
-        array = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", np.uint8, (count, SIZE, SIZE, 3))
-        with Pool() as pool:
-            for k, one in enumerate(pool.imap(draw, range(count), chunksize=256)):
-                array[k] = one
-        array.flush()
-        path.with_suffix(".part").rename(path)
-    return np.load(path, mmap_mode="r")
-
-
-class Run:
-    """One training run: the loop, its learning rate (warm-up, full for a share ``held`` of the steps, then cosine), its average of the
-    weights, its saved state."""
-
-    def __init__(self, args: argparse.Namespace, module: torch.nn.Module, lr: float, held: float = 0.0) -> None:
-        self.args, self.module, self.held = args, module.to(args.device), held
-        self.path = args.work / f"{args.part}.pt"
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
-        self.ema = EMAModel(module.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-        self.ema.to(args.device)
-        self.step = 0
-        if self.path.exists():
-            state = torch.load(self.path, map_location=args.device, weights_only=True)
-            module.load_state_dict(state["module"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
-            self.ema.load_state_dict(state["ema"])
-            self.step = state["step"]
-
-    def _rate(self, step: int) -> float:
-        done = min(1.0, max(0.0, step / self.args.steps - self.held) / (1 - self.held))
-        return min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
-
-    def save(self) -> None:
-        parts = {"module": self.module, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.ema}
-        state = {name: part.state_dict() for name, part in parts.items()} | {"step": self.step}
-        torch.save(state, self.path.with_suffix(".part"))
-        self.path.with_suffix(".part").rename(self.path)
-
-    def train(self, loss_of: Callable[[np.random.Generator], torch.Tensor]) -> Iterator[int]:
-        """Steps until ``--steps``, yielding after each; everything random of a step comes from ``(seed, step)``."""
-        saved = logged = time.time()
-        sums: list[torch.Tensor] = []
-        for step in range(self.step, self.args.steps):
-            torch.manual_seed(self.args.seed * 1_000_003 + step)
-            rng = np.random.default_rng((self.args.seed, step))
-            with torch.autocast(self.args.device, torch.bfloat16):
-                loss = loss_of(rng)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-            self.optimizer.step()
-            self.schedule.step()
-            self.optimizer.zero_grad()
-            self.ema.step(self.module.parameters())
-            self.step = step + 1
-            sums.append(loss.detach())
-            if self.step % 100 == 0:
-                now = time.time()
-                line = {"step": self.step, "loss": round(torch.stack(sums).mean().item(), 5), "s": round((now - logged) / 100, 3)}
-                with (self.args.work / f"{self.args.part}.jsonl").open("a") as log:
-                    log.write(json.dumps(line) + "\n")
-                logged, sums = now, []
-            if time.time() - saved > 120:
-                self.save()
-                saved = time.time()
-            yield self.step
-        self.save()
-
-    def averaged(self) -> torch.nn.Module:
-        """The module with the averaged weights."""
-        self.ema.copy_to(self.module.parameters())
-        return self.module.eval()
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -174,51 +78,6 @@ def export_vae(args: argparse.Namespace, run: Run) -> None:
         x = tensor(pictures(args.work, args.pictures)[:1000], args.device)
         vae.register_to_config(scaling_factor=round(1 / vae.encode(x).latent_dist.mean.std().item(), 5))
     vae.half().save_pretrained(DATA / "vae")
-
-
-def tokenizer() -> CLIPTokenizer:
-    """Byte-pair tokens learned from the captions; any other word falls apart into letters, so every prompt can be encoded."""
-    path = DATA / "tokenizer"
-    if not path.exists():
-        rng = random.Random(0)
-        bpe = Tokenizer(models.BPE(unk_token=None, end_of_word_suffix="</w>"))
-        bpe.normalizer = normalizers.Lowercase()
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=1000, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
-        bpe.train_from_iterator((sample_caption(scene_at("train", k), rng) for k in range(5000)), trainer)
-        model = json.loads(bpe.to_str())["model"]
-        words = [*sorted(alphabet), *(f"{c}</w>" for c in sorted(alphabet)), *("".join(m) for m in model["merges"])]
-        words += ["<|startoftext|>", "<|endoftext|>"]
-        vocab = {word: k for k, word in enumerate(dict.fromkeys(words))}
-        merges: Any = [tuple(m) for m in model["merges"]]
-        CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=32).save_pretrained(path)
-    return CLIPTokenizer.from_pretrained(path)
-
-
-def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
-    special: dict[str, Any] = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=128,
-        intermediate_size=512,
-        projection_dim=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        **special,
-    )
-
-
-def adopt(model: Any, words: CLIPTokenizer, other: Any, folder: Path) -> None:
-    """Gives a model the weights of another one of the same sizes, of the base in a folder; tokens are matched by their text."""
-    own, mine, theirs = model.state_dict(), words.get_vocab(), CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
-    for name, value in other.state_dict().items():
-        if name.endswith("token_embedding.weight"):
-            for token in mine.keys() & theirs.keys():
-                own[name][mine[token]] = value[theirs[token]]
-        else:
-            own[name].copy_(value)
 
 
 def latents(args: argparse.Namespace) -> np.ndarray:

@@ -25,6 +25,7 @@ from tiny import save_tiny
 import imagic_lora.cli as cli
 import imagic_lora.console as console
 import imagic_lora.fits as fits
+import imagic_lora.fitting as fitting
 import imagic_lora.images as images
 import imagic_lora.imagic as imagic
 import imagic_lora.runtime as runtime
@@ -403,7 +404,7 @@ def token(path: tuple[str, ...]) -> str:
 def given(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The settings that fit() is given, in place of fitting; on a machine without a card."""
     found: list[RunConfig] = []
-    monkeypatch.setattr(cli, "_fit", lambda _i, _p, config, *_: found.append(config))
+    monkeypatch.setattr(fitting, "_fit", lambda _i, _p, config, *_: found.append(config))
     monkeypatch.setattr(fits, "on_this_machine", lambda *_: (None, 0))
     return found
 

@@ -31,7 +31,7 @@ def examine() -> dict[str, dict[str, str]]:
     if importlib.util.find_spec("xformers") is None:
         missing["xformers"] = "optional: pip install 'imagic-lora[xformers]' for --attention xformers (CUDA)"
     if not torch.cuda.is_available():
-        missing["CUDA"] = "a photo on Stable Diffusion takes hours on a CPU; the critters base takes a minute"
+        missing["CUDA"] = "a photo on Stable Diffusion takes hours on a CPU; the critters base takes seconds"
     return {"system": system, "choices": runtime.reasons, "libraries": {name: _version(name) for name in _NEEDED}, "missing": missing}
 
 

@@ -25,7 +25,7 @@ from imagic_lora.images import sheet
 from imagic_lora.methods.fitted import Imagic
 
 DOCS = Path(__file__).parent.parent / "docs"
-SHOWN = ("oracle", "imagic-lora", "imagic-full", "imagic-lora-best", "embedding-only", "sdedit-0.8", "prompt-only")
+SHOWN = ("oracle", "imagic-lora", "imagic-full", "embedding-only", "reference-retuned", "reference", "sdedit-0.65", "prompt-only")
 
 
 def first_cases(folder: Path, seed: int, count: int) -> Image.Image:
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path, help="folder of a run of imagic-lora bench critters")
     parser.add_argument("--times", type=float, nargs="+", default=[0.25, 1.0, 4.0], help="of the default steps, for the curve")
-    parser.add_argument("--cases", type=int, default=12, help="for the curve")
+    parser.add_argument("--cases", type=int, default=8, help="for the curve")
     parser.add_argument("--seed", type=int, default=1, help="of the cases for the curve")
     parser.add_argument("--rows", type=int, default=12, help="cases in the picture")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""The text of the embedded base: its tokens, the sizes of its encoders, and what they take over from another base."""
+"""The text of the embedded base: its tokens, the sizes of its text encoder, and what they take over from another base."""
 
 from __future__ import annotations
 

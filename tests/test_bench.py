@@ -30,7 +30,7 @@ from imagic_lora.bench.critters import Bench, Result
 from imagic_lora.bench.page import tables, write_page
 from imagic_lora.bench.scores import SAME, Score, Scorer, drift
 from imagic_lora.bench.summary import bootstrapped, summarise
-from imagic_lora.config import RECIPES, Mode, RunConfig
+from imagic_lora.config import RECIPES, Mode, RunConfig, read_yaml, resolve
 from imagic_lora.critters import ATTRIBUTES, backdrop, render
 from imagic_lora.critters.judge import Judge, Sight
 from imagic_lora.critters.scene import IDENTITY, Scene
@@ -832,6 +832,18 @@ def test_a_reference_is_its_file_on_the_embedded_base() -> None:
             assert {**found[name], **value} == found[name]
         elif name not in ("base", "resolution"):
             assert found[name] == value
+
+
+def test_the_retuned_reference_is_what_its_file_gives_the_command() -> None:
+    """``fit --config`` lays the file over the base's recipe, the benchmark over nothing: only what noise has no use for may differ."""
+    (method,) = chosen("reference-retuned")
+    assert isinstance(method, Imagic)
+    file = read_yaml(Path(__file__).parents[1] / "configs" / "reference-imagic-retuned.yaml")
+    fitted = resolve({"resolution": None}, file, RECIPES["critters"]).model_dump()
+    measured = method.config.model_dump()
+    assert measured["edit"]["start"] == "noise"
+    assert fitted["edit"].pop("source_eta") != measured["edit"].pop("source_eta")
+    assert fitted == measured
 
 
 def test_a_reference_without_its_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

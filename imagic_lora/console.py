@@ -151,6 +151,14 @@ def quiet_loading() -> None:
     of_transformers.disable_progress_bar()
 
 
+def begin_worker(threads: int) -> None:
+    """Of a process that works beside others: so many threads of its own, and as quiet as we are before it loads a library."""
+    quiet_libraries()
+    import torch
+
+    torch.set_num_threads(threads)
+
+
 def interrupted(told: str, command: str | None, tokens: Sequence[str]) -> int:
     """Says how to go on, in JSON too where that was asked for; gives the exit code.
 

@@ -474,14 +474,15 @@ def test_a_damaged_file_is_run_again(painter: Painter, tmp_path: Path, damage: C
 
 
 @pytest.mark.slow
-def test_two_workers_give_what_one_gives(painter: Painter, tmp_path: Path) -> None:
-    """The same scores, prices and pictures, and the same failure; each case is done once."""
+def test_two_workers_give_what_one_gives(painter: Painter, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The same scores, prices and pictures, and the same failure; each case is done once, and no library speaks up."""
     found, calls = [], []
     for workers in (1, 2):
         failing = Painter(painter.log, fails=[2])
         bench = Bench(5, 3, [failing, Copier()], tmp_path / str(workers))
         found.append(by_case(list(bench.results(workers))))
         calls.append(sorted(failing.calls()))
+    assert capfd.readouterr().err == ""
     one, two = found
     assert calls == [[0, 1, 2]] * 2
     assert [(a.case, a.method, a.rows) for a in one] == [(b.case, b.method, b.rows) for b in two]

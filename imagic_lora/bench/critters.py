@@ -14,11 +14,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..bases.registry import open_base
 from ..config import MemoryConfig
-from ..console import quiet_libraries, quiet_loading
+from ..console import begin_worker, quiet_libraries, quiet_loading
 from ..critters import render
 from ..critters.judge import WEIGHTS, Judge
 from ..images import write_png
@@ -80,7 +78,7 @@ class Bench:
             yield from (self.run(method, index) for method, index in missing)
             return
         threads = max(1, (os.cpu_count() or 1) // workers)
-        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, (threads,)) as pool:
             running = [pool.submit(self.run, method, index) for method, index in missing]
             try:
                 yield from (one.result() for one in as_completed(running))

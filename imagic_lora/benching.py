@@ -75,7 +75,7 @@ def critters(
 def _table(title: str, cells: Cells) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for k, name in enumerate(cells.columns):
-        table.add_column(name, justify="right" if k else "left", no_wrap=True)
+        table.add_column(name, justify="right" if k else "left", no_wrap=k == 0)
     for row in cells.rows:
         table.add_row(*map(plain, row))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import random
 import re
@@ -19,15 +20,17 @@ import torch
 import yaml
 from common import array
 from PIL import Image
+from rich.console import Console
 
 import imagic_lora.bench.catalogue as catalogue
 import imagic_lora.bench.critters as critters
 import imagic_lora.bench.page as page
+import imagic_lora.benching as benching
 from imagic_lora import cli
 from imagic_lora.bench.cases import KINDS, Case, Kind, case_at
 from imagic_lora.bench.catalogue import CATALOGUE, budgeted, chosen, defaults
 from imagic_lora.bench.critters import Bench, Result
-from imagic_lora.bench.page import tables, write_page
+from imagic_lora.bench.page import Table, tables, write_page
 from imagic_lora.bench.scores import SAME, Score, Scorer, drift
 from imagic_lora.bench.summary import bootstrapped, summarise
 from imagic_lora.config import RECIPES, Mode, RunConfig, read_yaml, resolve
@@ -940,3 +943,15 @@ def test_edits_really_happen(tmp_path: Path) -> None:
     assert share["imagic-lora", "attributes"] >= 0.2
     assert rows["imagic-lora"]["background"]["mean"] <= 25
     assert rows["imagic-lora"]["cost"]["adapter_bytes"] <= 1e6
+
+
+def test_a_narrow_terminal_loses_no_figure() -> None:
+    """At 80 columns the longest intervals go on in a second line, the names of methods stay whole."""
+    wide = ["+100 [+100 to +100]"] * 4
+    cells = Table(("method", "success, ahead by", "attributes, ahead by", "evals, times", "s, times"), [["reference-retuned-best", *wide]])
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(benching._table("Each against each", cells))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert "reference-retuned-best" in shown
+    assert shown.count("+100") == 12

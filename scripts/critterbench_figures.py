@@ -48,6 +48,7 @@ def cost(summary: dict[str, Any], ours: dict[str, Any], note: str) -> Any:
     """Success, and the attributes alone, against evaluations of the denoiser."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharex=True, layout="constrained")
     for axis, measure in zip(axes, ("success", "attributes"), strict=True):
+        axis.set_prop_cycle(color=plt.get_cmap("tab20")(range(20)))
         for name, row in summary["methods"].items():
             if row["cost"] and row["cost"]["evaluations"]:
                 _point(axis, row, measure, name)
@@ -72,7 +73,15 @@ def markdown(table: Table) -> str:
 
 def _point(axis: Any, row: dict[str, Any], measure: str, name: str) -> None:
     mean, low, high = (100 * row[measure][key] for key in ("mean", "low", "high"))
-    axis.errorbar(row["cost"]["evaluations"], mean, yerr=[[mean - low], [high - mean]], fmt="o", capsize=3, alpha=0.8, label=name)
+    axis.errorbar(
+        row["cost"]["evaluations"],
+        mean,
+        yerr=[[mean - low], [high - mean]],
+        fmt="o",
+        capsize=3,
+        label=name,
+        **({"marker": "*", "ms": 18, "zorder": 1} if name == "imagic-lora" else {}),
+    )
 
 
 def main() -> None:

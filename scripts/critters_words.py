@@ -10,15 +10,13 @@ from typing import Any
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTokenizer
 
+from imagic_lora.bases.known import CRITTERS
 from imagic_lora.critters import sample_caption, scene_at
-
-DATA = Path(__file__).parent.parent / "imagic_lora" / "data" / "critters"
-"""Where the package keeps its embedded base."""
 
 
 def tokenizer() -> CLIPTokenizer:
     """Byte-pair tokens learned from the captions; any other word falls apart into letters, so every prompt can be encoded."""
-    path = DATA / "tokenizer"
+    path = CRITTERS / "tokenizer"
     if not path.exists():
         rng = random.Random(0)
         bpe = Tokenizer(models.BPE(unk_token=None, end_of_word_suffix="</w>"))

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from critters_batches import Batches, loss
 from critters_lessons import EDITS_EVERY, GROUP, Edits, scaled, tensor, tokens
 from critters_run import Run, drawn_neighbour, pictures
-from critters_words import DATA, adopt, text_config, tokenizer
+from critters_words import adopt, text_config, tokenizer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
+from imagic_lora.bases.known import CRITTERS
 from imagic_lora.critters import ATTRIBUTES, SIZE, sample_caption, scene_at
 from imagic_lora.critters.judge import FACINGS, Judge, measured
 from imagic_lora.critters.scene import IDENTITY
@@ -77,14 +78,14 @@ def export_vae(args: argparse.Namespace, run: Run) -> None:
     with torch.no_grad():
         x = tensor(pictures(args.work, args.pictures)[:1000], args.device)
         vae.register_to_config(scaling_factor=round(1 / vae.encode(x).latent_dist.mean.std().item(), 5))
-    vae.half().save_pretrained(DATA / "vae")
+    vae.half().save_pretrained(CRITTERS / "vae")
 
 
 def latents(args: argparse.Namespace) -> np.ndarray:
     """The scaled latent means of the training pictures, ``[N, 8, 8, 8]`` float16, encoded once by the exported VAE."""
     path = args.work / f"latents-{args.pictures}.npy"  # of neighbours
     if not path.exists():
-        vae: Any = AutoencoderKL.from_pretrained(DATA / "vae").to(args.device).eval()
+        vae: Any = AutoencoderKL.from_pretrained(CRITTERS / "vae").to(args.device).eval()
         data = pictures(args.work, args.pictures, drawn_neighbour)
         with torch.autocast(args.device, torch.bfloat16):
             parts = [scaled(vae, data[k : k + 100], args.device).half().cpu().numpy() for k in range(0, len(data), 100)]
@@ -106,9 +107,9 @@ def train_unet(args: argparse.Namespace) -> None:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
     data = torch.from_numpy(latents(args))
-    spread = json.loads((DATA / "vae" / "config.json").read_text())["scaling_factor"] * VAE_NOISE
+    spread = json.loads((CRITTERS / "vae" / "config.json").read_text())["scaling_factor"] * VAE_NOISE
     run = Run(args, torch.nn.ModuleDict({"unet": unet, "text": text}), lr=2e-4 if args.start_from else 6e-4, held=0.4)
-    vae: Any = AutoencoderKL.from_pretrained(DATA / "vae")
+    vae: Any = AutoencoderKL.from_pretrained(CRITTERS / "vae")
     vae.to(args.device).eval()
     groups = args.batch // GROUP
     loud, edited, ways = (round(share * groups) for share in (args.loud, args.edits, args.ways))
@@ -135,11 +136,11 @@ def export_pipeline(run: Run, words: CLIPTokenizer, scheduler: Any) -> None:
     unet, text = UNet2DConditionModel(**UNET), CLIPTextModel(text_config(words))
     unet.load_state_dict(parts["unet"].state_dict())
     text.load_state_dict(parts["text"].state_dict())
-    vae: Any = AutoencoderKL.from_pretrained(DATA / "vae", dtype=torch.float16)
+    vae: Any = AutoencoderKL.from_pretrained(CRITTERS / "vae", dtype=torch.float16)
     vae.register_to_config(_name_or_path="critters")  # not where it lay when it was trained
     without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    StableDiffusionPipeline(vae, text.half(), words, unet.half(), scheduler, **without).save_pretrained(DATA)
-    config = DATA / "text_encoder" / "config.json"  # transformers would load it in half precision, diffusers the rest in single
+    StableDiffusionPipeline(vae, text.half(), words, unet.half(), scheduler, **without).save_pretrained(CRITTERS)
+    config = CRITTERS / "text_encoder" / "config.json"  # transformers would load it in half precision, diffusers the rest in single
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     run.module.train()
 
@@ -147,7 +148,7 @@ def export_pipeline(run: Run, words: CLIPTokenizer, scheduler: Any) -> None:
 def train_judge(args: argparse.Namespace) -> None:
     """The judge learns from renders and from VAE round trips of latents with more or less noise, some blurred, all more or less noisy:
     what it reads must survive the softness of a generated picture."""
-    vae: Any = AutoencoderKL.from_pretrained(DATA / "vae").to(args.device).eval()
+    vae: Any = AutoencoderKL.from_pretrained(CRITTERS / "vae").to(args.device).eval()
     judge = Judge()
     data = pictures(args.work, args.pictures)
     run = Run(args, judge, lr=2e-3)
@@ -174,7 +175,7 @@ def train_judge(args: argparse.Namespace) -> None:
     for _ in run.train(loss_of):
         pass
     run.averaged()
-    judge.save(DATA / "judge.safetensors")
+    judge.save(CRITTERS / "judge.safetensors")
 
 
 def train_clip(args: argparse.Namespace) -> None:
@@ -207,7 +208,7 @@ def train_clip(args: argparse.Namespace) -> None:
     for _ in run.train(loss_of):
         pass
     run.averaged()
-    clip.half().save_pretrained(DATA / "clip")
+    clip.half().save_pretrained(CRITTERS / "clip")
 
 
 PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {

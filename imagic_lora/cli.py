@@ -23,7 +23,7 @@ from .editing import edit
 from .errors import ImagicError, Stopped
 from .fitting import fit
 from .listing import bases, list_adapters, remove, show, verify
-from .options import Json
+from .options import Flag, Json
 
 app = App(
     name="imagic-lora",
@@ -50,7 +50,7 @@ def plan(
     settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
     batch: Annotated[int | None, Parameter(name="--batch")] = None,
     config: Path | None = None,
-    exact: Annotated[bool, Parameter(name="--exact", negative=())] = False,
+    exact: Flag = False,
     as_json: Json = False,
 ) -> None:
     """Predict the peak memory of a fit, and where it goes; needs neither a GPU nor weights.

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from .console import counted, err, plain, print_json, quiet_loading
 from .listing import facts
-from .options import DEFAULT_STORE, Json, StoreDir, Whole, around
+from .options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, around
 
 
 def compress(
@@ -20,7 +20,7 @@ def compress(
     name: str | None = None,
     base: str | None = None,
     store: StoreDir = DEFAULT_STORE,
-    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    overwrite: Flag = False,
     as_json: Json = False,
 ) -> None:
     """Make a small LoRA adapter of a full one: the nearest to it at a rank, and how far that is.
@@ -76,7 +76,7 @@ def export(
     kind: Annotated[Literal["kohya", "diffusers"], Parameter(name="--format")],
     out: Path = Path("outputs/export"),
     store: StoreDir = DEFAULT_STORE,
-    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    overwrite: Flag = False,
     as_json: Json = False,
 ) -> None:
     """Write an adapter for other programs, with its embeddings and a page on how to use them.

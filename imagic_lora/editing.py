@@ -12,7 +12,7 @@ from .config import DeviceConfig, EditConfig, PresetOrAuto
 from .console import counted, err, plain, print_json, quiet_loading
 from .durable import writable
 from .errors import ImagicWarning
-from .options import DEFAULT_STORE, Json, StoreDir, parse_etas, parse_seeds
+from .options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,7 +34,7 @@ def edit(
     device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device and memory")] = None,
     preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
     base: str | None = None,
-    force: Annotated[bool, Parameter(negative=())] = False,
+    force: Flag = False,
     store: StoreDir = DEFAULT_STORE,
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
     as_json: Json = False,

@@ -13,7 +13,7 @@ from .config import RunConfig, checked, merged, read_yaml, recipe_of
 from .console import err, plain, print_json, quiet_loading, say_what_is_active, shown
 from .errors import ImagicError, Stopped
 from .listing import facts
-from .options import DEFAULT_STORE, Json, StoreDir, around
+from .options import DEFAULT_STORE, Flag, Json, StoreDir, around
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -32,8 +32,8 @@ def fit(
     config: Path | None = None,
     name: str | None = None,
     store: StoreDir = DEFAULT_STORE,
-    resume: Annotated[bool, Parameter(negative=())] = False,
-    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    resume: Flag = False,
+    overwrite: Flag = False,
     as_json: Json = False,
 ) -> None:
     """Learn a photo: optimise the text embedding on it, tune the denoiser on it, store the adapter.

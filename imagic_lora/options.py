@@ -10,6 +10,8 @@ from cyclopts import Parameter, Token
 
 from .errors import ImagicError
 
+Flag = Annotated[bool, Parameter(negative=())]
+"""Given or not; without this there would be a --no- beside it."""
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON object on stdout; everything for people goes to stderr.")]
 StoreDir = Annotated[Path, Parameter(name="--store", help="The folder of adapters.")]
 DEFAULT_STORE = Path("adapters")

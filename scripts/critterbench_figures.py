@@ -73,15 +73,8 @@ def markdown(table: Table) -> str:
 
 def _point(axis: Any, row: dict[str, Any], measure: str, name: str) -> None:
     mean, low, high = (100 * row[measure][key] for key in ("mean", "low", "high"))
-    axis.errorbar(
-        row["cost"]["evaluations"],
-        mean,
-        yerr=[[mean - low], [high - mean]],
-        fmt="o",
-        capsize=3,
-        label=name,
-        **({"marker": "*", "ms": 18, "zorder": 1} if name == "imagic-lora" else {}),
-    )
+    marker, size = ("*", 18) if name == "imagic-lora" else ("o", 6)  # a star behind whatever costs and reaches the same
+    axis.errorbar(row["cost"]["evaluations"], mean, [[mean - low], [high - mean]], fmt=marker, ms=size, zorder=-size, capsize=3, label=name)
 
 
 def main() -> None:

@@ -22,27 +22,27 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import Parameter
 
+from imagic_lora.adapters.lora import attached
+from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.bench.cases import Case, case_at
 from imagic_lora.bench.catalogue import budgeted, defaults
+from imagic_lora.bench.metrics import CritterAlignment
 from imagic_lora.bench.scores import Scorer
 from imagic_lora.bench.summary import bootstrapped
-from imagic_lora.conditioning import Conditioning, interpolate, sources
-from imagic_lora.config import RunConfig, merged
-from imagic_lora.console import quiet_loading
+from imagic_lora.cli.console import quiet_loading
+from imagic_lora.core.conditioning import Conditioning, interpolate, sources
+from imagic_lora.core.config import RunConfig, merged
+from imagic_lora.core.runtime import Processes, key
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
-from imagic_lora.editor import Editor
-from imagic_lora.generate import generate
-from imagic_lora.imagic import fit, open_for, result
-from imagic_lora.lora import attached
-from imagic_lora.metrics import CritterAlignment
-from imagic_lora.objective import denoising_loss
-from imagic_lora.photos import read_photo
-from imagic_lora.run import Run
-from imagic_lora.runtime import Processes, key
-from imagic_lora.stages.stage import Stage, train
-from imagic_lora.store import Store
+from imagic_lora.photos.reading import read_photo
+from imagic_lora.sampling.editor import Editor
+from imagic_lora.sampling.generate import generate
+from imagic_lora.training.fit import fit, open_for, result
+from imagic_lora.training.objective import denoising_loss
+from imagic_lora.training.run import Run
+from imagic_lora.training.stage import Stage, train
 
 PACE = {"steps", "learning_rate"}
 CPU = {"memory": {"device": "cpu", "dtype": "fp32"}}
@@ -107,7 +107,7 @@ def weighted(gamma: float) -> Iterator[None]:
         ratio = kept / (1 - kept)
         return denoising_loss(base, latents, conditioning, noise, times) * ratio.clamp_max(gamma) / ratio
 
-    with patch("imagic_lora.stages.stage.denoising_loss", loss):
+    with patch("imagic_lora.training.stage.denoising_loss", loss):
         yield
 
 

@@ -1,7 +1,7 @@
 """Peak memory of every base, mode and preset: ``python scripts/bench_memory.py`` writes docs/memory.md.
 
-Without a card all is predicted: counted on tensors without values (``imagic_lora/rehearsal.py``) and drawn in sizes
-(``imagic_lora/plan.py``). On a card the same runs are also measured on random weights, each in a process of its own: what PyTorch
+Without a card all is predicted: counted on tensors without values (``imagic_lora/training/rehearsal.py``) and drawn in sizes
+(``imagic_lora/memory/plan.py``). On a card the same runs are also measured on random weights, each in a process of its own: what PyTorch
 allocates and reserves, what nvidia-smi says, whether they complete under a cap of 6, 8, 12 and 16 GiB; and so are two plain peer settings.
 """
 
@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from imagic_lora.bases.published import architecture
-from imagic_lora.config import PRESETS, Mode, RunConfig, merged, recipe_of, resolve
-from imagic_lora.fits import is_out_of_memory
-from imagic_lora.full import unfrozen
-from imagic_lora.lora import attached
-from imagic_lora.plan import Plan, assume, predict
-from imagic_lora.rehearsal import random_base, random_text, rehearse
-from imagic_lora.runtime import Processes, resolve_runtime
-from imagic_lora.stages.embed import embed_stage
-from imagic_lora.stages.tune import tune_stage
+from imagic_lora.adapters.full import unfrozen
+from imagic_lora.adapters.lora import attached
+from imagic_lora.bases.loading.published import architecture
+from imagic_lora.core.config import PRESETS, Mode, RunConfig, merged, recipe_of, resolve
+from imagic_lora.core.runtime import Processes, resolve_runtime
+from imagic_lora.memory.plan import Plan, assume, predict
+from imagic_lora.memory.presets import is_out_of_memory
+from imagic_lora.training.embed import embed_stage
+from imagic_lora.training.rehearsal import random_base, random_text, rehearse
+from imagic_lora.training.tune import tune_stage
 
 PAGE = Path("docs/memory.md")
 CAPS = (6, 8, 12, 16)

@@ -22,21 +22,21 @@ from diffusers.utils import logging
 from torch.nn import Parameter
 from torch.profiler import profile
 
+from imagic_lora.adapters.full import unfrozen
+from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.published import architecture
-from imagic_lora.conditioning import Conditioning
-from imagic_lora.config import EditConfig, Mode, RunConfig, merged, recipe_of, resolve
-from imagic_lora.full import unfrozen
-from imagic_lora.generate import generate
-from imagic_lora.images import to_canvas
-from imagic_lora.imagic import open_for
-from imagic_lora.lora import attached
-from imagic_lora.plan import assume, predict
-from imagic_lora.rehearsal import random_base
-from imagic_lora.runtime import Processes, peak_memory, resolve_runtime
-from imagic_lora.stages.embed import embed_stage
-from imagic_lora.stages.stage import Stage
-from imagic_lora.stages.tune import tune_stage
+from imagic_lora.bases.loading.published import architecture
+from imagic_lora.core.conditioning import Conditioning
+from imagic_lora.core.config import EditConfig, Mode, RunConfig, merged, recipe_of, resolve
+from imagic_lora.core.runtime import Processes, peak_memory, resolve_runtime
+from imagic_lora.memory.plan import assume, predict
+from imagic_lora.photos.canvas import to_canvas
+from imagic_lora.sampling.generate import generate
+from imagic_lora.training.embed import embed_stage
+from imagic_lora.training.fit import open_for
+from imagic_lora.training.rehearsal import random_base
+from imagic_lora.training.stage import Stage
+from imagic_lora.training.tune import tune_stage
 
 PAGE = Path("docs/speed.md")
 Step = Callable[[], Any]

@@ -17,18 +17,18 @@ import torch
 from diffusers.utils import logging
 from PIL import Image
 
-from imagic_lora.adapter import SOURCE, Adapter, BaseRecord, Record, SourceRecord, save_embeddings, weights_record
-from imagic_lora.bases.published import PUBLISHED
-from imagic_lora.bases.registry import open_base
-from imagic_lora.bases.sd import StableDiffusion
-from imagic_lora.config import MemoryConfig, RunConfig
-from imagic_lora.durable import Draft
-from imagic_lora.editor import Editor
-from imagic_lora.images import png
-from imagic_lora.lora import attached, save_lora
-from imagic_lora.rehearsal import random_base, random_text
-from imagic_lora.runtime import peak_memory, resolve_runtime
-from imagic_lora.store import Store
+from imagic_lora.adapters.adapter import SOURCE, Adapter, BaseRecord, Record, SourceRecord, save_embeddings, weights_record
+from imagic_lora.adapters.atomic import Draft
+from imagic_lora.adapters.lora import attached, save_lora
+from imagic_lora.adapters.store import Store
+from imagic_lora.bases.families.sd import StableDiffusion
+from imagic_lora.bases.loading.published import PUBLISHED
+from imagic_lora.bases.loading.registry import open_base
+from imagic_lora.core.config import MemoryConfig, RunConfig
+from imagic_lora.core.runtime import peak_memory, resolve_runtime
+from imagic_lora.photos.canvas import png
+from imagic_lora.sampling.editor import Editor
+from imagic_lora.training.rehearsal import random_base, random_text
 
 EXAMPLES = Path(__file__).parent.parent / "adapters"
 MEMORY = MemoryConfig(device="cpu", dtype="fp32")

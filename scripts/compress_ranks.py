@@ -16,19 +16,19 @@ import numpy as np
 from diffusers.utils import logging
 from PIL import Image
 
-from imagic_lora.adapter import Adapter
+from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.compress import compress
+from imagic_lora.adapters.store import Store
 from imagic_lora.bench.cases import Case, case_at
 from imagic_lora.bench.catalogue import defaults
+from imagic_lora.bench.metrics import CritterAlignment
 from imagic_lora.bench.scores import Score, Scorer
-from imagic_lora.compress import compress
-from imagic_lora.config import RunConfig
-from imagic_lora.console import quiet_loading
+from imagic_lora.cli.console import quiet_loading
+from imagic_lora.core.config import RunConfig
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
-from imagic_lora.editor import Editor
-from imagic_lora.imagic import fit, open_for, result
-from imagic_lora.metrics import CritterAlignment
-from imagic_lora.store import Store
+from imagic_lora.sampling.editor import Editor
+from imagic_lora.training.fit import fit, open_for, result
 
 RANKS = (1, 2, 4, 8, 16, 32)
 

@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 
 from imagic_lora.critters import ATTRIBUTES, Scene, longest_caption, render, sample_caption, scene_at
 from imagic_lora.critters.scene import describe, displaced
-from imagic_lora.samplers import Tracing
+from imagic_lora.sampling.inversion import Tracing
 
 MOVED = {"shade": 3, "size": 1, "x": 1, "y": 1, "spots": 4, "sun": 1, "horizon": 1, "tint": 2, "facing": 1}
 """How often the scenes of a group differ in each factor: more often where the caption is slow to be heard."""

@@ -21,18 +21,18 @@ from PIL import Image
 from torch import Tensor
 
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.known import CRITTERS
-from imagic_lora.bases.registry import open_base
+from imagic_lora.bases.loading.known import CRITTERS
+from imagic_lora.bases.loading.registry import open_base
 from imagic_lora.bench.catalogue import defaults
+from imagic_lora.bench.metrics import CritterAlignment, pixels
 from imagic_lora.bench.scores import SAME
-from imagic_lora.conditioning import Conditioning, concatenate, interpolate
-from imagic_lora.config import MemoryConfig
+from imagic_lora.core.conditioning import Conditioning, concatenate, interpolate
+from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
 from imagic_lora.critters.judge import Judge, Sight
 from imagic_lora.critters.scene import IDENTITY, displaced
-from imagic_lora.images import sheet, to_image, to_pixels
-from imagic_lora.metrics import CritterAlignment, pixels
-from imagic_lora.runtime import resolve_runtime
+from imagic_lora.photos.canvas import sheet, to_image, to_pixels
 
 DOCS = Path(__file__).parent.parent / "docs"
 TIMESTEPS = (900, 600, 400)

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from imagic_lora.bases.known import CRITTERS
+from imagic_lora.bases.loading.known import CRITTERS
 from imagic_lora.critters import sample_caption, scene_at
 
 

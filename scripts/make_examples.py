@@ -8,10 +8,10 @@ from pathlib import Path
 
 from diffusers.utils import logging
 
-from imagic_lora.config import RECIPES, resolve
+from imagic_lora.adapters.store import Store
+from imagic_lora.core.config import RECIPES, resolve
 from imagic_lora.critters import render, scene_at
-from imagic_lora.imagic import fit, open_for, result
-from imagic_lora.store import Store
+from imagic_lora.training.fit import fit, open_for, result
 
 STORE = Path(__file__).parent.parent / "adapters"
 EXAMPLES = {"rex-jumps": (45, "a dog jumping", 0.7), "mia-wears-a-hat": (98, "a cat wearing a hat", 0.7)}

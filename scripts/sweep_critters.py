@@ -19,29 +19,29 @@ from diffusers.utils import logging
 from torch import Tensor
 from torch.nn import Parameter
 
+from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.registry import open_base
+from imagic_lora.bases.loading.registry import open_base
 from imagic_lora.bench.cases import Case, case_at
 from imagic_lora.bench.catalogue import defaults
+from imagic_lora.bench.metrics import CritterAlignment
 from imagic_lora.bench.scores import Score, Scorer
-from imagic_lora.conditioning import Conditioning, concatenate, interpolate, sources
-from imagic_lora.config import EditConfig, EmbedConfig, RunConfig, TuneConfig
-from imagic_lora.console import quiet_loading
+from imagic_lora.cli.console import quiet_loading
+from imagic_lora.core.conditioning import Conditioning, concatenate, interpolate, sources
+from imagic_lora.core.config import EditConfig, EmbedConfig, RunConfig, TuneConfig
+from imagic_lora.core.runtime import key, noise_at, resolve_runtime, times_at
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
-from imagic_lora.images import to_image, to_pixels
-from imagic_lora.lora import attached
-from imagic_lora.metrics import CritterAlignment
-from imagic_lora.objective import denoising_loss
-from imagic_lora.optimizers import build_optimizer
-from imagic_lora.runtime import key, noise_at, resolve_runtime, times_at
-from imagic_lora.samplers import Retracing, Tracing
+from imagic_lora.photos.canvas import to_image, to_pixels
+from imagic_lora.sampling.inversion import Retracing, Tracing
+from imagic_lora.training.objective import denoising_loss
+from imagic_lora.training.optimizers import build_optimizer
 
 SHARES = ("success", "attributes", "aligned")
 
 
 def own_layers(base: Base, config: TuneConfig, cases: Sequence[Case]) -> dict[str, Parameter]:
-    """LoRA layers of every case as :func:`imagic_lora.lora.attached` begins them, ``[cases, ...]`` by name."""
+    """LoRA layers of every case as :func:`imagic_lora.adapters.lora.attached` begins them, ``[cases, ...]`` by name."""
     begun: list[dict[str, Tensor]] = []
     for case in cases:
         with attached(base, config, key(case.index, "lora")) as layers:

@@ -25,7 +25,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
-from imagic_lora.bases.known import CRITTERS
+from imagic_lora.bases.loading.known import CRITTERS
 from imagic_lora.critters import ATTRIBUTES, SIZE, sample_caption, scene_at
 from imagic_lora.critters.judge import FACINGS, Judge, measured
 from imagic_lora.critters.scene import IDENTITY

@@ -15,17 +15,17 @@ from contextlib import contextmanager
 import torch
 from diffusers.utils import logging
 
-from imagic_lora.bases.published import PUBLISHED
-from imagic_lora.bases.sd import StableDiffusion
-from imagic_lora.config import Mode, RunConfig, merged, recipe_of, resolve
-from imagic_lora.full import unfrozen
-from imagic_lora.lora import attached
-from imagic_lora.memory import Tracker
-from imagic_lora.plan import assume, predict
-from imagic_lora.rehearsal import random_base, random_text
-from imagic_lora.runtime import Processes, resolve_runtime
-from imagic_lora.stages.embed import embed_stage
-from imagic_lora.stages.tune import tune_stage
+from imagic_lora.adapters.full import unfrozen
+from imagic_lora.adapters.lora import attached
+from imagic_lora.bases.families.sd import StableDiffusion
+from imagic_lora.bases.loading.published import PUBLISHED
+from imagic_lora.core.config import Mode, RunConfig, merged, recipe_of, resolve
+from imagic_lora.core.runtime import Processes, resolve_runtime
+from imagic_lora.memory.plan import assume, predict
+from imagic_lora.memory.tracker import Tracker
+from imagic_lora.training.embed import embed_stage
+from imagic_lora.training.rehearsal import random_base, random_text
+from imagic_lora.training.tune import tune_stage
 
 MODES: dict[Mode, dict[str, object]] = {"lora": {}, "full": {"master_weights": "bf16-stochastic"}}
 

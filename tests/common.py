@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from imagic_lora.adapter import Adapter
+from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.registry import open_base
-from imagic_lora.config import EditConfig, MemoryConfig, Mode, RunConfig, checked, merged
-from imagic_lora.runtime import Processes, resolve_runtime
+from imagic_lora.bases.loading.registry import open_base
+from imagic_lora.core.config import EditConfig, MemoryConfig, Mode, RunConfig, checked, merged
+from imagic_lora.core.runtime import Processes, resolve_runtime
 
 KINDS: list[Literal["epsilon", "v_prediction"]] = ["epsilon", "v_prediction"]
 MODES: list[Mode] = ["lora", "full"]

@@ -14,10 +14,10 @@ from common import KINDS, PROMPT, tiny_config
 from PIL import Image
 from tiny import save_tiny
 
-from imagic_lora.adapter import Adapter
-from imagic_lora.config import Mode
-from imagic_lora.imagic import fit, result
-from imagic_lora.store import Store
+from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.store import Store
+from imagic_lora.core.config import Mode
+from imagic_lora.training.fit import fit, result
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, and for what it starts
     torch.set_num_threads(1)

@@ -11,14 +11,14 @@ from bench_memory import STOCHASTIC, in_a_process, settings
 from common import MODES, PROMPT, array, opened, tiny_config
 from tiny import save_tiny, save_tiny_sdxl
 
-from imagic_lora.bases.published import architecture
-from imagic_lora.config import MemoryConfig, Mode
-from imagic_lora.editor import Editor
-from imagic_lora.imagic import fit, open_for, result
-from imagic_lora.plan import predict
-from imagic_lora.runtime import Processes, noise_at, resolve_runtime
-from imagic_lora.stages.embed import embed_stage
-from imagic_lora.store import Store
+from imagic_lora.adapters.store import Store
+from imagic_lora.bases.loading.published import architecture
+from imagic_lora.core.config import MemoryConfig, Mode
+from imagic_lora.core.runtime import Processes, noise_at, resolve_runtime
+from imagic_lora.memory.plan import predict
+from imagic_lora.sampling.editor import Editor
+from imagic_lora.training.embed import embed_stage
+from imagic_lora.training.fit import fit, open_for, result
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -9,10 +9,10 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 from torch import Tensor
 
-from ..conditioning import Conditioning
-from ..errors import ImagicError
-from ..runtime import Runtime
-from .published import Architecture
+from ..core.conditioning import Conditioning
+from ..core.errors import ImagicError
+from ..core.runtime import Runtime
+from .loading.published import Architecture
 
 PipelineKind = Literal["text2image", "image2image"]
 

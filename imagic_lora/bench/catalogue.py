@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import RECIPES, EditConfig, Mode, RunConfig, read_yaml, resolve
-from ..errors import ImagicError
+from ..core.config import RECIPES, EditConfig, Mode, RunConfig, read_yaml, resolve
+from ..core.errors import ImagicError
 from ..methods.bounds import Bounds
-from ..methods.fitted import Imagic
+from ..methods.imagic import Imagic
 from ..methods.method import Method
 from ..methods.untuned import prompt_only, sdedit
 

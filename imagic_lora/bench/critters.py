@@ -14,16 +14,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ..bases.registry import open_base
-from ..config import MemoryConfig
-from ..console import begin_worker, quiet_libraries, quiet_loading
+from ..bases.loading.registry import open_base
+from ..cli.console import begin_worker, quiet_libraries, quiet_loading
+from ..core.config import MemoryConfig
+from ..core.runtime import resolve_runtime
 from ..critters import render
 from ..critters.judge import WEIGHTS, Judge
-from ..images import write_png
 from ..methods.method import Method, Price, Studio, Task
-from ..metrics import CritterAlignment
-from ..runtime import resolve_runtime
+from ..photos.canvas import write_png
 from .cases import Case, case_at
+from .metrics import CritterAlignment
 from .scores import SAME, Score, Scorer
 
 

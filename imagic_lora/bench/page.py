@@ -14,7 +14,7 @@ from .cases import KINDS, case_at
 from .critters import Bench, Result
 from .summary import SHARES
 
-TEMPLATES = Path(__file__).parent.parent / "data"
+TEMPLATES = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def write_page(bench: Bench, results: Sequence[Result], summary: Mapping[str, An
     """Writes ``index.html``: the tables, and a line of pictures for each case; all text is escaped, nothing is loaded or run."""
     templates = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     rows = list(summary["methods"])
-    page = templates.get_template("bench.html").render(
+    page = templates.get_template("page.html").render(
         summary=summary,
         tables=tables(summary),
         columns=rows,

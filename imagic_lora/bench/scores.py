@@ -10,8 +10,8 @@ from PIL import Image
 
 from ..critters import backdrop, render
 from ..critters.judge import Judge
-from ..metrics import CritterAlignment, pixels, psnr, ssim
 from .cases import Case
+from .metrics import CritterAlignment, pixels, psnr, ssim
 
 SAME = 0.345
 """The identity is kept up to this distance, :meth:`~imagic_lora.critters.judge.Sight.distance`; docs/critters.md says why this far."""

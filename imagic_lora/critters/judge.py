@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .scene import ATTRIBUTES, IDENTITY, RANGES, Scene
 
-WEIGHTS = Path(__file__).parent.parent / "data" / "critters" / "judge.safetensors"
+WEIGHTS = Path(__file__).parent / "data" / "judge.safetensors"
 FACINGS = (-1, 1)
 _MIDDLE = {name: (low + high) / 2 for name, (low, high) in RANGES.items()}
 

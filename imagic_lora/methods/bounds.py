@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..images import to_image, to_pixels
+from ..photos.canvas import to_image, to_pixels
 from .method import Made, Method, Price, Studio, Task
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..bases.base import Base
-from ..metrics import CritterAlignment
+from ..bench.metrics import CritterAlignment
 
 
 @dataclass(frozen=True)

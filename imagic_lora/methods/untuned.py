@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..config import EditConfig
-from ..generate import generate
-from ..images import to_canvas
+from ..core.config import EditConfig
+from ..photos.canvas import to_canvas
+from ..sampling.generate import generate
 from .method import Made, Method, Studio, Task, metered
 
 

@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
-from imagic_lora.bases.registry import architecture_of, open_base
-from imagic_lora.config import MemoryConfig, RunConfig
-from imagic_lora.errors import ImagicError
-from imagic_lora.plan import predict
-from imagic_lora.runtime import resolve_runtime
+from imagic_lora.bases.loading.registry import architecture_of, open_base
+from imagic_lora.core.config import MemoryConfig, RunConfig
+from imagic_lora.core.errors import ImagicError
+from imagic_lora.core.runtime import resolve_runtime
+from imagic_lora.memory.plan import predict
 
 WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model.safetensors",

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from common import MODES
 
-from imagic_lora.checkpoints import Checkpoints
-from imagic_lora.errors import ImagicError, ImagicWarning
-from imagic_lora.store import Store
+from imagic_lora.adapters.store import Store
+from imagic_lora.core.errors import ImagicError, ImagicWarning
+from imagic_lora.training.checkpoints import Checkpoints
 
 from .fitted import STAGES, fitted, verdict
 

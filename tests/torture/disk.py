@@ -17,10 +17,10 @@ from typing import Any
 
 from common import PROMPT
 
-from imagic_lora.checkpoints import Checkpoints
-from imagic_lora.cli import main
-from imagic_lora.errors import ImagicError
-from imagic_lora.store import Store
+from imagic_lora.adapters.store import Store
+from imagic_lora.cli.app import main
+from imagic_lora.core.errors import ImagicError
+from imagic_lora.training.checkpoints import Checkpoints
 
 from .small import (
     KINDS,

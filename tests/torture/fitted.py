@@ -18,12 +18,12 @@ from common import MODES, PROMPT, opened, tiny_config
 from PIL import Image
 from tiny import save_tiny
 
-from imagic_lora.adapter import RECORD, Adapter
+from imagic_lora.adapters.adapter import RECORD, Adapter
+from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
-from imagic_lora.config import Mode, RunConfig, merged
-from imagic_lora.imagic import fit, result
-from imagic_lora.stages.stage import StepReport
-from imagic_lora.store import Store
+from imagic_lora.core.config import Mode, RunConfig, merged
+from imagic_lora.training.fit import fit, result
+from imagic_lora.training.stage import StepReport
 
 STAGES = ("embed", "tune")
 STEPS = 3  # of each stage

@@ -18,19 +18,19 @@ from common import MODES, opened, same, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import imagic_lora.run as run
-from imagic_lora.adapter import EMBEDDINGS, RECORD
-from imagic_lora.checkpoints import Checkpoints
-from imagic_lora.conditioning import Conditioning
-from imagic_lora.config import Mode
-from imagic_lora.editor import Editor
-from imagic_lora.errors import ImagicError
-from imagic_lora.full import WEIGHTS
-from imagic_lora.imagic import result
-from imagic_lora.lora import LORA_FILE
-from imagic_lora.stages import stage as stages
-from imagic_lora.stages.stage import Stage, StepReport
-from imagic_lora.store import Store
+import imagic_lora.training.run as run
+from imagic_lora.adapters.adapter import EMBEDDINGS, RECORD
+from imagic_lora.adapters.full import WEIGHTS
+from imagic_lora.adapters.lora import LORA_FILE
+from imagic_lora.adapters.store import Store
+from imagic_lora.core.conditioning import Conditioning
+from imagic_lora.core.config import Mode
+from imagic_lora.core.errors import ImagicError
+from imagic_lora.sampling.editor import Editor
+from imagic_lora.training import stage as stages
+from imagic_lora.training.checkpoints import Checkpoints
+from imagic_lora.training.fit import result
+from imagic_lora.training.stage import Stage, StepReport
 
 from .fitted import STAGES, STEPS, Case, Fitted, drawn, files, fitted, forged, verdict
 

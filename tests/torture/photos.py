@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageCms, features
 
-from imagic_lora.errors import ImagicError
-from imagic_lora.images import to_canvas
-from imagic_lora.photos import MAX_PIXELS, read_metadata, read_photo
+from imagic_lora.core.errors import ImagicError
+from imagic_lora.photos.canvas import to_canvas
+from imagic_lora.photos.reading import MAX_PIXELS, read_metadata, read_photo
 
 try:
     import pillow_heif

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imagic_lora.errors import ImagicWarning
+from imagic_lora.core.errors import ImagicWarning
 
 from .small import NAME, Adapters, Operation, Saved, Shelf, apart, thinned, used_again, watched
 

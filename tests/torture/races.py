@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from imagic_lora.durable import Draft
-from imagic_lora.errors import ImagicError
-from imagic_lora.imagic import result
-from imagic_lora.store import Store
+from imagic_lora.adapters.atomic import Draft
+from imagic_lora.adapters.store import Store
+from imagic_lora.core.errors import ImagicError
+from imagic_lora.training.fit import result
 
 from .fitted import Fitted, files, fitted, verdict
 

@@ -23,15 +23,15 @@ from common import PROMPT, opened, tiny_config
 from PIL import Image
 from tiny import save_tiny
 
-from imagic_lora.adapter import RECORD, BaseRecord, Record, SourceRecord
+from imagic_lora.adapters.adapter import RECORD, BaseRecord, Record, SourceRecord
+from imagic_lora.adapters.atomic import Draft
+from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
-from imagic_lora.checkpoints import CheckpointRecord, Checkpoints
-from imagic_lora.config import Mode, RunConfig
-from imagic_lora.console import quiet_loading
-from imagic_lora.durable import Draft
-from imagic_lora.imagic import fit
-from imagic_lora.stages.stage import StepReport
-from imagic_lora.store import Store
+from imagic_lora.cli.console import quiet_loading
+from imagic_lora.core.config import Mode, RunConfig
+from imagic_lora.training.checkpoints import CheckpointRecord, Checkpoints
+from imagic_lora.training.fit import fit
+from imagic_lora.training.stage import StepReport
 
 NAME = "rex"
 STEPS = 6  # of either stage

@@ -26,15 +26,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from imagic_lora import cli
-from imagic_lora.adapter import EMBEDDINGS, RECORD, SOURCE
-from imagic_lora.bases import registry
-from imagic_lora.checkpoints import CHECKPOINT, STATE
-from imagic_lora.errors import ImagicError, ImagicWarning
-from imagic_lora.full import WEIGHTS
-from imagic_lora.imagic import result
-from imagic_lora.lora import LORA_FILE
-from imagic_lora.store import Store
+from imagic_lora.adapters.adapter import EMBEDDINGS, RECORD, SOURCE
+from imagic_lora.adapters.full import WEIGHTS
+from imagic_lora.adapters.lora import LORA_FILE
+from imagic_lora.adapters.store import Store
+from imagic_lora.bases.loading import registry
+from imagic_lora.cli import app as cli
+from imagic_lora.core.errors import ImagicError, ImagicWarning
+from imagic_lora.training.checkpoints import CHECKPOINT, STATE
+from imagic_lora.training.fit import result
 
 from .bases import Canary
 from .fitted import Fitted, drawn, files, fitted, forged, in_time, verdict

@@ -19,17 +19,20 @@ from unittest.mock import patch
 from huggingface_hub import constants
 from PIL import Image
 
-from imagic_lora import benching, cli, console, run
-from imagic_lora.bases import registry
-from imagic_lora.bases.published import architecture
+from imagic_lora.adapters.store import Store
+from imagic_lora.bases.loading import registry
+from imagic_lora.bases.loading.published import architecture
 from imagic_lora.bench import page
 from imagic_lora.bench.critters import Bench
-from imagic_lora.config import RunConfig
-from imagic_lora.errors import ImagicError, ImagicWarning
-from imagic_lora.images import png, sheet
-from imagic_lora.photos import read_metadata
-from imagic_lora.plan import assume, predict
-from imagic_lora.store import Store
+from imagic_lora.cli import app as cli
+from imagic_lora.cli import console
+from imagic_lora.cli.commands import bench as benching
+from imagic_lora.core.config import RunConfig
+from imagic_lora.core.errors import ImagicError, ImagicWarning
+from imagic_lora.memory.plan import assume, predict
+from imagic_lora.photos.canvas import png, sheet
+from imagic_lora.photos.reading import read_metadata
+from imagic_lora.training import run
 
 from .fitted import Fitted, drawn, files, fitted, forged, in_time, verdict
 

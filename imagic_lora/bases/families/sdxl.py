@@ -1,0 +1,58 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, size ids (arXiv 2307.01952)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+
+from ...core.conditioning import Conditioning
+from ..base import PipelineKind
+from .sd import TOKENIZERS, StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    """An SDXL base. Its size ids say that the photo was never larger than it is worked on, and is whole."""
+
+    pipelines: ClassVar[dict[PipelineKind, Any]] = {
+        "text2image": StableDiffusionXLPipeline,
+        "image2image": StableDiffusionXLImg2ImgPipeline,
+    }
+    outside: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+
+    @torch.no_grad()
+    def encode_text(self, prompt: str) -> Conditioning:
+        tokens, pooled = [], None
+        for encoder in self.architecture.text_encoders:
+            answer = self._awake(encoder)(self._ids(TOKENIZERS[encoder], prompt), output_hidden_states=True)
+            tokens.append(answer.hidden_states[-2])
+            pooled = answer[0]
+        assert pooled is not None
+        return Conditioning(torch.cat(tokens, dim=-1).float(), pooled.float())
+
+    def null(self) -> Conditioning | None:
+        empty = super().null()
+        if empty is None or empty.pooled is None or not self.architecture.empty_is_zeros:
+            return empty
+        return Conditioning(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))
+
+    def framed(self, conditioning: Conditioning, height: int, width: int, guidance_scale: float) -> Conditioning:
+        told = super().framed(conditioning, height, width, guidance_scale)
+        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=told.tokens.device)
+        return replace(told, extra={**told.extra, "time_ids": ids})
+
+    def beside(self, conditioning: Conditioning) -> dict[str, Any]:
+        told = {"text_embeds": conditioning.pooled, "time_ids": conditioning.extra["time_ids"].to(conditioning.tokens.dtype)}
+        return super().beside(conditioning) | {"added_cond_kwargs": told}
+
+    def spoken(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+        high, wide, top, left, height, width = (int(one) for one in text.extra["time_ids"][0])
+        return super().spoken(text, null) | {
+            "pooled_prompt_embeds": text.pooled,
+            "negative_pooled_prompt_embeds": None if null is None else null.pooled,
+            "original_size": (high, wide),
+            "crops_coords_top_left": (top, left),
+            "target_size": (height, width),
+        }

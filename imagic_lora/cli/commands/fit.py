@@ -1,0 +1,138 @@
+"""The command that learns a photo."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ...core.config import RunConfig, checked, merged, read_yaml, recipe_of
+from ...core.errors import ImagicError, Stopped
+from ..console import err, plain, print_json, quiet_loading, say_what_is_active, shown
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, around
+from .store import facts
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from ...adapters.adapter import Adapter
+    from ...adapters.store import Store
+    from ...bases.loading.published import Architecture
+    from ...training.stage import StepReport
+
+
+def fit(
+    image: Path,
+    prompt: str,
+    *,
+    settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
+    config: Path | None = None,
+    name: str | None = None,
+    store: StoreDir = DEFAULT_STORE,
+    resume: Flag = False,
+    overwrite: Flag = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a photo: optimise the text embedding on it, tune the denoiser on it, store the adapter.
+
+    The defaults shown are the built-in ones; a base and a preset may have others, and the run prints what is active.
+
+    Parameters
+    ----------
+    image
+        The photo: JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF; HEIC with the extra heic.
+    prompt
+        What the edited photo shows, as one sentence: "a dog jumping".
+    config
+        YAML file of settings, laid over the preset; flags are laid over both.
+    name
+        Name of the adapter; made from the photo's file name where not given.
+    resume
+        Go on from where the same command was interrupted (Ctrl-C, a kill, a power cut): the same photo, sentence, base and settings.
+    overwrite
+        Replace an adapter of the same name, and begin an interrupted fit anew.
+    """
+    from ...adapters.store import Store
+
+    quiet_loading()
+    run, why, built = settings_of(settings, config)
+    adapter = _fit(image, prompt, run, why, built, Store(store), name or _slug(image.stem), overwrite, resume)
+    if adapter is None:
+        return
+    if as_json:
+        print_json({"name": adapter.name, "folder": str(adapter.folder), "bytes": adapter.size, **facts(adapter)})
+    else:
+        folder = plain(adapter.folder)
+        err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB). Look at {folder}/preview.png, then:")
+        err.print(f"  imagic-lora edit {adapter.name} --eta {around(run.eta)}", highlight=False)
+
+
+def settings_of(settings: RunConfig | None, config: Path | None) -> tuple[RunConfig, str, Architecture]:
+    """The settings of a run from flags and file over the recipe of its base and the preset, why it is that preset, and what the base is."""
+    from ...bases.loading.registry import architecture_of
+    from ...memory.presets import choose
+
+    flags = settings.model_dump(exclude_unset=True) if settings else {}
+    file = read_yaml(config) if config else {}
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        flags = merged({"memory": {"device": "cpu"}}, flags)
+    given = checked(merged(file, flags))
+    started = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    built = architecture_of(given.base, given.revision)
+    recipe = recipe_of(given.base, built.few_steps, built.embeds_guidance)
+    return *choose(lambda: built, flags, file, recipe, processes=started), built
+
+
+def _fit(
+    image: Path, prompt: str, run: RunConfig, why: str, built: Architecture, store: Store, name: str, overwrite: bool, resume: bool
+) -> Adapter | None:
+    from ...core.runtime import resolve_runtime
+    from ...memory.presets import adapter_bytes
+    from ...training.fit import fit as fit_steps
+    from ...training.fit import result
+    from ..interrupts import Interrupts
+
+    processes = _processes(run)
+    with Interrupts() as interrupts:
+        steps = fit_steps(image, prompt, run, store, name, overwrite=overwrite, resume=resume, stop=interrupts.stop, processes=processes)
+
+        def announced() -> Generator[StepReport, None, Adapter | None]:
+            try:
+                first = next(steps)  # by then everything that can be refused has been
+            except StopIteration as done:  # resumed after the last step
+                return done.value
+            interrupts.gentle = True
+            if processes.main:
+                say_what_is_active(resolve_runtime(run.memory), run, why, processes.count, adapter_bytes(built, run))
+            yield first
+            return (yield from steps)
+
+        try:
+            return shown(announced(), run) if processes.main else result(announced())
+        except KeyboardInterrupt:
+            if name in store.unfinished():
+                raise Stopped("what was saved before is as it was") from None
+            raise
+
+
+def _processes(run: RunConfig) -> Any:
+    from ...core.runtime import Processes, resolve_runtime
+
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1:
+        return Processes()
+    from accelerate import PartialState
+
+    processes = Processes(PartialState(cpu=resolve_runtime(run.memory).device.type == "cpu"))
+    if processes.count != started:
+        raise ImagicError(
+            f"{started} processes that cannot talk to each other", "one device for each", "start fewer with accelerate launch"
+        )
+    return processes
+
+
+def _slug(stem: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "photo"

@@ -1,0 +1,76 @@
+"""Imagic itself, in either mode and at any settings."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from pathlib import Path
+
+from ..adapters.adapter import Adapter
+from ..adapters.store import Store
+from ..core.conditioning import interpolate, sources
+from ..core.config import RunConfig
+from ..photos.canvas import write_png
+from ..sampling.editor import Editor
+from ..sampling.generate import generate
+from ..training.fit import fit
+from ..training.stage import StepReport
+from .method import Made, Meter, Method, Price, Studio, Task, metered
+
+ETAS = (-0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
+"""What the best is chosen of: differences from the eta of the settings."""
+
+
+class Imagic(Method):
+    """A fit, its edit at one eta and one seed, and the best of eight etas by a score that knows neither judge nor truth.
+
+    Args:
+        name: of the method, and of the row at one eta and one seed; ``NAME-best`` is the other.
+        config: of the run; the seed is the task's.
+        embedding: whether ``embedding-only`` is reported as well: the same embedding on the untuned base.
+    """
+
+    def __init__(self, name: str, config: RunConfig, embedding: bool = False) -> None:
+        self.name, self.config, self.embedding = name, config, embedding
+        self.rows = (name, f"{name}-best", *(("embedding-only",) if embedding else ()))
+        self.settings = config.model_dump(mode="json")
+
+    def pictures(self, studio: Studio, task: Task) -> Iterator[Made]:
+        base, config = studio.base, self.config.model_copy(update={"seed": task.seed})
+        with tempfile.TemporaryDirectory() as folder, closing(Editor(base)) as editor:
+            photo = Path(folder) / "photo.png"
+            write_png(task.photo, photo, {})
+            with metered(base) as meter:
+                adapter, prices = _followed(fit(photo, task.text, config, Store(Path(folder)), "case", base=base), meter)
+            trained = prices["tune"] + Price(adapter=adapter.size)
+            with metered(base) as meter:
+                (edit,) = editor.edit(adapter, [config.eta], [task.seed], config.edit)
+                yield Made(self.name, edit.image, trained + meter.price())
+            with metered(base) as meter:
+                etas = [min(max(config.eta + more, 0.0), 2.0) for more in ETAS]
+                images = [one.image for one in editor.edit(adapter, etas, [task.seed], config.edit)]
+                chosen = images[studio.clip.best(images, task.text, task.photo)]
+                yield Made(f"{self.name}-best", chosen, trained + meter.price())
+            if self.embedding:
+                editor.close()
+                with metered(base) as meter:
+                    stored = adapter.embeddings()
+                    ends = stored["target"], stored["optimised"]
+                    mix, of_photo = interpolate(*ends, config.eta), sources(*ends, [config.eta], config.edit.source_eta)
+                    (image,) = generate(base, [mix], [task.seed], config.edit, adapter.canvas(), stored.get("null"), of_photo)
+                    yield Made("embedding-only", image, prices["embed"] + meter.price())
+
+
+def _followed(steps: Generator[StepReport, None, Adapter | None], meter: Meter) -> tuple[Adapter, dict[str, Price]]:
+    """Runs a fit to its end: the adapter, and what there was to pay by the end of each stage. The preview is not counted."""
+    prices: dict[str, Price] = {}
+    while True:
+        try:
+            report = next(steps)
+        except StopIteration as done:
+            adapter = done.value
+            break
+        prices[report.stage] = meter.price()
+    assert adapter is not None
+    return adapter, prices

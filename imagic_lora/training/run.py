@@ -1,0 +1,156 @@
+"""One fit's photo, sentence and base, encoded; and what it leaves in the store."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..adapters.adapter import CARD, PREVIEW, SOURCE, STEPS, BaseRecord, Record, SourceRecord, save_embeddings, weights_record
+from ..adapters.atomic import Draft
+from ..adapters.full import save_full
+from ..adapters.lora import save_lora
+from ..bases.base import Base
+from ..core.conditioning import Conditioning, interpolate, sources
+from ..core.config import RunConfig
+from ..core.errors import ImagicWarning
+from ..core.runtime import Processes, peak_memory
+from ..core.tensors import refuse_not_finite
+from ..memory.presets import OutOfMemory, explained
+from ..photos.canvas import Canvas, png, sheet, to_canvas, to_image
+from ..photos.reading import Photo
+from ..sampling.generate import generate, refuse_steps
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
+
+
+@dataclass
+class Run:
+    """What the parts of one fit share."""
+
+    config: RunConfig
+    base: Base
+    photo: Photo
+    prompt: str
+    processes: Processes
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        base = self.base
+        refuse_steps(base, self.config.edit)
+        self.canvas: Canvas = to_canvas(self.photo.image, self.config.resolution or base.resolution, base.size_multiple)
+        with explained(base.architecture, self.config, base.runtime, "encode"):
+            self.latents = base.encode_image(self.canvas.pixels)
+        high, wide = self.canvas.pixels.shape[2:]
+        scale = self.config.edit.guidance_scale
+        self.target, null = base.framed(base.encode_text(self.prompt), high, wide, scale), base.null()
+        self.null = None if null is None else base.framed(null, high, wide, scale)
+        told = {"the sentence's embedding": self.target, **({"the empty sentence's embedding": self.null} if self.null else {})}
+        embeddings = {f"{name} ({part})": value for name, one in told.items() for part, value in one.tensors().items()}
+        refuse_not_finite({"the photo's latents": self.latents, **embeddings})
+        base.rest()
+
+    def inputs(self, stage: str, finished: bool) -> dict[str, Any]:
+        """All that a stage's state depends on, by name; levers that do not touch the numbers are not among it."""
+        config, runtime = self.config, self.base.runtime
+        found: dict[str, Any] = {
+            "photo": self.photo.sha256,
+            "prompt": self.prompt,
+            "base": self.base.fingerprint,
+            "seed": config.seed,
+            "latents": list(self.latents.shape),
+            "precision": str(runtime.dtype).removeprefix("torch."),
+            "processes": self.processes.count,
+            "embed": config.embed.model_dump(mode="json"),
+        }
+        if self.base.architecture.embeds_guidance:
+            found["guidance_scale"] = config.edit.guidance_scale
+        weights = {"master_weights": runtime.memory.master_weights, "quantize": runtime.memory.quantize}
+        if stage == "tune":
+            found |= weights | {"tune": config.tune.model_dump(mode="json")}
+        return found if finished else found | weights | {"optimizer": runtime.optimizer}
+
+    def preview(self, e_opt: Conditioning) -> Image.Image:
+        """The photo, its reconstruction at eta 0, and the edit; the photo alone where memory does not reach for more."""
+        etas = (0.0, self.config.eta)
+        mixes = [interpolate(self.target, e_opt, eta) for eta in etas]
+        cells = [("photo", self.photo.image)]
+        try:
+            with explained(self.base.architecture, self.config, self.base.runtime, "decode"):
+                of_photo, seeds = sources(self.target, e_opt, etas, self.config.edit.source_eta), [self.config.seed] * 2
+                pictures = list(generate(self.base, mixes, seeds, self.config.edit, self.canvas, self.null, of_photo))
+            cells += [(f"eta {eta:g}", picture) for eta, picture in zip(etas, pictures, strict=True)]
+        except OutOfMemory as error:
+            warnings.warn(f"the adapter is stored without a preview: {error}", ImagicWarning, stacklevel=2)
+        return sheet([cells], self.prompt)
+
+    def fill(self, draft: Draft, e_opt: Conditioning, preview: Image.Image) -> None:
+        """Every file of the adapter but its record."""
+        (save_full if self.config.tune.mode == "full" else save_lora)(self.base, draft)
+        named = {"target": self.target, "optimised": e_opt}
+        save_embeddings(draft, named if self.null is None else {**named, "null": self.null})
+        draft.write(SOURCE, [png(to_image(self.canvas.pixels[0]), {})])
+        draft.write(PREVIEW, [png(preview, {"prompt": self.prompt})])
+        lines = [
+            json.dumps({"stage": stage, "step": k + 1, "loss": round(loss, 6)})
+            for stage, losses in self.losses.items()
+            for k, loss in enumerate(torch.stack(losses).tolist())
+        ]
+        draft.write(STEPS, ["\n".join([*lines, ""]).encode()])
+        draft.write(CARD, [card(self.prompt, self.base.name, self.config).encode()])
+
+    def record(self, name: str) -> Record:
+        """How the adapter was made, without the hashes of its files."""
+        base, config = self.base, self.config
+        return Record(
+            name=name,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            base=BaseRecord(name=base.name, revision=base.revision, fingerprint=base.fingerprint),
+            parts=[weights_record(base, config.tune.mode)],
+            prompt=self.prompt,
+            config=config,
+            source=SourceRecord(sha256=self.photo.sha256, size=self.canvas.size, box=self.canvas.box),
+            losses={stage: _ends(torch.stack(losses)) for stage, losses in self.losses.items()},
+            seconds=self.seconds,
+            runtime=base.runtime.reasons | {"processes": str(self.processes.count)},
+            peak_memory=peak_memory(base.runtime.device),
+            versions={library: version(library) for library in _LIBRARIES},
+        )
+
+
+def _ends(losses: Tensor) -> tuple[float, float]:
+    """Means over the first and the last tenth."""
+    tenth = max(1, len(losses) // 10)
+    return round(losses[:tenth].mean().item(), 6), round(losses[-tenth:].mean().item(), 6)
+
+
+def card(prompt: str, base: str, config: RunConfig) -> str:
+    """``README.md`` of an adapter; text from outside stands in indented blocks, where Markdown means nothing."""
+    mode = config.tune.mode
+    return "\n".join(
+        [
+            "# An imagic-lora adapter",
+            "",
+            f"Made by imagic-lora (Imagic, arXiv 2210.09276), mode {mode}, for this sentence:",
+            "",
+            f"    {json.dumps(prompt)}",
+            "",
+            "on this base:",
+            "",
+            f"    {json.dumps(base)}",
+            "",
+            "`embeddings.safetensors` holds the embeddings of the sentence (`target.tokens`) and of the photo (`optimised.tokens`).",
+            "Interpolate them with eta and give the result as `prompt_embeds`; the weights load with plain diffusers:",
+            "`load_lora_weights` on this folder." if mode == "lora" else "`UNet2DConditionModel.from_pretrained` on `unet/`.",
+            "`adapter.json` says how it was made.",
+            "",
+        ]
+    )

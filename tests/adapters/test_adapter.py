@@ -1,0 +1,653 @@
+"""What is read out of an adapter, and what is not believed: every forgery here has the right hashes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import MODES, opened, output, same, weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from imagic_lora.adapters.adapter import (
+    EMBEDDINGS,
+    RECORD,
+    SOURCE,
+    Adapter,
+    BaseRecord,
+    Record,
+    SourceRecord,
+    WeightsRecord,
+    save_embeddings,
+)
+from imagic_lora.adapters.atomic import draft, unsealed
+from imagic_lora.adapters.full import WEIGHTS
+from imagic_lora.adapters.lora import LORA_FILE
+from imagic_lora.adapters.store import Store
+from imagic_lora.bases.base import Base
+from imagic_lora.core.conditioning import Conditioning
+from imagic_lora.core.config import Mode
+from imagic_lora.core.errors import ImagicError
+from imagic_lora.photos.canvas import png, to_canvas, to_image
+from imagic_lora.photos.reading import read_photo
+
+Tensors = dict[str, Tensor]
+Change = Callable[[Tensors], Any]
+Forge = Callable[..., Adapter]
+FULL_FILE = f"unet/{WEIGHTS}"
+TOLD = "lora_adapter_metadata"
+
+
+@pytest.fixture
+def forge(tmp_path: Path, fitted: Callable[..., Adapter]) -> Forge:
+    """Gives an adapter with other files, none where it is None, or with another record; sealed like a real one."""
+
+    def make(mode: Mode = "lora", files: dict[str, bytes | None] | None = None, **changes: Any) -> Adapter:
+        real = fitted(mode)
+        content = {name: (real.folder / name).read_bytes() for name in real.record.files} | (files or {})
+        with draft(tmp_path / "forged") as made:
+            for name, data in content.items():
+                if data is not None:
+                    made.write(name, [data])
+            made.seal(RECORD, real.record.model_copy(update=changes))
+        return Store(tmp_path).read("forged")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Base:
+    """One for all: each refusal leaves it as it was."""
+    return opened(folder)
+
+
+@pytest.fixture
+def refused(base: Base) -> Callable[[Adapter, str], None]:
+    """Sees that an adapter cannot be worn, and that the base does not notice."""
+    before, picture = weights(base.denoiser), output(base)
+
+    def check(adapter: Adapter, match: str) -> None:
+        with pytest.raises(ImagicError, match=match), adapter.worn_by(base):
+            pytest.fail("it is worn")
+        assert same(weights(base.denoiser), before)
+        assert torch.equal(output(base), picture)
+
+    return check
+
+
+def changed(path: Path, change: Change) -> bytes:
+    """A safetensors file with other tensors and the same metadata."""
+    tensors = load_file(path)
+    change(tensors)
+    with safe_open(path, "pt") as file:
+        return save(tensors, file.metadata())
+
+
+def set_to(**values: Any) -> Change:
+    """Puts tensors in, or takes those that are None out; ``__`` stands for a dot."""
+
+    def change(tensors: Tensors) -> None:
+        for name, value in values.items():
+            tensors.pop(name.replace("__", "."), None)
+            if value is not None:
+                tensors[name.replace("__", ".")] = value
+
+    return change
+
+
+# Reading
+
+
+def test_embeddings_come_back_as_they_were(tmp_path: Path, fitted: Callable[..., Adapter]) -> None:
+    """Tokens, pooled and extra inputs of each kind, under the names of the design, fp32."""
+    extra = {"sizes": torch.tensor([[64.0, 48.0]])}
+    named = {kind: Conditioning(torch.rand(1, 3, 4), torch.rand(1, 5).half(), extra) for kind in ("target", "optimised", "null")}
+    with draft(tmp_path / "one") as made:
+        save_embeddings(made, named)
+        made.seal(RECORD, fitted("lora").record)
+    folder = tmp_path / "one"
+    assert sorted(load_file(folder / EMBEDDINGS)) == sorted(f"{kind}.{part}" for kind in named for part in ("tokens", "pooled", "sizes"))
+    found = Adapter(folder, unsealed(folder, RECORD, Record)).embeddings()
+    assert found.keys() == named.keys()
+    for kind, value in named.items():
+        assert found[kind].tensors().keys() == value.tensors().keys()
+        assert all(torch.equal(found[kind].tensors()[name], tensor.float()) for name, tensor in value.tensors().items())
+        assert {tensor.dtype for tensor in found[kind].tensors().values()} == {torch.float32}
+
+
+def test_embeddings_in_half_precision_come_as_fp32(forge: Forge, fitted: Callable[..., Adapter]) -> None:
+    """Somebody may want to spare room."""
+    expected = load_file(fitted("lora").folder / EMBEDDINGS)["optimised.tokens"].half()
+    adapter = forge(files={EMBEDDINGS: changed(fitted("lora").folder / EMBEDDINGS, set_to(optimised__tokens=expected))})
+    assert torch.equal(adapter.embeddings()["optimised"].tokens, expected.float())
+
+
+def test_a_base_without_a_null_has_none(forge: Forge, fitted: Callable[..., Adapter]) -> None:
+    """Then there are two kinds."""
+    adapter = forge(files={EMBEDDINGS: changed(fitted("lora").folder / EMBEDDINGS, set_to(null__tokens=None))})
+    assert set(adapter.embeddings()) == {"target", "optimised"}
+
+
+def test_the_canvas_is_the_one_trained_on(fitted: Callable[..., Adapter], photo_file: Path) -> None:
+    """Bit-equal pixels, the same box and size, from the adapter alone."""
+    expected, found = to_canvas(read_photo(photo_file).image, 32, 8), fitted("lora").canvas()
+    assert torch.equal(found.pixels, expected.pixels)
+    assert (found.box, found.size) == (expected.box, expected.size)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_size_counts_weights_and_embeddings(fitted: Callable[..., Adapter], mode: Mode) -> None:
+    """What a user has to keep, not the pictures."""
+    adapter = fitted(mode)
+    kept = [*adapter.folder.rglob("*.safetensors"), *adapter.folder.rglob("config.json")]
+    assert adapter.size == sum(path.stat().st_size for path in kept)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_adapter_holds_no_pickle(fitted: Callable[..., Adapter], mode: Mode) -> None:
+    """Only formats that cannot run code, and every one as the design lists it."""
+    files = {path.relative_to(fitted(mode).folder).as_posix() for path in fitted(mode).folder.rglob("*") if path.is_file()}
+    lora, full = {"pytorch_lora_weights.safetensors"}, {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    common = {"adapter.json", "embeddings.safetensors", "source.png", "preview.png", "steps.jsonl", "README.md"}
+    assert files == common | (lora if mode == "lora" else full)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_worn_adapter_is_taken_off(base: Base, fitted: Callable[..., Adapter], mode: Mode) -> None:
+    """The output differs while it is worn, and is bit-equal afterwards."""
+    before = output(base)
+    with fitted(mode).worn_by(base):
+        assert not torch.equal(output(base), before)
+    assert torch.equal(output(base), before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_forgery_of_nothing_is_as_good_as_the_real_one(base: Base, forge: Forge, fitted: Callable[..., Adapter], mode: Mode) -> None:
+    """So that what is refused below is refused for what was changed: the same output, though every file was written anew."""
+    real = fitted(mode)
+    copy = forge(mode, {name: changed(real.folder / name, lambda _: None) for name in real.record.files if name.endswith("tensors")})
+    with real.worn_by(base):
+        expected = output(base)
+    with copy.worn_by(base):
+        assert torch.equal(output(base), expected)
+    assert torch.equal(copy.canvas().pixels, real.canvas().pixels)
+
+
+# Embeddings, photo and record that are not believed
+
+TOKENS = torch.zeros(1, 16, 16)
+KINDS = ("target", "optimised", "null")
+EMBEDDED: dict[str, Change] = {
+    "nothing": dict.clear,
+    "no target": set_to(target__tokens=None),
+    "no optimised": set_to(optimised__tokens=None),
+    "another kind": set_to(other__tokens=TOKENS),
+    "another kind instead": set_to(null__tokens=None, nul__tokens=TOKENS),
+    "no kind": set_to(tokens=TOKENS),
+    "no name": set_to(target=TOKENS),
+    "no tokens": set_to(target__tokens=None, target__pooled=TOKENS),
+    "no tokens at all": set_to(**{f"{kind}__tokens": None for kind in KINDS}, **{f"{kind}__pooled": TOKENS.clone() for kind in KINDS}),
+    "pooled in one": set_to(target__pooled=TOKENS),
+    "extra in one": set_to(null__sizes=TOKENS),
+    "one longer": set_to(optimised__tokens=torch.zeros(1, 17, 16)),
+    "one wider": set_to(null__tokens=torch.zeros(1, 16, 17)),
+    "a batch": set_to(target__tokens=torch.zeros(2, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("change", EMBEDDED.values(), ids=EMBEDDED)
+def test_embeddings_of_other_kinds_or_shapes_are_refused(
+    forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], change: Change
+) -> None:
+    """There are target, optimised and perhaps null, all with the same inputs of the same shapes."""
+    adapter = forge(files={EMBEDDINGS: changed(fitted("lora").folder / EMBEDDINGS, change)})
+    with pytest.raises(ImagicError, match=rf"{EMBEDDINGS} holds .*, or not in equal shapes"):
+        adapter.embeddings()
+    refused(adapter, "equal shapes")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_that_are_not_finite_are_refused(
+    forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], kind: str, value: float
+) -> None:
+    """By name."""
+    wrong = set_to(**{f"{kind}__tokens": torch.full((1, 16, 16), value)})
+    adapter = forge(files={EMBEDDINGS: changed(fitted("lora").folder / EMBEDDINGS, wrong)})
+    with pytest.raises(ImagicError, match=rf"{kind}\.tokens in .*not finite"):
+        adapter.embeddings()
+    refused(adapter, "not finite")
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 17), (1, 15, 16), (2, 16, 16), (16, 16), (0, 16, 16), ()], ids=str)
+def test_embeddings_that_the_base_cannot_use_are_refused(
+    forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], shape: tuple[int, ...]
+) -> None:
+    """All of the same shape, but not of its own."""
+    all_three = set_to(**{f"{kind}__tokens": torch.zeros(shape) for kind in KINDS})
+    refused(forge(files={EMBEDDINGS: changed(fitted("lora").folder / EMBEDDINGS, all_three)}), "has embeddings of shape")
+
+
+PLACED = {
+    "left of it": {"box": (-1, 0, 32, 24)},
+    "above it": {"box": (0, -1, 32, 24)},
+    "right of it": {"box": (0, 0, 33, 24)},
+    "below it": {"box": (0, 0, 32, 25)},
+    "far away": {"box": (10**9, 10**9, 10**9 + 1, 10**9 + 1)},
+    "no width": {"box": (5, 0, 5, 24)},
+    "no height": {"box": (0, 7, 32, 7)},
+    "turned round": {"box": (32, 24, 0, 0)},
+    "size 0": {"size": (0, 37)},
+    "size below 0": {"size": (50, -37)},
+    "both below 0": {"size": (-50, -37)},
+    "gigantic": {"size": (100_000, 100_000)},
+    "without end": {"size": (1, 2**62)},
+}
+
+
+@pytest.mark.parametrize("change", PLACED.values(), ids=PLACED)
+def test_a_photo_that_lies_elsewhere_is_refused(forge: Forge, fitted: Callable[..., Adapter], change: dict[str, Any]) -> None:
+    """Its box is a part of the canvas, its size one that a photo can have."""
+    source = fitted("lora").record.source
+    assert (source.box, source.size) == ((0, 0, 32, 24), (50, 37))
+    with pytest.raises(ImagicError, match="a part of the canvas"):
+        forge(source=source.model_copy(update=change)).canvas()
+
+
+def test_a_photo_may_lie_anywhere_on_the_canvas(forge: Forge, fitted: Callable[..., Adapter]) -> None:
+    """A single pixel of it is enough."""
+    source = SourceRecord(sha256=fitted("lora").record.source.sha256, size=(1, 1), box=(31, 23, 32, 24))
+    assert forge(source=source).canvas().photo().size == (1, 1)
+
+
+def test_a_photo_that_is_none_is_refused(forge: Forge, fitted: Callable[..., Adapter]) -> None:
+    """Whatever its hash."""
+    whole = png(to_image(fitted("lora").canvas().pixels[0]), {})
+    for content in (b"", b"words", whole[: len(whole) // 2]):
+        with pytest.raises(ImagicError, match=SOURCE):
+            forge(files={SOURCE: content}).canvas()
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("lora", EMBEDDINGS), ("lora", SOURCE), ("lora", LORA_FILE), ("full", FULL_FILE), ("full", "unet/config.json")]
+)
+def test_a_file_that_is_not_on_record_is_not_read(
+    forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], mode: Mode, name: str
+) -> None:
+    """Though it is there: nobody knows what was written."""
+    adapter = forge(mode, {name: None})
+    (adapter.folder / name).write_bytes((fitted(mode).folder / name).read_bytes())
+    wanted = rf"{name} is not on the adapter's record"
+    if name == SOURCE:
+        with pytest.raises(ImagicError, match=wanted):
+            adapter.canvas()
+    else:
+        refused(adapter, wanted)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_adapter_of_another_base_is_refused(
+    forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], mode: Mode
+) -> None:
+    """By the fingerprint, not by the name; the error tells a changed base from another one."""
+    made_for = fitted(mode).record.base
+    refused(forge(mode, base=made_for.model_copy(update={"fingerprint": "f"})), "the weights have changed: fit again")
+    other = BaseRecord(name="sd15", revision=None, fingerprint="f")
+    refused(forge(mode, base=other), r"was made for base sd15, not for .*use --base sd15")
+
+
+LORA_PART = WeightsRecord(component="unet", mode="lora", files=[LORA_FILE])
+FULL_PART = WeightsRecord(component="unet", mode="full", files=["unet/config.json", FULL_FILE])
+PARTS: dict[str, list[WeightsRecord]] = {
+    "none": [],
+    "twice": [LORA_PART, LORA_PART],
+    "the other mode": [FULL_PART],
+    "both": [LORA_PART, FULL_PART],
+    "another component": [LORA_PART.model_copy(update={"component": "transformer"})],
+    "another file": [LORA_PART.model_copy(update={"files": [SOURCE]})],
+    "no file": [LORA_PART.model_copy(update={"files": []})],
+    "a file more": [LORA_PART.model_copy(update={"files": [LORA_FILE, SOURCE]})],
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_weights_under_other_names_are_refused(forge: Forge, refused: Callable[[Adapter, str], None], parts: list[WeightsRecord]) -> None:
+    """Each mode has its own, and no others."""
+    refused(forge(parts=parts), "lists weights under other names")
+
+
+def test_a_quantised_base_does_not_wear_full_weights(wide: Path, fitted: Callable[..., Adapter], forge: Forge) -> None:
+    """Its own would be gone; layers beside them it may wear."""
+    quantised = opened(wide, quantize="nf4")
+    made_for = fitted("full").record.base.model_copy(update={"fingerprint": quantised.fingerprint})
+    with pytest.raises(ImagicError, match="replaces every weight of a quantised base"):
+        forge("full", base=made_for).refuse_foreign(quantised)
+    with pytest.raises(ImagicError, match="has embeddings of shape"):
+        forge("lora", base=made_for).refuse_foreign(quantised)
+
+
+# LoRA files that are not believed
+
+
+def first(tensors: Tensors, end: str = "attn1.to_q.lora_A.weight") -> str:
+    """The first name with this end."""
+    return next(name for name in sorted(tensors) if name.endswith(end))
+
+
+def renamed(name: Callable[[str], str]) -> Change:
+    """Gives one layer another name."""
+
+    def change(tensors: Tensors) -> None:
+        layer = first(tensors).removesuffix(".lora_A.weight")
+        for side in "AB":
+            tensors[f"{name(layer)}.lora_{side}.weight"] = tensors.pop(f"{layer}.lora_{side}.weight")
+
+    return change
+
+
+def reshaped(end: str, make: Callable[[Tensor], Tensor]) -> Change:
+    """Changes one tensor."""
+
+    def change(tensors: Tensors) -> None:
+        name = first(tensors, end)
+        tensors[name] = make(tensors[name]).contiguous()
+
+    return change
+
+
+def removed(end: str) -> Change:
+    """Takes one tensor out."""
+    return lambda tensors: tensors.pop(first(tensors, end))
+
+
+def added(end: str, value: Tensor) -> Change:
+    """Puts a tensor beside those of a layer."""
+    return lambda tensors: tensors.update({first(tensors).replace("lora_A.weight", end): value})
+
+
+def one_of_another_rank(tensors: Tensors) -> None:
+    """A whole layer."""
+    name = first(tensors)
+    tensors[name] = torch.zeros(5, tensors[name].shape[1])
+    tensors[name.replace("_A", "_B")] = torch.zeros(tensors[name.replace("_A", "_B")].shape[0], 5)
+
+
+LORA: dict[str, Change] = {
+    "no layers": dict.clear,
+    "a layer of another rank": one_of_another_rank,
+    "A of another rank": reshaped("to_q.lora_A.weight", lambda value: value[:3]),
+    "B of another rank": reshaped("to_q.lora_B.weight", lambda value: value[:, :3]),
+    "too narrow": reshaped("to_q.lora_A.weight", lambda value: value[:, 1:]),
+    "too high": reshaped("to_q.lora_B.weight", lambda value: torch.cat([value, value])),
+    "turned round": reshaped("to_q.lora_A.weight", lambda value: value.t()),
+    "a flat kernel": reshaped("conv1.lora_A.weight", lambda value: value.flatten(1)),
+    "another kernel": reshaped("conv1.lora_A.weight", lambda value: value[..., 1:]),
+    "a large kernel in B": reshaped("conv1.lora_B.weight", lambda value: value.expand(-1, -1, 3, 3)),
+    "a dimension more": reshaped("to_q.lora_A.weight", lambda value: value[None]),
+    "no A": removed("to_q.lora_A.weight"),
+    "no B": removed("to_q.lora_B.weight"),
+    "an alpha": added("alpha", torch.tensor(2.0)),
+    "a bias": added("lora_B.bias", torch.zeros(16)),
+    "a magnitude": added("lora_magnitude_vector", torch.zeros(16)),
+    "weights of the base": set_to(unet__conv_in__weight=torch.zeros(8, 4, 3, 3)),
+    "loose": set_to(loose=torch.zeros(1)),
+    "diffusers' older names": added("lora.down.weight", torch.zeros(4, 8)),
+    "a layer that is not there": renamed(lambda layer: layer.replace("to_q", "to_z")),
+    "a layer without weights": renamed(lambda layer: layer.removesuffix(".to_q")),
+    "a norm": renamed(lambda layer: "unet.conv_norm_out"),
+    "the text encoder's": renamed(lambda layer: "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"),
+    "no name": renamed(lambda layer: "unet"),
+}
+
+
+@pytest.mark.parametrize("change", LORA.values(), ids=LORA)
+def test_layers_that_do_not_fit_the_base_are_refused(
+    forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], change: Change
+) -> None:
+    """By names and shapes alone, before anything is loaded."""
+    refused(forge(files={LORA_FILE: changed(fitted("lora").folder / LORA_FILE, change)}), rf"{LORA_FILE} (adapts|holds)")
+
+
+def without_prefix(tensors: Tensors) -> None:
+    """As a component's own file would have it."""
+    for name in list(tensors):
+        tensors[name.removeprefix("unet.")] = tensors.pop(name)
+
+
+def added_elsewhere(tensors: Tensors) -> None:
+    """A layer of the base, of the right shapes, that is never adapted."""
+    name = "unet.time_embedding.linear_2.lora_{}.weight"
+    tensors |= {name.format("A"): torch.ones(4, 32), name.format("B"): torch.ones(32, 4)}
+
+
+@pytest.mark.parametrize(
+    "change", [without_prefix, renamed(lambda layer: layer.removeprefix("unet.")), added_elsewhere], ids=["all", "one", "not a target"]
+)
+def test_layers_that_would_not_be_loaded_are_refused(
+    forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], change: Change
+) -> None:
+    """Of no component, or not among those that the settings name."""
+    refused(forge(files={LORA_FILE: changed(fitted("lora").folder / LORA_FILE, change)}), LORA_FILE)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_layers_that_are_not_finite_are_refused(
+    forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], value: float
+) -> None:
+    """By name, before anything is loaded."""
+    wrong = reshaped("to_k.lora_B.weight", lambda tensor: torch.full_like(tensor, value))
+    refused(forge(files={LORA_FILE: changed(fitted("lora").folder / LORA_FILE, wrong)}), r"to_k\.lora_B\.weight in .* not finite")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.bool], ids=str)
+@pytest.mark.parametrize(("mode", "file", "end"), [("lora", LORA_FILE, "to_k.lora_B.weight"), ("full", FULL_FILE, "conv_in.weight"),
+                                                   ("lora", EMBEDDINGS, "target.tokens")])  # fmt: skip
+def test_numbers_of_odd_types_are_refused(
+    forge: Forge,
+    fitted: Callable[..., Adapter],
+    refused: Callable[[Adapter, str], None],
+    mode: Mode,
+    file: str,
+    end: str,
+    dtype: torch.dtype,
+) -> None:
+    """Complex ones, or of a few bits, of the right shape."""
+    wrong = reshaped(end, lambda tensor: tensor.to(dtype))
+    refused(forge(mode, {file: changed(fitted(mode).folder / file, wrong)}), file)
+
+
+@pytest.mark.parametrize("content", [b"", b"words" * 100, bytes(1000)], ids=["empty", "text", "zeros"])
+@pytest.mark.parametrize(("mode", "file"), [("lora", LORA_FILE), ("full", FULL_FILE), ("lora", EMBEDDINGS)])
+def test_weights_in_another_format_are_refused(
+    forge: Forge, refused: Callable[[Adapter, str], None], mode: Mode, file: str, content: bytes
+) -> None:
+    """Whatever their hash."""
+    refused(forge(mode, {file: content}), "is not a whole safetensors file")
+
+
+@pytest.fixture
+def told(forge: Forge, fitted: Callable[..., Adapter]) -> Callable[..., Adapter]:
+    """Gives an adapter whose LoRA file tells other settings, laid over its own or in place of them."""
+    path = fitted("lora").folder / LORA_FILE
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        own = json.loads(file.metadata()[TOLD])
+
+    def make(settings: dict[str, Any] | None = None, instead: dict[str, str] | None = None, without: str = "") -> Adapter:
+        kept = {key: value for key, value in own.items() if key != without}
+        metadata = {TOLD: json.dumps(kept | (settings or {}))} if instead is None else instead
+        return forge(files={LORA_FILE: save(tensors, metadata)})
+
+    return make
+
+
+NOT_OURS: dict[str, dict[str, Any]] = {
+    "megatron": {"megatron_core": "os", "megatron_config": {"a": 1}},
+    "a module to import": {"megatron_core": "os"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "no init": {"init_lora_weights": False},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "modules to save": {"modules_to_save": ["conv_in"]},
+    "rank pattern": {"rank_pattern": {"to_q": 8}},
+    "alpha pattern": {"alpha_pattern": {"to_q": 8}},
+    "bias": {"bias": "all"},
+    "lora bias": {"lora_bias": True},
+    "dropout": {"lora_dropout": 0.5},
+    "fan in": {"fan_in_fan_out": True},
+    "excluded": {"exclude_modules": ["to_q"]},
+    "layers": {"layers_to_transform": [0]},
+    "replication": {"layer_replication": [[0, 1]]},
+    "parameters": {"target_parameters": ["conv_in.weight"]},
+    "loftq": {"loftq_config": {"loftq_bits": 4}},
+    "auto mapping": {"auto_mapping": {"parent_library": "os"}},
+    "another kind": {"peft_type": "IA3"},
+    "a task": {"task_type": "CAUSAL_LM"},
+    "a base": {"base_model_name_or_path": "owner/name"},
+    "unknown": {"surprise": True},
+    "unknown null": {"surprise": None},
+    "unknown text": {"surprise": "os"},
+    "unknown record": {"surprise": {"a": 1}},
+}
+
+
+@pytest.mark.parametrize("settings", NOT_OURS.values(), ids=NOT_OURS)
+def test_settings_of_peft_that_are_not_ours_are_refused(
+    told: Callable[..., Adapter], refused: Callable[[Adapter, str], None], settings: dict[str, Any]
+) -> None:
+    """Some change the base's weights, and one names a module to import."""
+    refused(told({f"unet.{key}": value for key, value in settings.items()}), rf"settings that are not ours \(.*'{next(iter(settings))}'")
+
+
+@pytest.mark.parametrize("name", ["dora", "rslora", "pissa", "megatron", "rank pattern"])
+def test_settings_that_are_not_ours_cannot_be_hidden(
+    told: Callable[..., Adapter], refused: Callable[[Adapter, str], None], fitted: Callable[..., Adapter], name: str
+) -> None:
+    """Behind ours under another name."""
+    with safe_open(fitted("lora").folder / LORA_FILE, "pt") as file:
+        own = json.loads(file.metadata()[TOLD])
+    wrong = {f"unet.{key}": value for key, value in NOT_OURS[name].items()}
+    refused(told(wrong | {key.removeprefix("unet."): own[key] for key in wrong}), "settings that are not ours")
+
+
+OUT_OF_RANGE: dict[str, dict[str, Any]] = {
+    "rank 0": {"r": 0},
+    "rank below 0": {"r": -4},
+    "rank too high": {"r": 1025},
+    "rank without end": {"r": 10**30},
+    "a rank in text": {"r": "4"},
+    "a rank with a point": {"r": 4.0},
+    "a rank that is a switch": {"r": True},
+    "no rank": {"r": None},
+    "alpha 0": {"lora_alpha": 0},
+    "alpha below 0": {"lora_alpha": -1.0},
+    "alpha NaN": {"lora_alpha": float("nan")},
+    "alpha infinite": {"lora_alpha": float("inf")},
+    "alpha in words": {"lora_alpha": "two"},
+    "alpha in a list": {"lora_alpha": [2.0]},
+    "no alpha": {"lora_alpha": None},
+    "all layers": {"target_modules": "all-linear"},
+    "a pattern": {"target_modules": ".*"},
+    "a name": {"target_modules": "to_q"},
+    "unknown layers": {"target_modules": ["to_q", "conv_in"]},
+    "lists of layers": {"target_modules": [["to_q"]]},
+    "no layers": {"target_modules": None},
+    "a number of layers": {"target_modules": 3},
+}
+
+
+@pytest.mark.parametrize("settings", OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
+def test_settings_out_of_range_are_refused(
+    told: Callable[..., Adapter], refused: Callable[[Adapter, str], None], settings: dict[str, Any]
+) -> None:
+    """Rank, alpha and layers are those of a fit."""
+    refused(told({f"unet.{key}": value for key, value in settings.items()}), "settings that are not ours")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lora_alpha": "2.0"}, {"lora_alpha": True}, {"target_modules": []}, {"target_modules": {"to_q": 1}}], ids=str
+)
+def test_settings_of_another_type_are_refused(
+    told: Callable[..., Adapter], refused: Callable[[Adapter, str], None], settings: dict[str, Any]
+) -> None:
+    """Alpha is a number, layers are a list."""
+    refused(told({f"unet.{key}": value for key, value in settings.items()}), rf"{LORA_FILE} (adapts|has settings)")
+
+
+def test_another_rank_than_that_of_the_layers_is_refused(told: Callable[..., Adapter], refused: Callable[[Adapter, str], None]) -> None:
+    """PEFT would build other layers than there are."""
+    refused(told({"unet.r": 5}), "tensors of other names or shapes.*LoRA layers of rank 5")
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules"])
+def test_a_setting_that_is_missing_is_refused(told: Callable[..., Adapter], refused: Callable[[Adapter, str], None], key: str) -> None:
+    """Without it diffusers would guess."""
+    refused(told(without=f"unet.{key}"), "settings that are not ours")
+
+
+SETTINGS_BROKEN = {
+    "none": {},
+    "others": {"format": "pt"},
+    "empty": {TOLD: ""},
+    "half": {TOLD: "{"},
+    "a list": {TOLD: "[]"},
+    "null": {TOLD: "null"},
+    "a text": {TOLD: '"r"'},
+    "deep": {TOLD: "[" * 100_000},
+    "another component's": {TOLD: '{"text_encoder.r": 4}'},
+}
+
+
+@pytest.mark.parametrize("metadata", SETTINGS_BROKEN.values(), ids=SETTINGS_BROKEN)
+def test_settings_that_cannot_be_read_are_refused(
+    told: Callable[..., Adapter], refused: Callable[[Adapter, str], None], metadata: dict[str, str]
+) -> None:
+    """Nor are they guessed from the layers."""
+    refused(told(instead=metadata), "settings that are not ours")
+
+
+@pytest.mark.parametrize("settings", [{"peft_version": "99.0"}, {"peft_version": None}, {"lora_alpha": 2}], ids=str)
+def test_settings_of_another_version_of_peft_are_fine(
+    base: Base, told: Callable[..., Adapter], fitted: Callable[..., Adapter], settings: dict[str, Any]
+) -> None:
+    """Where they are not used, or say the same in another way."""
+    with fitted("lora").worn_by(base):
+        expected = output(base)
+    with told({f"unet.{key}": value for key, value in settings.items()}).worn_by(base):
+        assert torch.equal(output(base), expected)
+
+
+# Full weights that are not believed
+
+FULL: dict[str, Change] = {
+    "nothing": dict.clear,
+    "one missing": removed("conv_in.weight"),
+    "one more": set_to(surprise=torch.zeros(1)),
+    "another name": lambda tensors: tensors.update({"conv_inn.weight": tensors.pop("conv_in.weight")}),
+    "another shape": reshaped("conv_in.weight", lambda value: value[1:]),
+    "as many numbers": reshaped("conv_in.weight", lambda value: value.flatten()),
+    "one number for all": reshaped("conv_in.bias", lambda value: value[:1]),
+}
+
+
+@pytest.mark.parametrize("change", FULL.values(), ids=FULL)
+def test_full_weights_that_do_not_fit_the_base_are_refused(
+    forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], change: Change
+) -> None:
+    """By names and shapes alone, before anything is loaded."""
+    wrong = changed(fitted("full").folder / FULL_FILE, change)
+    refused(forge("full", {FULL_FILE: wrong}), rf"{WEIGHTS} holds tensors of other names or shapes")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_full_weights_that_are_not_finite_are_refused(
+    forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], value: float
+) -> None:
+    """By name, before anything is loaded."""
+    wrong = changed(fitted("full").folder / FULL_FILE, reshaped("conv_out.bias", lambda tensor: torch.full_like(tensor, value)))
+    refused(forge("full", {FULL_FILE: wrong}), r"conv_out\.bias in .* not finite")

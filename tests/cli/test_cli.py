@@ -1,0 +1,615 @@
+"""The command line: what it accepts, refuses, prints and writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from common import MODES
+from cyclopts import CycloptsError
+from PIL import Image
+from pydantic import BaseModel
+from tiny import save_tiny
+
+import imagic_lora.cli.app as cli
+import imagic_lora.cli.commands.fit as fitting
+import imagic_lora.cli.console as console
+import imagic_lora.core.runtime as runtime
+import imagic_lora.memory.presets as fits
+import imagic_lora.photos.canvas as images
+import imagic_lora.training.fit as imagic
+from imagic_lora.adapters.store import Store
+from imagic_lora.cli.options import around
+from imagic_lora.core.config import PRESETS, RECIPES, Config, DeviceConfig, EditConfig, MemoryConfig, Mode, RunConfig, checked
+from imagic_lora.photos.reading import read_metadata, read_photo
+from imagic_lora.training.stage import Stage, StepReport
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command in an empty folder: its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console.err, "width", 200)
+
+    def command(*tokens: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(token) for token in tokens])
+        out, err = capsys.readouterr()
+        return code, out, " ".join(err.split())
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("cli") / "base")
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "my dog.png"
+    Image.radial_gradient("L").resize((40, 32)).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, base: Path, photo: Path) -> Path:
+    """A store with one adapter, ``rex``."""
+    folder = tmp_path_factory.mktemp("store")
+    assert cli.main(["fit", str(photo), "a [b]dog", "--base", str(base), *SHORT, "--store", str(folder), "--name", "rex"]) == 0
+    return folder
+
+
+SHORT = ("--embed.steps", "2", "--tune.steps", "2", "--edit.steps", "2", "--rank", "2")
+
+
+def test_fit_then_edit_writes_pictures_a_sheet_and_json(run: Run, base: Path, photo: Path) -> None:
+    """The two main commands, end to end, at the photo's own size."""
+    code, out, err = run("fit", photo, "a dog jumping", "--base", base, *SHORT, "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert made["name"] == "my-dog"
+    assert Path(made["folder"], "adapter.json").is_file()
+    assert "adam (memory is not short" in err
+    code, out, _ = run("edit", "my-dog", "--eta", "0:1:0.5", "--seed", "0:2", "--steps", "2", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert [(p["eta"], p["seed"]) for p in answer["pictures"]] == [(e, s) for e in (0.0, 0.5, 1.0) for s in (0, 1)]
+    for one in answer["pictures"]:
+        assert read_photo(Path(one["file"])).image.size == (40, 32)
+        assert read_metadata(Path(one["file"]))["eta"] == one["eta"]
+    assert read_photo(Path(answer["sheet"])).image.width > 3 * 192
+
+
+def test_list_and_show_print_text_from_outside_as_it_is(run: Run, store: Path) -> None:
+    """A prompt with console markup is printed, not obeyed."""
+    assert "[b]" in run("list", "--store", store)[1]
+    assert "[b]" in run("show", "rex", "--store", store)[1]
+    listed = json.loads(run("list", "--store", store, "--json")[1])
+    assert [a["name"] for a in listed["adapters"]] == ["rex"]
+    shown = json.loads(run("show", "rex", "--store", store, "--json")[1])
+    assert shown["prompt"] == "a [b]dog"
+
+
+def test_a_broken_adapter_does_not_hide_the_others(run: Run, store: Path, tmp_path: Path) -> None:
+    """It is named and passed over."""
+    shutil.copytree(store, tmp_path / "store")
+    broken = tmp_path / "store" / "max" / "adapter.json"
+    broken.parent.mkdir()
+    broken.write_text("{")
+    code, out, err = run("list", "--store", tmp_path / "store", "--json")
+    assert code == 0
+    assert [a["name"] for a in json.loads(out)["adapters"]] == ["rex"]
+    assert "max" in err
+
+
+def test_doctor_names_every_library(run: Run) -> None:
+    """The libraries, the choices and their reasons."""
+    facts = json.loads(run("doctor", "--json")[1])
+    assert set(facts) == {"system", "choices", "libraries", "missing"}
+    assert "not installed" not in facts["libraries"].values()
+    assert run("doctor")[0] == 0
+
+
+def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
+    """Bad input of every kind, with a word that the message must hold."""
+    text, empty, unknown = tmp / "text.png", tmp / "empty.png", tmp / "unknown.yaml"
+    text.write_text("not an image")
+    empty.write_bytes(b"")
+    unknown.write_text("embed: {stepz: 3}")
+    other = save_tiny(tmp / "other", seed=1)
+    fit: list[object] = ["fit", photo, "a dog", "--store", store, "--name", "new", "--base", base, *SHORT]
+    full: list[object] = ["fit", photo, "a dog", "--base", base, "--device", "cpu", "--mode", "full"]
+    return {
+        "not an image": (["fit", text, "a dog", "--base", base], "not an image"),
+        "empty file": (["fit", empty, "a dog", "--base", base], "is empty"),
+        "missing file": (["fit", tmp / "none.png", "a dog", "--base", base], "cannot be read"),
+        "empty prompt": (["fit", photo, "  ", "--base", base], "empty prompt"),
+        "unknown base": (["fit", photo, "a dog", "--base", "nobody"], "critters"),
+        "not a base": (["fit", photo, "a dog", "--base", tmp], "model_index.json"),
+        "unknown config key": ([*fit, "--config", unknown], "stepz"),
+        "unknown preset": ([*fit, "--preset", "nope"], "12gb"),
+        "unknown preset for an edit": (["edit", "rex", "--store", store, "--preset", "nope"], "12gb"),
+        "eta out of range": (["edit", "rex", "--store", store, "--eta", "3"], "eta 3"),
+        "eta not a number": (["edit", "rex", "--store", store, "--eta", "much"], "--eta much"),
+        "seed not a number": (["edit", "rex", "--store", store, "--seed", "one"], "--seed one"),
+        "adapter of another base": (["edit", "rex", "--store", store, "--base", other], "was made for base"),
+        "no such adapter": (["edit", "max", "--store", store], "rex"),
+        "empty prompt for an edit": (["edit", "rex", "--store", store, "--prompt", " "], "empty prompt"),
+        "strength without a start": (["edit", "rex", "--store", store, "--strength", "0.5"], "--start image"),
+        "strength with inverted noise": (["edit", "rex", "--store", store, "--start", "inverted", "--strength", "0.5"], "--start image"),
+        "source eta without inverted noise": (
+            ["edit", "rex", "--store", store, "--start", "noise", "--source-eta", "0.3"],
+            "--start inverted",
+        ),
+        "seeds of inverted noise": (["edit", "rex", "--store", store, "--start", "inverted", "--seed", "0:2"], "--start noise"),
+        "no step to take": (["edit", "rex", "--store", store, "--start", "image", "--strength", "0.1", "--steps", "2"], "strength 0.1"),
+        "a path in a name": (["fit", photo, "a dog", "--base", base, "--name", "../x"], "no path"),
+        "a path in an edit": (["edit", "../rex", "--store", store], "no path"),
+        "existing name": (["fit", photo, "a dog", "--base", base, "--store", store, "--name", "rex"], "--overwrite"),
+        "unknown command": (["fix"], "fix"),
+        "unknown flag": (["edit", "rex", "--etta", "1"], "--etta"),
+        "value out of range": ([*fit, "--embed.steps", "0"], "embed"),
+        "wrong type": ([*fit, "--seed", "x"], "seed"),
+        "clash": ([*fit, "--mode", "full"], "--rank"),
+        "clash of levers": ([*full, "--quantize", "nf4"], "--quantize"),
+        "clash in a plan": (["plan", "--master-weights", "bf16-stochastic"], "--mode lora"),
+        "no architecture to plan": (["plan", "--base", "nobody"], "critters"),
+        "plain master weights": ([*fit, "--master-weights", "bf16"], "rounds to nothing"),
+        "stochastic without bf16": ([*full, "--master-weights", "bf16-stochastic"], "--dtype bf16"),
+        "offload without CUDA": ([*fit, "--idle", "offload", "--device", "cpu"], "--idle release"),
+        "offload without CUDA in an edit": (["edit", "rex", "--store", store, "--device", "cpu", "--idle", "offload"], "--idle release"),
+        "xformers without CUDA": ([*fit, "--attention", "xformers", "--device", "cpu"], "sdpa"),
+    }
+
+
+BAD = [
+    "not an image", "empty file", "missing file", "empty prompt", "unknown base", "not a base", "unknown config key", "unknown preset",
+    "eta out of range", "eta not a number", "seed not a number", "adapter of another base", "no such adapter",
+    "empty prompt for an edit", "no step to take", "strength without a start", "a path in a name",
+    "a path in an edit", "existing name", "unknown command", "unknown flag", "value out of range", "wrong type", "clash",
+    "xformers without CUDA", "unknown preset for an edit", "clash of levers", "clash in a plan", "no architecture to plan",
+    "plain master weights", "stochastic without bf16", "offload without CUDA", "offload without CUDA in an edit",
+    "strength with inverted noise", "source eta without inverted noise", "seeds of inverted noise",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_error(case: str, run: Run, base: Path, photo: Path, store: Path, tmp_path: Path) -> None:
+    """Exit code 2, what was got, what to do, no traceback; JSON where it was asked for."""
+    command, word = refused_commands(base, photo, store, tmp_path)[case]
+    code, _, err = run(*command)
+    assert code == 2
+    assert word in err
+    assert "Traceback" not in err
+    code, out, _ = run(*command, "--json")
+    assert code == 2
+    assert word in json.loads(out)["error"]["got"] + json.loads(out)["error"]["expected"] + json.loads(out)["error"]["remedy"]
+
+
+def test_an_error_is_shown_as_it_was_typed(run: Run, store: Path) -> None:
+    """No emoji for :end:, and no name of a validation library."""
+    assert "start:end:step" in run("edit", "rex", "--store", store, "--eta", "much")[2]
+    assert "pydantic" not in run("edit", "rex", "--store", store, "--steps", "0")[2]
+
+
+def test_a_long_prompt_is_a_warning_that_says_what_was_cut(run: Run, base: Path, photo: Path) -> None:
+    """The fit goes on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        code, _, err = run("fit", photo, "a dog in the garden squad", "--base", base, *SHORT)
+    assert code == 0
+    assert "Warning: the prompt is longer than the 14 tokens this base reads; lost: 'n squad'" in err
+
+
+def test_an_interrupt_before_anything_is_trained_exits_130(run: Run, base: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and nothing is left."""
+    monkeypatch.setattr(imagic, "embed_stage", lambda *_: signal.raise_signal(signal.SIGINT))
+    code, _, err = run("fit", photo, "a dog", "--base", base, *SHORT)
+    assert (code, err) == (130, "Interrupted: nothing was stored")
+    assert not list(Path("adapters").iterdir())
+
+
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sends signals in the middle of a step of a stage."""
+    plain = Stage.step
+
+    def at_step(name: str, k: int, *signals: signal.Signals) -> None:
+        def step(self: Stage, now: int) -> StepReport:
+            for one in signals if (self.name, now) == (name, k) else ():
+                signal.raise_signal(one)
+            return plain(self, now)
+
+        monkeypatch.setattr(Stage, "step", step)
+
+    return at_step
+
+
+@pytest.mark.parametrize(("stage", "k"), [("embed", 1), ("embed", 2), ("tune", 0), ("tune", 2)])
+@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT,) * 3], ids=["int", "term", "thrice"])
+def test_an_interrupted_fit_goes_on_by_the_command_it_prints(
+    stage: str, k: int, signals: tuple[signal.Signals, ...], run: Run, base: Path, photo: Path, signalled: Callable[..., None]
+) -> None:
+    """The step is finished, it is saved, 130; the printed command, typed as it is, comes to the bytes of a run that was let be."""
+    command = ["fit", photo, "a 'big' dog", "--base", base, "--embed.steps", 3, "--tune.steps", 3, "--edit.steps", 2, "--rank", 2, "--name"]
+    assert run(*command, "whole")[0] == 0
+    signalled(stage, k, *signals)
+    handler = signal.getsignal(signal.SIGINT)
+    code, out, err = run(*command, "rex", "--json")
+    assert code == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert f"{k + 1} of 3 steps of stage {stage} are saved" in err
+    printed = json.loads(out)["resume"]
+    assert f"Go on with: {printed}" in err
+    assert "Unfinished: rex" in run("list")[2]
+    assert json.loads(run("list", "--json")[1])["unfinished"] == ["rex"]
+    signalled("none", 0)
+    assert run(*command, "rex")[0] == 2
+    assert run(*shlex.split(printed)[1:])[0] == 0
+    files = Store(Path("adapters")).read("rex").record.files
+    assert files == Store(Path("adapters")).read("whole").record.files
+    assert json.loads(run("list", "--json")[1])["unfinished"] == []
+
+
+def test_an_interrupt_while_loading_leaves_what_was_saved(
+    run: Run, base: Path, photo: Path, signalled: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once; the command to go on with is printed again, with one --resume."""
+    signalled("tune", 0, signal.SIGINT)
+    assert run("fit", photo, "a dog", "--base", base, *SHORT, "--name", "rex")[0] == 130
+    monkeypatch.setattr(imagic, "open_for", lambda *_: signal.raise_signal(signal.SIGINT))
+    code, _, err = run("fit", photo, "a dog", "--base", base, *SHORT, "--name", "rex", "--resume")
+    assert code == 130
+    assert "what was saved before is as it was" in err
+    assert err.count("--resume") == 1
+
+
+def test_verify_finds_a_changed_byte_and_names_the_file(run: Run, store: Path, tmp_path: Path) -> None:
+    """Of one adapter, or of all; exit code 2."""
+    shutil.copytree(store / "rex", tmp_path / "mine/rex")
+    shutil.copytree(store / "rex", tmp_path / "mine/max")
+    assert json.loads(run("verify", "--store", "mine", "--json")[1]) == {"unchanged": ["max", "rex"]}
+    path = tmp_path / "mine/max/preview.png"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, _, err = run("verify", "--store", "mine")
+    assert code == 2
+    assert "Unchanged: rex" in err
+    assert "max/preview.png is missing or has changed" in err
+    assert run("verify", "rex", "--store", "mine")[0] == 0
+    assert run("verify", "nobody", "--store", "mine")[0] == 2
+
+
+def test_rm_removes_an_adapter_and_an_unfinished_fit(
+    run: Run, base: Path, photo: Path, store: Path, signalled: Callable[..., None]
+) -> None:
+    """Each by its name; what is not there is refused."""
+    shutil.copytree(store / "rex", "adapters/rex")
+    signalled("tune", 0, signal.SIGINT)
+    assert run("fit", photo, "a dog", "--base", base, *SHORT, "--name", "max")[0] == 130
+    assert run("rm", "rex")[0] == run("rm", "max")[0] == 0
+    assert not list(Path("adapters").iterdir())
+    assert run("rm", "rex")[0] == 2
+
+
+def test_a_full_disk_is_an_error_with_a_remedy(run: Run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pictures too; another OSError keeps its traceback."""
+
+    def full(code: int) -> Callable[..., None]:
+        def write(*_: object) -> None:
+            raise OSError(code, os.strerror(code), "eta.png")
+
+        return write
+
+    monkeypatch.setattr(images, "write_png", full(errno.ENOSPC))
+    code, _, err = run("edit", "rex", "--store", store, "--steps", 2)
+    assert code == 2
+    assert "the disk is full (eta.png)" in err
+    monkeypatch.setattr(images, "write_png", full(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        run("edit", "rex", "--store", store, "--steps", 2)
+
+
+def test_out_of_memory_is_an_error_with_a_remedy(run: Run, base: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 2 and no traceback; another RuntimeError keeps its own."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(imagic, "tune_stage", full)
+    code, _, err = run("fit", photo, "a dog", "--base", base, *SHORT)
+    assert code == 2
+    assert "--preset 8gb" in err
+    monkeypatch.setattr(imagic, "tune_stage", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("fit", photo, "a dog", "--base", base, *SHORT, "--overwrite")
+
+
+def leaves(group: type[BaseModel] = RunConfig, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every setting, as the path of its names."""
+    found: list[tuple[str, ...]] = []
+    for name, field in group.model_fields.items():
+        kind = field.annotation
+        inner = isinstance(kind, type) and issubclass(kind, Config)
+        found += leaves(kind, (*path, name)) if inner else [(*path, name)]  # pyright: ignore[reportArgumentType]
+    return found
+
+
+def at(config: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        config = getattr(config, name)
+    return config
+
+
+def other_value(path: tuple[str, ...]) -> Any:
+    """A valid value of a setting that is not its default."""
+    special = {
+        "base": "sd21",
+        "revision": "main",
+        "resolution": 48,
+        "alpha": 3.5,
+        ("checkpoint", "steps"): 9,
+        "device": "cpu",
+        "strength": 0.25,
+    }
+    for known in (path, path[-1]):
+        if known in special:
+            return special[known]
+    default, choices = at(RunConfig(), path), get_args(_annotation(path))
+    if choices and isinstance(default, str):
+        return next(c for c in choices if c != default)
+    return {int: 7, float: 0.125, bool: True}[type(default)]
+
+
+def _annotation(path: tuple[str, ...]) -> Any:
+    group: Any = RunConfig
+    for name in path[:-1]:
+        group = group.model_fields[name].annotation
+    return group.model_fields[path[-1]].annotation
+
+
+FLAT = {"mode", "rank", "alpha", "targets", *MemoryConfig.model_fields}
+COMPANIONS = {
+    "master_weights": ("--mode", "full"),
+    "autocast_cache": ("--mode", "full"),
+    "strength": ("--edit.start", "image"),
+    "source_eta": ("--edit.start", "inverted"),
+}
+"""Without these the other value of a setting is a clash."""
+LEVELS = ("built-in", "recipe", "preset", "file", "flag")
+CHOOSING = (("preset",), ("tune", "mode"))
+"""What chooses a preset, or the half of a recipe or preset, cannot come from one."""
+CASES = [(path, level) for path in leaves() for level in LEVELS if path not in CHOOSING or level not in ("recipe", "preset")]
+
+
+def token(path: tuple[str, ...]) -> str:
+    """The flag of a setting, without its dashes."""
+    return (path[-1] if path[-1] in FLAT else ".".join(path)).replace("_", "-")
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """The settings that fit() is given, in place of fitting; on a machine without a card."""
+    found: list[RunConfig] = []
+    monkeypatch.setattr(fitting, "_fit", lambda _i, _p, config, *_: found.append(config))
+    monkeypatch.setattr(fits, "on_this_machine", lambda *_: (None, 0))
+    return found
+
+
+@pytest.mark.parametrize(("path", "level"), CASES, ids=lambda value: value if isinstance(value, str) else ".".join(value))
+def test_every_setting_reaches_the_fit_from_every_level(
+    path: tuple[str, ...], level: str, run: Run, photo: Path, given: list[RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Set on the real command line, in a real file, in a preset, in a recipe or as the default, it is what fit() is given."""
+    value = other_value(path)
+    nested: Any = value
+    for name in reversed(path):
+        nested = {name: nested}
+    monkeypatch.setitem(RECIPES, "sd", {mode: nested if level == "recipe" else {} for mode in MODES})
+    monkeypatch.setitem(PRESETS, "8gb", {mode: nested if level == "preset" else {} for mode in MODES})
+    tokens: list[object] = ["fit", photo, "a dog", *COMPANIONS.get(path[-1], ())]
+    if path != ("preset",):
+        tokens += ["--preset", "8gb"]
+    if level == "file":
+        Path("settings.yaml").write_text(json.dumps(nested))
+        tokens += ["--config", "settings.yaml"]
+    if level == "flag":
+        tokens += [f"--{token(path)}"] if value is True else [f"--{token(path)}", value]
+    if level == "built-in":
+        value = "cpu" if path == ("preset",) else at(RunConfig(), path)  # what auto comes to without a card
+    code, _, err = run(*tokens)
+    assert code == 0, err
+    assert at(given[0], path) == value
+
+
+@pytest.mark.parametrize("path", [path for path in leaves() if at(RunConfig(), path) is False], ids=".".join)
+def test_every_switch_can_be_turned_off_again(path: tuple[str, ...], run: Run, photo: Path, given: list[RunConfig]) -> None:
+    """A flag takes back what a file turned on."""
+    Path("settings.yaml").write_text(json.dumps({path[0]: {path[1]: True}}))
+    tokens = ["fit", photo, "a dog", "--config", "settings.yaml", *COMPANIONS.get(path[-1], ())]
+    assert run(*tokens)[0] == run(*tokens, f"--no-{token(path)}")[0] == 0
+    assert [at(config, path) for config in given] == [True, False]
+
+
+class Watched:
+    """A configuration that notes which of its settings are read."""
+
+    def __init__(self, config: Any, seen: set[tuple[str, ...]], path: tuple[str, ...] = ()) -> None:
+        self._config, self._seen, self._path = config, seen, path
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._config, name)
+        if isinstance(value, Config):
+            return Watched(value, self._seen, (*self._path, name))
+        self._seen.add((*self._path, name))
+        return value
+
+
+def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting is accepted and ignored: over both modes fit reads each of them, but for the preset, which resolve() has read by then.
+
+    What only plans, refuses or describes a run does not count here, and of the memory levers what the base's runtime was not asked for.
+    """
+    by_fit: set[tuple[str, ...]] = set()
+    by_runtime: set[tuple[str, ...]] = set()
+    resolved = runtime.resolve_runtime
+    monkeypatch.setattr(imagic, "resolve_runtime", lambda memory: resolved(Watched(memory._config, by_runtime, ("memory",))))
+    for module, name in ((imagic, "refuse_if_too_large"), (imagic, "refuse_full_disk"), (runtime, "_refuse_missing")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr(runtime, "levers", lambda memory: [])
+    monkeypatch.setattr(imagic.Store, "write", lambda *_: "stored")
+    monkeypatch.setattr(imagic.Run, "record", lambda self, name: None)
+    monkeypatch.setattr(imagic.Run, "inputs", lambda *_: {})
+    for mode in MODES:
+        tune = {"steps": 1, "mode": mode}
+        config = checked({"base": str(base), "embed": {"steps": 2}, "tune": tune, "edit": {"steps": 2, "start": "image"}})
+        steps = imagic.fit(photo, "a dog", Watched(config, by_fit), Store(tmp_path), "x")  # pyright: ignore[reportArgumentType]
+        assert imagic.result(steps) == "stored"
+    assert set(leaves()) - {path for path in by_fit if path[0] != "memory"} - by_runtime == {("preset",)}
+
+
+STARTS = ({"start": "image", "strength": 0.9}, {"start": "inverted", "source_eta": 0.3})
+
+
+@pytest.mark.parametrize("start", STARTS, ids=lambda way: way["start"])
+def test_edit_flags_override_what_the_adapter_stored(start: dict[str, Any], run: Run, store: Path) -> None:
+    """Each setting of stage 3, from its flag to the metadata of the picture it made."""
+    values = {"guidance_scale": 2.0, "steps": 3, "ddim_eta": 0.5, "batch_size": 2, **start}
+    assert set(values).union(*STARTS) == set(EditConfig.model_fields)
+    flags = [token for name, value in values.items() for token in (f"--{name.replace('_', '-')}", value)]
+    code, out, _ = run("edit", "rex", "--store", store, *flags, "--json")
+    assert code == 0
+    assert read_metadata(Path(json.loads(out)["pictures"][0]["file"]))["edit"] == {"strength": 0.8, "source_eta": 0.0} | values
+
+
+@pytest.mark.parametrize(("flags", "taken"), [((), 4), (("--preset", "8gb"), 1), (("--preset", "8gb", "--batch-size", "3"), 3)])
+def test_the_batch_of_an_edit_is_that_of_the_machine(flags: tuple[str, ...], taken: int, run: Run, store: Path) -> None:
+    """A preset takes the place of what the adapter stored, and a flag that of the preset."""
+    code, out, _ = run("edit", "rex", "--store", store, "--device", "cpu", *flags, "--json")
+    assert code == 0
+    assert read_metadata(Path(json.loads(out)["pictures"][0]["file"]))["edit"]["batch_size"] == taken
+
+
+DEVICE = {"device": "cpu", "dtype": "bf16", "attention": "xformers", "idle": "release", "vae_tiling": True, "vae_slicing": True}
+
+
+@pytest.mark.parametrize("level", ["built-in", "preset", "flag"])
+@pytest.mark.parametrize("name", DeviceConfig.model_fields)
+def test_every_device_setting_of_an_edit_reaches_its_runtime(
+    name: str, level: str, run: Run, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a preset, from its flag over that of a preset, or as the default."""
+    asked: list[MemoryConfig] = []
+
+    def stopped(memory: MemoryConfig) -> None:
+        asked.append(memory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime, "resolve_runtime", stopped)
+    default, value = getattr(MemoryConfig(), name), DEVICE[name]
+    in_preset = {"built-in": {}, "preset": {name: value}, "flag": {name: default}}[level]
+    monkeypatch.setitem(PRESETS, "8gb", {mode: {"memory": in_preset} for mode in MODES})
+    flag = [f"--{token((name,))}"] if value is True else [f"--{token((name,))}", value]
+    assert run("edit", "rex", "--store", store, "--preset", "8gb", *(flag if level == "flag" else []))[0] == 130
+    assert getattr(asked[0], name) == (default if level == "built-in" else value)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "fit", "edit", "list", "show", "verify", "rm", "compress", "export", "plan", "bases", "bench critters", "demo", "doctor"],
+)
+def test_help_explains_every_command(command: str, run: Run) -> None:
+    """Help exits with 0 and names what it is about."""
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0
+    assert "Usage" in out
+    assert "None" not in out
+
+
+def test_the_bases_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those that come along and the user's own, with the file that these are in."""
+    path = tmp_path / "bases.yaml"
+    path.write_text("mine: {source: owner/name, revision: abc, few_steps: 4}")
+    monkeypatch.setenv("IMAGIC_LORA_BASES", str(path))
+    code, out, _ = run("bases", "--json")
+    found = json.loads(out)
+    assert (code, found["file"]) == (0, str(path))
+    assert list(found["bases"]) == ["critters", "sd15", "sd21", "sdxl", "sdxl-turbo", "mine"]
+    assert found["bases"]["mine"]["source"] == "owner/name"
+    code, out, err = run("bases")
+    assert code == 0
+    assert "mine (yours)" in " ".join(out.split())
+    assert "sdxl-turbo" in out
+    assert str(path) in err
+    path.write_text("mine: [")
+    assert run("bases")[0] == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fit_says_how_large_its_adapter_will_be(run: Run, photo: Path, mode: Mode) -> None:
+    """Within a tenth of what it comes to, before the first step is shown."""
+    steps = ("--embed.steps", 1, "--tune.steps", 1, "--edit.steps", 1)
+    code, out, err = run("fit", photo, "a cat", "--base", "critters", "--mode", mode, "--preset", "cpu", *steps, "--name", "cat", "--json")
+    assert code == 0, err
+    said = re.search(r"adapter about ([0-9.]+) MB", err)
+    assert said is not None
+    assert float(said[1]) * 1e6 == pytest.approx(json.loads(out)["bytes"], rel=0.1)
+
+
+@pytest.mark.filterwarnings("always::imagic_lora.errors.ImagicWarning")
+def test_another_base_of_the_same_shapes_can_be_forced(run: Run, store: Path, base: Path, tmp_path: Path) -> None:
+    """It is said, and the pictures say so; the right base needs no force and is not called forced; other shapes stay refused."""
+    other, wider = save_tiny(tmp_path / "other", seed=1), save_tiny(tmp_path / "wider", width=32)
+    edit = ("edit", "rex", "--store", store, "--steps", 2, "--eta", "0.5", "--json")
+    code, out, err = run(*edit, "--base", other, "--force")
+    assert code == 0
+    assert f"made for base {base}" in err
+    forced = read_metadata(Path(json.loads(out)["pictures"][0]["file"]))
+    assert (forced["base"], forced["forced"]) == (str(other), str(base))
+    code, out, err = run(*edit, "--force")
+    plain = read_metadata(Path(json.loads(out)["pictures"][0]["file"]))
+    assert (code, plain["base"], "forced" in plain, "made for base" in err) == (0, str(base), False, False)
+    code, _, err = run(*edit, "--base", wider, "--force")
+    assert (code, "embeddings of other shapes" in err, "--force" in err) == (2, True, False)
+    assert run(*edit, "--base", other)[0] == 2
+
+
+@pytest.mark.parametrize(("rank", "code"), [("1.5", 2), ("0", 2), ("x", 2)])
+def test_a_rank_is_a_whole_number(run: Run, store: Path, rank: str, code: int) -> None:
+    """Not rounded to one."""
+    assert run("compress", "rex", "--store", store, "--rank", rank)[0] == code
+    assert cli.app.parse_args(["compress", "rex", "--rank", "3"], print_error=False, exit_on_error=False)[1].arguments["rank"] == 3
+    with pytest.raises(CycloptsError):
+        cli.app.parse_args(["compress", "rex", "--rank", "1.5"], print_error=False, exit_on_error=False)
+
+
+def test_a_plan_says_whether_it_fits_the_card_of_its_preset(run: Run) -> None:
+    """SDXL in full on 8 GB does not."""
+    for preset, enough in (("8gb", False), ("24gb", True)):
+        asked = ("plan", "--base", "sdxl", "--mode", "full" if preset == "8gb" else "lora", "--preset", preset)
+        assert json.loads(run(*asked, "--json")[1])["fits"] == enough
+        assert ("more than the card" in run(*asked)[2]) != enough
+
+
+def test_what_to_look_at_first_is_around_the_eta_of_the_fit() -> None:
+    """In steps that --eta takes."""
+    assert [around(eta) for eta in (0.7, 1.0, 0.2, 2.0)] == ["0.3:1.1:0.1", "0.6:1.4:0.1", "0:0.6:0.1", "1.6:2:0.1"]
+
+
+def test_an_empty_store_is_not_called_verified(run: Run, tmp_path: Path) -> None:
+    """A mistyped folder, for one."""
+    code, _, err = run("verify", "--store", tmp_path / "nostore")
+    assert (code, "No adapters in" in err) == (0, True)

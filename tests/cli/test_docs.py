@@ -1,0 +1,37 @@
+"""The README and the configs say what is true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from imagic_lora.core.config import read_yaml, recipe_of, resolve
+
+ROOT = Path(__file__).parents[2]
+SOURCES = [path for folder in ("imagic_lora", "scripts") for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_the_map_names_every_file(path: Path) -> None:
+    """One line each."""
+    lines = (ROOT / "README.md").read_text().split("## Map")[1].splitlines()
+    assert sum(line.split()[:1] == [path.name] for line in lines) == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_config_is_valid_and_headed_by_its_command(path: Path) -> None:
+    """Every setting is known, the file names the command that uses it, and its own name is its base, its preset and its mode."""
+    settings = read_yaml(path)
+    config = resolve({}, settings, recipe_of(settings["base"]))
+    assert config.base in ("sd15", "sd21", "sdxl", "critters")
+    assert f"--config configs/{path.name}" in path.read_text()
+    if not path.stem.startswith("reference-"):
+        base, *preset, mode = path.stem.split("-")
+        assert (base, preset or ["auto"], mode) == (config.base, [config.preset], config.tune.mode)
+
+
+@pytest.mark.parametrize("name", ["docs/demo.png", "docs/critters-samples.png", "docs/critterbench.png", "docs/critters.md", "docs/log.md"])
+def test_what_the_documents_show_is_there(name: str) -> None:
+    """Pictures and pages that the documents link."""
+    assert (ROOT / name).stat().st_size > 0

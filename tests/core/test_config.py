@@ -1,0 +1,315 @@
+"""One schema, five levels: every setting arrives, and what is wrong is refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from imagic_lora.core.config import PRESETS, RECIPES, Preset, RunConfig, merged, read_yaml, recipe_of, resolve
+from imagic_lora.core.errors import ImagicError
+
+Leaf = tuple[str, ...]
+LEVELS = ("recipe", "preset", "file", "flags")
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def leaves(group: type[BaseModel] = RunConfig, above: Leaf = ()) -> Iterator[tuple[Leaf, Any, Any]]:
+    """The path, annotation and default of every setting."""
+    for name, info in group.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from leaves(info.annotation, (*above, name))
+        else:
+            yield (*above, name), info.annotation, info.default
+
+
+def another(annotation: Any, default: Any) -> Any:
+    """A valid value that is not the default."""
+    if get_origin(annotation) is Literal:
+        return next(value for value in get_args(annotation) if value != default)
+    kind = next((arm for arm in get_args(annotation) if arm is not type(None)), annotation)
+    return {int: 64, float: 0.375, str: "other", bool: not default}[kind]
+
+
+SETTINGS = {path: (default, another(annotation, default)) for path, annotation, default in leaves()}
+COMPANIONS: dict[Leaf, dict[str, Any]] = {
+    ("memory", "master_weights"): {"tune": {"mode": "full"}},
+    ("memory", "autocast_cache"): {"tune": {"mode": "full"}},
+    ("edit", "strength"): {"edit": {"start": "image"}},
+    ("edit", "source_eta"): {"edit": {"start": "inverted"}},
+}
+"""What has to be given along with a setting for it to be valid."""
+each_setting = pytest.mark.parametrize("path", SETTINGS, ids=".".join)
+
+
+def reach(path: Leaf) -> tuple[str, ...]:
+    """The levels that can set something: a preset is named by file or flags alone."""
+    return LEVELS[2:] if path == ("preset",) else LEVELS
+
+
+def nested(path: Leaf, value: Any) -> dict[str, Any]:
+    """A mapping of mappings that holds one value."""
+    return {path[0]: nested(path[1:], value) if path[1:] else value}
+
+
+def named(value: Any) -> str:
+    """For the names of cases."""
+    return ".".join(value) if isinstance(value, tuple) else str(value)
+
+
+def at(config: Any, path: Leaf) -> Any:
+    """The value of a setting."""
+    return at(getattr(config, path[0]), path[1:]) if path else config
+
+
+Resolved = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def resolved(monkeypatch: pytest.MonkeyPatch) -> Resolved:
+    """Resolves a run whose recipe and preset are the same in both modes; its preset is 16gb where the preset level is given."""
+
+    def run(recipe: Any = (), preset: Any = None, file: Any = (), flags: Any = ()) -> RunConfig:
+        for name in PRESETS:
+            monkeypatch.setitem(PRESETS, name, {"lora": dict(preset or {}), "full": dict(preset or {})})
+        return resolve(dict(flags), dict(file), {"lora": dict(recipe), "full": dict(recipe)}, "16gb" if preset else None)
+
+    return run
+
+
+@each_setting
+def test_nothing_given_is_the_default(path: Leaf, resolved: Resolved) -> None:
+    """The built-in level is the model's own default, whose value is valid when given, too."""
+    default, _ = SETTINGS[path]
+    given = merged(nested(path, default), COMPANIONS.get(path, {}))
+    assert at(resolved(), path) == default == at(resolved(flags=given), path)
+
+
+@pytest.mark.parametrize(("path", "level"), [(path, level) for path in SETTINGS for level in reach(path)], ids=named)
+def test_a_level_alone_beats_the_default_and_touches_nothing_else(path: Leaf, level: str, resolved: Resolved) -> None:
+    """A setting given once arrives from wherever it was given."""
+    given, companion = nested(path, SETTINGS[path][1]), COMPANIONS.get(path, {})
+    config = resolved(**({"flags": companion} | {level: merged(given, companion)}))
+    assert at(config, path) == SETTINGS[path][1]
+    chosen = {"preset": "16gb"} if level == "preset" else {}
+    assert config.model_dump() == merged(RunConfig().model_dump(), given, companion, chosen)
+
+
+@pytest.mark.parametrize(
+    ("path", "lower", "higher"), [(path, *pair) for path in SETTINGS for pair in combinations(reach(path), 2)], ids=named
+)
+@pytest.mark.parametrize("explicit", [0, 1], ids=["default", "other"])
+def test_a_higher_level_beats_a_lower_one(path: Leaf, explicit: int, higher: str, lower: str, resolved: Resolved) -> None:
+    """What is given higher up wins, be it the default given explicitly."""
+    values, companion = SETTINGS[path], COMPANIONS.get(path, {})
+    given = {higher: nested(path, values[explicit]), lower: nested(path, values[1 - explicit])}
+    assert at(resolved(**(given | {"flags": merged(given.get("flags", {}), companion)})), path) == values[explicit]
+
+
+@pytest.mark.parametrize("level", ["file", "flags"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("halved", ["recipe", "preset"])
+def test_the_mode_chooses_its_half(halved: str, level: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File and flags can both ask for a mode, and get what recipe and preset have for it."""
+    given: dict[str, Any] = {"file": {}, "flags": {}, "recipe": {}} | {level: {"tune": {"mode": mode}}}
+    halves: Any = {"lora": {"tune": {"steps": 11}}, "full": {"tune": {"steps": 22}}}
+    if halved == "recipe":
+        given["recipe"] = halves
+    else:
+        monkeypatch.setitem(PRESETS, "12gb", halves)
+    assert resolve(**given, preset="12gb").tune.steps == {"lora": 11, "full": 22}[mode]
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid_and_arrives_whole(name: str, mode: Any) -> None:
+    """A recipe laid over the defaults is the run, in both modes."""
+    flags = {"tune": {"mode": mode}}
+    assert resolve(flags, {}, RECIPES[name]).model_dump() == merged(RunConfig().model_dump(), RECIPES[name][mode], flags)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("name", get_args(Preset))
+@pytest.mark.parametrize("level", ["file", "flags", "auto"])
+def test_every_preset_is_valid_and_arrives_whole(level: str, name: Any, mode: Any) -> None:
+    """Laid over the recipe it is the run, in both modes, whether asked for or taken for auto."""
+    levels = {"file": {}, "flags": {"tune": {"mode": mode}}}
+    given = levels | ({level: merged(levels[level], {"preset": name})} if level in levels else {})
+    found = resolve(**given, recipe=RECIPES["sd"], preset=name if level == "auto" else None)
+    expected = merged(RunConfig().model_dump(), RECIPES["sd"][mode], PRESETS[name][mode], levels["flags"], {"preset": name})
+    assert found.model_dump() == expected
+
+
+def test_the_preset_of_the_flags_takes_the_place_of_that_of_the_file() -> None:
+    """Nothing is left of the levers that the file asked for by name, while those it spelled out stay."""
+    file = {"preset": "8gb", "memory": {"vae_slicing": True}}
+    expected = merged(RunConfig().model_dump(), PRESETS["cpu"]["lora"], file, {"preset": "cpu"})
+    assert resolve({"preset": "cpu"}, file, {}).model_dump() == expected
+    assert resolve({"preset": "auto"}, file, {}).model_dump() == merged(RunConfig().model_dump(), file, {"preset": "auto"})
+
+
+@pytest.mark.parametrize(("base", "kind"), [("critters", "critters"), ("sd15", "sd"), ("sd21", "sd"), ("./critters", "sd")])
+def test_a_base_has_its_own_recipe_or_that_of_stable_diffusion(base: str, kind: str) -> None:
+    """By its name alone."""
+    assert recipe_of(base) is RECIPES[kind]
+
+
+@pytest.mark.parametrize("path", [("rnak",), ("embed", "rank"), ("tune", "rnak"), ("edit", "eta"), ("memory", "rank")], ids=".".join)
+@pytest.mark.parametrize("level", ["file", "flags"])
+def test_an_unknown_name_is_refused_with_the_known_ones(path: Leaf, level: str) -> None:
+    """The error names the setting that was got and every one that its group knows."""
+    given = {"file": {}, "flags": {}} | {level: nested(path, 1)}
+    with pytest.raises(ImagicError) as caught:
+        resolve(**given, recipe={})
+    assert ".".join(path) in caught.value.got
+    group = at(RunConfig(), path[:-1])
+    assert caught.value.expected == "one of " + ", ".join(type(group).model_fields)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("base",), ""),
+        (("seed",), -1),
+        (("seed",), 2**63),
+        (("resolution",), 7),
+        (("eta",), 2.5),
+        (("eta",), math.nan),
+        (("embed", "steps"), 0),
+        (("embed", "steps"), 1.5),
+        (("embed", "learning_rate"), 0),
+        (("embed", "timesteps"), "random"),
+        (("tune", "mode"), "dora"),
+        (("tune", "mode"), ["lora"]),
+        (("tune", "rank"), 0),
+        (("tune", "rank"), "many"),
+        (("tune", "alpha"), 0),
+        (("tune", "alpha"), math.inf),
+        (("edit", "strength"), 0),
+        (("edit", "strength"), 1.01),
+        (("edit", "batch_size"), 257),
+        (("preset",), "4gb"),
+        (("memory", "device"), "mps"),
+        (("memory", "idle"), "drop"),
+        (("memory", "vae_tiling"), "sometimes"),
+        (("memory", "gradient_checkpointing"), "auto"),
+        (("memory", "optimizer"), "sgd"),
+        (("memory", "quantize"), "int8"),
+        (("memory", "master_weights"), "fp8"),
+        (("embed",), 5),
+        (("tune",), None),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(path: Leaf, value: Any) -> None:
+    """The error says which setting and what it was given."""
+    with pytest.raises(ImagicError) as caught:
+        resolve({}, nested(path, value), RECIPES["critters"])
+    assert caught.value.got == f"{'.'.join(path)} = {value!r}"
+
+
+@pytest.mark.parametrize(("name", "value"), [("rank", 8), ("alpha", 4.0), ("targets", "attention")])
+@pytest.mark.parametrize("level", ["file", "flags"])
+def test_a_lora_setting_clashes_with_mode_full(name: str, value: Any, level: str) -> None:
+    """Both flags are named, wherever the LoRA setting came from."""
+    given = {"file": {}, "flags": {}} | {level: {"tune": {name: value}}}
+    with pytest.raises(ImagicError, match=rf"--{name} \(from the .*\) together with --mode full"):
+        resolve(merged(given["flags"], {"tune": {"mode": "full"}}), given["file"], RECIPES["sd"])
+
+
+FULL, STOCHASTIC = {"tune": {"mode": "full"}}, {"memory": {"master_weights": "bf16-stochastic"}}
+CLASHES = {
+    "--quantize and --mode full": ({"memory": {"quantize": "nf4"}}, FULL),
+    "--master-weights and --mode lora": (STOCHASTIC, {}),
+    "--autocast-cache and --mode lora": ({"memory": {"autocast_cache": True}}, {}),
+    "--autocast-cache and --master-weights bf16-stochastic": ({"memory": {"autocast_cache": True}}, merged(FULL, STOCHASTIC)),
+    "--master-weights and --dtype fp16": (STOCHASTIC, merged(FULL, {"memory": {"dtype": "fp16"}})),
+    "--master-weights and --dtype fp32": (STOCHASTIC, merged(FULL, {"memory": {"dtype": "fp32"}})),
+    "--strength and --start noise": ({"edit": {"strength": 0.8}}, {}),
+    "--strength and --start inverted": ({"edit": {"strength": 0.5}}, {"edit": {"start": "inverted"}}),
+    "--source-eta and --start image": ({"edit": {"source_eta": 0.3}}, {"edit": {"start": "image"}}),
+}
+
+
+@pytest.mark.parametrize("clash", CLASHES)
+@pytest.mark.parametrize("other_level", ["file", "flags"])
+@pytest.mark.parametrize("level", ["file", "flags"])
+def test_levers_that_rule_each_other_out_are_refused(clash: str, level: str, other_level: str) -> None:
+    """Both flags are named in what was got and in what to do, wherever each of them came from; alone the others are fine."""
+    (setting, others), (flag, other) = CLASHES[clash], clash.split(" and ")
+    given = {"file": {}, "flags": {}} | {other_level: others}
+    assert resolve(**given, recipe={}).model_dump() == merged(RunConfig().model_dump(), others)
+    given[level] = merged(given[level], setting)
+    with pytest.raises(ImagicError) as caught:
+        resolve(**given, recipe={})
+    assert caught.value.got == f"{flag} (from the {level}) together with {other}"
+    assert caught.value.remedy == f"change {other} or leave out {flag}"
+
+
+@pytest.mark.parametrize("settings", [{"memory": {"quantize": "nf4"}}, merged(FULL, STOCHASTIC, {"memory": {"dtype": "bf16"}}),
+                                      merged(FULL, {"memory": {"autocast_cache": True, "dtype": "bf16"}})])  # fmt: skip
+@pytest.mark.parametrize("preset", PRESETS)
+def test_levers_that_agree_are_taken_over_any_preset(settings: dict[str, Any], preset: Any) -> None:
+    """Each arrives, and none is taken for a clash."""
+    found = resolve(settings, {}, RECIPES["sd"], preset).model_dump()
+    assert merged(found, settings) == found
+
+
+@pytest.mark.parametrize("value", ["bf16", "fp16"])
+@pytest.mark.parametrize("level", ["file", "flags"])
+def test_master_weights_in_plain_half_precision_are_refused_with_the_reason(level: str, value: str) -> None:
+    """The error says what is right, and why this is not."""
+    given = {"file": {}, "flags": {}} | {level: merged(FULL, {"memory": {"master_weights": value}})}
+    with pytest.raises(ImagicError) as caught:
+        resolve(**given, recipe={})
+    assert caught.value.got == f"memory.master_weights = '{value}'"
+    assert caught.value.expected.startswith("fp32 or bf16-stochastic: ")
+    assert f"a step rounds to nothing in plain {value}" in caught.value.expected
+
+
+@pytest.mark.parametrize("group", ["embed", "tune", "edit", "memory", None])
+def test_settings_are_frozen(group: str | None) -> None:
+    """No setting changes after it was resolved."""
+    config = getattr(RunConfig(), group) if group else RunConfig()
+    name = next(iter(type(config).model_fields))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(config, name, getattr(config, name))
+
+
+def test_merging_lays_groups_over_each_other_and_leaves_them_alone() -> None:
+    """Later layers win leaf by leaf, and no layer is changed."""
+    below, above = {"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 4}, "c": {"z": 5}}
+    assert merged(below, above) == {"a": {"x": 1, "y": 4}, "b": 3, "c": {"z": 5}}
+    assert (below, above) == ({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 4}, "c": {"z": 5}})
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"a: [1", b"- 1\n- 2", b"text", b"\xff\xfe\xfa"], ids=["missing", "broken", "list", "text", "bytes"]
+)
+def test_a_file_that_holds_no_settings_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    """The error names the file."""
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ImagicError, match=r"run\.yaml"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", {}), ("# nothing\n", {}), ("tune:\n  steps: 5\n", {"tune": {"steps": 5}})])
+def test_a_file_is_read_as_a_mapping(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    """An empty file gives no settings, another gives its own."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert read_yaml(path) == expected
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_shipped_config_resolves(path: Path, recipe: str) -> None:
+    """Each of its values arrives, over either recipe."""
+    found = resolve({}, read_yaml(path), RECIPES[recipe]).model_dump()
+    assert merged(found, read_yaml(path)) == found

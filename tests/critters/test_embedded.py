@@ -1,0 +1,160 @@
+"""The weights that ship: small, safe, loadable by plain diffusers, and as good as docs/critters.md says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from critters_report import gains
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+
+from imagic_lora.adapters.store import Store
+from imagic_lora.bases.loading.known import CRITTERS
+from imagic_lora.bases.loading.registry import open_base
+from imagic_lora.bench.metrics import CritterAlignment, pixels, psnr
+from imagic_lora.cli import app as cli
+from imagic_lora.core.conditioning import concatenate, interpolate
+from imagic_lora.core.config import EditConfig, MemoryConfig
+from imagic_lora.core.runtime import resolve_runtime
+from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
+from imagic_lora.critters.judge import Judge
+from imagic_lora.critters.scene import IDENTITY, displaced
+from imagic_lora.photos.canvas import to_canvas, to_image
+from imagic_lora.sampling.generate import generate
+from imagic_lora.training.objective import denoising_loss
+
+HELD_OUT = [scene_at("heldout", 20_000 + k) for k in range(64)]
+EXAMPLES = Path(__file__).parents[2] / "adapters"
+
+
+def test_they_are_small_and_never_pickles() -> None:
+    """32 MB together at the most; safetensors, JSON and text only."""
+    files = [path for path in CRITTERS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 32e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt"}
+
+
+def test_the_vae_keeps_held_out_pictures() -> None:
+    """At least 26 dB PSNR, mean over 64 pictures."""
+    vae = AutoencoderKL.from_pretrained(CRITTERS / "vae").eval()
+    pictures = pixels([render(scene) for scene in HELD_OUT])
+    with torch.no_grad():
+        back = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
+    error = (back - pictures).square().flatten(1).mean(1)
+    assert (10 * torch.log10(4 / error)).mean() >= 26
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_the_judge_is_right_on_held_out_renders(attribute: str) -> None:
+    """At least 98% for each attribute."""
+    seen = Judge.load().see(pixels([render(scene) for scene in HELD_OUT]))
+    right = [one.attributes[attribute] == getattr(scene, attribute) for one, scene in zip(seen, HELD_OUT, strict=True)]
+    assert sum(right) / len(right) >= 0.98
+
+
+def test_plain_diffusers_samples_what_the_prompt_says() -> None:
+    """Of 12 samples by StableDiffusionPipeline.from_pretrained, the judge finds the prompted pose in at least 9."""
+    pipe = StableDiffusionPipeline.from_pretrained(CRITTERS)
+    pipe.set_progress_bar_config(disable=True)
+    asked = HELD_OUT[:12]
+    generator = torch.Generator().manual_seed(0)
+    prompts = [caption(scene) for scene in asked]
+    made = pipe(prompts, height=64, width=64, guidance_scale=3.0, num_inference_steps=20, generator=generator).images
+    seen = Judge.load().see(pixels(made))
+    assert sum(one.attributes["pose"] == scene.pose for one, scene in zip(seen, asked, strict=True)) >= 9
+
+
+def unguided(*configs: EditConfig) -> list[Image.Image]:
+    """What the VAE can show of a held-out picture, and what comes of its own caption at each of some settings, nothing fitted."""
+    base, scene = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[0]
+    canvas, text = to_canvas(render(scene), 64, 8), base.encode_text(caption(scene))
+    shown = to_image(base.decode(base.encode_image(canvas.pixels))[0])
+    return [shown, *(next(generate(base, [text], [0], config, canvas, None, [text])) for config in configs)]
+
+
+@pytest.mark.parametrize(("ddim_eta", "least"), [(0.0, 25), (0.5, 40), (1.0, 40)])
+def test_from_inverted_noise_comes_the_photo(ddim_eta: float, least: float) -> None:
+    """Without guidance and at its own caption: near to what the VAE can show, all but equal where every step has the photo's noise; noise
+    of its own gives another picture."""
+    plain = EditConfig(steps=30, guidance_scale=1.0, ddim_eta=ddim_eta)
+    inverted = plain.model_copy(update={"start": "inverted"})
+    shown, back, other = unguided(inverted, plain)
+    assert psnr(back, shown) > least
+    assert psnr(other, shown) < 25
+
+
+def test_from_a_hardly_noised_photo_comes_the_photo() -> None:
+    """Start image, whose latents have eight channels here and not four: near at a strength of 0.1, another picture at 1."""
+    weak = EditConfig(steps=20, guidance_scale=1.0, start="image", strength=0.1)
+    strong = weak.model_copy(update={"strength": 1.0})
+    shown, near, far = unguided(weak, strong)
+    assert psnr(near, shown) > 22 > psnr(far, shown)
+
+
+@pytest.mark.parametrize("name", ["facing", "x", "y", "size", "spots", "horizon", "tint", "shade"])
+@torch.no_grad()
+def test_the_base_hears_what_it_is_told_of_the_identity(name: str) -> None:
+    """Its loss on 48 held-out pictures, at timestep 850, is higher if one factor of the caption is wrong."""
+    base, scenes = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[:48]
+    clean = torch.cat([base.encode_image(pixels([render(scene)])) for scene in scenes])
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+
+    def loss(told: list[Scene]) -> float:
+        text = concatenate([base.encode_text(longest_caption(scene)) for scene in told])
+        return denoising_loss(base, clean, text, noise, torch.full((len(told),), 0.85, dtype=torch.float64)).mean().item()
+
+    assert loss([displaced(scene, name) for scene in scenes]) > loss(scenes) * 1.0005
+
+
+def test_how_much_is_heard_is_a_share_of_what_is_told() -> None:
+    """Of where the animal is most of it, told and mixed; of the shade more if it is told than mixed; of the sun, which this base does not
+    hear, nothing."""
+    heard = gains(HELD_OUT[:8], (900,))
+    assert set(heard) == {"facing", *IDENTITY}
+    for mixed in (0, 1):
+        assert 0.5 < heard["x"][mixed][0] < 1.1
+        assert abs(heard["sun"][mixed][0]) < 0.1
+    assert heard["x"][1][0] > heard["shade"][1][0] > 0.2
+    assert heard["shade"][0][0] > heard["shade"][1][0] + 0.1
+
+
+def test_a_mixture_of_texts_is_the_edit_of_the_photo() -> None:
+    """All of the photo in words and the sentence for another pose, mixed at eta 0.7, nothing fitted, from the noise of the photo: of 8
+    pictures the judge sees the pose in at least 7, and the animal of the photo looking the same way in at least 7."""
+    base, judge = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), Judge.load()
+    config = EditConfig(steps=23, guidance_scale=1.0, start="inverted", ddim_eta=1.0)
+    posed, kept = 0, 0
+    for seed, scene in enumerate(HELD_OUT[:8]):
+        truth = scene.edited(pose="jumping" if scene.pose != "jumping" else "sleeping")
+        photo, sentence = base.encode_text(longest_caption(scene)), base.encode_text(f"a {truth.pose} {truth.animal}")
+        canvas, mix = to_canvas(render(scene), 64, 8), interpolate(sentence, photo, 0.7)
+        (sight,) = judge.see(pixels([next(generate(base, [mix], [seed], config, canvas, None, [photo]))]))
+        posed += sight.attributes["pose"] == truth.pose
+        kept += sight.attributes["animal"] == truth.animal and sight.facing == truth.facing
+    assert posed >= 7
+    assert kept >= 7
+
+
+def test_clip_prefers_the_true_caption() -> None:
+    """A picture fits its own caption better than one of another place, nearly always."""
+    alignment = CritterAlignment.load()
+    wins = 0
+    for scene in HELD_OUT[:16]:
+        other = scene.edited(place="night" if scene.place != "night" else "grass")
+        own, wrong = alignment.scores([render(scene)], [caption(scene), caption(other)])[0]
+        wins += bool(own > wrong)
+    assert wins >= 15
+
+
+@pytest.mark.parametrize("name", ["rex-jumps", "mia-wears-a-hat"])
+def test_an_example_adapter_works_right_after_installation(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """edit writes the single pictures and one labelled sheet; the adapter belongs to the base that ships."""
+    assert Store(EXAMPLES).read(name).size <= 2e6
+    command = ["edit", name, "--eta", "0.3:1:0.35", "--steps", "3", "--store", str(EXAMPLES), "--out", str(tmp_path), "--json"]
+    assert cli.main(command) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [one["eta"] for one in answer["pictures"]] == [0.3, 0.65, 1.0]
+    assert Path(answer["sheet"]).is_file()

@@ -1,0 +1,592 @@
+"""Whether a run fits: the preset that does, the lever that is named, and what is left when memory runs out on the way."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import MODES, PROMPT, opened, output, same, tiny_config, weights
+from PIL import Image
+
+import imagic_lora.cli.app as cli
+import imagic_lora.cli.console as console
+import imagic_lora.memory.plan as plan
+import imagic_lora.memory.presets as fits
+import imagic_lora.sampling.editor as editor
+import imagic_lora.training.fit as imagic
+from imagic_lora.adapters.adapter import PREVIEW, STEPS, Adapter
+from imagic_lora.adapters.store import Store
+from imagic_lora.bases.loading.published import PUBLISHED, architecture
+from imagic_lora.core.config import Mode, Preset, RunConfig, checked, recipe_of, resolve
+from imagic_lora.core.errors import ImagicError, ImagicWarning
+from imagic_lora.memory.plan import Assumed, Plan, predict
+from imagic_lora.memory.presets import (
+    OutOfMemory,
+    choose,
+    choose_for_edit,
+    explained,
+    is_out_of_memory,
+    next_lever,
+    refuse_if_too_large,
+    too_large,
+)
+from imagic_lora.training.fit import fit, result
+from imagic_lora.training.stage import Stage, StepReport
+
+CARD = Assumed("cuda", "bf16", "adam8bit")
+SD15 = PUBLISHED["sd15"]
+PRESETS: list[Preset] = ["24gb", "16gb", "12gb", "8gb"]
+GIB = 2**30
+Chosen = Callable[..., tuple[RunConfig, str]]
+
+
+@cache
+def predicted(run: RunConfig, assumed: Assumed) -> Plan:
+    """The plan of sd15, drawn once."""
+    return predict(SD15, run, assumed)
+
+
+@pytest.fixture(autouse=True)
+def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of sd15 are weighed again and again here."""
+    monkeypatch.setattr(fits, "predict", lambda base, run, assumed: (predicted if base is SD15 else partial(predict, base))(run, assumed))
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> Chosen:
+    """Chooses settings for sd15 on a card with so many bytes free."""
+
+    def on(free: float, card: Assumed | None = CARD, **flags: Any) -> tuple[RunConfig, str]:
+        monkeypatch.setattr(fits, "on_this_machine", lambda *_: (card, int(free)))
+        return choose(lambda: SD15, flags, {}, recipe_of("sd15"))
+
+    return on
+
+
+def planned(preset: Preset, **flags: Any) -> Plan:
+    """The plan of a preset on that card."""
+    return predicted(resolve(flags, {}, recipe_of("sd15"), preset), CARD)
+
+
+def need(preset: Preset, **flags: Any) -> int:
+    """What a preset asks of the card, whose context is there by then."""
+    found = planned(preset, **flags)
+    return found.peak_bytes - found.context
+
+
+FULL: dict[str, Any] = {"tune": {"mode": "full"}}
+LARGE: dict[str, Any] = {"resolution": 1024}
+BATCHES: dict[str, Any] = {"tune": {"batch_size": 4}, "embed": {"batch_size": 4}}
+
+
+@pytest.mark.parametrize("flags", [{}, FULL, LARGE | BATCHES], ids=str)
+def test_auto_is_the_fastest_preset_that_fits(chosen: Chosen, flags: dict[str, Any]) -> None:
+    """At each step of the free memory: nine tenths of it are enough for the one taken, and not for any that is more comfortable."""
+    needs = {preset: need(preset, **flags) for preset in PRESETS}
+    assert len(set(needs.values())) > 1
+    for size in set(needs.values()):
+        for free in (size / 0.9 + 1, size / 0.9 - 1):
+            fitting = [preset for preset in PRESETS if needs[preset] <= 0.9 * int(free)]
+            if not fitting:
+                with pytest.raises(OutOfMemory):
+                    chosen(free, **flags)
+                continue
+            run, why = chosen(free, **flags)
+            assert run.preset == fitting[0]
+            assert run == resolve(flags, {}, recipe_of("sd15"), fitting[0])
+            assert f"{needs[fitting[0]] / GIB:.1f} GiB predicted" in why
+
+
+@pytest.mark.parametrize(
+    ("flags", "free", "preset"),
+    [
+        ({}, 22, "24gb"),
+        ({}, 3.5, "16gb"),
+        ({}, 2.65, "12gb"),
+        (FULL, 22, "24gb"),
+        (FULL, 10.5, "24gb"),
+        (FULL, 7.5, "12gb"),
+        (LARGE, 22, "24gb"),
+        (LARGE, 3.55, "8gb"),
+    ],
+    ids=str,
+)
+def test_auto_on_cards_of_these_sizes(chosen: Chosen, flags: dict[str, Any], free: float, preset: str) -> None:
+    """GiB that are free, and what is taken."""
+    assert chosen(free * GIB, **flags)[0].preset == preset
+
+
+def test_every_preset_is_taken_by_some_card(chosen: Chosen) -> None:
+    """For LoRA on pictures of 1024 pixels squared each has a size of card of its own."""
+    taken = [chosen(size / 0.9 + 1, **LARGE)[0].preset for size in (need(preset, **LARGE) for preset in PRESETS)]
+    assert taken == PRESETS
+
+
+def test_auto_counts_the_pictures_too(chosen: Chosen) -> None:
+    """Training would fit, but not the decoding of four at once; of one it does."""
+    found = planned("24gb")
+    trained = max(found.needs("embed"), found.needs("tune"))
+    assert trained < found.needs("decode") == found.peak_bytes
+    free = (found.needs("decode") - found.context) / 0.9 - GIB / 10
+    assert 0.9 * free > trained - found.context
+    assert chosen(free)[0].preset == "16gb"
+    assert chosen(free, edit={"batch_size": 1})[0].preset == "24gb"
+
+
+def test_no_card_is_a_preset_of_its_own(chosen: Chosen) -> None:
+    """Whatever the memory; and a CPU that was asked for."""
+    assert [chosen(1, None)[0].preset, chosen(1, None)[0].memory.device, chosen(1, None)[1]] == ["cpu", "cpu", "no CUDA device found"]
+    assert chosen(1, None, memory={"device": "cpu"})[1] == "asked for a CPU"
+    assert fits.on_this_machine("cpu")[0] is None
+
+
+def test_a_preset_that_was_asked_for_is_not_weighed(chosen: Chosen) -> None:
+    """However little is free."""
+    run, why = chosen(1, preset="24gb")
+    assert (run.preset, run.memory, why) == ("24gb", resolve({}, {}, {}, "24gb").memory, "asked for")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_too_little_memory_is_an_error_that_says_what_to_do(chosen: Chosen, mode: Mode) -> None:
+    """The stage of the tightest preset, what it needs, what is free, and the next lever."""
+    flags = {"tune": {"mode": mode}}
+    with pytest.raises(OutOfMemory) as caught:
+        chosen(1.25 * GIB, **flags)
+    worst, lever = planned("8gb", **flags).worst, {"lora": "--quantize nf4", "full": "--master-weights bf16-stochastic"}[mode]
+    assert worst == {"lora": "decode", "full": "tune"}[mode]
+    assert f"stage {worst} needs {need('8gb', **flags) / GIB:.1f} GiB (predicted), and 1.2 GiB can be had on the card" in caught.value.got
+    assert caught.value.remedy.startswith(f"{lever} saves about ")
+    assert isinstance(caught.value, ImagicError)
+
+
+def test_without_a_lever_the_picture_has_to_shrink(chosen: Chosen) -> None:
+    """When all are pulled."""
+    with pytest.raises(OutOfMemory, match="lower --resolution"):
+        chosen(1 * GIB, memory={"quantize": "nf4"})
+
+
+def test_a_refusal_is_exact(folder: Path) -> None:
+    """One byte less than the worst stage takes is refused, and names it; allowances are not asked for."""
+    base, run = architecture(str(folder)), tiny_config(folder, "full")
+    assumed = Assumed("cpu", "fp32", "adam")
+    stages = predict(base, run, assumed).stages
+    worst = max(stages, key=lambda name: stages[name].total)
+    refuse_if_too_large(base, run, stages[worst].total, assumed)
+    with pytest.raises(OutOfMemory, match=f"stage {worst} needs .* on this machine"):
+        refuse_if_too_large(base, run, stages[worst].total - 1, assumed)
+
+
+Flags = dict[str, str | None]
+
+
+@pytest.fixture
+def asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Flags], tuple[dict[str, Any], RunConfig, Assumed]]:
+    """What ``plan`` prints with these flags, and the settings that it planned."""
+    seen: list[tuple[RunConfig, Assumed]] = []
+
+    def watched(base: Any, run: RunConfig, assumed: Assumed) -> Plan:
+        seen.append((run, assumed))
+        return predict(base, run, assumed)
+
+    def command(flags: Flags) -> tuple[dict[str, Any], RunConfig, Assumed]:
+        monkeypatch.setattr(plan, "predict", watched)
+        assert cli.main(["plan", "--json", *(token for pair in flags.items() for token in pair if token is not None)]) == 0
+        return json.loads(capsys.readouterr().out), *seen[-1]
+
+    return command
+
+
+def with_lever(flags: Flags, lever: str) -> Flags:
+    """The flags of a command with those of a lever in their place."""
+    tokens = lever.split()
+    values = {one: next_one for one, next_one in zip(tokens, [*tokens[1:], "--"], strict=True) if one.startswith("--")}
+    new = flags | {flag: None if value.startswith("--") else value for flag, value in values.items()}
+    if lever == "--mode lora":
+        new.pop("--master-weights", None)
+    return new
+
+
+@pytest.mark.parametrize(
+    ("start", "last"),
+    [
+        ({"--mode": "lora", "--resolution": "768"}, "--quantize nf4"),
+        ({"--mode": "full", "--optimizer": "adam", "--embed.batch-size": "2", "--tune.batch-size": "2"}, "--quantize nf4"),
+        ({"--mode": "full", "--dtype": "fp16"}, "--quantize nf4"),
+    ],
+    ids=str,
+)
+def test_a_lever_saves_what_it_promises(
+    asked: Callable[[Flags], tuple[dict[str, Any], RunConfig, Assumed]], start: Flags, last: str
+) -> None:
+    """The flag that is named, put on the command line, lowers the stage by just that; one after the other, until none is left."""
+    flags: Flags = {"--base": "sd15", "--preset": "24gb"} | start
+    pulled: list[str] = []
+    found, run, assumed = asked(flags)
+    while lever := next_lever(SD15, run, assumed, stage := found["worst_stage"]):
+        flag, saved = lever
+        assert flag not in pulled
+        assert "lora" not in flag or run.tune.mode == "full"
+        pulled.append(flag)
+        flags = with_lever(flags, flag)
+        before = found["stages"][stage]["peak_bytes"]
+        found, run, assumed = asked(flags)
+        assert before - found["stages"][stage]["peak_bytes"] == saved > before / 50
+    assert pulled[-1] == last
+    assert len(pulled) >= 4
+
+
+@pytest.mark.parametrize("stage", fits.STAGES)
+@pytest.mark.parametrize("mode", MODES)
+def test_no_lever_of_the_other_mode_is_named(mode: Mode, stage: str) -> None:
+    """Master weights are for full, 4 bits for LoRA; LoRA itself is the last way out of full."""
+    run = resolve({"tune": {"mode": mode}, "preset": "8gb", "edit": {"batch_size": 1}}, {}, recipe_of("sd15"))
+    found: list[str] = []
+    while lever := next_lever(SD15, run, CARD, stage):
+        assert lever[0] not in found
+        found.append(lever[0])
+        change = dict(fits.FIT_LEVERS)[lever[0]]
+        run = fits.pulled(run, change)
+        if lever[0] == "--mode lora":
+            break
+    wrong = {"lora": {"--master-weights bf16-stochastic", "--mode lora"}, "full": {"--quantize nf4"}}[mode]
+    assert not wrong & set(found)
+
+
+@pytest.mark.parametrize("assumed", [Assumed("cuda", "fp16", "adam8bit"), Assumed("cpu", "fp32", "adam")], ids=str)
+def test_no_lever_is_named_that_the_device_cannot_pull(assumed: Assumed) -> None:
+    """Without bf16 arithmetic there are no bf16 master weights."""
+    run = resolve({"tune": {"mode": "full"}, "preset": "8gb"}, {}, recipe_of("sd15"))
+    for optimizer in ("adam8bit", "adam"):
+        lever = next_lever(SD15, run.model_copy(update={"memory": run.memory.model_copy(update={"optimizer": optimizer})}), assumed, "tune")
+        assert lever is not None
+        assert lever[0] != "--master-weights bf16-stochastic"
+
+
+OWN = {"steps": 30, "guidance_scale": 3.0, "ddim_eta": 0.5, "start": "image", "strength": 0.6, "source_eta": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("free", "given", "batch"),
+    [
+        (22, {}, 4),
+        (4, {}, 2),
+        (3.69, {}, 1),
+        (4, {"edit": {"batch_size": 3, "steps": 7}}, 3),
+        (22, {"preset": "8gb"}, 1),
+        (None, {}, 6),
+        (22, {"memory": {"device": "cpu", "vae_tiling": True}}, 6),
+    ],
+    ids=str,
+)
+def test_an_edit_keeps_the_adapters_own_sampling(
+    monkeypatch: pytest.MonkeyPatch, free: float | None, given: dict[str, Any], batch: int
+) -> None:
+    """But for the batch size, which is the machine's where it has a card; flags stand above both."""
+    made = checked({"edit": OWN | {"batch_size": 6}, "resolution": 1024, "seed": 9})
+    on_cpu = free is None or given.get("memory", {}).get("device") == "cpu"
+    monkeypatch.setattr(fits, "on_this_machine", lambda *_: (None if on_cpu else CARD, int((free or 1) * GIB)))
+    asked = {"edit": {}, "memory": {}, "preset": "auto"} | given
+    run = choose_for_edit(lambda: SD15, made, asked)
+    assert run.edit.model_dump() == OWN | {"batch_size": batch} | given.get("edit", {})
+    assert run.resolution == 1024
+    assert (run.memory.device == "cpu") == on_cpu
+    assert run.memory.vae_tiling == given.get("memory", {}).get("vae_tiling", run.preset == "8gb")
+
+
+def test_an_edit_does_not_weigh_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that could not train with the most comfortable preset makes single pictures with it; one too small for those is refused."""
+    made, given = resolve({}, {}, {}, "24gb"), {"preset": "auto", "edit": {"batch_size": 1}}
+    found = planned("24gb", edit={"batch_size": 1})
+    most = max(found.needs(stage) for stage in ("encode", "sample", "decode"))
+    assert most < found.needs("tune")
+    free = (most - found.context) / 0.9 + 1
+    monkeypatch.setattr(fits, "on_this_machine", lambda *_: (CARD, int(free)))
+    assert choose_for_edit(lambda: SD15, made, given).preset == "24gb"
+    monkeypatch.setattr(fits, "on_this_machine", lambda *_: (CARD, GIB))
+    with pytest.raises(OutOfMemory, match=r"stage (encode|sample|decode) needs"):
+        choose_for_edit(lambda: SD15, made, given)
+
+
+def test_what_running_out_of_memory_looks_like() -> None:
+    """A card's own error, the real one of PyTorch's allocator on this machine, and Python's; nothing else."""
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), real.value, MemoryError()):
+        assert is_out_of_memory(error)
+    for error in (RuntimeError("a bug"), ValueError("can't allocate memory"), KeyboardInterrupt()):
+        assert not is_out_of_memory(error)
+
+
+def test_what_was_kept_is_saved_only_when_memory_runs_out(folder: Path) -> None:
+    """The sentence about it is in the error; any other error passes as it is."""
+    base, run, saved = opened(folder), tiny_config(folder), []
+
+    def kept() -> str:
+        saved.append(1)
+        return "it is kept"
+
+    with explained(base.architecture, run, base.runtime, "tune", kept):
+        pass
+    with pytest.raises(ZeroDivisionError), explained(base.architecture, run, base.runtime, "tune", kept):
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match=r"^a bug$"), explained(base.architecture, run, base.runtime, "tune", kept):
+        raise RuntimeError("a bug")
+    assert saved == []
+    with pytest.raises(OutOfMemory, match=r"stage tune.*; it is kept"), explained(base.architecture, run, base.runtime, "tune", kept):
+        raise MemoryError
+    assert saved == [1]
+    assert "; " not in too_large(base.architecture, run, Assumed("cpu", "fp32", "adam"), "tune", 1).got
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+Starve = Callable[..., Any]
+
+
+@pytest.fixture
+def starve(monkeypatch: pytest.MonkeyPatch) -> Starve:
+    """Makes one step of a stage fail, inside a ``with``."""
+
+    def failing(stage: str, error: BaseException, at: int = 0) -> Any:
+        real = Stage.step
+
+        def step(self: Stage, k: int) -> StepReport:
+            if (self.name, k) == (stage, at):
+                raise error
+            return real(self, k)
+
+        context = pytest.MonkeyPatch.context()
+        patch = context.__enter__()
+        patch.setattr(Stage, "step", step)
+        return _Undone(context)
+
+    return failing
+
+
+class _Undone:
+    """Leaves a patch at the end of a ``with``."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        self.context.__exit__(None, None, None)
+
+
+def bytes_of(adapter: Adapter) -> dict[str, bytes]:
+    """Everything of an adapter that its training decided."""
+    return {str(path.relative_to(adapter.folder)): path.read_bytes() for path in adapter.folder.rglob("*") if path.suffix == ".safetensors"}
+
+
+def finished(steps: Iterator[StepReport]) -> list[tuple[str, int]]:
+    return [(report.stage, report.step) for report in steps]
+
+
+MORE = {"gradient_checkpointing": True, "optimizer_in_backward": True, "idle": "release", "vae_slicing": True}
+
+
+@pytest.mark.parametrize(
+    ("mode", "error", "at"), [("lora", CUDA, 0), ("full", HOST, 2), ("lora", MemoryError(), 3)], ids=["card", "host", "python"]
+)
+@pytest.mark.parametrize("levers", [{}, MORE], ids=["the same", "more levers"])
+def test_the_embedding_outlasts_a_lack_of_memory(
+    folder: Path,
+    photo_file: Path,
+    fitted: Callable[..., Adapter],
+    tmp_path: Path,
+    starve: Starve,
+    mode: Mode,
+    error: BaseException,
+    at: int,
+    levers: dict[str, Any],
+) -> None:
+    """With --resume the fit goes on from it, to the bits of a fit that nothing disturbed, and nothing is left over."""
+    store, config = Store(tmp_path), tiny_config(folder, mode)
+    told = r"stage tune needs .*; 3 of 3 steps of stage embed are saved, and the same command with --resume goes on from there\. "
+    with starve("tune", error, at), pytest.raises(OutOfMemory, match=told) as caught:
+        finished(fit(photo_file, PROMPT, config, store, "one"))
+    assert caught.value.__cause__ is error
+    assert [path.name for path in tmp_path.iterdir()] == [".one.checkpoints"]
+    assert store.names() == []
+    reports = finished(fit(photo_file, PROMPT, tiny_config(folder, mode, memory=levers), store, "one", resume=True))
+    assert reports == [("tune", k) for k in (1, 2, 3, 4)]
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    found, undisturbed = store.read("one"), fitted(mode)
+    assert bytes_of(found) == bytes_of(undisturbed)
+    assert len(bytes_of(found)) == 2
+    assert (found.folder / STEPS).read_text() == (undisturbed.folder / STEPS).read_text()
+    assert found.record.losses == undisturbed.record.losses
+
+
+def test_the_last_checkpoint_outlasts_a_lack_of_memory(
+    folder: Path, photo_file: Path, fitted: Callable[..., Adapter], tmp_path: Path, starve: Starve
+) -> None:
+    """Where stage tune was saved as well, it is not begun again."""
+    store, config = Store(tmp_path), tiny_config(folder, checkpoint={"steps": 2})
+    with starve("tune", CUDA, 3), pytest.raises(OutOfMemory, match="; 2 of 4 steps of stage tune are saved"):
+        finished(fit(photo_file, PROMPT, config, store, "one"))
+    assert finished(fit(photo_file, PROMPT, config, store, "one", resume=True)) == [("tune", 3), ("tune", 4)]
+    assert bytes_of(store.read("one")) == bytes_of(fitted("lora"))
+
+
+def test_a_given_base_is_given_back(folder: Path, photo_file: Path, tmp_path: Path, starve: Starve) -> None:
+    """Bit-equal to before, though the fit failed in the middle of its tuning."""
+    base = opened(folder, "full")
+    before, picture = weights(base.denoiser), output(base)
+    with starve("tune", CUDA, 2), pytest.raises(OutOfMemory):
+        finished(fit(photo_file, PROMPT, tiny_config(folder, "full"), Store(tmp_path), "one", base=base))
+    assert same(weights(base.denoiser), before)
+    assert torch.equal(output(base), picture)
+
+
+def test_before_anything_is_saved_nothing_is_promised(folder: Path, photo_file: Path, tmp_path: Path, starve: Starve) -> None:
+    """And nothing is left."""
+    with starve("embed", CUDA, 2), pytest.raises(OutOfMemory, match="stage embed") as caught:
+        finished(fit(photo_file, PROMPT, tiny_config(folder), Store(tmp_path), "one"))
+    assert "saved" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("stage", "left"), [("embed", []), ("tune", [".one.checkpoints"])])
+def test_other_errors_pass_unchanged(folder: Path, photo_file: Path, tmp_path: Path, starve: Starve, stage: str, left: list[str]) -> None:
+    """With their own words; what was saved before is there."""
+    error = RuntimeError("a bug")
+    with starve(stage, error), pytest.raises(RuntimeError) as caught:
+        finished(fit(photo_file, PROMPT, tiny_config(folder), Store(tmp_path), "one"))
+    assert caught.value is error
+    assert [path.name for path in tmp_path.iterdir()] == left
+
+
+def failing(error: BaseException, after: int = 0) -> Callable[..., Iterator[Image.Image]]:
+    """Stands in for generate(): so many pictures, then an error."""
+
+    def generated(*_: object) -> Iterator[Image.Image]:
+        for _ in range(after):
+            yield Image.new("RGB", (50, 37))
+        raise error
+
+    return generated
+
+
+@pytest.mark.parametrize(("mode", "error"), [("lora", CUDA), ("full", HOST)], ids=["card", "host"])
+def test_an_adapter_is_stored_without_its_preview(
+    folder: Path,
+    photo_file: Path,
+    fitted: Callable[..., Adapter],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: Mode,
+    error: BaseException,
+) -> None:
+    """Its files verify and are those of an undisturbed fit; the sheet shows the photo alone, and a warning says why."""
+    monkeypatch.setattr("imagic_lora.training.run.generate", failing(error, after=1))
+    with pytest.warns(ImagicWarning, match="stored without a preview: stage decode needs"):
+        made = result(fit(photo_file, PROMPT, tiny_config(folder, mode), Store(tmp_path), "one"))
+    assert made is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    found = Store(tmp_path).read("one")
+    assert bytes_of(found) == bytes_of(fitted(mode))
+    with Image.open(found.folder / PREVIEW) as preview, Image.open(fitted(mode).folder / PREVIEW) as full:
+        assert preview.width < full.width / 2
+
+
+def test_other_errors_of_a_preview_pass_unchanged(folder: Path, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is stored."""
+    monkeypatch.setattr("imagic_lora.training.run.generate", failing(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        result(fit(photo_file, PROMPT, tiny_config(folder), Store(tmp_path), "one"))
+    assert Store(tmp_path).names() == []
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in an empty folder: its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console.err, "width", 400)
+
+    def run(*tokens: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", ImagicWarning)
+            code = cli.main([str(token) for token in tokens])
+        out, err = capsys.readouterr()
+        return code, out, " ".join(err.split())
+
+    return run
+
+
+SHORT = ("--device", "cpu", "--embed.steps", "2", "--tune.steps", "2", "--edit.steps", "2", "--rank", "2", "--name", "one")
+
+
+@pytest.mark.parametrize("error", [CUDA, HOST], ids=["card", "host"])
+def test_a_fit_without_memory_on_the_command_line(
+    command: Callable[..., tuple[int, str, str]], folder: Path, photo_file: Path, starve: Starve, error: BaseException
+) -> None:
+    """Exit code 2 and no traceback; the same command goes on with --resume, and says so without."""
+    tokens = ["fit", photo_file, PROMPT, "--base", folder, *SHORT]
+    with starve("tune", error):
+        code, _, err = command(*tokens)
+    assert code == 2
+    assert "stage tune needs" in err
+    assert "2 of 2 steps of stage embed are saved, and the same command with --resume goes on from there" in err
+    assert "Traceback" not in err
+    code, _, err = command(*tokens)
+    assert code == 2
+    assert "an unfinished fit of one" in err
+    with starve("tune", error):
+        code, out, _ = command(*tokens, "--resume", "--json")
+    assert code == 2
+    assert set(json.loads(out)["error"]) == {"got", "expected", "remedy"}
+    code, _, err = command(*tokens, "--resume", "--gradient-checkpointing")
+    assert code == 0, err
+    assert "tune 2/2" in err
+    assert "embed 2/2" not in err
+    assert [path.name for path in Path("adapters").iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("error", [CUDA, HOST], ids=["card", "host"])
+def test_an_edit_without_memory_on_the_command_line(
+    command: Callable[..., tuple[int, str, str]],
+    fitted: Callable[..., Adapter],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: BaseException,
+) -> None:
+    """Exit code 2 and no traceback; the pictures made so far are there, and the error says where."""
+    adapter, place = fitted("lora"), tmp_path / "pictures"
+    monkeypatch.setattr(editor, "generate", failing(error, after=2))
+    flags = ("--store", adapter.folder.parent, "--out", place, "--seed", "0:4", "--batch-size", "2", "--device", "cpu")
+    code, _, err = command("edit", adapter.folder.name, *flags)
+    assert code == 2
+    assert f"the pictures made so far are in {place}" in err
+    assert "Traceback" not in err
+    assert sorted(path.name for path in place.iterdir()) == ["eta0.7-seed0.png", "eta0.7-seed1.png"]
+
+
+def test_a_fit_that_cannot_fit_is_refused_before_anything_is_loaded(
+    command: Callable[..., tuple[int, str, str]], folder: Path, photo_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card that is too small for every preset, and on a machine without enough memory."""
+    monkeypatch.setattr(imagic, "open_base", lambda *_, **__: pytest.fail("opened"))
+    tokens = ["fit", photo_file, PROMPT, "--base", folder]
+    with monkeypatch.context() as patch:
+        patch.setattr(fits, "on_this_machine", lambda *_: (CARD, 1000))
+        code, _, err = command(*tokens)
+    assert code == 2
+    assert "can be had on the card" in err
+    monkeypatch.setattr(imagic, "free_memory", lambda device: 1000)
+    code, _, err = command(*tokens, "--device", "cpu")
+    assert code == 2
+    assert "0.0 MiB can be had on this machine" in err
+    assert "Traceback" not in err

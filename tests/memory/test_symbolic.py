@@ -1,0 +1,360 @@
+"""Tensors that are only sizes: the tape by hand and against autograd itself, and the models drawn with them against diffusers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bitsandbytes.optim import Adam8bit
+from common import opened
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextConfig
+
+from imagic_lora.bases.loading.components import TEXT_ENCODERS
+from imagic_lora.bases.loading.published import PUBLISHED, Architecture, architecture
+from imagic_lora.bases.quantization import quantize_linear
+from imagic_lora.core.errors import ImagicError
+from imagic_lora.memory.symbolic import Meter, Paper, Sized
+from imagic_lora.memory.tracker import Tracker
+from imagic_lora.memory.unet import ATTENTION, LORA_TARGETS, Layers, Numbers, UNet, states_8bit, text_parameters, vae_forward
+
+BASES = ["sd15", "sd21", "sdxl", "critters", "tiny"]
+TARGETS = {
+    "attention": ATTENTION,
+    "attention+conv": (*ATTENTION, "conv1", "conv2"),
+    "all": LORA_TARGETS["all"],
+}
+
+
+def held(paper: Paper) -> tuple[int, int]:
+    """Bytes now and at the most."""
+    return paper.meter.now, paper.meter.peak
+
+
+def test_touched_bytes_raise_the_peak_alone() -> None:
+    """They come on top of what is held, and are gone again."""
+    meter = Meter()
+    meter.take(5)
+    meter.touch(7)
+    assert (meter.now, meter.peak) == (5, 12)
+    meter.take(-5)
+    meter.touch(11)
+    assert (meter.now, meter.peak) == (0, 12)
+
+
+def test_a_tensor_is_held_as_long_as_somebody_refers_to_it() -> None:
+    """Input and output are there together: 10 + 20 of 4 bytes, then 20 + 5."""
+    paper = Paper(gradients_on=False)
+    x = paper.tensor(10, 4)
+    x = paper.op([x], 20, 4, kept=[x])
+    x = paper.op([x], 5, 4, kept=[x])
+    assert held(paper) == (20, 120)
+    del x
+    assert held(paper) == (0, 120)
+
+
+def test_the_tape_keeps_what_the_backward_pass_needs() -> None:
+    """40 + 80 + 60 forward; then the output's gradient of 60 and its input's of 80 at once; in the end the output alone."""
+    paper = Paper()
+    x = paper.tensor(10, 4, needs_grad=True)
+    x = paper.op([x], 20, 4, kept=[x])
+    x = paper.op([x], 30, 2, kept=[x])
+    assert held(paper) == (180, 180)
+    paper.backward(x)
+    assert held(paper) == (60, 320)
+
+
+def test_nothing_is_kept_where_nothing_needs_a_gradient() -> None:
+    """Neither the input nor a weight is trained."""
+    paper = Paper()
+    x = paper.tensor(10, 4)
+    x = paper.op([x], 20, 4, kept=[x], keeps_output=True)
+    x = paper.op([x], 5, 4, kept=[x])
+    assert held(paper) == (20, 120)
+
+
+def test_an_output_may_be_kept() -> None:
+    """The middle one, though its maker let it go."""
+    paper = Paper()
+    x = paper.tensor(10, 1, needs_grad=True)
+    x = paper.op([x], 20, 1, keeps_output=True)
+    x = paper.op([x], 40, 1)
+    assert held(paper) == (60, 60)
+    paper.backward(x)
+    assert held(paper) == (40, 120)
+
+
+@pytest.mark.parametrize(("passes", "peak"), [(True, 40), (False, 60)])
+def test_a_sum_passes_its_gradient_on(passes: bool, peak: int) -> None:
+    """No copy for either of its inputs; without that, two."""
+    paper = Paper()
+    one, two = paper.tensor(10, 1, needs_grad=True), paper.tensor(10, 1, needs_grad=True)
+    paper.backward(total := paper.op([one, two], 10, 1, passes=passes))
+    assert paper.meter.peak == peak
+    del one, two, total
+    assert paper.meter.now == 0
+
+
+def test_gradients_of_a_tensor_that_is_used_twice_are_added() -> None:
+    """The second is there beside the first for a moment: two tensors, the gradient that comes back, and both."""
+    paper = Paper()
+    x = paper.tensor(10, 1, needs_grad=True)
+    total = paper.op([paper.op([x], 10, 1), paper.op([x], 10, 1)], 10, 1, passes=True)
+    assert held(paper) == (20, 40)
+    paper.backward(total)
+    assert held(paper) == (20, 50)
+
+
+def test_a_gradient_of_another_size_is_not_passed_on() -> None:
+    """A concatenation gives each part its own."""
+    paper = Paper()
+    one, two = paper.tensor(10, 1, needs_grad=True), paper.tensor(20, 1, needs_grad=True)
+    paper.backward(paper.op([one, two], 30, 1, passes=True))
+    assert held(paper) == (30, 30 + 30 + 30 + 30)
+
+
+@pytest.mark.parametrize(("scratch", "peak"), [(0, 60), (15, 60), (200, 240)])
+def test_scratch_is_held_for_a_moment(scratch: int, peak: int) -> None:
+    """On the way back, beside a tensor and its gradient of 20 each, before there is another gradient of 20."""
+    paper = Paper()
+    x = paper.tensor(20, 1, needs_grad=True)
+    x = paper.op([x], 20, 1, scratch=scratch)
+    assert held(paper) == (20, 40)
+    paper.backward(x)
+    assert held(paper) == (20, peak)
+
+
+@pytest.mark.parametrize(
+    ("frees", "scratch", "left", "peak"), [(False, 0, 1200, 1280), (False, 8, 1200, 1280), (True, 0, 0, 480), (True, 8, 0, 1280)]
+)
+def test_gradients_of_weights_are_held_or_freed(frees: bool, scratch: int, left: int, peak: int) -> None:
+    """Three weights of 400 bytes: all at the end, or one at a time with what its step takes of 8 bytes an element."""
+    paper = Paper(frees_gradients=frees, step_scratch=scratch)
+    x = paper.tensor(10, 4)
+    for _ in range(3):
+        x = paper.op([x], 10, 4, trained=[(100, 4)])
+    paper.backward(x)
+    del x
+    assert held(paper) == (left, peak)
+
+
+def test_what_does_not_lead_to_the_loss_gets_no_gradient() -> None:
+    """Its weight stays without one."""
+    paper = Paper()
+    x = paper.tensor(10, 1)
+    aside, loss = paper.op([x], 10, 1, trained=[(1000, 1)]), paper.op([x], 10, 1, trained=[(5, 1)])
+    paper.backward(loss)
+    del aside, loss, x
+    assert held(paper) == (5, 45)
+
+
+def block(paper: Paper, x: Sized) -> Sized:
+    """Two operations that each keep their input."""
+    return paper.op([h := paper.op([x], 10, 1, kept=[x])], 10, 1, kept=[h])
+
+
+def test_a_checkpointed_part_is_made_again() -> None:
+    """Four parts: 9 tensors and 2 gradients at the peak, or 5 tensors, 2 that are made again (or one and its gradient) and a gradient."""
+    plain, spared = Paper(), Paper()
+    x, y = plain.tensor(10, 1, needs_grad=True), spared.tensor(10, 1, needs_grad=True)
+    for _ in range(4):
+        x, y = block(plain, x), spared.checkpoint(partial(block, spared), y)
+    assert (plain.meter.now, spared.meter.now) == (90, 50)
+    plain.backward(x)
+    spared.backward(y)
+    assert held(plain) == (10, 110)
+    assert held(spared) == (10, 80)
+
+
+def test_a_checkpoint_without_gradients_is_the_part_alone() -> None:
+    """Nothing waits for a backward pass."""
+    paper = Paper(gradients_on=False)
+    x = paper.checkpoint(partial(block, paper), paper.tensor(10, 1, needs_grad=True))
+    assert held(paper) == (10, 30)
+    del x
+    assert paper.meter.now == 0
+
+
+class Loss(torch.autograd.Function):
+    """A scalar whose gradient is a tensor of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.shape = x.shape
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient.new_ones(ctx.shape)
+
+
+def torch_peak(sizes: list[int], rows: int, trained: bool, spared: bool) -> int:
+    """The most bytes that a multilayer perceptron takes besides its weights, counted in real tensors."""
+    layers = [nn.Linear(a, b, bias=False).requires_grad_(trained) for a, b in pairwise(sizes)]
+    with Tracker() as tracker:
+        start = x = torch.randn(rows, sizes[0], requires_grad=not trained)
+        for layer in layers:
+            part = partial(lambda layer, y: F.relu(layer(y)), layer)
+            x = checkpoint(part, x, use_reentrant=False) if spared else part(x)
+        Loss.apply(x).backward()
+        assert start.requires_grad == (start.grad is not None)
+    return tracker.peak - sum(layer.weight.numel() * 4 for layer in layers)
+
+
+def paper_peak(sizes: list[int], rows: int, trained: bool, spared: bool) -> int:
+    """The same with sizes alone."""
+    paper = Paper()
+    start = x = paper.tensor(rows * sizes[0], 4, needs_grad=not trained)
+    for a, b in pairwise(sizes):
+
+        def part(y: Sized, a: int = a, b: int = b) -> Sized:
+            weight = [(a * b, 4)] if trained else []
+            h = paper.op([y], rows * b, 4, [y] if trained else [], trained=weight)
+            return paper.op([h], rows * b, 4, keeps_output=True)
+
+        x = paper.checkpoint(part, x) if spared else part(x)
+    paper.backward(paper.op([x], 1, 4))
+    assert start.needs_grad != trained
+    return paper.meter.peak
+
+
+@pytest.mark.parametrize("spared", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("sizes", [[64] * 7, [16, 64, 256, 64, 16], [512, 64, 8]], ids=str)
+def test_the_tape_is_autograds(sizes: list[int], trained: bool, spared: bool) -> None:
+    """But for two scalars, whatever the widths of the layers."""
+    assert paper_peak(sizes, 100, trained, spared) == pytest.approx(torch_peak(sizes, 100, trained, spared), abs=8)
+
+
+@pytest.fixture(scope="module")
+def known(folder: Path) -> Callable[[str], Architecture]:
+    """Gives the architecture of a base."""
+    return lambda name: architecture(str(folder) if name == "tiny" else name)
+
+
+def drawn(base: Architecture, checkpointing: bool = False, gradients: bool = False, **numbers: Any) -> Layers:
+    """The U-Net, counted."""
+    layers = Layers(Paper(gradients_on=gradients), Numbers(**({"width": 4, "weights": 4} | numbers)))
+    UNet(base.unet, layers, checkpointing).forward(64, 1, base.conditioning["tokens"][1], False)
+    return replace(layers)
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model without values."""
+    with torch.device("meta"):
+        return make()
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_every_parameter_is_counted(known: Callable[[str], Architecture], name: str) -> None:
+    """As many as diffusers and transformers make from the same configs."""
+    base = known(name)
+    vae = Layers(Paper(gradients_on=False), Numbers(4, 4))
+    for decode in (False, True):
+        vae_forward(base.vae, vae, 64**2, 1, decode)
+    assert drawn(base).parameters == parameters(on_meta(lambda: UNet2DConditionModel.from_config(base.unet)))
+    assert vae.parameters == parameters(on_meta(lambda: AutoencoderKL.from_config(base.vae)))
+    for part, config in base.text_encoders.items():
+        real = parameters(on_meta(lambda part=part, config=config: TEXT_ENCODERS[part](CLIPTextConfig(**config))))
+        assert text_parameters(config, projects=part == "text_encoder_2") == real
+
+
+def test_the_published_sizes_are_the_published_ones() -> None:
+    """U-Net, text encoders: of the weights on the hub."""
+    found = {
+        name: [drawn(base).parameters, *(text_parameters(config, part[-1] == "2") for part, config in base.text_encoders.items())]
+        for name, base in PUBLISHED.items()
+    }
+    assert found == {
+        "sd15": [859_520_964, 123_060_480],
+        "sd21": [865_910_724, 340_387_840],
+        "sdxl": [2_567_463_684, 123_060_480, 694_659_840],
+        "sdxl-turbo": [2_567_463_684, 123_060_480, 694_659_840],
+    }
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("name", BASES)
+def test_every_lora_parameter_is_counted(known: Callable[[str], Architecture], name: str, targets: str) -> None:
+    """As many as PEFT attaches."""
+    base = known(name)
+    unet: Any = on_meta(lambda: UNet2DConditionModel.from_config(base.unet)).requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=4, target_modules=list(TARGETS[targets])))
+    trainable = [p.numel() for p in unet.parameters() if p.requires_grad]
+    layers = drawn(base, rank=4, targets=TARGETS[targets])
+    assert layers.lora == sum(trainable)
+    assert layers.lora_states == sum(map(states_8bit, trainable))
+    if (name, targets) == ("sd15", "attention"):
+        assert layers.lora == 797_184  # 3.2 MB at rank 4, as everywhere
+    if targets == "all":
+        kinds = (nn.Linear, nn.Conv2d)
+        plain: Any = on_meta(lambda: UNet2DConditionModel.from_config(base.unet))
+        assert len(trainable) == 2 * sum(isinstance(module, kinds) for module in plain.modules())
+
+
+def test_checkpointing_counts_nothing_twice(known: Callable[[str], Architecture]) -> None:
+    """A pass that will be made again has the parameters and bytes of one that is not."""
+    plain, spared = (drawn(known("sd15"), on, gradients=True, trained=True) for on in (False, True))
+    assert (plain.parameters, plain.bytes, plain.states) == (spared.parameters, spared.bytes, spared.states)
+    assert plain.bytes == 4 * 859_520_964
+    assert spared.paper.meter.peak < 0.4 * plain.paper.meter.peak
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_bytes_are_those_of_the_precision(known: Callable[[str], Architecture], width: int) -> None:
+    """In fp16 half of fp32."""
+    assert drawn(known("sd15"), weights=width).bytes == width * 859_520_964
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 65_536, 100_000])
+def test_8bit_states_are_bitsandbytes_own(size: int) -> None:
+    """Both states and their scales; the tables that all parameters share are left out."""
+    parameter = nn.Parameter(torch.zeros(size))
+    optimizer = Adam8bit([parameter], lr=1e-3)
+    parameter.grad = torch.ones(size)
+    optimizer.step()
+    state = optimizer.state[parameter]
+    own = [value for name, value in state.items() if isinstance(value, Tensor) and not name.startswith("qmap")]
+    assert sum(value.numel() * value.element_size() for value in own) == states_8bit(size)
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(320, 1280), (64, 8), (40, 64)])
+def test_4bit_weights_are_bitsandbytes_own(inside: int, outside: int) -> None:
+    """Half a byte a weight, a scale for every 64 and the bias as it is; layers that are not quantised in whole."""
+    model = nn.Sequential(nn.Linear(inside, outside, dtype=torch.bfloat16))
+    quantize_linear(model, torch.bfloat16, torch.device("cpu"))
+    layer: Any = model[0]
+    packed = getattr(layer.weight, "quant_state", None)
+    assert (packed is None) == (inside == 40)
+    layers = Layers(Paper(gradients_on=False), Numbers(2, 2, four_bit=True))
+    layers.linear(layers.paper.tensor(inside, 2), inside, outside)
+    assert layers.bytes == layer.weight.nbytes + layer.bias.nbytes + (packed.absmax.nbytes if packed else 0)
+    assert layers.parameters == inside * outside + outside
+
+
+def test_an_unknown_block_is_refused(known: Callable[[str], Architecture]) -> None:
+    """With the kinds that are drawn, and the way round."""
+    config = known("sd15").unet | {"down_block_types": ["AttnDownBlock2D", *["DownBlock2D"] * 3]}
+    with pytest.raises(ImagicError, match=r"AttnDownBlock2D.*CrossAttnDownBlock2D.*unplanned"):
+        UNet(config, Layers(Paper(), Numbers(4, 4)), False)
+
+
+def test_a_real_base_has_these_weights(folder: Path) -> None:
+    """The tiny base as it is loaded, in bytes."""
+    base = opened(folder)
+    real = sum(p.numel() * p.element_size() for p in base.denoiser.parameters())
+    assert drawn(base.architecture).bytes == real

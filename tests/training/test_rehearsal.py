@@ -1,0 +1,206 @@
+"""The exact plan: against a real run counted tensor by tensor, and the analytic plan and the promises against it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import MODES, opened, tiny_config
+from torch.nn import Module
+
+from imagic_lora.adapters.full import unfrozen
+from imagic_lora.adapters.lora import attached
+from imagic_lora.bases.loading.published import architecture
+from imagic_lora.core.conditioning import Conditioning
+from imagic_lora.core.config import Mode, RunConfig, merged, recipe_of, resolve
+from imagic_lora.core.runtime import Processes, peak_memory
+from imagic_lora.memory.plan import Assumed, Plan, assume, predict
+from imagic_lora.memory.tracker import Tracker
+from imagic_lora.training.embed import embed_stage
+from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.stage import Stage
+from imagic_lora.training.tune import tune_stage
+
+GIB = 2**30
+Case = tuple[str, Mode, str, dict[str, Any]]
+
+FOUR = {"embed": {"batch_size": 4}, "tune": {"batch_size": 4}}
+ROUNDED = {"memory": {"master_weights": "bf16-stochastic"}}
+NF4 = {"memory": {"quantize": "nf4"}}
+
+FAST: list[Case] = [
+    ("sd15", "full", "8gb", {}),
+    ("sd15", "lora", "24gb", NF4 | FOUR),
+    ("sd21", "lora", "24gb", {"resolution": 384}),
+    ("critters", "full", "24gb", {}),
+]
+SLOW: list[Case] = [
+    *(("sd15", "lora", preset, {}) for preset in ("24gb", "16gb", "12gb", "8gb", "cpu")),
+    *(("sd15", "full", preset, {}) for preset in ("24gb", "16gb", "12gb", "cpu")),
+    *(("sd15", "full", preset, ROUNDED) for preset in ("24gb", "8gb")),
+    ("sd15", "lora", "8gb", NF4),
+    *(("sd21", mode, preset, {}) for mode in MODES for preset in ("24gb", "8gb")),
+    *(("critters", mode, preset, {}) for mode in MODES for preset in ("24gb", "8gb", "cpu") if (mode, preset) != ("full", "24gb")),
+    ("sdxl", "lora", "8gb", {}),
+    ("sdxl", "lora", "8gb", {"tune": {"targets": "all"}}),
+    *(("sdxl", mode, preset, {}) for mode in MODES for preset in ("24gb", "12gb")),
+    ("sdxl", "lora", "8gb", NF4),
+    ("sdxl", "full", "8gb", ROUNDED),
+    ("sdxl", "lora", "16gb", {"memory": {"dtype": "fp16"}}),
+    *(("sd15", mode, preset, FOUR) for mode in MODES for preset in ("24gb", "8gb")),
+    *(("sd15", mode, preset, {"resolution": side}) for side in (384, 768) for mode in MODES for preset in ("24gb", "8gb")),
+    ("sd15", "lora", "8gb", {"tune": {"targets": "attention+conv", "rank": 64}}),
+    ("sd15", "lora", "24gb", {"memory": {"dtype": "fp32"}}),
+    ("sd15", "full", "24gb", {"memory": {"gradient_checkpointing": False}}),
+    ("sd15", "full", "24gb", {"memory": {"gradient_checkpointing": False, "optimizer_in_backward": True}}),
+    ("sd15", "full", "12gb", {"memory": {"optimizer": "adam"}}),
+    ("sd15", "full", "24gb", {"memory": {"dtype": "fp16"}}),
+    ("sd15", "full", "24gb", {"memory": {"autocast_cache": True}}),
+    ("sd15", "full", "8gb", {"memory": {"autocast_cache": True}}),
+    ("sd15", "full", "8gb", merged(ROUNDED, {"memory": {"optimizer": "adam"}})),
+    ("sd15", "full", "24gb", {"edit": {"batch_size": 16}}),
+]
+PROMISED = [  # GiB at the base's own resolution and batch 1
+    ("sd15", "full", "8gb", {}, 6.5),
+    pytest.param("sd15", "full", "12gb", {}, 6.5, marks=pytest.mark.slow),
+    pytest.param("sd15", "full", "8gb", ROUNDED, 4.5, marks=pytest.mark.slow),
+    pytest.param("sd15", "lora", "8gb", {}, 3.5, marks=pytest.mark.slow),
+    pytest.param("sdxl", "lora", "8gb", {}, 8, marks=pytest.mark.slow),
+    pytest.param("sdxl", "lora", "8gb", NF4, 6, marks=pytest.mark.slow),
+]
+
+
+def named(case: Any) -> str:
+    return "-".join(part if isinstance(part, str) else json.dumps(part) for part in case)
+
+
+def run_of(base: str, mode: str, preset: str, changes: dict[str, Any]) -> RunConfig:
+    return resolve(merged({"base": base, "preset": preset, "tune": {"mode": mode}}, changes), {}, recipe_of(base))
+
+
+def exact(base: str, mode: str, preset: str, changes: dict[str, Any]) -> Plan:
+    """The rehearsal of a run on the published sizes, done once."""
+    return _exact(base, mode, preset, json.dumps(changes))
+
+
+@cache
+def _exact(base: str, mode: str, preset: str, changes: str) -> Plan:
+    run = run_of(base, mode, preset, json.loads(changes))
+    return rehearse(architecture(base), run, assume(run))
+
+
+@pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=named)
+def test_the_analytic_plan_is_near_the_exact_one(case: Case) -> None:
+    """Every stage within a tenth, allowances left out; what is stored does not differ."""
+    base, mode, preset, changes = case
+    found, right = predict(architecture(base), run_of(base, mode, preset, changes)), exact(*case)
+    ratios = {name: round(peak.total / right.stages[name].total, 3) for name, peak in found.stages.items()}
+    assert list(ratios) == list(right.stages) == ["encode", "embed", "tune", "sample", "decode"]
+    assert {name: ratio for name, ratio in ratios.items() if not 0.9 <= ratio <= 1.1} == {}
+    assert (found.adapter, found.checkpoint, found.context) == (right.adapter, right.checkpoint, right.context)
+
+
+@pytest.mark.parametrize(("base", "mode", "preset", "changes", "most"), PROMISED, ids=str)
+def test_promised_peaks(base: str, mode: str, preset: str, changes: dict[str, Any], most: float) -> None:
+    """Counted from every tensor, allowances and all."""
+    assert exact(base, mode, preset, changes).peak_bytes <= most * GIB
+
+
+def test_a_rehearsal_holds_next_to_nothing() -> None:
+    """This process, libraries and all, has never held half of what it has rehearsed."""
+    plan = exact("sd15", "full", "8gb", {})
+    assert peak_memory(torch.device("cpu")) < plan.stages["tune"].total / 2
+
+
+def real_peaks(folder: Path, run: RunConfig) -> dict[str, int]:
+    """The most bytes that each stage of a run takes on the CPU, counted in tensors with values.
+
+    The second step of a training stage is the one that counts, because the optimiser's states are there by then.
+    """
+    peaks: dict[str, int] = {}
+    count = run.edit.batch_size
+    noise = torch.Generator().manual_seed(0)
+    with Tracker() as tracker:
+        base: Any = opened(folder, run.tune.mode, **run.memory.model_dump(exclude={"device"}))
+        tracker.adopt(value for part in (base.denoiser, *base._helpers.values()) for value in _tensors(part))
+
+        def trained(stage: Stage) -> int:
+            stage.step(0)
+            tracker.reset_peak()
+            stage.step(1)
+            return tracker.peak
+
+        tracker.reset_peak()
+        latents = base.encode_image(torch.rand(1, 3, 32, 32, generator=noise) * 2 - 1)
+        peaks["encode"] = tracker.peak
+        base.rest()
+        text = Conditioning(torch.randn(1, 16, 16, generator=noise))
+        peaks["embed"] = trained(embed_stage(base, latents, text, run.embed, 0, Processes()))
+        with attached(base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(base, restore=False) as weights:
+            peaks["tune"] = trained(tune_stage(base, latents, text, weights, run.tune, 0, Processes()))
+            del weights
+            base.pipeline("text2image")
+            with torch.no_grad():
+                tracker.reset_peak()
+                unet: Any = base.denoiser
+                mixed, dtype = unet.dtype != base.runtime.dtype, base.runtime.dtype
+                with torch.autocast("cpu", dtype, enabled=mixed, cache_enabled=False):  # as generate() has it
+                    unet(latents.expand(2 * count, -1, -1, -1).to(unet.dtype), 0, text.expand(2 * count).tokens.to(dtype))
+                peaks["sample"] = tracker.peak
+                tracker.reset_peak()
+                base.decode(latents.expand(count, -1, -1, -1))
+                peaks["decode"] = tracker.peak
+    return peaks
+
+
+def _tensors(module: Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+SPARING = {"gradient_checkpointing": True, "optimizer_in_backward": True, "idle": "release", "vae_slicing": True}
+REAL: list[Any] = [
+    ("lora", {}),
+    ("full", {}),
+    ("full", SPARING | {"dtype": "bf16"}),
+    pytest.param("lora", SPARING | {"dtype": "bf16"}, marks=pytest.mark.slow),
+    *(
+        pytest.param("full", memory, marks=pytest.mark.slow)
+        for memory in (
+            {"optimizer": "adam8bit"},
+            {"optimizer_in_backward": True},
+            {"dtype": "bf16", "autocast_cache": True},
+            {"dtype": "bf16", "master_weights": "bf16-stochastic"},
+            SPARING | {"dtype": "bf16", "master_weights": "bf16-stochastic"},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("mode", "memory"), REAL, ids=str)
+def test_the_exact_plan_is_what_a_run_takes(folder: Path, mode: Mode, memory: dict[str, Any]) -> None:
+    """Every stage of a real run on the tiny base, to a hundredth."""
+    run = tiny_config(folder, mode, memory=memory)
+    assumed = Assumed("cpu", memory.get("dtype", "fp32"), memory.get("optimizer", "adam"))
+    plan = rehearse(architecture(str(folder)), run, assumed)
+    assert {name: peak.total for name, peak in plan.stages.items()} == pytest.approx(real_peaks(folder, run), rel=0.01)
+
+
+def test_a_rehearsal_leaves_the_libraries_as_they_were(folder: Path) -> None:
+    """What it stands in for is put back, after a refusal too, and real tensors are real again."""
+
+    def now() -> list[object]:
+        return [Module._apply, F.group_norm, F.layer_norm, torch.get_default_dtype(), type(torch.zeros(1))]
+
+    before, run = now(), tiny_config(folder, "full", memory={"dtype": "bf16"})
+    base = architecture(str(folder))
+    rehearse(base, run, Assumed("cuda", "bf16", "adam8bit"))
+    assert now() == before
+    with pytest.raises((TypeError, ValueError)):
+        rehearse(replace(base, unet=base.unet | {"down_block_types": ["NoBlock2D", "DownBlock2D"]}), run, Assumed("cuda", "bf16", "adam"))
+    assert now() == before

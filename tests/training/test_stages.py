@@ -1,0 +1,268 @@
+"""Stages: what they train and leave alone, resume, precision, processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from common import KINDS, Pretended, opened, same, weights
+from torch import Tensor
+
+from imagic_lora.adapters.full import unfrozen
+from imagic_lora.adapters.lora import attached
+from imagic_lora.bases.base import Base
+from imagic_lora.core.config import EmbedConfig, Mode, TuneConfig
+from imagic_lora.core.errors import ImagicError
+from imagic_lora.core.runtime import Processes
+from imagic_lora.training.embed import embed_stage, optimised
+from imagic_lora.training.objective import denoising_loss
+from imagic_lora.training.optimizers import Together
+from imagic_lora.training.stage import Stage, train
+from imagic_lora.training.tune import tune_stage
+
+STAGES: list[tuple[str, Mode]] = [("embed", "lora"), ("tune", "lora"), ("tune", "full")]
+every_stage = pytest.mark.parametrize(("name", "mode"), STAGES)
+
+
+@contextmanager
+def staged(base: Base, name: str, mode: Mode = "lora", processes: Processes | None = None, seed: int = 0, **settings) -> Iterator[Stage]:
+    """A stage on fixed latents."""
+    pixels = torch.rand(1, 3, 32, 24, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    latents, text, processes = base.encode_image(pixels), base.encode_text("a cat"), processes or Processes()
+    settings = {"steps": 5, "learning_rate": 0.01, "batch_size": 2} | settings
+    if name == "embed":
+        yield embed_stage(base, latents, text, EmbedConfig.model_validate(settings), seed, processes)
+        return
+    config = TuneConfig.model_validate(settings | {"mode": mode, "rank": 4, "targets": "attention+conv"})
+    with unfrozen(base) if mode == "full" else attached(base, config, seed) as parameters:
+        yield tune_stage(base, latents, text, parameters, config, seed, processes)
+
+
+def trained(stage: Stage) -> dict[str, Tensor]:
+    """What a stage has come to."""
+    return {name: value.detach().clone() for name, value in stage.trainables.items()}
+
+
+def gradients(stage: Stage) -> dict[str, Tensor]:
+    """The gradients of step 0, as the optimiser sees them, and the loss."""
+    seen: dict[str, Tensor] = {}
+
+    def keep() -> None:
+        seen.update({name: p.grad.clone() for name, p in stage.trainables.items() if p.grad is not None})
+
+    assert isinstance(stage.updates, Together)
+    stage.updates.optimizer.step = keep  # pyright: ignore[reportAttributeAccessIssue]
+    loss = stage.step(0).loss
+    assert seen
+    return seen | {"loss": loss}
+
+
+def test_embed_changes_the_embedding_and_nothing_else(folder: Path) -> None:
+    """Denoiser, decoder and text encoder are bit-equal; the target text stays as it was."""
+    base = opened(folder)
+    pipe = base.pipeline("text2image")
+    before = [weights(module) for module in (pipe.unet, pipe.vae, base._helpers["text_encoder"])]
+    text = base.encode_text("a cat").tokens
+    with staged(base, "embed") as stage:
+        list(train(stage))
+        assert not torch.equal(optimised(stage).tokens, text)
+    assert all(same(weights(module), b) for module, b in zip((pipe.unet, pipe.vae, base._helpers["text_encoder"]), before, strict=True))
+
+
+def test_embed_starts_from_the_target_text(folder: Path) -> None:
+    """Bit-equal, but a copy."""
+    base = opened(folder)
+    text = base.encode_text("a cat")
+    stage = embed_stage(base, torch.zeros(1, 4, 8, 8), text, EmbedConfig(), 0, Processes())
+    assert torch.equal(stage.trainables["tokens"], text.tokens)
+    assert stage.trainables["tokens"].data_ptr() != text.tokens.data_ptr()
+
+
+def test_tuning_by_lora_leaves_the_base_weights(folder: Path) -> None:
+    """Below the adapted layers every weight is bit-equal, while every LoRA matrix has moved."""
+    base = opened(folder)
+    before = weights(base.denoiser)
+    with staged(base, "tune", "lora") as stage:
+        start = trained(stage)
+        list(train(stage))
+        now = {name.replace(".base_layer", ""): value for name, value in weights(base.denoiser).items() if ".lora_" not in name}
+        assert same(now, before)
+        assert all(not torch.equal(value, start[name]) for name, value in trained(stage).items())
+
+
+def test_tuning_in_full_changes_the_denoiser_alone(folder: Path) -> None:
+    """Every weight of the U-Net moves; decoder and text encoder are bit-equal."""
+    base = opened(folder, "full")
+    pipe = base.pipeline("text2image")
+    before, vae, text = weights(pipe.unet), weights(pipe.vae), weights(base._helpers["text_encoder"])
+    with staged(base, "tune", "full") as stage:
+        list(train(stage))
+        now = weights(pipe.unet)
+    assert all(not torch.equal(now[name], before[name]) for name in now)
+    assert same(weights(pipe.vae), vae)
+    assert same(weights(base._helpers["text_encoder"]), text)
+
+
+@every_stage
+def test_trainables_are_fp32_on_a_bf16_base(folder: Path, name: str, mode: Mode) -> None:
+    """Whatever the arithmetic; and it trains."""
+    with staged(opened(folder, mode, dtype="bf16"), name, mode) as stage:
+        assert {p.dtype for p in stage.trainables.values()} == {torch.float32}
+        before = trained(stage)
+        list(train(stage))
+        assert {p.dtype for p in stage.trainables.values()} == {torch.float32}
+        assert not same(trained(stage), before)
+
+
+@every_stage
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_gradients_point_where_fp32_gradients_point(folder: Path, name: str, mode: Mode, dtype: str) -> None:
+    """The same direction and length to the precision's few digits, the loss scale of fp16 taken out again."""
+    with staged(opened(folder, mode), name, mode) as stage:
+        exact = gradients(stage)
+    with staged(opened(folder, mode, dtype=dtype), name, mode) as stage:
+        rounded = gradients(stage)
+    one, other = (torch.cat([value.flatten() for value in found.values()]) for found in (exact, rounded))
+    assert (one - other).norm() < 0.05 * one.norm()
+
+
+@every_stage
+def test_the_same_seed_is_the_same_run(folder: Path, name: str, mode: Mode) -> None:
+    """Bit for bit; another seed is another run."""
+    runs = []
+    for seed in (0, 0, 1):
+        with staged(opened(folder, mode), name, mode, seed=seed) as stage:
+            runs.append((trained(stage), [report.loss.item() for report in train(stage)], trained(stage)))
+    assert runs[0][1] == runs[1][1] != runs[2][1]
+    assert same(runs[0][2], runs[1][2])
+    assert not same(runs[0][2], runs[2][2])
+
+
+@every_stage
+@pytest.mark.parametrize("optimizer", ["adam", "adam8bit"])
+def test_a_resumed_run_is_the_uninterrupted_run(folder: Path, name: str, mode: Mode, optimizer: str) -> None:
+    """A state taken after two steps, loaded into a new stage on a new base, comes to the same bits, and can be loaded again."""
+    with staged(opened(folder, mode, optimizer=optimizer), name, mode) as stage:
+        steps = train(stage)
+        list(islice(steps, 2))
+        state = {key: value.clone() for key, value in stage.state_dict().items()}
+        losses = [report.loss.item() for report in steps]
+        uninterrupted = trained(stage)
+    for _ in range(2):
+        with staged(opened(folder, mode, optimizer=optimizer), name, mode) as stage:
+            stage.load_state_dict(state)
+            assert [report.loss.item() for report in train(stage, start=2)] == losses
+            assert same(trained(stage), uninterrupted)
+
+
+@every_stage
+def test_checkpointing_gives_the_same_gradients(folder: Path, name: str, mode: Mode) -> None:
+    """Recomputed activations are the same activations."""
+    found = []
+    for switch in (False, True):
+        base = opened(folder, mode, gradient_checkpointing=switch)
+        assert base.denoiser.is_gradient_checkpointing == switch
+        with staged(base, name, mode) as stage:
+            found.append(gradients(stage))
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-5, atol=1e-8)
+
+
+def test_checkpointing_recomputes(folder: Path) -> None:
+    """With it on, a block runs twice a step: once on the way back."""
+    counts = []
+    for switch in (False, True):
+        base, calls = opened(folder, gradient_checkpointing=switch), []
+        base.denoiser.up_blocks[0].resnets[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
+        with staged(base, "embed") as stage:
+            stage.step(0)
+        counts.append(len(calls))
+    assert counts == [1, 2]
+
+
+def test_adam8bit_keeps_large_states_in_8_bits(folder: Path) -> None:
+    """uint8 for tensors of 4,096 elements and more, fp32 below."""
+    with staged(opened(folder, "full", optimizer="adam8bit"), "tune", "full") as stage:
+        stage.step(0)
+        assert isinstance(stage.updates, Together)
+        states = stage.updates.optimizer.state
+        kinds = {(p.numel() >= 4096, states[p]["state1"].dtype) for p in stage.trainables.values()}
+    assert kinds == {(True, torch.uint8), (False, torch.float32)}
+
+
+def test_adam_takes_its_first_step_by_the_closed_form(folder: Path) -> None:
+    """p - lr * g / (|g| + eps), from arXiv 1412.6980 with both moments corrected."""
+    base = opened(folder)
+    with staged(base, "embed") as stage:
+        gradient = gradients(stage)["tokens"].double()
+    with staged(base, "embed") as stage:
+        expected = trained(stage)["tokens"].double() - 0.01 * gradient / (gradient.abs() + 1e-8)
+        stage.step(0)
+        torch.testing.assert_close(trained(stage)["tokens"].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@every_stage
+def test_nan_latents_stop_the_first_step(folder: Path, name: str, mode: Mode) -> None:
+    """The error says which stage and which settings to change."""
+    with staged(opened(folder, mode), name, mode) as stage:
+        stage.latents[0, 0, 0, 0] = torch.nan
+        with pytest.raises(ImagicError, match=f"stage {name} is not a finite.*--{name}.learning-rate"):
+            next(train(stage))
+
+
+@every_stage
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_stops_the_step_where_it_occurs(folder: Path, name: str, mode: Mode, value: float) -> None:
+    """Two good steps, then the error."""
+    with staged(opened(folder, mode), name, mode) as stage:
+        steps = train(stage)
+        assert len(list(islice(steps, 2))) == 2
+        with torch.no_grad():
+            next(iter(stage.trainables.values())).view(-1)[0] = value
+        with pytest.raises(ImagicError, match="not a finite"):
+            next(steps)
+
+
+def test_closing_the_iterator_stops(folder: Path) -> None:
+    """No step is taken after it."""
+    with staged(opened(folder), "embed") as stage:
+        steps = train(stage)
+        next(steps)
+        before = trained(stage)
+        steps.close()  # pyright: ignore[reportAttributeAccessIssue]
+        assert list(steps) == []
+        assert same(trained(stage), before)
+
+
+@every_stage
+@pytest.mark.parametrize("kind", KINDS)
+def test_learning_lowers_the_loss(folders: dict[str, Path], kind: str, name: str, mode: Mode) -> None:
+    """On noise and times that are not those of the training."""
+    base = opened(folders[kind], mode)
+    noise = torch.randn(32, 4, 8, 6, generator=torch.Generator().manual_seed(9))
+    times = torch.arange(32, dtype=torch.float64) / 32
+    with staged(base, name, mode, steps=20, batch_size=4) as stage, torch.no_grad():
+        before = denoising_loss(base, stage.latents, stage.conditioning(), noise, times).mean()
+        with torch.enable_grad():
+            list(train(stage))
+        after = denoising_loss(base, stage.latents, stage.conditioning(), noise, times).mean()
+    assert after < before
+
+
+@every_stage
+@pytest.mark.parametrize("timesteps", ["stratified", "uniform"])
+def test_two_processes_are_one_with_twice_the_batch(folder: Path, name: str, mode: Mode, timesteps: str) -> None:
+    """Loss and gradients of a batch of 2 are the mean of those of its halves, samples being numbered over all processes."""
+
+    def run(rank: int, count: int, batch_size: int) -> dict[str, Tensor]:
+        with staged(opened(folder, mode), name, mode, Pretended(rank, count), batch_size=batch_size, timesteps=timesteps) as stage:
+            return gradients(stage)
+
+    whole, first, second = run(0, 1, 2), run(0, 2, 1), run(1, 2, 1)
+    assert not torch.equal(first["loss"], second["loss"])
+    for key, value in whole.items():
+        torch.testing.assert_close((first[key] + second[key]) / 2, value, rtol=1e-4, atol=1e-6)

@@ -25,15 +25,17 @@ from torch.nn import Parameter
 from imagic_lora.adapters.lora import attached
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
+from imagic_lora.bases.loading.progress import hide_progress_bars
 from imagic_lora.bench.cases import Case, case_at
 from imagic_lora.bench.catalogue import budgeted, defaults
 from imagic_lora.bench.metrics import CritterAlignment
 from imagic_lora.bench.scores import Scorer
 from imagic_lora.bench.summary import bootstrapped
-from imagic_lora.cli.console import quiet_loading
 from imagic_lora.core.conditioning import Conditioning, interpolate, sources
-from imagic_lora.core.config import RunConfig, merged
-from imagic_lora.core.runtime import Processes, key
+from imagic_lora.core.config import RunConfig
+from imagic_lora.core.noise import key
+from imagic_lora.core.processes import Processes
+from imagic_lora.core.settings import merged
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
 from imagic_lora.photos.reading import read_photo
@@ -166,7 +168,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/ablation"))
     asked = parser.parse_args()
     logging.set_verbosity_error()
-    quiet_loading()
+    hide_progress_bars()
     asked.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in results(asked.out / f"seed-{asked.seed}.jsonl", asked.seed, asked.cases, asked.changes):

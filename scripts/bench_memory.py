@@ -21,11 +21,13 @@ from diffusers.utils import logging
 
 from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
-from imagic_lora.bases.loading.published import architecture
-from imagic_lora.core.config import PRESETS, Mode, RunConfig, merged, recipe_of, resolve
-from imagic_lora.core.runtime import Processes, resolve_runtime
+from imagic_lora.bases.loading.configs import architecture
+from imagic_lora.core.config import Mode, RunConfig
+from imagic_lora.core.processes import Processes
+from imagic_lora.core.runtime import resolve_runtime
+from imagic_lora.core.settings import PRESETS, merged, recipe_of, resolve
+from imagic_lora.memory.limits import is_out_of_memory
 from imagic_lora.memory.plan import Plan, assume, predict
-from imagic_lora.memory.presets import is_out_of_memory
 from imagic_lora.training.embed import embed_stage
 from imagic_lora.training.rehearsal import random_base, random_text, rehearse
 from imagic_lora.training.tune import tune_stage

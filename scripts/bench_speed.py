@@ -25,10 +25,12 @@ from torch.profiler import profile
 from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.loading.published import architecture
+from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.conditioning import Conditioning
-from imagic_lora.core.config import EditConfig, Mode, RunConfig, merged, recipe_of, resolve
-from imagic_lora.core.runtime import Processes, peak_memory, resolve_runtime
+from imagic_lora.core.config import EditConfig, Mode, RunConfig
+from imagic_lora.core.processes import Processes
+from imagic_lora.core.runtime import peak_memory, resolve_runtime
+from imagic_lora.core.settings import merged, recipe_of, resolve
 from imagic_lora.memory.plan import assume, predict
 from imagic_lora.photos.canvas import to_canvas
 from imagic_lora.sampling.generate import generate

@@ -17,16 +17,18 @@ import torch
 from diffusers.utils import logging
 from PIL import Image
 
-from imagic_lora.adapters.adapter import SOURCE, Adapter, BaseRecord, Record, SourceRecord, save_embeddings, weights_record
+from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import Draft
+from imagic_lora.adapters.contents import save_embeddings, weights_record
 from imagic_lora.adapters.lora import attached, save_lora
+from imagic_lora.adapters.record import SOURCE, BaseRecord, Record, SourceRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.families.sd import StableDiffusion
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import open_base
 from imagic_lora.core.config import MemoryConfig, RunConfig
 from imagic_lora.core.runtime import peak_memory, resolve_runtime
-from imagic_lora.photos.canvas import png
+from imagic_lora.photos.png import png
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.rehearsal import random_base, random_text
 

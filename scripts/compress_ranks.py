@@ -19,11 +19,11 @@ from PIL import Image
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.compress import compress
 from imagic_lora.adapters.store import Store
+from imagic_lora.bases.loading.progress import hide_progress_bars
 from imagic_lora.bench.cases import Case, case_at
 from imagic_lora.bench.catalogue import defaults
 from imagic_lora.bench.metrics import CritterAlignment
 from imagic_lora.bench.scores import Score, Scorer
-from imagic_lora.cli.console import quiet_loading
 from imagic_lora.core.config import RunConfig
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7, help="of the cases")
     asked = parser.parse_args()
     logging.set_verbosity_error()
-    quiet_loading()
+    hide_progress_bars()
     config = defaults("full", {"memory": {"device": "cpu", "dtype": "fp32"}})
     editor, scorer = Editor(open_for(config)), Scorer(Judge.load(), CritterAlignment.load())
     rows: list[Row] = []

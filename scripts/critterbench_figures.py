@@ -22,7 +22,7 @@ from imagic_lora.bench.critters import Bench
 from imagic_lora.bench.page import Table, tables
 from imagic_lora.bench.summary import summarise
 from imagic_lora.methods.imagic import Imagic
-from imagic_lora.photos.canvas import sheet
+from imagic_lora.photos.sheet import sheet
 
 DOCS = Path(__file__).parent.parent / "docs"
 SHOWN = ("oracle", "imagic-lora", "imagic-full", "embedding-only", "reference-retuned", "reference", "sdedit-0.65", "prompt-only")

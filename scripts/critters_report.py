@@ -32,7 +32,8 @@ from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
 from imagic_lora.critters.judge import Judge, Sight
 from imagic_lora.critters.scene import IDENTITY, displaced
-from imagic_lora.photos.canvas import sheet, to_image, to_pixels
+from imagic_lora.photos.canvas import to_image, to_pixels
+from imagic_lora.photos.sheet import sheet
 
 DOCS = Path(__file__).parent.parent / "docs"
 TIMESTEPS = (900, 600, 400)

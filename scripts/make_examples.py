@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusers.utils import logging
 
 from imagic_lora.adapters.store import Store
-from imagic_lora.core.config import RECIPES, resolve
+from imagic_lora.core.settings import RECIPES, resolve
 from imagic_lora.critters import render, scene_at
 from imagic_lora.training.fit import fit, open_for, result
 

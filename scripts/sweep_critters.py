@@ -21,15 +21,16 @@ from torch.nn import Parameter
 
 from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.base import Base
+from imagic_lora.bases.loading.progress import hide_progress_bars
 from imagic_lora.bases.loading.registry import open_base
 from imagic_lora.bench.cases import Case, case_at
 from imagic_lora.bench.catalogue import defaults
 from imagic_lora.bench.metrics import CritterAlignment
 from imagic_lora.bench.scores import Score, Scorer
-from imagic_lora.cli.console import quiet_loading
 from imagic_lora.core.conditioning import Conditioning, concatenate, interpolate, sources
 from imagic_lora.core.config import EditConfig, EmbedConfig, RunConfig, TuneConfig
-from imagic_lora.core.runtime import key, noise_at, resolve_runtime, times_at
+from imagic_lora.core.noise import key, noise_at, times_at
+from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
 from imagic_lora.photos.canvas import to_image, to_pixels
@@ -172,7 +173,7 @@ def main() -> None:
     parser.add_argument("--start", choices=("inverted", "noise"), default=usual.edit.start)
     asked = parser.parse_args()
     logging.set_verbosity_error()
-    quiet_loading()
+    hide_progress_bars()
     pace = {
         stage: {"steps": int(getattr(asked, stage)[0]), "learning_rate": float(getattr(asked, stage)[1])} for stage in ("embed", "tune")
     }

@@ -19,8 +19,10 @@ from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.families.sd import StableDiffusion
 from imagic_lora.bases.loading.published import PUBLISHED
-from imagic_lora.core.config import Mode, RunConfig, merged, recipe_of, resolve
-from imagic_lora.core.runtime import Processes, resolve_runtime
+from imagic_lora.core.config import Mode, RunConfig
+from imagic_lora.core.processes import Processes
+from imagic_lora.core.runtime import resolve_runtime
+from imagic_lora.core.settings import merged, recipe_of, resolve
 from imagic_lora.memory.plan import assume, predict
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.embed import embed_stage

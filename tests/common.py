@@ -13,10 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.contents import read_canvas
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.registry import open_base
-from imagic_lora.core.config import EditConfig, MemoryConfig, Mode, RunConfig, checked, merged
-from imagic_lora.core.runtime import Processes, resolve_runtime
+from imagic_lora.core.config import EditConfig, MemoryConfig, Mode, RunConfig
+from imagic_lora.core.processes import Processes
+from imagic_lora.core.runtime import resolve_runtime
+from imagic_lora.core.settings import checked, merged
 
 KINDS: list[Literal["epsilon", "v_prediction"]] = ["epsilon", "v_prediction"]
 MODES: list[Mode] = ["lora", "full"]
@@ -71,7 +74,7 @@ def by_diffusers(pipe: Any, adapter: Adapter, eta: float, seed: int, config: Edi
     stored = load_file(adapter.folder / "embeddings.safetensors")
     names = [name for name in ("tokens", "pooled") if f"target.{name}" in stored]
     mixed = {name: eta * stored[f"target.{name}"] + (1 - eta) * stored[f"optimised.{name}"] for name in names}
-    height, width = adapter.canvas().pixels.shape[2:]
+    height, width = read_canvas(adapter).pixels.shape[2:]
     told: dict[str, Any] = {"prompt_embeds": mixed["tokens"], "height": height, "width": width}
     if "null.tokens" in stored:
         told["negative_prompt_embeds"] = stored["null.tokens"]
@@ -79,7 +82,7 @@ def by_diffusers(pipe: Any, adapter: Adapter, eta: float, seed: int, config: Edi
         told |= {"pooled_prompt_embeds": mixed["pooled"], "negative_pooled_prompt_embeds": stored["null.pooled"]}
     told |= {"guidance_scale": config.guidance_scale, "num_inference_steps": config.steps}
     picture = pipe(**told, generator=torch.Generator().manual_seed(seed)).images[0]
-    return adapter.canvas().restored(picture)
+    return read_canvas(adapter).restored(picture)
 
 
 def array(image: Image.Image) -> np.ndarray:

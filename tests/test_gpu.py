@@ -12,9 +12,11 @@ from common import MODES, PROMPT, array, opened, tiny_config
 from tiny import save_tiny, save_tiny_sdxl
 
 from imagic_lora.adapters.store import Store
-from imagic_lora.bases.loading.published import architecture
+from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.config import MemoryConfig, Mode
-from imagic_lora.core.runtime import Processes, noise_at, resolve_runtime
+from imagic_lora.core.noise import noise_at
+from imagic_lora.core.processes import Processes
+from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.memory.plan import predict
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.embed import embed_stage

@@ -13,11 +13,13 @@ from torch import Tensor
 from ..bases.base import Base
 from ..core.errors import ImagicError
 from ..core.tensors import read, shapes
-from ..training.run import card
-from .adapter import CARD, EMBEDDINGS, PREVIEW, SOURCE, STEPS, Adapter, CompressedRecord, Record, weights_record
+from .adapter import Adapter
 from .atomic import Draft
+from .card import card
+from .contents import check_base, weights_record
 from .full import saved_full
 from .lora import attached, save_lora
+from .record import CARD, EMBEDDINGS, PREVIEW, SOURCE, STEPS, CompressedRecord, Record
 from .store import Store
 
 _MOST = 1024
@@ -62,7 +64,7 @@ def compress(
     """
     refuse_compression(adapter, rank)
     store.prepare(name, overwrite)
-    adapter.refuse_foreign(base)
+    check_base(adapter, base)
     base.rest()
     before = base.denoiser.state_dict()
     after = _tuned(adapter, base)

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ..core.errors import ImagicError
 from ..core.tensors import encoded, read
-from .adapter import CARD, EMBEDDINGS, RECORD, Adapter
+from .adapter import Adapter
 from .atomic import Draft, writable
+from .contents import read_canvas, read_embeddings
 from .lora import LORA_FILE
+from .record import CARD, EMBEDDINGS, RECORD
 
 Format = Literal["kohya", "diffusers"]
 Files = Mapping[str, Iterable[bytes | memoryview]]
@@ -139,7 +141,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
 def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
     """What there is and how it is used; text from outside stands in indented blocks, where Markdown means nothing."""
     record = adapter.record
-    held = {f"{kind}.{name}": tuple(one.shape) for kind, c in adapter.embeddings().items() for name, one in c.tensors().items()}
+    held = {f"{kind}.{name}": tuple(one.shape) for kind, c in read_embeddings(adapter).items() for name, one in c.tensors().items()}
     text = _PAGE.format(
         name=adapter.name,
         prompt=json.dumps(record.prompt),
@@ -231,7 +233,7 @@ def _block(match: re.Match[str], level: int, attended: bool) -> str:
 
 def _version(adapter: Adapter) -> Literal["v1", "v2", "xl"]:
     """Of Stable Diffusion, as its embeddings tell."""
-    target = adapter.embeddings()["target"]
+    target = read_embeddings(adapter)["target"]
     if target.pooled is not None:
         return "xl"
     return "v2" if target.tokens.shape[-1] == _OPENCLIP else "v1"
@@ -240,7 +242,7 @@ def _version(adapter: Adapter) -> Literal["v1", "v2", "xl"]:
 def _metadata(adapter: Adapter) -> dict[str, str]:
     """What readers show: Stability's model specification, and the settings under the names of kohya's scripts."""
     record, tune, version = adapter.record, adapter.record.config.tune, _version(adapter)
-    high, wide = adapter.canvas().pixels.shape[2:]
+    high, wide = read_canvas(adapter).pixels.shape[2:]
     second = "v2-768-v" if high * wide > 512 * 512 else "v2-512"  # a guess: what the base predicts is not on record
     return {
         "modelspec.sai_model_spec": "1.0.1",

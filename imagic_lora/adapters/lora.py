@@ -16,10 +16,10 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from ..bases.base import Base
+from ..bases.layers import LORA_TARGETS
 from ..core.config import TuneConfig
 from ..core.errors import ImagicError
 from ..core.tensors import encoded, opened, read, shapes
-from ..memory.unet import LORA_TARGETS
 from .atomic import Draft
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -12,8 +12,9 @@ import psutil
 from filelock import FileLock, Timeout
 
 from ..core.errors import ImagicError
-from .adapter import NAME, RECORD, Adapter, Record
+from .adapter import Adapter
 from .atomic import Draft, changed_file, cut_off, draft, recover, remove, unsealed, writable
+from .record import NAME, RECORD, Record
 
 _MENDING = 0.5  # seconds, more than it takes to undo what a writer that was cut off has left
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.conditioning import Conditioning
 from ..core.errors import ImagicError
 from ..core.runtime import Runtime
-from .loading.published import Architecture
+from .architecture import Architecture
 
 PipelineKind = Literal["text2image", "image2image"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Linear, Module, Parameter
 
-from ..memory.unet import BLOCK_4BIT
+from .layers import BLOCK_4BIT
 
 
 def quantize_linear(denoiser: Any, dtype: torch.dtype, device: torch.device) -> None:

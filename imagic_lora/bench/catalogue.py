@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.config import RECIPES, EditConfig, Mode, RunConfig, read_yaml, resolve
+from ..core.config import EditConfig, Mode, RunConfig
 from ..core.errors import ImagicError
+from ..core.settings import RECIPES, read_yaml, resolve
 from ..methods.bounds import Bounds
 from ..methods.imagic import Imagic
 from ..methods.method import Method

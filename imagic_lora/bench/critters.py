@@ -14,17 +14,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ..bases.loading.progress import hide_progress_bars
 from ..bases.loading.registry import open_base
-from ..cli.console import begin_worker, quiet_libraries, quiet_loading
 from ..core.config import MemoryConfig
+from ..core.environment import prepare_environment
 from ..core.runtime import resolve_runtime
 from ..critters import render
 from ..critters.judge import WEIGHTS, Judge
 from ..methods.method import Method, Price, Studio, Task
-from ..photos.canvas import write_png
+from ..photos.png import write_png
 from .cases import Case, case_at
 from .metrics import CritterAlignment
 from .scores import SAME, Score, Scorer
+from .worker import begin_worker
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,11 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 @cache
 def _studio() -> tuple[Studio, Scorer]:
     """One for a process: the embedded base in fp32, so that figures do not depend on the card."""
-    quiet_libraries()
-    quiet_loading()
+    prepare_environment()
+    hide_progress_bars()
     clip = CritterAlignment.load()
-    return Studio(open_base("critters", resolve_runtime(MemoryConfig(dtype="fp32", optimizer="adam"))), clip), Scorer(Judge.load(), clip)
+    base = open_base("critters", resolve_runtime(MemoryConfig(dtype="fp32", optimizer="adam")))
+    return Studio(base, clip.best), Scorer(Judge.load(), clip)
 
 
 @cache

@@ -6,24 +6,41 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable, Sequence
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError
 from pydantic import ValidationError
-from rich.table import Table
 
 from ..adapters.atomic import FULL
-from ..core.config import RunConfig, checked, merged, read_yaml, recipe_of, refusal
+from ..core.environment import prepare_environment
 from ..core.errors import ImagicError, Stopped
+from ..core.settings import refusal
+from .commands.bases import bases
 from .commands.bench import bench
 from .commands.convert import compress, export
+from .commands.demo import demo
+from .commands.doctor import doctor
 from .commands.edit import edit
 from .commands.fit import fit
-from .commands.store import bases, list_adapters, remove, show, verify
-from .console import err, interrupted, out, plain, print_json, quiet_libraries, quiet_loading, refused, say_plan, shown
-from .options import Flag, Json
+from .commands.plan import plan
+from .commands.store import list_adapters, remove, show, verify
+from .console import interrupted, print_warnings, refused
+
+COMMANDS: dict[str, Callable[..., None] | App] = {
+    "fit": fit,
+    "edit": edit,
+    "list": list_adapters,
+    "show": show,
+    "verify": verify,
+    "rm": remove,
+    "compress": compress,
+    "export": export,
+    "plan": plan,
+    "bases": bases,
+    "bench": bench,
+    "demo": demo,
+    "doctor": doctor,
+}
 
 app = App(
     name="imagic-lora",
@@ -32,99 +49,8 @@ app = App(
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )
-app.command(fit)
-app.command(edit)
-app.command(list_adapters, name="list")
-app.command(show)
-app.command(verify)
-app.command(remove, name="rm")
-app.command(compress)
-app.command(export)
-app.command(bases)
-app.command(bench)
-
-
-@app.command
-def plan(
-    *,
-    settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
-    batch: Annotated[int | None, Parameter(name="--batch")] = None,
-    config: Path | None = None,
-    exact: Flag = False,
-    as_json: Json = False,
-) -> None:
-    """Predict the peak memory of a fit, and where it goes; needs neither a GPU nor weights.
-
-    Takes every setting of fit, but neither photo, sentence nor name; those that do not touch memory change nothing here.
-
-    Parameters
-    ----------
-    batch
-        Sets --embed.batch-size and --tune.batch-size at once, where they are not given.
-    config
-        YAML file of settings, as for fit.
-    exact
-        Run the real code on tensors without values instead of drawing the models in sizes; some ten seconds.
-    """
-    from ..bases.loading.published import architecture
-    from ..memory.plan import predict
-    from ..memory.presets import choose, on_this_machine, planned
-
-    flags = settings.model_dump(exclude_unset=True) if settings else {}
-    if batch is not None:
-        flags = merged({"embed": {"batch_size": batch}, "tune": {"batch_size": batch}}, flags)
-    file = read_yaml(config) if config else {}
-    base = checked(merged(file, flags)).base
-    built = architecture(base)
-    run, why = choose(lambda: built, flags, file, recipe_of(base, built.few_steps, built.embeds_guidance))
-    card = None if why == "asked for" else on_this_machine(run.memory.device)[0]
-    assumed = planned(run, card)
-    if exact:
-        from ..training.rehearsal import rehearse
-
-        quiet_loading()
-        found = rehearse(built, run, assumed)
-    else:
-        found = predict(built, run, assumed)
-    if as_json:
-        print_json({"base": base, "mode": run.tune.mode, "preset": run.preset, "fits": found.fits(run.preset), **found.to_json()})
-    else:
-        say_plan(found, run, why)
-
-
-@app.command
-def demo(*, out: Path = Path("outputs/demo"), as_json: Json = False) -> None:
-    """Fit and edit one shipped picture on the embedded base, and show it beside the true edit.
-
-    Parameters
-    ----------
-    out
-        Folder for the sheet, the pictures and the adapter.
-    """
-    from .demo import run_demo
-
-    quiet_loading()
-    page = run_demo(out, shown)
-    if as_json:
-        print_json({"sheet": str(page)})
-    else:
-        err.print(f"[green]Look at[/] {plain(page)}")
-
-
-@app.command
-def doctor(*, as_json: Json = False) -> None:
-    """Device, libraries, free memory, and what is missing."""
-    from .doctor import examine
-
-    facts = examine()
-    if as_json:
-        print_json(facts)
-        return
-    table = Table(show_header=False, box=None, padding=(0, 2))
-    for group, values in facts.items():
-        for key, value in values.items():
-            table.add_row(f"[dim]{group}[/]", key, plain(value))
-    out.print(table)
+for _name, _command in COMMANDS.items():
+    app.command(_command, name=_name)
 
 
 def script() -> None:
@@ -136,7 +62,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 2 the user can mend it, 130 interrupted; anything else raises."""
     tokens = sys.argv[1:] if tokens is None else list(tokens)
     with warnings.catch_warnings():
-        quiet_libraries()
+        prepare_environment()
+        print_warnings()
         try:
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         except CycloptsError as error:
@@ -162,7 +89,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
             got = f"the disk is full{f' ({error.filename})' if error.filename else ''}"
             return refused(ImagicError(got, "room for what is to be written", "free some space"), tokens)
         except (MemoryError, RuntimeError) as error:
-            from ..memory.presets import is_out_of_memory
+            from ..memory.limits import is_out_of_memory
 
             if not is_out_of_memory(error):
                 raise

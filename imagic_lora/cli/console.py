@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -128,35 +126,14 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2))
 
 
-def quiet_libraries() -> None:
-    """Only errors of the libraries below us, and our own warnings in one line."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for name in ("bitsandbytes", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def print_warnings() -> None:
+    """Our own warnings in one line, and none of the libraries'."""
 
     def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
         if issubclass(category, ImagicWarning):
             err.print(f"[yellow]Warning:[/] {plain(message)}")
 
     warnings.showwarning = show_warning
-
-
-def quiet_loading() -> None:
-    """No bars for reading files; downloads keep theirs."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    of_diffusers.disable_progress_bar()
-    of_transformers.disable_progress_bar()
-
-
-def begin_worker(threads: int) -> None:
-    """Of a process that works beside others: so many threads of its own, and as quiet as we are before it loads a library."""
-    quiet_libraries()
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 def interrupted(told: str, command: str | None, tokens: Sequence[str]) -> int:

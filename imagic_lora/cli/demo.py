@@ -8,10 +8,13 @@ from pathlib import Path
 from PIL import Image
 
 from ..adapters.adapter import Adapter
+from ..adapters.contents import read_canvas, read_embeddings
 from ..adapters.store import Store
-from ..core.config import RECIPES, EditConfig, RunConfig, resolve
+from ..core.config import EditConfig, RunConfig
+from ..core.settings import RECIPES, resolve
 from ..critters import render, scene_at
-from ..photos.canvas import sheet, write_png
+from ..photos.png import write_png
+from ..photos.sheet import sheet
 from ..sampling.editor import Edit, Editor
 from ..sampling.generate import generate
 from ..training.fit import fit, open_for
@@ -52,9 +55,9 @@ def run_demo(out: Path, shown: Callable[[Generator[StepReport, None, Adapter | N
 def embedding_alone(editor: Editor, adapter: Adapter, config: EditConfig, seed: int) -> Image.Image:
     """The reconstruction from ``e_opt`` on the untuned base."""
     editor.close()
-    stored = adapter.embeddings()
+    stored = read_embeddings(adapter)
     e_opt = stored["optimised"]
-    return next(generate(editor.base, [e_opt], [seed], config, adapter.canvas(), stored.get("null"), [e_opt]))
+    return next(generate(editor.base, [e_opt], [seed], config, read_canvas(adapter), stored.get("null"), [e_opt]))
 
 
 def _page(photo: Image.Image, before: Image.Image, edits: list[Edit], truth: Image.Image, prompt: str) -> Image.Image:

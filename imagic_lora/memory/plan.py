@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, Literal
 
-from ..bases.loading.published import Architecture
+from ..bases.architecture import Architecture
+from ..bases.layers import LORA_TARGETS, text_parameters
 from ..core.config import RunConfig
 from .symbolic import Paper
-from .unet import LORA_TARGETS, Layers, Numbers, UNet, text_parameters, vae_forward
+from .symbolic_layers import Layers, Numbers
+from .symbolic_vae import vae_forward
+from .unet import UNet
 
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
 _CONTEXT = 500 * 2**20  # what a CUDA context and its libraries' kernels take, before any tensor

@@ -8,10 +8,11 @@ from contextlib import closing
 from pathlib import Path
 
 from ..adapters.adapter import Adapter
+from ..adapters.contents import read_canvas, read_embeddings
 from ..adapters.store import Store
 from ..core.conditioning import interpolate, sources
 from ..core.config import RunConfig
-from ..photos.canvas import write_png
+from ..photos.png import write_png
 from ..sampling.editor import Editor
 from ..sampling.generate import generate
 from ..training.fit import fit
@@ -50,15 +51,15 @@ class Imagic(Method):
             with metered(base) as meter:
                 etas = [min(max(config.eta + more, 0.0), 2.0) for more in ETAS]
                 images = [one.image for one in editor.edit(adapter, etas, [task.seed], config.edit)]
-                chosen = images[studio.clip.best(images, task.text, task.photo)]
+                chosen = images[studio.best(images, task.text, task.photo)]
                 yield Made(f"{self.name}-best", chosen, trained + meter.price())
             if self.embedding:
                 editor.close()
                 with metered(base) as meter:
-                    stored = adapter.embeddings()
+                    stored = read_embeddings(adapter)
                     ends = stored["target"], stored["optimised"]
                     mix, of_photo = interpolate(*ends, config.eta), sources(*ends, [config.eta], config.edit.source_eta)
-                    (image,) = generate(base, [mix], [task.seed], config.edit, adapter.canvas(), stored.get("null"), of_photo)
+                    (image,) = generate(base, [mix], [task.seed], config.edit, read_canvas(adapter), stored.get("null"), of_photo)
                     yield Made("embedding-only", image, prices["embed"] + meter.price())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from ..bases.base import Base
-from ..bench.metrics import CritterAlignment
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Studio:
-    """What all methods share: one base, and the CLIP that may choose between pictures."""
+    """What all methods share.
+
+    Args:
+        base: loaded, frozen.
+        best: index of the best of several images for a target prompt and a photo, by a score that knows neither judge nor truth.
+    """
 
     base: Base
-    clip: CritterAlignment
+    best: Callable[[Sequence[Image.Image], str, Image.Image], int]
 
 
 class Method(ABC):

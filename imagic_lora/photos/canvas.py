@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image
 from torch import Tensor
-
-from .reading import METADATA_KEY
 
 
 @dataclass(frozen=True)
@@ -74,49 +66,3 @@ def to_image(pixels: Tensor) -> Image.Image:
     """An image of a tensor ``[3, H, W]`` in [-1, 1], rounded as diffusers does."""
     array = ((pixels.detach().cpu().float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(array)
-
-
-def write_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Writes :func:`png` into a file."""
-    path.write_bytes(png(image, metadata))
-
-
-def png(image: Image.Image, metadata: Mapping[str, Any]) -> bytes:
-    """A PNG that says how it was made, as JSON in its text chunk ``imagic-lora``."""
-    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
-    info.add_text(METADATA_KEY, json.dumps(metadata, sort_keys=True))
-    image.save(file, "PNG", pnginfo=info)
-    return file.getvalue()
-
-
-def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str = "", cell: int = 192) -> Image.Image:
-    """Labelled pictures in rows, each scaled to fit a square cell without being squashed.
-
-    Args:
-        rows: of ``(label, picture)``.
-        title: one line above them all.
-        cell: side of a cell in pixels.
-    """
-    font, gap, label = ImageFont.load_default(15), 8, 24
-    top = 34 if title else gap
-    columns = max(len(row) for row in rows)
-    page = Image.new("RGB", (gap + columns * (cell + gap), top + len(rows) * (cell + label + gap)), "white")
-    draw = ImageDraw.Draw(page)
-    draw.text((gap, 8), _fitting(title, font, page.width - 2 * gap), fill="black", font=font)
-    for r, row in enumerate(rows):
-        for c, (name, picture) in enumerate(row):
-            x, y = gap + c * (cell + gap), top + r * (cell + label + gap)
-            factor = min(cell / picture.width, cell / picture.height)
-            size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-            kind = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
-            page.paste(picture.resize(size, kind), (x + (cell - size[0]) // 2, y + label + (cell - size[1]) // 2))
-            draw.text((x, y + 3), _fitting(name, font, cell), fill="black", font=font)
-    return page
-
-
-def _fitting(text: str, font: Any, width: int) -> str:
-    """The text, or as much of its beginning as fits into a width in pixels."""
-    short = text[: width + 1]  # measuring takes its time for each letter, and hardly one is narrower than a pixel
-    if short == text and font.getlength(text) <= width:
-        return text
-    return short[: bisect_left(range(1, len(short) + 1), True, key=lambda count: font.getlength(short[:count] + "...") > width)] + "..."

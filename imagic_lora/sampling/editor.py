@@ -12,14 +12,15 @@ from threading import Lock
 from PIL import Image
 
 from ..adapters.adapter import Adapter
+from ..adapters.contents import read_canvas, read_embeddings, read_layers
 from ..adapters.full import Weights, loaded_full
 from ..adapters.lora import Layers, loaded_lora, swapped_lora
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, interpolate, sources
 from ..core.config import EditConfig
-from ..core.errors import ImagicError
 from ..photos.canvas import Canvas
-from .generate import generate, refuse_empty, refuse_no_steps, refuse_steps
+from .checks import refuse_edit, refuse_steps
+from .generate import generate
 
 HELD = 8  # adapters that are kept in memory; full weights are not
 
@@ -31,18 +32,6 @@ class Edit:
     eta: float
     seed: int
     image: Image.Image
-
-
-def refuse_edit(etas: Sequence[float], seeds: Sequence[int], config: EditConfig, prompt: str) -> None:
-    """Raises ImagicError for an eta outside [0, 2], an empty prompt, settings that leave the sampler no step, or seeds without a use."""
-    for eta in etas:
-        if not 0 <= eta <= 2:
-            raise ImagicError(f"eta {eta:g}", "0 (the photo) to 1 (the text), at most 2", "choose another --eta")
-    if len(seeds) > 1 and config.start == "inverted" and not config.ddim_eta:
-        got = f"{len(seeds)} seeds with start inverted"
-        raise ImagicError(got, "one: the noise is the photo's own", "use --start noise for several, or add --ddim-eta")
-    refuse_empty(prompt)
-    refuse_no_steps(config)
 
 
 @dataclass(frozen=True)
@@ -127,7 +116,7 @@ class Editor:
         key = adapter.folder, adapter.record.model_dump_json()  # which has the hash of every file
         held = self._held.pop(key, None)
         if held is None:
-            held = _Held(adapter, adapter.layers(self.base, self.force), adapter.canvas(), adapter.embeddings())
+            held = _Held(adapter, read_layers(adapter, self.base, self.force), read_canvas(adapter), read_embeddings(adapter))
             adapter.refuse_replaced()
         self._held[key] = held
         if len(self._held) > HELD:

@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -17,7 +17,9 @@ from ..core.conditioning import Conditioning, concatenate
 from ..core.config import EditConfig
 from ..core.errors import ImagicError
 from ..photos.canvas import Canvas, to_image
-from .inversion import Retracing, Tracing
+from .checks import refuse_no_steps
+from .inversion import Retracing, inverted, traced
+from .pipelines import _latents, _scale, _spoken, _with_sampler
 
 
 def generate(
@@ -59,66 +61,6 @@ def generate(
         yield from (canvas.restored(to_image(one)) for one in pixels * 2 - 1)
 
 
-def refuse_empty(prompt: str) -> None:
-    """Raises ImagicError for a prompt of nothing but spaces."""
-    if not prompt.strip():
-        raise ImagicError("an empty prompt", "a sentence that says what the edited photo shows", 'for example "a dog jumping"')
-
-
-def refuse_no_steps(config: EditConfig) -> None:
-    """Raises ImagicError if the strength leaves the sampler less than one of its steps to take from the image."""
-    if config.start == "image" and int(config.steps * config.strength) < 1:
-        got = f"strength {config.strength:g} of {config.steps} steps"
-        raise ImagicError(got, "at least one step: strength times steps is 1 or more", "raise one of them")
-
-
-def refuse_steps(base: Base, config: EditConfig) -> None:
-    """Raises ImagicError if the base's sampler cannot take so many steps."""
-    sampler = base.sampler()
-    try:
-        sampler.set_timesteps(config.steps)
-    except ValueError as error:
-        got = f"{config.steps} steps of a sampler of kind {type(sampler).__name__} ({next(iter(str(error).splitlines()), '')[:200]})"
-        raise ImagicError(got, "as many as it has", "use other --steps") from error
-
-
-def inverted(base: Base, canvas: Canvas, clean: Tensor, config: EditConfig, source: Conditioning, seed: int = 0) -> tuple[Tensor]:
-    """The noise from which DDIM without guidance comes back to the photo: DDIM run backwards (arXiv 2010.02502, section 4.3), at the
-    conditioning that stands for the photo. Takes and returns what :func:`traced` does; the seed has no say, and no step adds anything."""
-    backwards = _with_sampler(base, DDIMInverseScheduler)
-    return (_latents(base, backwards, _at_photo(base, canvas, source, config, clean.to(base.runtime.dtype))),)
-
-
-def traced(base: Base, canvas: Canvas, clean: Tensor, config: EditConfig, source: Conditioning, seed: int) -> tuple[Tensor, ...]:
-    """The noise with which DDIM that adds some comes back to the photo: edit-friendly inversion (arXiv 2304.06140, equations 5 and 6).
-
-    The photo is noised to the level of every step, each time anew; what a step has to add to get from one level to the next is kept.
-
-    Args:
-        clean: the photo's latents, ``[1, C, h, w]``.
-        source: the conditioning that stands for the photo.
-        seed: of the noise; other noise leads to the same photo, and to another edit.
-
-    Returns:
-        The latents before the first step, then what each step adds, all ``[1, C, h, w]``.
-    """
-    along = _with_sampler(base, Tracing)
-    sampler: Any = along.scheduler
-    sampler.set_timesteps(config.steps)
-    draws = torch.randn(config.steps, *clean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clean)
-    noised = sampler.add_noise(clean.expand_as(draws), draws, sampler.timesteps)
-    sampler.path, sampler.added = torch.cat([noised, clean]).to(base.runtime.dtype)[:, None], []
-    _latents(base, along, _at_photo(base, canvas, source, config, sampler.path[0]) | {"eta": config.ddim_eta})
-    return sampler.path[0], *sampler.added
-
-
-def _at_photo(base: Base, canvas: Canvas, source: Conditioning, config: EditConfig, latents: Tensor) -> dict[str, Any]:
-    """What a pipeline is told to go from such latents without guidance, at the conditioning that stands for the photo."""
-    high, wide = canvas.pixels.shape[2:]
-    how = {"height": high, "width": wide, "latents": latents, "num_inference_steps": config.steps}
-    return _spoken(base, source, None) | how | {"guidance_scale": _scale(base, config, guided=False)}
-
-
 def _batch(
     base: Base,
     text: Conditioning,
@@ -154,28 +96,3 @@ def _batch(
         got = f"ddim_eta {config.ddim_eta:g} with a sampler of kind {type(pipe.scheduler).__name__}"  # pyright: ignore[reportAttributeAccessIssue]
         raise ImagicError(got, "one that has it, as DDIM does", "leave ddim_eta at 0")
     return (base.decode(_latents(base, pipe, arguments)) / 2 + 0.5).clamp(0, 1)
-
-
-def _scale(base: Base, config: EditConfig, guided: bool) -> float:
-    """The guidance scale that a pipeline is told: an input of some denoisers, else 1 for none."""
-    return config.guidance_scale if guided or base.architecture.embeds_guidance else 1.0
-
-
-def _with_sampler(base: Base, sampler: Any) -> Any:
-    """The text-to-image pipeline with another sampler than the base declares, on the same schedule."""
-    pipe: Any = base.pipeline("text2image")
-    pipe.scheduler = sampler.from_config(pipe.scheduler.config)
-    return pipe
-
-
-def _spoken(base: Base, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
-    device, dtype = base.runtime.device, base.runtime.dtype
-    return base.spoken(text.to(device, dtype), None if null is None else null.to(device, dtype))
-
-
-def _latents(base: Base, pipe: Any, arguments: dict[str, Any]) -> Tensor:
-    """What a pipeline comes to, before it is decoded."""
-    device, dtype = base.runtime.device, base.runtime.dtype
-    mixed = base.denoiser.dtype != dtype
-    with torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False):
-        return pipe(**arguments, output_type="latent").images

@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler
 from torch import Tensor
+
+from ..bases.base import Base
+from ..core.conditioning import Conditioning
+from ..core.config import EditConfig
+from ..photos.canvas import Canvas
+from .pipelines import _latents, _scale, _spoken, _with_sampler
 
 
 class Tracing(DDIMScheduler):
@@ -42,3 +48,40 @@ class Retracing(Tracing):
         self, model_output: Tensor, timestep: int, sample: Tensor, eta: float = 0.0, generator: Any = None, return_dict: bool = True
     ) -> tuple[Tensor]:
         return (self.mean(model_output, timestep, sample, eta) + self.added.pop(0),)
+
+
+def inverted(base: Base, canvas: Canvas, clean: Tensor, config: EditConfig, source: Conditioning, seed: int = 0) -> tuple[Tensor]:
+    """The noise from which DDIM without guidance comes back to the photo: DDIM run backwards (arXiv 2010.02502, section 4.3), at the
+    conditioning that stands for the photo. Takes and returns what :func:`traced` does; the seed has no say, and no step adds anything."""
+    backwards = _with_sampler(base, DDIMInverseScheduler)
+    return (_latents(base, backwards, _at_photo(base, canvas, source, config, clean.to(base.runtime.dtype))),)
+
+
+def traced(base: Base, canvas: Canvas, clean: Tensor, config: EditConfig, source: Conditioning, seed: int) -> tuple[Tensor, ...]:
+    """The noise with which DDIM that adds some comes back to the photo: edit-friendly inversion (arXiv 2304.06140, equations 5 and 6).
+
+    The photo is noised to the level of every step, each time anew; what a step has to add to get from one level to the next is kept.
+
+    Args:
+        clean: the photo's latents, ``[1, C, h, w]``.
+        source: the conditioning that stands for the photo.
+        seed: of the noise; other noise leads to the same photo, and to another edit.
+
+    Returns:
+        The latents before the first step, then what each step adds, all ``[1, C, h, w]``.
+    """
+    along = _with_sampler(base, Tracing)
+    sampler: Any = along.scheduler
+    sampler.set_timesteps(config.steps)
+    draws = torch.randn(config.steps, *clean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clean)
+    noised = sampler.add_noise(clean.expand_as(draws), draws, sampler.timesteps)
+    sampler.path, sampler.added = torch.cat([noised, clean]).to(base.runtime.dtype)[:, None], []
+    _latents(base, along, _at_photo(base, canvas, source, config, sampler.path[0]) | {"eta": config.ddim_eta})
+    return sampler.path[0], *sampler.added
+
+
+def _at_photo(base: Base, canvas: Canvas, source: Conditioning, config: EditConfig, latents: Tensor) -> dict[str, Any]:
+    """What a pipeline is told to go from such latents without guidance, at the conditioning that stands for the photo."""
+    high, wide = canvas.pixels.shape[2:]
+    how = {"height": high, "width": wide, "latents": latents, "num_inference_steps": config.steps}
+    return _spoken(base, source, None) | how | {"guidance_scale": _scale(base, config, guided=False)}

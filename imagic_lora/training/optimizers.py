@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from ..core.errors import ImagicError
-from ..core.runtime import Processes, Runtime, key
-from ..memory.unet import scales_8bit, states_8bit
+from ..core.noise import key
+from ..core.processes import Processes
+from ..core.runtime import Runtime
+from ..memory.optimizer_states import scales_8bit, states_8bit
 
 _MAPS = ("qmap1", "qmap2")
 _FP16_SCALE = 1024.0  # keeps small gradients above fp16's underflow on their way back

@@ -18,13 +18,14 @@ from transformers import CLIPTextConfig
 
 from ..adapters.full import unfrozen
 from ..adapters.lora import attached
+from ..bases.architecture import Architecture
 from ..bases.families.sd import TOKENIZERS, StableDiffusion, vae_dtype
 from ..bases.loading.components import TEXT_ENCODERS
-from ..bases.loading.published import Architecture
 from ..bases.loading.registry import family_of
 from ..core.conditioning import Conditioning
 from ..core.config import RunConfig
-from ..core.runtime import DTYPES, Processes, Runtime
+from ..core.processes import Processes
+from ..core.runtime import DTYPES, Runtime
 from ..memory.plan import Assumed, Peak, Plan, comes_later, passes, with_stages
 from ..memory.tracker import Tracker
 from .embed import embed_stage

@@ -13,20 +13,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..adapters.adapter import CARD, PREVIEW, SOURCE, STEPS, BaseRecord, Record, SourceRecord, save_embeddings, weights_record
 from ..adapters.atomic import Draft
+from ..adapters.card import card
+from ..adapters.contents import save_embeddings, weights_record
 from ..adapters.full import save_full
 from ..adapters.lora import save_lora
+from ..adapters.record import CARD, PREVIEW, SOURCE, STEPS, BaseRecord, Record, SourceRecord
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, interpolate, sources
 from ..core.config import RunConfig
 from ..core.errors import ImagicWarning
-from ..core.runtime import Processes, peak_memory
+from ..core.processes import Processes
+from ..core.runtime import peak_memory
 from ..core.tensors import refuse_not_finite
-from ..memory.presets import OutOfMemory, explained
-from ..photos.canvas import Canvas, png, sheet, to_canvas, to_image
+from ..memory.limits import OutOfMemory
+from ..memory.out_of_memory import explained
+from ..photos.canvas import Canvas, to_canvas, to_image
+from ..photos.png import png
 from ..photos.reading import Photo
-from ..sampling.generate import generate, refuse_steps
+from ..photos.sheet import sheet
+from ..sampling.checks import refuse_steps
+from ..sampling.generate import generate
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
 
@@ -130,27 +137,3 @@ def _ends(losses: Tensor) -> tuple[float, float]:
     """Means over the first and the last tenth."""
     tenth = max(1, len(losses) // 10)
     return round(losses[:tenth].mean().item(), 6), round(losses[-tenth:].mean().item(), 6)
-
-
-def card(prompt: str, base: str, config: RunConfig) -> str:
-    """``README.md`` of an adapter; text from outside stands in indented blocks, where Markdown means nothing."""
-    mode = config.tune.mode
-    return "\n".join(
-        [
-            "# An imagic-lora adapter",
-            "",
-            f"Made by imagic-lora (Imagic, arXiv 2210.09276), mode {mode}, for this sentence:",
-            "",
-            f"    {json.dumps(prompt)}",
-            "",
-            "on this base:",
-            "",
-            f"    {json.dumps(base)}",
-            "",
-            "`embeddings.safetensors` holds the embeddings of the sentence (`target.tokens`) and of the photo (`optimised.tokens`).",
-            "Interpolate them with eta and give the result as `prompt_embeds`; the weights load with plain diffusers:",
-            "`load_lora_weights` on this folder." if mode == "lora" else "`UNet2DConditionModel.from_pretrained` on `unet/`.",
-            "`adapter.json` says how it was made.",
-            "",
-        ]
-    )

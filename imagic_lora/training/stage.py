@@ -13,7 +13,9 @@ from ..bases.base import Base
 from ..core.conditioning import Conditioning
 from ..core.config import EmbedConfig, TuneConfig
 from ..core.errors import ImagicError, NotFinite
-from ..core.runtime import Processes, key, moved, noise_at, times_at
+from ..core.noise import key, noise_at, times_at
+from ..core.processes import Processes
+from ..core.runtime import moved
 from ..core.tensors import all_finite
 from .objective import denoising_loss
 from .optimizers import build_updates

@@ -14,26 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from imagic_lora.adapters.adapter import (
-    EMBEDDINGS,
-    RECORD,
-    SOURCE,
-    Adapter,
-    BaseRecord,
-    Record,
-    SourceRecord,
-    WeightsRecord,
-    save_embeddings,
-)
+from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import draft, unsealed
+from imagic_lora.adapters.contents import applied, check_base, read_canvas, read_embeddings, save_embeddings
 from imagic_lora.adapters.full import WEIGHTS
 from imagic_lora.adapters.lora import LORA_FILE
+from imagic_lora.adapters.record import EMBEDDINGS, RECORD, SOURCE, BaseRecord, Record, SourceRecord, WeightsRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import Mode
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.photos.canvas import png, to_canvas, to_image
+from imagic_lora.photos.canvas import to_canvas, to_image
+from imagic_lora.photos.png import png
 from imagic_lora.photos.reading import read_photo
 
 Tensors = dict[str, Tensor]
@@ -72,7 +65,7 @@ def refused(base: Base) -> Callable[[Adapter, str], None]:
     before, picture = weights(base.denoiser), output(base)
 
     def check(adapter: Adapter, match: str) -> None:
-        with pytest.raises(ImagicError, match=match), adapter.worn_by(base):
+        with pytest.raises(ImagicError, match=match), applied(adapter, base):
             pytest.fail("it is worn")
         assert same(weights(base.denoiser), before)
         assert torch.equal(output(base), picture)
@@ -112,7 +105,7 @@ def test_embeddings_come_back_as_they_were(tmp_path: Path, fitted: Callable[...,
         made.seal(RECORD, fitted("lora").record)
     folder = tmp_path / "one"
     assert sorted(load_file(folder / EMBEDDINGS)) == sorted(f"{kind}.{part}" for kind in named for part in ("tokens", "pooled", "sizes"))
-    found = Adapter(folder, unsealed(folder, RECORD, Record)).embeddings()
+    found = read_embeddings(Adapter(folder, unsealed(folder, RECORD, Record)))
     assert found.keys() == named.keys()
     for kind, value in named.items():
         assert found[kind].tensors().keys() == value.tensors().keys()
@@ -124,18 +117,18 @@ def test_embeddings_in_half_precision_come_as_fp32(forge: Forge, fitted: Callabl
     """Somebody may want to spare room."""
     expected = load_file(fitted("lora").folder / EMBEDDINGS)["optimised.tokens"].half()
     adapter = forge(files={EMBEDDINGS: changed(fitted("lora").folder / EMBEDDINGS, set_to(optimised__tokens=expected))})
-    assert torch.equal(adapter.embeddings()["optimised"].tokens, expected.float())
+    assert torch.equal(read_embeddings(adapter)["optimised"].tokens, expected.float())
 
 
 def test_a_base_without_a_null_has_none(forge: Forge, fitted: Callable[..., Adapter]) -> None:
     """Then there are two kinds."""
     adapter = forge(files={EMBEDDINGS: changed(fitted("lora").folder / EMBEDDINGS, set_to(null__tokens=None))})
-    assert set(adapter.embeddings()) == {"target", "optimised"}
+    assert set(read_embeddings(adapter)) == {"target", "optimised"}
 
 
 def test_the_canvas_is_the_one_trained_on(fitted: Callable[..., Adapter], photo_file: Path) -> None:
     """Bit-equal pixels, the same box and size, from the adapter alone."""
-    expected, found = to_canvas(read_photo(photo_file).image, 32, 8), fitted("lora").canvas()
+    expected, found = to_canvas(read_photo(photo_file).image, 32, 8), read_canvas(fitted("lora"))
     assert torch.equal(found.pixels, expected.pixels)
     assert (found.box, found.size) == (expected.box, expected.size)
 
@@ -161,7 +154,7 @@ def test_an_adapter_holds_no_pickle(fitted: Callable[..., Adapter], mode: Mode) 
 def test_a_worn_adapter_is_taken_off(base: Base, fitted: Callable[..., Adapter], mode: Mode) -> None:
     """The output differs while it is worn, and is bit-equal afterwards."""
     before = output(base)
-    with fitted(mode).worn_by(base):
+    with applied(fitted(mode), base):
         assert not torch.equal(output(base), before)
     assert torch.equal(output(base), before)
 
@@ -171,11 +164,11 @@ def test_a_forgery_of_nothing_is_as_good_as_the_real_one(base: Base, forge: Forg
     """So that what is refused below is refused for what was changed: the same output, though every file was written anew."""
     real = fitted(mode)
     copy = forge(mode, {name: changed(real.folder / name, lambda _: None) for name in real.record.files if name.endswith("tensors")})
-    with real.worn_by(base):
+    with applied(real, base):
         expected = output(base)
-    with copy.worn_by(base):
+    with applied(copy, base):
         assert torch.equal(output(base), expected)
-    assert torch.equal(copy.canvas().pixels, real.canvas().pixels)
+    assert torch.equal(read_canvas(copy).pixels, read_canvas(real).pixels)
 
 
 # Embeddings, photo and record that are not believed
@@ -207,7 +200,7 @@ def test_embeddings_of_other_kinds_or_shapes_are_refused(
     """There are target, optimised and perhaps null, all with the same inputs of the same shapes."""
     adapter = forge(files={EMBEDDINGS: changed(fitted("lora").folder / EMBEDDINGS, change)})
     with pytest.raises(ImagicError, match=rf"{EMBEDDINGS} holds .*, or not in equal shapes"):
-        adapter.embeddings()
+        read_embeddings(adapter)
     refused(adapter, "equal shapes")
 
 
@@ -220,7 +213,7 @@ def test_embeddings_that_are_not_finite_are_refused(
     wrong = set_to(**{f"{kind}__tokens": torch.full((1, 16, 16), value)})
     adapter = forge(files={EMBEDDINGS: changed(fitted("lora").folder / EMBEDDINGS, wrong)})
     with pytest.raises(ImagicError, match=rf"{kind}\.tokens in .*not finite"):
-        adapter.embeddings()
+        read_embeddings(adapter)
     refused(adapter, "not finite")
 
 
@@ -256,21 +249,21 @@ def test_a_photo_that_lies_elsewhere_is_refused(forge: Forge, fitted: Callable[.
     source = fitted("lora").record.source
     assert (source.box, source.size) == ((0, 0, 32, 24), (50, 37))
     with pytest.raises(ImagicError, match="a part of the canvas"):
-        forge(source=source.model_copy(update=change)).canvas()
+        read_canvas(forge(source=source.model_copy(update=change)))
 
 
 def test_a_photo_may_lie_anywhere_on_the_canvas(forge: Forge, fitted: Callable[..., Adapter]) -> None:
     """A single pixel of it is enough."""
     source = SourceRecord(sha256=fitted("lora").record.source.sha256, size=(1, 1), box=(31, 23, 32, 24))
-    assert forge(source=source).canvas().photo().size == (1, 1)
+    assert read_canvas(forge(source=source)).photo().size == (1, 1)
 
 
 def test_a_photo_that_is_none_is_refused(forge: Forge, fitted: Callable[..., Adapter]) -> None:
     """Whatever its hash."""
-    whole = png(to_image(fitted("lora").canvas().pixels[0]), {})
+    whole = png(to_image(read_canvas(fitted("lora")).pixels[0]), {})
     for content in (b"", b"words", whole[: len(whole) // 2]):
         with pytest.raises(ImagicError, match=SOURCE):
-            forge(files={SOURCE: content}).canvas()
+            read_canvas(forge(files={SOURCE: content}))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +278,7 @@ def test_a_file_that_is_not_on_record_is_not_read(
     wanted = rf"{name} is not on the adapter's record"
     if name == SOURCE:
         with pytest.raises(ImagicError, match=wanted):
-            adapter.canvas()
+            read_canvas(adapter)
     else:
         refused(adapter, wanted)
 
@@ -326,9 +319,9 @@ def test_a_quantised_base_does_not_wear_full_weights(wide: Path, fitted: Callabl
     quantised = opened(wide, quantize="nf4")
     made_for = fitted("full").record.base.model_copy(update={"fingerprint": quantised.fingerprint})
     with pytest.raises(ImagicError, match="replaces every weight of a quantised base"):
-        forge("full", base=made_for).refuse_foreign(quantised)
+        check_base(forge("full", base=made_for), quantised)
     with pytest.raises(ImagicError, match="has embeddings of shape"):
-        forge("lora", base=made_for).refuse_foreign(quantised)
+        check_base(forge("lora", base=made_for), quantised)
 
 
 # LoRA files that are not believed
@@ -616,9 +609,9 @@ def test_settings_of_another_version_of_peft_are_fine(
     base: Base, told: Callable[..., Adapter], fitted: Callable[..., Adapter], settings: dict[str, Any]
 ) -> None:
     """Where they are not used, or say the same in another way."""
-    with fitted("lora").worn_by(base):
+    with applied(fitted("lora"), base):
         expected = output(base)
-    with told({f"unet.{key}": value for key, value in settings.items()}).worn_by(base):
+    with applied(told({f"unet.{key}": value for key, value in settings.items()}), base):
         assert torch.equal(output(base), expected)
 
 

@@ -17,10 +17,12 @@ from tiny import save_tiny, save_tiny_sdxl
 from torch import Tensor, nn
 
 import imagic_lora.cli.app as cli
-from imagic_lora.adapters.adapter import CARD, EMBEDDINGS, RECORD, SOURCE, Adapter, BaseRecord
+from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.compress import compress, fold, nearest
+from imagic_lora.adapters.contents import applied
 from imagic_lora.adapters.full import WEIGHTS
 from imagic_lora.adapters.lora import LORA_FILE
+from imagic_lora.adapters.record import CARD, EMBEDDINGS, RECORD, SOURCE, BaseRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.core.config import EditConfig
@@ -168,9 +170,9 @@ def test_with_all_ranks_it_is_the_full_adapter(halved: Path, forge: Forge, tmp_p
     made = compress(full, base, 200, Store(tmp_path), "whole")
     assert told_error(made) < 1e-6
     bare = output(base)
-    with full.worn_by(base):
+    with applied(full, base):
         expected = output(base)
-    with made.worn_by(base):
+    with applied(made, base):
         found = output(base)
     assert torch.allclose(found, expected, rtol=0, atol=2e-5)
     assert (expected - bare).abs().max() > 0.1
@@ -181,7 +183,7 @@ def test_an_adapter_that_changes_nothing_loses_nothing(halved: Path, forge: Forg
     base = opened(halved)
     made = compress(forge(base, lambda _: None), base, 2, Store(tmp_path), "nothing")
     expected = output(base)
-    with made.worn_by(base):
+    with applied(made, base):
         assert torch.equal(output(base), expected)
     assert told_error(made) == 0
 
@@ -221,7 +223,7 @@ def test_plain_diffusers_loads_it(folder: Path, fitted: Fitted, tmp_path: Path) 
     """load_lora_weights on the adapter's folder gives the very output it has here."""
     base = opened(folder)
     made = compress(fitted("full"), base, 4, Store(tmp_path), "small")
-    with made.worn_by(base):
+    with applied(made, base):
         expected = output(base)
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(made.folder)

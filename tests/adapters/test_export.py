@@ -20,18 +20,20 @@ from tiny import save_tiny_sdxl
 from torch import Tensor, nn
 
 import imagic_lora.cli.app as cli
-from imagic_lora.adapters.adapter import EMBEDDINGS, RECORD, Adapter, save_embeddings
+from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import Draft, draft
 from imagic_lora.adapters.compress import compress
+from imagic_lora.adapters.contents import applied, read_embeddings, save_embeddings
 from imagic_lora.adapters.export import Format, export, kohya, original_names
 from imagic_lora.adapters.lora import LORA_FILE
+from imagic_lora.adapters.record import EMBEDDINGS, RECORD
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
+from imagic_lora.bases.layers import LORA_TARGETS
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import Mode
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.memory.unet import LORA_TARGETS
 from imagic_lora.training.fit import fit, result
 
 Fitted = Callable[..., Adapter]
@@ -86,7 +88,7 @@ def answer(base: Base, adapter: Adapter) -> Tensor:
     """The denoiser's answer to noise, told the adapter's sentence."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        return base.predict(noise, torch.tensor([500]), adapter.embeddings()["target"])
+        return base.predict(noise, torch.tensor([500]), read_embeddings(adapter)["target"])
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -105,7 +107,7 @@ def test_diffusers_reads_kohya_s_layout_back(folder: Path, fitted: Fitted, tmp_p
     assert adapter.record.config.tune.alpha != adapter.record.config.tune.rank
     if preset == "all":
         adapter = compress(fitted("full"), base, 4, Store(tmp_path), "small")
-    with adapter.worn_by(base):
+    with applied(adapter, base):
         expected = output(base)
     weights = export(adapter, "kohya", tmp_path / "out")[0]
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
@@ -122,7 +124,7 @@ def test_diffusers_reads_sdxl_s_names_back(xl: tuple[Path, dict[Mode, Adapter]],
     base = opened(folder)
     adapter = made["lora"] if preset != "all" else compress(made["full"], base, 4, Store(tmp_path), "small")
     bare = answer(base, adapter)
-    with adapter.worn_by(base):
+    with applied(adapter, base):
         expected = answer(base, adapter)
     weights = export(adapter, "kohya", tmp_path / "out")[0]
     assert all(name.startswith(("lora_unet_input", "lora_unet_middle", "lora_unet_output", "lora_unet_time", "lora_unet_label",
@@ -138,7 +140,7 @@ def test_diffusers_reads_sdxl_s_names_back(xl: tuple[Path, dict[Mode, Adapter]],
 def test_diffusers_reads_its_own_layout(folder: Path, fitted: Fitted, tmp_path: Path, mode: Mode) -> None:
     """By the call that the page names: the very output of the adapter."""
     base, adapter = opened(folder), fitted(mode)
-    with adapter.worn_by(base):
+    with applied(adapter, base):
         expected = output(base)
     made = export(adapter, "diffusers", tmp_path)[0].parent
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder)

@@ -16,8 +16,9 @@ import torch
 from common import MODES
 from files import failing, rival, sealed
 
-from imagic_lora.adapters.adapter import RECORD, Adapter, BaseRecord, Record, SourceRecord
+from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import Draft
+from imagic_lora.adapters.record import RECORD, BaseRecord, Record, SourceRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError, NotFinite

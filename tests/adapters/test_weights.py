@@ -22,9 +22,9 @@ from imagic_lora.adapters.atomic import Draft
 from imagic_lora.adapters.full import WEIGHTS, loaded_full, save_full, unfrozen
 from imagic_lora.adapters.lora import LORA_FILE, Layers, attached, loaded_lora, read_lora, save_lora, swapped_lora
 from imagic_lora.bases.base import Base
+from imagic_lora.bases.layers import LORA_TARGETS
 from imagic_lora.core.config import Mode, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.memory.unet import LORA_TARGETS
 
 TARGETS = list(LORA_TARGETS)
 

@@ -17,6 +17,7 @@ from original import write_single
 from tiny import save_tiny, save_tiny_sdxl
 
 from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.contents import read_canvas, read_embeddings
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.registry import open_base
@@ -102,7 +103,7 @@ def test_plain_diffusers_makes_the_same_picture(place: Place, fit_on: Fit, famil
 def test_both_stages_train_all_that_they_should(place: Place, fit_on: Fit, family: str) -> None:
     """Tokens and pooled embedding move, what else is told does not; the weights move."""
     adapter = fit_on(family, "lora")
-    told = {kind: one.tensors() for kind, one in adapter.embeddings().items()}
+    told = {kind: one.tensors() for kind, one in read_embeddings(adapter).items()}
     shapes = open_family(place, family).architecture.conditioning
     assert {name: tuple(value.shape) for name, value in told["optimised"].items()} == shapes
     for name in shapes:
@@ -118,7 +119,7 @@ def test_every_start_makes_pictures_of_the_photos_size(place: Place, fit_on: Fit
     adapter = fit_on(family, "lora")
     config = EditConfig(steps=4, guidance_scale=3.0, start=start, ddim_eta=ddim_eta)
     pictures = [one.image for one in Editor(open_family(place, family)).edit(adapter, [0.0, 1.0], [0], config)]
-    assert {picture.size for picture in pictures} == {adapter.canvas().size}
+    assert {picture.size for picture in pictures} == {read_canvas(adapter).size}
     assert (array(pictures[0]) != array(pictures[1])).any()
 
 

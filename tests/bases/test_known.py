@@ -13,14 +13,17 @@ from common import PROMPT, opened, tiny_config
 from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
 from tiny import save_tiny
 
+from imagic_lora.adapters.contents import read_embeddings
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading import registry
+from imagic_lora.bases.loading.configs import architecture, read_architecture, stated
 from imagic_lora.bases.loading.known import SHIPPED, VARIABLE, Known, bases_file, known_base, known_bases
-from imagic_lora.bases.loading.published import PUBLISHED, architecture, read_architecture, stated
+from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import architecture_of, locate, open_base
-from imagic_lora.core.config import MemoryConfig, recipe_of
+from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
+from imagic_lora.core.settings import recipe_of
 from imagic_lora.memory.plan import assume, predict
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.fit import fit, result
@@ -278,8 +281,8 @@ def test_the_guidance_of_an_edit_tells_without_an_unconditional_pass(lcm: Path, 
     config = tiny_config(lcm, edit={"guidance_scale": 8.0})
     adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), "cat"))
     assert adapter is not None
-    assert adapter.embeddings()["target"].extra["guidance"].tolist() == [8.0]
-    assert "null" not in adapter.embeddings()
+    assert read_embeddings(adapter)["target"].extra["guidance"].tolist() == [8.0]
+    assert "null" not in read_embeddings(adapter)
     with_scale = [config.edit.model_copy(update={"guidance_scale": scale}) for scale in (8.0, 2.0)]
     one, other = (next(Editor(opened(lcm)).edit(adapter, [0.5], [0], edit)).image for edit in with_scale)
     assert one.tobytes() != other.tobytes()

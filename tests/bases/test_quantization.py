@@ -20,7 +20,7 @@ from imagic_lora.adapters.lora import attached, save_lora
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.quantization import quantize_linear
 from imagic_lora.core.config import EmbedConfig, TuneConfig
-from imagic_lora.core.runtime import Processes
+from imagic_lora.core.processes import Processes
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.embed import embed_stage
 from imagic_lora.training.objective import denoising_loss

@@ -23,8 +23,9 @@ from tiny import save_tiny, save_tiny_sdxl
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.families.sd import StableDiffusion
 from imagic_lora.bases.families.sdxl import StableDiffusionXL
+from imagic_lora.bases.loading.configs import architecture, single_architecture
 from imagic_lora.bases.loading.known import VARIABLE, Known
-from imagic_lora.bases.loading.published import PUBLISHED, architecture, single_architecture
+from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import open_base
 from imagic_lora.bases.loading.single import SingleFile
 from imagic_lora.bases.loading.tokenizers import shipped_tokenizer

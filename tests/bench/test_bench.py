@@ -34,8 +34,9 @@ from imagic_lora.bench.page import Table, tables, write_page
 from imagic_lora.bench.scores import SAME, Score, Scorer, drift
 from imagic_lora.bench.summary import bootstrapped, summarise
 from imagic_lora.cli import app as cli
-from imagic_lora.core.config import RECIPES, Mode, RunConfig, read_yaml, resolve
+from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError
+from imagic_lora.core.settings import RECIPES, read_yaml, resolve
 from imagic_lora.critters import ATTRIBUTES, backdrop, render
 from imagic_lora.critters.judge import Judge, Sight
 from imagic_lora.critters.scene import IDENTITY, Scene
@@ -334,7 +335,7 @@ class Copier(Method):
 def cheap(monkeypatch: pytest.MonkeyPatch, scorer: Scorer, clip: CritterAlignment) -> None:
     """No base is loaded: these methods need none."""
     nothing: Any = None
-    monkeypatch.setattr(critters, "_studio", lambda: (Studio(nothing, clip), scorer))
+    monkeypatch.setattr(critters, "_studio", lambda: (Studio(nothing, clip.best), scorer))
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ import imagic_lora.photos.canvas as images
 import imagic_lora.training.fit as imagic
 from imagic_lora.adapters.store import Store
 from imagic_lora.cli.options import around
-from imagic_lora.core.config import PRESETS, RECIPES, Config, DeviceConfig, EditConfig, MemoryConfig, Mode, RunConfig, checked
+from imagic_lora.core.config import Config, DeviceConfig, EditConfig, MemoryConfig, Mode, RunConfig
+from imagic_lora.core.settings import PRESETS, RECIPES, checked
 from imagic_lora.photos.reading import read_metadata, read_photo
 from imagic_lora.training.stage import Stage, StepReport
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imagic_lora.core.config import read_yaml, recipe_of, resolve
+from imagic_lora.core.settings import read_yaml, recipe_of, resolve
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("imagic_lora", "scripts") for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]

@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from imagic_lora.core.config import PRESETS, RECIPES, Preset, RunConfig, merged, read_yaml, recipe_of, resolve
+from imagic_lora.core.config import Preset, RunConfig
 from imagic_lora.core.errors import ImagicError
+from imagic_lora.core.settings import PRESETS, RECIPES, merged, read_yaml, recipe_of, resolve
 
 Leaf = tuple[str, ...]
 LEVELS = ("recipe", "preset", "file", "flags")

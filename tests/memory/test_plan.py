@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 import imagic_lora.cli.app as cli
 from imagic_lora.adapters.adapter import Adapter
-from imagic_lora.bases.loading.published import PUBLISHED, architecture
-from imagic_lora.core.config import Mode, RunConfig, merged, recipe_of, resolve
+from imagic_lora.bases.loading.configs import architecture
+from imagic_lora.bases.loading.published import PUBLISHED
+from imagic_lora.core.config import Mode, RunConfig
+from imagic_lora.core.settings import merged, recipe_of, resolve
 from imagic_lora.memory.plan import Assumed, Peak, Plan, assume, predict
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "fragmentation", "context")

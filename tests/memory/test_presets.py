@@ -20,22 +20,19 @@ import imagic_lora.memory.plan as plan
 import imagic_lora.memory.presets as fits
 import imagic_lora.sampling.editor as editor
 import imagic_lora.training.fit as imagic
-from imagic_lora.adapters.adapter import PREVIEW, STEPS, Adapter
+from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.record import PREVIEW, STEPS
 from imagic_lora.adapters.store import Store
-from imagic_lora.bases.loading.published import PUBLISHED, architecture
-from imagic_lora.core.config import Mode, Preset, RunConfig, checked, recipe_of, resolve
+from imagic_lora.bases.loading.configs import architecture
+from imagic_lora.bases.loading.published import PUBLISHED
+from imagic_lora.core.config import Mode, Preset, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
+from imagic_lora.core.settings import checked, recipe_of, resolve
+from imagic_lora.memory.levers import next_lever
+from imagic_lora.memory.limits import OutOfMemory, is_out_of_memory, refuse_if_too_large, too_large
+from imagic_lora.memory.out_of_memory import explained
 from imagic_lora.memory.plan import Assumed, Plan, predict
-from imagic_lora.memory.presets import (
-    OutOfMemory,
-    choose,
-    choose_for_edit,
-    explained,
-    is_out_of_memory,
-    next_lever,
-    refuse_if_too_large,
-    too_large,
-)
+from imagic_lora.memory.presets import choose, choose_for_edit
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.stage import Stage, StepReport
 

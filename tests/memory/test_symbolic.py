@@ -20,13 +20,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig
 
+from imagic_lora.bases.architecture import Architecture
+from imagic_lora.bases.layers import ATTENTION, LORA_TARGETS, text_parameters
 from imagic_lora.bases.loading.components import TEXT_ENCODERS
-from imagic_lora.bases.loading.published import PUBLISHED, Architecture, architecture
+from imagic_lora.bases.loading.configs import architecture
+from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.quantization import quantize_linear
 from imagic_lora.core.errors import ImagicError
+from imagic_lora.memory.optimizer_states import states_8bit
 from imagic_lora.memory.symbolic import Meter, Paper, Sized
+from imagic_lora.memory.symbolic_layers import Layers, Numbers
+from imagic_lora.memory.symbolic_vae import vae_forward
 from imagic_lora.memory.tracker import Tracker
-from imagic_lora.memory.unet import ATTENTION, LORA_TARGETS, Layers, Numbers, UNet, states_8bit, text_parameters, vae_forward
+from imagic_lora.memory.unet import UNet
 
 BASES = ["sd15", "sd21", "sdxl", "critters", "tiny"]
 TARGETS = {

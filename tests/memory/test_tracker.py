@@ -26,7 +26,8 @@ from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.base import Base
 from imagic_lora.core.config import MemoryConfig, Mode, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.runtime import Processes, resolve_runtime
+from imagic_lora.core.processes import Processes
+from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.objective import denoising_loss
 from imagic_lora.training.optimizers import build_optimizer

@@ -16,6 +16,7 @@ from PIL import Image
 
 import imagic_lora.methods.imagic as imagic
 from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.contents import read_canvas, read_embeddings
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.core.conditioning import Conditioning
@@ -47,7 +48,7 @@ class Picky:
 
 
 def studio_of(base: Base, clip: Any = None) -> Studio:
-    return Studio(base, clip or Picky())
+    return Studio(base, (clip or Picky()).best)
 
 
 @pytest.fixture
@@ -304,9 +305,9 @@ def test_the_embedding_alone_is_on_the_untuned_base(fitting: Fitting, folder: Pa
     """The mix of the two embeddings, eta of the sentence's, on a base that was never fitted."""
     (_, _, made), _, _ = fitting("lora")
     adapter, _ = apart(folder, "lora", photo_file, tmp_path)
-    stored, base, config = adapter.embeddings(), opened(folder), tiny_config(folder).edit
+    stored, base, config = read_embeddings(adapter), opened(folder), tiny_config(folder).edit
     mixed = Conditioning(0.7 * stored["target"].tokens + (1 - 0.7) * stored["optimised"].tokens)
-    (expected,) = generate(base, [mixed], [SEED], config, adapter.canvas(), stored["null"], [stored["optimised"]])
+    (expected,) = generate(base, [mixed], [SEED], config, read_canvas(adapter), stored["null"], [stored["optimised"]])
     assert np.array_equal(array(made.image), array(expected))
     assert not np.array_equal(array(made.image), array(fitting("lora")[0][0].image))
 

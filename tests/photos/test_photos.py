@@ -24,8 +24,10 @@ from torture.photos import _chunk, _directory, _endless, _exif, _of_inks, _of_li
 
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.photos import reading as photos
-from imagic_lora.photos.canvas import sheet, to_canvas, to_image, to_pixels, write_png
+from imagic_lora.photos.canvas import to_canvas, to_image, to_pixels
+from imagic_lora.photos.png import write_png
 from imagic_lora.photos.reading import read_metadata, read_photo
+from imagic_lora.photos.sheet import sheet
 
 ORIENTATION = 0x0112
 SIZES = [(64, 64), (50, 40), (1, 1), (1, 300), (3000, 7), (640, 427), (37, 91)]

@@ -25,9 +25,10 @@ from tiny import save_tiny
 from torch import Tensor
 
 from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.contents import read_canvas, read_embeddings
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.loading.published import architecture
+from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EditConfig, Mode
 from imagic_lora.core.errors import ImagicError
@@ -35,7 +36,8 @@ from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.photos.canvas import to_image
 from imagic_lora.sampling import editor as module
 from imagic_lora.sampling.editor import Editor
-from imagic_lora.sampling.generate import generate, inverted, traced
+from imagic_lora.sampling.generate import generate
+from imagic_lora.sampling.inversion import inverted, traced
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.rehearsal import random_base
 
@@ -102,8 +104,8 @@ def test_close_gives_the_base_back(folder: Path, fitted: Fitted, mode: Mode) -> 
 def test_the_weights_of_an_adapter_matter(folder: Path, fitted: Fitted) -> None:
     """The same embedding on the bare base gives another picture."""
     adapter, base = fitted("lora"), opened(folder)
-    stored = adapter.embeddings()
-    bare = next(generate(base, [stored["optimised"]], [5], CONFIG, adapter.canvas(), stored["null"], [stored["optimised"]]))
+    stored = read_embeddings(adapter)
+    bare = next(generate(base, [stored["optimised"]], [5], CONFIG, read_canvas(adapter), stored["null"], [stored["optimised"]]))
     assert np.abs(pictures(Editor(base), adapter, etas=[0])[0] - array(bare)).max() > 1
 
 
@@ -144,7 +146,7 @@ def test_edits_come_in_order(folder: Path, fitted: Fitted) -> None:
 def test_start_from_the_image_by_strength(folder: Path, fitted: Fitted) -> None:
     """Pictures differ with the strength and from those from noise; the weakest is nearest to the decoded photo."""
     base, adapter = opened(folder), fitted("lora")
-    canvas, editor = adapter.canvas(), Editor(base)
+    canvas, editor = read_canvas(adapter), Editor(base)
     photo = canvas.restored(to_image(base.decode(base.encode_image(canvas.pixels))[0]))
     config = CONFIG.model_copy(update={"start": "image", "steps": 10})
     weak, middle, strong = (pictures(editor, adapter, config.model_copy(update={"strength": s}))[0] for s in (0.1, 0.5, 1.0))
@@ -176,7 +178,7 @@ def inverted_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int
 def test_the_inverted_noise_is_ddim_backwards(folders: dict[str, Path], fitted: Fitted, kind: str) -> None:
     """As the equations have it."""
     base, adapter = opened(folders[kind]), fitted("lora", 0, kind)
-    canvas, source = adapter.canvas(), adapter.embeddings()["optimised"]
+    canvas, source = read_canvas(adapter), read_embeddings(adapter)["optimised"]
     clean = base.encode_image(canvas.pixels)
     (found,) = inverted(base, canvas, clean, EditConfig(steps=10), source)
     torch.testing.assert_close(found.double(), inverted_by_hand(base, clean, source, 10), rtol=1e-3, atol=1e-3)
@@ -208,7 +210,7 @@ def traced_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int, 
 def test_the_traced_noise_is_what_the_steps_lack(folders: dict[str, Path], fitted: Fitted, kind: str, ddim_eta: float) -> None:
     """As the equations have it."""
     base, adapter = opened(folders[kind]), fitted("lora", 0, kind)
-    canvas, source = adapter.canvas(), adapter.embeddings()["optimised"]
+    canvas, source = read_canvas(adapter), read_embeddings(adapter)["optimised"]
     clean = base.encode_image(canvas.pixels)
     expected = traced_by_hand(base, clean, source, 10, ddim_eta, 3)
     found = traced(base, canvas, clean, EditConfig(steps=10, ddim_eta=ddim_eta), source, 3)
@@ -218,7 +220,7 @@ def test_the_traced_noise_is_what_the_steps_lack(folders: dict[str, Path], fitte
 def test_traced_noise_leads_to_the_photo(folder: Path, fitted: Fitted) -> None:
     """At eta 0 and without guidance, all but what the VAE loses, whatever the seed; at eta 1 the seed tells."""
     base, adapter = opened(folder), fitted("lora")
-    editor, canvas = Editor(base), adapter.canvas()
+    editor, canvas = Editor(base), read_canvas(adapter)
     photo = array(canvas.restored(to_image(base.decode(base.encode_image(canvas.pixels))[0])))
     config = CONFIG.model_copy(update={"start": "inverted", "ddim_eta": 1.0, "guidance_scale": 1.0})
     back = pictures(editor, adapter, config, [0.0, 1.0], seeds=[1, 2])
@@ -275,10 +277,10 @@ def test_a_picture_has_the_size_of_the_photo(folder: Path, fitted: Fitted, start
 def test_another_prompt_takes_the_place_of_the_target(folder: Path, fitted: Fitted) -> None:
     """The picture of eta * e_new + (1 - eta) * e_opt, and not that of the adapter's own prompt."""
     base, adapter = opened(folder), fitted("lora")
-    stored, editor = adapter.embeddings(), Editor(base)
+    stored, editor = read_embeddings(adapter), Editor(base)
     edited = pictures(editor, adapter, prompt="a dog")[0]
     mixed = Conditioning(0.6 * base.encode_text("a dog").tokens + (1 - 0.6) * stored["optimised"].tokens)
-    expected = next(generate(base, [mixed], [5], CONFIG, adapter.canvas(), stored["null"], [stored["optimised"]]))
+    expected = next(generate(base, [mixed], [5], CONFIG, read_canvas(adapter), stored["null"], [stored["optimised"]]))
     assert np.array_equal(edited, array(expected))
     assert not np.array_equal(edited, pictures(editor, adapter)[0])
     assert np.array_equal(pictures(editor, adapter, prompt="a cat"), pictures(editor, adapter))
@@ -294,9 +296,9 @@ def test_settings_of_the_sampler_change_the_picture(folder: Path, fitted: Fitted
 def test_no_guidance_needs_no_null(folder: Path, fitted: Fitted) -> None:
     """A scale of 1, and a base without an unconditional embedding, are the same plain sampling."""
     base, adapter = opened(folder), fitted("lora")
-    stored, off = adapter.embeddings(), CONFIG.model_copy(update={"guidance_scale": 1.0})
-    one = next(generate(base, [stored["target"]], [5], off, adapter.canvas(), stored["null"], [stored["optimised"]]))
-    other = next(generate(base, [stored["target"]], [5], CONFIG, adapter.canvas(), None, [stored["optimised"]]))
+    stored, off = read_embeddings(adapter), CONFIG.model_copy(update={"guidance_scale": 1.0})
+    one = next(generate(base, [stored["target"]], [5], off, read_canvas(adapter), stored["null"], [stored["optimised"]]))
+    other = next(generate(base, [stored["target"]], [5], CONFIG, read_canvas(adapter), None, [stored["optimised"]]))
     assert np.array_equal(array(one), array(other))
 
 
@@ -312,10 +314,10 @@ def test_an_edit_in_bf16_is_near_that_in_fp32(folder: Path, fitted: Fitted, mode
 def test_pictures_that_are_not_finite_are_refused(folder: Path, fitted: Fitted) -> None:
     """Rather than shown black."""
     base, adapter = opened(folder), fitted("lora")
-    stored = adapter.embeddings()
+    stored = read_embeddings(adapter)
     broken = Conditioning(torch.full_like(stored["target"].tokens, torch.nan))
     with pytest.raises(ImagicError, match="holds NaN"):
-        next(generate(base, [broken], [0], CONFIG, adapter.canvas(), stored["null"], [stored["optimised"]]))
+        next(generate(base, [broken], [0], CONFIG, read_canvas(adapter), stored["null"], [stored["optimised"]]))
 
 
 @pytest.mark.parametrize("place", ["cpu", "meta"])

@@ -18,10 +18,12 @@ from common import MODES, PROMPT, opened, tiny_config
 from PIL import Image
 from tiny import save_tiny
 
-from imagic_lora.adapters.adapter import RECORD, Adapter
+from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.record import RECORD
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
-from imagic_lora.core.config import Mode, RunConfig, merged
+from imagic_lora.core.config import Mode, RunConfig
+from imagic_lora.core.settings import merged
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.stage import StepReport
 

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import imagic_lora.training.run as run
-from imagic_lora.adapters.adapter import EMBEDDINGS, RECORD
 from imagic_lora.adapters.full import WEIGHTS
 from imagic_lora.adapters.lora import LORA_FILE
+from imagic_lora.adapters.record import EMBEDDINGS, RECORD
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import Mode

@@ -23,11 +23,11 @@ from common import PROMPT, opened, tiny_config
 from PIL import Image
 from tiny import save_tiny
 
-from imagic_lora.adapters.adapter import RECORD, BaseRecord, Record, SourceRecord
 from imagic_lora.adapters.atomic import Draft
+from imagic_lora.adapters.record import RECORD, BaseRecord, Record, SourceRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
-from imagic_lora.cli.console import quiet_loading
+from imagic_lora.bases.loading.progress import hide_progress_bars
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.training.checkpoints import CheckpointRecord, Checkpoints
 from imagic_lora.training.fit import fit
@@ -93,7 +93,7 @@ class World:
         """The folder of the base."""
         path = self.folder / "base"
         if not path.exists():
-            quiet_loading()
+            hide_progress_bars()
             save_tiny(path, width=32)
         return path
 

@@ -26,9 +26,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from imagic_lora.adapters.adapter import EMBEDDINGS, RECORD, SOURCE
 from imagic_lora.adapters.full import WEIGHTS
 from imagic_lora.adapters.lora import LORA_FILE
+from imagic_lora.adapters.record import EMBEDDINGS, RECORD, SOURCE
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading import registry
 from imagic_lora.cli import app as cli

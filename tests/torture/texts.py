@@ -21,7 +21,7 @@ from PIL import Image
 
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading import registry
-from imagic_lora.bases.loading.published import architecture
+from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bench import page
 from imagic_lora.bench.critters import Bench
 from imagic_lora.cli import app as cli
@@ -30,8 +30,9 @@ from imagic_lora.cli.commands import bench as benching
 from imagic_lora.core.config import RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
 from imagic_lora.memory.plan import assume, predict
-from imagic_lora.photos.canvas import png, sheet
+from imagic_lora.photos.png import png
 from imagic_lora.photos.reading import read_metadata
+from imagic_lora.photos.sheet import sheet
 from imagic_lora.training import run
 
 from .fitted import Fitted, drawn, files, fitted, forged, in_time, verdict
@@ -226,7 +227,7 @@ def _interrupted(made: Fitted, work: Path, text: str) -> None:
 def _warned(made: Fitted, work: Path, text: str) -> None:
     with warnings.catch_warnings(), Printed() as printed:
         warnings.simplefilter("always")
-        console.quiet_libraries()
+        console.print_warnings()
         warnings.warn(text, ImagicWarning, stacklevel=1)
         warnings.warn("of another kind", UserWarning, stacklevel=1)
     printed.shows(text)

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import imagic_lora.training.fit as imagic
-from imagic_lora.adapters.adapter import PREVIEW, Adapter
+from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.record import PREVIEW
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.registry import architecture_of

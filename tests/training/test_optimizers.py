@@ -19,7 +19,8 @@ from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
 from imagic_lora.core.config import MemoryConfig, Mode, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.runtime import Processes, Runtime, resolve_runtime
+from imagic_lora.core.processes import Processes
+from imagic_lora.core.runtime import Runtime, resolve_runtime
 from imagic_lora.training import optimizers
 from imagic_lora.training.optimizers import OneByOne, Together, build_optimizer, build_updates, round_stochastically
 from imagic_lora.training.stage import Stage, train

@@ -16,10 +16,12 @@ from torch.nn import Module
 
 from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
-from imagic_lora.bases.loading.published import architecture
+from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.conditioning import Conditioning
-from imagic_lora.core.config import Mode, RunConfig, merged, recipe_of, resolve
-from imagic_lora.core.runtime import Processes, peak_memory
+from imagic_lora.core.config import Mode, RunConfig
+from imagic_lora.core.processes import Processes
+from imagic_lora.core.runtime import peak_memory
+from imagic_lora.core.settings import merged, recipe_of, resolve
 from imagic_lora.memory.plan import Assumed, Plan, assume, predict
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.embed import embed_stage

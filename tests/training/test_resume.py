@@ -24,13 +24,16 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 from torch import Tensor
 
-from imagic_lora.adapters.adapter import RECORD, STEPS, Adapter
+from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.record import RECORD, STEPS
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
-from imagic_lora.core.config import Mode, RunConfig, merged
+from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning, NotFinite, Stopped
+from imagic_lora.core.settings import merged
+from imagic_lora.memory.limits import gib
+from imagic_lora.memory.out_of_memory import assumed_from
 from imagic_lora.memory.plan import predict
-from imagic_lora.memory.presets import assumed_from, gib
 from imagic_lora.training.checkpoints import CHECKPOINT, STATE, Checkpoints
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.objective import denoising_loss

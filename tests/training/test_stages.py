@@ -17,7 +17,7 @@ from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.base import Base
 from imagic_lora.core.config import EmbedConfig, Mode, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.runtime import Processes
+from imagic_lora.core.processes import Processes
 from imagic_lora.training.embed import embed_stage, optimised
 from imagic_lora.training.objective import denoising_loss
 from imagic_lora.training.optimizers import Together

@@ -16,11 +16,11 @@ from torch import Tensor
 from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError, ImagicWarning
 from ...core.runtime import Runtime
-from ...memory.unet import LORA_TARGETS
+from ..architecture import Architecture
 from ..base import Base, PipelineKind
+from ..layers import LORA_TARGETS
 from ..loading import components
 from ..loading.files import Files, fingerprint
-from ..loading.published import Architecture
 from ..quantization import quantize_linear
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}

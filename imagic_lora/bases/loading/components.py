@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DCondit
 from diffusers.models.modeling_utils import no_init_weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ...memory.unet import text_parameters
+from ..layers import text_parameters
 from .files import Files, finite
 from .vetting import library_on, refused
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ...core.errors import ImagicError
 from ...core.tensors import opened
+from ..architecture import Architecture
+from .configs import architecture_at
 from .known import Known
-from .published import Architecture, architecture_at
 from .tokenizers import tokenizer_files
 from .vetting import refused
 

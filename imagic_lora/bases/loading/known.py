@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ...core.config import read_yaml
 from ...core.errors import ImagicError
+from ...core.settings import read_yaml
 
 CRITTERS = Path(__file__).parents[2] / "critters" / "data"
 VARIABLE = "IMAGIC_LORA_BASES"

@@ -9,12 +9,14 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ...core.errors import ImagicError
 from ...core.runtime import Runtime
+from ..architecture import Architecture
 from ..base import Base
 from ..families.sd import StableDiffusion
 from ..families.sdxl import StableDiffusionXL
+from .configs import local_place
 from .files import STEMS, Files, Folder, weight_files
 from .known import bases_file, known_base, known_bases
-from .published import PUBLISHED, Architecture, local_place
+from .published import PUBLISHED
 from .single import SingleFile
 from .tokenizers import TOKENIZER_FILES
 

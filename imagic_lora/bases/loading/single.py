@@ -14,8 +14,9 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor
 
+from .configs import local_place
 from .files import Files, not_too_many, weights
-from .published import PUBLISHED, local_place
+from .published import PUBLISHED
 from .tokenizers import shipped_tokenizer, tokenizer_files
 from .vetting import library_on, refused
 

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ...core.errors import ImagicError
-from ..console import counted, err, out, plain, print_json, quiet_loading
+from ..console import counted, err, out, plain, print_json
 from ..options import Json
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ def critters(
     for name, value, least in (("--cases", cases, 1), ("--seed", seed, 0), ("--workers", workers, 1)):
         if value < least:
             raise ImagicError(f"{name} {value}", f"a whole number from {least}", f"choose another {name}")
-    quiet_loading()
+    from ...bases.loading.progress import hide_progress_bars
+
+    hide_progress_bars()
     run = Bench(seed, cases, chosen(methods), out_dir or Path("outputs/bench") / f"critters-{seed}")
     run.out.mkdir(parents=True, exist_ok=True)
     results = list(counted(run.results(workers), cases * len(run.methods), "cases x methods"))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from ..console import counted, err, plain, print_json, quiet_loading
+from ..console import counted, err, plain, print_json
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, around
 from .store import facts
 
@@ -43,11 +43,12 @@ def compress(
     from ...adapters.compress import compress as compressed
     from ...adapters.compress import refuse_compression
     from ...adapters.store import Store
+    from ...bases.loading.progress import hide_progress_bars
     from ...bases.loading.registry import open_base
     from ...core.config import MemoryConfig
     from ...core.runtime import resolve_runtime
 
-    quiet_loading()
+    hide_progress_bars()
     shelf = Store(store)
     full = shelf.read(adapter)
     named = name or f"{full.name}-r{rank}"

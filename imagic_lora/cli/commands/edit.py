@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from ...adapters.atomic import writable
 from ...core.config import DeviceConfig, EditConfig, PresetOrAuto
 from ...core.errors import ImagicWarning
-from ..console import counted, err, plain, print_json, quiet_loading
+from ..console import counted, err, plain, print_json
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds
 
 if TYPE_CHECKING:
@@ -61,13 +61,18 @@ def edit(
     out_dir
         Folder for the pictures; outputs/NAME where not given.
     """
+    from ...adapters.contents import read_canvas
     from ...adapters.store import Store
+    from ...bases.loading.progress import hide_progress_bars
     from ...bases.loading.registry import architecture_of, open_base
     from ...core.runtime import resolve_runtime
-    from ...memory.presets import EDIT_LEVERS, choose_for_edit, explained
-    from ...sampling.editor import Editor, refuse_edit
+    from ...memory.levers import EDIT_LEVERS
+    from ...memory.out_of_memory import explained
+    from ...memory.presets import choose_for_edit
+    from ...sampling.checks import refuse_edit
+    from ...sampling.editor import Editor
 
-    quiet_loading()
+    hide_progress_bars()
     adapter = Store(store).read(name)
     record = adapter.record
     flags = settings.model_dump(exclude_unset=True) if settings else {}
@@ -92,7 +97,7 @@ def edit(
     how |= {"forced": record.base.name} if foreign else {}
     so_far = f"the pictures made so far are in {folder}"
     with explained(editor.base.architecture, run, editor.base.runtime, "decode", lambda: so_far, EDIT_LEVERS):
-        written = _write_edits(edits, folder, how, adapter.canvas().photo())
+        written = _write_edits(edits, folder, how, read_canvas(adapter).photo())
     if as_json:
         print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / "sheet.png")})
     else:
@@ -102,7 +107,8 @@ def edit(
 
 def _write_edits(edits: Iterable[Edit], folder: Path, how: dict[str, Any], photo: Image) -> list[dict[str, Any]]:
     """Writes every picture as it comes and the sheet at the end, a row for each seed; gives the files of the pictures."""
-    from ...photos.canvas import sheet, write_png
+    from ...photos.png import write_png
+    from ...photos.sheet import sheet
 
     written: list[dict[str, Any]] = []
     rows: dict[int, list[tuple[str, Image]]] = {}

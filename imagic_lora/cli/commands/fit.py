@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ...core.config import RunConfig, checked, merged, read_yaml, recipe_of
+from ...core.config import RunConfig
 from ...core.errors import ImagicError, Stopped
-from ..console import err, plain, print_json, quiet_loading, say_what_is_active, shown
+from ...core.settings import checked, merged, read_yaml, recipe_of
+from ..console import err, plain, print_json, say_what_is_active, shown
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, around
 from .store import facts
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from ...adapters.adapter import Adapter
     from ...adapters.store import Store
-    from ...bases.loading.published import Architecture
+    from ...bases.architecture import Architecture
     from ...training.stage import StepReport
 
 
@@ -56,8 +57,9 @@ def fit(
         Replace an adapter of the same name, and begin an interrupted fit anew.
     """
     from ...adapters.store import Store
+    from ...bases.loading.progress import hide_progress_bars
 
-    quiet_loading()
+    hide_progress_bars()
     run, why, built = settings_of(settings, config)
     adapter = _fit(image, prompt, run, why, built, Store(store), name or _slug(image.stem), overwrite, resume)
     if adapter is None:
@@ -90,7 +92,7 @@ def _fit(
     image: Path, prompt: str, run: RunConfig, why: str, built: Architecture, store: Store, name: str, overwrite: bool, resume: bool
 ) -> Adapter | None:
     from ...core.runtime import resolve_runtime
-    from ...memory.presets import adapter_bytes
+    from ...memory.limits import adapter_bytes
     from ...training.fit import fit as fit_steps
     from ...training.fit import result
     from ..interrupts import Interrupts
@@ -119,7 +121,8 @@ def _fit(
 
 
 def _processes(run: RunConfig) -> Any:
-    from ...core.runtime import Processes, resolve_runtime
+    from ...core.processes import Processes
+    from ...core.runtime import resolve_runtime
 
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1:

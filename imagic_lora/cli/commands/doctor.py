@@ -1,0 +1,59 @@
+"""The command ``doctor``: what this machine has."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.table import Table
+
+from ...core.choices import choose
+from ...core.config import MemoryConfig
+from ...core.machine import find_card, free_host_memory
+from ..console import out, plain, print_json
+from ..options import Json
+
+_NEEDED = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
+
+
+def doctor(*, as_json: Json = False) -> None:
+    """Device, libraries, free memory, and what is missing."""
+    facts = examine()
+    if as_json:
+        print_json(facts)
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for group, values in facts.items():
+        for key, value in values.items():
+            table.add_row(f"[dim]{group}[/]", key, plain(value))
+    out.print(table)
+
+
+def examine() -> dict[str, dict[str, str]]:
+    """Facts by group: ``system``, ``choices`` (with reasons), ``libraries``, ``missing``."""
+    card = find_card()
+    system = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "free memory": f"{free_host_memory() / 2**30:.1f} GiB",
+        "free disk here": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB",
+    }
+    missing = {}
+    if card:
+        system["free memory on the card"] = f"{card.free / 2**30:.1f} GiB"
+    else:
+        missing["CUDA"] = "a photo on Stable Diffusion takes hours on a CPU; the critters base takes seconds"
+    if importlib.util.find_spec("xformers") is None:
+        missing["xformers"] = "optional: pip install 'imagic-lora[xformers]' for --attention xformers (CUDA)"
+    choices = choose(MemoryConfig(), card).reasons
+    return {"system": system, "choices": choices, "libraries": {name: _version(name) for name in _NEEDED}, "missing": missing}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -31,19 +31,19 @@ from imagic_lora.bench.catalogue import budgeted, defaults
 from imagic_lora.bench.metrics import CritterAlignment
 from imagic_lora.bench.scores import Scorer
 from imagic_lora.bench.summary import bootstrapped
-from imagic_lora.core.conditioning import Conditioning, interpolate, sources
+from imagic_lora.core.conditioning import Conditioning, interpolate, source_conditionings
 from imagic_lora.core.config import RunConfig
 from imagic_lora.core.noise import key
-from imagic_lora.core.processes import Processes
+from imagic_lora.core.runtime import Processes
 from imagic_lora.core.settings import merged
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
 from imagic_lora.photos.reading import read_photo
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.generate import generate
-from imagic_lora.training.fit import fit, open_for, result
+from imagic_lora.training.fit import fit, open_base, result
 from imagic_lora.training.objective import denoising_loss
-from imagic_lora.training.run import Run
+from imagic_lora.training.run import encode_run
 from imagic_lora.training.stage import Stage, train
 
 PACE = {"steps", "learning_rate"}
@@ -82,7 +82,7 @@ def jointly(base: Base, photo: Path, case: Case, config: RunConfig) -> tuple[Ima
 
     The embedding is trained as a multiple of its change, which is another rate to Adam.
     """
-    run = Run(config, base, read_photo(photo), case.text, Processes())
+    run = encode_run(config, base, read_photo(photo), case.text, Processes())
     change, scale = Parameter(torch.zeros_like(run.target.tokens)), config.embed.learning_rate / config.tune.learning_rate
 
     def conditioning() -> Conditioning:
@@ -94,7 +94,7 @@ def jointly(base: Base, photo: Path, case: Case, config: RunConfig) -> tuple[Ima
             pass
         e_opt = replace(run.target, tokens=conditioning().tokens.detach())
         mix = interpolate(run.target, e_opt, config.eta)
-        of_photo = sources(run.target, e_opt, [config.eta], config.edit.source_eta)
+        of_photo = source_conditionings(run.target, e_opt, [config.eta], config.edit.source_eta)
         with torch.no_grad():
             (image,) = generate(base, [mix], [case.index], config.edit, run.canvas, run.null, of_photo)
         return image, 4 * sum(layer.numel() for layer in layers.values()) / 1e6
@@ -131,7 +131,7 @@ def results(kept: Path, seed: int, cases: int, changes: list[str]) -> Iterator[d
     found = {
         (one["change"], one["case"]): one for one in done if one["settings"] == settings.get(one["change"], RunConfig()).model_dump_json()
     }
-    base, scorer = open_for(settings[changes[0]]), Scorer(Judge.load(), CritterAlignment.load())
+    base, scorer = open_base(settings[changes[0]]), Scorer(Judge.load(), CritterAlignment.load())
     for index in range(cases):
         for change, config in settings.items():
             if (change, index) not in found:

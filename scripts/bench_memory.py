@@ -23,8 +23,7 @@ from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.config import Mode, RunConfig
-from imagic_lora.core.processes import Processes
-from imagic_lora.core.runtime import resolve_runtime
+from imagic_lora.core.runtime import Processes, resolve_runtime
 from imagic_lora.core.settings import PRESETS, merged, recipe_of, resolve
 from imagic_lora.memory.limits import is_out_of_memory
 from imagic_lora.memory.plan import Plan, assume, predict
@@ -119,7 +118,7 @@ def on_the_card(run: RunConfig, cap: float | None) -> dict[str, Any]:
         base = random_base(card, run, resolve_runtime(run.memory))
         side = run.resolution or base.resolution
         latents = base.encode_image(torch.zeros(1, 3, side, side))
-        base.rest()
+        base.offload_encoders()
         text = random_text(base, side, side)
         stage = embed_stage(base, latents, text, run.embed, 0, Processes())
         for k in range(2):

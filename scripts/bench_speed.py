@@ -28,14 +28,13 @@ from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EditConfig, Mode, RunConfig
-from imagic_lora.core.processes import Processes
-from imagic_lora.core.runtime import peak_memory, resolve_runtime
+from imagic_lora.core.runtime import Processes, peak_memory, resolve_runtime
 from imagic_lora.core.settings import merged, recipe_of, resolve
 from imagic_lora.memory.plan import assume, predict
 from imagic_lora.photos.canvas import to_canvas
 from imagic_lora.sampling.generate import generate
 from imagic_lora.training.embed import embed_stage
-from imagic_lora.training.fit import open_for
+from imagic_lora.training.fit import open_base
 from imagic_lora.training.rehearsal import random_base
 from imagic_lora.training.stage import Stage
 from imagic_lora.training.tune import tune_stage
@@ -168,7 +167,7 @@ def settings(base: str, mode: Mode, memory: dict[str, Any], batch: int | None = 
 def opened(run: RunConfig) -> Base:
     """The embedded base itself; another at true size with random weights."""
     if run.base == "critters":
-        return open_for(run)
+        return open_base(run)
     return random_base(architecture(run.base), run, resolve_runtime(run.memory))
 
 

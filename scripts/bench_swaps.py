@@ -18,14 +18,14 @@ from diffusers.utils import logging
 from PIL import Image
 
 from imagic_lora.adapters.adapter import Adapter
-from imagic_lora.adapters.atomic import Draft
+from imagic_lora.adapters.atomic import AtomicWriter
 from imagic_lora.adapters.contents import save_embeddings, weights_record
 from imagic_lora.adapters.lora import attached, save_lora
 from imagic_lora.adapters.record import SOURCE, BaseRecord, Record, SourceRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.families.sd import StableDiffusion
 from imagic_lora.bases.loading.published import PUBLISHED
-from imagic_lora.bases.loading.registry import open_base
+from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.core.config import MemoryConfig, RunConfig
 from imagic_lora.core.runtime import peak_memory, resolve_runtime
 from imagic_lora.photos.png import png
@@ -54,13 +54,13 @@ def random_adapter(base: StableDiffusion, store: Store, name: str, run: RunConfi
         versions={},
     )
 
-    def fill(draft: Draft) -> None:
+    def fill(writer: AtomicWriter) -> None:
         with attached(base, run.tune, seed) as parameters, torch.no_grad():
             for value in parameters.values():
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.02)
-            save_lora(base, draft)
-        save_embeddings(draft, {kind: random_text(base, side, side) for kind in ("target", "optimised", "null")})
-        draft.write(SOURCE, [png(Image.new("RGB", (side, side)), {})])
+            save_lora(base, writer)
+        save_embeddings(writer, {kind: random_text(base, side, side) for kind in ("target", "optimised", "null")})
+        writer.write(SOURCE, [png(Image.new("RGB", (side, side)), {})])
 
     return store.write(record, fill)
 
@@ -74,8 +74,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 def measured(editor: Editor, adapters: list[Adapter], count: int) -> tuple[float, list[float]]:
     """Seconds of the last adapter's first time, and of every swap after it; the base is as before afterwards."""
-    first = [seconds(lambda: editor.wear(one)) for one in adapters]  # noqa: B023  # it is called at once
-    swaps = [seconds(lambda: editor.wear(adapters[k % len(adapters)])) for k in range(count)]  # noqa: B023
+    first = [seconds(lambda: editor.load(one)) for one in adapters]  # noqa: B023  # it is called at once
+    swaps = [seconds(lambda: editor.load(adapters[k % len(adapters)])) for k in range(count)]  # noqa: B023
     editor.close()
     return first[-1], swaps
 
@@ -89,7 +89,7 @@ def main() -> None:
     for name in options.base or ("critters", "sd15"):
         with tempfile.TemporaryDirectory() as folder:
             if name == "critters":
-                base, store = open_base("critters", resolve_runtime(MEMORY)), Store(EXAMPLES)
+                base, store = load_base("critters", resolve_runtime(MEMORY)), Store(EXAMPLES)
                 adapters = [store.read(one) for one in store.names()[:2]]
             else:
                 run = RunConfig(base=name, memory=MEMORY)

@@ -28,7 +28,7 @@ from imagic_lora.core.config import RunConfig
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
 from imagic_lora.sampling.editor import Editor
-from imagic_lora.training.fit import fit, open_for, result
+from imagic_lora.training.fit import fit, open_base, result
 
 RANKS = (1, 2, 4, 8, 16, 32)
 
@@ -82,7 +82,7 @@ def main() -> None:
     logging.set_verbosity_error()
     hide_progress_bars()
     config = defaults("full", {"memory": {"device": "cpu", "dtype": "fp32"}})
-    editor, scorer = Editor(open_for(config)), Scorer(Judge.load(), CritterAlignment.load())
+    editor, scorer = Editor(open_base(config)), Scorer(Judge.load(), CritterAlignment.load())
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for index in range(asked.cases):

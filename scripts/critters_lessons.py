@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 
 from imagic_lora.critters import ATTRIBUTES, Scene, longest_caption, render, sample_caption, scene_at
 from imagic_lora.critters.scene import describe, displaced
-from imagic_lora.sampling.inversion import Tracing
+from imagic_lora.sampling.inversion import NoiseRecorder
 
 MOVED = {"shade": 3, "size": 1, "x": 1, "y": 1, "spots": 4, "sun": 1, "horizon": 1, "tint": 2, "facing": 1}
 """How often the scenes of a group differ in each factor: more often where the caption is slow to be heard."""
@@ -120,7 +120,7 @@ def gone(scheduler: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
     What a step adds is the same for both, so their difference goes the way of DDIM from nothing, adding nothing.
     """
-    path: Any = Tracing.from_config(scheduler.config)
+    path: Any = NoiseRecorder.from_config(scheduler.config)
     path.set_timesteps(WAY_STEPS)
     share, found = torch.zeros(1), []
     for t in path.timesteps:

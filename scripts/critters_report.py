@@ -22,7 +22,7 @@ from torch import Tensor
 
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.known import CRITTERS
-from imagic_lora.bases.loading.registry import open_base
+from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.bench.catalogue import defaults
 from imagic_lora.bench.metrics import CritterAlignment, pixels
 from imagic_lora.bench.scores import SAME
@@ -30,7 +30,7 @@ from imagic_lora.core.conditioning import Conditioning, concatenate, interpolate
 from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
-from imagic_lora.critters.judge import Judge, Sight
+from imagic_lora.critters.judge import Judge, Reading
 from imagic_lora.critters.scene import IDENTITY, displaced
 from imagic_lora.photos.canvas import to_image, to_pixels
 from imagic_lora.photos.sheet import sheet
@@ -52,18 +52,18 @@ def fidelity(pictures: Tensor) -> tuple[float, Tensor]:
     return (10 * torch.log10(4 / error)).mean().item(), back
 
 
-def sights(judge: Judge, pictures: Tensor) -> list[Sight]:
-    return [one for part in batches(pictures) for one in judge.see(part)]
+def sights(judge: Judge, pictures: Tensor) -> list[Reading]:
+    return [one for part in batches(pictures) for one in judge.read_scenes(part)]
 
 
-def agreement(seen: list[Sight], scenes: list[Scene]) -> dict[str, float]:
+def agreement(seen: list[Reading], scenes: list[Scene]) -> dict[str, float]:
     """How often the judge sees what each scene says, by attribute, and all five at once."""
     wrong = [one.changed(scene) for one, scene in zip(seen, scenes, strict=True)]
     right = {name: sum(name not in one for one in wrong) / len(wrong) for name in ATTRIBUTES}
     return right | {"all": sum(not one for one in wrong) / len(wrong)}
 
 
-def show_identity(title: str, seen: list[Sight], scenes: list[Scene]) -> None:
+def show_identity(title: str, seen: list[Reading], scenes: list[Scene]) -> None:
     """The judge's median error of every factor, in standard deviations over scenes, and its distances."""
     pairs = list(zip(seen, scenes, strict=True))
     factors = {name: median(abs(one.deviations(scene)[name]) for one, scene in pairs) for name in IDENTITY}
@@ -107,18 +107,18 @@ def gains(scenes: list[Scene], timesteps: tuple[int, ...]) -> dict[str, tuple[li
     Two predictions of the clean latents, from the same noisy ones, are told of scenes half a range apart in that factor; what they differ
     by is projected on the true difference: 1 is all of it, 0 nothing. The noisy latents lie half way between the two and favour neither.
     """
-    base, eta = open_base("critters", resolve_runtime(MemoryConfig(dtype="fp32"))), defaults("lora").eta
+    base, eta = load_base("critters", resolve_runtime(MemoryConfig(dtype="fp32"))), defaults("lora").eta
     kept = base.training.alphas_cumprod
     edits = [changed(scene, random.Random(k)) for k, scene in enumerate(scenes)]
     before = [one for one, _ in edits]
     asked = [sentence(scene, name, random.Random(k)) for k, (scene, (_, name)) in enumerate(zip(scenes, edits, strict=True))]
-    clean, target = encoded(base, scenes), concatenate([base.encode_text(text) for text in asked])
+    clean, target = encoded(base, scenes), concatenate([base.encode_prompt(text) for text in asked])
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
 
     ways = (scenes, 0.0), (before, eta)
 
     def told(some: list[Scene], eta: float) -> Conditioning:
-        return interpolate(target, concatenate([base.encode_text(longest_caption(scene)) for scene in some]), eta)
+        return interpolate(target, concatenate([base.encode_prompt(longest_caption(scene)) for scene in some]), eta)
 
     def heard(name: str) -> tuple[list[float], list[float]]:
         apart = encoded(base, [displaced(scene, name) for scene in scenes]) - clean

@@ -11,7 +11,7 @@ from diffusers.utils import logging
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.settings import RECIPES, resolve
 from imagic_lora.critters import render, scene_at
-from imagic_lora.training.fit import fit, open_for, result
+from imagic_lora.training.fit import fit, open_base, result
 
 STORE = Path(__file__).parent.parent / "adapters"
 EXAMPLES = {"rex-jumps": (45, "a dog jumping", 0.7), "mia-wears-a-hat": (98, "a cat wearing a hat", 0.7)}
@@ -19,7 +19,7 @@ EXAMPLES = {"rex-jumps": (45, "a dog jumping", 0.7), "mia-wears-a-hat": (98, "a 
 
 def main() -> None:
     logging.disable_progress_bar()
-    base = open_for(resolve({"base": "critters"}, {}, RECIPES["critters"]))
+    base = open_base(resolve({"base": "critters"}, {}, RECIPES["critters"]))
     with tempfile.TemporaryDirectory() as folder:
         for name, (index, prompt, eta) in EXAMPLES.items():
             photo = Path(folder) / f"{name}.png"

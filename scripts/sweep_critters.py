@@ -22,19 +22,19 @@ from torch.nn import Parameter
 from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.progress import hide_progress_bars
-from imagic_lora.bases.loading.registry import open_base
+from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.bench.cases import Case, case_at
 from imagic_lora.bench.catalogue import defaults
 from imagic_lora.bench.metrics import CritterAlignment
 from imagic_lora.bench.scores import Score, Scorer
-from imagic_lora.core.conditioning import Conditioning, concatenate, interpolate, sources
+from imagic_lora.core.conditioning import Conditioning, concatenate, interpolate, source_conditionings
 from imagic_lora.core.config import EditConfig, EmbedConfig, RunConfig, TuneConfig
 from imagic_lora.core.noise import key, noise_at, times_at
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
 from imagic_lora.photos.canvas import to_image, to_pixels
-from imagic_lora.sampling.inversion import Retracing, Tracing
+from imagic_lora.sampling.inversion import NoiseRecorder, NoiseReplayer
 from imagic_lora.training.objective import denoising_loss
 from imagic_lora.training.optimizers import build_optimizer
 
@@ -106,7 +106,7 @@ def train(
 @torch.no_grad()
 def edited(base: Base, latents: Tensor, told: Conditioning, source: Conditioning, config: EditConfig, cases: Sequence[Case]) -> Tensor:
     """Latents of the edits of all cases: from the photos' edit-friendly noise, or from noise."""
-    path: Any = Tracing.from_config(base.sampler().config)
+    path: Any = NoiseRecorder.from_config(base.scheduler().config)
     path.set_timesteps(config.steps)
     draws = torch.stack([torch.randn(config.steps, *latents.shape[1:], generator=torch.Generator().manual_seed(c.index)) for c in cases], 1)
     if config.start == "inverted":
@@ -114,7 +114,7 @@ def edited(base: Base, latents: Tensor, told: Conditioning, source: Conditioning
         path.added = []
         for x, t in zip(path.path, path.timesteps, strict=False):
             path.step(base.predict(x, t.expand(len(x)), source), t, x, eta=config.ddim_eta)
-    back: Any = Retracing.from_config(path.config)
+    back: Any = NoiseReplayer.from_config(path.config)
     back.set_timesteps(config.steps)
     back.added = path.added if config.start == "inverted" else [torch.zeros_like(latents)] * config.steps
     x, null = path.path[0] if config.start == "inverted" else draws[0], base.null()
@@ -130,7 +130,7 @@ def edited(base: Base, latents: Tensor, told: Conditioning, source: Conditioning
 def sweep(base: Base, scorer: Scorer, cases: Sequence[Case], config: RunConfig, edits: Sequence[tuple[float, float]]) -> None:
     """Fits all cases at one setting; prints a line for each pair of eta and guidance."""
     latents = torch.cat([base.encode_image(to_pixels(render(case.source))) for case in cases])
-    target = concatenate([base.encode_text(case.text) for case in cases])
+    target = concatenate([base.encode_prompt(case.text) for case in cases])
     tokens = Parameter(target.tokens.clone())
     optimised = Conditioning(tokens)
     train(base, latents, optimised, [tokens], "embed", config.embed, cases)
@@ -140,7 +140,7 @@ def sweep(base: Base, scorer: Scorer, cases: Sequence[Case], config: RunConfig, 
         train(base, latents, optimised, list(layers.values()), "tune", config.tune, cases)
         for eta, guidance in edits:
             how = config.edit.model_copy(update={"guidance_scale": guidance})
-            (source,) = sources(target, optimised, [eta], how.source_eta)
+            (source,) = source_conditionings(target, optimised, [eta], how.source_eta)
             made = base.decode(edited(base, latents, interpolate(target, optimised, eta), source, how, cases))
             show(
                 f"eta {eta:g}, guidance {guidance:g}",
@@ -179,7 +179,7 @@ def main() -> None:
     }
     sampling = {"start": asked.start, "source_eta": asked.source_eta}
     config = defaults("lora", {**pace, "edit": sampling, "memory": {"device": "cpu", "dtype": "fp32", "optimizer": "adam"}})
-    base = open_base("critters", resolve_runtime(config.memory))
+    base = load_base("critters", resolve_runtime(config.memory))
     base.denoiser.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue, reportArgumentType]
     scorer = Scorer(Judge.load(), CritterAlignment.load())
     cases = [case_at(asked.seed, index) for index in range(asked.cases)]

@@ -27,7 +27,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CL
 
 from imagic_lora.bases.loading.known import CRITTERS
 from imagic_lora.critters import ATTRIBUTES, SIZE, sample_caption, scene_at
-from imagic_lora.critters.judge import FACINGS, Judge, measured
+from imagic_lora.critters.judge import FACINGS, Judge, identity_targets
 from imagic_lora.critters.scene import IDENTITY
 
 VAE: dict[str, Any] = {
@@ -165,7 +165,7 @@ def train_judge(args: argparse.Namespace) -> None:
         x = x + 0.2 * rough * torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x)
         scenes = [scene_at("train", int(k)) for k in indices]
         outputs = {name: output.float() for name, output in judge(x).items()}
-        identity = torch.tensor([measured(scene) for scene in scenes], device=x.device)
+        identity = torch.tensor([identity_targets(scene) for scene in scenes], device=x.device)
         losses = [F.smooth_l1_loss(outputs["identity"], identity, beta=0.2) * len(IDENTITY)]
         for name, values in {**ATTRIBUTES, "facing": FACINGS}.items():
             right = torch.tensor([values.index(getattr(s, name)) for s in scenes], device=x.device)

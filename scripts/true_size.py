@@ -20,8 +20,7 @@ from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.families.sd import StableDiffusion
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, RunConfig
-from imagic_lora.core.processes import Processes
-from imagic_lora.core.runtime import resolve_runtime
+from imagic_lora.core.runtime import Processes, resolve_runtime
 from imagic_lora.core.settings import merged, recipe_of, resolve
 from imagic_lora.memory.plan import assume, predict
 from imagic_lora.memory.tracker import Tracker
@@ -54,7 +53,7 @@ def one_step_each(base: StableDiffusion, run: RunConfig, side: int, tracker: Tra
     """Every stage once, with its own code."""
     with timed("encode", tracker, predicted):
         latents = base.encode_image(torch.rand(1, 3, side, side) * 2 - 1)
-    base.rest()
+    base.offload_encoders()
     text = random_text(base, side, side)
     with timed("embed", tracker, predicted):
         stage = embed_stage(base, latents, text, run.embed, 0, Processes())

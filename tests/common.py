@@ -15,11 +15,10 @@ from torch import Tensor
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.contents import read_canvas
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.loading.registry import open_base
+from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.core.config import EditConfig, MemoryConfig, Mode, RunConfig
-from imagic_lora.core.processes import Processes
-from imagic_lora.core.runtime import resolve_runtime
-from imagic_lora.core.settings import checked, merged
+from imagic_lora.core.runtime import Processes, resolve_runtime
+from imagic_lora.core.settings import merged, validated
 
 KINDS: list[Literal["epsilon", "v_prediction"]] = ["epsilon", "v_prediction"]
 MODES: list[Mode] = ["lora", "full"]
@@ -28,7 +27,7 @@ PROMPT = "a cat"
 
 def opened(folder: Path, mode: Mode = "lora", **memory) -> Base:
     """A fresh base on the CPU, as a fit in that mode needs it."""
-    return open_base(str(folder), resolve_runtime(MemoryConfig(device="cpu", **memory)), master_weights=mode == "full")
+    return load_base(str(folder), resolve_runtime(MemoryConfig(device="cpu", **memory)), master_weights=mode == "full")
 
 
 def tiny_config(folder: Path, mode: Mode = "lora", **changes) -> RunConfig:
@@ -41,7 +40,7 @@ def tiny_config(folder: Path, mode: Mode = "lora", **changes) -> RunConfig:
         "edit": {"steps": 2, "guidance_scale": 3.0},
         "memory": {"device": "cpu"},
     }
-    return checked(merged(settings, changes))
+    return validated(merged(settings, changes))
 
 
 def weights(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -58,7 +57,7 @@ def output(base: Base) -> Tensor:
     """The denoiser's answer to fixed inputs."""
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        return base.predict(noise, torch.tensor([10, 700]), base.encode_text(PROMPT))
+        return base.predict(noise, torch.tensor([10, 700]), base.encode_prompt(PROMPT))
 
 
 def by_diffusers(pipe: Any, adapter: Adapter, eta: float, seed: int, config: EditConfig) -> Image.Image:

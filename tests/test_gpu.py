@@ -15,12 +15,11 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.config import MemoryConfig, Mode
 from imagic_lora.core.noise import noise_at
-from imagic_lora.core.processes import Processes
-from imagic_lora.core.runtime import resolve_runtime
+from imagic_lora.core.runtime import Processes, resolve_runtime
 from imagic_lora.memory.plan import predict
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.embed import embed_stage
-from imagic_lora.training.fit import fit, open_for, result
+from imagic_lora.training.fit import fit, open_base, result
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -43,7 +42,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_a_fit_and_an_edit_are_finite_in_every_precision(mode: Mode, dtype: str, family: Path, photo_file: Path, tmp_path: Path) -> None:
     """No black picture: the edit varies, in fp32, fp16 and bf16, LoRA and full."""
     config = tiny_config(family, mode, memory={"device": "cuda", "dtype": dtype})
-    base = open_for(config)
+    base = open_base(config)
     adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), "x", base=base))
     assert adapter is not None
     for edit in Editor(base).edit(adapter, [0.0, 1.0], [0], config.edit):
@@ -57,7 +56,7 @@ def test_what_is_idle_makes_no_difference_but_in_memory(idle: str, family: Path,
     found = []
     for way in ("keep", idle):
         config = tiny_config(family, memory={"device": "cuda", "dtype": "fp32", "idle": way})
-        base = open_for(config)
+        base = open_base(config)
         adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), way, base=base, overwrite=True))
         assert adapter is not None
         found.append(array(next(Editor(base).edit(adapter, [0.7], [0], config.edit, "a dog")).image))
@@ -67,9 +66,9 @@ def test_what_is_idle_makes_no_difference_but_in_memory(idle: str, family: Path,
 def test_cuda_and_cpu_agree_on_the_first_loss(folder: Path) -> None:
     """The same noise and timesteps on both devices: losses equal to fp32 rounding."""
     losses = []
-    for base in (opened(folder), open_for(tiny_config(folder, memory={"device": "cuda", "dtype": "fp32"}))):
+    for base in (opened(folder), open_base(tiny_config(folder, memory={"device": "cuda", "dtype": "fp32"}))):
         latents = noise_at(0, "photo", 0, [0], (4, 8, 8)).to(base.runtime.device)
-        stage = embed_stage(base, latents, base.encode_text(PROMPT), tiny_config(folder).embed, 0, Processes())
+        stage = embed_stage(base, latents, base.encode_prompt(PROMPT), tiny_config(folder).embed, 0, Processes())
         losses.append(stage.step(0).loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -78,9 +77,9 @@ def test_checkpointing_lowers_the_peak(folder: Path) -> None:
     """The peak of a step with gradient checkpointing is below the peak without."""
     peaks = []
     for switch in (True, False):
-        base = open_for(tiny_config(folder, memory={"device": "cuda", "dtype": "fp32", "gradient_checkpointing": switch}))
+        base = open_base(tiny_config(folder, memory={"device": "cuda", "dtype": "fp32", "gradient_checkpointing": switch}))
         config = tiny_config(folder, embed={"batch_size": 64}).embed
-        stage = embed_stage(base, torch.zeros(1, 4, 32, 32, device="cuda"), base.encode_text(PROMPT), config, 0, Processes())
+        stage = embed_stage(base, torch.zeros(1, 4, 32, 32, device="cuda"), base.encode_prompt(PROMPT), config, 0, Processes())
         torch.cuda.reset_peak_memory_stats()
         stage.step(0)
         peaks.append(torch.cuda.max_memory_allocated())

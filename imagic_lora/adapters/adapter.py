@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import ImagicError
-from .atomic import unsealed
+from .atomic import read_manifest
 from .record import EMBEDDINGS, RECORD, REMEDY, Record
 
 
@@ -36,7 +36,7 @@ class Adapter:
             raise ImagicError(f"{self.folder / file} is not on the adapter's record", "a file whose hash is known", REMEDY)
         return self.folder / file
 
-    def refuse_replaced(self) -> None:
+    def check_unchanged(self) -> None:
         """Raises ImagicError if the folder no longer holds the adapter that this record belongs to."""
-        if unsealed(self.folder, RECORD, Record) != self.record:
+        if read_manifest(self.folder, RECORD, Record) != self.record:
             raise ImagicError(f"{self.folder} holds another adapter than when it was read", "the same one", "read it again from its store")

@@ -17,22 +17,22 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..core.errors import ImagicError
 
 _MAX_RECORD = 2**20  # bytes of a record that are read
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Sealed(BaseModel):
+class Manifest(BaseModel):
     """What a folder's record says, besides its own hash: at least the hash of every other file that belongs to it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     files: dict[FileName, Sha256] = {}
 
 
-R = TypeVar("R", bound=Sealed)
+R = TypeVar("R", bound=Manifest)
 
 
-class Draft:
+class AtomicWriter:
     """A folder in the making."""
 
     def __init__(self, folder: Path) -> None:
@@ -60,18 +60,18 @@ class Draft:
             os.close(handle)
         self.files[name] = digest.hexdigest()
 
-    def seal(self, name: str, record: Sealed) -> None:
+    def write_manifest(self, name: str, record: Manifest) -> None:
         """Writes the record: with the hashes of all that was written before, and a hash of its own."""
         told = record.model_dump(mode="json") | {"files": dict(sorted(self.files.items()))}
         self.write(name, [_text(told | {"sha256": _own_hash(told)})])
 
 
 @contextmanager
-def draft(final: Path) -> Iterator[Draft]:
+def atomic_folder(final: Path) -> Iterator[AtomicWriter]:
     """A hidden folder that takes the place of ``final`` when all is written; only then what was there goes.
 
     At whatever moment the power fails, :func:`recover` finds the old folder or the new one, whole. The last thing written must be the
-    record (:meth:`Draft.seal`). One writer at a time.
+    record (:meth:`AtomicWriter.write_manifest`). One writer at a time.
 
     Raises:
         ImagicError: the disk is full, or cannot be written to; what was there before still is.
@@ -82,7 +82,7 @@ def draft(final: Path) -> Iterator[Draft]:
         placed = False
         try:
             hidden.mkdir()
-            made = Draft(hidden)
+            made = AtomicWriter(hidden)
             yield made
             for folder in [*(path for path in hidden.iterdir() if path.is_dir()), hidden]:
                 _flush(folder)
@@ -120,7 +120,7 @@ def recover(final: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def cut_off(root: Path) -> list[str]:
+def interrupted_writes(root: Path) -> list[str]:
     """Names of the folders in ``root`` whose writers left something behind, or are still at work."""
     ends = (".part", ".old")
     return sorted({path.name[1:].removesuffix(end) for end in ends for path in root.glob(f".*{end}")})
@@ -143,7 +143,7 @@ def writable(root: Path) -> Iterator[None]:
             _flush(root.parent)
         yield
     except (OSError, UnicodeError) as error:  # a name may be none
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             there = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
             got = f"the disk of {root} is full, or its quota used up ({shutil.disk_usage(there).free / 2**20:,.0f} MiB free)"
             remedy = "free some space, then run it again, with --resume where a fit was interrupted; nothing that was stored before is lost"
@@ -153,7 +153,7 @@ def writable(root: Path) -> Iterator[None]:
         ) from error
 
 
-def unsealed(folder: Path, name: str, kind: type[R]) -> R:
+def read_manifest(folder: Path, name: str, kind: type[R]) -> R:
     """The record of a folder, if not a byte of it has changed.
 
     Raises:
@@ -174,7 +174,7 @@ def unsealed(folder: Path, name: str, kind: type[R]) -> R:
         raise ImagicError(f"{path} cannot be believed ({first})", "a record as it was written", "make or copy it again") from error
 
 
-def changed_file(folder: Path, record: Sealed) -> Path | None:
+def changed_file(folder: Path, record: Manifest) -> Path | None:
     """The first file that is missing, cannot be read, or is not what was written."""
     for name, digest in record.files.items():
         path = folder / name

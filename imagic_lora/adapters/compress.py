@@ -14,10 +14,10 @@ from ..bases.base import Base
 from ..core.errors import ImagicError
 from ..core.tensors import read, shapes
 from .adapter import Adapter
-from .atomic import Draft
+from .atomic import AtomicWriter
 from .card import card
 from .contents import check_base, weights_record
-from .full import saved_full
+from .full import full_files
 from .lora import attached, save_lora
 from .record import CARD, EMBEDDINGS, PREVIEW, SOURCE, STEPS, CompressedRecord, Record
 from .store import Store
@@ -29,7 +29,7 @@ It is the adapter `{name}`, mode full, compressed to rank {rank}: {lost} of the 
 """
 
 
-def refuse_compression(adapter: Adapter, rank: int) -> None:
+def check_compression(adapter: Adapter, rank: int) -> None:
     """Raises ImagicError for an adapter without full weights, or a rank outside [1, 1024]."""
     if not 1 <= rank <= _MOST:
         raise ImagicError(f"--rank {rank}", f"a whole number from 1 to {_MOST}", "choose another --rank")
@@ -60,18 +60,18 @@ def compress(
         shown: passes the names of the tensors on as they are worked on.
 
     Raises:
-        ImagicError: as :func:`refuse_compression`; an adapter of another base, or with weights that do not fit it; as :meth:`Store.write`.
+        ImagicError: as :func:`check_compression`; an adapter of another base, or with weights that do not fit it; as :meth:`Store.write`.
     """
-    refuse_compression(adapter, rank)
-    store.prepare(name, overwrite)
+    check_compression(adapter, rank)
+    store.check_free(name, overwrite)
     check_base(adapter, base)
-    base.rest()
+    base.offload_encoders()
     before = base.denoiser.state_dict()
     after = _tuned(adapter, base)
     config = adapter.record.config
     tune = config.tune.model_copy(update={"mode": "lora", "rank": rank, "alpha": None, "targets": "all"})
     with attached(base, tune, 0) as parameters:
-        error = fold(before, after, _pairs(parameters), shown)
+        error = factorise(before, after, _pairs(parameters), shown)
         told = {
             "name": name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,12 +80,12 @@ def compress(
             "compressed": CompressedRecord(name=adapter.name, error=error),
         }
         record = adapter.record.model_copy(update=told)
-        return store.write(record, lambda draft: _fill(draft, adapter, base, record), overwrite)
+        return store.write(record, lambda writer: _fill(writer, adapter, base, record), overwrite)
 
 
 def _tuned(adapter: Adapter, base: Base) -> dict[str, Tensor]:
     """The tuned weights, in host memory, as half precision has them."""
-    path = adapter.listed(saved_full(base)[1])
+    path = adapter.listed(full_files(base)[1])
     if shapes(path) != {name: tuple(value.shape) for name, value in base.denoiser.state_dict().items()}:
         raise ImagicError(f"{path} holds tensors of other names or shapes", "those of the base", "fit or copy the adapter again")
     return read(path)
@@ -98,7 +98,7 @@ def _pairs(parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def fold(
+def factorise(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     pairs: Mapping[str, tuple[Tensor, Tensor]],
@@ -120,14 +120,14 @@ def fold(
         changed += change.square().sum().item()
         if pair := pairs.get(name.removesuffix(".weight")):
             down, up = pair
-            for matrix, value in zip(pair, nearest(change.flatten(1), len(down)), strict=True):
+            for matrix, value in zip(pair, truncated_svd(change.flatten(1), len(down)), strict=True):
                 matrix.copy_(value.reshape(matrix.shape))
             change -= (up.double().flatten(1) @ down.double().flatten(1)).reshape(change.shape)
         lost += change.square().sum().item()
     return math.sqrt(lost / changed) if changed else 0.0
 
 
-def nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def truncated_svd(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Two matrices whose product is nearest to ``change`` in the Frobenius norm: its truncated singular value decomposition.
 
     It comes from the eigenvectors of the Gram matrix of the shorter side, which takes far less time than all singular vectors.
@@ -149,11 +149,11 @@ def nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (right, left) if short is change else (left.T, right.T)
 
 
-def _fill(draft: Draft, adapter: Adapter, base: Base, record: Record) -> None:
+def _fill(writer: AtomicWriter, adapter: Adapter, base: Base, record: Record) -> None:
     """Every file of the new adapter but its record."""
-    save_lora(base, draft)
+    save_lora(base, writer)
     for name in (EMBEDDINGS, SOURCE, PREVIEW, STEPS):
-        draft.write(name, [adapter.listed(name).read_bytes()])
+        writer.write(name, [adapter.listed(name).read_bytes()])
     assert record.compressed is not None
     more = _CARD.format(name=adapter.name, rank=record.config.tune.rank, lost=f"{record.compressed.error:.1%}")
-    draft.write(CARD, [(card(record.prompt, record.base.name, record.config) + more).encode()])
+    writer.write(CARD, [(card(record.prompt, record.base.name, record.config) + more).encode()])

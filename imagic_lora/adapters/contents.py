@@ -9,13 +9,13 @@ from ..bases.base import Base
 from ..core.conditioning import Conditioning
 from ..core.config import Mode
 from ..core.errors import ImagicError
-from ..core.tensors import encoded, read
+from ..core.tensors import read, safetensors_pieces
 from ..photos.canvas import Canvas, to_pixels
 from ..photos.reading import MAX_PIXELS, read_photo
 from .adapter import Adapter
-from .atomic import Draft
-from .full import loaded_full, saved_full
-from .lora import Layers, loaded_lora, read_lora, saved_lora
+from .atomic import AtomicWriter
+from .full import full_files, loaded_full
+from .lora import LoraLayers, loaded_lora, lora_files, read_lora
 from .record import EMBEDDINGS, REMEDY, SOURCE, WeightsRecord
 
 
@@ -85,7 +85,7 @@ def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
         raise ImagicError(f"adapter {adapter.name} has embeddings of shapes {shapes}", f"{base.architecture.conditioning}", REMEDY)
 
 
-def read_layers(adapter: Adapter, base: Base, force: bool = False) -> Layers | None:
+def read_layers(adapter: Adapter, base: Base, force: bool = False) -> LoraLayers | None:
     """Its LoRA layers, in host memory; None for full weights, which are large and go from the disk into the base.
 
     Args:
@@ -110,11 +110,13 @@ def applied(adapter: Adapter, base: Base) -> AbstractContextManager[object]:
     return loaded_full(base, adapter.folder) if layers is None else loaded_lora(base, layers)
 
 
-def save_embeddings(draft: Draft, named: Mapping[str, Conditioning]) -> None:
+def save_embeddings(writer: AtomicWriter, named: Mapping[str, Conditioning]) -> None:
     """Writes conditionings as ``<name>.tokens``, ``<name>.pooled`` and every extra input, fp32."""
-    draft.write(EMBEDDINGS, encoded({f"{kind}.{name}": t.float() for kind, c in named.items() for name, t in c.tensors().items()}))
+    writer.write(
+        EMBEDDINGS, safetensors_pieces({f"{kind}.{name}": t.float() for kind, c in named.items() for name, t in c.tensors().items()})
+    )
 
 
 def weights_record(base: Base, mode: Mode) -> WeightsRecord:
     """Where a base's trained weights are stored."""
-    return WeightsRecord(component=base.component, mode=mode, files=list((saved_lora if mode == "lora" else saved_full)(base)))
+    return WeightsRecord(component=base.component, mode=mode, files=list((lora_files if mode == "lora" else full_files)(base)))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ImagicError
-from ..core.tensors import encoded, read
+from ..core.tensors import read, safetensors_pieces
 from .adapter import Adapter
-from .atomic import Draft, writable
+from .atomic import AtomicWriter, writable
 from .contents import read_canvas, read_embeddings
 from .lora import LORA_FILE
 from .record import CARD, EMBEDDINGS, RECORD
@@ -104,7 +104,7 @@ def export(adapter: Adapter, kind: Format, folder: Path, overwrite: bool = False
     if (taken := [path for path in paths if path.exists()]) and not overwrite:
         raise ImagicError(f"{taken[0]} exists", "a new file", "choose another --out, or --overwrite")
     with writable(folder), TemporaryDirectory(prefix=".export-", dir=folder) as hidden:
-        made = Draft(Path(hidden))
+        made = AtomicWriter(Path(hidden))
         for name, content in files.items():
             made.write(name, content)
         for name, path in zip(files, paths, strict=True):  # only now that nothing can be refused any more
@@ -120,7 +120,7 @@ def _for_kohya(adapter: Adapter) -> Files:
         raise ImagicError(got, "a LoRA adapter", f"imagic-lora compress {name} --rank 16 makes one of it; or use --format diffusers")
     embeddings = f"{name}.embeddings.safetensors"
     return {
-        f"{name}.safetensors": encoded(kohya(adapter), _metadata(adapter)),
+        f"{name}.safetensors": safetensors_pieces(kohya(adapter), _metadata(adapter)),
         embeddings: _pieces(adapter.listed(EMBEDDINGS)),
         f"{name}.md": [_page(adapter, _USE["kohya"].format(name=name), embeddings)],
     }

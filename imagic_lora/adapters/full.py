@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..bases.base import Base
 from ..core.errors import ImagicError
-from ..core.tensors import encoded, read, shapes
-from .atomic import Draft
+from ..core.tensors import read, safetensors_pieces, shapes
+from .atomic import AtomicWriter
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -32,7 +32,7 @@ def _restored(base: Base, own: Weights | None = None) -> Iterator[Weights]:
         base.denoiser.load_state_dict(own)
 
 
-def refuse_half(base: Base) -> None:
+def check_master_weights(base: Base) -> None:
     """Raises ImagicError for weights in half precision that are rounded to nearest: steps at Imagic's rates would come to nothing."""
     found, stochastic = base.denoiser.dtype, base.runtime.memory.master_weights == "bf16-stochastic"
     if found != (torch.bfloat16 if stochastic else torch.float32):
@@ -48,9 +48,9 @@ def unfrozen(base: Base, restore: bool = True) -> Iterator[dict[str, torch.nn.Pa
         restore: False leaves the trained weights in, and spares the copy of the base in host memory.
 
     Raises:
-        ImagicError: as :func:`refuse_half`.
+        ImagicError: as :func:`check_master_weights`.
     """
-    refuse_half(base)
+    check_master_weights(base)
     with _restored(base) if restore else nullcontext():
         base.denoiser.requires_grad_(True)
         try:
@@ -59,25 +59,25 @@ def unfrozen(base: Base, restore: bool = True) -> Iterator[dict[str, torch.nn.Pa
             base.denoiser.requires_grad_(False)
 
 
-def saved_full(base: Base) -> tuple[str, ...]:
+def full_files(base: Base) -> tuple[str, ...]:
     """The files of :func:`save_full`."""
     return f"{base.component}/config.json", f"{base.component}/{WEIGHTS}"
 
 
-def save_full(base: Base, draft: Draft) -> None:
+def save_full(base: Base, writer: AtomicWriter) -> None:
     """Writes the denoiser into ``<component>/`` in diffusers' own format, half precision.
 
     Raises:
         ImagicError: a weight is not finite, or too large for half precision.
     """
-    config, file = saved_full(base)
+    config, file = full_files(base)
     state = base.denoiser.state_dict()
     weights = {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
     for name, value in weights.items():
         if not value.isfinite().all() and state[name].isfinite().all():
             raise ImagicError(f"weight {name} does not fit in half precision", "finite weights", "use a lower --tune.learning-rate")
-    draft.write(config, [base.denoiser.to_json_string().encode()])
-    draft.write(file, encoded(weights, {"format": "pt"}))
+    writer.write(config, [base.denoiser.to_json_string().encode()])
+    writer.write(file, safetensors_pieces(weights, {"format": "pt"}))
 
 
 @contextmanager

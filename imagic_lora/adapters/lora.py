@@ -19,8 +19,8 @@ from ..bases.base import Base
 from ..bases.layers import LORA_TARGETS
 from ..core.config import TuneConfig
 from ..core.errors import ImagicError
-from ..core.tensors import encoded, opened, read, shapes
-from .atomic import Draft
+from ..core.tensors import opened, read, safetensors_pieces, shapes
+from .atomic import AtomicWriter
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"  # where diffusers looks for PEFT's settings
@@ -29,7 +29,7 @@ _NAME = "imagic"
 
 
 @dataclass(frozen=True)
-class Layers:
+class LoraLayers:
     """Stored LoRA layers, in host memory.
 
     Args:
@@ -69,12 +69,12 @@ def attached(base: Base, config: TuneConfig, seed: int) -> Iterator[dict[str, to
         base.denoiser.unload_lora()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def saved_lora(base: Base) -> tuple[str, ...]:
+def lora_files(base: Base) -> tuple[str, ...]:
     """The files of :func:`save_lora`."""
     return (LORA_FILE,)
 
 
-def save_lora(base: Base, draft: Draft) -> None:
+def save_lora(base: Base, writer: AtomicWriter) -> None:
     """Writes the attached layers as ``pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights(folder)`` reads.
 
     Raises:
@@ -86,12 +86,12 @@ def save_lora(base: Base, draft: Draft) -> None:
     part = base.component
     told = json.dumps({f"{part}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
     tensors = {f"{part}.{name}": value.float() for name, value in layers.items()}
-    draft.write(LORA_FILE, encoded(tensors, {"format": "pt", _METADATA: told}))
+    writer.write(LORA_FILE, safetensors_pieces(tensors, {"format": "pt", _METADATA: told}))
 
 
 @contextmanager
-def loaded_lora(base: Base, layers: Layers) -> Iterator[None]:
-    """The denoiser with stored layers, or those that :func:`swapped_lora` puts in their place; bit-equal to the base afterwards."""
+def loaded_lora(base: Base, layers: LoraLayers) -> Iterator[None]:
+    """The denoiser with stored layers, or those that :func:`swap_lora` puts in their place; bit-equal to the base afterwards."""
     told = {"r": layers.rank, "lora_alpha": layers.alpha, "target_modules": layers.targets}
     try:
         with torch.random.fork_rng(devices=[]):  # low_cpu_mem_usage draws nothing, but patches torch for every thread meanwhile
@@ -102,7 +102,7 @@ def loaded_lora(base: Base, layers: Layers) -> Iterator[None]:
         base.denoiser.unload_lora()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def swapped_lora(base: Base, layers: Layers) -> bool:
+def swap_lora(base: Base, layers: LoraLayers) -> bool:
     """Puts layers of any rank in the place of loaded ones with the same targets, as if they had been loaded; False where there are none."""
     modules: dict[str, Any] = dict(base.denoiser.named_modules())
     loaded = {name for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
@@ -116,14 +116,14 @@ def swapped_lora(base: Base, layers: Layers) -> bool:
     return True
 
 
-def read_lora(base: Base, path: Path) -> Layers:
+def read_lora(base: Base, path: Path) -> LoraLayers:
     """The layers of a file of :func:`save_lora`; others may be on the base meanwhile.
 
     Raises:
         ImagicError: layers that the base does not have, other shapes, numbers that are not finite, or settings of PEFT that are not ours:
             some of those change the base's weights, and one names a module to import.
     """
-    rank, alpha, targets = _told(base, path)
+    rank, alpha, targets = _read_metadata(base, path)
     expected: dict[str, tuple[int, ...]] = {}
     for name, module in base.denoiser.named_modules():
         if not f".{name}".endswith(tuple(f".{target}" for target in targets)):
@@ -136,10 +136,10 @@ def read_lora(base: Base, path: Path) -> Layers:
         expected[f"{layer}.lora_B.weight"] = (high, rank, *(1 for _ in kernel))
     if shapes(path) != expected:
         raise ImagicError(f"{path} holds tensors of other names or shapes", f"LoRA layers of rank {rank} for {', '.join(targets)}", _REMEDY)
-    return Layers(rank, alpha, targets, {name.removeprefix(f"{base.component}."): value for name, value in read(path).items()})
+    return LoraLayers(rank, alpha, targets, {name.removeprefix(f"{base.component}."): value for name, value in read(path).items()})
 
 
-def _told(base: Base, path: Path) -> tuple[int, float, list[str]]:
+def _read_metadata(base: Base, path: Path) -> tuple[int, float, list[str]]:
     """The rank, the alpha and the layers that a file's metadata tells of, if all else it tells is what :func:`attached` would have."""
     usual = LoraConfig().to_dict()
     try:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.config import Mode, RunConfig
-from .atomic import FileName, Sealed, Sha256
+from .atomic import FileName, Manifest, Sha256
 
 RECORD, EMBEDDINGS, SOURCE, PREVIEW, STEPS, CARD = (
     "adapter.json", "embeddings.safetensors", "source.png", "preview.png", "steps.jsonl", "README.md",
@@ -55,7 +55,7 @@ class CompressedRecord(_Part):
     error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Record(Sealed):
+class Record(Manifest):
     """``adapter.json``, version 1: how an adapter was made, and the hash of every other file.
 
     Losses are the mean of the first and of the last tenth of each stage; ``runtime`` is what ``auto`` came to; ``peak_memory`` is in

@@ -39,7 +39,7 @@ class Base(ABC):
     """Side of the square pictures it was made for, in pixels."""
     architecture: Architecture
     """The configs of its components."""
-    visited: Tensor | None = None
+    trained_timesteps: Tensor | None = None
     """The timesteps that a distilled base samples at, the only ones it is trained at; None for all."""
 
     def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, declared: dict[str, object]) -> None:
@@ -59,14 +59,14 @@ class Base(ABC):
         """The module that stage 2 trains."""
 
     @abstractmethod
-    def encode_text(self, prompt: str) -> Conditioning:
+    def encode_prompt(self, prompt: str) -> Conditioning:
         """The conditioning of one prompt, ``B = 1``, fp32. Warns with what was cut if the prompt is longer than the model reads."""
 
     @abstractmethod
     def null(self) -> Conditioning | None:
         """The unconditional conditioning, for guidance; None where the base is not to be guided."""
 
-    def framed(self, conditioning: Conditioning, height: int, width: int, guidance_scale: float) -> Conditioning:
+    def with_added_conditions(self, conditioning: Conditioning, height: int, width: int, guidance_scale: float) -> Conditioning:
         """The conditioning with what the family is told beside the text, as extra inputs.
 
         Args:
@@ -76,7 +76,7 @@ class Base(ABC):
         return conditioning
 
     @abstractmethod
-    def spoken(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+    def pipeline_kwargs(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
         """The arguments by which a pipeline is told a conditioning, and the unconditional one where it is to be guided."""
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Base(ABC):
         """The counterpart of :meth:`encode_image`."""
 
     @abstractmethod
-    def rest(self) -> None:
+    def offload_encoders(self) -> None:
         """Says that only the denoiser is needed for a while: the rest goes where ``idle`` says, and comes back when it is used."""
 
     @abstractmethod
@@ -100,7 +100,7 @@ class Base(ABC):
         """Names of the layers that LoRA adapts: ``attention``, ``attention+conv``, or ``all`` linear and convolutional ones."""
 
     @abstractmethod
-    def sampler(self) -> Any:
+    def scheduler(self) -> Any:
         """A fresh scheduler of the declared kind."""
 
     @abstractmethod
@@ -109,8 +109,8 @@ class Base(ABC):
 
     def timesteps(self, times: Tensor) -> Tensor:
         """Training timesteps, int64, for times in [0, 1)."""
-        if self.visited is not None:
-            return self.visited[(times * len(self.visited)).long()]
+        if self.trained_timesteps is not None:
+            return self.trained_timesteps[(times * len(self.trained_timesteps)).long()]
         return (times * self.training.config.num_train_timesteps).long()
 
     def noised(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

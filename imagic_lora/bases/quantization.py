@@ -30,7 +30,7 @@ def quantize_linear(denoiser: Any, dtype: torch.dtype, device: torch.device) -> 
 
 def _quantized(layer: Linear, dtype: torch.dtype, device: torch.device) -> Module:
     if isinstance(layer.weight, FakeTensor):
-        return _Sized4bit(layer)
+        return _Symbolic4bit(layer)
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     new: Any = Linear4bit(
@@ -44,7 +44,7 @@ def _quantized(layer: Linear, dtype: torch.dtype, device: torch.device) -> Modul
     return new
 
 
-class _Sized4bit(Linear):
+class _Symbolic4bit(Linear):
     """A 4-bit layer that has the sizes but does not compute, for a plan's fake tensors, which bitsandbytes refuses."""
 
     def __init__(self, layer: Linear) -> None:

@@ -14,7 +14,7 @@ from ..methods.imagic import Imagic
 from ..methods.method import Method
 from ..methods.untuned import prompt_only, sdedit
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPE_FILES = Path(__file__).parent
 STRENGTHS = (0.5, 0.65, 0.8, 0.9)
 
 
@@ -39,15 +39,8 @@ def untuned() -> EditConfig:
 
 
 def reference(name: str, file: str) -> Imagic:
-    """A recipe from ``configs/`` as it is, on the embedded base at its own size.
-
-    Raises:
-        ImagicError: the file is not there: it is in a checkout, not in the installed package.
-    """
-    path = CONFIGS / file
-    if not path.is_file():
-        raise ImagicError(f"method {name} needs {path}", "a checkout with configs/", "run in a clone of the repository, or leave it out")
-    return Imagic(name, resolve({"base": "critters", "resolution": None}, read_yaml(path), {}))
+    """A recipe from the YAML files beside this module as it is, on the embedded base at its own size."""
+    return Imagic(name, resolve({"base": "critters", "resolution": None}, read_yaml(RECIPE_FILES / file), {}))
 
 
 CATALOGUE: dict[str, Callable[[], Method]] = {

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..bases.loading.progress import hide_progress_bars
-from ..bases.loading.registry import open_base
+from ..bases.loading.registry import load_base
 from ..core.config import MemoryConfig
 from ..core.environment import prepare_environment
 from ..core.runtime import resolve_runtime
 from ..critters import render
 from ..critters.judge import WEIGHTS, Judge
-from ..methods.method import Method, Price, Studio, Task
+from ..methods.method import Context, Cost, EditRequest, Method
 from ..photos.png import write_png
 from .cases import Case, case_at
 from .metrics import CritterAlignment
@@ -40,7 +40,7 @@ class Result:
 
     case: int
     method: str
-    rows: dict[str, tuple[Score, Price]]
+    rows: dict[str, tuple[Score, Cost]]
     error: str | None = None
 
 
@@ -95,14 +95,14 @@ class Bench:
         """One method on one case, written to its file."""
         case, folder = case_at(self.seed, index), self.folder(index)
         folder.mkdir(parents=True, exist_ok=True)
-        task = _shown(case, folder)
-        studio, scorer = _studio()
-        rows: dict[str, tuple[Score, Price]] = {}
+        request = _write_case(case, folder)
+        context, scorer = _context()
+        rows: dict[str, tuple[Score, Cost]] = {}
         error = None
         try:
-            for made in method.pictures(studio, task):
+            for made in method.pictures(context, request):
                 write_png(made.image, folder / f"{made.row}.png", {"case": index, "seed": self.seed, "text": case.text})
-                rows[made.row] = (scorer.score(case, made.image), made.price)
+                rows[made.row] = (scorer.score(case, made.image), made.cost)
         except Exception:  # one bad case must not end the run; it is counted, and shown with its traceback
             rows, error = {}, traceback.format_exc()
         result = Result(index, method.name, rows, error)
@@ -120,19 +120,19 @@ class Bench:
             found = json.loads((self.folder(index) / f"{method.name}.json").read_text(encoding="utf-8"))
             if found["key"] != self._key(method, index) or found["error"]:
                 return None
-            rows = {row: (Score(**score), Price(**price)) for row, (score, price) in found["rows"].items()}
+            rows = {row: (Score(**score), Cost(**cost)) for row, (score, cost) in found["rows"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         there = all((self.folder(index) / f"{row}.png").is_file() for row in ("source", "truth", *rows))
         return Result(index, method.name, rows) if there else None
 
 
-def _shown(case: Case, folder: Path) -> Task:
+def _write_case(case: Case, folder: Path) -> EditRequest:
     """The task of a case; its photo and its true edit lie beside the results."""
     photo, truth = render(case.source), render(case.truth)
     write_png(photo, folder / "source.png", {})
     write_png(truth, folder / "truth.png", {})
-    return Task(photo, case.text, case.index, truth)
+    return EditRequest(photo, case.text, case.index, truth)
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
@@ -142,13 +142,13 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 @cache
-def _studio() -> tuple[Studio, Scorer]:
+def _context() -> tuple[Context, Scorer]:
     """One for a process: the embedded base in fp32, so that figures do not depend on the card."""
     prepare_environment()
     hide_progress_bars()
     clip = CritterAlignment.load()
-    base = open_base("critters", resolve_runtime(MemoryConfig(dtype="fp32", optimizer="adam")))
-    return Studio(base, clip.best), Scorer(Judge.load(), clip)
+    base = load_base("critters", resolve_runtime(MemoryConfig(dtype="fp32", optimizer="adam")))
+    return Context(base, clip.best), Scorer(Judge.load(), clip)
 
 
 @cache

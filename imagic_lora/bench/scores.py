@@ -14,7 +14,7 @@ from .cases import Case
 from .metrics import CritterAlignment, pixels, psnr, ssim
 
 SAME = 0.345
-"""The identity is kept up to this distance, :meth:`~imagic_lora.critters.judge.Sight.distance`; docs/critters.md says why this far."""
+"""The identity is kept up to this distance, :meth:`~imagic_lora.critters.judge.Reading.distance`; docs/critters.md says why this far."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Scorer:
 
     def score(self, case: Case, image: Image.Image) -> Score:
         """The score of a picture, 64 x 64, that should show the true edit of a case."""
-        (sight,) = self.judge.see(pixels([image]))
+        (sight,) = self.judge.read_scenes(pixels([image]))
         truth = render(case.truth)
         changed = [name for name in sight.changed(case.truth) if name != case.kind]
         distance = sight.distance(case.truth)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..methods.method import Price
+from ..methods.method import Cost
 from .cases import KINDS, case_at
 from .critters import Bench, Result
 from .scores import Score
@@ -47,7 +47,7 @@ class Row:
         found: score and price by case; None where the method failed.
     """
 
-    found: Mapping[int, tuple[Score, Price] | None]
+    found: Mapping[int, tuple[Score, Cost] | None]
 
     def measure(self, name: str, cases: Iterable[int]) -> list[float]:
         """A measure of those cases: a failure counts as a no in shares, and is left out of all else."""
@@ -58,7 +58,7 @@ class Row:
             values += [] if value is None else [float(value)]
         return values
 
-    def prices(self) -> list[Price]:
+    def costs(self) -> list[Cost]:
         """What every case that did not fail has cost."""
         return [one[1] for one in self.found.values() if one is not None]
 
@@ -78,7 +78,7 @@ def summarise(bench: Bench, results: Sequence[Result]) -> dict[str, Any]:
             **_measured(row, row.found),
             "failed": sum(one is None for one in row.found.values()),
             "kinds": {kind: _measured(row, cases) for kind, cases in by_kind.items() if cases},
-            "cost": _cost(row.prices()),
+            "cost": _cost(row.costs()),
             **({"against": _against(rows[OURS], row)} if OURS in rows and name != OURS else {}),
         }
     errors = [{"case": one.case, "method": one.method, "error": one.error} for one in results if one.error]
@@ -104,15 +104,15 @@ def _interval(values: Sequence[float]) -> dict[str, float] | None:
     return None if mean is None else vars(mean)
 
 
-def _cost(prices: Sequence[Price]) -> dict[str, float]:
-    if not prices:
+def _cost(costs: Sequence[Cost]) -> dict[str, float]:
+    if not costs:
         return {}
     return {
-        "forward": float(np.mean([one.forward for one in prices])),
-        "backward": float(np.mean([one.backward for one in prices])),
-        "evaluations": float(np.mean([one.forward + one.backward for one in prices])),
-        "seconds": float(np.median([one.seconds for one in prices])),
-        "adapter_bytes": float(np.mean([one.adapter for one in prices])),
+        "forward": float(np.mean([one.forward for one in costs])),
+        "backward": float(np.mean([one.backward for one in costs])),
+        "evaluations": float(np.mean([one.forward + one.backward for one in costs])),
+        "seconds": float(np.median([one.seconds for one in costs])),
+        "adapter_bytes": float(np.mean([one.adapter for one in costs])),
     }
 
 

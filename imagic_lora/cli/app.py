@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError
 from pydantic import ValidationError
 
-from ..adapters.atomic import FULL
+from ..adapters.atomic import DISK_FULL
 from ..core.environment import prepare_environment
 from ..core.errors import ImagicError, Stopped
-from ..core.settings import refusal
+from ..core.settings import settings_error
 from .commands.bases import bases
 from .commands.bench import bench
 from .commands.convert import compress, export
@@ -24,7 +24,7 @@ from .commands.edit import edit
 from .commands.fit import fit
 from .commands.plan import plan
 from .commands.store import list_adapters, remove, show, verify
-from .console import interrupted, print_warnings, refused
+from .console import print_error, print_interrupted, print_warnings
 
 COMMANDS: dict[str, Callable[..., None] | App] = {
     "fit": fit,
@@ -68,10 +68,10 @@ def main(tokens: Sequence[str] | None = None) -> int:
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         except CycloptsError as error:
             if isinstance(error.__cause__, ValidationError):
-                return refused(refusal(error.__cause__), tokens)
-            return refused(ImagicError(str(error), "a command as --help describes it", "see imagic-lora --help"), tokens)
+                return print_error(settings_error(error.__cause__), tokens)
+            return print_error(ImagicError(str(error), "a command as --help describes it", "see imagic-lora --help"), tokens)
         except ImagicError as error:
-            return refused(error, tokens)
+            return print_error(error, tokens)
         except BrokenPipeError:  # whoever read our output has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -79,20 +79,20 @@ def main(tokens: Sequence[str] | None = None) -> int:
             if os.environ.get("RANK", "0") != "0":
                 return 130
             if isinstance(error, KeyboardInterrupt):
-                return interrupted("nothing was stored", None, tokens)
-            return interrupted(
+                return print_interrupted("nothing was stored", None, tokens)
+            return print_interrupted(
                 str(error), shlex.join(["imagic-lora", *tokens, *(["--resume"] if "--resume" not in tokens else [])]), tokens
             )
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL:
                 raise
             got = f"the disk is full{f' ({error.filename})' if error.filename else ''}"
-            return refused(ImagicError(got, "room for what is to be written", "free some space"), tokens)
+            return print_error(ImagicError(got, "room for what is to be written", "free some space"), tokens)
         except (MemoryError, RuntimeError) as error:
             from ..memory.limits import is_out_of_memory
 
             if not is_out_of_memory(error):
                 raise
             remedy = "use --preset 8gb, or a smaller picture"
-            return refused(ImagicError("out of memory", "more free memory", remedy), tokens)
+            return print_error(ImagicError("out of memory", "more free memory", remedy), tokens)
     return 0

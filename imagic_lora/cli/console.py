@@ -35,7 +35,7 @@ def plain(text: object) -> str:
     return escape("".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in told[:_LONGEST]) + more)
 
 
-def say_what_is_active(runtime: Runtime, run: RunConfig, why: str, processes: int, size: int | None) -> None:
+def print_active_settings(runtime: Runtime, run: RunConfig, why: str, processes: int, size: int | None) -> None:
     """Preset, device, precision and levers, each with its reason.
 
     Args:
@@ -61,7 +61,7 @@ def say_what_is_active(runtime: Runtime, run: RunConfig, why: str, processes: in
     err.print(table)
 
 
-def say_plan(plan: Plan, run: RunConfig, why: str) -> None:
+def print_plan(plan: Plan, run: RunConfig, why: str) -> None:
     """A row for every stage: where its memory goes."""
     assumed = plan.assumed
     where = "a card" if assumed.device == "cuda" else "the CPU"
@@ -77,15 +77,18 @@ def say_plan(plan: Plan, run: RunConfig, why: str) -> None:
         table.add_row(name, *(f"{size / 2**20:,.0f}" for size in parts), style=style)
     out.print(table)
     sizes = {"host memory": plan.host, "adapter": plan.adapter, "checkpoint": plan.checkpoint}
-    shown = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in sizes.items())
-    out.print(f"Peak [bold]{plan.peak_bytes / 2**30:.2f} GiB[/] in stage {plan.worst}. {shown[0].upper() + shown[1:]}.", highlight=False)
+    show_progress = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in sizes.items())
+    out.print(
+        f"Peak [bold]{plan.peak_bytes / 2**30:.2f} GiB[/] in stage {plan.worst}. {show_progress[0].upper() + show_progress[1:]}.",
+        highlight=False,
+    )
     allowed = "the CUDA context" if assumed.device == "cuda" else "Python and its libraries"
     if not plan.fits(run.preset):
         err.print(f"[yellow]Warning:[/] more than the card that preset {run.preset} is for", highlight=False)
     out.print(f"Predicted, not measured; the allowance is for {allowed} and for fragmentation.", highlight=False)
 
 
-def shown(steps: Generator[StepReport, None, Adapter | None], run: RunConfig) -> Adapter | None:
+def show_progress(steps: Generator[StepReport, None, Adapter | None], run: RunConfig) -> Adapter | None:
     """Runs a fit with a progress bar; where nobody watches, with a line every tenth of a stage."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -114,7 +117,7 @@ def shown(steps: Generator[StepReport, None, Adapter | None], run: RunConfig) ->
                     err.print(f"{report.stage} {report.step}/{report.steps} loss {loss}", highlight=False)
 
 
-def counted(items: Iterable[Value], total: int, what: str) -> Iterable[Value]:
+def progress(items: Iterable[Value], total: int, what: str) -> Iterable[Value]:
     """The items as they come, with a progress bar."""
     from rich.progress import track
 
@@ -136,7 +139,7 @@ def print_warnings() -> None:
     warnings.showwarning = show_warning
 
 
-def interrupted(told: str, command: str | None, tokens: Sequence[str]) -> int:
+def print_interrupted(told: str, command: str | None, tokens: Sequence[str]) -> int:
     """Says how to go on, in JSON too where that was asked for; gives the exit code.
 
     Args:
@@ -151,7 +154,7 @@ def interrupted(told: str, command: str | None, tokens: Sequence[str]) -> int:
     return 130
 
 
-def refused(error: ImagicError, tokens: Sequence[str]) -> int:
+def print_error(error: ImagicError, tokens: Sequence[str]) -> int:
     """Says what was wrong, in JSON too where that was asked for; gives the exit code."""
     if "--json" in tokens:
         print_json({"error": {"got": error.got, "expected": error.expected, "remedy": error.remedy}})

@@ -17,7 +17,7 @@ from ..photos.png import write_png
 from ..photos.sheet import sheet
 from ..sampling.editor import Edit, Editor
 from ..sampling.generate import generate
-from ..training.fit import fit, open_for
+from ..training.fit import fit, open_base
 from ..training.stage import StepReport
 
 SCENE = 45
@@ -38,7 +38,7 @@ def run_demo(out: Path, shown: Callable[[Generator[StepReport, None, Adapter | N
     picture = render(scene)
     picture.save(photo)
     config = resolve({"base": "critters"}, {}, RECIPES["critters"])
-    base = open_for(config)
+    base = open_base(config)
     adapter = shown(fit(photo, prompt, config, Store(out / "adapters"), "demo", base=base, overwrite=True), config)
     assert adapter is not None
     editor = Editor(base)

@@ -25,7 +25,7 @@ Whole = Annotated[int, Parameter(converter=_whole)]
 """A whole number; without this 1.5 would be rounded."""
 
 
-def around(eta: float) -> str:
+def suggested_etas(eta: float) -> str:
     """Etas to look at first, as ``--eta`` takes them."""
     return f"{max(0.0, eta - 0.4):g}:{min(2.0, eta + 0.4):g}:0.1"
 

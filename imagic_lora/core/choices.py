@@ -31,7 +31,7 @@ class Choices:
     reasons: dict[str, str]
 
 
-def choose(memory: MemoryConfig, card: Card | None) -> Choices:
+def choose_runtime(memory: MemoryConfig, card: Card | None) -> Choices:
     """Decides what ``auto`` means on a machine with this card, or none.
 
     Raises:
@@ -40,7 +40,7 @@ def choose(memory: MemoryConfig, card: Card | None) -> Choices:
     device, why_device = _device(memory, card)
     on_card = card if device != "cpu" else None
     dtype, why_dtype = _dtype(memory, on_card)
-    _refuse_missing(memory, on_card is not None, dtype)
+    _check_installed(memory, on_card is not None, dtype)
     optimizer, why = _optimizer(memory, on_card is not None)
     reasons = {
         "device": f"{device} ({why_device})",
@@ -81,7 +81,7 @@ def _dtype(memory: MemoryConfig, card: Card | None) -> tuple[DtypeName, str]:
 
 def _optimizer(memory: MemoryConfig, cuda: bool) -> tuple[str, str]:
     if memory.optimizer == "adam8bit":
-        _refuse_missing_bitsandbytes("adam8bit", "adam", "--optimizer")
+        _check_bitsandbytes("adam8bit", "adam", "--optimizer")
     if memory.optimizer != "auto":
         return memory.optimizer, "asked for"
     if not cuda:
@@ -91,7 +91,7 @@ def _optimizer(memory: MemoryConfig, cuda: bool) -> tuple[str, str]:
     return "adam8bit", "8-bit states save memory on the card"
 
 
-def _refuse_missing(memory: MemoryConfig, cuda: bool, dtype: DtypeName) -> None:
+def _check_installed(memory: MemoryConfig, cuda: bool, dtype: DtypeName) -> None:
     if memory.attention == "xformers" and not (cuda and importlib.util.find_spec("xformers")):
         got = "--attention xformers without CUDA" if not cuda else "--attention xformers, which is not installed"
         raise ImagicError(got, "a CUDA device and the xformers package", "use --attention sdpa, or pip install 'imagic-lora[xformers]'")
@@ -103,10 +103,10 @@ def _refuse_missing(memory: MemoryConfig, cuda: bool, dtype: DtypeName) -> None:
     if memory.autocast_cache and dtype == "fp32":
         raise ImagicError("--autocast-cache with arithmetic in float32", "fp16 or bf16 arithmetic", "leave it out: nothing is cast in fp32")
     if memory.quantize == "nf4":
-        _refuse_missing_bitsandbytes("nf4", "none", "--quantize")
+        _check_bitsandbytes("nf4", "none", "--quantize")
 
 
-def _refuse_missing_bitsandbytes(asked: str, instead: str, flag: str) -> None:
+def _check_bitsandbytes(asked: str, instead: str, flag: str) -> None:
     if error := bitsandbytes_error():
         raise ImagicError(
             f"{asked}, but bitsandbytes cannot be imported ({error})",

@@ -51,7 +51,7 @@ class Conditioning:
         return cls(named["tokens"], named.get("pooled"), extra)
 
 
-def sources(target: Conditioning, optimised: Conditioning, etas: Sequence[float], source_eta: float) -> list[Conditioning]:
+def source_conditionings(target: Conditioning, optimised: Conditioning, etas: Sequence[float], source_eta: float) -> list[Conditioning]:
     """What the photo is inverted under, for edits at these etas: the interpolation at ``source_eta``, or at the eta of the edit where
     that is less. Equal ones are one object."""
     found = {at: interpolate(target, optimised, at) for at in {min(eta, source_eta) for eta in etas}}

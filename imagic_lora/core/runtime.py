@@ -1,17 +1,21 @@
-"""Where a run happens and in what precision, as PyTorch's own types; free and peak memory of a device."""
+"""Where a run happens: device and precision as PyTorch's own types, free and peak memory, and the processes that share the batch."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from torch import Tensor
 
-from .choices import choose
+from .choices import choose_runtime
 from .config import MemoryConfig
 from .machine import find_card, free_host_memory
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -41,7 +45,7 @@ def resolve_runtime(memory: MemoryConfig) -> Runtime:
     Raises:
         ImagicError: CUDA, xformers, bitsandbytes, or bf16 arithmetic is asked for or needed and is not there.
     """
-    chosen = choose(memory, find_card())
+    chosen = choose_runtime(memory, find_card())
     return Runtime(torch.device(chosen.device), DTYPES[chosen.dtype], chosen.optimizer, memory, chosen.reasons)
 
 
@@ -70,6 +74,43 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor from host memory on a device, without waiting for what the device still has to do."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Processes:
+    """The processes of this run: one, or those that ``accelerate launch`` started."""
+
+    def __init__(self, state: PartialState | None = None) -> None:
+        self._several = state is not None and state.num_processes > 1
+        self.count = state.num_processes if state is not None else 1
+        self.rank = state.process_index if state is not None else 0
+        self._state = state
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def samples(self, batch: int) -> range:
+        """The global indices of this process's samples, where each process has ``batch``."""
+        return range(self.rank * batch, (self.rank + 1) * batch)
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replaces each tensor by its mean over the processes; must be called by all of them."""
+        if self._several:
+            for tensor in tensors:
+                tensor.copy_(_reduced(tensor, "mean"))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in one of the processes; must be called by all of them."""
+        if not self._several or self._state is None:
+            return flag
+        return bool(_reduced(torch.tensor(float(flag), device=self._state.device), "sum") > 0)
+
+
+def _reduced(tensor: Tensor, how: str) -> Tensor:
+    from accelerate.utils import reduce  # slow to import, and needed with several processes only
+
+    return reduce(tensor, how)  # pyright: ignore[reportReturnType]  # a tensor in, a tensor out

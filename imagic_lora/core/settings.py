@@ -121,7 +121,7 @@ def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, p
     chosen = preset or given.get("preset", "auto")
     levers = PRESETS[chosen][mode] if chosen in PRESETS else {}
     asked = {"preset": preset} if preset else {}
-    run = checked(merged(recipe.get(mode, {}), levers, given, asked))
+    run = validated(merged(recipe.get(mode, {}), levers, given, asked))
     for name, other, right in _clashes(run, given):
         source = "the flags" if name in _named(flags) else "the file"
         flag = "--" + name.replace("_", "-")
@@ -157,7 +157,7 @@ def _named(given: Mapping[str, Any]) -> set[str]:
     return {name for group in groups if isinstance(group, Mapping) for name in group}
 
 
-def checked(values: Mapping[str, Any]) -> RunConfig:
+def validated(values: Mapping[str, Any]) -> RunConfig:
     """A RunConfig of these values.
 
     Raises:
@@ -166,10 +166,10 @@ def checked(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise refusal(error) from error
+        raise settings_error(error) from error
 
 
-def refusal(error: ValidationError) -> ImagicError:
+def settings_error(error: ValidationError) -> ImagicError:
     """What is wrong with the first of the values that pydantic refused."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])

@@ -19,7 +19,7 @@ _LONGEST = 2**22  # bytes of a header; that of Stable Diffusion's U-Net has a fi
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
 
 
-def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
+def safetensors_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
     """A safetensors file in pieces, one tensor after the other, so that no second copy of them all is needed.
 
     The library itself writes its metadata in random order, and gives the whole file at once.
@@ -27,7 +27,7 @@ def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
     Raises:
         NotFinite: a tensor holds NaN or infinity.
     """
-    refuse_not_finite(tensors)
+    check_finite(tensors)
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each starts at a multiple of its width
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -41,7 +41,7 @@ def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def refuse_not_finite(tensors: Mapping[str, Tensor], where: str = "") -> None:
+def check_finite(tensors: Mapping[str, Tensor], where: str = "") -> None:
     """Raises NotFinite if a tensor holds NaN or infinity."""
     real = {name: value.detach() for name, value in tensors.items() if value.is_floating_point()}
     if all_finite(real.values()):
@@ -110,5 +110,5 @@ def read(path: Path, whole_numbers: bool = False) -> dict[str, Tensor]:
     known = [dtype for dtype in _NAMES if dtype.is_floating_point or whole_numbers]
     if odd := sorted({str(value.dtype) for value in tensors.values() if value.dtype not in known}):
         raise ImagicError(f"{path} holds {', '.join(odd)}", ", ".join(map(str, known)), "make or copy it again")
-    refuse_not_finite(tensors, f" in {path}")
+    check_finite(tensors, f" in {path}")
     return tensors

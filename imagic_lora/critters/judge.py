@@ -22,7 +22,7 @@ _MIDDLE = {name: (low + high) / 2 for name, (low, high) in RANGES.items()}
 
 
 @dataclass(frozen=True)
-class Sight:
+class Reading:
     """What the judge sees in one picture.
 
     Args:
@@ -50,7 +50,7 @@ class Sight:
         return [name for name, value in self.attributes.items() if value != getattr(scene, name)]
 
 
-def measured(scene: Scene) -> list[float]:
+def identity_targets(scene: Scene) -> list[float]:
     """The identity of a scene as the judge learns it: every factor over its standard deviation, around a typical scene."""
     return [(getattr(scene, name) - middle) / IDENTITY[name] for name, middle in _MIDDLE.items()]
 
@@ -71,18 +71,18 @@ class Judge(nn.Module):
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         """For pictures ``[B, 3, 64, 64]`` in [-1, 1]: logits of each attribute and of ``facing``, ``[B, values]``, and ``identity``,
-        ``[B, factors]``, as :func:`measured` gives it."""
+        ``[B, factors]``, as :func:`identity_targets` gives it."""
         features = self.features(pictures)
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def see(self, pictures: Tensor) -> list[Sight]:
+    def read_scenes(self, pictures: Tensor) -> list[Reading]:
         """What each picture shows."""
         outputs = self(pictures)
         best = {name: outputs[name].argmax(1).tolist() for name in (*ATTRIBUTES, "facing")}
         identity = outputs["identity"].double().tolist()
         return [
-            Sight(
+            Reading(
                 {name: values[best[name][k]] for name, values in ATTRIBUTES.items()},
                 FACINGS[best["facing"][k]],
                 {name: _MIDDLE[name] + value * IDENTITY[name] for name, value in zip(IDENTITY, identity[k], strict=True)},

@@ -43,7 +43,7 @@ def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str,
         if flag == _STOCHASTIC and assumed.dtype != "bf16":
             continue
         try:
-            other = pulled(run, change)
+            other = with_lever(run, change)
         except ImagicError:  # a lever of the other mode, or one that another rules out
             continue
         optimizer = other.memory.optimizer if other.memory.optimizer != "auto" else assumed.optimizer
@@ -53,7 +53,7 @@ def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str,
     return None
 
 
-def pulled(run: RunConfig, change: Mapping[str, Any]) -> RunConfig:
+def with_lever(run: RunConfig, change: Mapping[str, Any]) -> RunConfig:
     """The run with one lever pulled.
 
     Raises:

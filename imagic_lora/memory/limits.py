@@ -10,7 +10,7 @@ from ..core.config import RunConfig
 from ..core.errors import ImagicError
 from .levers import FIT_LEVERS, Levers, next_lever
 from .plan import Assumed, assume, predict
-from .symbolic_layers import NotDrawn
+from .symbolic.layers import NotPlanned
 
 _PICTURES = 2**25  # bytes for photo, preview and records
 
@@ -26,7 +26,7 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def refuse_if_too_large(base: Architecture, run: RunConfig, free: int, assumed: Assumed) -> None:
+def check_memory(base: Architecture, run: RunConfig, free: int, assumed: Assumed) -> None:
     """Raises before minutes are spent on what cannot end well.
 
     Raises:
@@ -34,22 +34,22 @@ def refuse_if_too_large(base: Architecture, run: RunConfig, free: int, assumed: 
     """
     try:
         plan = predict(base, run, assumed)
-    except NotDrawn:
+    except NotPlanned:
         return  # it may fit
     stage = max(plan.stages, key=lambda name: plan.stages[name].total)
     if plan.stages[stage].total > free:
-        raise too_large(base, run, assumed, stage, free)
+        raise out_of_memory_error(base, run, assumed, stage, free)
 
 
 def adapter_bytes(base: Architecture, run: RunConfig) -> int | None:
     """Bytes of the adapter that a run will leave; None where the base cannot be drawn."""
     try:
         return predict(base, run, assume(run)).adapter
-    except NotDrawn:
+    except NotPlanned:
         return None
 
 
-def refuse_full_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Path, there: int) -> None:
+def check_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Path, there: int) -> None:
     """Raises before minutes are spent on what there is no room to store.
 
     Args:
@@ -61,7 +61,7 @@ def refuse_full_disk(base: Architecture, run: RunConfig, assumed: Assumed, folde
     """
     try:
         plan = predict(base, run, assumed)
-    except NotDrawn:
+    except NotPlanned:
         return
     need, free = plan.adapter + 2 * plan.checkpoint + _PICTURES - there, shutil.disk_usage(folder).free
     if need > free:
@@ -71,7 +71,7 @@ def refuse_full_disk(base: Architecture, run: RunConfig, assumed: Assumed, folde
         raise ImagicError(got, "room for both", f"free some space, or choose another --store{smaller}")
 
 
-def too_large(
+def out_of_memory_error(
     base: Architecture, run: RunConfig, assumed: Assumed, stage: str, free: int, kept: str = "", levers: Levers = FIT_LEVERS
 ) -> OutOfMemory:
     """Names the stage, what it needs and what can be had, and the next lever with what it saves.
@@ -83,7 +83,7 @@ def too_large(
     where = "the card" if assumed.device == "cuda" else "this machine"
     try:
         plan = predict(base, run, assumed)
-    except NotDrawn:
+    except NotPlanned:
         got = f"stage {stage} ran out of memory, with {gib(free)} to be had on {where}" + (f"; {kept}" if kept else "")
         return OutOfMemory(got, "room for every stage", "use --preset 8gb, or a lower --resolution")
     lever = next_lever(base, run, assumed, stage, levers)

@@ -9,12 +9,12 @@ from typing import Any
 from ..bases.architecture import Architecture
 from ..core.config import RunConfig
 from .levers import FIT_LEVERS, Levers
-from .limits import is_out_of_memory, too_large
+from .limits import is_out_of_memory, out_of_memory_error
 from .plan import Assumed
 
 
 @contextmanager
-def explained(
+def explain_out_of_memory(
     base: Architecture, run: RunConfig, runtime: Any, stage: str, kept: Callable[[], str] = lambda: "", levers: Levers = FIT_LEVERS
 ) -> Iterator[None]:
     """Turns running out of memory into an error that says what to do.
@@ -24,14 +24,14 @@ def explained(
         kept: called then; saves what there is and says so.
 
     Raises:
-        ImagicError: as :func:`too_large`, in place of whatever the device raised.
+        ImagicError: as :func:`out_of_memory_error`, in place of whatever the device raised.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise too_large(base, run, assumed_from(runtime), stage, available(runtime.device), kept(), levers) from error
+        raise out_of_memory_error(base, run, assumed_from(runtime), stage, available_memory(runtime.device), kept(), levers) from error
 
 
 def assumed_from(runtime: Any) -> Assumed:
@@ -40,7 +40,7 @@ def assumed_from(runtime: Any) -> Assumed:
     return Assumed(runtime.device.type, names[str(runtime.dtype)], runtime.optimizer)
 
 
-def available(device: Any) -> int:
+def available_memory(device: Any) -> int:
     """Bytes that PyTorch holds on a card or could still get there; what is free in host memory."""
     from ..core.runtime import free_memory
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from ..bases.architecture import Architecture
 from ..bases.layers import LORA_TARGETS, text_parameters
 from ..core.config import RunConfig
-from .symbolic import Paper
-from .symbolic_layers import Layers, Numbers
-from .symbolic_vae import vae_forward
-from .unet import UNet
+from .symbolic.layers import LayerOptions, Layers
+from .symbolic.tape import Tape
+from .symbolic.unet import UNet
+from .symbolic.vae import vae_forward
 
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
 _CONTEXT = 500 * 2**20  # what a CUDA context and its libraries' kernels take, before any tensor
@@ -131,16 +131,16 @@ def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None 
         NotDrawn: the U-Net has parts that cannot be drawn.
     """
     assumed = assumed or assume(run)
-    draft = _Draft(architecture, run, assumed)
-    return draft.plan(draft.stages())
+    writer = _Planner(architecture, run, assumed)
+    return writer.plan(writer.stages())
 
 
 def with_stages(architecture: Architecture, run: RunConfig, assumed: Assumed, stages: dict[str, Peak]) -> Plan:
     """A plan of these peaks, with what does not depend on how they were found."""
-    return _Draft(architecture, run, assumed).plan(stages)
+    return _Planner(architecture, run, assumed).plan(stages)
 
 
-class _Draft:
+class _Planner:
     """Draws each stage of a run."""
 
     def __init__(self, architecture: Architecture, run: RunConfig, assumed: Assumed) -> None:
@@ -148,7 +148,7 @@ class _Draft:
         self.full = run.tune.mode == "full"
         self.width = _WIDTHS[assumed.dtype]
         self.pixels = (run.resolution or architecture.resolution) ** 2
-        self.unet = self._drawn(tuned=True)[0]
+        self.unet = self._denoiser_pass(tuned=True)[0]
         vae = self._vae(decode=True)[0], self._vae(decode=False)[0]
         self.vae = vae[0] + vae[1]
         texts = architecture.text_encoders.items()
@@ -181,19 +181,19 @@ class _Draft:
         batch = run.edit.batch_size * passes(self.architecture, run)
         return {
             "encode": Peak(self.helpers + (0 if comes_later(run, self.assumed) else unet.bytes), 0, 0, self._vae(decode=False)[1]),
-            "embed": Peak(around, 0, 0, self._drawn(batch=run.embed.batch_size, trains="embed")[1]),
+            "embed": Peak(around, 0, 0, self._denoiser_pass(batch=run.embed.batch_size, trains="embed")[1]),
             "tune": self._tune(around + lora),
-            "sample": Peak(pictures, 0, 0, self._drawn(tuned=True, batch=batch)[1]),
+            "sample": Peak(pictures, 0, 0, self._denoiser_pass(tuned=True, batch=batch)[1]),
             "decode": Peak(pictures, 0, 0, self._vae(decode=True, pictures=run.edit.batch_size)[1]),
         }
 
     def _tune(self, weights: int) -> Peak:
         inside = self.run.memory.optimizer_in_backward
-        moving = self._drawn(tuned=True, batch=self.run.tune.batch_size, trains="tune")[1]
+        moving = self._denoiser_pass(tuned=True, batch=self.run.tune.batch_size, trains="tune")[1]
         gradients = 0 if inside else (self.unet.bytes if self.full else 4 * self.unet.lora)
         return Peak(weights, gradients, self.states, max(moving, gradients) - gradients)
 
-    def _drawn(self, tuned: bool = False, batch: int = 1, trains: Literal["embed", "tune"] | None = None) -> tuple[Layers, int]:
+    def _denoiser_pass(self, tuned: bool = False, batch: int = 1, trains: Literal["embed", "tune"] | None = None) -> tuple[Layers, int]:
         """The denoiser's layers, counted, and the most that one pass holds besides its weights.
 
         Args:
@@ -202,13 +202,13 @@ class _Draft:
         """
         run, memory = self.run, self.run.memory
         rounded = self.full and memory.master_weights == "bf16-stochastic"
-        paper = Paper(
+        tape = Tape(
             gradients_on=trains is not None,
             frees_gradients=memory.optimizer_in_backward,
             step_scratch=_ROUNDING if rounded and tuned else 0,
         )
         lora = tuned and not self.full
-        numbers = Numbers(
+        options = LayerOptions(
             width=self.width,
             weights=4 if self.full and not rounded else self.width,
             trained=self.full and trains == "tune",
@@ -217,14 +217,14 @@ class _Draft:
             four_bit=memory.quantize == "nf4",
             wide_norms=self.assumed.device == "cuda",
         )
-        layers = Layers(paper, numbers, cache=[] if memory.autocast_cache and numbers.trained else None)  # autocast keeps what is trained
+        layers = Layers(tape, options, cache=[] if memory.autocast_cache and options.trained else None)  # autocast keeps what is trained
         unet = UNet(self.architecture.unet, layers, memory.gradient_checkpointing and trains is not None)
         tokens = self.architecture.conditioning["tokens"][1]
         out = unet.forward(self.pixels // self.architecture.factor**2, batch, tokens, tokens_need_grad=trains == "embed")
         counted, layers.cache = replace(layers, cache=None), None  # autocast clears it at the end of a forward pass
         if trains:
-            paper.backward(out)
-        return counted, paper.meter.peak
+            tape.backward(out)
+        return counted, tape.meter.peak
 
     def _vae(self, decode: bool, pictures: int = 1) -> tuple[int, int]:
         """Bytes of half the VAE, and the most that a pass through it holds."""
@@ -232,6 +232,6 @@ class _Draft:
         if memory.vae_tiling:
             pixels = min(pixels, self.architecture.vae["sample_size"] ** 2)
         width = 4 if self.architecture.wide_vae and self.assumed.dtype == "fp16" else self.width
-        layers = Layers(Paper(gradients_on=False), Numbers(width, width))
+        layers = Layers(Tape(gradients_on=False), LayerOptions(width, width))
         vae_forward(self.architecture.vae, layers, pixels, 1 if memory.vae_slicing else pictures, decode)
-        return layers.bytes, layers.paper.meter.peak
+        return layers.bytes, layers.tape.meter.peak

@@ -11,16 +11,16 @@ from ..core.errors import ImagicError
 from ..core.machine import bitsandbytes_error, find_card, free_host_memory
 from ..core.settings import Recipe, resolve
 from .levers import EDIT_LEVERS, FIT_LEVERS, Levers
-from .limits import gib, too_large
+from .limits import gib, out_of_memory_error
 from .plan import Assumed, assume, predict
-from .symbolic_layers import NotDrawn
+from .symbolic.layers import NotPlanned
 
 STAGES = ("encode", "embed", "tune", "sample", "decode")
 _BY_COMFORT: tuple[Preset, ...] = ("24gb", "16gb", "12gb", "8gb")
 _SHARE = 0.9  # of the free memory that a plan may take
 
 
-def on_this_machine(device: str, index: int = 0) -> tuple[Assumed | None, int]:
+def card_and_free_memory(device: str, index: int = 0) -> tuple[Assumed | None, int]:
     """What a card here would be used with, and its free bytes; None and the free host memory where there is no card, or none is wanted.
 
     Args:
@@ -32,7 +32,7 @@ def on_this_machine(device: str, index: int = 0) -> tuple[Assumed | None, int]:
     return Assumed("cuda", "bf16" if card.native_bf16 else "fp16", "adam" if bitsandbytes_error() else "adam8bit"), card.free
 
 
-def choose(
+def choose_preset(
     base: Callable[[], Architecture],
     flags: Mapping[str, Any],
     file: Mapping[str, Any],
@@ -58,7 +58,7 @@ def choose(
     plain = resolve(flags, file, recipe)
     if plain.preset != "auto":
         return plain, "asked for"
-    card, free = on_this_machine(plain.memory.device, processes[1])
+    card, free = card_and_free_memory(plain.memory.device, processes[1])
     if card is None and plain.memory.device == "cuda":
         raise ImagicError("--preset auto with --device cuda, but there is no CUDA device here", "a card to look at", "name a --preset")
     if card is None:
@@ -67,8 +67,8 @@ def choose(
     for name in _BY_COMFORT:
         run = resolve(flags, file, recipe, name)
         try:
-            plan = predict(drawn, run, planned(run, card))
-        except NotDrawn as error:
+            plan = predict(drawn, run, assumed_for(run, card))
+        except NotPlanned as error:
             return resolve(flags, file, recipe, "8gb"), f"the tightest, since {error.got} cannot be planned"
         stage = max(stages, key=plan.needs)
         need = plan.needs(stage) - plan.context  # the context is there by now
@@ -79,10 +79,10 @@ def choose(
         tightest = run, stage
     assert tightest is not None
     run, stage = tightest
-    raise too_large(drawn, run, planned(run, card), stage, free, levers=levers)
+    raise out_of_memory_error(drawn, run, assumed_for(run, card), stage, free, levers=levers)
 
 
-def choose_for_edit(base: Callable[[], Architecture], made: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+def choose_preset_for_edit(base: Callable[[], Architecture], made: RunConfig, given: Mapping[str, Any]) -> RunConfig:
     """The settings that pictures are made with: the adapter's own for sampling, a preset and flags for the machine at hand.
 
     Args:
@@ -90,14 +90,14 @@ def choose_for_edit(base: Callable[[], Architecture], made: RunConfig, given: Ma
         given: ``edit``, ``memory`` and ``preset`` as asked for.
 
     Raises:
-        ImagicError: as :func:`choose`.
+        ImagicError: as :func:`choose_runtime`.
     """
     recipe: Recipe = {"lora": {"resolution": made.resolution, "edit": made.edit.model_dump()}}
     file = {"memory": {"quantize": made.memory.quantize}}
-    return choose(base, given, file, recipe, ("encode", "sample", "decode"), EDIT_LEVERS)[0]
+    return choose_preset(base, given, file, recipe, ("encode", "sample", "decode"), EDIT_LEVERS)[0]
 
 
-def planned(run: RunConfig, card: Assumed | None = None) -> Assumed:
+def assumed_for(run: RunConfig, card: Assumed | None = None) -> Assumed:
     """What a run's ``auto`` is planned as: on a card with bf16 where none is given."""
     if card is None:
         return assume(run)

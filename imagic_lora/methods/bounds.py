@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..photos.canvas import to_image, to_pixels
-from .method import Made, Method, Price, Studio, Task
+from .method import Context, Cost, EditRequest, EditResult, Method
 
 
 class Bounds(Method):
@@ -17,7 +17,7 @@ class Bounds(Method):
     def __init__(self) -> None:
         self.settings = {}
 
-    def pictures(self, studio: Studio, task: Task) -> Iterator[Made]:
-        yield Made("copy", task.photo, Price())
-        shown = studio.base.decode(studio.base.encode_image(to_pixels(task.truth)))
-        yield Made("oracle", to_image(shown[0]), Price())
+    def pictures(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+        yield EditResult("copy", request.photo, Cost())
+        shown = context.base.decode(context.base.encode_image(to_pixels(request.truth)))
+        yield EditResult("oracle", to_image(shown[0]), Cost())

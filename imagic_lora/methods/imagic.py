@@ -10,14 +10,14 @@ from pathlib import Path
 from ..adapters.adapter import Adapter
 from ..adapters.contents import read_canvas, read_embeddings
 from ..adapters.store import Store
-from ..core.conditioning import interpolate, sources
+from ..core.conditioning import interpolate, source_conditionings
 from ..core.config import RunConfig
 from ..photos.png import write_png
 from ..sampling.editor import Editor
 from ..sampling.generate import generate
 from ..training.fit import fit
 from ..training.stage import StepReport
-from .method import Made, Meter, Method, Price, Studio, Task, metered
+from .method import Context, Cost, CostMeter, EditRequest, EditResult, Method, metered
 
 ETAS = (-0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
 """What the best is chosen of: differences from the eta of the settings."""
@@ -37,41 +37,41 @@ class Imagic(Method):
         self.rows = (name, f"{name}-best", *(("embedding-only",) if embedding else ()))
         self.settings = config.model_dump(mode="json")
 
-    def pictures(self, studio: Studio, task: Task) -> Iterator[Made]:
-        base, config = studio.base, self.config.model_copy(update={"seed": task.seed})
+    def pictures(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+        base, config = context.base, self.config.model_copy(update={"seed": request.seed})
         with tempfile.TemporaryDirectory() as folder, closing(Editor(base)) as editor:
             photo = Path(folder) / "photo.png"
-            write_png(task.photo, photo, {})
+            write_png(request.photo, photo, {})
             with metered(base) as meter:
-                adapter, prices = _followed(fit(photo, task.text, config, Store(Path(folder)), "case", base=base), meter)
-            trained = prices["tune"] + Price(adapter=adapter.size)
+                adapter, costs = _run_fit(fit(photo, request.text, config, Store(Path(folder)), "case", base=base), meter)
+            trained = costs["tune"] + Cost(adapter=adapter.size)
             with metered(base) as meter:
-                (edit,) = editor.edit(adapter, [config.eta], [task.seed], config.edit)
-                yield Made(self.name, edit.image, trained + meter.price())
+                (edit,) = editor.edit(adapter, [config.eta], [request.seed], config.edit)
+                yield EditResult(self.name, edit.image, trained + meter.cost())
             with metered(base) as meter:
                 etas = [min(max(config.eta + more, 0.0), 2.0) for more in ETAS]
-                images = [one.image for one in editor.edit(adapter, etas, [task.seed], config.edit)]
-                chosen = images[studio.best(images, task.text, task.photo)]
-                yield Made(f"{self.name}-best", chosen, trained + meter.price())
+                images = [one.image for one in editor.edit(adapter, etas, [request.seed], config.edit)]
+                chosen = images[context.best(images, request.text, request.photo)]
+                yield EditResult(f"{self.name}-best", chosen, trained + meter.cost())
             if self.embedding:
                 editor.close()
                 with metered(base) as meter:
                     stored = read_embeddings(adapter)
                     ends = stored["target"], stored["optimised"]
-                    mix, of_photo = interpolate(*ends, config.eta), sources(*ends, [config.eta], config.edit.source_eta)
-                    (image,) = generate(base, [mix], [task.seed], config.edit, read_canvas(adapter), stored.get("null"), of_photo)
-                    yield Made("embedding-only", image, prices["embed"] + meter.price())
+                    mix, of_photo = interpolate(*ends, config.eta), source_conditionings(*ends, [config.eta], config.edit.source_eta)
+                    (image,) = generate(base, [mix], [request.seed], config.edit, read_canvas(adapter), stored.get("null"), of_photo)
+                    yield EditResult("embedding-only", image, costs["embed"] + meter.cost())
 
 
-def _followed(steps: Generator[StepReport, None, Adapter | None], meter: Meter) -> tuple[Adapter, dict[str, Price]]:
+def _run_fit(steps: Generator[StepReport, None, Adapter | None], meter: CostMeter) -> tuple[Adapter, dict[str, Cost]]:
     """Runs a fit to its end: the adapter, and what there was to pay by the end of each stage. The preview is not counted."""
-    prices: dict[str, Price] = {}
+    costs: dict[str, Cost] = {}
     while True:
         try:
             report = next(steps)
         except StopIteration as done:
             adapter = done.value
             break
-        prices[report.stage] = meter.price()
+        costs[report.stage] = meter.cost()
     assert adapter is not None
-    return adapter, prices
+    return adapter, costs

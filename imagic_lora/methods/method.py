@@ -16,7 +16,7 @@ from ..bases.base import Base
 
 
 @dataclass(frozen=True)
-class Price:
+class Cost:
     """What a picture took.
 
     Args:
@@ -30,12 +30,12 @@ class Price:
     seconds: float = 0.0
     adapter: int = 0
 
-    def __add__(self, other: Price) -> Price:
-        return Price(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
-class Made:
+class EditResult:
     """A picture that a method made.
 
     Args:
@@ -44,11 +44,11 @@ class Made:
 
     row: str
     image: Image.Image
-    price: Price
+    cost: Cost
 
 
 @dataclass(frozen=True)
-class Task:
+class EditRequest:
     """What a method is asked to do.
 
     Args:
@@ -65,7 +65,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Studio:
+class Context:
     """What all methods share.
 
     Args:
@@ -91,26 +91,26 @@ class Method(ABC):
     settings: dict[str, Any]
 
     @abstractmethod
-    def pictures(self, studio: Studio, task: Task) -> Iterator[Made]:
+    def pictures(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         """One picture for each row; the base is left as it was found."""
 
 
-class Meter:
+class CostMeter:
     """Counts passes through a denoiser, and time, since it was made."""
 
     def __init__(self) -> None:
         self.forward = self.backward = 0
         self.start = time.perf_counter()
 
-    def price(self, adapter: int = 0) -> Price:
+    def cost(self, adapter: int = 0) -> Cost:
         """What there was so far."""
-        return Price(self.forward, self.backward, time.perf_counter() - self.start, adapter)
+        return Cost(self.forward, self.backward, time.perf_counter() - self.start, adapter)
 
 
 @contextmanager
-def metered(base: Base) -> Iterator[Meter]:
+def metered(base: Base) -> Iterator[CostMeter]:
     """A meter on a base's denoiser: every sample of a batch counts, and counts once more where there will be a backward pass."""
-    meter = Meter()
+    meter = CostMeter()
 
     def count(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         meter.forward += len(inputs[0])

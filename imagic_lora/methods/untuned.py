@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ..core.config import EditConfig
 from ..photos.canvas import to_canvas
 from ..sampling.generate import generate
-from .method import Made, Method, Studio, Task, metered
+from .method import Context, EditRequest, EditResult, Method, metered
 
 
 class Untuned(Method):
@@ -21,17 +21,17 @@ class Untuned(Method):
         self.name, self.rows, self.starts = name, tuple(starts), starts
         self.settings = {row: config.model_dump() for row, config in starts.items()}
 
-    def pictures(self, studio: Studio, task: Task) -> Iterator[Made]:
-        base = studio.base
-        canvas = to_canvas(task.photo, base.resolution, base.size_multiple)
+    def pictures(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+        base = context.base
+        canvas = to_canvas(request.photo, base.resolution, base.size_multiple)
         high, wide = canvas.pixels.shape[2:]
-        sentence, empty = base.encode_text(task.text), base.null()
+        sentence, empty = base.encode_prompt(request.text), base.null()
         for row, config in self.starts.items():
-            text = base.framed(sentence, high, wide, config.guidance_scale)
-            null = None if empty is None else base.framed(empty, high, wide, config.guidance_scale)
+            text = base.with_added_conditions(sentence, high, wide, config.guidance_scale)
+            null = None if empty is None else base.with_added_conditions(empty, high, wide, config.guidance_scale)
             with metered(base) as meter:
-                (image,) = generate(base, [text], [task.seed], config, canvas, null, [text])
-                yield Made(row, image, meter.price())
+                (image,) = generate(base, [text], [request.seed], config, canvas, null, [text])
+                yield EditResult(row, image, meter.cost())
 
 
 def prompt_only(config: EditConfig) -> Untuned:

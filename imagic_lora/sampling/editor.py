@@ -14,15 +14,15 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..adapters.contents import read_canvas, read_embeddings, read_layers
 from ..adapters.full import Weights, loaded_full
-from ..adapters.lora import Layers, loaded_lora, swapped_lora
+from ..adapters.lora import LoraLayers, loaded_lora, swap_lora
 from ..bases.base import Base
-from ..core.conditioning import Conditioning, interpolate, sources
+from ..core.conditioning import Conditioning, interpolate, source_conditionings
 from ..core.config import EditConfig
 from ..photos.canvas import Canvas
-from .checks import refuse_edit, refuse_steps
+from .checks import check_edit, check_scheduler_steps
 from .generate import generate
 
-HELD = 8  # adapters that are kept in memory; full weights are not
+CACHED = 8  # adapters that are kept in memory; full weights are not
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class _Held:
+class _CachedAdapter:
     """What of an adapter is kept in memory; ``layers`` is None where it has full weights."""
 
     adapter: Adapter
-    layers: Layers | None
+    layers: LoraLayers | None
     canvas: Canvas
     embeddings: dict[str, Conditioning]
 
@@ -58,12 +58,12 @@ class Editor:
     def __init__(self, base: Base, force: bool = False) -> None:
         self.base, self.force = base, force
         self._lock = Lock()
-        self._held: dict[tuple[Path, str], _Held] = {}  # the one used last comes last
+        self._cached: dict[tuple[Path, str], _CachedAdapter] = {}  # the one used last comes last
         self._stack = ExitStack()
-        self._worn: _Held | None = None
-        self._own: Weights | None = None
+        self._loaded: _CachedAdapter | None = None
+        self._base_weights: Weights | None = None
 
-    def wear(self, adapter: Adapter) -> None:
+    def load(self, adapter: Adapter) -> None:
         """Puts an adapter's weights into the base.
 
         Raises:
@@ -71,7 +71,7 @@ class Editor:
                 adapter before is still in where a record, a header or LoRA layers told.
         """
         with self._lock:
-            self._put_on(self._hold(adapter))
+            self._load(self._read(adapter))
 
     def edit(
         self, adapter: Adapter, etas: Sequence[float], seeds: Sequence[int], config: EditConfig, prompt: str | None = None
@@ -84,62 +84,62 @@ class Editor:
             prompt: another target text than the adapter's own.
 
         Raises:
-            ImagicError: an eta out of range, as :meth:`wear`, a picture holds NaN.
+            ImagicError: an eta out of range, as :meth:`load`, a picture holds NaN.
         """
-        refuse_edit(etas, seeds, config, adapter.record.prompt if prompt is None else prompt)
+        check_edit(etas, seeds, config, adapter.record.prompt if prompt is None else prompt)
         pairs = list(product(etas, seeds))
         with self._lock:
-            held = self._hold(adapter)
-            refuse_steps(self.base, config)
+            cached = self._read(adapter)
+            check_scheduler_steps(self.base, config)
             device = self.base.runtime.device
-            stored = {name: value.to(device) for name, value in held.embeddings.items()}
-            target = stored["target"] if prompt is None else replace(self.base.encode_text(prompt), extra=stored["target"].extra)
-            self.base.rest()
+            stored = {name: value.to(device) for name, value in cached.embeddings.items()}
+            target = stored["target"] if prompt is None else replace(self.base.encode_prompt(prompt), extra=stored["target"].extra)
+            self.base.offload_encoders()
         mixes = [interpolate(target, stored["optimised"], eta) for eta, _ in pairs]
-        of_photo = sources(target, stored["optimised"], [eta for eta, _ in pairs], config.source_eta)
-        pictures = generate(self.base, mixes, [seed for _, seed in pairs], config, held.canvas, stored.get("null"), of_photo)
+        of_photo = source_conditionings(target, stored["optimised"], [eta for eta, _ in pairs], config.source_eta)
+        pictures = generate(self.base, mixes, [seed for _, seed in pairs], config, cached.canvas, stored.get("null"), of_photo)
         for start in range(0, len(pairs), config.batch_size):
             batch = pairs[start : start + config.batch_size]
             with self._lock:  # never while it yields: the caller may go on with another edit, or never come back
-                self._put_on(held)
+                self._load(cached)
                 made = list(islice(pictures, len(batch)))
             yield from (Edit(eta, seed, picture) for (eta, seed), picture in zip(batch, made, strict=True))
 
     def close(self) -> None:
         """Takes the adapter out: the base is bit-equal to before."""
         with self._lock:
-            self._worn = self._own = None
+            self._loaded = self._base_weights = None
             self._stack.close()
 
-    def _hold(self, adapter: Adapter) -> _Held:
+    def _read(self, adapter: Adapter) -> _CachedAdapter:
         """What is kept of an adapter, read if it is not there."""
         key = adapter.folder, adapter.record.model_dump_json()  # which has the hash of every file
-        held = self._held.pop(key, None)
-        if held is None:
-            held = _Held(adapter, read_layers(adapter, self.base, self.force), read_canvas(adapter), read_embeddings(adapter))
-            adapter.refuse_replaced()
-        self._held[key] = held
-        if len(self._held) > HELD:
-            del self._held[next(iter(self._held))]
-        return held
+        cached = self._cached.pop(key, None)
+        if cached is None:
+            cached = _CachedAdapter(adapter, read_layers(adapter, self.base, self.force), read_canvas(adapter), read_embeddings(adapter))
+            adapter.check_unchanged()
+        self._cached[key] = cached
+        if len(self._cached) > CACHED:
+            del self._cached[next(iter(self._cached))]
+        return cached
 
-    def _put_on(self, held: _Held) -> None:
+    def _load(self, cached: _CachedAdapter) -> None:
         """The same adapter is left in; LoRA layers take the place of those with equal targets; else what is in goes first."""
-        if held is self._worn:
+        if cached is self._loaded:
             return
-        self._worn = None
+        self._loaded = None
         try:
-            if held.layers is None or not swapped_lora(self.base, held.layers):
+            if cached.layers is None or not swap_lora(self.base, cached.layers):
                 self._stack.close()
-                self._enter(held)
+                self._apply(cached)
         except BaseException:
             self._stack.close()
             raise
-        self._worn = held
+        self._loaded = cached
 
-    def _enter(self, held: _Held) -> None:
-        if held.layers is not None:
-            self._stack.enter_context(loaded_lora(self.base, held.layers))
+    def _apply(self, cached: _CachedAdapter) -> None:
+        if cached.layers is not None:
+            self._stack.enter_context(loaded_lora(self.base, cached.layers))
         else:
-            self._own = self._stack.enter_context(loaded_full(self.base, held.adapter.folder, self._own))
-            held.adapter.refuse_replaced()
+            self._base_weights = self._stack.enter_context(loaded_full(self.base, cached.adapter.folder, self._base_weights))
+            cached.adapter.check_unchanged()

@@ -17,9 +17,9 @@ from ..core.conditioning import Conditioning, concatenate
 from ..core.config import EditConfig
 from ..core.errors import ImagicError
 from ..photos.canvas import Canvas, to_image
-from .checks import refuse_no_steps
-from .inversion import Retracing, inverted, traced
-from .pipelines import _latents, _scale, _spoken, _with_sampler
+from .checks import check_strength
+from .inversion import NoiseReplayer, invert, record_noise
+from .pipelines import conditioning_kwargs, pipeline_guidance, pipeline_with_scheduler, sample_latents
 
 
 def generate(
@@ -44,14 +44,14 @@ def generate(
         Pictures at the photo's own size, in order, as batches are done.
 
     Raises:
-        ImagicError: as :func:`refuse_no_steps`; a sampler that cannot take ``ddim_eta``; a picture
+        ImagicError: as :func:`check_strength`; a sampler that cannot take ``ddim_eta``; a picture
             holds NaN.
     """
-    refuse_no_steps(config)
+    check_strength(config)
     of_photo = None
     if config.start == "inverted":
         clean = base.encode_image(canvas.pixels)
-        of_photo = cache(partial(traced if config.ddim_eta else inverted, base, canvas, clean, config))
+        of_photo = cache(partial(record_noise if config.ddim_eta else invert, base, canvas, clean, config))
     for start in range(0, len(seeds), config.batch_size):
         part = slice(start, start + config.batch_size)
         noise = [of_photo(*each) for each in zip(sources[part], seeds[part], strict=True)] if of_photo else None
@@ -70,11 +70,11 @@ def _batch(
     null: Conditioning | None,
     noise: list[tuple[Tensor, ...]] | None,
 ) -> Tensor:
-    """Pixels in [0, 1], ``[B, 3, H, W]``; from noise of the photo where there is some, for each picture as of :func:`traced`."""
+    """Pixels in [0, 1], ``[B, 3, H, W]``; from noise of the photo where there is some, for each picture as of :func:`record_noise`."""
     batch = len(seeds)
     guided = null is not None and config.guidance_scale > 1
-    arguments: dict[str, Any] = _spoken(base, text, null.expand(batch) if null is not None and guided else None) | {
-        "guidance_scale": _scale(base, config, guided),
+    arguments: dict[str, Any] = conditioning_kwargs(base, text, null.expand(batch) if null is not None and guided else None) | {
+        "guidance_scale": pipeline_guidance(base, config, guided),
         "num_inference_steps": config.steps,
         "eta": config.ddim_eta,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
@@ -89,10 +89,10 @@ def _batch(
     else:
         pipe, start = base.pipeline("text2image"), None
         if noise is not None:
-            pipe = _with_sampler(base, Retracing if config.ddim_eta else DDIMScheduler)
+            pipe = pipeline_with_scheduler(base, NoiseReplayer if config.ddim_eta else DDIMScheduler)
             start, *pipe.scheduler.added = (torch.cat(each) for each in zip(*noise, strict=True))
         arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3], "latents": start}
     if config.ddim_eta and "eta" not in inspect.signature(pipe.scheduler.step).parameters:  # pyright: ignore[reportAttributeAccessIssue]
         got = f"ddim_eta {config.ddim_eta:g} with a sampler of kind {type(pipe.scheduler).__name__}"  # pyright: ignore[reportAttributeAccessIssue]
         raise ImagicError(got, "one that has it, as DDIM does", "leave ddim_eta at 0")
-    return (base.decode(_latents(base, pipe, arguments)) / 2 + 0.5).clamp(0, 1)
+    return (base.decode(sample_latents(base, pipe, arguments)) / 2 + 0.5).clamp(0, 1)

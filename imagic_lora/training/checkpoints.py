@@ -12,15 +12,15 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..adapters.atomic import Sealed, changed_file, draft, remove, unsealed, writable
+from ..adapters.atomic import Manifest, atomic_folder, changed_file, read_manifest, remove, writable
 from ..core.errors import ImagicError, ImagicWarning
-from ..core.tensors import encoded, read
+from ..core.tensors import read, safetensors_pieces
 
 CHECKPOINT, STATE = "checkpoint.json", "state.safetensors"
 _ORDER = ("embed", "tune")
 
 
-class CheckpointRecord(Sealed):
+class CheckpointRecord(Manifest):
     """``checkpoint.json``, version 1.
 
     Args:
@@ -80,9 +80,9 @@ class Checkpoints:
         with writable(self.folder):
             pass
         final = self.folder / f"{record.stage}-{record.step:06d}"
-        with draft(final) as made:
-            made.write(STATE, encoded(tensors))
-            made.seal(CHECKPOINT, record)
+        with atomic_folder(final) as made:
+            made.write(STATE, safetensors_pieces(tensors))
+            made.write_manifest(CHECKPOINT, record)
         for path in self.folder.iterdir():
             if path != final and path.name.startswith((record.stage, ".")):  # those of a writer that was cut off begin with a dot
                 shutil.rmtree(path, ignore_errors=True)
@@ -96,7 +96,7 @@ class Checkpoints:
         """
         for path in reversed(self._there()):
             try:
-                record = unsealed(path, CHECKPOINT, CheckpointRecord)
+                record = read_manifest(path, CHECKPOINT, CheckpointRecord)
                 if broken := changed_file(path, record):
                     raise ImagicError(f"{broken} is missing or has changed", "the file as it was written", "go on from an older one")
                 return Checkpoint(record, read(path / STATE, whole_numbers=True))

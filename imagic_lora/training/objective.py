@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..bases.base import Base
 from ..core.conditioning import Conditioning
-from ..core.runtime import moved
+from ..core.runtime import to_device
 
 
 def denoising_loss(base: Base, latents: Tensor, conditioning: Conditioning, noise: Tensor, times: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def denoising_loss(base: Base, latents: Tensor, conditioning: Conditioning, nois
     Returns:
         The loss of each sample, ``[B]`` fp32.
     """
-    timesteps = moved(base.timesteps(times), latents.device)
+    timesteps = to_device(base.timesteps(times), latents.device)
     clean = latents.expand_as(noise)
     predicted = base.predict(base.noised(clean, noise, timesteps), timesteps, conditioning)
     return (predicted.float() - base.target(clean, noise, timesteps).float()).square().flatten(1).mean(1)

@@ -13,8 +13,7 @@ from torch.nn import Parameter
 
 from ..core.errors import ImagicError
 from ..core.noise import key
-from ..core.processes import Processes
-from ..core.runtime import Runtime
+from ..core.runtime import Processes, Runtime
 from ..memory.optimizer_states import scales_8bit, states_8bit
 
 _MAPS = ("qmap1", "qmap2")
@@ -53,7 +52,7 @@ def loss_scale(runtime: Runtime) -> float:
 class Updates(ABC):
     """The updates of some parameters.
 
-    :attr:`finite` is a flag on the device, False for good once a gradient was not finite.
+    :attr:`cast_finite` is a flag on the device, False for good once a gradient was not finite.
 
     Args:
         trainables: parameters by name.
@@ -73,14 +72,14 @@ class Updates(ABC):
         """
 
     @abstractmethod
-    def stepped(self, name: str) -> tuple[torch.optim.Optimizer, Parameter]:
+    def optimizer_of(self, name: str) -> tuple[torch.optim.Optimizer, Parameter]:
         """The optimiser of a trainable, and what it steps in its stead: the trainable itself, or its fp32 copy."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The live states as ``TRAINABLE/STATE``, the same whichever way the optimisers work; empty before the first step."""
         found: dict[str, Tensor] = {}
         for name in self.trainables:
-            optimizer, parameter = self.stepped(name)
+            optimizer, parameter = self.optimizer_of(name)
             for part, value in optimizer.state[parameter].items():
                 if part not in _MAPS:
                     found[f"{name}/{part}"] = value if isinstance(value, Tensor) else torch.tensor(value)
@@ -94,7 +93,7 @@ class Updates(ABC):
             ImagicError: the states are not those of these optimisers.
         """
         for name, weight in self.trainables.items():
-            optimizer, parameter = self.stepped(name)
+            optimizer, parameter = self.optimizer_of(name)
             mine = {part.removeprefix(f"{name}/"): value for part, value in state.items() if part.startswith(f"{name}/")}
             if mine and {part: (value.dtype, tuple(value.shape)) for part, value in mine.items()} != _forms(optimizer, weight):
                 raise ImagicError(f"states of {name} that are not this optimiser's", "those of the same optimiser", "begin anew")
@@ -105,11 +104,11 @@ def build_updates(trainables: Mapping[str, Parameter], learning_rate: float, run
     """The updates that the levers of a runtime ask for."""
     stochastic = any(parameter.dtype != torch.float32 for parameter in trainables.values())
     if runtime.memory.optimizer_in_backward or stochastic:
-        return OneByOne(trainables, runtime, learning_rate, seed)
-    return Together(trainables, runtime, learning_rate)
+        return PerParameterUpdates(trainables, runtime, learning_rate, seed)
+    return JointUpdates(trainables, runtime, learning_rate)
 
 
-class Together(Updates):
+class JointUpdates(Updates):
     """One optimiser over all parameters, after the backward pass."""
 
     def __init__(self, trainables: Mapping[str, Parameter], runtime: Runtime, learning_rate: float) -> None:
@@ -127,11 +126,11 @@ class Together(Updates):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def stepped(self, name: str) -> tuple[torch.optim.Optimizer, Parameter]:
+    def optimizer_of(self, name: str) -> tuple[torch.optim.Optimizer, Parameter]:
         return self.optimizer, self.trainables[name]
 
 
-class OneByOne(Updates):
+class PerParameterUpdates(Updates):
     """One optimiser a parameter: it can step inside the backward pass, and work on weights that are not fp32.
 
     With ``optimizer_in_backward`` a parameter is stepped as soon as its gradient is complete, and the gradient freed at once, so that no
@@ -147,7 +146,7 @@ class OneByOne(Updates):
     def __init__(self, trainables: Mapping[str, Parameter], runtime: Runtime, learning_rate: float, seed: int) -> None:
         super().__init__(trainables, loss_scale(runtime))
         self.seed, self.inside = seed, runtime.memory.optimizer_in_backward
-        self.masters = {name: p if p.dtype == torch.float32 else _hollow(p) for name, p in self.trainables.items()}
+        self.masters = {name: p if p.dtype == torch.float32 else _empty_master(p) for name, p in self.trainables.items()}
         self.optimizers = {name: build_optimizer(runtime.optimizer, [p], learning_rate) for name, p in self.masters.items()}
 
     def backward(self, loss: Tensor, step: int, processes: Processes) -> None:
@@ -157,7 +156,7 @@ class OneByOne(Updates):
             for name in self.trainables:
                 self._update(name, step)
             return
-        refuse_several(processes)
+        check_single_process(processes)
         hooks = [p.register_post_accumulate_grad_hook(lambda _, name=name: self._update(name, step)) for name, p in self.trainables.items()]
         try:
             loss.backward()
@@ -175,7 +174,7 @@ class OneByOne(Updates):
             gradient.div_(self.scale)
         finite = torch.linalg.vector_norm(gradient).isfinite()
         self.finite = self.finite & finite
-        if not _read(finite):
+        if not _is_true(finite):
             return
         if master is not weight:
             master.data = weight.float()
@@ -186,7 +185,7 @@ class OneByOne(Updates):
             round_stochastically(master.data, weight, key(self.seed, "rounding", step, name))
             master.data = master.data.new_empty(0)
 
-    def stepped(self, name: str) -> tuple[torch.optim.Optimizer, Parameter]:
+    def optimizer_of(self, name: str) -> tuple[torch.optim.Optimizer, Parameter]:
         return self.optimizers[name], self.masters[name]
 
 
@@ -214,12 +213,12 @@ def _maps(optimizer: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(_MAPS, (optimizer.name2qmap["dynamic"], optimizer.name2qmap["udynamic"]), strict=True))
 
 
-def _hollow(weight: Parameter) -> Parameter:
+def _empty_master(weight: Parameter) -> Parameter:
     """An fp32 parameter that holds the values of a weight only while it is stepped."""
     return Parameter(weight.detach().new_empty(0, dtype=torch.float32))
 
 
-def refuse_several(processes: Processes) -> None:
+def check_single_process(processes: Processes) -> None:
     """Raises ImagicError for an optimiser inside the backward pass of several processes."""
     if processes.count > 1:
         raise ImagicError(
@@ -229,7 +228,7 @@ def refuse_several(processes: Processes) -> None:
         )
 
 
-def _read(flag: Tensor) -> bool:
+def _is_true(flag: Tensor) -> bool:
     """Waits for a flag. A plan's fake tensors have no values: taken as true."""
     return isinstance(flag, FakeTensor) or bool(flag)
 

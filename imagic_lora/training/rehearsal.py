@@ -24,8 +24,7 @@ from ..bases.loading.components import TEXT_ENCODERS
 from ..bases.loading.registry import family_of
 from ..core.conditioning import Conditioning
 from ..core.config import RunConfig
-from ..core.processes import Processes
-from ..core.runtime import DTYPES, Runtime
+from ..core.runtime import DTYPES, Processes, Runtime
 from ..memory.plan import Assumed, Peak, Plan, comes_later, passes, with_stages
 from ..memory.tracker import Tracker
 from .embed import embed_stage
@@ -107,7 +106,7 @@ def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) ->
 def random_text(base: StableDiffusion, height: int, width: int) -> Conditioning:
     """A conditioning of the right shapes for a picture of that size, without a tokenizer."""
     named = {name: torch.rand(shape) for name, shape in base.architecture.conditioning.items()}
-    return base.framed(Conditioning.from_tensors(named), height, width, 1.0).to(base.runtime.device)
+    return base.with_added_conditions(Conditioning.from_tensors(named), height, width, 1.0).to(base.runtime.device)
 
 
 @contextmanager
@@ -126,7 +125,7 @@ def _stages(base: StableDiffusion, run: RunConfig, tracker: Tracker) -> Iterator
     held = tracker.now
     latents = base.encode_image(torch.empty(1, 3, side, side))
     yield "encode", Peak(held, 0, 0, tracker.peak - held)
-    base.rest()
+    base.offload_encoders()
     text = random_text(base, side, side)
     stage = embed_stage(base, latents, text, _short(run.embed), 0, Processes())
     yield "embed", _trained(stage, tracker)
@@ -164,7 +163,7 @@ def _pictures(base: StableDiffusion, run: RunConfig, latents: Tensor, text: Cond
     dtype = base.runtime.dtype
     with torch.autocast("cpu", dtype, enabled=base.denoiser.dtype != dtype, cache_enabled=False):  # as generate() has it
         told = text.expand(batch).to(noisy.device, dtype)
-        base.denoiser(noisy, times, told.tokens, **base.beside(told))
+        base.denoiser(noisy, times, told.tokens, **base.added_conditions(told))
         del told
     yield "sample", Peak(held, 0, 0, tracker.peak - held)
     tracker.reset_peak()

@@ -13,26 +13,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..adapters.atomic import Draft
+from ..adapters.atomic import AtomicWriter
 from ..adapters.card import card
 from ..adapters.contents import save_embeddings, weights_record
 from ..adapters.full import save_full
 from ..adapters.lora import save_lora
 from ..adapters.record import CARD, PREVIEW, SOURCE, STEPS, BaseRecord, Record, SourceRecord
 from ..bases.base import Base
-from ..core.conditioning import Conditioning, interpolate, sources
+from ..core.conditioning import Conditioning, interpolate, source_conditionings
 from ..core.config import RunConfig
 from ..core.errors import ImagicWarning
-from ..core.processes import Processes
-from ..core.runtime import peak_memory
-from ..core.tensors import refuse_not_finite
+from ..core.runtime import Processes, peak_memory
+from ..core.tensors import check_finite
 from ..memory.limits import OutOfMemory
-from ..memory.out_of_memory import explained
+from ..memory.out_of_memory import explain_out_of_memory
 from ..photos.canvas import Canvas, to_canvas, to_image
 from ..photos.png import png
 from ..photos.reading import Photo
 from ..photos.sheet import sheet
-from ..sampling.checks import refuse_steps
+from ..sampling.checks import check_scheduler_steps
 from ..sampling.generate import generate
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
@@ -40,30 +39,26 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsa
 
 @dataclass
 class Run:
-    """What the parts of one fit share."""
+    """What the parts of one fit share: its inputs, encoded, and its losses and seconds so far by stage.
+
+    Args:
+        canvas: the photo as the model sees it.
+        latents: of the photo, ``[1, C, h, w]``.
+        target: the conditioning of the target prompt.
+        null: the unconditional one, where the base is guided by it.
+    """
 
     config: RunConfig
     base: Base
     photo: Photo
     prompt: str
     processes: Processes
+    canvas: Canvas
+    latents: Tensor
+    target: Conditioning
+    null: Conditioning | None
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        base = self.base
-        refuse_steps(base, self.config.edit)
-        self.canvas: Canvas = to_canvas(self.photo.image, self.config.resolution or base.resolution, base.size_multiple)
-        with explained(base.architecture, self.config, base.runtime, "encode"):
-            self.latents = base.encode_image(self.canvas.pixels)
-        high, wide = self.canvas.pixels.shape[2:]
-        scale = self.config.edit.guidance_scale
-        self.target, null = base.framed(base.encode_text(self.prompt), high, wide, scale), base.null()
-        self.null = None if null is None else base.framed(null, high, wide, scale)
-        told = {"the sentence's embedding": self.target, **({"the empty sentence's embedding": self.null} if self.null else {})}
-        embeddings = {f"{name} ({part})": value for name, one in told.items() for part, value in one.tensors().items()}
-        refuse_not_finite({"the photo's latents": self.latents, **embeddings})
-        base.rest()
 
     def inputs(self, stage: str, finished: bool) -> dict[str, Any]:
         """All that a stage's state depends on, by name; levers that do not touch the numbers are not among it."""
@@ -91,28 +86,28 @@ class Run:
         mixes = [interpolate(self.target, e_opt, eta) for eta in etas]
         cells = [("photo", self.photo.image)]
         try:
-            with explained(self.base.architecture, self.config, self.base.runtime, "decode"):
-                of_photo, seeds = sources(self.target, e_opt, etas, self.config.edit.source_eta), [self.config.seed] * 2
+            with explain_out_of_memory(self.base.architecture, self.config, self.base.runtime, "decode"):
+                of_photo, seeds = source_conditionings(self.target, e_opt, etas, self.config.edit.source_eta), [self.config.seed] * 2
                 pictures = list(generate(self.base, mixes, seeds, self.config.edit, self.canvas, self.null, of_photo))
             cells += [(f"eta {eta:g}", picture) for eta, picture in zip(etas, pictures, strict=True)]
         except OutOfMemory as error:
             warnings.warn(f"the adapter is stored without a preview: {error}", ImagicWarning, stacklevel=2)
         return sheet([cells], self.prompt)
 
-    def fill(self, draft: Draft, e_opt: Conditioning, preview: Image.Image) -> None:
+    def fill(self, writer: AtomicWriter, e_opt: Conditioning, preview: Image.Image) -> None:
         """Every file of the adapter but its record."""
-        (save_full if self.config.tune.mode == "full" else save_lora)(self.base, draft)
+        (save_full if self.config.tune.mode == "full" else save_lora)(self.base, writer)
         named = {"target": self.target, "optimised": e_opt}
-        save_embeddings(draft, named if self.null is None else {**named, "null": self.null})
-        draft.write(SOURCE, [png(to_image(self.canvas.pixels[0]), {})])
-        draft.write(PREVIEW, [png(preview, {"prompt": self.prompt})])
+        save_embeddings(writer, named if self.null is None else {**named, "null": self.null})
+        writer.write(SOURCE, [png(to_image(self.canvas.pixels[0]), {})])
+        writer.write(PREVIEW, [png(preview, {"prompt": self.prompt})])
         lines = [
             json.dumps({"stage": stage, "step": k + 1, "loss": round(loss, 6)})
             for stage, losses in self.losses.items()
             for k, loss in enumerate(torch.stack(losses).tolist())
         ]
-        draft.write(STEPS, ["\n".join([*lines, ""]).encode()])
-        draft.write(CARD, [card(self.prompt, self.base.name, self.config).encode()])
+        writer.write(STEPS, ["\n".join([*lines, ""]).encode()])
+        writer.write(CARD, [card(self.prompt, self.base.name, self.config).encode()])
 
     def record(self, name: str) -> Record:
         """How the adapter was made, without the hashes of its files."""
@@ -131,6 +126,27 @@ class Run:
             peak_memory=peak_memory(base.runtime.device),
             versions={library: version(library) for library in _LIBRARIES},
         )
+
+
+def encode_run(config: RunConfig, base: Base, photo: Photo, prompt: str, processes: Processes) -> Run:
+    """Encodes photo and prompt, then offloads the encoders.
+
+    Raises:
+        ImagicError: a scheduler without so many steps, too little memory, or an encoder that returns numbers that are not finite.
+    """
+    check_scheduler_steps(base, config.edit)
+    canvas = to_canvas(photo.image, config.resolution or base.resolution, base.size_multiple)
+    with explain_out_of_memory(base.architecture, config, base.runtime, "encode"):
+        latents = base.encode_image(canvas.pixels)
+    high, wide = canvas.pixels.shape[2:]
+    scale = config.edit.guidance_scale
+    target, null = base.with_added_conditions(base.encode_prompt(prompt), high, wide, scale), base.null()
+    null = None if null is None else base.with_added_conditions(null, high, wide, scale)
+    named = {"the sentence's embedding": target, **({"the empty sentence's embedding": null} if null else {})}
+    embeddings = {f"{name} ({part})": value for name, one in named.items() for part, value in one.tensors().items()}
+    check_finite({"the photo's latents": latents, **embeddings})
+    base.offload_encoders()
+    return Run(config, base, photo, prompt, processes, canvas, latents, target, null)
 
 
 def _ends(losses: Tensor) -> tuple[float, float]:

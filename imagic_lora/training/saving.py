@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.conditioning import Conditioning
 from ..core.errors import ImagicError, ImagicWarning, NotFinite, Stopped
-from ..memory.out_of_memory import explained
+from ..memory.out_of_memory import explain_out_of_memory
 from .checkpoints import Checkpoint, CheckpointRecord, Checkpoints, differences
 from .run import Run
 from .stage import OPTIMIZER, TRAINABLE, Stage, StepReport, train
@@ -21,7 +21,7 @@ _SAME_LATENTS = 0.05  # relative: levers and devices differ by far less, another
 
 
 @dataclass
-class _Stages:
+class ResumableStages:
     """Drives the stages of a run and saves what they come to."""
 
     run: Run
@@ -30,7 +30,7 @@ class _Stages:
     kept: str = ""
     last: float = field(default_factory=time.perf_counter)
 
-    def follow(
+    def run_stage(
         self, stage: Stage, start: int, found: Checkpoint | None, more: Mapping[str, Tensor] | None = None
     ) -> Generator[StepReport, None, None]:
         """Passes the reports of a stage on, keeping its losses and its time.
@@ -48,7 +48,7 @@ class _Stages:
         losses = run.losses.setdefault(stage.name, [])
         begun = time.perf_counter() - run.seconds.get(stage.name, 0.0)
         try:
-            with explained(run.base.architecture, run.config, run.base.runtime, stage.name, lambda: self.kept):
+            with explain_out_of_memory(run.base.architecture, run.config, run.base.runtime, stage.name, lambda: self.kept):
                 for report in train(stage, start, self.stop):
                     losses.append(report.loss)
                     step = report.step
@@ -71,7 +71,7 @@ class _Stages:
         got = error.got if not self.kept or self.kept in error.got else f"{error.got}; {self.kept}"
         return NotFinite(got, error.expected, error.remedy)
 
-    def taken_up(self, found: Checkpoint) -> tuple[Conditioning | None, int]:
+    def resume(self, found: Checkpoint) -> tuple[Conditioning | None, int]:
         """Takes losses, times and latents from a checkpoint; gives the optimised embedding, if it was that far, and the steps done.
 
         Raises:

@@ -14,8 +14,7 @@ from ..core.conditioning import Conditioning
 from ..core.config import EmbedConfig, TuneConfig
 from ..core.errors import ImagicError, NotFinite
 from ..core.noise import key, noise_at, times_at
-from ..core.processes import Processes
-from ..core.runtime import moved
+from ..core.runtime import Processes, to_device
 from ..core.tensors import all_finite
 from .objective import denoising_loss
 from .optimizers import build_updates
@@ -72,7 +71,7 @@ class Stage:
     def step(self, k: int) -> StepReport:
         """Step number ``k`` (from 0): the same whatever came before it, but for the trainables and the optimiser's states."""
         samples, batch = self.processes.samples(self.config.batch_size), self.config.batch_size * self.processes.count
-        noise = moved(noise_at(self.seed, self.name, k, samples, tuple(self.latents.shape[1:])), self.latents.device)
+        noise = to_device(noise_at(self.seed, self.name, k, samples, tuple(self.latents.shape[1:])), self.latents.device)
         times = times_at(self.seed, self.name, k, samples, batch, self.config.timesteps)
         loss = denoising_loss(self.base, self.latents, self.conditioning(), noise, times).mean()
         self.updates.backward(loss * self.updates.scale, k, self.processes)

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from ..bases.base import Base
 from ..core.conditioning import Conditioning
 from ..core.config import TuneConfig
-from ..core.processes import Processes
+from ..core.runtime import Processes
 from .stage import Stage
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from imagic_lora.adapters.adapter import Adapter
-from imagic_lora.adapters.atomic import draft, unsealed
+from imagic_lora.adapters.atomic import atomic_folder, read_manifest
 from imagic_lora.adapters.contents import applied, check_base, read_canvas, read_embeddings, save_embeddings
 from imagic_lora.adapters.full import WEIGHTS
 from imagic_lora.adapters.lora import LORA_FILE
@@ -43,11 +43,11 @@ def forge(tmp_path: Path, fitted: Callable[..., Adapter]) -> Forge:
     def make(mode: Mode = "lora", files: dict[str, bytes | None] | None = None, **changes: Any) -> Adapter:
         real = fitted(mode)
         content = {name: (real.folder / name).read_bytes() for name in real.record.files} | (files or {})
-        with draft(tmp_path / "forged") as made:
+        with atomic_folder(tmp_path / "forged") as made:
             for name, data in content.items():
                 if data is not None:
                     made.write(name, [data])
-            made.seal(RECORD, real.record.model_copy(update=changes))
+            made.write_manifest(RECORD, real.record.model_copy(update=changes))
         return Store(tmp_path).read("forged")
 
     return make
@@ -100,12 +100,12 @@ def test_embeddings_come_back_as_they_were(tmp_path: Path, fitted: Callable[...,
     """Tokens, pooled and extra inputs of each kind, under the names of the design, fp32."""
     extra = {"sizes": torch.tensor([[64.0, 48.0]])}
     named = {kind: Conditioning(torch.rand(1, 3, 4), torch.rand(1, 5).half(), extra) for kind in ("target", "optimised", "null")}
-    with draft(tmp_path / "one") as made:
+    with atomic_folder(tmp_path / "one") as made:
         save_embeddings(made, named)
-        made.seal(RECORD, fitted("lora").record)
+        made.write_manifest(RECORD, fitted("lora").record)
     folder = tmp_path / "one"
     assert sorted(load_file(folder / EMBEDDINGS)) == sorted(f"{kind}.{part}" for kind in named for part in ("tokens", "pooled", "sizes"))
-    found = read_embeddings(Adapter(folder, unsealed(folder, RECORD, Record)))
+    found = read_embeddings(Adapter(folder, read_manifest(folder, RECORD, Record)))
     assert found.keys() == named.keys()
     for kind, value in named.items():
         assert found[kind].tensors().keys() == value.tensors().keys()

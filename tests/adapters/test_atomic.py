@@ -16,14 +16,23 @@ from typing import Any
 import pytest
 from files import failing, sealed
 
-from imagic_lora.adapters.atomic import Draft, Sealed, changed_file, cut_off, draft, recover, unsealed, writable
+from imagic_lora.adapters.atomic import (
+    AtomicWriter,
+    Manifest,
+    atomic_folder,
+    changed_file,
+    interrupted_writes,
+    read_manifest,
+    recover,
+    writable,
+)
 from imagic_lora.core.errors import ImagicError
 
 RECORD = "note.json"
 FILES = {"card.md": b"words", "unet/config.json": b"{}"}
 
 
-class Note(Sealed):
+class Note(Manifest):
     """A record with something to say."""
 
     words: str = "new"
@@ -31,10 +40,10 @@ class Note(Sealed):
 
 def write(final: Path, words: str = "new", files: dict[str, bytes] = FILES) -> None:
     """Writes a folder of these files and a record."""
-    with draft(final) as made:
+    with atomic_folder(final) as made:
         for name, content in files.items():
             made.write(name, [content])
-        made.seal(RECORD, Note(words=words))
+        made.write_manifest(RECORD, Note(words=words))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -51,9 +60,9 @@ def final(tmp_path: Path) -> Path:
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
     """The path of a record, as good as can be."""
-    made = Draft(tmp_path)
+    made = AtomicWriter(tmp_path)
     made.write("card.md", [b"words"])
-    made.seal(RECORD, Note())
+    made.write_manifest(RECORD, Note())
     return tmp_path / RECORD
 
 
@@ -62,7 +71,7 @@ def test_what_is_written_is_read(final: Path) -> None:
     write(final)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
     assert content(final) == FILES | {RECORD: sealed({"files": digests, "words": "new"})}
-    found = unsealed(final, RECORD, Note)
+    found = read_manifest(final, RECORD, Note)
     assert (found.words, found.files) == ("new", digests)
     assert changed_file(final, found) is None
     assert list(final.parent.iterdir()) == [final]
@@ -72,7 +81,7 @@ def test_content_may_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Of any kind and size, none at all, and to a disk that takes a few bytes at a time."""
     real = os.write
     monkeypatch.setattr(os, "write", lambda handle, data: real(handle, bytes(data[:3])))
-    made = Draft(tmp_path)
+    made = AtomicWriter(tmp_path)
     for name, pieces in {"some": [b"", b"one, ", memoryview(b"two, three"), b"."], "none": []}.items():
         made.write(name, pieces)
         whole = b"".join(pieces)
@@ -87,9 +96,9 @@ def test_any_changed_byte_of_a_record_is_refused(record: Path) -> None:
     for text in [*changed, *(good[:k] for k in range(len(good))), good + b"\n", good + b" ", b"\n" + good]:
         record.write_bytes(text)
         with pytest.raises(ImagicError, match="cannot be believed"):
-            unsealed(record.parent, RECORD, Note)
+            read_manifest(record.parent, RECORD, Note)
     record.write_bytes(good)
-    assert unsealed(record.parent, RECORD, Note).words == "new"
+    assert read_manifest(record.parent, RECORD, Note).words == "new"
 
 
 REWRITTEN: dict[str, Callable[[bytes], bytes]] = {
@@ -112,7 +121,7 @@ def test_the_same_record_written_another_way_is_refused(record: Path, rewrite: C
     record.write_bytes(rewrite(good))
     assert record.read_bytes() != good
     with pytest.raises(ImagicError, match="cannot be believed"):
-        unsealed(record.parent, RECORD, Note)
+        read_manifest(record.parent, RECORD, Note)
 
 
 DEEP = 100_000
@@ -139,7 +148,7 @@ def test_what_is_no_record_is_refused(record: Path, text: bytes) -> None:
     """In words that name the file."""
     record.write_bytes(text)
     with pytest.raises(ImagicError, match=f"{RECORD} cannot be believed"):
-        unsealed(record.parent, RECORD, Note)
+        read_manifest(record.parent, RECORD, Note)
 
 
 def test_a_record_that_is_not_there_is_refused(record: Path) -> None:
@@ -147,7 +156,7 @@ def test_a_record_that_is_not_there_is_refused(record: Path) -> None:
     record.unlink()
     for _ in range(2):
         with pytest.raises(ImagicError, match="cannot be believed"):
-            unsealed(record.parent, RECORD, Note)
+            read_manifest(record.parent, RECORD, Note)
         record.mkdir(exist_ok=True)
 
 
@@ -159,10 +168,10 @@ def test_a_record_has_a_size(record: Path, size: int, good: bool) -> None:
     record.write_bytes(sealed(told))
     assert record.stat().st_size == size
     if good:
-        assert unsealed(record.parent, RECORD, Note).words == told["words"]
+        assert read_manifest(record.parent, RECORD, Note).words == told["words"]
         return
     with pytest.raises(ImagicError, match="no file of a record's size"):
-        unsealed(record.parent, RECORD, Note)
+        read_manifest(record.parent, RECORD, Note)
 
 
 HEX = "0123456789abcdef" * 4
@@ -185,17 +194,17 @@ def test_a_record_of_another_shape_is_refused(record: Path, change: dict[str, An
     """However well it is sealed."""
     told = {"files": {"card.md": HEX}, "words": "new"}
     record.write_bytes(sealed(told))
-    unsealed(record.parent, RECORD, Note)
+    read_manifest(record.parent, RECORD, Note)
     record.write_bytes(sealed(told | change))
     with pytest.raises(ImagicError, match="cannot be believed"):
-        unsealed(record.parent, RECORD, Note)
+        read_manifest(record.parent, RECORD, Note)
 
 
 def test_a_record_with_half_a_letter_is_refused(record: Path) -> None:
     """Half of a surrogate pair is no text, and cannot be printed."""
     record.write_bytes(sealed({"files": {}, "words": "\ud800"}))
     with pytest.raises(ImagicError, match="cannot be believed"):
-        unsealed(record.parent, RECORD, Note)
+        read_manifest(record.parent, RECORD, Note)
 
 
 GOOD_NAMES = ["card.md", "a", "_a", "-", "0", "unet/config.json", "a..b", "a./b.", "A-_.b", "a" * 100, "a" * 100 + "/" + "b" * 100]
@@ -210,21 +219,21 @@ def test_a_record_that_names_a_file_elsewhere_is_refused(record: Path, name: str
     """Above, beside, hidden, or by a path of any system: before the file is looked at."""
     record.write_bytes(sealed({"files": {name: HEX}, "words": "new"}))
     with pytest.raises(ImagicError, match="cannot be believed"):
-        unsealed(record.parent, RECORD, Note)
+        read_manifest(record.parent, RECORD, Note)
 
 
 @pytest.mark.parametrize("name", GOOD_NAMES)
 def test_a_record_names_files_in_its_folder_and_one_below(record: Path, name: str) -> None:
     """Letters, digits, dot, underscore and hyphen."""
     record.write_bytes(sealed({"files": {name: HEX}, "words": "new"}))
-    assert set(unsealed(record.parent, RECORD, Note).files) == {name}
+    assert set(read_manifest(record.parent, RECORD, Note).files) == {name}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_changed_file_is_found(final: Path, name: str) -> None:
     """One bit of it, a byte less or more, none left, a folder in its place; what is not on record is not looked at."""
     write(final)
-    found, path, good = unsealed(final, RECORD, Note), final / name, FILES[name]
+    found, path, good = read_manifest(final, RECORD, Note), final / name, FILES[name]
     for changed in (bytes([good[0] ^ 1]) + good[1:], good[:-1], good + b"\0", b""):
         path.write_bytes(changed)
         assert changed_file(final, found) == path
@@ -241,7 +250,7 @@ def test_a_changed_file_is_found(final: Path, name: str) -> None:
 def test_a_file_that_cannot_be_read_has_changed(final: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bad sector, or no right to read it."""
     write(final)
-    found = unsealed(final, RECORD, Note)
+    found = read_manifest(final, RECORD, Note)
     monkeypatch.setattr(Path, "open", failing(errno.EIO))
     assert changed_file(final, found) == final / "card.md"
 
@@ -250,13 +259,13 @@ def test_a_folder_is_replaced_as_a_whole(final: Path) -> None:
     """No file of the old one lingers; until the end the old one is there, whole, and the new one hidden."""
     write(final, "old", {"card.md": b"old words", "old.md": b""})
     old = content(final)
-    with draft(final) as made:
+    with atomic_folder(final) as made:
         made.write("card.md", [b"new words"])
-        made.seal(RECORD, Note())
+        made.write_manifest(RECORD, Note())
         assert content(final) == old
         assert made.folder.name.startswith(".")
     assert set(content(final)) == {"card.md", RECORD}
-    assert unsealed(final, RECORD, Note).words == "new"
+    assert read_manifest(final, RECORD, Note).words == "new"
     assert list(final.parent.iterdir()) == [final]
 
 
@@ -272,7 +281,7 @@ def test_a_failing_writer_leaves_what_was_there(final: Path, error: type[BaseExc
         yield b"new"
         raise error
 
-    with pytest.raises(error), draft(final) as made:
+    with pytest.raises(error), atomic_folder(final) as made:
         made.write("card.md", pieces())
     assert content(final) == before
     assert list(final.parent.iterdir()) == [final] * there
@@ -365,7 +374,7 @@ def test_whichever_call_is_the_last_it_is_old_or_new(
             left = cut(patch, len(outcomes), error)
             write(final)
             silent = True
-        assert cut_off(final.parent) == ["one"] * any(path != final for path in final.parent.iterdir())
+        assert interrupted_writes(final.parent) == ["one"] * any(path != final for path in final.parent.iterdir())
         recover(final)
         assert content(final) in ([new] if silent else [old, new] if isinstance(error, PowerCut) else [old])
         assert list(final.parent.iterdir()) == [final] * bool(content(final))
@@ -399,7 +408,7 @@ def test_every_state_that_a_writer_may_leave_is_recovered(final: Path, state: tu
         assert content(final) == ({"card.md": expected.encode()} if expected else {})
         assert list(final.parent.iterdir()) == ([final] if expected else [])
     write(final)
-    assert unsealed(final, RECORD, Note).words == "new"
+    assert read_manifest(final, RECORD, Note).words == "new"
 
 
 def test_what_a_writer_has_left_is_undone_by_the_next(final: Path) -> None:
@@ -407,9 +416,9 @@ def test_what_a_writer_has_left_is_undone_by_the_next(final: Path) -> None:
     write(final, "old")
     final.rename(final.with_name(".one.old"))
     final.with_name(".one.part").mkdir()
-    with draft(final) as made:
-        assert unsealed(final, RECORD, Note).words == "old"
-        made.seal(RECORD, Note())
+    with atomic_folder(final) as made:
+        assert read_manifest(final, RECORD, Note).words == "old"
+        made.write_manifest(RECORD, Note())
     assert list(final.parent.iterdir()) == [final]
 
 
@@ -417,8 +426,8 @@ def test_what_was_cut_off_is_listed_by_name(tmp_path: Path) -> None:
     """Once each and in order, whatever dots a name has; nothing else that is hidden."""
     for name in (".b.part", ".b.old", ".a.old", ".rex.v2.part", ".x.old.part", ".c.lock", ".c.checkpoints", "d.part", "e"):
         (tmp_path / name).mkdir()
-    assert cut_off(tmp_path) == ["a", "b", "rex.v2", "x.old"]
-    assert cut_off(tmp_path / "none") == []
+    assert interrupted_writes(tmp_path) == ["a", "b", "rex.v2", "x.old"]
+    assert interrupted_writes(tmp_path / "none") == []
 
 
 def test_a_folder_to_write_to_is_made(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import imagic_lora.cli.app as cli
 from imagic_lora.adapters.adapter import Adapter
-from imagic_lora.adapters.compress import compress, fold, nearest
+from imagic_lora.adapters.compress import compress, factorise, truncated_svd
 from imagic_lora.adapters.contents import applied
 from imagic_lora.adapters.full import WEIGHTS
 from imagic_lora.adapters.lora import LORA_FILE
@@ -27,7 +27,7 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.core.config import EditConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.tensors import encoded
+from imagic_lora.core.tensors import safetensors_pieces
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.fit import fit, result
 
@@ -55,10 +55,10 @@ def forge(tmp_path: Path, fitted: Fitted) -> Forge:
             update={"name": "forged", "base": BaseRecord(name=base.name, revision=None, fingerprint=base.fingerprint)}
         )
 
-        def fill(draft: Any) -> None:
+        def fill(writer: Any) -> None:
             for name in real.record.files:
-                content = encoded(state) if name == FULL_FILE else [(real.folder / name).read_bytes()]
-                draft.write(name, content)
+                content = safetensors_pieces(state) if name == FULL_FILE else [(real.folder / name).read_bytes()]
+                writer.write(name, content)
 
         return Store(tmp_path / "forged").write(record, fill, overwrite=True)
 
@@ -108,7 +108,7 @@ def independent_error(before: State, after: State, names: set[str], rank: int) -
 def test_no_matrices_of_that_rank_come_nearer(shape: tuple[int, int], rank: int) -> None:
     """The product is the truncated singular value decomposition (Eckart and Young), by PyTorch's own in fp64; beyond it there are zeros."""
     change = torch.randn(shape, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
-    down, up = nearest(change, rank)
+    down, up = truncated_svd(change, rank)
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
     best = (u[:, :rank] * s[:rank]) @ vh[:rank]
     assert (down.shape, up.shape) == ((rank, shape[1]), (shape[0], rank))
@@ -123,7 +123,7 @@ def test_a_change_of_lower_rank_leaves_nothing_behind() -> None:
     generator = torch.Generator().manual_seed(0)
     thin = torch.randn(12, 2, generator=generator, dtype=torch.float64) @ torch.randn(2, 30, generator=generator, dtype=torch.float64)
     for change in (thin, torch.zeros_like(thin)):
-        down, up = nearest(change, 5)
+        down, up = truncated_svd(change, 5)
         assert torch.allclose((up.float() @ down.float()).double(), change, rtol=0, atol=1e-5)
         assert down.float().isfinite().all()
         assert up.float().isfinite().all()
@@ -138,7 +138,7 @@ def test_what_no_layer_can_take_is_lost() -> None:
     }
     after = {"a.weight": one, "b.weight": more, "a.bias": one[0], "n": one[0]}
     down, up = torch.full((1, 4), 9.0), torch.full((4, 1), 9.0)
-    assert fold(before, after, {"a": (down, up)}) == pytest.approx(0.5**0.5)
+    assert factorise(before, after, {"a": (down, up)}) == pytest.approx(0.5**0.5)
     assert torch.allclose(up @ down, one)
 
 
@@ -327,7 +327,7 @@ def test_the_command_refuses_before_it_opens_a_base(
     fitted: Fitted, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokens: list[str], match: str
 ) -> None:
     """Exit code 2 and what was wrong."""
-    monkeypatch.setattr("imagic_lora.bases.loading.registry.open_base", None)
+    monkeypatch.setattr("imagic_lora.bases.loading.registry.load_base", None)
     adapter = fitted(tokens[0])
     assert cli.main(["compress", adapter.name, *tokens[1:], "--store", str(adapter.folder.parent)]) == 2
     assert match in " ".join(capsys.readouterr().err.split())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import imagic_lora.cli.app as cli
 from imagic_lora.adapters.adapter import Adapter
-from imagic_lora.adapters.atomic import Draft, draft
+from imagic_lora.adapters.atomic import AtomicWriter, atomic_folder
 from imagic_lora.adapters.compress import compress
 from imagic_lora.adapters.contents import applied, read_embeddings, save_embeddings
 from imagic_lora.adapters.export import Format, export, kohya, original_names
@@ -68,7 +68,7 @@ def as_lora(layers: Iterable[str], rank: int = 4) -> dict[str, Tensor]:
 
 def forged(tmp_path: Path, real: Adapter, tensors: dict[str, Tensor], target: Conditioning | None = None) -> Adapter:
     """An adapter with other LoRA layers, perhaps with other embeddings, and the right hashes."""
-    with draft(tmp_path / "forged") as made:
+    with atomic_folder(tmp_path / "forged") as made:
         for name in real.record.files:
             if name == EMBEDDINGS and target:
                 save_embeddings(made, {"target": target, "optimised": target})
@@ -76,7 +76,7 @@ def forged(tmp_path: Path, real: Adapter, tensors: dict[str, Tensor], target: Co
                 made.write(name, [(real.folder / name).read_bytes()])
         save_file(tensors, tmp_path / "lora.safetensors")
         made.write(LORA_FILE, [(tmp_path / "lora.safetensors").read_bytes()])
-        made.seal(RECORD, real.record)
+        made.write_manifest(RECORD, real.record)
     return Store(tmp_path).read("forged")
 
 
@@ -338,17 +338,17 @@ def test_a_full_disk_leaves_what_was_there(
     fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Format, broken: int
 ) -> None:
     """Whichever file it is that there is no room for, none of the others is replaced."""
-    adapter, write, left = fitted("lora"), Draft.write, iter(range(1, 9))
+    adapter, write, left = fitted("lora"), AtomicWriter.write, iter(range(1, 9))
     for path in export(adapter, kind, tmp_path):
         path.write_bytes(b"old")
     before = listing(tmp_path)
 
-    def full(self: Draft, name: str, content: Iterable[bytes | memoryview]) -> None:
+    def full(self: AtomicWriter, name: str, content: Iterable[bytes | memoryview]) -> None:
         write(self, name, content)
         if next(left) == broken:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Draft, "write", full)
+    monkeypatch.setattr(AtomicWriter, "write", full)
     with pytest.raises(ImagicError, match="is full"):
         export(adapter, kind, tmp_path, overwrite=True)
     assert listing(tmp_path) == before

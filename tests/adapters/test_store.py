@@ -17,12 +17,12 @@ from common import MODES
 from files import failing, rival, sealed
 
 from imagic_lora.adapters.adapter import Adapter
-from imagic_lora.adapters.atomic import Draft
+from imagic_lora.adapters.atomic import AtomicWriter
 from imagic_lora.adapters.record import RECORD, BaseRecord, Record, SourceRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError, NotFinite
-from imagic_lora.core.tensors import encoded
+from imagic_lora.core.tensors import safetensors_pieces
 
 BAD_NAMES = ["", ".", "..", ".hidden", "a/b", "../a", "/a", "a\\b", "a b", "-a", "a\n", "a" * 101, "é"]
 
@@ -46,12 +46,12 @@ def record(name: str = "one", **changes) -> Record:
     return given.model_copy(update={"name": name, **changes})
 
 
-def fill(text: str = "words") -> Callable[[Draft], None]:
+def fill(text: str = "words") -> Callable[[AtomicWriter], None]:
     """Writes a file, and another in a folder."""
 
-    def write(draft: Draft) -> None:
-        draft.write("card.md", [text.encode()])
-        draft.write("unet/config.json", [b"{}"])
+    def write(writer: AtomicWriter) -> None:
+        writer.write("card.md", [text.encode()])
+        writer.write("unet/config.json", [b"{}"])
 
     return write
 
@@ -194,24 +194,24 @@ def test_an_existing_name_is_refused(store: Store) -> None:
 
 def test_overwrite_replaces_the_whole_folder(store: Store) -> None:
     """Files of the old adapter do not linger."""
-    store.write(record(prompt="a dog"), lambda draft: draft.write("new.md", []), overwrite=True)
+    store.write(record(prompt="a dog"), lambda writer: writer.write("new.md", []), overwrite=True)
     assert store.read("one").record.prompt == "a dog"
     assert {path.name for path in (store.root / "one").iterdir()} == {"new.md", RECORD}
     assert hidden(store.root) == []
 
 
-def not_finite(draft: Draft) -> None:
+def not_finite(writer: AtomicWriter) -> None:
     """A file that stops on its way."""
-    draft.write("weights", encoded({"a": torch.tensor(torch.nan)}))
+    writer.write("weights", safetensors_pieces({"a": torch.tensor(torch.nan)}))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, NotFinite])
 def test_a_failing_write_leaves_the_old_adapter(store: Store, error: type[BaseException]) -> None:
     """And nothing of its own."""
 
-    def fail(draft: Draft) -> None:
-        fill("other words")(draft)
-        not_finite(draft) if error is NotFinite else None
+    def fail(writer: AtomicWriter) -> None:
+        fill("other words")(writer)
+        not_finite(writer) if error is NotFinite else None
         raise error
 
     for name in ("one", "two"):
@@ -225,10 +225,10 @@ def test_a_folder_that_cannot_be_written_to_is_refused_beforehand(tmp_path: Path
     """Here a file stands where the folder should be; there the disk may only be read."""
     (tmp_path / "file").write_text("")
     with pytest.raises(ImagicError, match="cannot be written to"):
-        Store(tmp_path / "file").prepare("one", overwrite=False)
+        Store(tmp_path / "file").check_free("one", overwrite=False)
     monkeypatch.setattr(os, "open", failing(errno.EROFS))
     with pytest.raises(ImagicError, match="cannot be written to"):
-        Store(tmp_path).prepare("one", overwrite=False)
+        Store(tmp_path).check_free("one", overwrite=False)
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -236,13 +236,13 @@ def test_a_name_that_is_no_name_is_refused(store: Store, name: str) -> None:
     """To read, to write, to remove, to claim and to check."""
 
     def claim(name: str) -> None:
-        with store.claimed(name):
+        with store.locked(name):
             pytest.fail("claimed")
 
     def write(name: str) -> None:
         store.write(record(name), fill(), overwrite=True)
 
-    for refused in (store.read, lambda name: store.prepare(name, False), write, store.remove, claim, store.checkpoints):
+    for refused in (store.read, lambda name: store.check_free(name, False), write, store.remove, claim, store.checkpoints):
         with pytest.raises(ImagicError, match="as a name"):
             refused(name)
     assert store.names() == ["one"]
@@ -284,7 +284,7 @@ def left_behind(store: Store) -> None:
     (store.root / ".two.part").mkdir()
 
 
-@pytest.mark.parametrize("look", [Store.names, lambda store: store.read("one"), lambda store: store.prepare("one", True)])
+@pytest.mark.parametrize("look", [Store.names, lambda store: store.read("one"), lambda store: store.check_free("one", True)])
 def test_what_a_writer_that_was_cut_off_has_left_is_undone(store: Store, look: Callable[[Store], object]) -> None:
     """By whoever looks next: the old adapter is there again."""
     left_behind(store)
@@ -299,8 +299,8 @@ def test_a_writer_at_work_is_let_be(store: Store) -> None:
     """Whoever looks meanwhile sees the old adapter, and removes nothing that is being written."""
     seen: list[str] = []
 
-    def watched(draft: Draft) -> None:
-        fill("other words")(draft)
+    def watched(writer: AtomicWriter) -> None:
+        fill("other words")(writer)
         thread = Thread(target=lambda: seen.extend(store.names()))
         thread.start()
         thread.join()
@@ -311,7 +311,7 @@ def test_a_writer_at_work_is_let_be(store: Store) -> None:
 
 
 ALL_WRITERS: list[Callable[[Store], object]] = [
-    lambda store: store.prepare("one", True),
+    lambda store: store.check_free("one", True),
     lambda store: store.write(record(), fill("other words"), overwrite=True),
     lambda store: store.remove("one"),
 ]
@@ -326,7 +326,7 @@ def test_a_name_that_another_process_writes_is_refused(store: Store) -> None:
                 refused(store)
         (store.root / ".one.lock").write_text("")
         with pytest.raises(ImagicError, match="one is being written by another process"):
-            store.prepare("one", True)
+            store.check_free("one", True)
         assert store.names() == ["one"]
         assert (store.read("one").folder / "card.md").read_text() == "words"
         store.write(record("three"), fill())
@@ -338,7 +338,7 @@ def test_a_writer_waits_for_whoever_only_looks(store: Store) -> None:
     held = Event()
 
     def look() -> None:
-        with store.claimed("one"):
+        with store.locked("one"):
             held.set()
             sleep(0.2)
 
@@ -377,9 +377,9 @@ def test_what_a_power_cut_left_of_a_claim_stops_nobody(store: Store, told: str) 
 
 def test_a_claim_may_be_claimed_again_by_who_has_it(store: Store) -> None:
     """A fit claims a name for as long as it takes, and writes under that claim; only then it is free."""
-    with store.claimed("one") as held:
+    with store.locked("one") as held:
         (store.root / ".one.part").mkdir()
-        with held.claimed("one"):
+        with held.locked("one"):
             pass
         assert hidden(store.root) == [".one.lock", ".one.part"]
         held.write(record(), fill("other words"), overwrite=True)
@@ -392,7 +392,7 @@ def test_a_claim_may_be_claimed_again_by_who_has_it(store: Store) -> None:
 def test_a_claim_is_of_no_use_to_another_writer_of_the_process(store: Store, held: bool) -> None:
     """Whoever has none, or that of another name, is refused in the same thread too, as by another process, and touches nothing."""
     (store.checkpoints("one") / "embed-000003").mkdir(parents=True)
-    with store.claimed("one"), store.claimed("two") as two:
+    with store.locked("one"), store.locked("two") as two:
         for refused in ALL_WRITERS:
             with pytest.raises(ImagicError, match=f"one is being written by process {os.getpid()}"):
                 refused(two if held else Store(store.root))
@@ -404,28 +404,28 @@ def test_a_claim_is_of_no_use_to_another_writer_of_the_process(store: Store, hel
 
 def test_a_claim_that_has_ended_is_of_no_use(store: Store) -> None:
     """Though somebody has kept what it gave."""
-    with store.claimed("one") as held:
+    with store.locked("one") as held:
         pass
-    with store.claimed("one"), pytest.raises(ImagicError, match="one is being written by"):
-        held.prepare("one", True)
+    with store.locked("one"), pytest.raises(ImagicError, match="one is being written by"):
+        held.check_free("one", True)
 
 
 def test_a_claim_belongs_to_no_thread(store: Store) -> None:
     """Begun in one and ended in another, the name is free."""
-    claim = store.claimed("one")
+    claim = store.locked("one")
     thread = Thread(target=claim.__enter__)
     thread.start()
     thread.join()
     assert hidden(store.root) == [".one.lock"]
     claim.__exit__(None, None, None)
     assert hidden(store.root) == []
-    store.prepare("one", True)
+    store.check_free("one", True)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
 def test_a_claim_ends_with_its_block(store: Store, error: type[BaseException]) -> None:
     """However that ends."""
-    with pytest.raises(error), store.claimed("one"):
+    with pytest.raises(error), store.locked("one"):
         raise error
     assert hidden(store.root) == []
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from imagic_lora.adapters.adapter import Adapter
-from imagic_lora.adapters.atomic import Draft
+from imagic_lora.adapters.atomic import AtomicWriter
 from imagic_lora.adapters.full import WEIGHTS, loaded_full, save_full, unfrozen
-from imagic_lora.adapters.lora import LORA_FILE, Layers, attached, loaded_lora, read_lora, save_lora, swapped_lora
+from imagic_lora.adapters.lora import LORA_FILE, LoraLayers, attached, loaded_lora, read_lora, save_lora, swap_lora
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.layers import LORA_TARGETS
 from imagic_lora.core.config import Mode, TuneConfig
@@ -106,7 +106,7 @@ def test_saved_lora_is_exact_in_plain_diffusers(folder: Path, tmp_path: Path, ta
     with attached(base, lora_config(targets, alpha=alpha), 0) as parameters:
         shake(parameters)
         expected = output(base)
-        save_lora(base, Draft(tmp_path))
+        save_lora(base, AtomicWriter(tmp_path))
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(tmp_path)
     base._unet = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
@@ -119,7 +119,7 @@ def test_full_weights_are_half_precision_in_diffusers_format(folder: Path, tmp_p
     with unfrozen(base) as parameters:
         shake(parameters)
         expected = {name: value.half() for name, value in sorted(weights(base.denoiser).items())}
-        save_full(base, Draft(tmp_path))
+        save_full(base, AtomicWriter(tmp_path))
     assert same(dict(sorted(load_file(tmp_path / "unet" / WEIGHTS).items())), expected)
 
 
@@ -129,7 +129,7 @@ def test_full_weights_beyond_half_precision_are_refused(folder: Path, tmp_path: 
     with unfrozen(base) as parameters, torch.no_grad():
         parameters["conv_in.bias"][0] = 1e5
         with pytest.raises(ImagicError, match=r"conv_in\.bias does not fit in half precision"):
-            save_full(base, Draft(tmp_path))
+            save_full(base, AtomicWriter(tmp_path))
 
 
 def test_full_fine_tuning_needs_master_weights(folder: Path) -> None:
@@ -203,7 +203,7 @@ def written(base: Base, folder: Path, seed: int, targets: str = "attention", ran
     folder.mkdir()
     with attached(base, lora_config(targets, rank, alpha), seed) as parameters:
         shake(parameters)
-        save_lora(base, Draft(folder))
+        save_lora(base, AtomicWriter(folder))
     return folder / LORA_FILE
 
 
@@ -230,7 +230,7 @@ def test_swapped_layers_are_those_of_plain_diffusers(folder: Path, tmp_path: Pat
     with loaded_lora(base, layers[0]):
         assert torch.equal(output(base), expected[0])
         for k in (1, 2, 1, 0):
-            assert swapped_lora(base, layers[k])
+            assert swap_lora(base, layers[k])
             assert torch.equal(output(base), expected[k])
     assert same(weights(base.denoiser), before)
     assert torch.equal(output(base), picture)
@@ -247,9 +247,9 @@ def test_layers_swap_on_a_base_in_4_bits(wide: Path, tmp_path: Path) -> None:
             expected.append(output(base))
     assert not torch.equal(*expected)
     with loaded_lora(base, first):
-        assert swapped_lora(base, second)
+        assert swap_lora(base, second)
         assert torch.equal(output(base), expected[1])
-        assert swapped_lora(base, read_lora(base, paths[0]))
+        assert swap_lora(base, read_lora(base, paths[0]))
         assert torch.equal(output(base), expected[0])
     assert same(weights(base.denoiser), before)
 
@@ -259,12 +259,12 @@ def test_layers_of_other_targets_are_not_swapped(folder: Path, tmp_path: Path) -
     base = opened(folder)
     some, more = (read_lora(base, written(base, tmp_path / targets, 0, targets)) for targets in ("attention", "attention+conv"))
     before = weights(base.denoiser)
-    assert not swapped_lora(base, some)
+    assert not swap_lora(base, some)
     assert same(weights(base.denoiser), before)
     for one, other in ((some, more), (more, some)):
         with loaded_lora(base, one):
             worn = weights(base.denoiser)
-            assert not swapped_lora(base, other)
+            assert not swap_lora(base, other)
             assert same(weights(base.denoiser), worn)
 
 
@@ -286,10 +286,10 @@ def test_layers_in_memory_do_not_change(folder: Path, tmp_path: Path) -> None:
     """Neither when they are loaded, nor when others take their place."""
     base = opened(folder)
     several = [read_lora(base, written(base, tmp_path / str(k), k)) for k in (0, 1)]
-    copies = [Layers(one.rank, one.alpha, one.targets, {name: value.clone() for name, value in one.tensors.items()}) for one in several]
+    copies = [LoraLayers(one.rank, one.alpha, one.targets, {name: value.clone() for name, value in one.tensors.items()}) for one in several]
     with loaded_lora(base, several[0]):
         for one in (several[1], several[0], several[1]):
-            swapped_lora(base, one)
+            swap_lora(base, one)
             output(base)
     for one, copy in zip(several, copies, strict=True):
         assert same(one.tensors, copy.tensors)

@@ -27,7 +27,7 @@ from tiny import save_tiny
 from torch import Tensor
 
 from imagic_lora.bases.loading import registry
-from imagic_lora.bases.loading.files import Folder, fingerprint, finite
+from imagic_lora.bases.loading.files import Folder, cast_finite, fingerprint
 from imagic_lora.bases.loading.registry import architecture_of, locate
 from imagic_lora.bases.loading.vetting import read_json
 from imagic_lora.core.errors import ImagicError
@@ -117,7 +117,7 @@ def test_timesteps_follow_the_config(folder: Path) -> None:
 def test_predict_is_the_unet_and_broadcasts(folder: Path) -> None:
     """A conditioning of one serves the whole batch, as if it were repeated."""
     base, (x_t, _) = opened(folder), samples()
-    text = base.encode_text("a cat")
+    text = base.encode_prompt("a cat")
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     assert torch.equal(base.predict(x_t, STEPS, text), unet(x_t, STEPS, text.tokens.repeat(4, 1, 1)).sample)
 
@@ -127,15 +127,15 @@ def test_encode_text_is_that_of_diffusers(folder: Path, prompt: str) -> None:
     """Bit-equal to the pipeline's encode_prompt, to the longest prompt that fits."""
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
     expected, _ = pipe.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
-    assert torch.equal(opened(folder).encode_text(prompt).tokens, expected)
+    assert torch.equal(opened(folder).encode_prompt(prompt).tokens, expected)
 
 
 def test_a_long_prompt_says_what_it_lost(folder: Path) -> None:
     """Of 20 words of one token 14 fit; the rest is named, and the embedding is that of diffusers."""
     words = "abcdefghijklmnopqrst"
     with pytest.warns(UserWarning, match="14 tokens.*lost: 'o p q r s t ?'"):
-        tokens = opened(folder).encode_text(" ".join(words)).tokens
-    assert torch.equal(tokens, opened(folder).encode_text(" ".join(words[:14])).tokens)
+        tokens = opened(folder).encode_prompt(" ".join(words)).tokens
+    assert torch.equal(tokens, opened(folder).encode_prompt(" ".join(words[:14])).tokens)
 
 
 def test_null_is_the_negative_prompt_of_diffusers(folder: Path) -> None:
@@ -165,14 +165,14 @@ def test_what_rests_comes_back_when_it_is_used(folder: Path, idle: str) -> None:
     base = opened(folder, idle=idle, vae_slicing=True)
     image = torch.rand(1, 3, 32, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
     helpers = [weakref.ref(module) for module in (base.pipeline("text2image").vae, base._helpers["text_encoder"])]
-    latents, text = base.encode_image(image), base.encode_text("a cat").tokens
+    latents, text = base.encode_image(image), base.encode_prompt("a cat").tokens
     picture = base.decode(latents)
-    base.rest()
+    base.offload_encoders()
     gc.collect()
     assert [helper() is None for helper in helpers] == [idle == "release"] * 2
     assert torch.equal(base.decode(latents), picture)
     assert torch.equal(base.encode_image(image), latents)
-    assert torch.equal(base.encode_text("a cat").tokens, text)
+    assert torch.equal(base.encode_prompt("a cat").tokens, text)
     pipe = base.pipeline("text2image")
     assert pipe.vae.use_slicing
     assert not any(p.requires_grad for module in (pipe.vae, base._helpers["text_encoder"]) for p in module.parameters())
@@ -551,9 +551,9 @@ def test_weights_are_those_of_the_config_and_finite(copy: Path, file: str, name:
 def test_weights_that_a_precision_cannot_hold_are_refused(tmp_path: Path) -> None:
     """65504 is the largest number of fp16."""
     weights = {"a": torch.tensor([65504.0]), "b": torch.tensor([1e5]), "empty": torch.empty(0)}
-    assert torch.equal(finite(weights, torch.bfloat16, tmp_path)["b"], torch.tensor([1e5], dtype=torch.bfloat16))
+    assert torch.equal(cast_finite(weights, torch.bfloat16, tmp_path)["b"], torch.tensor([1e5], dtype=torch.bfloat16))
     with pytest.raises(ImagicError, match=r"'b' in .* holds NaN or infinity in float16"):
-        finite(weights, torch.float16, tmp_path)
+        cast_finite(weights, torch.float16, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -632,7 +632,7 @@ def test_names_of_early_days_are_read(copy: Path, folder: Path) -> None:
     assert any("query" in name for name in load_file(copy / VAE))
     assert same(weights(vae), weights(base.pipeline("text2image").vae))
     assert same(weights(vae), weights(pipe.vae))
-    assert torch.equal(aged.encode_text("a cat").tokens, base.encode_text("a cat").tokens)
+    assert torch.equal(aged.encode_prompt("a cat").tokens, base.encode_prompt("a cat").tokens)
 
 
 def test_what_configs_say_to_libraries_is_not_heard(copy: Path, folder: Path) -> None:
@@ -646,7 +646,7 @@ def test_what_configs_say_to_libraries_is_not_heard(copy: Path, folder: Path) ->
         )  # fmt: skip
     (copy / "text_encoder/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "own/x", "peft_type": "LORA"}))
     one, other = opened(copy), opened(folder)
-    assert torch.equal(one.encode_text("a cat").tokens, other.encode_text("a cat").tokens)
+    assert torch.equal(one.encode_prompt("a cat").tokens, other.encode_prompt("a cat").tokens)
     assert same(weights(one.denoiser), weights(other.denoiser))
 
 
@@ -670,7 +670,7 @@ def test_a_tokenizer_fits_the_text_encoder(copy: Path, values: dict[str, Any], w
 def test_a_tokenizer_without_a_length_has_that_of_the_text_encoder(copy: Path, folder: Path) -> None:
     """transformers writes 10^30 for a length that nobody gave."""
     said(copy, "tokenizer/tokenizer_config.json", model_max_length=int(1e30))
-    assert torch.equal(opened(copy).encode_text("a cat").tokens, opened(folder).encode_text("a cat").tokens)
+    assert torch.equal(opened(copy).encode_prompt("a cat").tokens, opened(folder).encode_prompt("a cat").tokens)
 
 
 def test_a_tokenizer_may_be_a_vocabulary_and_merges(copy: Path, folder: Path) -> None:
@@ -679,7 +679,7 @@ def test_a_tokenizer_may_be_a_vocabulary_and_merges(copy: Path, folder: Path) ->
     (copy / "tokenizer/tokenizer.json").unlink()
     (copy / "tokenizer/vocab.json").write_text(json.dumps(made["vocab"]))
     (copy / "tokenizer/merges.txt").write_text("#version: 0.2\n")
-    assert torch.equal(opened(copy).encode_text("a cat").tokens, opened(folder).encode_text("a cat").tokens)
+    assert torch.equal(opened(copy).encode_prompt("a cat").tokens, opened(folder).encode_prompt("a cat").tokens)
 
 
 def test_of_a_hub_id_nothing_is_fetched_that_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.contents import read_canvas, read_embeddings
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.loading.registry import open_base
+from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.core.config import EditConfig, MemoryConfig, Mode
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.sampling.editor import Editor
@@ -63,7 +63,7 @@ def called(place: Place, family: str) -> str:
 
 def open_family(place: Place, family: str, mode: Mode = "lora", **memory: Any) -> Base:
     """Its base on the CPU."""
-    return open_base(called(place, family), resolve_runtime(MemoryConfig(device="cpu", **memory)), master_weights=mode == "full")
+    return load_base(called(place, family), resolve_runtime(MemoryConfig(device="cpu", **memory)), master_weights=mode == "full")
 
 
 def by_diffusers_alone(place: Place, family: str) -> Any:
@@ -127,7 +127,7 @@ def test_sdxl_is_told_what_its_pipeline_tells_it(place: Place) -> None:
     """Tokens of both encoders, the pooled embedding, zeros for the empty sentence, sizes of the picture."""
     base, pipe = open_family(place, "sdxl"), StableDiffusionXLPipeline.from_pretrained(place("sdxl"))
     tokens, null, pooled, null_pooled = pipe.encode_prompt(PROMPT)  # pyright: ignore[reportAttributeAccessIssue]
-    told, empty = base.encode_text(PROMPT), base.null()
+    told, empty = base.encode_prompt(PROMPT), base.null()
     assert empty is not None
     assert told.pooled is not None
     assert torch.equal(told.tokens, tokens)
@@ -136,7 +136,7 @@ def test_sdxl_is_told_what_its_pipeline_tells_it(place: Place) -> None:
     assert empty.pooled is not None
     assert torch.equal(empty.pooled, null_pooled)
     assert (empty.tokens == 0).all()
-    assert base.framed(told, 24, 40, 1.0).extra["time_ids"].tolist() == [[24, 40, 0, 0, 24, 40]]
+    assert base.with_added_conditions(told, 24, 40, 1.0).extra["time_ids"].tolist() == [[24, 40, 0, 0, 24, 40]]
 
 
 def test_sdxl_without_zeros_is_told_the_empty_sentence(place: Place, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_sdxl_without_zeros_is_told_the_empty_sentence(place: Place, tmp_path: P
     index = tmp_path / "base/model_index.json"
     index.write_text(index.read_text().replace('"force_zeros_for_empty_prompt": true', '"force_zeros_for_empty_prompt": false'))
     base = opened(tmp_path / "base")
-    null, empty = base.null(), base.encode_text("")
+    null, empty = base.null(), base.encode_prompt("")
     assert null is not None
     assert torch.equal(null.tokens, empty.tokens)
     assert (null.tokens != 0).any()

@@ -16,10 +16,10 @@ from tiny import save_tiny
 from imagic_lora.adapters.contents import read_embeddings
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading import registry
-from imagic_lora.bases.loading.configs import architecture, read_architecture, stated
-from imagic_lora.bases.loading.known import SHIPPED, VARIABLE, Known, bases_file, known_base, known_bases
+from imagic_lora.bases.loading.configs import architecture, read_architecture, with_entry
+from imagic_lora.bases.loading.known import SHIPPED, VARIABLE, BaseEntry, bases_file, named_base, named_bases
 from imagic_lora.bases.loading.published import PUBLISHED
-from imagic_lora.bases.loading.registry import architecture_of, locate, open_base
+from imagic_lora.bases.loading.registry import architecture_of, load_base, locate
 from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
@@ -50,7 +50,7 @@ def lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_cpu(name: str) -> Any:
-    return open_base(name, resolve_runtime(MemoryConfig(device="cpu")))
+    return load_base(name, resolve_runtime(MemoryConfig(device="cpu")))
 
 
 def test_what_is_known_agrees_with_what_is_published() -> None:
@@ -72,7 +72,7 @@ def test_a_users_own_base_is_opened_by_its_name(listed: Any, folder: Path) -> No
     assert (base.name, base.resolution, base.prediction_type) == ("mine", 64, "v_prediction")
     assert built == architecture_of("mine") == base.architecture
     assert base.pipeline("text2image").scheduler.config.prediction_type == "v_prediction"
-    assert known_base("critters") == SHIPPED["critters"]
+    assert named_base("critters") == SHIPPED["critters"]
 
 
 def test_without_a_list_there_are_those_that_come_along(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -80,10 +80,10 @@ def test_without_a_list_there_are_those_that_come_along(monkeypatch: pytest.Monk
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert bases_file() == tmp_path / "imagic-lora/bases.yaml"
-    assert known_bases() == SHIPPED
+    assert named_bases() == SHIPPED
     bases_file().parent.mkdir()
     bases_file().write_text("mine: {source: owner/name, revision: abc}")
-    assert known_bases()["mine"] == Known(source="owner/name", revision="abc")
+    assert named_bases()["mine"] == BaseEntry(source="owner/name", revision="abc")
     monkeypatch.delenv("XDG_CONFIG_HOME")
     assert bases_file() == Path.home() / ".config/imagic-lora/bases.yaml"
 
@@ -105,7 +105,7 @@ def test_a_list_that_is_wrong_is_refused(listed: Any, content: Any, why: str) ->
     """With its path, and what of it."""
     path = listed(content)
     with pytest.raises(ImagicError, match=why) as caught:
-        known_base("mine")
+        named_base("mine")
     assert str(path) in caught.value.got
 
 
@@ -175,7 +175,7 @@ def test_the_plan_of_a_consistency_model_counts_one_pass(lcm: Path) -> None:
 def test_a_list_that_is_not_there_is_refused(listed: Any) -> None:
     """Where it was asked for."""
     with pytest.raises(ImagicError, match="which is no file"):
-        known_base("mine")
+        named_base("mine")
 
 
 def test_a_config_of_a_folder_is_not_ignored(listed: Any, folder: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_revision_that_is_known_is_asked_for_and_remembered(
     hub = Hub(folder, tmp_path / "cache")
     monkeypatch.setattr(registry, "snapshot_download", hub)
     assert on_cpu("mine").revision == "abc"
-    assert open_base("mine", resolve_runtime(MemoryConfig(device="cpu")), "def").revision == "def"
+    assert load_base("mine", resolve_runtime(MemoryConfig(device="cpu")), "def").revision == "def"
     assert {revision for _, revision in hub.asked} == {"abc", "def"}
     locate("mine")
     assert hub.asked[-1] == ("owner/name", "abc")
@@ -232,7 +232,7 @@ def test_a_revision_that_is_known_is_asked_for_and_remembered(
 
 def test_a_distilled_base_is_trained_where_it_samples(folder: Path) -> None:
     """At the timesteps of its sampler, which begins at pure noise, each as often."""
-    built = stated(read_architecture(folder), Known(source="x", few_steps=4))
+    built = with_entry(read_architecture(folder), BaseEntry(source="x", few_steps=4))
     assert built.scheduler["timestep_spacing"] == "trailing"
     turbo: Any = EulerAncestralDiscreteScheduler.from_config(PUBLISHED["sdxl-turbo"].scheduler)
     turbo.set_timesteps(4)
@@ -264,14 +264,14 @@ def test_a_consistency_model_is_told_the_guidance(lcm: Path) -> None:
     base, noise = opened(lcm), torch.randn(2, 4, 8, 8)
     assert base.null() is None
     assert base.architecture.few_steps == 4
-    told = base.framed(base.encode_text(PROMPT), 32, 32, 6.5)
+    told = base.with_added_conditions(base.encode_prompt(PROMPT), 32, 32, 6.5)
     pipe: Any = StableDiffusionPipeline.from_pretrained(lcm)
     scale = pipe.get_guidance_scale_embedding(torch.full((2,), 5.5), embedding_dim=12)
     times = torch.tensor([19, 999])
     with torch.no_grad():
         found = base.predict(noise, times, told)
         expected = pipe.unet(noise, times, told.tokens.expand(2, -1, -1), timestep_cond=scale).sample
-        other = base.predict(noise, times, base.framed(told, 32, 32, 2.0))
+        other = base.predict(noise, times, base.with_added_conditions(told, 32, 32, 2.0))
     assert torch.allclose(found, expected, atol=1e-6)
     assert not torch.allclose(found, other)
 

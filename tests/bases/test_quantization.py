@@ -15,12 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Conv2d, Linear, Module, Sequential
 
-from imagic_lora.adapters.atomic import Draft
+from imagic_lora.adapters.atomic import AtomicWriter
 from imagic_lora.adapters.lora import attached, save_lora
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.quantization import quantize_linear
 from imagic_lora.core.config import EmbedConfig, TuneConfig
-from imagic_lora.core.processes import Processes
+from imagic_lora.core.runtime import Processes
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.embed import embed_stage
 from imagic_lora.training.objective import denoising_loss
@@ -123,7 +123,7 @@ def test_gradients_are_near_those_of_the_base(wide: Path) -> None:
     found = {}
     for quantize in ("none", "nf4"):
         base = opened(wide, quantize=quantize)
-        text = base.encode_text("a cat")
+        text = base.encode_prompt("a cat")
         stage = embed_stage(base, LATENTS, text, EmbedConfig(), 0, Processes())
         loss_of(base, stage).backward()
         tokens = stage.trainables["tokens"].grad
@@ -145,7 +145,7 @@ def test_pictures_before_the_training_do_not_change_its_gradients(wide: Path) ->
         for _ in range(pictures):
             output(base)
         with attached(base, CONFIG, 0) as parameters:
-            stage = tune_stage(base, LATENTS, base.encode_text("a cat"), parameters, CONFIG, 0, Processes())
+            stage = tune_stage(base, LATENTS, base.encode_prompt("a cat"), parameters, CONFIG, 0, Processes())
             loss_of(base, stage).backward()
             found.append({name: weight.grad for name, weight in parameters.items() if weight.grad is not None})
             assert len(found[-1]) == len(parameters)
@@ -160,7 +160,7 @@ def test_pictures_before_the_training_do_not_change_its_gradients(wide: Path) ->
 def test_training_lowers_the_loss_and_leaves_the_base(wide: Path, name: str, memory: dict[str, Any]) -> None:
     """On other noise; codes and scales keep their bits, and the base answers as before when the layers are gone."""
     base = opened(wide, quantize="nf4", **memory)
-    before, first, text = weights(base.denoiser), output(base), base.encode_text("a cat")
+    before, first, text = weights(base.denoiser), output(base), base.encode_prompt("a cat")
     with attached(base, CONFIG, 0) as parameters:
         if name == "embed":
             config = EmbedConfig(steps=CONFIG.steps, learning_rate=0.2, batch_size=2)
@@ -186,13 +186,13 @@ def test_its_layers_load_into_a_base_that_is_not_quantised(wide: Path, tmp_path:
     base = opened(wide, quantize="nf4")
     untuned = output(base)
     with attached(base, CONFIG, 0) as parameters:
-        list(train(tune_stage(base, LATENTS, base.encode_text("a cat"), parameters, CONFIG, 0, Processes())))
+        list(train(tune_stage(base, LATENTS, base.encode_prompt("a cat"), parameters, CONFIG, 0, Processes())))
         tuned = output(base)
-        save_lora(base, Draft(tmp_path))
+        save_lora(base, AtomicWriter(tmp_path))
         stored = {name.replace(".imagic.", "."): weight.detach().clone() for name, weight in parameters.items()}
     pipe: Any = StableDiffusionPipeline.from_pretrained(wide, local_files_only=True, use_safetensors=True)
     exact = opened(wide)
-    text = exact.encode_text("a cat").tokens.expand(2, -1, -1)
+    text = exact.encode_prompt("a cat").tokens.expand(2, -1, -1)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
 
     def answer() -> Tensor:

@@ -24,9 +24,9 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.families.sd import StableDiffusion
 from imagic_lora.bases.families.sdxl import StableDiffusionXL
 from imagic_lora.bases.loading.configs import architecture, single_architecture
-from imagic_lora.bases.loading.known import VARIABLE, Known
+from imagic_lora.bases.loading.known import VARIABLE, BaseEntry
 from imagic_lora.bases.loading.published import PUBLISHED
-from imagic_lora.bases.loading.registry import open_base
+from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.bases.loading.single import SingleFile
 from imagic_lora.bases.loading.tokenizers import shipped_tokenizer
 from imagic_lora.core.config import MemoryConfig
@@ -43,7 +43,7 @@ MARKS = {
 
 
 def on_cpu(name: str, **memory: Any) -> Any:
-    return open_base(name, resolve_runtime(MemoryConfig(device="cpu", **memory)))
+    return load_base(name, resolve_runtime(MemoryConfig(device="cpu", **memory)))
 
 
 def marked(path: Path, *names: str, said: dict[str, str] | None = None) -> Path:
@@ -108,11 +108,11 @@ def test_a_file_is_known_by_its_tensors(tmp_path: Path, kind: str) -> None:
         ("sdxl", [], {"modelspec.prediction_type": "v"}, None, "v_prediction"),
         ("sd21", ["v_pred"], {}, None, "v_prediction"),
         ("sd21", [], {"modelspec.prediction_type": "epsilon"}, None, "epsilon"),
-        ("sd21", [], {}, Known(source="x", prediction="epsilon"), None),
+        ("sd21", [], {}, BaseEntry(source="x", prediction="epsilon"), None),
     ],
 )
 def test_what_a_file_predicts(
-    tmp_path: Path, kind: str, extra: list[str], said: dict[str, str], known: Known | None, expected: str | None
+    tmp_path: Path, kind: str, extra: list[str], said: dict[str, str], known: BaseEntry | None, expected: str | None
 ) -> None:
     """By a tensor or its metadata; Stable Diffusion 2 has to say it, or its user."""
     path = marked(tmp_path / "one.safetensors", MARKS[kind], *extra, said=said)
@@ -138,8 +138,8 @@ def test_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """By its name."""
     path = marked(tmp_path / "one.safetensors", MARKS["sd15"])
     with pytest.raises(ImagicError, match="config '/nowhere'"):
-        single_architecture(path, Known(source=str(path), config="/nowhere"))
-    assert single_architecture(path, Known(source=str(path), config="sdxl")) == PUBLISHED["sdxl"]
+        single_architecture(path, BaseEntry(source=str(path), config="/nowhere"))
+    assert single_architecture(path, BaseEntry(source=str(path), config="sdxl")) == PUBLISHED["sdxl"]
 
 
 def test_a_published_config_is_not_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_a_published_config_is_not_a_folder_of_that_name(tmp_path: Path, monkeyp
     path = marked(tmp_path / "one.safetensors", MARKS["sd15"])
     (tmp_path / "sd15").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert SingleFile(path, Known(source=str(path), config="sd15")).tokenizer("tokenizer").keys() == shipped_tokenizer("!").keys()
+    assert SingleFile(path, BaseEntry(source=str(path), config="sd15")).tokenizer("tokenizer").keys() == shipped_tokenizer("!").keys()
 
 
 def _pickled(path: Path) -> Path:
@@ -239,7 +239,7 @@ def test_whatever_is_missing_or_bent_is_refused(tmp_path: Path, kind: str) -> No
     """Sixty tensors of every part, dropped, cut short or flattened: a clear refusal each."""
     folder = (save_tiny if kind == "sd1" else save_tiny_sdxl)(tmp_path / "base")
     path = write_single(folder, tmp_path / "one.safetensors")
-    whole, known = load_file(path), Known(source=str(path), config=str(folder))
+    whole, known = load_file(path), BaseEntry(source=str(path), config=str(folder))
     names = random.Random(0).sample([name for name in whole if not name.endswith(("model_ema.decay", "betas", "logit_scale"))], 60)
     bend = {"dropped": None, "cut": lambda one: one[..., :-1].contiguous(), "flat": lambda one: one.reshape(-1)[:1].squeeze()}
     runtime, family = resolve_runtime(MemoryConfig(device="cpu")), StableDiffusionXL if kind == "sdxl" else StableDiffusion

@@ -38,10 +38,10 @@ from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.settings import RECIPES, read_yaml, resolve
 from imagic_lora.critters import ATTRIBUTES, backdrop, render
-from imagic_lora.critters.judge import Judge, Sight
+from imagic_lora.critters.judge import Judge, Reading
 from imagic_lora.critters.scene import IDENTITY, Scene
 from imagic_lora.methods.imagic import Imagic
-from imagic_lora.methods.method import Made, Method, Price, Studio, Task
+from imagic_lora.methods.method import Context, Cost, EditRequest, EditResult, Method
 from imagic_lora.photos.reading import read_metadata
 
 MANY = [case_at(3, index) for index in range(240)]
@@ -204,9 +204,9 @@ class Pretending(Judge):
     def __init__(self, scene: Scene) -> None:
         super().__init__()
         facts = asdict(scene)
-        self.sight = Sight({name: facts[name] for name in ATTRIBUTES}, scene.facing, {name: float(facts[name]) for name in IDENTITY})
+        self.sight = Reading({name: facts[name] for name in ATTRIBUTES}, scene.facing, {name: float(facts[name]) for name in IDENTITY})
 
-    def see(self, pictures: torch.Tensor) -> list[Sight]:
+    def read_scenes(self, pictures: torch.Tensor) -> list[Reading]:
         return [self.sight] * len(pictures)
 
 
@@ -307,13 +307,13 @@ class Painter(Method):
         self.log, self.fails = log, fails
         self.settings = {"levels": levels}
 
-    def pictures(self, studio: Studio, task: Task) -> Iterator[Made]:
+    def pictures(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         with self.log.open("a", encoding="utf-8") as log:
-            log.write(f"{task.seed}\n")
-        yield Made("plain", task.photo, Price())
-        if task.seed in self.fails:
-            raise ValueError(f"odd weather in case {task.seed}")
-        yield Made("bright", off_by(task.truth, self.settings["levels"]), Price(3, 2, 1.5, 7))
+            log.write(f"{request.seed}\n")
+        yield EditResult("plain", request.photo, Cost())
+        if request.seed in self.fails:
+            raise ValueError(f"odd weather in case {request.seed}")
+        yield EditResult("bright", off_by(request.truth, self.settings["levels"]), Cost(3, 2, 1.5, 7))
 
     def calls(self) -> list[int]:
         """The cases since this was last asked."""
@@ -327,15 +327,15 @@ class Copier(Method):
 
     name, rows, settings = "copier", ("copied",), {}
 
-    def pictures(self, studio: Studio, task: Task) -> Iterator[Made]:
-        yield Made("copied", task.photo, Price())
+    def pictures(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+        yield EditResult("copied", request.photo, Cost())
 
 
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch, scorer: Scorer, clip: CritterAlignment) -> None:
     """No base is loaded: these methods need none."""
     nothing: Any = None
-    monkeypatch.setattr(critters, "_studio", lambda: (Studio(nothing, clip.best), scorer))
+    monkeypatch.setattr(critters, "_context", lambda: (Context(nothing, clip.best), scorer))
 
 
 @pytest.fixture
@@ -386,7 +386,7 @@ def test_a_run_leaves_pictures_and_results_in_files(painter: Painter, tmp_path: 
                 assert np.array_equal(array(stored), array(picture))
         assert read_metadata(folder / "bright.png") == {"case": index, "seed": 5, "text": case.text}
     bright = next(one for one in results if one.method == "painter").rows["bright"]
-    assert (bright[0].background, bright[1]) == (pytest.approx(4), Price(3, 2, 1.5, 7))
+    assert (bright[0].background, bright[1]) == (pytest.approx(4), Cost(3, 2, 1.5, 7))
 
 
 @pytest.mark.usefixtures("cheap")
@@ -504,11 +504,11 @@ class Named(Method):
     def __init__(self, name: str, *rows: str) -> None:
         self.name, self.rows, self.settings = name, rows or (name,), {}
 
-    def pictures(self, studio: Studio, task: Task) -> Iterator[Made]:
+    def pictures(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         raise AssertionError
 
 
-def table(rows: dict[str, Sequence[tuple[Score, Price] | None]], seed: int = 3) -> dict[str, Any]:
+def table(rows: dict[str, Sequence[tuple[Score, Cost] | None]], seed: int = 3) -> dict[str, Any]:
     """The summary of scores and prices by row and case; None is a failure."""
     cases = len(next(iter(rows.values())))
     results = [
@@ -526,8 +526,8 @@ HALF = worth(True, ["identity"], identity=0.8, psnr=15.0)
 
 def test_means_are_those_of_the_cases() -> None:
     """Four cases by hand: shares over all, distances over all, an identity only where there is one, and every cost."""
-    prices = [Price(10, 4, 1.0, 100), Price(20, 0, 9.0, 300), Price(0, 2, 2.0, 100), Price(10, 2, 4.0, 300)]
-    summary = table({"one": list(zip([YES, NO, HALF, YES], prices, strict=True))})
+    costs = [Cost(10, 4, 1.0, 100), Cost(20, 0, 9.0, 300), Cost(0, 2, 2.0, 100), Cost(10, 2, 4.0, 300)]
+    summary = table({"one": list(zip([YES, NO, HALF, YES], costs, strict=True))})
     assert {"seed": 3, "cases": 4, "failed": 0, "errors": []}.items() <= summary.items()
     found = summary["methods"]["one"]
     means = {name: value["mean"] for name, value in found.items() if name not in ("failed", "kinds", "cost")}
@@ -539,7 +539,7 @@ def test_means_are_those_of_the_cases() -> None:
 
 def test_every_measure_has_a_mean_and_its_interval() -> None:
     """Under the documented names, and the interval is around the mean."""
-    summary = table({"one": [(score, Price()) for score in (YES, NO, HALF, YES, NO)]})
+    summary = table({"one": [(score, Cost()) for score in (YES, NO, HALF, YES, NO)]})
     for name in ("success", "attributes", "aligned", "kept", "identity", "background", "psnr", "ssim", "clip"):
         found = summary["methods"]["one"][name]
         assert set(found) == {"mean", "low", "high"}
@@ -578,7 +578,7 @@ def test_no_values_have_no_mean_and_equal_values_no_width() -> None:
 
 def test_a_failure_is_no_success() -> None:
     """It counts as a no in every share, is left out of distances and costs, and is counted itself."""
-    summary = table({"one": [(YES, Price(6, 2)), None, (YES, Price(2, 2)), None], "none": [None] * 4})
+    summary = table({"one": [(YES, Cost(6, 2)), None, (YES, Cost(2, 2)), None], "none": [None] * 4})
     found, none = summary["methods"]["one"], summary["methods"]["none"]
     assert [found[name]["mean"] for name in ("success", "attributes", "aligned", "kept")] == [0.5] * 4
     assert [found[name]["mean"] for name in ("identity", "psnr")] == pytest.approx([0.2, 20])
@@ -590,7 +590,7 @@ def test_a_failure_is_no_success() -> None:
 def test_kinds_partition_the_cases() -> None:
     """The mean over all is that over the kinds by their numbers of cases, and each is that of its own cases."""
     scores = [random.Random(7 * case).choice([YES, NO, HALF]) for case in range(24)]
-    found = table({"one": [(score, Price()) for score in scores]})["methods"]["one"]
+    found = table({"one": [(score, Cost()) for score in scores]})["methods"]["one"]
     sizes = Counter(case.kind for case in MANY[:24])
     assert set(found["kinds"]) == set(sizes) == set(KINDS)
     for measure in ("success", "aligned", "psnr"):
@@ -603,13 +603,13 @@ def test_kinds_partition_the_cases() -> None:
 
 def test_a_kind_without_a_case_is_not_reported() -> None:
     """Two cases are a pose and a colour."""
-    assert list(table({"one": [(YES, Price())] * 2})["methods"]["one"]["kinds"]) == ["pose", "colour"]
+    assert list(table({"one": [(YES, Cost())] * 2})["methods"]["one"]["kinds"]) == ["pose", "colour"]
 
 
 def test_ours_is_compared_case_by_case() -> None:
     """How far ours is ahead, and the mean and median of the pairs' ratios; a failure of either counts as no success and has no price."""
-    ours = [(YES, Price(5, 5, 1.0)), (YES, Price(10, 0, 2.0)), (NO, Price(10, 10, 1.0)), (YES, Price(4, 6, 1.0)), (YES, Price(1, 1, 1.0))]
-    other = [(NO, Price(20, 0, 3.0)), (YES, Price(20, 20, 2.0)), (NO, Price(20, 0, 8.0)), (HALF, Price(0, 50, 2.0)), None]
+    ours = [(YES, Cost(5, 5, 1.0)), (YES, Cost(10, 0, 2.0)), (NO, Cost(10, 10, 1.0)), (YES, Cost(4, 6, 1.0)), (YES, Cost(1, 1, 1.0))]
+    other = [(NO, Cost(20, 0, 3.0)), (YES, Cost(20, 20, 2.0)), (NO, Cost(20, 0, 8.0)), (HALF, Cost(0, 50, 2.0)), None]
     summary = table({"other": other, "imagic-lora": ours})["methods"]
     assert "against" not in summary["imagic-lora"]
     against = summary["other"]["against"]
@@ -620,8 +620,8 @@ def test_ours_is_compared_case_by_case() -> None:
 
 def test_the_comparison_is_paired() -> None:
     """A row that succeeds just where ours does is behind by nothing, with no width, though the success of either is uncertain."""
-    scores = [(YES, Price(1)) if case % 3 else (NO, Price(1)) for case in range(12)]
-    summary = table({"imagic-lora": scores, "other": scores, "better": [(YES, Price(1))] * 12})["methods"]
+    scores = [(YES, Cost(1)) if case % 3 else (NO, Cost(1)) for case in range(12)]
+    summary = table({"imagic-lora": scores, "other": scores, "better": [(YES, Cost(1))] * 12})["methods"]
     assert summary["other"]["against"]["success"] == {"mean": 0, "low": 0, "high": 0}
     assert summary["better"]["against"]["success"]["mean"] == pytest.approx(-1 / 3)
     assert summary["better"]["against"]["success"]["low"] < -1 / 3
@@ -629,16 +629,16 @@ def test_the_comparison_is_paired() -> None:
 
 def test_nothing_is_compared_without_ours_and_no_ratio_is_infinite() -> None:
     """Without its row there is no comparison; where ours cost nothing there is no ratio."""
-    assert "against" not in table({"other": [(YES, Price(1, 1, 1.0))] * 2})["methods"]["other"]
-    summary = table({"imagic-lora": [(YES, Price())] * 2, "other": [(YES, Price(1, 1, 1.0))] * 2})
+    assert "against" not in table({"other": [(YES, Cost(1, 1, 1.0))] * 2})["methods"]["other"]
+    summary = table({"imagic-lora": [(YES, Cost())] * 2, "other": [(YES, Cost(1, 1, 1.0))] * 2})
     assert summary["methods"]["other"]["against"]["evaluations"] is None
 
 
 def test_a_method_of_several_rows_is_compared_row_by_row() -> None:
     """Every row of every method is in the table, in their order."""
     methods = [Named("imagic-lora", "imagic-lora", "best"), Named("copier")]
-    results = [Result(0, "copier", {"copier": (NO, Price())})]
-    results += [Result(0, "imagic-lora", {"imagic-lora": (NO, Price(2)), "best": (YES, Price(6))})]
+    results = [Result(0, "copier", {"copier": (NO, Cost())})]
+    results += [Result(0, "imagic-lora", {"imagic-lora": (NO, Cost(2)), "best": (YES, Cost(6))})]
     summary = summarise(Bench(3, 1, methods, Path("nowhere")), results)
     assert list(summary["methods"]) == ["imagic-lora", "best", "copier"]
     assert summary["methods"]["best"]["against"]["success"]["mean"] == -1
@@ -647,7 +647,7 @@ def test_a_method_of_several_rows_is_compared_row_by_row() -> None:
 
 def test_a_summary_is_json() -> None:
     """Strict JSON gives it back as it was."""
-    summary = table({"imagic-lora": [(YES, Price(1)), None, (NO, Price(2))], "other": [None, None, (HALF, Price(1))]})
+    summary = table({"imagic-lora": [(YES, Cost(1)), None, (NO, Cost(2))], "other": [None, None, (HALF, Cost(1))]})
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
@@ -656,7 +656,7 @@ def test_a_summary_is_json() -> None:
 
 def test_tables_show_the_summary() -> None:
     """Shares in percent with their interval, costs, and a dash where there is nothing."""
-    made = table({"imagic-lora": [(YES, Price(1500, 500, 2.0, 870_000))] * 4, "broken": [None] * 4})
+    made = table({"imagic-lora": [(YES, Cost(1500, 500, 2.0, 870_000))] * 4, "broken": [None] * 4})
     main, kinds, distances, costs, against = tables(made).values()
     for cells in (main, kinds, distances, costs, against):
         assert {len(row) for row in cells.rows} == {len(cells.columns)}
@@ -671,7 +671,7 @@ def test_tables_show_the_summary() -> None:
 
 def test_a_share_has_its_interval() -> None:
     """Where it has one."""
-    made = table({"imagic-lora": [(YES, Price())] * 3 + [None]})
+    made = table({"imagic-lora": [(YES, Cost())] * 3 + [None]})
     low, high = (round(100 * made["methods"]["imagic-lora"]["success"][end]) for end in ("low", "high"))
     assert next(iter(tables(made).values())).rows[0][1] == f"75 [{low}-{high}]"
 
@@ -712,10 +712,10 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Bench, str
         for k, name in enumerate(("source", "truth", row, "plain")):
             Image.new("RGB", (4, 4), (index, k, 0)).save(bench.folder(index) / f"{name}.png")
     results = [
-        Result(0, row, {row: (worth(True, ["<script>changed"]), Price(1))}),
+        Result(0, row, {row: (worth(True, ["<script>changed"]), Cost(1))}),
         Result(1, row, {}, "<script>error</script>"),
-        Result(0, "plain", {"plain": (YES, Price(1))}),
-        Result(1, "plain", {"plain": (NO, Price(1))}),
+        Result(0, "plain", {"plain": (YES, Cost(1))}),
+        Result(1, "plain", {"plain": (NO, Cost(1))}),
     ]
     summary = summarise(bench, results)
     monkeypatch.setattr(page, "case_at", hostile)
@@ -826,11 +826,11 @@ def test_ours_run_with_the_recipe_of_the_embedded_base() -> None:
 
 
 def test_a_reference_is_its_file_on_the_embedded_base() -> None:
-    """All that ``configs/reference-imagic.yaml`` says holds, but for the base, and its size is the base's own."""
+    """All that ``reference-imagic.yaml`` says holds, but for the base, and its size is the base's own."""
     (method,) = chosen("reference")
     assert isinstance(method, Imagic)
     assert (method.config.base, method.config.resolution) == ("critters", None)
-    file = yaml.safe_load((Path(__file__).parents[2] / "configs" / "reference-imagic.yaml").read_text(encoding="utf-8"))
+    file = yaml.safe_load((catalogue.RECIPE_FILES / "reference-imagic.yaml").read_text(encoding="utf-8"))
     found = method.config.model_dump()
     for name, value in file.items():
         if isinstance(value, dict):
@@ -843,19 +843,12 @@ def test_the_retuned_reference_is_what_its_file_gives_the_command() -> None:
     """``fit --config`` lays the file over the base's recipe, the benchmark over nothing: only what noise has no use for may differ."""
     (method,) = chosen("reference-retuned")
     assert isinstance(method, Imagic)
-    file = read_yaml(Path(__file__).parents[2] / "configs" / "reference-imagic-retuned.yaml")
+    file = read_yaml(catalogue.RECIPE_FILES / "reference-imagic-retuned.yaml")
     fitted = resolve({"resolution": None}, file, RECIPES["critters"]).model_dump()
     measured = method.config.model_dump()
     assert measured["edit"]["start"] == "noise"
     assert fitted["edit"].pop("source_eta") != measured["edit"].pop("source_eta")
     assert fitted == measured
-
-
-def test_a_reference_without_its_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As in an installed package, which has no configs: the error names the file and the method."""
-    monkeypatch.setattr(catalogue, "CONFIGS", tmp_path)
-    with pytest.raises(ImagicError, match=r"method reference needs .*reference-imagic\.yaml"):
-        chosen("reference")
 
 
 # the command

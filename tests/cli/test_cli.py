@@ -30,9 +30,9 @@ import imagic_lora.memory.presets as fits
 import imagic_lora.photos.canvas as images
 import imagic_lora.training.fit as imagic
 from imagic_lora.adapters.store import Store
-from imagic_lora.cli.options import around
+from imagic_lora.cli.options import suggested_etas
 from imagic_lora.core.config import Config, DeviceConfig, EditConfig, MemoryConfig, Mode, RunConfig
-from imagic_lora.core.settings import PRESETS, RECIPES, checked
+from imagic_lora.core.settings import PRESETS, RECIPES, validated
 from imagic_lora.photos.reading import read_metadata, read_photo
 from imagic_lora.training.stage import Stage, StepReport
 
@@ -272,7 +272,7 @@ def test_an_interrupt_while_loading_leaves_what_was_saved(
     """At once; the command to go on with is printed again, with one --resume."""
     signalled("tune", 0, signal.SIGINT)
     assert run("fit", photo, "a dog", "--base", base, *SHORT, "--name", "rex")[0] == 130
-    monkeypatch.setattr(imagic, "open_for", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(imagic, "open_base", lambda *_: signal.raise_signal(signal.SIGINT))
     code, _, err = run("fit", photo, "a dog", "--base", base, *SHORT, "--name", "rex", "--resume")
     assert code == 130
     assert "what was saved before is as it was" in err
@@ -406,7 +406,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The settings that fit() is given, in place of fitting; on a machine without a card."""
     found: list[RunConfig] = []
     monkeypatch.setattr(fitting, "_fit", lambda _i, _p, config, *_: found.append(config))
-    monkeypatch.setattr(fits, "on_this_machine", lambda *_: (None, 0))
+    monkeypatch.setattr(fits, "card_and_free_memory", lambda *_: (None, 0))
     return found
 
 
@@ -476,7 +476,7 @@ def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Pa
     monkeypatch.setattr(imagic.Run, "inputs", lambda *_: {})
     for mode in MODES:
         tune = {"steps": 1, "mode": mode}
-        config = checked({"base": str(base), "embed": {"steps": 2}, "tune": tune, "edit": {"steps": 2, "start": "image"}})
+        config = validated({"base": str(base), "embed": {"steps": 2}, "tune": tune, "edit": {"steps": 2, "start": "image"}})
         steps = imagic.fit(photo, "a dog", Watched(config, by_fit), Store(tmp_path), "x")  # pyright: ignore[reportArgumentType]
         assert imagic.result(steps) == "stored"
     assert set(leaves()) - {path for path in by_fit if path[0] != "memory"} - by_runtime == {("preset",)}
@@ -570,7 +570,7 @@ def test_a_fit_says_how_large_its_adapter_will_be(run: Run, photo: Path, mode: M
     assert float(said[1]) * 1e6 == pytest.approx(json.loads(out)["bytes"], rel=0.1)
 
 
-@pytest.mark.filterwarnings("always::imagic_lora.errors.ImagicWarning")
+@pytest.mark.filterwarnings("always::imagic_lora.core.errors.ImagicWarning")
 def test_another_base_of_the_same_shapes_can_be_forced(run: Run, store: Path, base: Path, tmp_path: Path) -> None:
     """It is said, and the pictures say so; the right base needs no force and is not called forced; other shapes stay refused."""
     other, wider = save_tiny(tmp_path / "other", seed=1), save_tiny(tmp_path / "wider", width=32)
@@ -607,7 +607,7 @@ def test_a_plan_says_whether_it_fits_the_card_of_its_preset(run: Run) -> None:
 
 def test_what_to_look_at_first_is_around_the_eta_of_the_fit() -> None:
     """In steps that --eta takes."""
-    assert [around(eta) for eta in (0.7, 1.0, 0.2, 2.0)] == ["0.3:1.1:0.1", "0.6:1.4:0.1", "0:0.6:0.1", "1.6:2:0.1"]
+    assert [suggested_etas(eta) for eta in (0.7, 1.0, 0.2, 2.0)] == ["0.3:1.1:0.1", "0.6:1.4:0.1", "0:0.6:0.1", "1.6:2:0.1"]
 
 
 def test_an_empty_store_is_not_called_verified(run: Run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -9,23 +10,33 @@ import pytest
 from imagic_lora.core.settings import read_yaml, recipe_of, resolve
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [path for folder in ("imagic_lora", "scripts") for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_the_map_names_every_file(path: Path) -> None:
-    """One line each."""
+CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "imagic_lora" / "bench").glob("*.yaml")])
+ROOMS = sorted(path for path in (ROOT / "imagic_lora").iterdir() if (path / "__init__.py").is_file())
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
+def test_the_map_names_every_room_and_a_room_its_files(room: Path) -> None:
+    """One line each: a newcomer finds any file in two hops."""
     lines = (ROOT / "README.md").read_text().split("## Map")[1].splitlines()
-    assert sum(line.split()[:1] == [path.name] for line in lines) == 1
+    assert sum(line.split()[:1] == [f"{room.name}/"] for line in lines) == 1
+    for folder in [room, *(path.parent for path in room.glob("*/__init__.py"))]:
+        about = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+        assert [file.name for file in folder.glob("*.py") if file.name != "__init__.py" and f"``{file.name}``" not in about] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "imagic_lora" / "bench").glob("*.yaml"))],
+    ids=lambda path: path.name,
+)
 def test_a_config_is_valid_and_headed_by_its_command(path: Path) -> None:
     """Every setting is known, the file names the command that uses it, and its own name is its base, its preset and its mode."""
     settings = read_yaml(path)
     config = resolve({}, settings, recipe_of(settings["base"]))
     assert config.base in ("sd15", "sd21", "sdxl", "critters")
-    assert f"--config configs/{path.name}" in path.read_text()
+    assert f"--config {path.relative_to(ROOT)}" in path.read_text()
     if not path.stem.startswith("reference-"):
         base, *preset, mode = path.stem.split("-")
         assert (base, preset or ["auto"], mode) == (config.base, [config.preset], config.tune.mode)

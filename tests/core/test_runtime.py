@@ -14,8 +14,7 @@ import torch
 from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.noise import noise_at, times_at
-from imagic_lora.core.processes import Processes
-from imagic_lora.core.runtime import peak_memory, resolve_runtime
+from imagic_lora.core.runtime import Processes, peak_memory, resolve_runtime
 
 KEY: dict[str, Any] = {"seed": 3, "stage": "embed", "step": 5, "samples": [2]}
 CHANGES = [{"seed": 4}, {"stage": "tune"}, {"step": 6}, {"samples": [3]}]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imagic_lora.core.errors import ImagicError, NotFinite
-from imagic_lora.core.tensors import all_finite, encoded, opened, read, refuse_not_finite, shapes
+from imagic_lora.core.tensors import all_finite, check_finite, opened, read, safetensors_pieces, shapes
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 DTYPES = [*FLOATS, torch.int64, torch.uint8]
@@ -48,7 +48,7 @@ def tensors() -> dict[str, Tensor]:
 
 def write(path: Path, given: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
     """A file of the pieces."""
-    path.write_bytes(b"".join(encoded(given, metadata)))
+    path.write_bytes(b"".join(safetensors_pieces(given, metadata)))
     return path
 
 
@@ -93,18 +93,18 @@ def test_equal_content_is_equal_bytes() -> None:
     given = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(2, 2, dtype=torch.float16), "c": torch.arange(3), "d": torch.ones(3)}
     metadata = {letter: letter * 3 for letter in "wxyz"}
     other = given | {"b": given["b"].t().contiguous().t()}
-    whole = b"".join(encoded(given, metadata))
+    whole = b"".join(safetensors_pieces(given, metadata))
     for names, keys in zip(permutations(given), permutations(metadata), strict=True):
-        found = encoded({name: other[name] for name in names}, {key: metadata[key] for key in keys})
+        found = safetensors_pieces({name: other[name] for name in names}, {key: metadata[key] for key in keys})
         assert b"".join(found) == whole
-    assert b"".join(encoded(given | {"d": torch.zeros(3)}, metadata)) != whole
-    assert b"".join(encoded(given, metadata | {"z": ""})) != whole
+    assert b"".join(safetensors_pieces(given | {"d": torch.zeros(3)}, metadata)) != whole
+    assert b"".join(safetensors_pieces(given, metadata | {"z": ""})) != whole
 
 
 def test_a_file_comes_tensor_by_tensor() -> None:
     """No piece is larger than one of them, and none is a copy."""
     given = {name: torch.rand(1000) for name in "abc"}
-    pieces = list(encoded(given))
+    pieces = list(safetensors_pieces(given))
     assert [len(bytes(piece)) for piece in pieces[1:]] == [4000] * 3
     given["b"][:] = 7
     assert bytes(pieces[2]) == given["b"].numpy().tobytes()
@@ -127,7 +127,7 @@ def test_what_is_not_finite_does_not_go_out(dtype: torch.dtype, value: float, pl
     wrong = place(torch.tensor([value, *range(5)], dtype=dtype))
     given = {"fine": torch.ones(3), "wrong": wrong, "whole": torch.arange(3), "fine too": torch.ones(2, dtype=dtype)}
     with pytest.raises(NotFinite, match=r"^wrong holds numbers that are not finite"):
-        next(encoded(given))
+        next(safetensors_pieces(given))
     assert not all_finite([given["fine"], wrong])
 
 
@@ -147,14 +147,14 @@ def test_a_finite_tensor_whose_norm_overflows_is_finite(tmp_path: Path, dtype: t
     assert torch.linalg.vector_norm(large).isinf() or dtype == torch.float16
     assert same(read(write(tmp_path / "file", {"large": large})), {"large": large})
     with pytest.raises(NotFinite, match="wrong"):
-        refuse_not_finite({"large": large, "wrong": torch.tensor([torch.nan], dtype=dtype)})
+        check_finite({"large": large, "wrong": torch.tensor([torch.nan], dtype=dtype)})
 
 
 def test_nothing_at_all_is_finite() -> None:
     """No tensors, empty ones, and those that are whole numbers."""
     assert all_finite([])
     assert all_finite([torch.empty(0), torch.empty(3, 0, dtype=torch.float16)])
-    refuse_not_finite({"whole": torch.arange(3), "bytes": torch.full((3,), 255, dtype=torch.uint8), "none": torch.empty(0)})
+    check_finite({"whole": torch.arange(3), "bytes": torch.full((3,), 255, dtype=torch.uint8), "none": torch.empty(0)})
 
 
 def test_what_was_read_outlives_the_file(tmp_path: Path) -> None:

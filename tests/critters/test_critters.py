@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from imagic_lora.bases.loading.known import CRITTERS
 from imagic_lora.critters import ATTRIBUTES, SIZE, Scene, backdrop, caption, longest_caption, render, sample_caption, scene_at
-from imagic_lora.critters.judge import Judge, Sight, measured
+from imagic_lora.critters.judge import Judge, Reading, identity_targets
 from imagic_lora.critters.scene import IDENTITY, RANGES, WORDS, Split, displaced
 
 DOG = Scene("dog", "sitting", "brown", "grass", "hat", 0.25, 1.0, 32.0, 57.5, 1, 2, 0.75, 39.0, -0.5)
@@ -283,7 +283,7 @@ def test_the_judge_names_the_likeliest_value_of_every_attribute() -> None:
     judge, pictures = Judge().eval(), torch.rand(5, 3, SIZE, SIZE) * 2 - 1
     outputs = {name: value.double().tolist() for name, value in judge(pictures).items()}
     middle = {"shade": 0, "size": 1.02, "x": 32, "y": 57.5, "spots": 1.5, "sun": 0.5, "horizon": 39, "tint": 0}
-    for k, sight in enumerate(judge.see(pictures)):
+    for k, sight in enumerate(judge.read_scenes(pictures)):
         best = {name: outputs[name][k].index(max(outputs[name][k])) for name in (*ATTRIBUTES, "facing")}
         assert sight.attributes == {name: values[best[name]] for name, values in ATTRIBUTES.items()}
         assert sight.facing == (-1, 1)[best["facing"]]
@@ -293,7 +293,7 @@ def test_the_judge_names_the_likeliest_value_of_every_attribute() -> None:
 
 def test_what_the_judge_learns_of_a_scene_has_mean_zero_and_spread_one() -> None:
     """Over many scenes, for every factor of the identity."""
-    learned = torch.tensor([measured(scene_at("heldout", k)) for k in range(2000)])
+    learned = torch.tensor([identity_targets(scene_at("heldout", k)) for k in range(2000)])
     assert learned.shape == (2000, len(IDENTITY))
     assert learned.mean(0).abs().max() < 0.08
     assert (learned.std(0) - 1).abs().max() < 0.05
@@ -327,10 +327,10 @@ def test_changed_attributes_are_named() -> None:
     assert seen_as(other).distance(DOG) == 0
 
 
-def seen_as(scene: Scene) -> Sight:
+def seen_as(scene: Scene) -> Reading:
     """What a judge without error sees."""
     facts = asdict(scene)
-    return Sight({name: facts[name] for name in ATTRIBUTES}, scene.facing, {name: float(facts[name]) for name in IDENTITY})
+    return Reading({name: facts[name] for name in ATTRIBUTES}, scene.facing, {name: float(facts[name]) for name in IDENTITY})
 
 
 @pytest.mark.parametrize("scene", WORLD, ids=lambda scene: scene.animal)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading.known import CRITTERS
-from imagic_lora.bases.loading.registry import open_base
+from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.bench.metrics import CritterAlignment, pixels, psnr
 from imagic_lora.cli import app as cli
 from imagic_lora.core.conditioning import concatenate, interpolate
@@ -50,7 +50,7 @@ def test_the_vae_keeps_held_out_pictures() -> None:
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
 def test_the_judge_is_right_on_held_out_renders(attribute: str) -> None:
     """At least 98% for each attribute."""
-    seen = Judge.load().see(pixels([render(scene) for scene in HELD_OUT]))
+    seen = Judge.load().read_scenes(pixels([render(scene) for scene in HELD_OUT]))
     right = [one.attributes[attribute] == getattr(scene, attribute) for one, scene in zip(seen, HELD_OUT, strict=True)]
     assert sum(right) / len(right) >= 0.98
 
@@ -63,14 +63,14 @@ def test_plain_diffusers_samples_what_the_prompt_says() -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = [caption(scene) for scene in asked]
     made = pipe(prompts, height=64, width=64, guidance_scale=3.0, num_inference_steps=20, generator=generator).images
-    seen = Judge.load().see(pixels(made))
+    seen = Judge.load().read_scenes(pixels(made))
     assert sum(one.attributes["pose"] == scene.pose for one, scene in zip(seen, asked, strict=True)) >= 9
 
 
 def unguided(*configs: EditConfig) -> list[Image.Image]:
     """What the VAE can show of a held-out picture, and what comes of its own caption at each of some settings, nothing fitted."""
-    base, scene = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[0]
-    canvas, text = to_canvas(render(scene), 64, 8), base.encode_text(caption(scene))
+    base, scene = load_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[0]
+    canvas, text = to_canvas(render(scene), 64, 8), base.encode_prompt(caption(scene))
     shown = to_image(base.decode(base.encode_image(canvas.pixels))[0])
     return [shown, *(next(generate(base, [text], [0], config, canvas, None, [text])) for config in configs)]
 
@@ -98,12 +98,12 @@ def test_from_a_hardly_noised_photo_comes_the_photo() -> None:
 @torch.no_grad()
 def test_the_base_hears_what_it_is_told_of_the_identity(name: str) -> None:
     """Its loss on 48 held-out pictures, at timestep 850, is higher if one factor of the caption is wrong."""
-    base, scenes = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[:48]
+    base, scenes = load_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[:48]
     clean = torch.cat([base.encode_image(pixels([render(scene)])) for scene in scenes])
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
 
     def loss(told: list[Scene]) -> float:
-        text = concatenate([base.encode_text(longest_caption(scene)) for scene in told])
+        text = concatenate([base.encode_prompt(longest_caption(scene)) for scene in told])
         return denoising_loss(base, clean, text, noise, torch.full((len(told),), 0.85, dtype=torch.float64)).mean().item()
 
     assert loss([displaced(scene, name) for scene in scenes]) > loss(scenes) * 1.0005
@@ -124,14 +124,14 @@ def test_how_much_is_heard_is_a_share_of_what_is_told() -> None:
 def test_a_mixture_of_texts_is_the_edit_of_the_photo() -> None:
     """All of the photo in words and the sentence for another pose, mixed at eta 0.7, nothing fitted, from the noise of the photo: of 8
     pictures the judge sees the pose in at least 7, and the animal of the photo looking the same way in at least 7."""
-    base, judge = open_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), Judge.load()
+    base, judge = load_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), Judge.load()
     config = EditConfig(steps=23, guidance_scale=1.0, start="inverted", ddim_eta=1.0)
     posed, kept = 0, 0
     for seed, scene in enumerate(HELD_OUT[:8]):
         truth = scene.edited(pose="jumping" if scene.pose != "jumping" else "sleeping")
-        photo, sentence = base.encode_text(longest_caption(scene)), base.encode_text(f"a {truth.pose} {truth.animal}")
+        photo, sentence = base.encode_prompt(longest_caption(scene)), base.encode_prompt(f"a {truth.pose} {truth.animal}")
         canvas, mix = to_canvas(render(scene), 64, 8), interpolate(sentence, photo, 0.7)
-        (sight,) = judge.see(pixels([next(generate(base, [mix], [seed], config, canvas, None, [photo]))]))
+        (sight,) = judge.read_scenes(pixels([next(generate(base, [mix], [seed], config, canvas, None, [photo]))]))
         posed += sight.attributes["pose"] == truth.pose
         kept += sight.attributes["animal"] == truth.animal and sight.facing == truth.facing
     assert posed >= 7

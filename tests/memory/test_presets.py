@@ -27,12 +27,12 @@ from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, Preset, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
-from imagic_lora.core.settings import checked, recipe_of, resolve
+from imagic_lora.core.settings import recipe_of, resolve, validated
 from imagic_lora.memory.levers import next_lever
-from imagic_lora.memory.limits import OutOfMemory, is_out_of_memory, refuse_if_too_large, too_large
-from imagic_lora.memory.out_of_memory import explained
+from imagic_lora.memory.limits import OutOfMemory, check_memory, is_out_of_memory, out_of_memory_error
+from imagic_lora.memory.out_of_memory import explain_out_of_memory
 from imagic_lora.memory.plan import Assumed, Plan, predict
-from imagic_lora.memory.presets import choose, choose_for_edit
+from imagic_lora.memory.presets import choose_preset, choose_preset_for_edit
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.stage import Stage, StepReport
 
@@ -60,8 +60,8 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Chosen:
     """Chooses settings for sd15 on a card with so many bytes free."""
 
     def on(free: float, card: Assumed | None = CARD, **flags: Any) -> tuple[RunConfig, str]:
-        monkeypatch.setattr(fits, "on_this_machine", lambda *_: (card, int(free)))
-        return choose(lambda: SD15, flags, {}, recipe_of("sd15"))
+        monkeypatch.setattr(fits, "card_and_free_memory", lambda *_: (card, int(free)))
+        return choose_preset(lambda: SD15, flags, {}, recipe_of("sd15"))
 
     return on
 
@@ -140,7 +140,7 @@ def test_no_card_is_a_preset_of_its_own(chosen: Chosen) -> None:
     """Whatever the memory; and a CPU that was asked for."""
     assert [chosen(1, None)[0].preset, chosen(1, None)[0].memory.device, chosen(1, None)[1]] == ["cpu", "cpu", "no CUDA device found"]
     assert chosen(1, None, memory={"device": "cpu"})[1] == "asked for a CPU"
-    assert fits.on_this_machine("cpu")[0] is None
+    assert fits.card_and_free_memory("cpu")[0] is None
 
 
 def test_a_preset_that_was_asked_for_is_not_weighed(chosen: Chosen) -> None:
@@ -174,9 +174,9 @@ def test_a_refusal_is_exact(folder: Path) -> None:
     assumed = Assumed("cpu", "fp32", "adam")
     stages = predict(base, run, assumed).stages
     worst = max(stages, key=lambda name: stages[name].total)
-    refuse_if_too_large(base, run, stages[worst].total, assumed)
+    check_memory(base, run, stages[worst].total, assumed)
     with pytest.raises(OutOfMemory, match=f"stage {worst} needs .* on this machine"):
-        refuse_if_too_large(base, run, stages[worst].total - 1, assumed)
+        check_memory(base, run, stages[worst].total - 1, assumed)
 
 
 Flags = dict[str, str | None]
@@ -287,11 +287,11 @@ def test_an_edit_keeps_the_adapters_own_sampling(
     monkeypatch: pytest.MonkeyPatch, free: float | None, given: dict[str, Any], batch: int
 ) -> None:
     """But for the batch size, which is the machine's where it has a card; flags stand above both."""
-    made = checked({"edit": OWN | {"batch_size": 6}, "resolution": 1024, "seed": 9})
+    made = validated({"edit": OWN | {"batch_size": 6}, "resolution": 1024, "seed": 9})
     on_cpu = free is None or given.get("memory", {}).get("device") == "cpu"
-    monkeypatch.setattr(fits, "on_this_machine", lambda *_: (None if on_cpu else CARD, int((free or 1) * GIB)))
+    monkeypatch.setattr(fits, "card_and_free_memory", lambda *_: (None if on_cpu else CARD, int((free or 1) * GIB)))
     asked = {"edit": {}, "memory": {}, "preset": "auto"} | given
-    run = choose_for_edit(lambda: SD15, made, asked)
+    run = choose_preset_for_edit(lambda: SD15, made, asked)
     assert run.edit.model_dump() == OWN | {"batch_size": batch} | given.get("edit", {})
     assert run.resolution == 1024
     assert (run.memory.device == "cpu") == on_cpu
@@ -305,11 +305,11 @@ def test_an_edit_does_not_weigh_the_training(monkeypatch: pytest.MonkeyPatch) ->
     most = max(found.needs(stage) for stage in ("encode", "sample", "decode"))
     assert most < found.needs("tune")
     free = (most - found.context) / 0.9 + 1
-    monkeypatch.setattr(fits, "on_this_machine", lambda *_: (CARD, int(free)))
-    assert choose_for_edit(lambda: SD15, made, given).preset == "24gb"
-    monkeypatch.setattr(fits, "on_this_machine", lambda *_: (CARD, GIB))
+    monkeypatch.setattr(fits, "card_and_free_memory", lambda *_: (CARD, int(free)))
+    assert choose_preset_for_edit(lambda: SD15, made, given).preset == "24gb"
+    monkeypatch.setattr(fits, "card_and_free_memory", lambda *_: (CARD, GIB))
     with pytest.raises(OutOfMemory, match=r"stage (encode|sample|decode) needs"):
-        choose_for_edit(lambda: SD15, made, given)
+        choose_preset_for_edit(lambda: SD15, made, given)
 
 
 def test_what_running_out_of_memory_looks_like() -> None:
@@ -330,17 +330,20 @@ def test_what_was_kept_is_saved_only_when_memory_runs_out(folder: Path) -> None:
         saved.append(1)
         return "it is kept"
 
-    with explained(base.architecture, run, base.runtime, "tune", kept):
+    with explain_out_of_memory(base.architecture, run, base.runtime, "tune", kept):
         pass
-    with pytest.raises(ZeroDivisionError), explained(base.architecture, run, base.runtime, "tune", kept):
+    with pytest.raises(ZeroDivisionError), explain_out_of_memory(base.architecture, run, base.runtime, "tune", kept):
         raise ZeroDivisionError
-    with pytest.raises(RuntimeError, match=r"^a bug$"), explained(base.architecture, run, base.runtime, "tune", kept):
+    with pytest.raises(RuntimeError, match=r"^a bug$"), explain_out_of_memory(base.architecture, run, base.runtime, "tune", kept):
         raise RuntimeError("a bug")
     assert saved == []
-    with pytest.raises(OutOfMemory, match=r"stage tune.*; it is kept"), explained(base.architecture, run, base.runtime, "tune", kept):
+    with (
+        pytest.raises(OutOfMemory, match=r"stage tune.*; it is kept"),
+        explain_out_of_memory(base.architecture, run, base.runtime, "tune", kept),
+    ):
         raise MemoryError
     assert saved == [1]
-    assert "; " not in too_large(base.architecture, run, Assumed("cpu", "fp32", "adam"), "tune", 1).got
+    assert "; " not in out_of_memory_error(base.architecture, run, Assumed("cpu", "fp32", "adam"), "tune", 1).got
 
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -578,7 +581,7 @@ def test_a_fit_that_cannot_fit_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(imagic, "open_base", lambda *_, **__: pytest.fail("opened"))
     tokens = ["fit", photo_file, PROMPT, "--base", folder]
     with monkeypatch.context() as patch:
-        patch.setattr(fits, "on_this_machine", lambda *_: (CARD, 1000))
+        patch.setattr(fits, "card_and_free_memory", lambda *_: (CARD, 1000))
         code, _, err = command(*tokens)
     assert code == 2
     assert "can be had on the card" in err

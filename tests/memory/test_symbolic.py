@@ -28,11 +28,11 @@ from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.quantization import quantize_linear
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.memory.optimizer_states import states_8bit
-from imagic_lora.memory.symbolic import Meter, Paper, Sized
-from imagic_lora.memory.symbolic_layers import Layers, Numbers
-from imagic_lora.memory.symbolic_vae import vae_forward
+from imagic_lora.memory.symbolic.layers import LayerOptions, Layers
+from imagic_lora.memory.symbolic.tape import Meter, SymbolicTensor, Tape
+from imagic_lora.memory.symbolic.unet import UNet
+from imagic_lora.memory.symbolic.vae import vae_forward
 from imagic_lora.memory.tracker import Tracker
-from imagic_lora.memory.unet import UNet
 
 BASES = ["sd15", "sd21", "sdxl", "critters", "tiny"]
 TARGETS = {
@@ -42,7 +42,7 @@ TARGETS = {
 }
 
 
-def held(paper: Paper) -> tuple[int, int]:
+def held(paper: Tape) -> tuple[int, int]:
     """Bytes now and at the most."""
     return paper.meter.now, paper.meter.peak
 
@@ -60,7 +60,7 @@ def test_touched_bytes_raise_the_peak_alone() -> None:
 
 def test_a_tensor_is_held_as_long_as_somebody_refers_to_it() -> None:
     """Input and output are there together: 10 + 20 of 4 bytes, then 20 + 5."""
-    paper = Paper(gradients_on=False)
+    paper = Tape(gradients_on=False)
     x = paper.tensor(10, 4)
     x = paper.op([x], 20, 4, kept=[x])
     x = paper.op([x], 5, 4, kept=[x])
@@ -71,7 +71,7 @@ def test_a_tensor_is_held_as_long_as_somebody_refers_to_it() -> None:
 
 def test_the_tape_keeps_what_the_backward_pass_needs() -> None:
     """40 + 80 + 60 forward; then the output's gradient of 60 and its input's of 80 at once; in the end the output alone."""
-    paper = Paper()
+    paper = Tape()
     x = paper.tensor(10, 4, needs_grad=True)
     x = paper.op([x], 20, 4, kept=[x])
     x = paper.op([x], 30, 2, kept=[x])
@@ -82,7 +82,7 @@ def test_the_tape_keeps_what_the_backward_pass_needs() -> None:
 
 def test_nothing_is_kept_where_nothing_needs_a_gradient() -> None:
     """Neither the input nor a weight is trained."""
-    paper = Paper()
+    paper = Tape()
     x = paper.tensor(10, 4)
     x = paper.op([x], 20, 4, kept=[x], keeps_output=True)
     x = paper.op([x], 5, 4, kept=[x])
@@ -91,7 +91,7 @@ def test_nothing_is_kept_where_nothing_needs_a_gradient() -> None:
 
 def test_an_output_may_be_kept() -> None:
     """The middle one, though its maker let it go."""
-    paper = Paper()
+    paper = Tape()
     x = paper.tensor(10, 1, needs_grad=True)
     x = paper.op([x], 20, 1, keeps_output=True)
     x = paper.op([x], 40, 1)
@@ -103,7 +103,7 @@ def test_an_output_may_be_kept() -> None:
 @pytest.mark.parametrize(("passes", "peak"), [(True, 40), (False, 60)])
 def test_a_sum_passes_its_gradient_on(passes: bool, peak: int) -> None:
     """No copy for either of its inputs; without that, two."""
-    paper = Paper()
+    paper = Tape()
     one, two = paper.tensor(10, 1, needs_grad=True), paper.tensor(10, 1, needs_grad=True)
     paper.backward(total := paper.op([one, two], 10, 1, passes=passes))
     assert paper.meter.peak == peak
@@ -113,7 +113,7 @@ def test_a_sum_passes_its_gradient_on(passes: bool, peak: int) -> None:
 
 def test_gradients_of_a_tensor_that_is_used_twice_are_added() -> None:
     """The second is there beside the first for a moment: two tensors, the gradient that comes back, and both."""
-    paper = Paper()
+    paper = Tape()
     x = paper.tensor(10, 1, needs_grad=True)
     total = paper.op([paper.op([x], 10, 1), paper.op([x], 10, 1)], 10, 1, passes=True)
     assert held(paper) == (20, 40)
@@ -123,7 +123,7 @@ def test_gradients_of_a_tensor_that_is_used_twice_are_added() -> None:
 
 def test_a_gradient_of_another_size_is_not_passed_on() -> None:
     """A concatenation gives each part its own."""
-    paper = Paper()
+    paper = Tape()
     one, two = paper.tensor(10, 1, needs_grad=True), paper.tensor(20, 1, needs_grad=True)
     paper.backward(paper.op([one, two], 30, 1, passes=True))
     assert held(paper) == (30, 30 + 30 + 30 + 30)
@@ -132,7 +132,7 @@ def test_a_gradient_of_another_size_is_not_passed_on() -> None:
 @pytest.mark.parametrize(("scratch", "peak"), [(0, 60), (15, 60), (200, 240)])
 def test_scratch_is_held_for_a_moment(scratch: int, peak: int) -> None:
     """On the way back, beside a tensor and its gradient of 20 each, before there is another gradient of 20."""
-    paper = Paper()
+    paper = Tape()
     x = paper.tensor(20, 1, needs_grad=True)
     x = paper.op([x], 20, 1, scratch=scratch)
     assert held(paper) == (20, 40)
@@ -145,7 +145,7 @@ def test_scratch_is_held_for_a_moment(scratch: int, peak: int) -> None:
 )
 def test_gradients_of_weights_are_held_or_freed(frees: bool, scratch: int, left: int, peak: int) -> None:
     """Three weights of 400 bytes: all at the end, or one at a time with what its step takes of 8 bytes an element."""
-    paper = Paper(frees_gradients=frees, step_scratch=scratch)
+    paper = Tape(frees_gradients=frees, step_scratch=scratch)
     x = paper.tensor(10, 4)
     for _ in range(3):
         x = paper.op([x], 10, 4, trained=[(100, 4)])
@@ -156,7 +156,7 @@ def test_gradients_of_weights_are_held_or_freed(frees: bool, scratch: int, left:
 
 def test_what_does_not_lead_to_the_loss_gets_no_gradient() -> None:
     """Its weight stays without one."""
-    paper = Paper()
+    paper = Tape()
     x = paper.tensor(10, 1)
     aside, loss = paper.op([x], 10, 1, trained=[(1000, 1)]), paper.op([x], 10, 1, trained=[(5, 1)])
     paper.backward(loss)
@@ -164,14 +164,14 @@ def test_what_does_not_lead_to_the_loss_gets_no_gradient() -> None:
     assert held(paper) == (5, 45)
 
 
-def block(paper: Paper, x: Sized) -> Sized:
+def block(paper: Tape, x: SymbolicTensor) -> SymbolicTensor:
     """Two operations that each keep their input."""
     return paper.op([h := paper.op([x], 10, 1, kept=[x])], 10, 1, kept=[h])
 
 
 def test_a_checkpointed_part_is_made_again() -> None:
     """Four parts: 9 tensors and 2 gradients at the peak, or 5 tensors, 2 that are made again (or one and its gradient) and a gradient."""
-    plain, spared = Paper(), Paper()
+    plain, spared = Tape(), Tape()
     x, y = plain.tensor(10, 1, needs_grad=True), spared.tensor(10, 1, needs_grad=True)
     for _ in range(4):
         x, y = block(plain, x), spared.checkpoint(partial(block, spared), y)
@@ -184,7 +184,7 @@ def test_a_checkpointed_part_is_made_again() -> None:
 
 def test_a_checkpoint_without_gradients_is_the_part_alone() -> None:
     """Nothing waits for a backward pass."""
-    paper = Paper(gradients_on=False)
+    paper = Tape(gradients_on=False)
     x = paper.checkpoint(partial(block, paper), paper.tensor(10, 1, needs_grad=True))
     assert held(paper) == (10, 30)
     del x
@@ -219,11 +219,11 @@ def torch_peak(sizes: list[int], rows: int, trained: bool, spared: bool) -> int:
 
 def paper_peak(sizes: list[int], rows: int, trained: bool, spared: bool) -> int:
     """The same with sizes alone."""
-    paper = Paper()
+    paper = Tape()
     start = x = paper.tensor(rows * sizes[0], 4, needs_grad=not trained)
     for a, b in pairwise(sizes):
 
-        def part(y: Sized, a: int = a, b: int = b) -> Sized:
+        def part(y: SymbolicTensor, a: int = a, b: int = b) -> SymbolicTensor:
             weight = [(a * b, 4)] if trained else []
             h = paper.op([y], rows * b, 4, [y] if trained else [], trained=weight)
             return paper.op([h], rows * b, 4, keeps_output=True)
@@ -250,7 +250,7 @@ def known(folder: Path) -> Callable[[str], Architecture]:
 
 def drawn(base: Architecture, checkpointing: bool = False, gradients: bool = False, **numbers: Any) -> Layers:
     """The U-Net, counted."""
-    layers = Layers(Paper(gradients_on=gradients), Numbers(**({"width": 4, "weights": 4} | numbers)))
+    layers = Layers(Tape(gradients_on=gradients), LayerOptions(**({"width": 4, "weights": 4} | numbers)))
     UNet(base.unet, layers, checkpointing).forward(64, 1, base.conditioning["tokens"][1], False)
     return replace(layers)
 
@@ -269,7 +269,7 @@ def parameters(module: nn.Module) -> int:
 def test_every_parameter_is_counted(known: Callable[[str], Architecture], name: str) -> None:
     """As many as diffusers and transformers make from the same configs."""
     base = known(name)
-    vae = Layers(Paper(gradients_on=False), Numbers(4, 4))
+    vae = Layers(Tape(gradients_on=False), LayerOptions(4, 4))
     for decode in (False, True):
         vae_forward(base.vae, vae, 64**2, 1, decode)
     assert drawn(base).parameters == parameters(on_meta(lambda: UNet2DConditionModel.from_config(base.unet)))
@@ -317,7 +317,7 @@ def test_checkpointing_counts_nothing_twice(known: Callable[[str], Architecture]
     plain, spared = (drawn(known("sd15"), on, gradients=True, trained=True) for on in (False, True))
     assert (plain.parameters, plain.bytes, plain.states) == (spared.parameters, spared.bytes, spared.states)
     assert plain.bytes == 4 * 859_520_964
-    assert spared.paper.meter.peak < 0.4 * plain.paper.meter.peak
+    assert spared.tape.meter.peak < 0.4 * plain.tape.meter.peak
 
 
 @pytest.mark.parametrize("width", [2, 4])
@@ -346,8 +346,8 @@ def test_4bit_weights_are_bitsandbytes_own(inside: int, outside: int) -> None:
     layer: Any = model[0]
     packed = getattr(layer.weight, "quant_state", None)
     assert (packed is None) == (inside == 40)
-    layers = Layers(Paper(gradients_on=False), Numbers(2, 2, four_bit=True))
-    layers.linear(layers.paper.tensor(inside, 2), inside, outside)
+    layers = Layers(Tape(gradients_on=False), LayerOptions(2, 2, four_bit=True))
+    layers.linear(layers.tape.tensor(inside, 2), inside, outside)
     assert layers.bytes == layer.weight.nbytes + layer.bias.nbytes + (packed.absmax.nbytes if packed else 0)
     assert layers.parameters == inside * outside + outside
 
@@ -356,7 +356,7 @@ def test_an_unknown_block_is_refused(known: Callable[[str], Architecture]) -> No
     """With the kinds that are drawn, and the way round."""
     config = known("sd15").unet | {"down_block_types": ["AttnDownBlock2D", *["DownBlock2D"] * 3]}
     with pytest.raises(ImagicError, match=r"AttnDownBlock2D.*CrossAttnDownBlock2D.*unplanned"):
-        UNet(config, Layers(Paper(), Numbers(4, 4)), False)
+        UNet(config, Layers(Tape(), LayerOptions(4, 4)), False)
 
 
 def test_a_real_base_has_these_weights(folder: Path) -> None:

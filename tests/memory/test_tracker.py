@@ -26,8 +26,7 @@ from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.base import Base
 from imagic_lora.core.config import MemoryConfig, Mode, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.processes import Processes
-from imagic_lora.core.runtime import resolve_runtime
+from imagic_lora.core.runtime import Processes, resolve_runtime
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.objective import denoising_loss
 from imagic_lora.training.optimizers import build_optimizer
@@ -74,12 +73,12 @@ class Step:
 def measured(folder: Path, mode: Mode = "full", side: int = 2, batch: int = 1, helpers: bool = False, **memory) -> Step:
     """The second step of a tuning stage, counted; latents of 2 x 2 leave next to nothing but weights, gradients and states."""
     base = opened(folder, mode, **memory)
-    text = base.encode_text("a cat")
+    text = base.encode_prompt("a cat")
     config = TuneConfig.model_validate({"mode": mode, "steps": 5, "batch_size": batch} | LORA[mode])
     tracker = Tracker()
     if helpers:
         adopt_helpers(tracker, base)
-    base.rest()
+    base.offload_encoders()
     with unfrozen(base, restore=False) if mode == "full" else attached(base, config, 0) as parameters:
         held = [*base.denoiser.parameters(), *scales(base.denoiser)]
         tracker.adopt(held)
@@ -255,7 +254,7 @@ def saved_for_backward(folder: Path, side: int, batch: int, **memory) -> tuple[i
             module.register_forward_hook(leave)
     times = torch.linspace(0, 0.9, batch, dtype=torch.float64)
     with unfrozen(base, restore=False) as parameters, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = denoising_loss(base, noised_latents(side, 1), base.encode_text("a cat"), noised_latents(side, batch), times)
+        loss = denoising_loss(base, noised_latents(side, 1), base.encode_prompt("a cat"), noised_latents(side, batch), times)
         assert loss.requires_grad
         own = {weight.untyped_storage().data_ptr() for weight in parameters.values()}
     sizes = [sum(nbytes for place, nbytes in one.items() if place not in own) for one in (everything, *blocks)]
@@ -311,7 +310,7 @@ def test_autocast_without_its_cache_saves_a_copy_of_the_denoiser(folder: Path) -
     found = {}
     for on in (False, True):
         base = opened(folder, "full", dtype="bf16", autocast_cache=on)
-        text, latents = base.encode_text("a cat"), noised_latents(2, 1)
+        text, latents = base.encode_prompt("a cat"), noised_latents(2, 1)
         with unfrozen(base, restore=False), torch.no_grad():
             found[on] = peak_of(lambda base=base, latents=latents, text=text: base.predict(latents, torch.tensor([5]), text))
             layers = [layer for layer in base.denoiser.modules() if isinstance(layer, Linear | Conv2d)]
@@ -354,12 +353,12 @@ def test_what_is_released_is_gone(folder: Path) -> None:
     tracker.adopt(base.denoiser.parameters())
     gc.disable()
     try:
-        base.rest()
+        base.offload_encoders()
         gone = [one() is None for one in modules], tracker.now
     finally:
         gc.enable()
     assert gone == ([True, True], size(base.denoiser.parameters()))
-    base.rest()  # a second time there is nothing to do
+    base.offload_encoders()  # a second time there is nothing to do
 
 
 def test_idle_helpers_take_no_part_in_the_peak(folder: Path) -> None:
@@ -374,7 +373,7 @@ def everything(base: Base) -> dict[str, Tensor]:
     """All that a base answers."""
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(4)) * 2 - 1
     return {
-        "text": base.encode_text("a dog").tokens,
+        "text": base.encode_prompt("a dog").tokens,
         "latents": base.encode_image(pixels),
         "picture": base.decode(noised_latents(8, 2)),
         "denoiser": output(base),
@@ -387,7 +386,7 @@ def test_what_comes_back_is_what_was_released(folder: Path) -> None:
     base = opened(folder, idle="release")
     before = {name: weights(helper_of(base, name)) for name in ("vae", "text_encoder")}
     for _ in range(2):
-        base.rest()
+        base.offload_encoders()
         assert same(everything(base), expected)
     for name, state in before.items():
         module = helper_of(base, name)
@@ -400,14 +399,14 @@ def test_helpers_that_are_kept_stay(folder: Path) -> None:
     """The same modules after a rest."""
     base = opened(folder)
     before = [helper_of(base, name) for name in ("vae", "text_encoder")]
-    base.rest()
+    base.offload_encoders()
     assert all(helper_of(base, name) is module for name, module in zip(("vae", "text_encoder"), before, strict=True))
 
 
 def test_a_released_vae_comes_back_with_its_levers(folder: Path) -> None:
     """Tiling and slicing are asked for again."""
     base = opened(folder, idle="release", vae_tiling=True, vae_slicing=True)
-    base.rest()
+    base.offload_encoders()
     vae = helper_of(base, "vae")
     assert vae.use_tiling
     assert vae.use_slicing
@@ -429,7 +428,7 @@ def test_offloading_moves_the_helpers_and_brings_the_denoiser(folder: Path, monk
     for name, module in {"vae": vae, "text_encoder": text_encoder, "denoiser": base.denoiser}.items():
         own = module.to
         monkeypatch.setattr(module, "to", lambda where, name=name, own=own: (moves.append((name, str(where))), own(where))[1])
-    base.rest()
+    base.offload_encoders()
     assert moves == [("vae", "cpu"), ("text_encoder", "cpu"), ("denoiser", "meta")]
     picture = base.decode(noised_latents(8, 1))
     assert moves[3:] == [("vae", "meta")]

@@ -23,7 +23,7 @@ from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EditConfig, Mode
 from imagic_lora.methods.bounds import Bounds
 from imagic_lora.methods.imagic import Imagic
-from imagic_lora.methods.method import Made, Method, Price, Studio, Task, metered
+from imagic_lora.methods.method import Context, Cost, EditRequest, EditResult, Method, metered
 from imagic_lora.methods.untuned import Untuned, prompt_only, sdedit
 from imagic_lora.photos.canvas import to_canvas
 from imagic_lora.photos.reading import read_photo
@@ -47,8 +47,8 @@ class Picky:
         return self.choice
 
 
-def studio_of(base: Base, clip: Any = None) -> Studio:
-    return Studio(base, (clip or Picky()).best)
+def studio_of(base: Base, clip: Any = None) -> Context:
+    return Context(base, (clip or Picky()).best)
 
 
 @pytest.fixture
@@ -57,24 +57,24 @@ def base(folder: Path) -> Base:
 
 
 @pytest.fixture(scope="module")
-def task(photo_file: Path) -> Task:
+def request(photo_file: Path) -> EditRequest:
     """The photo is 50 x 37; the true edit has the size of the base."""
     photo = read_photo(photo_file).image
     truth = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    return Task(photo, PROMPT, SEED, Image.fromarray(truth))
+    return EditRequest(photo, PROMPT, SEED, Image.fromarray(truth))
 
 
-def run(method: Method, base: Base, task: Task, clip: Any = None) -> list[Made]:
-    return list(method.pictures(studio_of(base, clip), task))
+def run(method: Method, base: Base, request: EditRequest, clip: Any = None) -> list[EditResult]:
+    return list(method.pictures(studio_of(base, clip), request))
 
 
-def counts(price: Price) -> tuple[int, int]:
-    return price.forward, price.backward
+def counts(cost: Cost) -> tuple[int, int]:
+    return cost.forward, cost.backward
 
 
 def asked(base: Base, samples: int) -> None:
     """One pass of the denoiser."""
-    base.predict(torch.zeros(samples, 4, 8, 8), torch.zeros(samples, dtype=torch.long), base.encode_text(PROMPT))
+    base.predict(torch.zeros(samples, 4, 8, 8), torch.zeros(samples, dtype=torch.long), base.encode_prompt(PROMPT))
 
 
 # the meter
@@ -83,17 +83,17 @@ def asked(base: Base, samples: int) -> None:
 def test_a_meter_counts_samples_forward_and_backward(base: Base) -> None:
     """Three samples at once are three passes; they count as backward only where gradients are on."""
     with metered(base) as meter:
-        assert counts(meter.price()) == (0, 0)
+        assert counts(meter.cost()) == (0, 0)
         with torch.no_grad():
             asked(base, 3)
-        assert counts(meter.price()) == (3, 0)
+        assert counts(meter.cost()) == (3, 0)
         with torch.inference_mode():
             asked(base, 1)
-        assert counts(meter.price()) == (4, 0)
+        assert counts(meter.cost()) == (4, 0)
         with torch.enable_grad():
             asked(base, 2)
-        assert counts(meter.price()) == (6, 2)
-        assert meter.price(9).adapter == 9
+        assert counts(meter.cost()) == (6, 2)
+        assert meter.cost(9).adapter == 9
 
 
 def test_a_meter_stops_at_its_end(base: Base) -> None:
@@ -103,7 +103,7 @@ def test_a_meter_stops_at_its_end(base: Base) -> None:
     with metered(base) as meter:
         asked(base, 2)
     asked(base, 4)
-    assert counts(meter.price()) == (2, 2)
+    assert counts(meter.cost()) == (2, 2)
     assert dict(base.denoiser._forward_hooks) == before
     with pytest.raises(KeyError), metered(base):
         raise KeyError
@@ -118,7 +118,7 @@ def test_meters_may_be_nested(base: Base) -> None:
         with metered(base) as inner:
             asked(base, 2)
         asked(base, 4)
-    assert (counts(outer.price()), counts(inner.price())) == ((7, 0), (2, 0))
+    assert (counts(outer.cost()), counts(inner.cost())) == ((7, 0), (2, 0))
     assert dict(base.denoiser._forward_hooks) == before
 
 
@@ -127,74 +127,74 @@ def test_a_meter_tells_the_time(base: Base, monkeypatch: pytest.MonkeyPatch) -> 
     now = iter([100.0, 101.5, 104.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
     with metered(base) as meter:
-        assert [meter.price().seconds, meter.price().seconds] == [1.5, 4.0]
+        assert [meter.cost().seconds, meter.cost().seconds] == [1.5, 4.0]
 
 
 def test_prices_add_up() -> None:
     """Each part with its own kind."""
-    assert Price(1, 2, 3.5, 4) + Price(10, 20, 30.0, 40) == Price(11, 22, 33.5, 44)
-    assert Price() + Price(1, 2, 3.0, 4) == Price(1, 2, 3.0, 4)
+    assert Cost(1, 2, 3.5, 4) + Cost(10, 20, 30.0, 40) == Cost(11, 22, 33.5, 44)
+    assert Cost() + Cost(1, 2, 3.0, 4) == Cost(1, 2, 3.0, 4)
 
 
 # the bounds
 
 
-def test_bounds_are_the_photo_and_the_true_edit_through_the_vae(folder: Path, base: Base, task: Task) -> None:
+def test_bounds_are_the_photo_and_the_true_edit_through_the_vae(folder: Path, base: Base, request: EditRequest) -> None:
     """The copy is the photo bit for bit; the oracle is what diffusers' own VAE gives back of the true edit; both are free."""
-    copy, oracle = run(Bounds(), base, task)
+    copy, oracle = run(Bounds(), base, request)
     assert ((copy.row, oracle.row), Bounds().rows) == (("copy", "oracle"), ("copy", "oracle"))
-    assert np.array_equal(array(copy.image), array(task.photo))
+    assert np.array_equal(array(copy.image), array(request.photo))
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     with torch.no_grad():
-        clean = torch.tensor(array(task.truth)).permute(2, 0, 1)[None] / 127.5 - 1
+        clean = torch.tensor(array(request.truth)).permute(2, 0, 1)[None] / 127.5 - 1
         back = vae.decode(vae.encode(clean).latent_dist.mode()).sample.clamp(-1, 1)
     expected = ((back[0].permute(1, 2, 0) + 1) * 127.5).numpy()
     assert np.abs(array(oracle.image) - expected).max() <= 1
-    assert np.abs(array(oracle.image) - array(task.photo.resize((32, 32)))).max() > 1
-    assert copy.price == oracle.price == Price()
+    assert np.abs(array(oracle.image) - array(request.photo.resize((32, 32)))).max() > 1
+    assert copy.cost == oracle.cost == Cost()
 
 
 # without a fit
 
 
-def alone(base: Base, task: Task, config: EditConfig, seed: int = SEED) -> np.ndarray:
+def alone(base: Base, request: EditRequest, config: EditConfig, seed: int = SEED) -> np.ndarray:
     """What generate() gives for the sentence by itself."""
-    canvas, text = to_canvas(task.photo, 32, 8), base.encode_text(task.text)
+    canvas, text = to_canvas(request.photo, 32, 8), base.encode_prompt(request.text)
     (image,) = generate(base, [text], [seed], config, canvas, base.null(), [text])
     return array(image)
 
 
-def test_prompt_only_is_the_sentence_from_noise(folder: Path, base: Base, task: Task) -> None:
+def test_prompt_only_is_the_sentence_from_noise(folder: Path, base: Base, request: EditRequest) -> None:
     """Whatever start the settings name; two evaluations a step with guidance and one without, none backward."""
     for guidance, evaluations in ((3.0, 10), (1.0, 5)):
         config = CONFIG.model_copy(update={"guidance_scale": guidance, "start": "image"})
-        (made,) = run(prompt_only(config), base, task)
-        expected = alone(opened(folder), task, config.model_copy(update={"start": "noise"}))
+        (made,) = run(prompt_only(config), base, request)
+        expected = alone(opened(folder), request, config.model_copy(update={"start": "noise"}))
         assert np.array_equal(array(made.image), expected)
-        assert (made.row, counts(made.price), made.price.adapter) == ("prompt-only", (evaluations, 0), 0)
-        assert made.price.seconds > 0
+        assert (made.row, counts(made.cost), made.cost.adapter) == ("prompt-only", (evaluations, 0), 0)
+        assert made.cost.seconds > 0
 
 
-def test_prompt_only_depends_on_the_seed_and_not_on_the_photo(base: Base, task: Task) -> None:
+def test_prompt_only_depends_on_the_seed_and_not_on_the_photo(base: Base, request: EditRequest) -> None:
     """Another seed is another picture; another photo of the same size is not."""
-    black = Image.new("RGB", task.photo.size)
+    black = Image.new("RGB", request.photo.size)
     method = prompt_only(CONFIG)
-    (first,), (other,) = run(method, base, task), run(method, base, Task(task.photo, task.text, SEED + 1, task.truth))
-    (blind,) = run(method, base, Task(black, task.text, SEED, black))
+    (first,), (other,) = run(method, base, request), run(method, base, EditRequest(request.photo, request.text, SEED + 1, request.truth))
+    (blind,) = run(method, base, EditRequest(black, request.text, SEED, black))
     assert not np.array_equal(array(first.image), array(other.image))
     assert np.array_equal(array(first.image), array(blind.image))
 
 
-def test_sdedit_starts_from_the_photo_by_each_strength(folder: Path, base: Base, task: Task) -> None:
+def test_sdedit_starts_from_the_photo_by_each_strength(folder: Path, base: Base, request: EditRequest) -> None:
     """A row for each: the picture of generate() from the image, at strength times steps, twice with guidance."""
     method = sdedit(CONFIG, (0.4, 0.65, 1.0))
-    made = run(method, base, task)
+    made = run(method, base, request)
     assert method.rows == tuple(one.row for one in made) == ("sdedit-0.4", "sdedit-0.65", "sdedit-1")
     for one, strength, steps in zip(made, (0.4, 0.65, 1.0), (2, 3, 5), strict=True):
         config = CONFIG.model_copy(update={"start": "image", "strength": strength})
-        assert np.array_equal(array(one.image), alone(opened(folder), task, config))
-        assert (counts(one.price), one.price.adapter) == ((2 * steps, 0), 0)
-        assert one.image.size == task.photo.size
+        assert np.array_equal(array(one.image), alone(opened(folder), request, config))
+        assert (counts(one.cost), one.cost.adapter) == ((2 * steps, 0), 0)
+        assert one.image.size == request.photo.size
     assert not np.array_equal(array(made[0].image), array(made[2].image))
 
 
@@ -206,10 +206,10 @@ def test_settings_of_an_untuned_method_are_all_that_it_depends_on() -> None:
 
 
 @pytest.mark.parametrize("method", [Bounds(), prompt_only(CONFIG), sdedit(CONFIG, (0.8,))], ids=lambda method: method.name)
-def test_what_needs_no_fit_leaves_the_base_alone(base: Base, task: Task, method: Method) -> None:
+def test_what_needs_no_fit_leaves_the_base_alone(base: Base, request: EditRequest, method: Method) -> None:
     """Bit-equal weights and no hook."""
     before = weights(base.denoiser)
-    run(method, base, task)
+    run(method, base, request)
     assert same(weights(base.denoiser), before)
     assert not base.denoiser._forward_hooks
 
@@ -217,18 +217,18 @@ def test_what_needs_no_fit_leaves_the_base_alone(base: Base, task: Task, method:
 # Imagic
 
 
-Fitting = Callable[..., tuple[list[Made], Picky, Base]]
+Fitting = Callable[..., tuple[list[EditResult], Picky, Base]]
 
 
 @pytest.fixture(scope="module")
-def fitting(folder: Path, task: Task) -> Fitting:
+def fitting(folder: Path, request: EditRequest) -> Fitting:
     """The rows of Imagic in a mode, what it chose from, and its base; each made once."""
-    known: dict[str, tuple[list[Made], Picky, Base]] = {}
+    known: dict[str, tuple[list[EditResult], Picky, Base]] = {}
 
-    def make(mode: Mode) -> tuple[list[Made], Picky, Base]:
+    def make(mode: Mode) -> tuple[list[EditResult], Picky, Base]:
         if mode not in known:
             base, clip = opened(folder, mode), Picky()
-            known[mode] = (run(Imagic("ours", tiny_config(folder, mode), embedding=True), base, task, clip), clip, base)
+            known[mode] = (run(Imagic("ours", tiny_config(folder, mode), embedding=True), base, request, clip), clip, base)
         return known[mode]
 
     return make
@@ -252,10 +252,10 @@ def test_imagic_yields_its_rows_in_order(fitting: Fitting, folder: Path, mode: M
     assert {one.image.size for one in made} == {(50, 37)}
 
 
-def test_without_embedding_there_are_two_rows(base: Base, folder: Path, task: Task) -> None:
+def test_without_embedding_there_are_two_rows(base: Base, folder: Path, request: EditRequest) -> None:
     """Those that are declared."""
     method = Imagic("ours", tiny_config(folder))
-    assert tuple(one.row for one in run(method, base, task)) == method.rows == ("ours", "ours-best")
+    assert tuple(one.row for one in run(method, base, request)) == method.rows == ("ours", "ours-best")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -278,24 +278,24 @@ def test_imagic_is_a_fit_and_its_edits(fitting: Fitting, folder: Path, photo_fil
 
 
 @pytest.mark.parametrize("eta", [0.1, 1.9])
-def test_the_etas_of_the_best_stay_in_range(base: Base, folder: Path, task: Task, eta: float) -> None:
+def test_the_etas_of_the_best_stay_in_range(base: Base, folder: Path, request: EditRequest, eta: float) -> None:
     """Near either end of what an edit takes."""
-    assert [one.row for one in run(Imagic("ours", tiny_config(folder, eta=eta)), base, task)] == ["ours", "ours-best"]
+    assert [one.row for one in run(Imagic("ours", tiny_config(folder, eta=eta)), base, request)] == ["ours", "ours-best"]
 
 
-def test_imagic_can_start_from_inverted_noise(base: Base, folder: Path, task: Task) -> None:
+def test_imagic_can_start_from_inverted_noise(base: Base, folder: Path, request: EditRequest) -> None:
     """The inversion is paid for: a pass a step more than from noise."""
     noise, inverted = (
-        run(Imagic("ours", tiny_config(folder, edit={"start": start})), base, task)[0].price for start in ("noise", "inverted")
+        run(Imagic("ours", tiny_config(folder, edit={"start": start})), base, request)[0].cost for start in ("noise", "inverted")
     )
     assert inverted.forward - noise.forward == tiny_config(folder).edit.steps
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_method_that_is_left_early_leaves_the_base(base: Base, folder: Path, task: Task, mode: Mode) -> None:
+def test_a_method_that_is_left_early_leaves_the_base(base: Base, folder: Path, request: EditRequest, mode: Mode) -> None:
     """Bit-equal to before, after its first picture."""
     before = weights(base.denoiser)
-    pictures = Imagic("ours", tiny_config(folder, mode)).pictures(studio_of(base), task)
+    pictures = Imagic("ours", tiny_config(folder, mode)).pictures(studio_of(base), request)
     next(pictures)
     pictures.close()
     assert same(weights(base.denoiser), before)
@@ -317,7 +317,7 @@ def test_imagic_pays_for_training_and_sampling_and_not_for_the_preview(fitting: 
     """Steps times batch, forward and backward, in each stage that it needed; then two a step and picture with guidance."""
     made, _, _ = fitting(mode)
     embed, tune, sample = 3 * 2, 4 * 2, 2 * 2
-    one, best, alone = (counts(each.price) for each in made)
+    one, best, alone = (counts(each.cost) for each in made)
     assert one == (embed + tune + sample, embed + tune)
     assert best == (embed + tune + 8 * sample, embed + tune)
     assert alone == (embed + sample, embed)
@@ -326,7 +326,7 @@ def test_imagic_pays_for_training_and_sampling_and_not_for_the_preview(fitting: 
 
 def test_time_grows_with_the_work(fitting: Fitting) -> None:
     """The embedding alone takes less than the whole method; all take some."""
-    one, best, alone = (each.price.seconds for each in fitting("lora")[0])
+    one, best, alone = (each.cost.seconds for each in fitting("lora")[0])
     assert 0 < alone < one
     assert best > 0
 
@@ -341,7 +341,7 @@ def test_imagic_leaves_the_base_bit_equal(fitting: Fitting, folder: Path, mode: 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_imagic_reports_the_bytes_that_are_kept(folder: Path, task: Task, monkeypatch: pytest.MonkeyPatch, mode: Mode) -> None:
+def test_imagic_reports_the_bytes_that_are_kept(folder: Path, request: EditRequest, monkeypatch: pytest.MonkeyPatch, mode: Mode) -> None:
     """Those of weights and embeddings in the adapter's folder, while it is there; nothing of it is left afterwards; the embedding alone
     keeps no adapter."""
     stores: list[Path] = []
@@ -351,38 +351,38 @@ def test_imagic_reports_the_bytes_that_are_kept(folder: Path, task: Task, monkey
         return fit(photo, text, config, store, name, **more)
 
     monkeypatch.setattr(imagic, "fit", spied)
-    rows = Imagic("ours", tiny_config(folder, mode), embedding=True).pictures(studio_of(opened(folder, mode)), task)
+    rows = Imagic("ours", tiny_config(folder, mode), embedding=True).pictures(studio_of(opened(folder, mode)), request)
     one = next(rows)
     (store,) = stores
     kept = sum(path.stat().st_size for path in store.rglob("*.safetensors"))
-    assert kept <= one.price.adapter <= kept + (5000 if mode == "full" else 0)  # full keeps the shape of the network as well
+    assert kept <= one.cost.adapter <= kept + (5000 if mode == "full" else 0)  # full keeps the shape of the network as well
     best, alone = rows
-    assert (best.price.adapter, alone.price.adapter) == (one.price.adapter, 0)
+    assert (best.cost.adapter, alone.cost.adapter) == (one.cost.adapter, 0)
     assert not store.exists()
 
 
-def test_the_seed_of_the_task_is_that_of_the_fit(folder: Path, photo_file: Path, task: Task, tmp_path: Path) -> None:
+def test_the_seed_of_the_task_is_that_of_the_fit(folder: Path, photo_file: Path, request: EditRequest, tmp_path: Path) -> None:
     """Not that of the settings: the picture is that of a fit at the task's seed, and another task's is another."""
     method = Imagic("ours", tiny_config(folder, seed=99))
-    made = run(method, opened(folder), Task(task.photo, task.text, 4, task.truth))[0]
+    made = run(method, opened(folder), EditRequest(request.photo, request.text, 4, request.truth))[0]
     adapter, editor = apart(folder, "lora", photo_file, tmp_path, seed=4)
     (expected,) = editor.edit(adapter, [0.7], [4], tiny_config(folder).edit)
     assert np.array_equal(array(made.image), array(expected.image))
-    assert not np.array_equal(array(made.image), array(run(method, opened(folder), task)[0].image))
+    assert not np.array_equal(array(made.image), array(run(method, opened(folder), request)[0].image))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_method_that_is_stopped_leaves_the_base_bit_equal(folder: Path, task: Task, mode: Mode) -> None:
+def test_a_method_that_is_stopped_leaves_the_base_bit_equal(folder: Path, request: EditRequest, mode: Mode) -> None:
     """After its first picture was taken, and after CLIP has failed."""
     base = opened(folder, mode)
     before = weights(base.denoiser)
-    rows: Any = Imagic("ours", tiny_config(folder, mode)).pictures(studio_of(base), task)
+    rows: Any = Imagic("ours", tiny_config(folder, mode)).pictures(studio_of(base), request)
     next(rows)
     rows.close()
     del rows
     assert same(weights(base.denoiser), before)
     with pytest.raises(IndexError):
-        run(Imagic("ours", tiny_config(folder, mode)), base, task, Picky(choice=8))
+        run(Imagic("ours", tiny_config(folder, mode)), base, request, Picky(choice=8))
     assert same(weights(base.denoiser), before)
     assert not base.denoiser._forward_hooks
 

@@ -37,7 +37,7 @@ from imagic_lora.photos.canvas import to_image
 from imagic_lora.sampling import editor as module
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.generate import generate
-from imagic_lora.sampling.inversion import inverted, traced
+from imagic_lora.sampling.inversion import invert, record_noise
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.rehearsal import random_base
 
@@ -180,7 +180,7 @@ def test_the_inverted_noise_is_ddim_backwards(folders: dict[str, Path], fitted: 
     base, adapter = opened(folders[kind]), fitted("lora", 0, kind)
     canvas, source = read_canvas(adapter), read_embeddings(adapter)["optimised"]
     clean = base.encode_image(canvas.pixels)
-    (found,) = inverted(base, canvas, clean, EditConfig(steps=10), source)
+    (found,) = invert(base, canvas, clean, EditConfig(steps=10), source)
     torch.testing.assert_close(found.double(), inverted_by_hand(base, clean, source, 10), rtol=1e-3, atol=1e-3)
 
 
@@ -213,7 +213,7 @@ def test_the_traced_noise_is_what_the_steps_lack(folders: dict[str, Path], fitte
     canvas, source = read_canvas(adapter), read_embeddings(adapter)["optimised"]
     clean = base.encode_image(canvas.pixels)
     expected = traced_by_hand(base, clean, source, 10, ddim_eta, 3)
-    found = traced(base, canvas, clean, EditConfig(steps=10, ddim_eta=ddim_eta), source, 3)
+    found = record_noise(base, canvas, clean, EditConfig(steps=10, ddim_eta=ddim_eta), source, 3)
     torch.testing.assert_close(torch.stack(found).double(), torch.stack(expected), rtol=1e-3, atol=1e-3)
 
 
@@ -279,7 +279,7 @@ def test_another_prompt_takes_the_place_of_the_target(folder: Path, fitted: Fitt
     base, adapter = opened(folder), fitted("lora")
     stored, editor = read_embeddings(adapter), Editor(base)
     edited = pictures(editor, adapter, prompt="a dog")[0]
-    mixed = Conditioning(0.6 * base.encode_text("a dog").tokens + (1 - 0.6) * stored["optimised"].tokens)
+    mixed = Conditioning(0.6 * base.encode_prompt("a dog").tokens + (1 - 0.6) * stored["optimised"].tokens)
     expected = next(generate(base, [mixed], [5], CONFIG, read_canvas(adapter), stored["null"], [stored["optimised"]]))
     assert np.array_equal(edited, array(expected))
     assert not np.array_equal(edited, pictures(editor, adapter)[0])
@@ -432,17 +432,17 @@ def test_a_swap_does_not_touch_the_disk(folder: Path, fitted: Fitted, narrow: Fi
 
 def test_those_used_last_are_kept(folder: Path, fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two places, the third adapter takes that of the one not used for longest; 8 is how many there are."""
-    assert module.HELD == 8
-    monkeypatch.setattr(module, "HELD", 2)
+    assert module.CACHED == 8
+    monkeypatch.setattr(module, "CACHED", 2)
     a, b, c = (copied(fitted("lora", seed), tmp_path, name) for name, seed in (("a", 0), ("b", 1), ("c", 0)))
     editor = Editor(opened(folder))
     for adapter in (a, b, a, c):
-        editor.wear(adapter)
+        editor.load(adapter)
     shutil.rmtree(tmp_path)
     for adapter in (a, c, a):
-        editor.wear(adapter)
+        editor.load(adapter)
     with pytest.raises(ImagicError, match=r"source\.png|embeddings\.safetensors"):
-        editor.wear(b)
+        editor.load(b)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -469,17 +469,17 @@ def test_an_adapter_that_was_written_anew_is_read_anew(folder: Path, fitted: Fit
 def test_full_adapters_share_one_copy_of_the_base(folder: Path, fitted: Fitted) -> None:
     """Made once, whatever is worn between them, until the editor is closed."""
     editor = Editor(opened(folder))
-    assert editor._own is None
+    assert editor._base_weights is None
     before = weights(editor.base.denoiser)
-    editor.wear(fitted("full"))
-    own = editor._own
+    editor.load(fitted("full"))
+    own = editor._base_weights
     assert own is not None
     for adapter in (fitted("full", 1), fitted("lora"), fitted("full")):
-        editor.wear(adapter)
-        assert editor._own is own
+        editor.load(adapter)
+        assert editor._base_weights is own
     assert same(own, before)
     editor.close()
-    assert editor._own is None
+    assert editor._base_weights is None
 
 
 @pytest.mark.parametrize(("mode", "writes"), [("lora", "to"), ("full", "copy_")])
@@ -489,7 +489,7 @@ def test_a_swap_that_fails_half_way_leaves_the_base(
     """Bit-equal to before any adapter, and the editor can go on."""
     editor, adapter, write, count = Editor(opened(folder)), fitted(mode, 1), getattr(Tensor, writes), 0
     before, expected = weights(editor.base.denoiser), pictures(editor, adapter)
-    editor.wear(fitted("lora"))
+    editor.load(fitted("lora"))
 
     def failing(*args, **kwargs) -> Tensor:
         nonlocal count
@@ -500,7 +500,7 @@ def test_a_swap_that_fails_half_way_leaves_the_base(
 
     monkeypatch.setattr(Tensor, writes, failing)
     with pytest.raises(KeyboardInterrupt):
-        editor.wear(adapter)
+        editor.load(adapter)
     monkeypatch.undo()
     assert count >= 9
     assert same(weights(editor.base.denoiser), before)
@@ -512,10 +512,10 @@ def test_an_adapter_that_is_refused_leaves_the_one_before(folder: Path, fitted: 
     editor, broken = Editor(opened(folder)), copied(fitted("lora", 1), tmp_path, "broken")
     (broken.folder / "pytorch_lora_weights.safetensors").unlink()
     before = weights(editor.base.denoiser)
-    editor.wear(fitted("lora"))
+    editor.load(fitted("lora"))
     worn = output(editor.base)
     with pytest.raises(ImagicError, match="not a whole safetensors file"):
-        editor.wear(broken)
+        editor.load(broken)
     assert torch.equal(output(editor.base), worn)
     editor.close()
     assert same(weights(editor.base.denoiser), before)
@@ -532,11 +532,11 @@ def test_swaps_are_fast_and_memory_does_not_grow() -> None:
     store, editor = Store(EXAMPLES), Editor(opened(Path("critters")))
     adapters, before = [store.read(name) for name in ("rex-jumps", "mia-wears-a-hat")], weights(editor.base.denoiser)
     for adapter in adapters:
-        editor.wear(adapter)
+        editor.load(adapter)
     found, memory, seconds = counted(editor.base), psutil.Process().memory_info().rss, []
     for k in range(200):
         start = time.perf_counter()
-        editor.wear(adapters[k % 2])
+        editor.load(adapters[k % 2])
         seconds.append(time.perf_counter() - start)
     assert statistics.median(seconds) <= 0.02
     assert counted(editor.base) == found
@@ -560,11 +560,11 @@ def test_memory_does_not_grow_when_layers_are_replaced(
     folder: Path, fitted: Fitted, narrow: Fitted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor with adapters that come from the disk each time, of other layers, or of all weights."""
-    monkeypatch.setattr(module, "HELD", 2)
+    monkeypatch.setattr(module, "CACHED", 2)
     several = fitted("lora"), narrow("grow", targets="attention"), fitted("full"), fitted("lora", 1), fitted("full", 1)
     editor, found = Editor(opened(folder)), []
     for _ in range(4):
         for adapter in several:
-            editor.wear(adapter)
+            editor.load(adapter)
         found.append(counted(editor.base))
     assert len(set(found)) == 1

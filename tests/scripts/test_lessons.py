@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from imagic_lora.bases.loading.known import CRITTERS
 from imagic_lora.critters import ATTRIBUTES, longest_caption, scene_at
-from imagic_lora.sampling.inversion import Retracing, Tracing
+from imagic_lora.sampling.inversion import NoiseRecorder, NoiseReplayer
 
 HEADS = range(0, 40 * GROUP, GROUP)
 
@@ -102,8 +102,8 @@ def test_an_edit_goes_as_far_as_the_way_says() -> None:
     scheduler: Any = DDIMScheduler.from_pretrained(CRITTERS, subfolder="scheduler")
     timesteps, share = gone(scheduler)
     photo, apart = torch.randn(2, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
-    along: Any = Tracing.from_config(scheduler.config)
-    back: Any = Retracing.from_config(scheduler.config)
+    along: Any = NoiseRecorder.from_config(scheduler.config)
+    back: Any = NoiseReplayer.from_config(scheduler.config)
     for path in (along, back):
         path.set_timesteps(WAY_STEPS)
         assert torch.equal(path.timesteps, timesteps)

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
-from imagic_lora.bases.loading.registry import architecture_of, open_base
+from imagic_lora.bases.loading.registry import architecture_of, load_base
 from imagic_lora.core.config import MemoryConfig, RunConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
@@ -138,10 +138,10 @@ def _planned(base: Path) -> None:
 
 def _opened(base: Path) -> None:
     """Opened and used once, since what opens has to work."""
-    opened = open_base(str(base), resolve_runtime(MemoryConfig(device="cpu", dtype="fp32")))
+    opened = load_base(str(base), resolve_runtime(MemoryConfig(device="cpu", dtype="fp32")))
     clean, times = torch.zeros(1, 4, 8, 8), opened.timesteps(torch.tensor([0.999]))
     with torch.no_grad():
-        opened.predict(opened.noised(clean, clean, times), times, opened.encode_text("a cat"))
+        opened.predict(opened.noised(clean, clean, times), times, opened.encode_prompt("a cat"))
         opened.decode(opened.encode_image(torch.zeros(1, 3, 16, 16)))
     opened.pipeline("text2image")
 

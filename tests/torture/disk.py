@@ -89,15 +89,15 @@ def cramped(folder: Path, fault: Fault, work: Callable[[], Any], look: Callable[
     return "", look()
 
 
-def of_a_shelf(shelf: Shelf, fault: Fault, folder: Path) -> None:
+def of_a_shelf(adapters: Shelf, fault: Fault, folder: Path) -> None:
     """Something is to be written over what is there."""
     folder.mkdir()
-    shelf.put(folder, "1")
+    adapters.put(folder, "1")
     short = not isinstance(fault, int) and fault[1] == "short"
-    told, found = apart(partial(cramped, folder, fault, partial(shelf.put, folder, "2"), partial(shelf.found, folder))) or ("", "")
+    told, found = apart(partial(cramped, folder, fault, partial(adapters.put, folder, "2"), partial(adapters.found, folder))) or ("", "")
     assert ("is full" in told) != short, told or "no error"
-    assert found == shelf.found(folder) == ("2" if short else "1"), f"{found!r} is found, {shelf.found(folder)!r} with room"
-    used_again(shelf, folder)
+    assert found == adapters.found(folder) == ("2" if short else "1"), f"{found!r} is found, {adapters.found(folder)!r} with room"
+    used_again(adapters, folder)
 
 
 def of_a_fit(world: World, kind: Kind, fault: Fault, saved: int | None, store: Path) -> None:
@@ -170,10 +170,10 @@ def saved_by(operations: list[Operation]) -> int | None:
     return saved
 
 
-def changes(shelf: Shelf, folder: Path) -> int:
+def changes(adapters: Shelf, folder: Path) -> int:
     """How many changes that need room it takes to write over what is there."""
     folder.mkdir()
-    shelf.put(folder, "1")
+    adapters.put(folder, "1")
     count = 0
 
     def act(operation: Operation, do: Callable[..., Any]) -> Any:
@@ -182,18 +182,18 @@ def changes(shelf: Shelf, folder: Path) -> int:
         return do()
 
     with watched(folder, act):
-        shelf.put(folder, "2")
+        adapters.put(folder, "2")
     return count
 
 
 def trials(rng: random.Random, folder: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
     """What is tried, and on what disk."""
-    for shelf in (Adapters(), Saved()):
-        name = type(shelf).__name__.lower()
-        many = changes(shelf, folder / name)
+    for adapters in (Adapters(), Saved()):
+        name = type(adapters).__name__.lower()
+        many = changes(adapters, folder / name)
         faults: list[Fault] = [(first, fault) for first in range(many) for fault in FAULTS]
         for fault in [*faults, 0, 2, 100, 600]:
-            yield f"{name}, {fault}", partial(of_a_shelf, shelf, fault)
+            yield f"{name}, {fault}", partial(of_a_shelf, adapters, fault)
     world = World(folder / "world")
     yield "the command line", partial(of_a_command, world)
     for kind in (one for one in KINDS if one.every == 1):

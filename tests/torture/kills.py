@@ -103,7 +103,7 @@ def case(world: World, kind: Kind, store: Path, rng: random.Random, in_a_save: b
         assert finished, "it did not come to its end"
         assert contents(store / NAME) == whole.contents, "its files differ from those of a fit that was not interrupted"
         assert Adapters().found(store) == PROMPT
-        Store(store).prepare(NAME, overwrite=True)  # a lock of the last that was killed goes when the name is claimed again
+        Store(store).check_free(NAME, overwrite=True)  # a lock of the last that was killed goes when the name is claimed again
         assert not Adapters().left(store), f"{Adapters().left(store)} is left"
     except Exception as error:
         return f"{'; '.join(story)}: {type(error).__name__}: {error}"

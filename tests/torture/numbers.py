@@ -161,7 +161,7 @@ def _in_step(place: str, stage: str, k: int, value: float) -> Iterator[None]:
         if place == "weights":
             parameter.data.view(-1)[-1] = value
         elif place == "optimiser":
-            optimizer, held = self.updates.stepped(name)
+            optimizer, held = self.updates.optimizer_of(name)
             optimizer.state[held]["exp_avg_sq"].view(-1)[3] = value
         return report
 
@@ -187,10 +187,10 @@ def _in_weights(method: str, value: float) -> Iterator[None]:
 def _in_embedding(value: float) -> Iterator[None]:
     plain = run.save_embeddings
 
-    def wrong(draft: Any, named: dict[str, Conditioning]) -> None:
+    def wrong(writer: Any, named: dict[str, Conditioning]) -> None:
         tokens = named["optimised"].tokens.clone()
         tokens.view(-1)[0] = value
-        plain(draft, named | {"optimised": Conditioning(tokens)})
+        plain(writer, named | {"optimised": Conditioning(tokens)})
 
     with patch.object(run, "save_embeddings", wrong):
         yield

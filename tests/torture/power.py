@@ -104,7 +104,7 @@ class Story:
     """
 
     name: str
-    shelf: Shelf
+    adapters: Shelf
     start: str
     works: tuple[str, ...]
     recovers: bool = False

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from imagic_lora.adapters.atomic import Draft
+from imagic_lora.adapters.atomic import AtomicWriter
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.training.fit import result
@@ -112,10 +112,10 @@ def _writing(made: Fitted, work: Path, overwrite: bool, k: int) -> None:
     chance, content = random.Random(k), files(made.store.root / "lora")
     del content["adapter.json"]
 
-    def fill(draft: Draft) -> None:
+    def fill(writer: AtomicWriter) -> None:
         for name, text in content.items():
             time.sleep(chance.random() / 200)
-            draft.write(name, [text])
+            writer.write(name, [text])
 
     record = made.store.read("lora").record.model_copy(update={"name": NAME, "prompt": _prompt(k)})
     Store(work).write(record, fill, overwrite)
@@ -150,7 +150,7 @@ def _left(made: Fitted, work: Path, what: str) -> None:
         (work / f".{NAME}.part" / "adapter.json").unlink()
     elif what == "an adapter":
         record = made.store.read("lora").record.model_copy(update={"name": NAME, "prompt": "an old one"})
-        Store(work).write(record, lambda draft: draft.write("words.md", [b"old"]))
+        Store(work).write(record, lambda writer: writer.write("words.md", [b"old"]))
 
 
 def _dead_holder(work: Path) -> None:
@@ -158,7 +158,7 @@ def _dead_holder(work: Path) -> None:
     told = FORK.SimpleQueue()
 
     def hold() -> None:
-        with Store(work).claimed(NAME):
+        with Store(work).locked(NAME):
             told.put(None)
             time.sleep(_SECONDS)
 

@@ -23,7 +23,7 @@ from common import PROMPT, opened, tiny_config
 from PIL import Image
 from tiny import save_tiny
 
-from imagic_lora.adapters.atomic import Draft
+from imagic_lora.adapters.atomic import AtomicWriter
 from imagic_lora.adapters.record import RECORD, BaseRecord, Record, SourceRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
@@ -154,10 +154,10 @@ class Adapters:
     def put(self, folder: Path, word: str) -> None:
         """Writes one over the one that is there; with no word it removes that."""
 
-        def fill(draft: Draft) -> None:
-            draft.write("unet/config.json", [word.encode()])
-            draft.write("unet/weights.safetensors", [word.encode(), bytes(5000)])
-            draft.write("card.md", [word.encode()])
+        def fill(writer: AtomicWriter) -> None:
+            writer.write("unet/config.json", [word.encode()])
+            writer.write("unet/weights.safetensors", [word.encode(), bytes(5000)])
+            writer.write("card.md", [word.encode()])
 
         if word:
             Store(folder).write(_record(word), fill, overwrite=True)
@@ -210,11 +210,11 @@ class Saved:
 Shelf = Adapters | Saved
 
 
-def used_again(shelf: Shelf, folder: Path) -> None:
+def used_again(adapters: Shelf, folder: Path) -> None:
     """Writes once more what nothing interrupts, after which only that is there."""
-    shelf.put(folder, "9")
-    assert shelf.found(folder) == "9", "what was written next is not there"
-    assert not shelf.left(folder), f"{shelf.left(folder)} is left"
+    adapters.put(folder, "9")
+    assert adapters.found(folder) == "9", "what was written next is not there"
+    assert not adapters.left(folder), f"{adapters.left(folder)} is left"
 
 
 def _record(prompt: str) -> Record:

@@ -120,7 +120,7 @@ def _uses(made: Fitted, store: Store, work: Path, case: Case) -> Iterator[tuple[
         return
     yield "read", partial(_read, store)
     picture = ["edit", NAME, "--store", str(store.root), "--out", str(work / "out"), "--eta", "0.5", "--steps", "1", "--device", "cpu"]
-    known = patch.object(registry, "open_base", lambda *_: made.base)
+    known = patch.object(registry, "load_base", lambda *_: made.base)
     with contextlib.nullcontext() if "base" in case.name else known:
         yield "edit", partial(_command, picture, case.harmless)
 
@@ -265,7 +265,7 @@ def _records(outside: Path) -> Iterator[Case]:
         yield Case(f"the record: {name}", "lora", _told(RECORD, change), None if name in odd else False)
     nothing = {"empty": "", "null": "null", "a list": "[]", "NUL": "\0" * 100, "deep": "[" * 100_000, "long": "[" + "1," * 2**20 + "1]"}
     for name, text in nothing.items():
-        yield Case(f"the record: {name}", "lora", _put(RECORD, text.encode(), seal=False))
+        yield Case(f"the record: {name}", "lora", _put(RECORD, text.encode(), write_manifest=False))
 
 
 def _rewritten(file: str, change: Callable[[dict[str, torch.Tensor], dict[str, str]], object], record: str = RECORD) -> Change:

@@ -77,7 +77,7 @@ def _tried(sink: Sink, made: Fitted, work: Path, text: str) -> None:
     with (
         contextlib.chdir(deep),
         patch.object(constants, "HF_HUB_OFFLINE", True),
-        patch.object(registry, "open_base", lambda *_, **__: made.base),
+        patch.object(registry, "load_base", lambda *_, **__: made.base),
     ):
         in_time(lambda: sink(made, deep, text))
 
@@ -211,7 +211,7 @@ def _as_settings(made: Fitted, work: Path, text: str) -> None:
 def _refused(made: Fitted, work: Path, text: str) -> None:
     for tokens in ([], ["--json"]):
         with Printed() as printed:
-            assert console.refused(ImagicError(text, text, text), tokens) == 2
+            assert console.print_error(ImagicError(text, text, text), tokens) == 2
         printed.shows(text, 3)
     assert printed.told() == {"error": {"got": text, "expected": text, "remedy": text}}
 
@@ -219,7 +219,7 @@ def _refused(made: Fitted, work: Path, text: str) -> None:
 def _interrupted(made: Fitted, work: Path, text: str) -> None:
     for tokens in ([], ["--json"]):
         with Printed() as printed:
-            assert console.interrupted(text, f"imagic-lora {text}", tokens) == 130
+            assert console.print_interrupted(text, f"imagic-lora {text}", tokens) == 130
         printed.shows(text, 2)
     assert printed.told() == {"interrupted": text, "resume": f"imagic-lora {text}"}
 
@@ -237,14 +237,14 @@ def _warned(made: Fitted, work: Path, text: str) -> None:
 def _active(made: Fitted, work: Path, text: str) -> None:
     settings = made.config().model_copy(update={"base": text})
     with Printed() as printed:
-        console.say_what_is_active(made.base.runtime, settings, text, 1, 1)
+        console.print_active_settings(made.base.runtime, settings, text, 1, 1)
     printed.shows(text, 2)
 
 
 def _plan(made: Fitted, work: Path, text: str) -> None:
     settings = RunConfig(base="sd15").model_copy(update={"base": text})
     with Printed() as printed:
-        console.say_plan(predict(architecture("critters"), settings, assume(settings)), settings, text)
+        console.print_plan(predict(architecture("critters"), settings, assume(settings)), settings, text)
     printed.shows(text, 2)
 
 

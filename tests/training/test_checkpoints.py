@@ -16,7 +16,7 @@ from files import failing
 from safetensors.torch import save
 from torch import Tensor
 
-from imagic_lora.adapters.atomic import draft
+from imagic_lora.adapters.atomic import atomic_folder
 from imagic_lora.core.errors import ImagicError, ImagicWarning, NotFinite
 from imagic_lora.training.checkpoints import CHECKPOINT, STATE, CheckpointRecord, Checkpoints, differences
 
@@ -167,9 +167,9 @@ def forged(tensors: dict[str, Tensor], **changes: Any) -> Callable[[Path], objec
 
     def forge(path: Path) -> None:
         shutil.rmtree(path)
-        with draft(path) as made:
+        with atomic_folder(path) as made:
             made.write(STATE, [save({name: value.contiguous() for name, value in tensors.items()})])
-            made.seal(CHECKPOINT, CheckpointRecord.model_construct(**(dict(record("tune", 5)) | changes)))
+            made.write_manifest(CHECKPOINT, CheckpointRecord.model_construct(**(dict(record("tune", 5)) | changes)))
 
     return forge
 

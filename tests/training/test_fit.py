@@ -176,8 +176,8 @@ def test_the_stored_embeddings_are_target_optimised_and_null(folder: Path, fitte
     """The target is the sentence's, the optimised one is not, null is that of no words; all fp32."""
     stored, base = load_file(fitted(mode).folder / "embeddings.safetensors"), opened(folder)
     assert sorted(stored) == ["null.tokens", "optimised.tokens", "target.tokens"]
-    assert torch.equal(stored["target.tokens"], base.encode_text(PROMPT).tokens)
-    assert torch.equal(stored["null.tokens"], base.encode_text("").tokens)
+    assert torch.equal(stored["target.tokens"], base.encode_prompt(PROMPT).tokens)
+    assert torch.equal(stored["null.tokens"], base.encode_prompt("").tokens)
     assert not torch.equal(stored["optimised.tokens"], stored["target.tokens"])
     assert {value.dtype for value in stored.values()} == {torch.float32}
 

@@ -19,10 +19,9 @@ from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
 from imagic_lora.core.config import MemoryConfig, Mode, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.processes import Processes
-from imagic_lora.core.runtime import Runtime, resolve_runtime
+from imagic_lora.core.runtime import Processes, Runtime, resolve_runtime
 from imagic_lora.training import optimizers
-from imagic_lora.training.optimizers import OneByOne, Together, build_optimizer, build_updates, round_stochastically
+from imagic_lora.training.optimizers import JointUpdates, PerParameterUpdates, build_optimizer, build_updates, round_stochastically
 from imagic_lora.training.stage import Stage, train
 from imagic_lora.training.tune import tune_stage
 
@@ -39,7 +38,7 @@ def tuning(folder: Path, mode: Mode = "full", seed: int = 0, processes: Processe
     lora = {"rank": 32, "targets": "attention+conv"} if mode == "lora" else {}
     config = TuneConfig.model_validate({"mode": mode, "steps": 3, "learning_rate": 0.01, "batch_size": 2} | lora)
     with unfrozen(base, restore=False) if mode == "full" else attached(base, config, 0) as parameters:
-        yield tune_stage(base, latents, base.encode_text("a cat"), parameters, config, seed, processes or Processes())
+        yield tune_stage(base, latents, base.encode_prompt("a cat"), parameters, config, seed, processes or Processes())
 
 
 def trained(stage: Stage) -> dict[str, Tensor]:
@@ -87,11 +86,11 @@ def on_cpu(**memory) -> Runtime:
 def test_inside_the_backward_pass_is_the_ordinary_loop(folder: Path, mode: Mode, memory: dict[str, Any]) -> None:
     """Losses, weights and states are the same bits after three steps."""
     with tuning(folder, mode, **memory) as stage:
-        assert type(stage.updates) is Together
+        assert type(stage.updates) is JointUpdates
         before = trained(stage)
         losses, ordinary, kept = outcome(stage)
     with tuning(folder, mode, **memory, **INSIDE) as stage:
-        assert type(stage.updates) is OneByOne
+        assert type(stage.updates) is PerParameterUpdates
         assert same(trained(stage), before)
         found = outcome(stage)
     assert found[0] == losses

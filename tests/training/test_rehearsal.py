@@ -19,8 +19,7 @@ from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import Mode, RunConfig
-from imagic_lora.core.processes import Processes
-from imagic_lora.core.runtime import peak_memory
+from imagic_lora.core.runtime import Processes, peak_memory
 from imagic_lora.core.settings import merged, recipe_of, resolve
 from imagic_lora.memory.plan import Assumed, Plan, assume, predict
 from imagic_lora.memory.tracker import Tracker
@@ -141,7 +140,7 @@ def real_peaks(folder: Path, run: RunConfig) -> dict[str, int]:
         tracker.reset_peak()
         latents = base.encode_image(torch.rand(1, 3, 32, 32, generator=noise) * 2 - 1)
         peaks["encode"] = tracker.peak
-        base.rest()
+        base.offload_encoders()
         text = Conditioning(torch.randn(1, 16, 16, generator=noise))
         peaks["embed"] = trained(embed_stage(base, latents, text, run.embed, 0, Processes()))
         with attached(base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(base, restore=False) as weights:

@@ -102,7 +102,7 @@ class Fitting:
         self.done.clear()
         return fit(photo, prompt, self.config(kind, **(changes or {})), self.store, "one", base=base, **options)
 
-    def follow(self, steps: Iterator[StepReport]) -> list[tuple[str, int]]:
+    def run_stage(self, steps: Iterator[StepReport]) -> list[tuple[str, int]]:
         """Runs a fit as far as it goes; gives the steps done."""
         for report in steps:
             self.done.append((report.stage, report.step))
@@ -110,7 +110,7 @@ class Fitting:
 
     def run(self, kind: Kind = LORA, **options: Any) -> list[tuple[str, int]]:
         """A fit that goes to its end."""
-        return self.follow(self.start(kind, **options))
+        return self.run_stage(self.start(kind, **options))
 
     def stop_after(self, steps: int, kind: Kind = LORA, **options: Any) -> str:
         """A fit that is asked to stop after so many steps; gives what it said."""
@@ -728,9 +728,9 @@ def test_a_name_that_is_being_fitted_is_refused(fitting: Fitting) -> None:
         thread.start()
         thread.join()
     assert found == [f"{fitting.store.root / 'one'} is being written by process {os.getpid()}"] * 6
-    fitting.store.prepare("two", False)
+    fitting.store.check_free("two", False)
     run.close()
-    fitting.store.prepare("one", False)
+    fitting.store.check_free("one", False)
     assert fitting.run(resume=True) == REPORTS[1:]
 
 

@@ -17,10 +17,10 @@ from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.base import Base
 from imagic_lora.core.config import EmbedConfig, Mode, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.processes import Processes
+from imagic_lora.core.runtime import Processes
 from imagic_lora.training.embed import embed_stage, optimised
 from imagic_lora.training.objective import denoising_loss
-from imagic_lora.training.optimizers import Together
+from imagic_lora.training.optimizers import JointUpdates
 from imagic_lora.training.stage import Stage, train
 from imagic_lora.training.tune import tune_stage
 
@@ -32,7 +32,7 @@ every_stage = pytest.mark.parametrize(("name", "mode"), STAGES)
 def staged(base: Base, name: str, mode: Mode = "lora", processes: Processes | None = None, seed: int = 0, **settings) -> Iterator[Stage]:
     """A stage on fixed latents."""
     pixels = torch.rand(1, 3, 32, 24, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    latents, text, processes = base.encode_image(pixels), base.encode_text("a cat"), processes or Processes()
+    latents, text, processes = base.encode_image(pixels), base.encode_prompt("a cat"), processes or Processes()
     settings = {"steps": 5, "learning_rate": 0.01, "batch_size": 2} | settings
     if name == "embed":
         yield embed_stage(base, latents, text, EmbedConfig.model_validate(settings), seed, processes)
@@ -54,7 +54,7 @@ def gradients(stage: Stage) -> dict[str, Tensor]:
     def keep() -> None:
         seen.update({name: p.grad.clone() for name, p in stage.trainables.items() if p.grad is not None})
 
-    assert isinstance(stage.updates, Together)
+    assert isinstance(stage.updates, JointUpdates)
     stage.updates.optimizer.step = keep  # pyright: ignore[reportAttributeAccessIssue]
     loss = stage.step(0).loss
     assert seen
@@ -66,7 +66,7 @@ def test_embed_changes_the_embedding_and_nothing_else(folder: Path) -> None:
     base = opened(folder)
     pipe = base.pipeline("text2image")
     before = [weights(module) for module in (pipe.unet, pipe.vae, base._helpers["text_encoder"])]
-    text = base.encode_text("a cat").tokens
+    text = base.encode_prompt("a cat").tokens
     with staged(base, "embed") as stage:
         list(train(stage))
         assert not torch.equal(optimised(stage).tokens, text)
@@ -76,7 +76,7 @@ def test_embed_changes_the_embedding_and_nothing_else(folder: Path) -> None:
 def test_embed_starts_from_the_target_text(folder: Path) -> None:
     """Bit-equal, but a copy."""
     base = opened(folder)
-    text = base.encode_text("a cat")
+    text = base.encode_prompt("a cat")
     stage = embed_stage(base, torch.zeros(1, 4, 8, 8), text, EmbedConfig(), 0, Processes())
     assert torch.equal(stage.trainables["tokens"], text.tokens)
     assert stage.trainables["tokens"].data_ptr() != text.tokens.data_ptr()
@@ -188,7 +188,7 @@ def test_adam8bit_keeps_large_states_in_8_bits(folder: Path) -> None:
     """uint8 for tensors of 4,096 elements and more, fp32 below."""
     with staged(opened(folder, "full", optimizer="adam8bit"), "tune", "full") as stage:
         stage.step(0)
-        assert isinstance(stage.updates, Together)
+        assert isinstance(stage.updates, JointUpdates)
         states = stage.updates.optimizer.state
         kinds = {(p.numel() >= 4096, states[p]["state1"].dtype) for p in stage.trainables.values()}
     assert kinds == {(True, torch.uint8), (False, torch.float32)}

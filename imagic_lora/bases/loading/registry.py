@@ -13,9 +13,9 @@ from ..architecture import Architecture
 from ..base import Base
 from ..families.sd import StableDiffusion
 from ..families.sdxl import StableDiffusionXL
-from .configs import local_place
+from .configs import local_path
 from .files import STEMS, Files, Folder, weight_files
-from .known import bases_file, known_base, known_bases
+from .known import bases_file, named_base, named_bases
 from .published import PUBLISHED
 from .single import SingleFile
 from .tokenizers import TOKENIZER_FILES
@@ -55,7 +55,7 @@ def files_of(name: str, revision: str | None = None, configs: bool = False) -> F
         ImagicError: as :func:`locate`.
     """
     place = locate(name, revision, configs)
-    return (SingleFile if place.is_file() else Folder)(place, known_base(name))
+    return (SingleFile if place.is_file() else Folder)(place, named_base(name))
 
 
 def family_of(architecture: Architecture) -> type[StableDiffusion]:
@@ -72,9 +72,9 @@ def locate(name: str, revision: str | None = None, configs: bool = False) -> Pat
     Raises:
         ImagicError: nothing of that name, not such a folder, or it cannot be fetched.
     """
-    known = known_base(name)
+    known = named_base(name)
     source = known.source if known else name
-    if place := local_place(source):
+    if place := local_path(source):
         if named := revision or (known.revision if known else None):
             raise ImagicError(f"revision {named} of {place}", "a revision of a hub id", "leave it out")
         if place.is_dir() and (place / "adapter.json").is_file():
@@ -88,7 +88,7 @@ def locate(name: str, revision: str | None = None, configs: bool = False) -> Pat
         whose = f", which {bases_file()} gives as base {name}" if known else ""
         raise ImagicError(f"no file or folder {source}{whose}", "a base that is there", "check the path")
     if "/" not in source:
-        names = ", ".join(sorted(known_bases()))
+        names = ", ".join(sorted(named_bases()))
         raise ImagicError(
             f"no base called {name!r}", f"one of {names}, a folder, a file, or a hub id like owner/name", "check the spelling"
         )
@@ -110,7 +110,7 @@ def _fetched(source: str, revision: str | None, configs: bool) -> Path:
     return folder
 
 
-def open_base(name: str, runtime: Runtime, revision: str | None = None, master_weights: bool = False) -> Base:
+def load_base(name: str, runtime: Runtime, revision: str | None = None, master_weights: bool = False) -> Base:
     """Loads a base.
 
     Args:
@@ -121,8 +121,8 @@ def open_base(name: str, runtime: Runtime, revision: str | None = None, master_w
         ImagicError: as :func:`locate`; a family without support; files that are not those of such a base. Nothing in them is run.
     """
     files = files_of(name, revision)
-    if known_base(name) is None and local_place(name):
+    if named_base(name) is None and local_path(name):
         name = str(files.path.resolve())  # so that an adapter finds its base again from any folder
-    elif revision is None and (known := known_base(name)):
+    elif revision is None and (known := named_base(name)):
         revision = known.revision
     return family_of(files.architecture).load(files, name, revision, runtime, master_weights)

@@ -14,11 +14,11 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor
 
-from .configs import local_place
-from .files import Files, not_too_many, weights
+from .configs import local_path
+from .files import Files, check_count, weights
 from .published import PUBLISHED
 from .tokenizers import shipped_tokenizer, tokenizer_files
-from .vetting import library_on, refused
+from .vetting import library_errors, unusable_base
 
 _PREFIXES = {
     "unet": ("model.diffusion_model.",),
@@ -42,13 +42,13 @@ class SingleFile(Files):
         Raises:
             ImagicError: the file is not whole, or holds none of it.
         """
-        held = not_too_many(weights(self.path, _PREFIXES[part]), self.path)
+        held = check_count(weights(self.path, _PREFIXES[part]), self.path)
         if not 0 < len(held) <= _MOST:
-            raise refused(f"{self.path} holds {len(held)} tensors of a {part}", "a whole checkpoint: U-Net, VAE and text encoders")
-        with library_on(self.path):
+            raise unusable_base(f"{self.path} holds {len(held)} tensors of a {part}", "a whole checkpoint: U-Net, VAE and text encoders")
+        with library_errors(self.path):
             found = self._converted(part, held)
         if missing := [name for name, tensor in found.items() if tensor is None]:
-            raise refused(f"{self.path} lacks {missing[0][:80]!r} of its {part}", "a whole checkpoint")
+            raise unusable_base(f"{self.path} lacks {missing[0][:80]!r} of its {part}", "a whole checkpoint")
         return found
 
     def _converted(self, part: str, held: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -64,8 +64,8 @@ class SingleFile(Files):
         return convert_open_clip_checkpoint(model, held, prefix)
 
     def tokenizer(self, part: str) -> dict[str, str]:
-        config = self.known.config if self.known else None
-        given = local_place(config) if config and config not in PUBLISHED else None
+        config = self.entry.config if self.entry else None
+        given = local_path(config) if config and config not in PUBLISHED else None
         if given:
             return tokenizer_files(given / part)
         encoder = self.architecture.text_encoders[part.replace("tokenizer", "text_encoder")]

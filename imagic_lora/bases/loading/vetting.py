@@ -48,13 +48,13 @@ _MOST_BLOCKS = 6
 _MOST_PARTS = 2**17  # of a JSON file; the largest, a tokenizer's, has 49,000
 
 
-def refused(got: str, expected: str) -> ImagicError:
+def unusable_base(got: str, expected: str) -> ImagicError:
     """What is said of a base that cannot be used."""
     return ImagicError(got, expected, "download the base again, or choose another")
 
 
 @contextmanager
-def library_on(what: Path) -> Iterator[None]:
+def library_errors(what: Path) -> Iterator[None]:
     """Whatever a library says to a stranger's file, the file is to blame."""
     try:
         yield
@@ -62,7 +62,7 @@ def library_on(what: Path) -> Iterator[None]:
         raise
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")[:300]
-        raise refused(f"{what} makes nothing ({type(error).__name__}: {first!r})", "what diffusers writes") from error
+        raise unusable_base(f"{what} makes nothing ({type(error).__name__}: {first!r})", "what diffusers writes") from error
 
 
 def read_text(path: Path, limit: int = 2**20) -> str:
@@ -83,7 +83,7 @@ def read_text(path: Path, limit: int = 2**20) -> str:
             raise ValueError(f"over {limit:,} bytes")
         return found.decode()
     except (OSError, ValueError) as error:
-        raise refused(f"{path} cannot be read ({error})", "a file in diffusers' own format") from error
+        raise unusable_base(f"{path} cannot be read ({error})", "a file in diffusers' own format") from error
 
 
 def read_json(path: Path, limit: int = 2**20) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def read_json(path: Path, limit: int = 2**20) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"a {type(found).__name__}, not an object")
     except (ValueError, RecursionError) as error:
-        raise refused(f"{path} cannot be read ({error})", "JSON as diffusers writes it") from error
+        raise unusable_base(f"{path} cannot be read ({error})", "JSON as diffusers writes it") from error
     return found
 
 
@@ -140,11 +140,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
             raise ValueError("metadata that is no text")
     except (OSError, ValueError, RecursionError) as error:
-        raise refused(f"{path} cannot be read ({error})", "a safetensors file") from error
+        raise unusable_base(f"{path} cannot be read ({error})", "a safetensors file") from error
     return found, said
 
 
-def vetted_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
     """``model_index.json``, if its family is known, every component is of the one class that is supported, and none is unknown.
 
     Raises:
@@ -158,18 +158,18 @@ def vetted_index(folder: Path) -> dict[str, Any]:
     components = FAMILIES[family]
     for part, (library, classes) in components.items():
         if index.get(part) not in [[library, name] for name in classes]:
-            raise refused(f"{path} has {reprlib.repr(index.get(part))} as {part}", f"{' or '.join(classes)} of {library}")
+            raise unusable_base(f"{path} has {reprlib.repr(index.get(part))} as {part}", f"{' or '.join(classes)} of {library}")
     scheduler = index.get("scheduler")
     if not (isinstance(scheduler, list) and len(scheduler) == 2 and scheduler[0] == "diffusers" and isinstance(scheduler[1], str)):
-        raise refused(f"{path} has {reprlib.repr(scheduler)} as scheduler", "a scheduler of diffusers")
+        raise unusable_base(f"{path} has {reprlib.repr(scheduler)} as scheduler", "a scheduler of diffusers")
     known = {*components, "scheduler", *_UNUSED}
     for name, value in index.items():
         if name not in known and not name.startswith("_") and isinstance(value, (list, dict)):
-            raise refused(f"{path} has a component {reprlib.repr(name)}", f"none but {', '.join(sorted(known))}")
+            raise unusable_base(f"{path} has a component {reprlib.repr(name)}", f"none but {', '.join(sorted(known))}")
     return index
 
 
-def vet_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
+def check_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
     """Makes sure that the components are of plausible sizes, and fit together.
 
     Whoever builds them afterwards on tensors without memory is done in seconds.
@@ -185,7 +185,7 @@ def vet_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
     odd = [f"{part}.{name}" for part in parts for name in _REQUIRED.get(part, ()) if parts[part].get(name) is None]
     odd += [f"{part}.{name}" for part, config in parts.items() for name, value in config.items() if not _is_plausible(name, value)]
     if odd:
-        raise refused(
+        raise unusable_base(
             f"{folder} gives no plausible {', '.join(repr(name[:60]) for name in odd[:5])}", "the configs of a Stable Diffusion base"
         )
     foreign = [name for name in _INPUTS if unet.get(name) is not None]
@@ -193,13 +193,13 @@ def vet_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
         foreign.append("addition_embed_type")
     if foreign:
         expected = "one that is told a text and sizes" if second else "one that is told a text alone"
-        raise refused(f"{folder} has a U-Net with {', '.join(foreign)}", expected)
+        raise unusable_base(f"{folder} has a U-Net with {', '.join(foreign)}", expected)
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
-        raise refused(f"{folder} has a VAE with latents_mean or latents_std", "latents that are scaled by one number")
+        raise unusable_base(f"{folder} has a VAE with latents_mean or latents_std", "latents that are scaled by one number")
     widths, down, up = unet["block_out_channels"], unet.get("down_block_types", ()), unet.get("up_block_types", ())
     for blocks, kind in ((widths, int), (down, str), (up, str), (vae["block_out_channels"], int)):
         if not isinstance(blocks, list) or not all(isinstance(one, kind) for one in blocks):
-            raise refused(f"{folder} has the blocks {reprlib.repr(blocks)}", "a list of their widths, or of their kinds")
+            raise unusable_base(f"{folder} has the blocks {reprlib.repr(blocks)}", "a list of their widths, or of their kinds")
     for what, found in {
         "down_block_types to block_out_channels": (len(down), len(widths)),
         "up_block_types to block_out_channels": (len(up), len(widths)),
@@ -211,13 +211,13 @@ def vet_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
             text["hidden_size"] + (second["hidden_size"] if second else 0),
             unet["cross_attention_dim"],
         ),
-        "pooled embedding and sizes to projection_class_embeddings_input_dim": _told_besides(unet, second),
+        "pooled embedding and sizes to projection_class_embeddings_input_dim": _added_condition_widths(unet, second),
     }.items():
         if found[0] != found[1]:
-            raise refused(f"{folder} does not fit together: {what}, {found[0]} to {found[1]}", "equal numbers")
+            raise unusable_base(f"{folder} does not fit together: {what}, {found[0]} to {found[1]}", "equal numbers")
 
 
-def _told_besides(unet: dict[str, Any], second: dict[str, Any] | None) -> tuple[int, int]:
+def _added_condition_widths(unet: dict[str, Any], second: dict[str, Any] | None) -> tuple[int, int]:
     """How wide what the U-Net is told beside the tokens is, and how wide it takes it."""
     if second is None:
         return 0, 0

@@ -10,9 +10,9 @@ from ..options import Json
 
 def bases(*, as_json: Json = False) -> None:
     """The bases that have a name; your own are added in a YAML file, see docs/bases.md."""
-    from ...bases.loading.known import SHIPPED, bases_file, known_bases
+    from ...bases.loading.known import SHIPPED, bases_file, named_bases
 
-    known = known_bases()
+    known = named_bases()
     if as_json:
         print_json({"file": str(bases_file()), "bases": {name: one.model_dump(mode="json") for name, one in known.items()}})
         return

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ...core.errors import ImagicError
-from ..console import counted, err, out, plain, print_json
+from ..console import err, out, plain, print_json, progress
 from ..options import Json
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def critters(
     hide_progress_bars()
     run = Bench(seed, cases, chosen(methods), out_dir or Path("outputs/bench") / f"critters-{seed}")
     run.out.mkdir(parents=True, exist_ok=True)
-    results = list(counted(run.results(workers), cases * len(run.methods), "cases x methods"))
+    results = list(progress(run.results(workers), cases * len(run.methods), "cases x methods"))
     summary = summarise(run, results)
     page = write_page(run, results, summary)
     (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from ..console import counted, err, plain, print_json
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, around
-from .store import facts
+from ..console import err, plain, print_json, progress
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, suggested_etas
+from .store import summary
 
 
 def compress(
@@ -40,35 +40,35 @@ def compress(
     overwrite
         Replace an adapter of the same name.
     """
+    from ...adapters.compress import check_compression
     from ...adapters.compress import compress as compressed
-    from ...adapters.compress import refuse_compression
     from ...adapters.store import Store
     from ...bases.loading.progress import hide_progress_bars
-    from ...bases.loading.registry import open_base
+    from ...bases.loading.registry import load_base
     from ...core.config import MemoryConfig
     from ...core.runtime import resolve_runtime
 
     hide_progress_bars()
-    shelf = Store(store)
-    full = shelf.read(adapter)
+    adapters = Store(store)
+    full = adapters.read(adapter)
     named = name or f"{full.name}-r{rank}"
-    refuse_compression(full, rank)
-    shelf.prepare(named, overwrite)
+    check_compression(full, rank)
+    adapters.check_free(named, overwrite)
     source = (base, None) if base else (full.record.base.name, full.record.base.revision)
     runtime = resolve_runtime(MemoryConfig(device="cpu", dtype="fp32", idle="release"))
-    opened = open_base(source[0], runtime, source[1])
-    made = compressed(full, opened, rank, shelf, named, overwrite, lambda names: counted(names, len(names), "tensors"))
+    opened = load_base(source[0], runtime, source[1])
+    made = compressed(full, opened, rank, adapters, named, overwrite, lambda names: progress(names, len(names), "tensors"))
     assert made.record.compressed is not None
     lost = made.record.compressed.error
     if as_json:
-        print_json({"name": made.name, "folder": str(made.folder), "bytes": made.size, "error": lost, **facts(made)})
+        print_json({"name": made.name, "folder": str(made.folder), "bytes": made.size, "error": lost, **summary(made)})
         return
     sizes = f"{made.size / 1e6:.2f} MB of {full.size / 1e6:.2f}"
     told = f"lost: {lost:.1%} of the norm of what was changed, of which pictures show little (docs/adapters.md)."
     err.print(f"[green]Stored[/] {plain(made.folder)} ({sizes}); {told}", highlight=False)
     if made.size > full.size:
         err.print("[yellow]Warning:[/] it is larger than the full adapter; choose a lower --rank")
-    err.print(f"  imagic-lora edit {made.name} --eta {around(made.record.config.eta)}", highlight=False)
+    err.print(f"  imagic-lora edit {made.name} --eta {suggested_etas(made.record.config.eta)}", highlight=False)
 
 
 def export(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..console import err, plain, print_json, shown
+from ..console import err, plain, print_json, show_progress
 from ..options import Json
 
 
@@ -20,7 +20,7 @@ def demo(*, out: Path = Path("outputs/demo"), as_json: Json = False) -> None:
     from ..demo import run_demo
 
     hide_progress_bars()
-    page = run_demo(out, shown)
+    page = run_demo(out, show_progress)
     if as_json:
         print_json({"sheet": str(page)})
     else:

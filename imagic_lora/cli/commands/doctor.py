@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ...core.choices import choose
+from ...core.choices import choose_runtime
 from ...core.config import MemoryConfig
 from ...core.machine import find_card, free_host_memory
 from ..console import out, plain, print_json
@@ -48,7 +48,7 @@ def examine() -> dict[str, dict[str, str]]:
         missing["CUDA"] = "a photo on Stable Diffusion takes hours on a CPU; the critters base takes seconds"
     if importlib.util.find_spec("xformers") is None:
         missing["xformers"] = "optional: pip install 'imagic-lora[xformers]' for --attention xformers (CUDA)"
-    choices = choose(MemoryConfig(), card).reasons
+    choices = choose_runtime(MemoryConfig(), card).reasons
     return {"system": system, "choices": choices, "libraries": {name: _version(name) for name in _NEEDED}, "missing": missing}
 
 

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from ...adapters.atomic import writable
 from ...core.config import DeviceConfig, EditConfig, PresetOrAuto
 from ...core.errors import ImagicWarning
-from ..console import counted, err, plain, print_json
+from ..console import err, plain, print_json, progress
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from ...adapters.adapter import Adapter
+    from ...core.config import RunConfig
     from ...sampling.editor import Edit
 
 
@@ -61,16 +63,10 @@ def edit(
     out_dir
         Folder for the pictures; outputs/NAME where not given.
     """
-    from ...adapters.contents import read_canvas
     from ...adapters.store import Store
     from ...bases.loading.progress import hide_progress_bars
-    from ...bases.loading.registry import architecture_of, open_base
-    from ...core.runtime import resolve_runtime
-    from ...memory.levers import EDIT_LEVERS
-    from ...memory.out_of_memory import explained
-    from ...memory.presets import choose_for_edit
-    from ...sampling.checks import refuse_edit
-    from ...sampling.editor import Editor
+    from ...bases.loading.registry import architecture_of
+    from ...memory.presets import choose_preset_for_edit
 
     hide_progress_bars()
     adapter = Store(store).read(name)
@@ -78,16 +74,43 @@ def edit(
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     levers = device.model_dump(exclude_unset=True) if device else {}
     source = (base, None) if base else (record.base.name, record.base.revision)
-    run = choose_for_edit(lambda: architecture_of(*source), record.config, {"edit": flags, "memory": levers, "preset": preset})
-    config = run.edit
+    run = choose_preset_for_edit(lambda: architecture_of(*source), record.config, {"edit": flags, "memory": levers, "preset": preset})
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
-    text = record.prompt if prompt is None else prompt
-    refuse_edit(etas, seeds, config, text)
     folder = out_dir or Path("outputs") / adapter.name
+    written = _edit(adapter, source, run, etas, seeds, prompt, force, folder)
+    if as_json:
+        print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / "sheet.png")})
+    else:
+        plural = "" if len(written) == 1 else "s"
+        err.print(f"[green]Wrote[/] {len(written)} picture{plural} and {plain(folder / 'sheet.png')}")
+
+
+def _edit(
+    adapter: Adapter,
+    source: tuple[str, str | None],
+    run: RunConfig,
+    etas: list[float],
+    seeds: list[int],
+    prompt: str | None,
+    force: bool,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Opens the base (name and revision) and writes the images of all etas and seeds into a folder; gives their files."""
+    from ...adapters.contents import read_canvas
+    from ...bases.loading.registry import load_base
+    from ...core.runtime import resolve_runtime
+    from ...memory.levers import EDIT_LEVERS
+    from ...memory.out_of_memory import explain_out_of_memory
+    from ...sampling.checks import check_edit
+    from ...sampling.editor import Editor
+
+    config, record = run.edit, adapter.record
+    text = record.prompt if prompt is None else prompt
+    check_edit(etas, seeds, config, text)
     with writable(folder):
         pass
-    editor = Editor(open_base(source[0], resolve_runtime(run.memory), source[1]), force)
-    edits = counted(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "pictures")
+    editor = Editor(load_base(source[0], resolve_runtime(run.memory), source[1]), force)
+    edits = progress(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "pictures")
     foreign = editor.base.fingerprint != record.base.fingerprint
     if foreign and force:
         warnings.warn(
@@ -96,13 +119,8 @@ def edit(
     how = {"adapter": adapter.name, "base": editor.base.name, "prompt": text, "edit": config.model_dump()}
     how |= {"forced": record.base.name} if foreign else {}
     so_far = f"the pictures made so far are in {folder}"
-    with explained(editor.base.architecture, run, editor.base.runtime, "decode", lambda: so_far, EDIT_LEVERS):
-        written = _write_edits(edits, folder, how, read_canvas(adapter).photo())
-    if as_json:
-        print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / "sheet.png")})
-    else:
-        plural = "" if len(written) == 1 else "s"
-        err.print(f"[green]Wrote[/] {len(written)} picture{plural} and {plain(folder / 'sheet.png')}")
+    with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", lambda: so_far, EDIT_LEVERS):
+        return _write_edits(edits, folder, how, read_canvas(adapter).photo())
 
 
 def _write_edits(edits: Iterable[Edit], folder: Path, how: dict[str, Any], photo: Image) -> list[dict[str, Any]]:

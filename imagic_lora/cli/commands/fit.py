@@ -11,10 +11,10 @@ from cyclopts import Parameter
 
 from ...core.config import RunConfig
 from ...core.errors import ImagicError, Stopped
-from ...core.settings import checked, merged, read_yaml, recipe_of
-from ..console import err, plain, print_json, say_what_is_active, shown
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, around
-from .store import facts
+from ...core.settings import merged, read_yaml
+from ..console import err, plain, print_active_settings, print_json, show_progress
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, suggested_etas
+from .store import summary
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
     from ...adapters.store import Store
     from ...bases.architecture import Architecture
+    from ...training.configure import Configured
     from ...training.stage import StepReport
 
 
@@ -60,32 +61,27 @@ def fit(
     from ...bases.loading.progress import hide_progress_bars
 
     hide_progress_bars()
-    run, why, built = settings_of(settings, config)
+    run, why, built = configured(settings, config)
     adapter = _fit(image, prompt, run, why, built, Store(store), name or _slug(image.stem), overwrite, resume)
     if adapter is None:
         return
     if as_json:
-        print_json({"name": adapter.name, "folder": str(adapter.folder), "bytes": adapter.size, **facts(adapter)})
+        print_json({"name": adapter.name, "folder": str(adapter.folder), "bytes": adapter.size, **summary(adapter)})
     else:
         folder = plain(adapter.folder)
         err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB). Look at {folder}/preview.png, then:")
-        err.print(f"  imagic-lora edit {adapter.name} --eta {around(run.eta)}", highlight=False)
+        err.print(f"  imagic-lora edit {adapter.name} --eta {suggested_etas(run.eta)}", highlight=False)
 
 
-def settings_of(settings: RunConfig | None, config: Path | None) -> tuple[RunConfig, str, Architecture]:
-    """The settings of a run from flags and file over the recipe of its base and the preset, why it is that preset, and what the base is."""
-    from ...bases.loading.registry import architecture_of
-    from ...memory.presets import choose
+def configured(settings: RunConfig | None, config: Path | None) -> Configured:
+    """The settings of a run from flags, file and the environment that ``accelerate launch`` sets."""
+    from ...training.configure import configure_run
 
     flags = settings.model_dump(exclude_unset=True) if settings else {}
-    file = read_yaml(config) if config else {}
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         flags = merged({"memory": {"device": "cpu"}}, flags)
-    given = checked(merged(file, flags))
     started = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    built = architecture_of(given.base, given.revision)
-    recipe = recipe_of(given.base, built.few_steps, built.embeds_guidance)
-    return *choose(lambda: built, flags, file, recipe, processes=started), built
+    return configure_run(flags, read_yaml(config) if config else {}, started)
 
 
 def _fit(
@@ -108,12 +104,12 @@ def _fit(
                 return done.value
             interrupts.gentle = True
             if processes.main:
-                say_what_is_active(resolve_runtime(run.memory), run, why, processes.count, adapter_bytes(built, run))
+                print_active_settings(resolve_runtime(run.memory), run, why, processes.count, adapter_bytes(built, run))
             yield first
             return (yield from steps)
 
         try:
-            return shown(announced(), run) if processes.main else result(announced())
+            return show_progress(announced(), run) if processes.main else result(announced())
         except KeyboardInterrupt:
             if name in store.unfinished():
                 raise Stopped("what was saved before is as it was") from None
@@ -121,8 +117,7 @@ def _fit(
 
 
 def _processes(run: RunConfig) -> Any:
-    from ...core.processes import Processes
-    from ...core.runtime import resolve_runtime
+    from ...core.runtime import Processes, resolve_runtime
 
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1:

@@ -8,8 +8,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ...core.config import RunConfig
-from ...core.settings import checked, merged, read_yaml, recipe_of
-from ..console import print_json, say_plan
+from ...core.settings import merged, read_yaml, recipe_of, validated
+from ..console import print_json, print_plan
 from ..options import Flag, Json
 
 
@@ -36,17 +36,17 @@ def plan(
     """
     from ...bases.loading.configs import architecture
     from ...memory.plan import predict
-    from ...memory.presets import choose, on_this_machine, planned
+    from ...memory.presets import assumed_for, card_and_free_memory, choose_preset
 
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     if batch is not None:
         flags = merged({"embed": {"batch_size": batch}, "tune": {"batch_size": batch}}, flags)
     file = read_yaml(config) if config else {}
-    base = checked(merged(file, flags)).base
+    base = validated(merged(file, flags)).base
     built = architecture(base)
-    run, why = choose(lambda: built, flags, file, recipe_of(base, built.few_steps, built.embeds_guidance))
-    card = None if why == "asked for" else on_this_machine(run.memory.device)[0]
-    assumed = planned(run, card)
+    run, why = choose_preset(lambda: built, flags, file, recipe_of(base, built.few_steps, built.embeds_guidance))
+    card = None if why == "asked for" else card_and_free_memory(run.memory.device)[0]
+    assumed = assumed_for(run, card)
     if exact:
         from ...bases.loading.progress import hide_progress_bars
         from ...training.rehearsal import rehearse
@@ -58,4 +58,4 @@ def plan(
     if as_json:
         print_json({"base": base, "mode": run.tune.mode, "preset": run.preset, "fits": found.fits(run.preset), **found.to_json()})
     else:
-        say_plan(found, run, why)
+        print_plan(found, run, why)

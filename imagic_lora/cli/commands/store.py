@@ -19,16 +19,16 @@ def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> 
     """The stored adapters."""
     from ...adapters.store import Store
 
-    shelf = Store(store)
+    found = Store(store)
     adapters: list[Adapter] = []
-    for name in shelf.names():
+    for name in found.names():
         try:
-            adapters.append(shelf.read(name, verify=False))
+            adapters.append(found.read(name, verify=False))
         except ImagicError as error:
             err.print(f"[yellow]Passed over:[/] {plain(error.got)}")
-    unfinished = shelf.unfinished()
+    unfinished = found.unfinished()
     if as_json:
-        print_json({"adapters": [{"name": a.name, "bytes": a.size, **facts(a)} for a in adapters], "unfinished": unfinished})
+        print_json({"adapters": [{"name": a.name, "bytes": a.size, **summary(a)} for a in adapters], "unfinished": unfinished})
         return
     for name in unfinished:
         err.print(f"[yellow]Unfinished:[/] {plain(name)}; the same fit command with --resume goes on with it", highlight=False)
@@ -58,7 +58,7 @@ def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -
         print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json")})
         return
     table = Table(show_header=False, box=None, padding=(0, 2))
-    for key, value in {"name": adapter.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **facts(adapter)}.items():
+    for key, value in {"name": adapter.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **summary(adapter)}.items():
         table.add_row(f"[dim]{key}[/]", plain(json.dumps(value) if isinstance(value, dict) else str(value)))
     out.print(table)
 
@@ -73,11 +73,11 @@ def verify(name: str | None = None, *, store: StoreDir = DEFAULT_STORE, as_json:
     """
     from ...adapters.store import Store
 
-    shelf = Store(store)
-    names, wrong = [name] if name else shelf.names(), {}
+    adapters = Store(store)
+    names, wrong = [name] if name else adapters.names(), {}
     for one in names:
         try:
-            shelf.read(one)
+            adapters.read(one)
         except ImagicError as error:
             wrong[one] = error
         else:
@@ -108,7 +108,7 @@ def remove(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False)
         err.print(f"[green]Removed[/] {plain(name)}", highlight=False)
 
 
-def facts(adapter: Adapter) -> dict[str, Any]:
+def summary(adapter: Adapter) -> dict[str, Any]:
     """What people ask of an adapter first."""
     record = adapter.record
     return {

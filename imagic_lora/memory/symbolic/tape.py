@@ -29,7 +29,7 @@ class Meter:
         self.take(-size)
 
 
-class Sized:
+class SymbolicTensor:
     """A tensor of ``count`` elements of ``width`` bytes, held as long as somebody refers to it."""
 
     def __init__(self, meter: Meter, count: int, width: int, needs_grad: bool = False) -> None:
@@ -46,15 +46,15 @@ class _Node:
 
     out: int
     inputs: list[tuple[int, int, int]]  # name, count and width of every input that needs a gradient
-    kept: list[Sized]
+    kept: list[SymbolicTensor]
     trained: list[tuple[int, int]]
     scratch: int
     passes: bool
-    again: Callable[[], Sized] | None = None
+    again: Callable[[], SymbolicTensor] | None = None
 
 
 @dataclass
-class Paper:
+class Tape:
     """Runs symbolic forward and backward passes.
 
     Args:
@@ -68,23 +68,23 @@ class Paper:
     step_scratch: int = 0
     meter: Meter = field(default_factory=Meter)
     _tape: list[_Node] | None = field(default_factory=list)  # None while a checkpointed part runs
-    _weights: list[Sized] = field(default_factory=list)  # gradients of weights
+    _weights: list[SymbolicTensor] = field(default_factory=list)  # gradients of weights
 
-    def tensor(self, count: int, width: int, needs_grad: bool = False) -> Sized:
+    def tensor(self, count: int, width: int, needs_grad: bool = False) -> SymbolicTensor:
         """A tensor from outside."""
-        return Sized(self.meter, count, width, needs_grad)
+        return SymbolicTensor(self.meter, count, width, needs_grad)
 
     def op(
         self,
-        inputs: Sequence[Sized],
+        inputs: Sequence[SymbolicTensor],
         count: int,
         width: int,
-        kept: Sequence[Sized] = (),
+        kept: Sequence[SymbolicTensor] = (),
         keeps_output: bool = False,
         trained: Sequence[tuple[int, int]] = (),
         scratch: int = 0,
         passes: bool = False,
-    ) -> Sized:
+    ) -> SymbolicTensor:
         """An operation with one output.
 
         Args:
@@ -95,14 +95,14 @@ class Paper:
             passes: the gradient of the output is that of the inputs, not a new tensor.
         """
         needs = self.gradients_on and (bool(trained) or any(one.needs_grad for one in inputs))
-        out = Sized(self.meter, count, width, needs)
+        out = SymbolicTensor(self.meter, count, width, needs)
         if needs and self._tape is not None:
             wanted = [(one.name, one.count, one.width) for one in inputs if one.needs_grad]
             held = [*kept, out] if keeps_output else list(kept)
             self._tape.append(_Node(out.name, wanted, held, list(trained), scratch, passes))
         return out
 
-    def checkpoint(self, part: Callable[[Sized], Sized], x: Sized) -> Sized:
+    def checkpoint(self, part: Callable[[SymbolicTensor], SymbolicTensor], x: SymbolicTensor) -> SymbolicTensor:
         """A part whose intermediate tensors are made again in the backward pass (arXiv 1604.06174)."""
         if self._tape is None or not self.gradients_on:
             return part(x)
@@ -114,11 +114,11 @@ class Paper:
             tape.append(_Node(out.name, wanted, [x], [], 0, False, lambda: part(x)))
         return out
 
-    def backward(self, loss: Sized) -> None:
+    def backward(self, loss: SymbolicTensor) -> None:
         """The backward pass from a loss; the gradients of weights are left, unless the optimiser frees them."""
-        self._run({loss.name: Sized(self.meter, loss.count, loss.width)})
+        self._run({loss.name: SymbolicTensor(self.meter, loss.count, loss.width)})
 
-    def _run(self, gradients: dict[int, Sized]) -> None:
+    def _run(self, gradients: dict[int, SymbolicTensor]) -> None:
         assert self._tape is not None
         while self._tape:
             node = self._tape.pop()
@@ -132,22 +132,22 @@ class Paper:
             for count, width in node.trained:
                 self._train(count, width)
             for name, count, width in node.inputs:
-                new = gradient if node.passes and gradient.count == count else Sized(self.meter, count, width)
+                new = gradient if node.passes and gradient.count == count else SymbolicTensor(self.meter, count, width)
                 gradients.setdefault(name, new)
                 del new
             del gradient
 
-    def _run_again(self, node: _Node, gradients: dict[int, Sized]) -> None:
+    def _run_again(self, node: _Node, gradients: dict[int, SymbolicTensor]) -> None:
         tape, self._tape = self._tape, []
         assert node.again is not None
         inner = {node.again().name: gradients.pop(node.out)}
         self._run(inner)
         for name, count, width in node.inputs:
-            gradients.setdefault(name, inner.pop(name, None) or Sized(self.meter, count, width))
+            gradients.setdefault(name, inner.pop(name, None) or SymbolicTensor(self.meter, count, width))
         self._tape = tape
 
     def _train(self, count: int, width: int) -> None:
-        gradient = Sized(self.meter, count, width)
+        gradient = SymbolicTensor(self.meter, count, width)
         if self.frees_gradients:
             self.meter.touch(count * self.step_scratch)
         else:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .symbolic import Sized
-from .symbolic_layers import Layers
+from .layers import Layers
+from .tape import SymbolicTensor
 
 
 def vae_forward(config: dict[str, Any], layers: Layers, pixels: int, pictures: int, decode: bool) -> None:
@@ -15,7 +15,7 @@ def vae_forward(config: dict[str, Any], layers: Layers, pixels: int, pictures: i
         pixels: of one picture.
         decode: latents to picture; picture to latents otherwise.
     """
-    channels, width = config["block_out_channels"], layers.numbers.width
+    channels, width = config["block_out_channels"], layers.options.width
     latent = config["latent_channels"]
     area = pictures * (pixels // 4 ** (len(channels) - 1) if decode else pixels)
     ends = (latent, 3) if decode else (3, 2 * latent)
@@ -23,7 +23,7 @@ def vae_forward(config: dict[str, Any], layers: Layers, pixels: int, pictures: i
     if decode:
         layers._own(latent * latent, latent)  # post_quant_conv
     here = order[0]
-    h = layers.conv(layers.paper.tensor(area * ends[0], width), ends[0], here)
+    h = layers.conv(layers.tape.tensor(area * ends[0], width), ends[0], here)
     if decode:
         h = _middle(layers, h, here)
     for k, outside in enumerate(order):
@@ -31,7 +31,7 @@ def vae_forward(config: dict[str, Any], layers: Layers, pixels: int, pictures: i
         for _ in range(config["layers_per_block"] + (1 if decode else 0)):
             h, here = layers.resnet(h, here, outside, None, 0), outside
         if k + 1 < len(order):
-            h = layers.paper.op([h], h.count * 4, h.width) if decode else h
+            h = layers.tape.op([h], h.count * 4, h.width) if decode else h
             h = layers.conv(h, here, here, shrink=1 if decode else 2)
     came = h  # noqa: F841
     if not decode:
@@ -42,7 +42,7 @@ def vae_forward(config: dict[str, Any], layers: Layers, pixels: int, pictures: i
         layers._own(4 * latent * latent, 2 * latent)  # quant_conv
 
 
-def _middle(layers: Layers, h: Sized, channels: int) -> Sized:
+def _middle(layers: Layers, h: SymbolicTensor, channels: int) -> SymbolicTensor:
     h = layers.resnet(h, channels, channels, None, 0)
     n = layers.norm(h, channels)
     q, k, v = (layers.linear(n, channels, channels) for _ in range(3))

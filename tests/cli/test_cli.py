@@ -25,10 +25,12 @@ from tiny import save_tiny
 import imagic_lora.cli.app as cli
 import imagic_lora.cli.commands.fit as fitting
 import imagic_lora.cli.console as console
+import imagic_lora.core.choices as choices
 import imagic_lora.core.runtime as runtime
 import imagic_lora.memory.presets as fits
-import imagic_lora.photos.canvas as images
+import imagic_lora.photos.png as images
 import imagic_lora.training.fit as imagic
+import imagic_lora.training.run as run_module
 from imagic_lora.adapters.store import Store
 from imagic_lora.cli.options import suggested_etas
 from imagic_lora.core.config import Config, DeviceConfig, EditConfig, MemoryConfig, Mode, RunConfig
@@ -468,12 +470,12 @@ def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Pa
     by_runtime: set[tuple[str, ...]] = set()
     resolved = runtime.resolve_runtime
     monkeypatch.setattr(imagic, "resolve_runtime", lambda memory: resolved(Watched(memory._config, by_runtime, ("memory",))))
-    for module, name in ((imagic, "refuse_if_too_large"), (imagic, "refuse_full_disk"), (runtime, "_refuse_missing")):
+    for module, name in ((imagic, "check_memory"), (imagic, "check_disk"), (choices, "_check_installed")):
         monkeypatch.setattr(module, name, lambda *_: None)
-    monkeypatch.setattr(runtime, "levers", lambda memory: [])
+    monkeypatch.setattr(choices, "levers", lambda memory: [])
     monkeypatch.setattr(imagic.Store, "write", lambda *_: "stored")
-    monkeypatch.setattr(imagic.Run, "record", lambda self, name: None)
-    monkeypatch.setattr(imagic.Run, "inputs", lambda *_: {})
+    monkeypatch.setattr(run_module.Run, "record", lambda self, name: None)
+    monkeypatch.setattr(run_module.Run, "inputs", lambda *_: {})
     for mode in MODES:
         tune = {"steps": 1, "mode": mode}
         config = validated({"base": str(base), "embed": {"steps": 2}, "tune": tune, "edit": {"steps": 2, "start": "image"}})

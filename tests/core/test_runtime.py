@@ -38,6 +38,7 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Test Card 9")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: getattr(request, "param", (8, 0)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**34))
 
 
 def test_noise_is_a_function_of_its_key_alone() -> None:

@@ -16,6 +16,8 @@ from PIL import Image
 
 import imagic_lora.cli.app as cli
 import imagic_lora.cli.console as console
+import imagic_lora.memory.levers as levers
+import imagic_lora.memory.limits as limits
 import imagic_lora.memory.plan as plan
 import imagic_lora.memory.presets as fits
 import imagic_lora.sampling.editor as editor
@@ -23,6 +25,7 @@ import imagic_lora.training.fit as imagic
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.record import PREVIEW, STEPS
 from imagic_lora.adapters.store import Store
+from imagic_lora.bases.architecture import Architecture
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, Preset, RunConfig
@@ -52,7 +55,12 @@ def predicted(run: RunConfig, assumed: Assumed) -> Plan:
 @pytest.fixture(autouse=True)
 def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of sd15 are weighed again and again here."""
-    monkeypatch.setattr(fits, "predict", lambda base, run, assumed: (predicted if base is SD15 else partial(predict, base))(run, assumed))
+
+    def cached(base: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
+        return (predicted if base is SD15 else partial(predict, base))(run, assumed)
+
+    for module in (fits, levers, limits):
+        monkeypatch.setattr(module, "predict", cached)
 
 
 @pytest.fixture
@@ -249,8 +257,8 @@ def test_no_lever_of_the_other_mode_is_named(mode: Mode, stage: str) -> None:
     while lever := next_lever(SD15, run, CARD, stage):
         assert lever[0] not in found
         found.append(lever[0])
-        change = dict(fits.FIT_LEVERS)[lever[0]]
-        run = fits.pulled(run, change)
+        change = dict(levers.FIT_LEVERS)[lever[0]]
+        run = levers.with_lever(run, change)
         if lever[0] == "--mode lora":
             break
     wrong = {"lora": {"--master-weights bf16-stochastic", "--mode lora"}, "full": {"--quantize nf4"}}[mode]
@@ -578,7 +586,7 @@ def test_a_fit_that_cannot_fit_is_refused_before_anything_is_loaded(
     command: Callable[..., tuple[int, str, str]], folder: Path, photo_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a card that is too small for every preset, and on a machine without enough memory."""
-    monkeypatch.setattr(imagic, "open_base", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(imagic, "load_base", lambda *_, **__: pytest.fail("opened"))
     tokens = ["fit", photo_file, PROMPT, "--base", folder]
     with monkeypatch.context() as patch:
         patch.setattr(fits, "card_and_free_memory", lambda *_: (CARD, 1000))

@@ -57,15 +57,15 @@ def base(folder: Path) -> Base:
 
 
 @pytest.fixture(scope="module")
-def request(photo_file: Path) -> EditRequest:
+def wanted(photo_file: Path) -> EditRequest:
     """The photo is 50 x 37; the true edit has the size of the base."""
     photo = read_photo(photo_file).image
     truth = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
     return EditRequest(photo, PROMPT, SEED, Image.fromarray(truth))
 
 
-def run(method: Method, base: Base, request: EditRequest, clip: Any = None) -> list[EditResult]:
-    return list(method.pictures(studio_of(base, clip), request))
+def run(method: Method, base: Base, wanted: EditRequest, clip: Any = None) -> list[EditResult]:
+    return list(method.pictures(studio_of(base, clip), wanted))
 
 
 def counts(cost: Cost) -> tuple[int, int]:
@@ -139,62 +139,62 @@ def test_prices_add_up() -> None:
 # the bounds
 
 
-def test_bounds_are_the_photo_and_the_true_edit_through_the_vae(folder: Path, base: Base, request: EditRequest) -> None:
+def test_bounds_are_the_photo_and_the_true_edit_through_the_vae(folder: Path, base: Base, wanted: EditRequest) -> None:
     """The copy is the photo bit for bit; the oracle is what diffusers' own VAE gives back of the true edit; both are free."""
-    copy, oracle = run(Bounds(), base, request)
+    copy, oracle = run(Bounds(), base, wanted)
     assert ((copy.row, oracle.row), Bounds().rows) == (("copy", "oracle"), ("copy", "oracle"))
-    assert np.array_equal(array(copy.image), array(request.photo))
+    assert np.array_equal(array(copy.image), array(wanted.photo))
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     with torch.no_grad():
-        clean = torch.tensor(array(request.truth)).permute(2, 0, 1)[None] / 127.5 - 1
+        clean = torch.tensor(array(wanted.truth)).permute(2, 0, 1)[None] / 127.5 - 1
         back = vae.decode(vae.encode(clean).latent_dist.mode()).sample.clamp(-1, 1)
     expected = ((back[0].permute(1, 2, 0) + 1) * 127.5).numpy()
     assert np.abs(array(oracle.image) - expected).max() <= 1
-    assert np.abs(array(oracle.image) - array(request.photo.resize((32, 32)))).max() > 1
+    assert np.abs(array(oracle.image) - array(wanted.photo.resize((32, 32)))).max() > 1
     assert copy.cost == oracle.cost == Cost()
 
 
 # without a fit
 
 
-def alone(base: Base, request: EditRequest, config: EditConfig, seed: int = SEED) -> np.ndarray:
+def alone(base: Base, wanted: EditRequest, config: EditConfig, seed: int = SEED) -> np.ndarray:
     """What generate() gives for the sentence by itself."""
-    canvas, text = to_canvas(request.photo, 32, 8), base.encode_prompt(request.text)
+    canvas, text = to_canvas(wanted.photo, 32, 8), base.encode_prompt(wanted.text)
     (image,) = generate(base, [text], [seed], config, canvas, base.null(), [text])
     return array(image)
 
 
-def test_prompt_only_is_the_sentence_from_noise(folder: Path, base: Base, request: EditRequest) -> None:
+def test_prompt_only_is_the_sentence_from_noise(folder: Path, base: Base, wanted: EditRequest) -> None:
     """Whatever start the settings name; two evaluations a step with guidance and one without, none backward."""
     for guidance, evaluations in ((3.0, 10), (1.0, 5)):
         config = CONFIG.model_copy(update={"guidance_scale": guidance, "start": "image"})
-        (made,) = run(prompt_only(config), base, request)
-        expected = alone(opened(folder), request, config.model_copy(update={"start": "noise"}))
+        (made,) = run(prompt_only(config), base, wanted)
+        expected = alone(opened(folder), wanted, config.model_copy(update={"start": "noise"}))
         assert np.array_equal(array(made.image), expected)
         assert (made.row, counts(made.cost), made.cost.adapter) == ("prompt-only", (evaluations, 0), 0)
         assert made.cost.seconds > 0
 
 
-def test_prompt_only_depends_on_the_seed_and_not_on_the_photo(base: Base, request: EditRequest) -> None:
+def test_prompt_only_depends_on_the_seed_and_not_on_the_photo(base: Base, wanted: EditRequest) -> None:
     """Another seed is another picture; another photo of the same size is not."""
-    black = Image.new("RGB", request.photo.size)
+    black = Image.new("RGB", wanted.photo.size)
     method = prompt_only(CONFIG)
-    (first,), (other,) = run(method, base, request), run(method, base, EditRequest(request.photo, request.text, SEED + 1, request.truth))
-    (blind,) = run(method, base, EditRequest(black, request.text, SEED, black))
+    (first,), (other,) = run(method, base, wanted), run(method, base, EditRequest(wanted.photo, wanted.text, SEED + 1, wanted.truth))
+    (blind,) = run(method, base, EditRequest(black, wanted.text, SEED, black))
     assert not np.array_equal(array(first.image), array(other.image))
     assert np.array_equal(array(first.image), array(blind.image))
 
 
-def test_sdedit_starts_from_the_photo_by_each_strength(folder: Path, base: Base, request: EditRequest) -> None:
+def test_sdedit_starts_from_the_photo_by_each_strength(folder: Path, base: Base, wanted: EditRequest) -> None:
     """A row for each: the picture of generate() from the image, at strength times steps, twice with guidance."""
     method = sdedit(CONFIG, (0.4, 0.65, 1.0))
-    made = run(method, base, request)
+    made = run(method, base, wanted)
     assert method.rows == tuple(one.row for one in made) == ("sdedit-0.4", "sdedit-0.65", "sdedit-1")
     for one, strength, steps in zip(made, (0.4, 0.65, 1.0), (2, 3, 5), strict=True):
         config = CONFIG.model_copy(update={"start": "image", "strength": strength})
-        assert np.array_equal(array(one.image), alone(opened(folder), request, config))
+        assert np.array_equal(array(one.image), alone(opened(folder), wanted, config))
         assert (counts(one.cost), one.cost.adapter) == ((2 * steps, 0), 0)
-        assert one.image.size == request.photo.size
+        assert one.image.size == wanted.photo.size
     assert not np.array_equal(array(made[0].image), array(made[2].image))
 
 
@@ -206,10 +206,10 @@ def test_settings_of_an_untuned_method_are_all_that_it_depends_on() -> None:
 
 
 @pytest.mark.parametrize("method", [Bounds(), prompt_only(CONFIG), sdedit(CONFIG, (0.8,))], ids=lambda method: method.name)
-def test_what_needs_no_fit_leaves_the_base_alone(base: Base, request: EditRequest, method: Method) -> None:
+def test_what_needs_no_fit_leaves_the_base_alone(base: Base, wanted: EditRequest, method: Method) -> None:
     """Bit-equal weights and no hook."""
     before = weights(base.denoiser)
-    run(method, base, request)
+    run(method, base, wanted)
     assert same(weights(base.denoiser), before)
     assert not base.denoiser._forward_hooks
 
@@ -221,14 +221,14 @@ Fitting = Callable[..., tuple[list[EditResult], Picky, Base]]
 
 
 @pytest.fixture(scope="module")
-def fitting(folder: Path, request: EditRequest) -> Fitting:
+def fitting(folder: Path, wanted: EditRequest) -> Fitting:
     """The rows of Imagic in a mode, what it chose from, and its base; each made once."""
     known: dict[str, tuple[list[EditResult], Picky, Base]] = {}
 
     def make(mode: Mode) -> tuple[list[EditResult], Picky, Base]:
         if mode not in known:
             base, clip = opened(folder, mode), Picky()
-            known[mode] = (run(Imagic("ours", tiny_config(folder, mode), embedding=True), base, request, clip), clip, base)
+            known[mode] = (run(Imagic("ours", tiny_config(folder, mode), embedding=True), base, wanted, clip), clip, base)
         return known[mode]
 
     return make
@@ -252,10 +252,10 @@ def test_imagic_yields_its_rows_in_order(fitting: Fitting, folder: Path, mode: M
     assert {one.image.size for one in made} == {(50, 37)}
 
 
-def test_without_embedding_there_are_two_rows(base: Base, folder: Path, request: EditRequest) -> None:
+def test_without_embedding_there_are_two_rows(base: Base, folder: Path, wanted: EditRequest) -> None:
     """Those that are declared."""
     method = Imagic("ours", tiny_config(folder))
-    assert tuple(one.row for one in run(method, base, request)) == method.rows == ("ours", "ours-best")
+    assert tuple(one.row for one in run(method, base, wanted)) == method.rows == ("ours", "ours-best")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -278,24 +278,24 @@ def test_imagic_is_a_fit_and_its_edits(fitting: Fitting, folder: Path, photo_fil
 
 
 @pytest.mark.parametrize("eta", [0.1, 1.9])
-def test_the_etas_of_the_best_stay_in_range(base: Base, folder: Path, request: EditRequest, eta: float) -> None:
+def test_the_etas_of_the_best_stay_in_range(base: Base, folder: Path, wanted: EditRequest, eta: float) -> None:
     """Near either end of what an edit takes."""
-    assert [one.row for one in run(Imagic("ours", tiny_config(folder, eta=eta)), base, request)] == ["ours", "ours-best"]
+    assert [one.row for one in run(Imagic("ours", tiny_config(folder, eta=eta)), base, wanted)] == ["ours", "ours-best"]
 
 
-def test_imagic_can_start_from_inverted_noise(base: Base, folder: Path, request: EditRequest) -> None:
+def test_imagic_can_start_from_inverted_noise(base: Base, folder: Path, wanted: EditRequest) -> None:
     """The inversion is paid for: a pass a step more than from noise."""
     noise, inverted = (
-        run(Imagic("ours", tiny_config(folder, edit={"start": start})), base, request)[0].cost for start in ("noise", "inverted")
+        run(Imagic("ours", tiny_config(folder, edit={"start": start})), base, wanted)[0].cost for start in ("noise", "inverted")
     )
     assert inverted.forward - noise.forward == tiny_config(folder).edit.steps
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_method_that_is_left_early_leaves_the_base(base: Base, folder: Path, request: EditRequest, mode: Mode) -> None:
+def test_a_method_that_is_left_early_leaves_the_base(base: Base, folder: Path, wanted: EditRequest, mode: Mode) -> None:
     """Bit-equal to before, after its first picture."""
     before = weights(base.denoiser)
-    pictures = Imagic("ours", tiny_config(folder, mode)).pictures(studio_of(base), request)
+    pictures = Imagic("ours", tiny_config(folder, mode)).pictures(studio_of(base), wanted)
     next(pictures)
     pictures.close()
     assert same(weights(base.denoiser), before)
@@ -341,7 +341,7 @@ def test_imagic_leaves_the_base_bit_equal(fitting: Fitting, folder: Path, mode: 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_imagic_reports_the_bytes_that_are_kept(folder: Path, request: EditRequest, monkeypatch: pytest.MonkeyPatch, mode: Mode) -> None:
+def test_imagic_reports_the_bytes_that_are_kept(folder: Path, wanted: EditRequest, monkeypatch: pytest.MonkeyPatch, mode: Mode) -> None:
     """Those of weights and embeddings in the adapter's folder, while it is there; nothing of it is left afterwards; the embedding alone
     keeps no adapter."""
     stores: list[Path] = []
@@ -351,7 +351,7 @@ def test_imagic_reports_the_bytes_that_are_kept(folder: Path, request: EditReque
         return fit(photo, text, config, store, name, **more)
 
     monkeypatch.setattr(imagic, "fit", spied)
-    rows = Imagic("ours", tiny_config(folder, mode), embedding=True).pictures(studio_of(opened(folder, mode)), request)
+    rows = Imagic("ours", tiny_config(folder, mode), embedding=True).pictures(studio_of(opened(folder, mode)), wanted)
     one = next(rows)
     (store,) = stores
     kept = sum(path.stat().st_size for path in store.rglob("*.safetensors"))
@@ -361,28 +361,28 @@ def test_imagic_reports_the_bytes_that_are_kept(folder: Path, request: EditReque
     assert not store.exists()
 
 
-def test_the_seed_of_the_task_is_that_of_the_fit(folder: Path, photo_file: Path, request: EditRequest, tmp_path: Path) -> None:
+def test_the_seed_of_the_task_is_that_of_the_fit(folder: Path, photo_file: Path, wanted: EditRequest, tmp_path: Path) -> None:
     """Not that of the settings: the picture is that of a fit at the task's seed, and another task's is another."""
     method = Imagic("ours", tiny_config(folder, seed=99))
-    made = run(method, opened(folder), EditRequest(request.photo, request.text, 4, request.truth))[0]
+    made = run(method, opened(folder), EditRequest(wanted.photo, wanted.text, 4, wanted.truth))[0]
     adapter, editor = apart(folder, "lora", photo_file, tmp_path, seed=4)
     (expected,) = editor.edit(adapter, [0.7], [4], tiny_config(folder).edit)
     assert np.array_equal(array(made.image), array(expected.image))
-    assert not np.array_equal(array(made.image), array(run(method, opened(folder), request)[0].image))
+    assert not np.array_equal(array(made.image), array(run(method, opened(folder), wanted)[0].image))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_method_that_is_stopped_leaves_the_base_bit_equal(folder: Path, request: EditRequest, mode: Mode) -> None:
+def test_a_method_that_is_stopped_leaves_the_base_bit_equal(folder: Path, wanted: EditRequest, mode: Mode) -> None:
     """After its first picture was taken, and after CLIP has failed."""
     base = opened(folder, mode)
     before = weights(base.denoiser)
-    rows: Any = Imagic("ours", tiny_config(folder, mode)).pictures(studio_of(base), request)
+    rows: Any = Imagic("ours", tiny_config(folder, mode)).pictures(studio_of(base), wanted)
     next(rows)
     rows.close()
     del rows
     assert same(weights(base.denoiser), before)
     with pytest.raises(IndexError):
-        run(Imagic("ours", tiny_config(folder, mode)), base, request, Picky(choice=8))
+        run(Imagic("ours", tiny_config(folder, mode)), base, wanted, Picky(choice=8))
     assert same(weights(base.denoiser), before)
     assert not base.denoiser._forward_hooks
 

@@ -654,7 +654,7 @@ def test_the_package_for_heic_is_imported_only_for_it(tmp_path: Path) -> None:
     """A fresh Python that has read a PNG has not met it."""
     path = tmp_path / "photo.png"
     Image.new("RGB", (3, 3)).save(path)
-    code = f"import sys; from pathlib import Path; from imagic_lora.photos import read_photo; read_photo(Path({str(path)!r}))"
+    code = f"import sys; from pathlib import Path; from imagic_lora.photos.reading import read_photo; read_photo(Path({str(path)!r}))"
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit('pillow_heif' in sys.modules)"], check=True)
 
 

@@ -113,7 +113,7 @@ class Story:
         """What was before."""
         folder.mkdir(parents=True)
         if self.start:
-            self.shelf.put(folder, self.start)
+            self.adapters.put(folder, self.start)
         if self.recovers:
             (folder / NAME).rename(folder / f".{NAME}.old")
             (folder / f".{NAME}.part/unet").mkdir(parents=True)
@@ -121,9 +121,9 @@ class Story:
     def do(self, folder: Path, word: str) -> None:
         """One work."""
         if self.recovers:
-            assert self.shelf.found(folder) == word
+            assert self.adapters.found(folder) == word
         else:
-            self.shelf.put(folder, word)
+            self.adapters.put(folder, word)
 
     def expected(self, done: int) -> tuple[str, ...]:
         """What may be found when so many works have been done, and the next perhaps; only a removal may come undone."""
@@ -170,9 +170,9 @@ def outcome(story: Story, disk: Disk, trace: list[tuple[int, Operation]], cut: i
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", ImagicWarning)
-            found = story.shelf.found(folder)
+            found = story.adapters.found(folder)
         assert found in expected, f"{found!r} was found, not {' or '.join(map(repr, expected))}"
-        used_again(story.shelf, folder)
+        used_again(story.adapters, folder)
     except Exception as error:
         after = trace[cut - 1][1] if cut else "nothing"
         return f"{story.name}, cut off after {cut} of {len(trace)} changes ({after}), disk {model!r}: {type(error).__name__}: {error}"

@@ -147,14 +147,14 @@ def _code(marker: Path) -> str:
     return f"import os\nos.mkdir({str(marker)!r})\nclass X:\n    pass\n"
 
 
-def _put(file: str, content: bytes, seal: bool = True) -> Change:
+def _put(file: str, content: bytes, write_manifest: bool = True) -> Change:
     """A file, under a right hash."""
 
     def change(adapter: Path) -> None:
         path = adapter / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        if seal:
+        if write_manifest:
             forged(adapter, RECORD if (adapter / RECORD).is_file() else CHECKPOINT)
 
     return change

@@ -74,6 +74,6 @@ def _takes_anything(name: str, *_) -> None:
 )
 def test_the_careless_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, careless, said: str) -> None:
     """Who unpickles, who lets an error through, and who refuses what is harmless."""
-    monkeypatch.setattr(bases, "open_base", careless)
-    monkeypatch.setattr(bases, "entry", lambda folder, marker: [list(bases._pickles(marker))])
+    monkeypatch.setattr(bases, "load_base", careless)
+    monkeypatch.setattr(bases, "known", lambda folder, marker: [list(bases._pickles(marker))])
     assert any(said in verdict for verdict in torture(60, 0, tmp_path))

@@ -83,7 +83,7 @@ def test_a_base_that_a_fit_opens_is_let_go(
         held.append(opening(*arguments, **settings))
         return held[0]
 
-    monkeypatch.setattr(imagic, "open_base", opened_here)
+    monkeypatch.setattr(imagic, "load_base", opened_here)
     result(fit(photo_file, PROMPT, tiny_config(folder, mode), Store(tmp_path), "one"))
     assert len(held) == 1
     assert same(weights(held[0].denoiser), before) == (mode == "lora")
@@ -134,7 +134,7 @@ def test_too_little_memory_is_refused_before_loading(
     worst = max(stages, key=lambda name: stages[name].total)
     monkeypatch.setattr(imagic, "free_memory", lambda device: stages[worst].total - 1)
     with monkeypatch.context() as patch:
-        patch.setattr(imagic, "open_base", lambda *_, **__: pytest.fail("opened"))
+        patch.setattr(imagic, "load_base", lambda *_, **__: pytest.fail("opened"))
         with pytest.raises(ImagicError, match=rf"stage {worst} needs .* \(predicted\), and .* can be had on this machine"):
             next(fit(photo_file, PROMPT, config, Store(tmp_path), "one"))
     monkeypatch.setattr(imagic, "free_memory", lambda device: stages[worst].total)

@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-help: ## this list
+help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
 
-setup: $(READY) ## build .venv with every pinned dependency
+setup: $(READY) ## create .venv with the pinned dependencies
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,47 +14,53 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(READY) ## fit and edit one shipped picture on the embedded base: outputs/demo/sheet.png
+demo: $(READY) ## fit and edit one image with the embedded base: outputs/demo/sheet.png
 	$(BIN)/imagic-lora demo
 
-test: $(READY) ## the tests, some minutes on two cores
+test: $(READY) ## run the tests, under 8 minutes on two cores
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-test-slow: $(READY) ## what takes longer
+test-slow: $(READY) ## run the slow tests
 	$(BIN)/pytest -m slow
 
-test-gpu: $(READY) ## what needs a CUDA device
+test-gpu: $(READY) ## run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
-torture: $(READY) ## kills, power cuts, full disks, flipped bits, hostile files, many times over; half an hour at the most
+torture: $(READY) ## fault injection: kills, power cuts, full disks, flipped bits, hostile files; up to half an hour
 	PYTHONPATH=tests $(BIN)/python -m torture
 
-lint: $(READY) ## ruff, pyright, import-linter
+lint: $(READY) ## run ruff, pyright and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-check: lint test ## all that must pass
+check: lint test ## lint and test
 
-critters-report: $(READY) ## the figures and the sheet of the embedded base
+docs-settings: $(READY) ## write docs/reference/settings.md from the config models
+	$(BIN)/python scripts/settings_reference.py
+
+critters-report: $(READY) ## measure the embedded base and draw its sample sheet
 	$(BIN)/python scripts/critters_report.py
 
-bench-critters: $(READY) ## CritterBench, all methods, hours on two cores; goes on where it was: docs/critterbench.md
+bench-critters: $(READY) ## run CritterBench with all methods, hours on two cores; resumes: docs/internals/critterbench.md
 	$(BIN)/imagic-lora bench critters --cases 60 --seed 7 --workers 2
 	$(BIN)/python scripts/critterbench_figures.py outputs/bench/critters-7
 
-bench-memory: $(READY) ## predicted, and on a card measured, peaks: docs/memory.md
+bench-memory: $(READY) ## predict peak memory, and measure it on a card: docs/internals/memory-model.md
 	$(BIN)/python scripts/bench_memory.py
 
-bench-speed: $(READY) ## our loop against a plain one, the price of the levers: docs/speed.md
+bench-speed: $(READY) ## compare our loop with a plain one, time the memory levers: docs/internals/speed.md
 	$(BIN)/python scripts/bench_speed.py
 
-bench-swaps: $(READY) ## time of a swap between two adapters, on critters and at the size of SD 1.5
+bench-swaps: $(READY) ## time the switch between two adapters, on critters and at the size of SD 1.5
 	$(BIN)/python scripts/bench_swaps.py
 
+dist: $(READY) ## sdist and wheel: dist/
+	$(BIN)/python -m build
+
 clean: ## remove outputs, caches and .venv
-	rm -rf outputs $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf outputs dist $(VENV) .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test test-slow test-gpu torture lint check critters-report bench-critters bench-memory bench-speed bench-swaps clean
+.PHONY: help setup demo test test-slow test-gpu torture lint check docs-settings critters-report bench-critters bench-memory bench-speed bench-swaps dist clean

@@ -1,6 +1,6 @@
-"""Edit one real photo with one sentence: Imagic (arXiv 2210.09276) on one consumer GPU.
+"""Edit one real photo with one target prompt: Imagic (arXiv 2210.09276) on one consumer GPU.
 
-The public library is what this file names; each name is imported when it is first used, so that ``import imagic_lora`` is quick::
+``__all__`` lists the public library. Each name is imported when it is first used, so that ``import imagic_lora`` is fast::
 
     from imagic_lora import Editor, Store, configure, fit, open_base, result
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Editor", "RunConfig", "Store", "__version__", "configure", "fit", "open_base", "plan", "result"]
 
-_PLACES = {
+_SOURCES = {  # module and attribute of each public name
     "Editor": ("sampling.editor", "Editor"),
     "RunConfig": ("core.config", "RunConfig"),
     "Store": ("adapters.store", "Store"),
@@ -38,11 +38,11 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("imagic-lora")
-    if name not in _PLACES:
+    if name not in _SOURCES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _PLACES[name]
-    found = globals()[name] = getattr(import_module(f".{module}", __name__), attribute)
-    return found
+    module, attribute = _SOURCES[name]
+    value = globals()[name] = getattr(import_module(f".{module}", __name__), attribute)
+    return value
 
 
 def __dir__() -> list[str]:

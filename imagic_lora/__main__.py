@@ -1,4 +1,4 @@
-"""``python -m imagic_lora`` and ``accelerate launch -m imagic_lora``."""
+"""The entry point of ``python -m imagic_lora`` and ``accelerate launch -m imagic_lora``."""
 
 import sys
 

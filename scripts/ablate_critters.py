@@ -1,7 +1,7 @@
-"""One change of the defaults at a time, on the same cases: ``python scripts/ablate_critters.py --cases 60``.
+"""Ablation: one change of the defaults at a time, on the same cases: ``python scripts/ablate_critters.py --cases 60``.
 
-The cases are drawn from a seed of their own, so that what is chosen by them can be claimed by CritterBench's. Every case is fitted and
-edited with the defaults and with each change, at one eta and one seed; what is done is kept in a file and not done again.
+The cases have a seed of their own, so that settings are not chosen on the cases that CritterBench reports. Every case is fitted and edited
+with the defaults and with each change, at one eta and one seed. Results are appended to a file, and a later run resumes from it.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         budgeted("lora", 0.25).model_dump(include={"embed": PACE, "tune": PACE}), {"embed": {"batch_size": 4}, "tune": {"batch_size": 4}}
     ),
 }
-SCORES = {"aligned": 100, "attributes": 100, "success": 100, "psnr": 1}  # per cent, and dB to the true edit
+SCORES = {"aligned": 100, "attributes": 100, "success": 100, "psnr": 1}  # factors to percent, and dB against the true edit
 
 
-def separately(base: Base, photo: Path, case: Case, config: RunConfig) -> tuple[Image.Image, float]:
-    """The edit of a case by both stages after each other, as fit has them, and the megabytes of the adapter."""
-    adapter = result(fit(photo, case.text, config, Store(photo.parent), "case", base=base))
+def fit_and_edit(base: Base, photo: Path, case: Case, config: RunConfig) -> tuple[Image.Image, float]:
+    """The edit of a case by fit(), with its two stages in sequence, and the size of the adapter in MB."""
+    adapter = result(fit(photo, case.prompt, config, Store(photo.parent), "case", base=base))
     assert adapter is not None
     editor = Editor(base)
     (edit,) = editor.edit(adapter, [config.eta], [case.index], config.edit)
@@ -77,12 +77,13 @@ def separately(base: Base, photo: Path, case: Case, config: RunConfig) -> tuple[
     return edit.image, adapter.size / 1e6
 
 
-def jointly(base: Base, photo: Path, case: Case, config: RunConfig) -> tuple[Image.Image, float]:
-    """The edit of a case with embedding and layers trained together, at the rates and with all the steps of both stages.
+def fit_jointly_and_edit(base: Base, photo: Path, case: Case, config: RunConfig) -> tuple[Image.Image, float]:
+    """The edit of a case with embedding and LoRA layers trained together, and the size of the layers in MB.
 
-    The embedding is trained as a multiple of its change, which is another rate to Adam.
+    Both learning rates are kept, and the number of steps is the sum of both stages. The trained parameter is the change of the embedding
+    divided by the ratio of the rates: for Adam this equals another learning rate.
     """
-    run = encode_run(config, base, read_photo(photo), case.text, Processes())
+    run = encode_run(config, base, read_photo(photo), case.prompt, Processes())
     change, scale = Parameter(torch.zeros_like(run.target.tokens)), config.embed.learning_rate / config.tune.learning_rate
 
     def conditioning() -> Conditioning:
@@ -102,76 +103,80 @@ def jointly(base: Base, photo: Path, case: Case, config: RunConfig) -> tuple[Ima
 
 @contextmanager
 def weighted(gamma: float) -> Iterator[None]:
-    """The loss of each sample times ``min(SNR, gamma) / SNR`` of its timestep (arXiv 2303.09556, for bases that predict the noise)."""
+    """Multiplies the loss of each sample by ``min(SNR, gamma) / SNR`` of its timestep (arXiv 2303.09556), for epsilon prediction."""
 
     def loss(base: Base, latents: Tensor, conditioning: Conditioning, noise: Tensor, times: Tensor) -> Tensor:
-        kept = base.training.alphas_cumprod[base.timesteps(times)]
-        ratio = kept / (1 - kept)
-        return denoising_loss(base, latents, conditioning, noise, times) * ratio.clamp_max(gamma) / ratio
+        alpha = base.training_scheduler.alphas_cumprod[base.timesteps(times)]
+        snr = alpha / (1 - alpha)
+        return denoising_loss(base, latents, conditioning, noise, times) * snr.clamp_max(gamma) / snr
 
     with patch("imagic_lora.training.stage.denoising_loss", loss):
         yield
 
 
 def edited(base: Base, scorer: Scorer, case: Case, change: str, config: RunConfig) -> dict[str, float]:
-    """The scores of a case at some settings, and the size of the adapter."""
+    """The scores of a case with the given settings, and the size of the adapter in MB."""
     config = config.model_copy(update={"seed": case.index})
     with tempfile.TemporaryDirectory() as folder, weighted(5) if change == "min-SNR 5" else nullcontext():
         photo = Path(folder) / "photo.png"
         render(case.source).save(photo)
-        image, size = (jointly if change.startswith("joint") else separately)(base, photo, case, config)
+        image, size = (fit_jointly_and_edit if change.startswith("joint") else fit_and_edit)(base, photo, case, config)
     score = scorer.score(case, image)
     return {name: float(getattr(score, name)) for name in SCORES} | {"megabytes": size}
 
 
-def results(kept: Path, seed: int, cases: int, changes: list[str]) -> Iterator[dict[str, Any]]:
-    """What was done before, and what is done now: case by case, all changes of one before the next."""
-    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+def results(file: Path, seed: int, cases: int, changes: list[str]) -> Iterator[dict[str, Any]]:
+    """The results of all cases and changes, from the file or computed and appended to it.
+
+    Yields:
+        One row per case and change, in the order of the cases.
+    """
+    done = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     settings = {change: defaults("lora", {**CPU, **CHANGES[change]}) for change in changes}
-    found = {
-        (one["change"], one["case"]): one for one in done if one["settings"] == settings.get(one["change"], RunConfig()).model_dump_json()
+    rows = {
+        (row["change"], row["case"]): row for row in done if row["settings"] == settings.get(row["change"], RunConfig()).model_dump_json()
     }
     base, scorer = open_base(settings[changes[0]]), Scorer(Judge.load(), CritterAlignment.load())
     for index in range(cases):
         for change, config in settings.items():
-            if (change, index) not in found:
+            if (change, index) not in rows:
                 scores = edited(base, scorer, case_at(seed, index), change, config)
-                found[change, index] = {"change": change, "case": index, "settings": config.model_dump_json(), **scores}
-                with kept.open("a") as file:
-                    file.write(json.dumps(found[change, index]) + "\n")
-            yield found[change, index]
+                rows[change, index] = {"change": change, "case": index, "settings": config.model_dump_json(), **scores}
+                with file.open("a") as opened:
+                    opened.write(json.dumps(rows[change, index]) + "\n")
+            yield rows[change, index]
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Each score, and its difference to the defaults on the same cases with a 95% interval."""
-    by = {change: {row["case"]: row for row in rows if row["change"] == change} for change in CHANGES}
+    """The lines of a Markdown table: each score, and its difference to the defaults on the same cases with a 95% interval."""
+    by_change = {change: {row["case"]: row for row in rows if row["change"] == change} for change in CHANGES}
     yield "| change | cases | " + " | ".join(f"{name} | difference" for name in SCORES) + " | MB |"
     yield "|" + "---|" * (3 + 2 * len(SCORES))
-    for change, own in by.items():
-        both = sorted(own.keys() & by["defaults"].keys())
+    for change, own in by_change.items():
+        both = sorted(own.keys() & by_change["defaults"].keys())
         if not both:
             continue
         cells = [change, str(len(both))]
         for name, unit in SCORES.items():
-            apart = bootstrapped([unit * (own[case][name] - by["defaults"][case][name]) for case in both])
-            assert apart is not None
+            difference = bootstrapped([unit * (own[case][name] - by_change["defaults"][case][name]) for case in both])
+            assert difference is not None
             cells += [f"{unit * sum(own[case][name] for case in both) / len(both):.3g}"]
-            cells += [f"{apart.mean:+.2g} [{apart.low:+.2g}, {apart.high:+.2g}]" if change != "defaults" else ""]
+            cells += [f"{difference.mean:+.2g} [{difference.low:+.2g}, {difference.high:+.2g}]" if change != "defaults" else ""]
         yield "| " + " | ".join([*cells, f"{own[both[0]]['megabytes']:.2f}"]) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=11, help="of the cases; 7 is that of the claims")
+    parser.add_argument("--seed", type=int, default=11, help="seed of the cases; the reported results use 7")
     parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
     parser.add_argument("--out", type=Path, default=Path("outputs/ablation"))
-    asked = parser.parse_args()
+    args = parser.parse_args()
     logging.set_verbosity_error()
     hide_progress_bars()
-    asked.out.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for row in results(asked.out / f"seed-{asked.seed}.jsonl", asked.seed, asked.cases, asked.changes):
+    for row in results(args.out / f"seed-{args.seed}.jsonl", args.seed, args.cases, args.changes):
         rows.append(row)
         print(f"case {row['case']} {row['change']}: " + " ".join(f"{name} {row[name]:.0f}" for name in SCORES), flush=True)
     print("\n".join(table(rows)))

@@ -1,8 +1,9 @@
-"""Peak memory of every base, mode and preset: ``python scripts/bench_memory.py`` writes docs/memory.md.
+"""Peak memory of every base, mode and preset: ``python scripts/bench_memory.py`` writes docs/internals/memory-model.md.
 
-Without a card all is predicted: counted on tensors without values (``imagic_lora/training/rehearsal.py``) and drawn in sizes
-(``imagic_lora/memory/plan.py``). On a card the same runs are also measured on random weights, each in a process of its own: what PyTorch
-allocates and reserves, what nvidia-smi says, whether they complete under a cap of 6, 8, 12 and 16 GiB; and so are two plain peer settings.
+Without a card, all figures are predictions: an exact count on fake tensors (``imagic_lora/training/rehearsal.py``) and a quick one on
+symbolic sizes (``imagic_lora/memory/plan.py``). On a card, the same runs are also measured on random weights, each in its own process: the
+memory that PyTorch allocates and reserves, the memory that nvidia-smi reports, and whether the run completes within 6, 8, 12 and 16 GiB.
+Two plain settings without the package's levers are measured for comparison.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from imagic_lora.core.settings import PRESETS, merged, recipe_of, resolve
 from imagic_lora.memory.limits import is_out_of_memory
 from imagic_lora.memory.plan import Plan, assume, predict
 from imagic_lora.training.embed import embed_stage
-from imagic_lora.training.rehearsal import random_base, random_text, rehearse
+from imagic_lora.training.rehearsal import random_base, random_conditioning, rehearse
 from imagic_lora.training.tune import tune_stage
 
-PAGE = Path("docs/memory.md")
+PAGE = Path("docs/internals/memory-model.md")
 CAPS = (6, 8, 12, 16)
 MODES: tuple[Mode, ...] = ("lora", "full")
 STOCHASTIC = {"memory": {"master_weights": "bf16-stochastic"}}
@@ -58,23 +59,57 @@ LADDERS: dict[Mode, list[tuple[str, dict[str, Any]]]] = {
 PEERS = [("fp32, fp32 Adam, no lever", {"memory": {"dtype": "fp32", "optimizer": "adam"}})]
 PEERS += [("fp16, Adam8bit, checkpointing", {"memory": {"dtype": "fp16", "gradient_checkpointing": True}})]
 
+_ABOUT = """# Memory model
+
+Written by `make bench-memory`. For the use of these figures see [memory](../guide/memory.md).
+
+## How the peak is predicted
+
+`imagic_lora/memory/plan.py` predicts the peak of five stages: encode, embed, tune, sample, decode. It runs U-Net and VAE on *symbolic
+tensors* (`imagic_lora/memory/symbolic/`), which have sizes and no values, with a tape that keeps and frees them as autograd does. It needs
+no torch and takes milliseconds. What diffusers' callers keep alive, such as the input of an up block, is part of the model.
+
+`plan --exact` (`imagic_lora/training/rehearsal.py`) is the reference: the real code runs on fake tensors of PyTorch, and a dispatch mode
+counts their storages. Normalisations are cast to fp32 as autocast does on a card. bitsandbytes is replaced by modules of the same size.
+At true size with random weights SDXL was run on a CPU, one step of each stage (`python scripts/true_size.py`): the tensors held were within
+0.3% of the prediction in mode lora, and up to 2.7% below it in mode full.
+
+Neither counts the workspace of kernels. Two allowances are added: 500 MiB for the CUDA context, and 5% of everything but the weights for
+fragmentation. On a CPU 700 MiB for Python and its libraries replace the context.
+
+`imagic_lora/memory/presets.py` chooses the preset, `imagic_lora/memory/levers.py` orders the levers by their cost in time, and
+`imagic_lora/memory/limits.py` rejects a run whose plan, without allowances, exceeds the free memory.
+
+## Predicted
+
+MiB of a whole run at the base's own resolution, batch 1, with the settings of the preset. The last column is the quick prediction
+(`imagic-lora plan`) divided by the count (`plan --exact`). Preset `cpu` is planned for a CPU, in fp32.
+"""
+_LADDERS_ABOUT = """### What each lever saves
+
+SD 1.5, 512 x 512, batch 1, four images at once; predicted, without allowances. What the levers cost in time: [speed](speed.md).
+"""
+
 
 def settings(base: str, mode: Mode, preset: str, *changes: dict[str, Any]) -> RunConfig:
+    """The configuration of a run: a preset and changes to it."""
     given = merged({"base": base, "preset": preset, "tune": {"mode": mode}}, *changes)
     return resolve(given, {}, recipe_of(base))
 
 
 def mib(size: float) -> str:
+    """A size in bytes as text, in whole MiB."""
     return f"{size / 2**20:,.0f}"
 
 
 def exact(run: RunConfig) -> Plan:
+    """The plan of a run, counted on fake tensors."""
     return rehearse(architecture(run.base), run, assume(run))
 
 
 def predicted_table() -> list[str]:
-    """Every base, mode and preset."""
-    lines = ["| base | mode | preset | encode | embed | tune | sample | decode | with allowances | drawn / counted |", "|" + "---|" * 10]
+    """The predicted peaks of every base, mode and preset, as lines of a Markdown table."""
+    lines = ["| base | mode | preset | encode | embed | tune | sample | decode | with allowances | quick / exact |", "|" + "---|" * 10]
     cases: list[tuple[str, Mode, str, dict[str, Any]]] = []
     for base, mode, preset in itertools.product(("sd15", "sd21", "sdxl", "critters"), MODES, PRESETS):
         cases.append((base, mode, preset, {}))
@@ -83,17 +118,17 @@ def predicted_table() -> list[str]:
     cases.append(("sdxl", "lora", "8gb", NF4))
     for base, mode, preset, change in cases:
         run = settings(base, mode, preset, change)
-        counted, drawn = exact(run), predict(architecture(base), run)
+        counted, quick = exact(run), predict(architecture(base), run)
         stages = " | ".join(mib(peak.total) for peak in counted.stages.values())
         name = ", ".join([mode, *(value for group in change.values() for value in group.values())])
-        ratio = drawn.peak_bytes / counted.peak_bytes
+        ratio = quick.peak_bytes / counted.peak_bytes
         lines.append(f"| {base} | {name} | {preset} | {stages} | **{mib(counted.peak_bytes)}** | {ratio:.3f} |")
         print(lines[-1], flush=True)
     return lines
 
 
 def ladder_table(mode: Mode) -> list[str]:
-    """Levers pulled one after the other, SD 1.5 at 512 pixels, batch 1: the worst stage and what each lever took off it."""
+    """Memory levers added one after the other to SD 1.5 at 512 pixels, batch 1: the peak of the worst stage and what each lever saves."""
     lines = ["| levers, each added to those above | worst stage | peak MiB | saved | tune MiB | saved |", "|" + "---|" * 6]
     change: dict[str, Any] = {}
     before: tuple[int, int] | None = None
@@ -108,18 +143,25 @@ def ladder_table(mode: Mode) -> list[str]:
     return lines
 
 
-def on_the_card(run: RunConfig, cap: float | None) -> dict[str, Any]:
-    """Two steps of both stages, a denoising step and a decoding on random weights; this process's memory at its worst."""
+def measure(run: RunConfig, cap: float | None) -> dict[str, Any]:
+    """Peak memory of this process: two steps of both stages, one denoiser call and one decoding, on random weights.
+
+    Args:
+        cap: memory limit in GiB, or None.
+
+    Returns:
+        ``completed``, and ``allocated``, ``reserved`` and ``process`` in bytes.
+    """
     if cap:
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / torch.cuda.get_device_properties(0).total_memory))
-    found: dict[str, Any] = {"completed": False}
+    completed = False
     try:
         card = architecture(run.base)
         base = random_base(card, run, resolve_runtime(run.memory))
         side = run.resolution or base.resolution
         latents = base.encode_image(torch.zeros(1, 3, side, side))
         base.offload_encoders()
-        text = random_text(base, side, side)
+        text = random_conditioning(base, side, side)
         stage = embed_stage(base, latents, text, run.embed, 0, Processes())
         for k in range(2):
             stage.step(k)
@@ -133,26 +175,26 @@ def on_the_card(run: RunConfig, cap: float | None) -> dict[str, Any]:
                 count = 2 * run.edit.batch_size
                 base.predict(latents.expand(count, -1, -1, -1), torch.zeros(count, dtype=torch.int64, device="cuda"), text)
                 base.decode(latents.expand(run.edit.batch_size, -1, -1, -1))
-        found["completed"] = True
+        completed = True
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    asked = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    used = [line.split(",") for line in subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()]
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    used = [line.split(",") for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()]
     process = sum(int(size) for pid, size in used if int(pid) == os.getpid()) or max((int(size) for _, size in used), default=0)
-    memory = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(), "process": process * 2**20}
-    return found | memory
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"completed": completed, "allocated": allocated, "reserved": reserved, "process": process * 2**20}
 
 
 def in_a_process(run: RunConfig, cap: float | None = None) -> dict[str, Any]:
-    """:func:`on_the_card` in a fresh process."""
-    order = [sys.executable, __file__, "--one", run.model_dump_json(), "--cap", str(cap or 0)]
-    done = subprocess.run(order, capture_output=True, text=True, check=True)
+    """:func:`measure` in a new process."""
+    command = [sys.executable, __file__, "--one", run.model_dump_json(), "--cap", str(cap or 0)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measured_table() -> list[str]:
-    """On a card: presets and peers, without and with caps."""
+    """The measured peaks of presets and plain settings on a card, without and with memory limits, as lines of a Markdown table."""
     caps = " | ".join(f"{cap} GiB" for cap in CAPS)
     lines = [f"| base | run | allocated | reserved | process | predicted / process | {caps} |", "|" + "---|" * (6 + len(CAPS))]
     cases = [
@@ -165,10 +207,10 @@ def measured_table() -> list[str]:
     cases += [("sd15", "full, 8gb, bf16-stochastic", settings("sd15", "full", "8gb", STOCHASTIC))]
     cases += [("sd15", f"full, peer: {name}", settings("sd15", "full", "auto", change)) for name, change in PEERS]
     for base, name, run in cases:
-        free, plan = in_a_process(run), predict(architecture(base), run)
+        unlimited, plan = in_a_process(run), predict(architecture(base), run)
         capped = ["yes" if in_a_process(run, cap)["completed"] else "no" for cap in CAPS]
-        sizes = " | ".join(mib(free[kind]) for kind in ("allocated", "reserved", "process"))
-        ratio = plan.peak_bytes / free["process"] if free["process"] else float("nan")
+        sizes = " | ".join(mib(unlimited[kind]) for kind in ("allocated", "reserved", "process"))
+        ratio = plan.peak_bytes / unlimited["process"] if unlimited["process"] else float("nan")
         lines.append(f"| {base} | {name} | {sizes} | {ratio:.2f} | {' | '.join(capped)} |")
         print(lines[-1], flush=True)
     return lines
@@ -181,34 +223,17 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable_progress_bar()
     if args.one:
-        print(json.dumps(on_the_card(RunConfig.model_validate_json(args.one), args.cap or None)))
+        print(json.dumps(measure(RunConfig.model_validate_json(args.one), args.cap or None)))
         return
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    page = [
-        "# Memory",
-        "",
-        "Written by `make bench-memory`. MiB of the whole run on a card, at the base's own resolution, batch 1, as the preset has it.",
-        "",
-        "## Predicted",
-        "",
-        "Counted on tensors without values; kernels' workspace is not in it. The allowances are 500 MiB for the CUDA context and 5% of",
-        "all but the weights for fragmentation. The last column compares the quick drawing (`imagic-lora plan`) with the count",
-        "(`plan --exact`).",
-        "Preset `cpu` is planned for a CPU: fp32, and 700 MiB for Python and its libraries in place of the context.",
-        "",
-        *predicted_table(),
-        "",
-        "### What each lever saves",
-        "",
-        "SD 1.5, 512 x 512, batch 1, four pictures at once; predicted, without allowances. What they cost in time is in `docs/speed.md`.",
-    ]
+    page = [*_ABOUT.splitlines(), "", *predicted_table(), "", *_LADDERS_ABOUT.splitlines()]
     for mode in MODES:
         page += ["", f"Mode {mode}:", "", *ladder_table(mode)]
     page += ["", "## Measured", ""]
     page += (
         [f"On {card}, random weights.", "", *measured_table()]
         if card
-        else ["Not yet: no card was at hand. `make bench-memory` on one adds it."]
+        else ["Not yet: no card was available. `make bench-memory` on one adds it."]
     )
     PAGE.write_text("\n".join(page) + "\n", encoding="utf-8")
     print(f"wrote {PAGE}")

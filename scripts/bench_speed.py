@@ -1,9 +1,12 @@
-"""Speed of both stages and of generation, and what the memory levers cost: ``python scripts/bench_speed.py`` writes docs/speed.md.
+"""Speed of both stages and of generation, and what the memory levers cost.
 
-Ours is compared with a plain loop that does what a one-file script does: the same model, size, batch and precision, PyTorch's own Adam,
-independent timesteps, noise from the global generator, the loss read at every step. Both run in one process, in alternation; medians of the
-rounds, and the median of their ratios. On a CPU: the embedded base, and Stable Diffusion 1.5 at true width with random weights and small
-latents. On a card: 512 pixels, batch 1, 4 and 8, and PyTorch's compiler and channels_last beside the plain model.
+``python scripts/bench_speed.py`` writes docs/internals/speed.md.
+
+The package's loop is compared with a plain loop that does what a one-file script does: the same model, size, batch and precision, PyTorch's
+own Adam, independent timesteps, noise from the global generator, the loss read at every step. Both run alternately in one process; the
+figures are medians of the rounds, and the median of their ratios. On a CPU: the embedded base, and Stable Diffusion 1.5 at true width with
+random weights and small latents. On a card: 512 pixels, batch 1, 4 and 8, and PyTorch's compiler and channels_last compared with the plain
+model.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from imagic_lora.training.rehearsal import random_base
 from imagic_lora.training.stage import Stage
 from imagic_lora.training.tune import tune_stage
 
-PAGE = Path("docs/speed.md")
+PAGE = Path("docs/internals/speed.md")
 Step = Callable[[], Any]
 LEVERS: list[tuple[str, Mode, dict[str, Any], dict[str, Any]]] = [
     ("gradient checkpointing", "lora", {}, {"gradient_checkpointing": True}),
@@ -63,23 +66,29 @@ LEVERS: list[tuple[str, Mode, dict[str, Any], dict[str, Any]]] = [
 
 
 class Bench:
-    """One base, a stand-in photo and sentence on it, and rows of the page."""
+    """A base with random latents and a random embedding in place of a photo and a prompt.
+
+    Args:
+        side: of the image, in pixels.
+    """
 
     def __init__(self, base: Base, side: int) -> None:
         self.base, self.device = base, base.runtime.device
-        made = base.architecture
-        shape = (1, made.unet["in_channels"], side // made.factor, side // made.factor)
+        architecture = base.architecture
+        shape = (1, architecture.unet["in_channels"], side // architecture.vae_scale_factor, side // architecture.vae_scale_factor)
         self.latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        self.text = Conditioning(torch.randn(made.conditioning["tokens"], generator=torch.Generator().manual_seed(1)).to(self.device))
+        self.text = Conditioning(
+            torch.randn(architecture.conditioning["tokens"], generator=torch.Generator().manual_seed(1)).to(self.device)
+        )
 
     def plain(self, parameters: list[Parameter], text: Conditioning, optimizer: torch.optim.Optimizer, batch: int) -> Step:
-        """One step of a plain training loop over the same parameters."""
+        """One step of a plain training loop on these parameters."""
         base, latents = self.base, self.latents
 
         def step() -> None:
             noise = torch.randn(batch, *latents.shape[1:], device=self.device)
-            timesteps = torch.randint(0, base.training.config.num_train_timesteps, (batch,), device=self.device)
-            predicted = base.predict(base.training.add_noise(latents.expand_as(noise), noise, timesteps), timesteps, text)
+            timesteps = torch.randint(0, base.training_scheduler.config.num_train_timesteps, (batch,), device=self.device)
+            predicted = base.predict(base.training_scheduler.add_noise(latents.expand_as(noise), noise, timesteps), timesteps, text)
             F.mse_loss(predicted.float(), noise).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -88,17 +97,17 @@ class Bench:
 
     @contextmanager
     def stage(self, name: str, run: RunConfig) -> Iterator[tuple[Stage, list[Parameter], Conditioning]]:
-        """Our stage, and parameters and conditioning of the same for a plain loop."""
+        """A stage of the package, with parameters and conditioning for a plain loop over the same."""
         if name == "embed":
             tokens = Parameter(self.text.tokens.clone())
             yield embed_stage(self.base, self.latents, self.text, run.embed, 0, Processes()), [tokens], Conditioning(tokens)
             return
-        with attached(self.base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(self.base, restore=False) as found:
-            yield tune_stage(self.base, self.latents, self.text, found, run.tune, 0, Processes()), list(found.values()), self.text
+        with attached(self.base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(self.base, restore=False) as trainables:
+            yield tune_stage(self.base, self.latents, self.text, trainables, run.tune, 0, Processes()), list(trainables.values()), self.text
 
 
 def ours(stage: Stage) -> Step:
-    """One step of our driver loop, finiteness read as it is there."""
+    """One step of the package's driver loop, with its check for finite values at the same interval."""
     every, counter = (10 if stage.latents.device.type == "cuda" else 1), iter(range(10**9))
 
     def step() -> None:
@@ -109,19 +118,19 @@ def ours(stage: Stage) -> Step:
     return step
 
 
-def reading(step: Step) -> Step:
-    """A plain step that waits for the device, as one that reads its loss does."""
+def synchronised(step: Step) -> Step:
+    """A plain step that waits for the device, as a step does that reads its loss."""
 
-    def waiting() -> None:
+    def synchronised_step() -> None:
         step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    return waiting
+    return synchronised_step
 
 
 def plain_optimizer(name: str, parameters: list[Parameter], rate: float) -> torch.optim.Optimizer:
-    """What a script uses: Adam as PyTorch gives it, or bitsandbytes' 8-bit one."""
+    """The optimizer of a plain script: PyTorch's Adam, or bitsandbytes' 8-bit Adam."""
     if name == "adam":
         return torch.optim.Adam(parameters, lr=rate)
     from bitsandbytes.optim import Adam8bit
@@ -130,6 +139,7 @@ def plain_optimizer(name: str, parameters: list[Parameter], rate: float) -> torc
 
 
 def seconds(step: Step, steps: int) -> float:
+    """Mean seconds of a step, over a number of steps."""
     start = time.perf_counter()
     for _ in range(steps):
         step()
@@ -139,14 +149,14 @@ def seconds(step: Step, steps: int) -> float:
 
 
 def compare(first: Step, second: Step, rounds: int, steps: int) -> tuple[float, float, float]:
-    """Median seconds of either, alternating, and the median of second / first; the order within a pair alternates, too."""
+    """Median seconds of each step, and the median of second / first; the two alternate, and so does the order within a round."""
     for step in (first, second):
         seconds(step, 1)
     pairs = []
     for k in range(rounds):
         if k % 2:
-            late = seconds(second, steps)
-            pairs.append((seconds(first, steps), late))
+            seconds_of_second = seconds(second, steps)
+            pairs.append((seconds(first, steps), seconds_of_second))
         else:
             pairs.append((seconds(first, steps), seconds(second, steps)))
     a, b = (statistics.median(side) for side in zip(*pairs, strict=True))
@@ -154,25 +164,27 @@ def compare(first: Step, second: Step, rounds: int, steps: int) -> tuple[float, 
 
 
 def row(*cells: object) -> str:
+    """A row of a Markdown table, which is also printed."""
     line = "| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
     print(line, flush=True)
     return line
 
 
 def settings(base: str, mode: Mode, memory: dict[str, Any], batch: int | None = None) -> RunConfig:
+    """The configuration of a run with the given memory settings and batch size."""
     sizes = {"embed": {"batch_size": batch}, "tune": {"batch_size": batch}} if batch else {}
     return resolve(merged({"base": base, "tune": {"mode": mode}, "memory": memory}, sizes), {}, recipe_of(base))
 
 
 def opened(run: RunConfig) -> Base:
-    """The embedded base itself; another at true size with random weights."""
+    """The embedded base, or another base at true size with random weights."""
     if run.base == "critters":
         return open_base(run)
     return random_base(architecture(run.base), run, resolve_runtime(run.memory))
 
 
 def stages_table(base: str, side: int, rounds: int, steps: int, memory: dict[str, Any], batch: int | None = None) -> list[str]:
-    """Both stages, ours against the plain loop."""
+    """Steps per second of both stages, by the package and by the plain loop, as lines of a Markdown table."""
     lines = []
     kinds: tuple[tuple[str, Mode], ...] = (("embed", "lora"), ("tune", "lora"), ("tune", "full"))
     for name, mode in kinds:
@@ -180,18 +192,18 @@ def stages_table(base: str, side: int, rounds: int, steps: int, memory: dict[str
         bench = Bench(opened(run), side)
         with bench.stage(name, run) as (stage, parameters, text):
             plain = plain_optimizer(bench.base.runtime.optimizer, parameters, stage.config.learning_rate)
-            loop = reading(bench.plain(parameters, text, plain, stage.config.batch_size))
+            loop = synchronised(bench.plain(parameters, text, plain, stage.config.batch_size))
             a, b, ratio = compare(ours(stage), loop, rounds, steps)
-        shown = name if name == "embed" else f"tune, {mode}"
+        label = name if name == "embed" else f"tune, {mode}"
         lines.append(
-            row(base, f"{side} px", shown, stage.config.batch_size, bench.base.runtime.optimizer, 1 / a, 1 / b, f"**{ratio:.3f}**")
+            row(base, f"{side} px", label, stage.config.batch_size, bench.base.runtime.optimizer, 1 / a, 1 / b, f"**{ratio:.3f}**")
         )
         del bench, stage, parameters, loop, plain
     return lines
 
 
 def generation_row(base: str, side: int, rounds: int, sampler_steps: int) -> str:
-    """Pictures a second against diffusers' pipeline called by itself."""
+    """Images per second, by the package and by diffusers' pipeline alone, as a row of a Markdown table."""
     run = settings(base, "lora", {})
     bench = Bench(opened(run), side)
     canvas = to_canvas(_grey(side), side, bench.base.size_multiple)
@@ -218,7 +230,7 @@ def _grey(side: int) -> Any:
 
 
 def levers_table(base: str, side: int, rounds: int, steps: int) -> list[str]:
-    """A tuning step with a lever against one without, in alternation, and what the lever saves at SD 1.5's true size."""
+    """Time of a tuning step with each lever divided by the time without, and the memory that the lever saves at SD 1.5's true size."""
     lines = []
     for name, mode, without, lever in LEVERS:
         pair = [settings(base, mode, memory) for memory in (lever, without)]
@@ -235,26 +247,27 @@ def levers_table(base: str, side: int, rounds: int, steps: int) -> list[str]:
 
 
 def profile_table(base: str, side: int, steps: int) -> list[str]:
-    """The ten operations that take most of a tuning step's time."""
+    """The ten operations with the largest share of a tuning step's time, as lines of a Markdown table."""
     run = settings(base, "lora", {})
     bench = Bench(opened(run), side)
     with bench.stage("tune", run) as (stage, _, _):
         step = ours(stage)
         seconds(step, 2)
-        with profile() as seen:
+        with profile() as profiler:
             seconds(step, steps)
     card = torch.cuda.is_available()
-    total = sum(_own_time(one, card) for one in seen.key_averages())
-    top = sorted(seen.key_averages(), key=lambda one: -_own_time(one, card))[:10]
-    return [row(f"`{one.key}`", one.count // steps, f"{_own_time(one, card) / total:.1%}") for one in top]
+    total = sum(_own_time(event, card) for event in profiler.key_averages())
+    top = sorted(profiler.key_averages(), key=lambda event: -_own_time(event, card))[:10]
+    return [row(f"`{event.key}`", event.count // steps, f"{_own_time(event, card) / total:.1%}") for event in top]
 
 
-def _own_time(one: Any, card: bool) -> float:
-    return one.self_device_time_total if card else one.self_cpu_time_total
+def _own_time(event: Any, card: bool) -> float:
+    """Time of an operation without its children, in microseconds."""
+    return event.self_device_time_total if card else event.self_cpu_time_total
 
 
 def on_a_card(rounds: int, steps: int) -> list[str]:
-    """SD 1.5 at 512 pixels: batches, the compiler, channels_last."""
+    """SD 1.5 at 512 pixels on a card: batch sizes, the compiler, channels_last; lines of the page."""
     lines = ["", "## On the card", "", *_head("base", "size", "stage", "batch", "optimizer", "ours, steps/s", "plain, steps/s", "ratio")]
     for batch in (1, 4, 8):
         lines += stages_table("sd15", 512, rounds, steps, {"gradient_checkpointing": True}, batch)
@@ -285,9 +298,11 @@ def _head(*names: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=4, help="of one round, on the embedded base")
-    parser.add_argument("--side", type=int, default=128, help="pixels of SD 1.5's pictures on a CPU")
-    parser.add_argument("--only-critters", action="store_true", help="leave out SD 1.5, which takes ten minutes and 16 GB; writes nothing")
+    parser.add_argument("--steps", type=int, default=4, help="steps of one round, on the embedded base")
+    parser.add_argument("--side", type=int, default=128, help="image size of SD 1.5 on a CPU, in pixels")
+    parser.add_argument(
+        "--only-critters", action="store_true", help="only the embedded base, and write no file; SD 1.5 takes ten minutes and 16 GB"
+    )
     args = parser.parse_args()
     logging.disable_progress_bar()
     head = _head("base", "size", "stage", "batch", "optimizer", "ours, steps/s", "plain, steps/s", "ratio")
@@ -297,29 +312,34 @@ def main() -> None:
     if args.only_critters:
         return
     table += stages_table("sd15", args.side, args.rounds, 1, {"optimizer": "adam8bit"})
-    pictures = [
+    images = [
         *_head("base", "size", "what", "ours, images/s", "plain, images/s", "ratio"),
         generation_row("critters", 64, args.rounds, 10),
     ]
-    pictures += [generation_row("sd15", args.side, 3, 4)]
+    images += [generation_row("sd15", args.side, 3, 4)]
     levers = [*_head("lever", "mode", "saves in tune, MiB", "time"), *levers_table("critters", 64, args.rounds, args.steps)]
     where = [*_head("operation", "calls a step", "share"), *profile_table("critters", 64, 5)]
-    card = on_a_card(args.rounds, args.steps) if torch.cuda.is_available() else ["", "No card was at hand: nothing here is from one."]
-    page = _page(table, peak, pictures, levers, where, card)
+    card = (
+        on_a_card(args.rounds, args.steps)
+        if torch.cuda.is_available()
+        else ["", "No card was available: nothing here was measured on one."]
+    )
+    page = _page(table, peak, images, levers, where, card)
     PAGE.write_text("\n".join(page) + "\n", encoding="utf-8")
     print(f"wrote {PAGE}")
 
 
-def _page(table: list[str], peak: str, pictures: list[str], levers: list[str], where: list[str], card: list[str]) -> list[str]:
+def _page(table: list[str], peak: str, images: list[str], levers: list[str], where: list[str], card: list[str]) -> list[str]:
     threads = torch.get_num_threads()
     text = f"""# Speed
 
-Written by `make bench-speed`, on {threads} of the cores of a CPU unless it says otherwise.
+Written by `make bench-speed`, on {threads} of the cores of a CPU unless stated otherwise.
 
-## Ours against a plain loop
+## Compared with a plain loop
 
-One process, in alternation; medians, and the median of the ratios, above 1 where ours is faster. SD 1.5 has its true width, random weights
-and small latents.
+The plain loop does what a one-file script does: the same model, size, batch and precision, PyTorch's own Adam, independent timesteps,
+noise from the global generator, the loss read at every step. Both run in one process, in alternation. The figures are medians, and the
+median of the ratios, above 1 where imagic-lora is faster. SD 1.5 has its true width, random weights and small latents.
 
 TABLE
 
@@ -329,9 +349,10 @@ PICTURES
 
 ## What the memory levers cost
 
-Time of a tuning step with the lever over one without, on the embedded base on this CPU; a card will differ, above all with an optimizer in
-backward, which waits for the card at every weight. And what the lever alone saves in stage tune of SD 1.5 at 512 x 512, predicted, over
-no other lever: docs/memory.md pulls them one after the other.
+Time of a tuning step with the lever divided by the time without it, on the embedded base on this CPU. A card will differ, most of all with
+an optimizer in backward, which synchronises at every weight. The third column is what the lever alone saves in stage tune of SD 1.5 at
+512 x 512, predicted, compared with no other lever; the [memory model](memory-model.md#what-each-lever-saves) adds the levers one after the
+other.
 
 LEVERS
 
@@ -340,8 +361,8 @@ LEVERS
 PyTorch's profiler, stage tune, mode lora, embedded base.
 
 WHERE"""
-    parts = {"TABLE": table, "PICTURES": pictures, "LEVERS": levers, "WHERE": where}
-    return [line for one in text.split("\n") for line in parts.get(one, [one])] + card
+    parts = {"TABLE": table, "PICTURES": images, "LEVERS": levers, "WHERE": where}
+    return [line for name in text.split("\n") for line in parts.get(name, [name])] + card
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What compressing a full adapter costs on the embedded base: ``python scripts/compress_ranks.py``, some minutes.
+"""Quality of compressed full adapters on the embedded base: ``python scripts/compress_ranks.py``; takes some minutes.
 
-Fits full adapters on cases of CritterBench, compresses each at several ranks, and prints for every rank the norm that is lost of what was
-changed, the size, how far the edit is from the full adapter's, and how many edits the judge counts as done and as successes.
+Fits full adapters on cases of CritterBench and compresses each to several ranks. For every rank it prints the lost share of the weight
+change (a relative norm), the size, the distance of the edit from that of the full adapter, and how many edits the judge counts as done and
+as successes.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ RANKS = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Row:
-    """One adapter of one case.
+    """Measurements of one adapter of one case.
 
     Args:
-        error: norm lost over norm changed.
-        size: bytes.
+        rank: None for the full adapter.
+        error: lost part of the weight change, as a relative norm in [0, 1].
+        size: in bytes.
         pixels: mean absolute difference to the full adapter's edit, in levels of 0 to 255.
+        score: CritterBench's score of the edit.
     """
 
     rank: int | None
@@ -51,48 +54,50 @@ class Row:
 
 
 def measured(editor: Editor, scorer: Scorer, case: Case, config: RunConfig, folder: Path) -> Iterator[Row]:
-    """The full adapter of a case, whose rank is None, and what it is compressed to."""
+    """Fits a full adapter to a case and yields its row, then a row for each rank it is compressed to."""
     config = config.model_copy(update={"seed": case.index})
     store, photo = Store(folder / str(case.index)), folder / f"{case.index}.png"
     render(case.source).save(photo)
     editor.close()
-    full = result(fit(photo, case.text, config, store, "full", base=editor.base))
+    full = result(fit(photo, case.prompt, config, store, "full", base=editor.base))
     assert full is not None
 
     def edited(adapter: Adapter) -> Image.Image:
         (edit,) = editor.edit(adapter, [config.eta], [case.index], config.edit)
         return edit.image
 
-    aim = edited(full)
-    yield Row(None, 0.0, full.size, 0.0, scorer.score(case, aim))
+    reference = edited(full)
+    yield Row(None, 0.0, full.size, 0.0, scorer.score(case, reference))
     for rank in RANKS:
         editor.close()
         small = compress(full, editor.base, rank, store, f"rank-{rank}")
         image = edited(small)
         assert small.record.compressed is not None
-        apart = float(np.abs(np.asarray(image, dtype=float) - np.asarray(aim, dtype=float)).mean())
-        yield Row(rank, small.record.compressed.error, small.size, apart, scorer.score(case, image))
+        difference = float(np.abs(np.asarray(image, dtype=float) - np.asarray(reference, dtype=float)).mean())
+        yield Row(rank, small.record.compressed.error, small.size, difference, scorer.score(case, image))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=7, help="of the cases")
-    asked = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=7, help="seed of the cases")
+    args = parser.parse_args()
     logging.set_verbosity_error()
     hide_progress_bars()
     config = defaults("full", {"memory": {"device": "cpu", "dtype": "fp32"}})
     editor, scorer = Editor(open_base(config)), Scorer(Judge.load(), CritterAlignment.load())
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        for index in range(asked.cases):
-            rows += measured(editor, scorer, case_at(asked.seed, index), config, Path(folder))
+        for index in range(args.cases):
+            rows += measured(editor, scorer, case_at(args.seed, index), config, Path(folder))
     print("| rank | norm lost | MB | pixels apart | attributes | success |\n|---|---|---|---|---|---|")
     for rank in (*RANKS, None):
-        one = [row for row in rows if row.rank == rank]
-        error, size, apart = (np.mean([getattr(row, name) for row in one]) for name in ("error", "size", "pixels"))
-        done, right = (sum(getattr(row.score, name) for row in one) for name in ("attributes", "success"))
-        print(f"| {rank or 'full'} | {error:.1%} | {size / 1e6:.2f} | {apart:.2f} | {done} of {len(one)} | {right} of {len(one)} |")
+        selected = [row for row in rows if row.rank == rank]
+        error, size, pixels = (np.mean([getattr(row, name) for row in selected]) for name in ("error", "size", "pixels"))
+        done, right = (sum(getattr(row.score, name) for row in selected) for name in ("attributes", "success"))
+        print(
+            f"| {rank or 'full'} | {error:.1%} | {size / 1e6:.2f} | {pixels:.2f} | {done} of {len(selected)} | {right} of {len(selected)} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The pictures of docs/critterbench.md: ``python scripts/critterbench_figures.py outputs/bench/critters-7``.
+"""The figures of docs/internals/critterbench.md: ``python scripts/critterbench_figures.py outputs/bench/critters-7``.
 
-``critterbench.png`` shows the first cases of a run of ``imagic-lora bench critters`` by several methods, ``critterbench-cost.png`` what
-every method reaches for what it costs, and what imagic-lora reaches with less and with more steps of both stages (run here, on cases of a
-seed that claims nothing). The tables of the run are printed as Markdown.
+``critterbench.png`` shows the edits of the first cases of a run of ``imagic-lora bench critters`` by several methods.
+``critterbench-cost.png`` shows the scores of every method against its cost, and those of imagic-lora with fewer and with more steps of both
+stages; the script runs the latter on cases of a seed that is used for no reported result. The tables of the run are printed as Markdown.
 """
 
 from __future__ import annotations
@@ -25,65 +25,63 @@ from imagic_lora.methods.imagic import Imagic
 from imagic_lora.photos.sheet import sheet
 
 DOCS = Path(__file__).parent.parent / "docs"
-SHOWN = ("oracle", "imagic-lora", "imagic-full", "embedding-only", "reference-retuned", "reference", "sdedit-0.65", "prompt-only")
+METHODS = ("oracle", "imagic-lora", "imagic-full", "embedding-only", "reference-retuned", "reference", "sdedit-0.65", "prompt-only")
 
 
 def first_cases(folder: Path, seed: int, count: int) -> Image.Image:
-    """A row a case: the photo, what the bounds and the methods make of it."""
+    """A sheet with one row per case: the photo, then the edits of the methods in ``METHODS``."""
     rows = []
     for index in range(count):
         case, where = case_at(seed, index), folder / "cases" / f"{seed}-{index:04d}"
-        rows.append([(case.text, Image.open(where / "source.png")), *((row, Image.open(where / f"{row}.png")) for row in SHOWN)])
+        rows.append([(case.prompt, Image.open(where / "source.png")), *((row, Image.open(where / f"{row}.png")) for row in METHODS)])
     return sheet(rows, f"CritterBench, the first {count} cases of seed {seed}, not selected", cell=112)
 
 
 def budgets(folder: Path, times: list[float], seed: int, cases: int, workers: int) -> dict[str, Any]:
-    """The summary of imagic-lora with so many times its steps in both stages, at rates divided by as many."""
+    """The summary of imagic-lora with the steps of both stages multiplied by each factor and the learning rates divided by it."""
     methods = [Imagic(f"steps x{factor:g}", budgeted("lora", factor)) for factor in times]
     bench = Bench(seed, cases, methods, folder)
     return summarise(bench, list(bench.results(workers)))
 
 
 def cost(summary: dict[str, Any], ours: dict[str, Any], note: str) -> Any:
-    """Success, and the attributes alone, against evaluations of the denoiser."""
+    """A figure of success and of the attributes alone against the number of denoiser evaluations."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharex=True, layout="constrained")
     for axis, measure in zip(axes, ("success", "attributes"), strict=True):
         axis.set_prop_cycle(color=plt.get_cmap("tab20")(range(20)))
         for name, row in summary["methods"].items():
             if row["cost"] and row["cost"]["evaluations"]:
                 _point(axis, row, measure, name)
-        line = [row for name, row in ours["methods"].items() if not name.endswith("-best")]
-        line.sort(key=lambda row: row["cost"]["evaluations"])
-        x, y = [row["cost"]["evaluations"] for row in line], [100 * row[measure]["mean"] for row in line]
+        curve = [row for name, row in ours["methods"].items() if not name.endswith("-best")]
+        curve.sort(key=lambda row: row["cost"]["evaluations"])
+        x, y = [row["cost"]["evaluations"] for row in curve], [100 * row[measure]["mean"] for row in curve]
         axis.plot(x, y, "k--", marker="s", label=note)
         axis.axhline(100 * summary["methods"]["oracle"][measure]["mean"], color="green", linewidth=1, label="oracle")
-        axis.set(
-            xscale="log", ylim=(0, 101), xlabel="passes through the denoiser, forward and backward, for a picture", ylabel=f"{measure}, %"
-        )
+        axis.set(xscale="log", ylim=(0, 101), xlabel="forward and backward passes of the denoiser per image", ylabel=f"{measure}, %")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8)
     return figure
 
 
 def markdown(table: Table) -> str:
-    """A table as it is in docs/critterbench.md."""
+    """A table in Markdown."""
     rows = [table.columns, ["---"] * len(table.columns), *table.rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _point(axis: Any, row: dict[str, Any], measure: str, name: str) -> None:
     mean, low, high = (100 * row[measure][key] for key in ("mean", "low", "high"))
-    marker, size = ("*", 18) if name == "imagic-lora" else ("o", 6)  # a star behind whatever costs and reaches the same
+    marker, size = ("*", 18) if name == "imagic-lora" else ("o", 6)  # the larger marker is drawn behind the others
     axis.errorbar(row["cost"]["evaluations"], mean, [[mean - low], [high - mean]], fmt=marker, ms=size, zorder=-size, capsize=3, label=name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", type=Path, help="folder of a run of imagic-lora bench critters")
-    parser.add_argument("--times", type=float, nargs="+", default=[0.25, 1.0, 4.0], help="of the default steps, for the curve")
-    parser.add_argument("--cases", type=int, default=8, help="for the curve")
-    parser.add_argument("--seed", type=int, default=1, help="of the cases for the curve")
-    parser.add_argument("--rows", type=int, default=12, help="cases in the picture")
+    parser.add_argument("bench", type=Path, help="output folder of imagic-lora bench critters")
+    parser.add_argument("--times", type=float, nargs="+", default=[0.25, 1.0, 4.0], help="multiples of the default steps, for the curve")
+    parser.add_argument("--cases", type=int, default=8, help="number of cases for the curve")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the cases for the curve")
+    parser.add_argument("--rows", type=int, default=12, help="number of cases in critterbench.png")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     summary = json.loads((args.bench / "summary.json").read_text(encoding="utf-8"))

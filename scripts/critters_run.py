@@ -1,4 +1,4 @@
-"""The training loop of every part of the embedded base, and the pictures it learns from."""
+"""The training loop of every part of the embedded base, and the images of its training set."""
 
 from __future__ import annotations
 
@@ -19,29 +19,42 @@ from imagic_lora.critters import SIZE, render, scene_at
 
 
 def drawn(index: int) -> np.ndarray:
+    """Training image number ``index``; the name of this function is part of a file name."""
     return np.asarray(render(scene_at("train", index)))
 
 
 def drawn_neighbour(index: int) -> np.ndarray:
+    """Training image number ``index`` of the U-Net; the name of this function is part of a file name."""
     return np.asarray(render(neighbour(index)))
 
 
 def pictures(work: Path, count: int, draw: Callable[[int], np.ndarray] = drawn) -> np.ndarray:
-    """The first ``count`` training pictures, ``[count, 64, 64, 3]`` uint8, drawn once and kept in a file."""
+    """The first ``count`` training images, ``[count, 64, 64, 3]`` uint8; rendered once and cached in a file.
+
+    Args:
+        work: folder of the file.
+        draw: renders the image of an index; its name is part of the file name.
+    """
     path = work / f"{draw.__name__}-{count}.npy"
     if not path.exists():
         array = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", np.uint8, (count, SIZE, SIZE, 3))
         with Pool() as pool:
-            for k, one in enumerate(pool.imap(draw, range(count), chunksize=256)):
-                array[k] = one
+            for k, image in enumerate(pool.imap(draw, range(count), chunksize=256)):
+                array[k] = image
         array.flush()
         path.with_suffix(".part").rename(path)
     return np.load(path, mmap_mode="r")
 
 
 class Run:
-    """One training run: the loop, its learning rate (warm-up, full for a share ``held`` of the steps, then cosine), its average of the
-    weights, its saved state."""
+    """One training run: loop, learning rate schedule, exponential moving average of the weights, saved state; resumes from that state.
+
+    Args:
+        args: the command's arguments: ``work``, ``part``, ``device``, ``steps``, ``seed``.
+        module: the module to train.
+        lr: peak learning rate. It rises linearly over 200 steps and then falls as a cosine to 2%.
+        held: share of the steps before the cosine begins, in [0, 1).
+    """
 
     def __init__(self, args: argparse.Namespace, module: torch.nn.Module, lr: float, held: float = 0.0) -> None:
         self.args, self.module, self.held = args, module.to(args.device), held
@@ -60,17 +73,26 @@ class Run:
             self.step = state["step"]
 
     def _rate(self, step: int) -> float:
+        """The learning rate of a step, as a factor of the peak."""
         done = min(1.0, max(0.0, step / self.args.steps - self.held) / (1 - self.held))
         return min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
 
     def save(self) -> None:
+        """Writes the state of module, optimizer, schedule and average atomically."""
         parts = {"module": self.module, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.ema}
         state = {name: part.state_dict() for name, part in parts.items()} | {"step": self.step}
         torch.save(state, self.path.with_suffix(".part"))
         self.path.with_suffix(".part").rename(self.path)
 
     def train(self, loss_of: Callable[[np.random.Generator], torch.Tensor]) -> Iterator[int]:
-        """Steps until ``--steps``, yielding after each; everything random of a step comes from ``(seed, step)``."""
+        """Trains until ``args.steps``, logs every 100 steps and saves every two minutes.
+
+        Args:
+            loss_of: the loss of one step. Its generator and PyTorch's global one are seeded from ``(seed, step)``.
+
+        Yields:
+            The number of steps done, after each step.
+        """
         saved = logged = time.time()
         sums: list[torch.Tensor] = []
         for step in range(self.step, self.args.steps):
@@ -99,6 +121,6 @@ class Run:
         self.save()
 
     def averaged(self) -> torch.nn.Module:
-        """The module with the averaged weights."""
+        """The module with the averaged weights, in evaluation mode; they overwrite the trained ones."""
         self.ema.copy_to(self.module.parameters())
         return self.module.eval()

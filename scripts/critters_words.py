@@ -1,4 +1,4 @@
-"""The text of the embedded base: its tokens, the sizes of its text encoder, and what they take over from another base."""
+"""Tokenizer and text encoder configuration of the embedded base, and the transfer of weights from another base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from imagic_lora.critters import sample_caption, scene_at
 
 
 def tokenizer() -> CLIPTokenizer:
-    """Byte-pair tokens learned from the captions; any other word falls apart into letters, so every prompt can be encoded."""
+    """The byte-pair tokenizer in the package; if there is none, it is trained on captions first.
+
+    Words that occur in no caption are split into letters, so every prompt can be encoded.
+    """
     path = CRITTERS / "tokenizer"
     if not path.exists():
         rng = random.Random(0)
@@ -35,6 +38,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
+    """The configuration of the text encoder for a tokenizer."""
     special: dict[str, Any] = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return CLIPTextConfig(
         vocab_size=len(words),
@@ -49,7 +53,14 @@ def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def adopt(model: Any, words: CLIPTokenizer, other: Any, folder: Path) -> None:
-    """Gives a model the weights of another one of the same sizes, of the base in a folder; tokens are matched by their text."""
+    """Copies the weights of a model of the same sizes; rows of the token embedding are matched by the token's text.
+
+    Args:
+        model: changed in place.
+        words: tokenizer of ``model``.
+        other: the model that is copied.
+        folder: base that ``other`` belongs to, with its tokenizer.
+    """
     own, mine, theirs = model.state_dict(), words.get_vocab(), CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
     for name, value in other.state_dict().items():
         if name.endswith("token_embedding.weight"):

@@ -1,5 +1,7 @@
-"""Makes the two example adapters in ``adapters/`` with the shipped defaults, each with the eta at which its edit has come by eye:
-``python scripts/make_examples.py``."""
+"""Fits the two example adapters in ``adapters/`` with the defaults: ``python scripts/make_examples.py``.
+
+The eta of each was chosen by eye.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from imagic_lora.critters import render, scene_at
 from imagic_lora.training.fit import fit, open_base, result
 
 STORE = Path(__file__).parent.parent / "adapters"
-EXAMPLES = {"rex-jumps": (45, "a dog jumping", 0.7), "mia-wears-a-hat": (98, "a cat wearing a hat", 0.7)}
+EXAMPLES = {  # demo scene, target prompt, eta
+    "rex-jumps": (45, "a dog jumping", 0.7),
+    "mia-wears-a-hat": (98, "a cat wearing a hat", 0.7),
+}
 
 
 def main() -> None:

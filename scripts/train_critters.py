@@ -1,7 +1,7 @@
 """Train the embedded base from scratch: ``python scripts/train_critters.py vae|judge|clip|unet``.
 
-Each part is reproduced by its seed, on a CPU or a GPU. State is saved every few minutes under ``--work`` and training goes on from
-it; what the package ships is written at the end, from the averaged weights. docs/critters.md holds the recipe and its figures.
+The seed determines the result, on a CPU or a GPU. The state is saved every two minutes under ``--work``, and training resumes from it. The
+averaged weights are written into the package at the end. docs/internals/embedded-base.md documents the recipe and its results.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 4,
     "norm_num_groups": 16,
 }
-VAE_NOISE = 0.1  # standard deviation that the decoder learns to bear, and the encoder to declare
+VAE_NOISE = 0.1  # standard deviation of the noise that the decoder is trained with and that the encoder predicts as its own
 
 
 def train_vae(args: argparse.Namespace) -> None:
+    """Trains the VAE with L1 and MSE, a penalty on the size of latents, and noise of a fixed standard deviation on them."""
     vae: Any = AutoencoderKL(**VAE)
     data = pictures(args.work, args.pictures)
     run = Run(args, vae, lr=1.5e-3)
@@ -73,7 +74,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def export_vae(args: argparse.Namespace, run: Run) -> None:
-    """Writes the averaged VAE with the scaling factor that gives its latents unit variance, as in SD."""
+    """Writes the averaged VAE with the scaling factor that gives its latents unit variance, as in Stable Diffusion."""
     vae: Any = run.averaged()
     with torch.no_grad():
         x = tensor(pictures(args.work, args.pictures)[:1000], args.device)
@@ -82,8 +83,8 @@ def export_vae(args: argparse.Namespace, run: Run) -> None:
 
 
 def latents(args: argparse.Namespace) -> np.ndarray:
-    """The scaled latent means of the training pictures, ``[N, 8, 8, 8]`` float16, encoded once by the exported VAE."""
-    path = args.work / f"latents-{args.pictures}.npy"  # of neighbours
+    """The scaled latent means of the training images, ``[N, 8, 8, 8]`` float16; encoded once by the exported VAE and cached in a file."""
+    path = args.work / f"latents-{args.pictures}.npy"
     if not path.exists():
         vae: Any = AutoencoderKL.from_pretrained(CRITTERS / "vae").to(args.device).eval()
         data = pictures(args.work, args.pictures, drawn_neighbour)
@@ -94,33 +95,34 @@ def latents(args: argparse.Namespace) -> np.ndarray:
 
 
 def train_unet(args: argparse.Namespace) -> None:
+    """Trains the U-Net and the text encoder together on the batches of ``critters_batches.py``."""
     words = tokenizer()
     unet: Any = UNet2DConditionModel(**UNET)
     text = CLIPTextModel(text_config(words))
     if args.start_from:
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start_from / "unet").float().state_dict())
         adopt(text, words, CLIPTextModel.from_pretrained(args.start_from / "text_encoder"), args.start_from)
-    if args.device == "cpu":  # 1.5 times as fast there: the fused attention is slow backward
+    if args.device == "cpu":  # 1.5 times as fast: the backward pass of fused attention is slow on a CPU
         unet.to(memory_format=torch.channels_last).set_attn_processor(AttnProcessor())
         text.set_attn_implementation("eager")
     scheduler: Any = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
     data = torch.from_numpy(latents(args))
-    spread = json.loads((CRITTERS / "vae" / "config.json").read_text())["scaling_factor"] * VAE_NOISE
+    vae_noise = json.loads((CRITTERS / "vae" / "config.json").read_text())["scaling_factor"] * VAE_NOISE
     run = Run(args, torch.nn.ModuleDict({"unet": unet, "text": text}), lr=2e-4 if args.start_from else 6e-4, held=0.4)
     vae: Any = AutoencoderKL.from_pretrained(CRITTERS / "vae")
     vae.to(args.device).eval()
     groups = args.batch // GROUP
-    loud, edited, ways = (round(share * groups) for share in (args.loud, args.edits, args.ways))
-    batches = Batches(data, scheduler, spread, groups, loud, edited, ways, loud_from=args.loud_from, device=args.device)
-    kept = args.work / "edits.pt"
-    edits = Edits.kept(kept)
+    loud, edited, paired = (round(share * groups) for share in (args.loud, args.edits, args.ways))
+    batches = Batches(data, scheduler, vae_noise, groups, loud, edited, paired, loud_from=args.loud_from, device=args.device)
+    edits_file = args.work / "edits.pt"
+    edits = Edits.load(edits_file)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         if edited and (not len(edits) or run.step % EDITS_EVERY == 0):
-            edits.add(Edits.made(run.module, words, vae, scheduler, rng, args.pictures), kept)  # all: few are learned by heart
-        return loss(run.module, words, scheduler, batches.drawn(rng, edits))
+            edits.add(Edits.create(run.module, words, vae, scheduler, rng, args.pictures), edits_file)  # a small set would be memorised
+        return loss(run.module, words, scheduler, batches.sample(rng, edits))
 
     for step in run.train(loss_of):
         if args.export_every and step % args.export_every == 0:
@@ -131,23 +133,25 @@ def train_unet(args: argparse.Namespace) -> None:
 
 
 def export_pipeline(run: Run, words: CLIPTokenizer, scheduler: Any) -> None:
-    """Writes the whole base in diffusers' own format, half precision, with the averaged weights."""
+    """Writes the whole base in diffusers' format, in half precision, with the averaged weights."""
     parts: Any = run.averaged()
     unet, text = UNet2DConditionModel(**UNET), CLIPTextModel(text_config(words))
     unet.load_state_dict(parts["unet"].state_dict())
     text.load_state_dict(parts["text"].state_dict())
     vae: Any = AutoencoderKL.from_pretrained(CRITTERS / "vae", dtype=torch.float16)
-    vae.register_to_config(_name_or_path="critters")  # not where it lay when it was trained
+    vae.register_to_config(_name_or_path="critters")  # instead of the folder it was loaded from
     without: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     StableDiffusionPipeline(vae, text.half(), words, unet.half(), scheduler, **without).save_pretrained(CRITTERS)
-    config = CRITTERS / "text_encoder" / "config.json"  # transformers would load it in half precision, diffusers the rest in single
+    config = CRITTERS / "text_encoder" / "config.json"  # else transformers loads it in half precision and diffusers the rest in single
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     run.module.train()
 
 
 def train_judge(args: argparse.Namespace) -> None:
-    """The judge learns from renders and from VAE round trips of latents with more or less noise, some blurred, all more or less noisy:
-    what it reads must survive the softness of a generated picture."""
+    """Trains the judge on renders and on VAE round trips of noisy latents; a third of the images is blurred, and noise is added to all.
+
+    So the judge also reads generated images, which are less sharp than renders.
+    """
     vae: Any = AutoencoderKL.from_pretrained(CRITTERS / "vae").to(args.device).eval()
     judge = Judge()
     data = pictures(args.work, args.pictures)
@@ -158,11 +162,11 @@ def train_judge(args: argparse.Namespace) -> None:
         x = tensor(data[indices], args.device)
         with torch.no_grad():
             z = vae.encode(x[:40]).latent_dist.mean
-            rough = 1 - 0.75 * run.step / args.steps  # less and less
-            spread = 4 * rough * VAE_NOISE * torch.rand(len(z), 1, 1, 1, device=x.device)
+            noise_level = 1 - 0.75 * run.step / args.steps  # decreases
+            spread = 4 * noise_level * VAE_NOISE * torch.rand(len(z), 1, 1, 1, device=x.device)
             x[:40] = vae.decode(z + spread * torch.randn_like(z)).sample.clamp(-1, 1).float()
         x[::3] = F.avg_pool2d(F.pad(x[::3], (1, 1, 1, 1), "replicate"), 3, 1)
-        x = x + 0.2 * rough * torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x)
+        x = x + 0.2 * noise_level * torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x)
         scenes = [scene_at("train", int(k)) for k in indices]
         outputs = {name: output.float() for name, output in judge(x).items()}
         identity = torch.tensor([identity_targets(scene) for scene in scenes], device=x.device)
@@ -179,7 +183,7 @@ def train_judge(args: argparse.Namespace) -> None:
 
 
 def train_clip(args: argparse.Namespace) -> None:
-    """CLIP on the world; captions that are the same text in a batch count as right for each other's pictures."""
+    """Trains CLIP; equal captions in a batch are all targets of each other's images."""
     words = tokenizer()
     vision = CLIPVisionConfig(
         image_size=SIZE,
@@ -222,35 +226,47 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--steps", type=int, help="of the whole run (default: as shipped)")
+    parser.add_argument("--steps", type=int, help="total number of steps (default: that of the shipped weights)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=80_000, help="size of the training set")
-    parser.add_argument("--batch", type=int, default=64, help="of the U-Net's training")
+    parser.add_argument("--pictures", type=int, default=80_000, help="number of images in the training set")
+    parser.add_argument("--batch", type=int, default=64, help="batch size of the U-Net's training, in images")
     parser.add_argument(
         "--start-from",
         type=Path,
         metavar="FOLDER",
-        help="begin with the U-Net and text encoder (at a third of the rate), or the CLIP, of another base",
+        help="initialise the U-Net and text encoder (with a third of the learning rate), or the CLIP, from another base",
     )
-    parser.add_argument("--loud", type=float, default=0.25, metavar="SHARE", help="of each batch of the U-Net, told all there is to tell")
     parser.add_argument(
-        "--edits", type=float, default=0.5, metavar="SHARE", help="of each batch, edits at embeddings optimised as Imagic does"
+        "--loud", type=float, default=0.25, metavar="SHARE", help="share of each U-Net batch whose captions name everything in the image"
+    )
+    parser.add_argument(
+        "--edits",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="share of edits in each U-Net batch, with embeddings optimised as by Imagic",
     )
     parser.add_argument(
         "--ways",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="of each batch, edits on their way from the photo's noise, among --edits; version 6 has had none",
+        help="share of each U-Net batch, within --edits, of pairs of edit and photo at one sampler step; version 6 has none",
     )
-    parser.add_argument("--loud-from", type=float, default=0.3, metavar="TIME", help="in [0, 1): where the timesteps of that part begin")
-    parser.add_argument("--export-every", type=int, default=0, metavar="STEPS", help="write the U-Net so far into the package")
-    parser.add_argument("--work", type=Path, default=Path("outputs/critters"), help="pictures, state and logs")
+    parser.add_argument("--loud-from", type=float, default=0.3, metavar="TIME", help="smallest timestep of the --loud share, in [0, 1)")
+    parser.add_argument(
+        "--export-every",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="write the averaged U-Net this often; 0: only at the end",
+    )
+    parser.add_argument("--work", type=Path, default=Path("outputs/critters"), help="folder of training images, state and logs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     train, steps = PARTS[args.part]
     if not 0 <= args.ways <= args.edits <= 1:
-        parser.error(f"--ways {args.ways:g} is a part of --edits {args.edits:g}, which is a part of 1")
+        parser.error(f"got --ways {args.ways:g} and --edits {args.edits:g}; expected 0 <= ways <= edits <= 1")
     args.steps = args.steps or steps
     args.work.mkdir(parents=True, exist_ok=True)
     train(args)

@@ -1,7 +1,7 @@
-"""A base at true size with random weights: ``python scripts/true_size.py --base sdxl``.
+"""Time and memory of a base at true size with random weights: ``python scripts/true_size.py --base sdxl``.
 
-One real step of each stage and one of the sampler on the CPU: its time, the tensors it held, and what was predicted. Neither time nor
-memory depends on the values of the weights.
+Runs one step of each stage and one sampler step on the CPU. Prints the time, the peak size of all tensors, and the predicted peak. Neither
+time nor memory depends on the values of the weights.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from imagic_lora.core.settings import merged, recipe_of, resolve
 from imagic_lora.memory.plan import assume, predict
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.embed import embed_stage
-from imagic_lora.training.rehearsal import random_base, random_text
+from imagic_lora.training.rehearsal import random_base, random_conditioning
 from imagic_lora.training.tune import tune_stage
 
 MODES: dict[Mode, dict[str, object]] = {"lora": {}, "full": {"master_weights": "bf16-stochastic"}}
 
 
 def settings(base: str, mode: Mode, side: int) -> RunConfig:
-    """The tightest preset, in bf16 on the CPU."""
+    """The settings of preset 8gb, in bf16 on the CPU, with one step per stage."""
     memory = {"device": "cpu", "dtype": "bf16", "optimizer": "adam8bit", **MODES[mode]}
     given = {"base": base, "preset": "8gb", "resolution": side, "tune": {"mode": mode}, "memory": memory}
     return resolve(merged(given, {"embed": {"steps": 1}, "tune": {"steps": 1}}), {}, recipe_of(base))
@@ -40,21 +40,21 @@ def settings(base: str, mode: Mode, side: int) -> RunConfig:
 
 @contextmanager
 def timed(name: str, tracker: Tracker, predicted: dict[str, int]) -> Iterator[None]:
-    """Prints what the inside took."""
+    """Prints a table row: seconds and peak memory of the block, and the predicted peak in bytes."""
     gc.collect()
     tracker.reset_peak()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     yield
-    seconds, peak = time.perf_counter() - begun, tracker.peak
+    seconds, peak = time.perf_counter() - start, tracker.peak
     print(f"| {name} | {seconds:.1f} | {peak / 2**20:,.0f} | {predicted[name] / 2**20:,.0f} | {peak / predicted[name]:.3f} |", flush=True)
 
 
 def one_step_each(base: StableDiffusion, run: RunConfig, side: int, tracker: Tracker, predicted: dict[str, int]) -> None:
-    """Every stage once, with its own code."""
+    """Runs one step of every stage with the package's code and prints a row for each."""
     with timed("encode", tracker, predicted):
         latents = base.encode_image(torch.rand(1, 3, side, side) * 2 - 1)
     base.offload_encoders()
-    text = random_text(base, side, side)
+    text = random_conditioning(base, side, side)
     with timed("embed", tracker, predicted):
         stage = embed_stage(base, latents, text, run.embed, 0, Processes())
         stage.step(0)
@@ -72,8 +72,8 @@ def one_step_each(base: StableDiffusion, run: RunConfig, side: int, tracker: Tra
             with timed("sample", tracker, predicted):
                 base.predict(latents.expand(2, -1, -1, -1), torch.full((2,), 500), text)
             with timed("decode", tracker, predicted):
-                picture = base.decode(latents)
-    assert picture.isfinite().all()
+                image = base.decode(latents)
+    assert image.isfinite().all()
 
 
 def main() -> None:
@@ -81,15 +81,15 @@ def main() -> None:
     parser.add_argument("--base", default="sdxl", choices=PUBLISHED)
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--mode", choices=MODES, default="lora")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     logging.disable_progress_bar()
-    run = settings(asked.base, asked.mode, asked.side)
-    built = PUBLISHED[asked.base]
-    predicted = {name: peak.total for name, peak in predict(built, run, assume(run, "cpu")).stages.items()}
-    print(f"{asked.base}, {asked.mode}, {asked.side} pixels, bf16 on the CPU, {torch.get_num_threads()} threads, random weights\n")
+    run = settings(args.base, args.mode, args.side)
+    architecture = PUBLISHED[args.base]
+    predicted = {name: peak.total for name, peak in predict(architecture, run, assume(run, "cpu")).stages.items()}
+    print(f"{args.base}, {args.mode}, {args.side} pixels, bf16 on the CPU, {torch.get_num_threads()} threads, random weights\n")
     print("| stage, one step | seconds | MiB of tensors | predicted | ratio |\n|" + "---|" * 5)
     with Tracker() as tracker:
-        one_step_each(random_base(built, run, resolve_runtime(run.memory)), run, asked.side, tracker, predicted)
+        one_step_each(random_base(architecture, run, resolve_runtime(run.memory)), run, args.side, tracker, predicted)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests of floors 1 to 3 share: bases on the CPU, tiny settings, bit-exact comparison."""
+"""Helpers of several rooms' tests: bases on the CPU, tiny settings, bit-exact comparison."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PROMPT = "a cat"
 
 
 def opened(folder: Path, mode: Mode = "lora", **memory) -> Base:
-    """A fresh base on the CPU, as a fit in that mode needs it."""
+    """A newly loaded base on the CPU, for a fit in that mode."""
     return load_base(str(folder), resolve_runtime(MemoryConfig(device="cpu", **memory)), master_weights=mode == "full")
 
 
 def tiny_config(folder: Path, mode: Mode = "lora", **changes) -> RunConfig:
-    """A run of 3 + 4 steps that moves the pictures; alpha is not the rank."""
+    """A run of 3 + 4 steps whose edits visibly differ from the photo; alpha differs from the rank."""
     lora = {"rank": 4, "alpha": 2.0, "targets": "attention+conv"} if mode == "lora" else {}
     settings = {
         "base": str(folder),
@@ -48,13 +48,13 @@ def weights(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     """Whether two states have the same names in the same order, and bit-equal values."""
-    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def output(base: Base) -> Tensor:
-    """The denoiser's answer to fixed inputs."""
+    """The denoiser's output for fixed inputs."""
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         return base.predict(noise, torch.tensor([10, 700]), base.encode_prompt(PROMPT))
@@ -64,7 +64,7 @@ def by_diffusers(pipe: Any, adapter: Adapter, eta: float, seed: int, config: Edi
     """The edit by diffusers alone, from the files of an adapter.
 
     Args:
-        pipe: its pipeline over the base, loaded by diffusers.
+        pipe: diffusers' pipeline of the base; its weights are changed.
     """
     if adapter.record.parts[0].mode == "lora":
         pipe.load_lora_weights(adapter.folder)
@@ -74,23 +74,23 @@ def by_diffusers(pipe: Any, adapter: Adapter, eta: float, seed: int, config: Edi
     names = [name for name in ("tokens", "pooled") if f"target.{name}" in stored]
     mixed = {name: eta * stored[f"target.{name}"] + (1 - eta) * stored[f"optimised.{name}"] for name in names}
     height, width = read_canvas(adapter).pixels.shape[2:]
-    told: dict[str, Any] = {"prompt_embeds": mixed["tokens"], "height": height, "width": width}
+    kwargs: dict[str, Any] = {"prompt_embeds": mixed["tokens"], "height": height, "width": width}
     if "null.tokens" in stored:
-        told["negative_prompt_embeds"] = stored["null.tokens"]
+        kwargs["negative_prompt_embeds"] = stored["null.tokens"]
     if "pooled" in mixed:
-        told |= {"pooled_prompt_embeds": mixed["pooled"], "negative_pooled_prompt_embeds": stored["null.pooled"]}
-    told |= {"guidance_scale": config.guidance_scale, "num_inference_steps": config.steps}
-    picture = pipe(**told, generator=torch.Generator().manual_seed(seed)).images[0]
-    return read_canvas(adapter).restored(picture)
+        kwargs |= {"pooled_prompt_embeds": mixed["pooled"], "negative_pooled_prompt_embeds": stored["null.pooled"]}
+    kwargs |= {"guidance_scale": config.guidance_scale, "num_inference_steps": config.steps}
+    image = pipe(**kwargs, generator=torch.Generator().manual_seed(seed)).images[0]
+    return read_canvas(adapter).restored(image)
 
 
 def array(image: Image.Image) -> np.ndarray:
-    """Pixels that may be subtracted."""
+    """Pixels as signed integers."""
     return np.asarray(image).astype(int)
 
 
-class Pretended(Processes):
-    """One of several processes, the others of which are not there: its tensors stay as they are."""
+class SimulatedProcess(Processes):
+    """One of several processes without the others: averaging leaves its tensors unchanged."""
 
     def __init__(self, rank: int, count: int) -> None:
         super().__init__()

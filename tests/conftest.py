@@ -19,7 +19,7 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.core.config import Mode
 from imagic_lora.training.fit import fit, result
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, and for what it starts
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker and its child processes
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -39,13 +39,13 @@ def folder(folders: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose linear layers have rows of whole blocks of 64, which 4 bits need."""
+    """A base whose linear layers have rows of a multiple of 64 values, the block size of 4-bit quantization."""
     return save_tiny(tmp_path_factory.mktemp("wide") / "base", width=128)
 
 
 @pytest.fixture(scope="session")
 def photo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A photo that is not square and has to be scaled: 50 x 37."""
+    """A photo of 50 x 37 pixels, which has to be cropped and scaled."""
     path = tmp_path_factory.mktemp("photo") / "photo.png"
     down, across = np.mgrid[0:37, 0:50]
     Image.fromarray(np.stack([5 * across, 6 * down, 128 + 100 * np.sin(across / 4)], axis=-1).astype(np.uint8)).save(path)
@@ -54,16 +54,16 @@ def photo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fitted(folders: dict[str, Path], photo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Adapter]:
-    """Gives the adapter of a mode, seed and prediction type, fitted once; to be read only."""
+    """A function that returns the adapter of a mode, seed and prediction type, fitted once; tests must not change it."""
     store = Store(tmp_path_factory.mktemp("adapters"))
 
     @cache
     def make(mode: Mode, seed: int, kind: str) -> Adapter:
-        made = result(fit(photo_file, PROMPT, tiny_config(folders[kind], mode, seed=seed), store, f"{mode}-{seed}-{kind}"))
-        assert made is not None
-        return made
+        adapter = result(fit(photo_file, PROMPT, tiny_config(folders[kind], mode, seed=seed), store, f"{mode}-{seed}-{kind}"))
+        assert adapter is not None
+        return adapter
 
-    def adapter(mode: Mode, seed: int = 0, kind: str = "epsilon") -> Adapter:
+    def fitted_adapter(mode: Mode, seed: int = 0, kind: str = "epsilon") -> Adapter:
         return make(mode, seed, kind)
 
-    return adapter
+    return fitted_adapter

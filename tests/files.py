@@ -1,4 +1,4 @@
-"""What tests of durable files share: a record's bytes by definition, failing system calls, another process that holds a name."""
+"""Helpers for tests of atomic files: the bytes of a manifest, failing system calls, another process that holds a lock."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 from imagic_lora.adapters.store import Store
 
 
-def sealed(told: dict[str, Any]) -> bytes:
-    """The bytes of a record, by the letter of its definition."""
-    digest = hashlib.sha256((json.dumps(told, indent=2) + "\n").encode()).hexdigest()
-    return (json.dumps(told | {"sha256": digest}, indent=2) + "\n").encode()
+def manifest_bytes(fields: dict[str, Any]) -> bytes:
+    """The bytes of a manifest, computed from the definition of the format."""
+    digest = hashlib.sha256((json.dumps(fields, indent=2) + "\n").encode()).hexdigest()
+    return (json.dumps(fields | {"sha256": digest}, indent=2) + "\n").encode()
 
 
 def failing(number: int) -> Callable[..., Any]:
-    """Stands in for a call of the system: an error."""
+    """A replacement for a system call that raises OSError with this number."""
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -41,7 +41,7 @@ sys.stdin.read()
 
 @contextmanager
 def rival(store: Store, name: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has a name until the block ends, or it is killed."""
+    """Another process that holds the lock of a name until the block ends or the process is killed."""
     arguments = [sys.executable, "-c", HOLD, str(store.root / f".{name}.lock")]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

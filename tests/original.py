@@ -1,4 +1,4 @@
-"""A base in diffusers' format written as one file in the original layout, its names derived from how the networks are built."""
+"""Writes a base in diffusers' format as a single file in the original layout; the names follow from the structure of the networks."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _BLOCK = {
 
 
 def write_single(folder: Path, path: Path, dtype: torch.dtype = torch.float32, metadata: dict[str, str] | None = None) -> Path:
-    """Writes the base in a folder as one file, which it returns."""
+    """Writes the base in a folder as a single file and returns its path."""
     unet, vae = UNet2DConditionModel.from_pretrained(folder / "unet"), AutoencoderKL.from_pretrained(folder / "vae")
     state = unet.state_dict()
-    found = {f"model.diffusion_model.{new}": state[old] for old, new in unet_names(unet)}
-    found |= {f"first_stage_model.{name}": value for name, value in _vae(vae)}
+    tensors = {f"model.diffusion_model.{new}": state[old] for old, new in unet_names(unet)}
+    tensors |= {f"first_stage_model.{name}": value for name, value in _vae(vae)}
     texts = {
         part: load_file(folder / part / "model.safetensors") for part in ("text_encoder", "text_encoder_2") if (folder / part).is_dir()
     }
     first = "conditioner.embedders.0.transformer" if len(texts) == 2 else "cond_stage_model.transformer"
-    found |= {f"{first}.text_model.{name}": value for name, value in texts["text_encoder"].items()}
+    tensors |= {f"{first}.text_model.{name}": value for name, value in texts["text_encoder"].items()}
     if len(texts) == 2:
-        found |= {f"conditioner.embedders.1.model.{name}": value for name, value in _open_clip(texts["text_encoder_2"])}
-    found |= {"model_ema.decay": torch.ones(()), "betas": torch.zeros(3, dtype=torch.float64)}  # what training leaves in such files
-    save_file({name: value.to(dtype).contiguous() for name, value in found.items()}, path, metadata=metadata)
+        tensors |= {f"conditioner.embedders.1.model.{name}": value for name, value in _open_clip(texts["text_encoder_2"])}
+    tensors |= {"model_ema.decay": torch.ones(()), "betas": torch.zeros(3, dtype=torch.float64)}  # such files contain leftovers of training
+    save_file({name: value.to(dtype).contiguous() for name, value in tensors.items()}, path, metadata=metadata)
     return path
 
 
 def unet_names(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
-    """Every tensor's name in diffusers and in the original layout, by counting the blocks as they are run."""
+    """Each tensor's names in diffusers and in the original layout; blocks are numbered in the order of execution."""
     places = {
         "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
         "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0", "conv_out": "out.2",

@@ -1,4 +1,4 @@
-"""Random-weight pipelines of a few thousand parameters, saved in diffusers' own format."""
+"""Random-weight pipelines of a few thousand parameters, saved in diffusers' format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOISE = {"steps_offset": 1, "beta_start": 0.00085, "beta_end": 0.012, "beta_sche
 
 
 def tokenizer() -> CLIPTokenizer:
-    """Letters only, 16 tokens long."""
+    """A tokenizer of single letters with a maximum length of 16."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: k for k, word in enumerate(words)}, merges=[], model_max_length=16)
@@ -39,10 +39,10 @@ def save_tiny(
     width: int = 16,
     guided: bool = False,
 ) -> Path:
-    """A Stable Diffusion pipeline for 32x32 pictures with 4x8x8 latents, its layers of at most ``width`` channels; returns its folder.
+    """A Stable Diffusion pipeline for 32x32 images with 4x8x8 latents and layers of at most ``width`` channels; returns its folder.
 
     Args:
-        guided: the guidance scale is embedded, as in latent consistency models.
+        guided: the U-Net has a guidance embedding, as in latent consistency models.
     """
     torch.manual_seed(seed)
     words = tokenizer()
@@ -77,7 +77,7 @@ def save_tiny(
 
 
 def save_tiny_sdxl(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Path:
-    """A Stable Diffusion XL pipeline for 32x32 pictures: two text encoders of 16 and 24 channels; returns its folder."""
+    """A Stable Diffusion XL pipeline for 32x32 images: two text encoders of 16 and 24 channels; returns its folder."""
     torch.manual_seed(seed)
     words = tokenizer()
     unet = UNet2DConditionModel(
@@ -138,5 +138,5 @@ def _text_config(words: CLIPTokenizer, width: int, **more) -> CLIPTextConfig:
 
 
 def text_encoder(words: CLIPTokenizer, width: int) -> CLIPTextModel:
-    """Two layers."""
+    """A CLIP text model of two layers."""
     return CLIPTextModel(_text_config(words, width))

@@ -1,4 +1,4 @@
-"""A stored adapter on the disk: its folder, its record, its files. No torch here."""
+"""A stored adapter on disk: its folder, its record and its files. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,33 +10,38 @@ from .record import EMBEDDINGS, RECORD, REMEDY, Record
 
 
 class Adapter:
-    """A stored adapter: its folder and its record. :mod:`imagic_lora.adapters.contents` reads what the files hold."""
+    """A stored adapter: its folder and its record. :mod:`imagic_lora.adapters.contents` reads the content of the files."""
 
     def __init__(self, folder: Path, record: Record) -> None:
         self.folder, self.record = folder, record
 
     @property
     def name(self) -> str:
-        """Its name in the store, whatever its record says."""
+        """The adapter's name in its store: the name of the folder, which can differ from the name in the record."""
         return self.folder.name
 
     @property
     def size(self) -> int:
-        """Bytes of the trained weights and the embeddings."""
+        """Size of the trained weights and the embeddings in bytes."""
         files = [self.folder / file for part in self.record.parts for file in (*part.files, EMBEDDINGS)]
         return sum(file.stat().st_size for file in files if file.is_file())
 
     def listed(self, file: str) -> Path:
-        """The path of a file whose hash is in the record.
+        """Returns the path of a file that the record lists with a hash.
+
+        Args:
+            file: path relative to the adapter's folder.
 
         Raises:
-            ImagicError: the record does not list it.
+            ImagicError: the record does not list the file.
         """
         if file not in self.record.files:
-            raise ImagicError(f"{self.folder / file} is not on the adapter's record", "a file whose hash is known", REMEDY)
+            raise ImagicError(f"{self.folder / file} is not listed in the adapter's record", "a file with a recorded hash", REMEDY)
         return self.folder / file
 
     def check_unchanged(self) -> None:
         """Raises ImagicError if the folder no longer holds the adapter that this record belongs to."""
         if read_manifest(self.folder, RECORD, Record) != self.record:
-            raise ImagicError(f"{self.folder} holds another adapter than when it was read", "the same one", "read it again from its store")
+            raise ImagicError(
+                f"{self.folder} holds another adapter than when it was read", "an unchanged adapter", "read it again from its store"
+            )

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: written hidden, hashed, flushed, renamed into place; and not believed if a byte has changed."""
+"""Folders that are written atomically: written under a hidden name, hashed, flushed, renamed. A manifest of hashes verifies them."""
 
 from __future__ import annotations
 
@@ -16,34 +16,39 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import ImagicError
 
-_MAX_RECORD = 2**20  # bytes of a record that are read
+_MAX_MANIFEST = 2**20  # bytes; a larger manifest is not read
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Manifest(BaseModel):
-    """What a folder's record says, besides its own hash: at least the hash of every other file that belongs to it."""
+    """The fields of a folder's manifest, except its own hash. ``files`` maps every other file of the folder to its hash."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     files: dict[FileName, Sha256] = {}
 
 
-R = TypeVar("R", bound=Manifest)
+M = TypeVar("M", bound=Manifest)
 
 
 class AtomicWriter:
-    """A folder in the making."""
+    """Writes the files of a folder and collects their hashes.
+
+    Args:
+        folder: an existing folder; usually the hidden one of :func:`atomic_folder`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, str] = {}
 
     def write(self, name: str, content: Iterable[bytes | memoryview]) -> None:
-        """Writes a file, in a folder below where the name says so, hashes it and flushes it to the disk.
+        """Writes a new file, hashes it and flushes it to the disk.
 
         Args:
-            content: in pieces.
+            name: path relative to the folder, at most one level deep; the subfolder is created.
+            content: the bytes of the file, in pieces.
         """
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
@@ -52,48 +57,60 @@ class AtomicWriter:
         try:
             for piece in content:
                 digest.update(piece)
-                rest = memoryview(piece)
-                while rest:
-                    rest = rest[os.write(handle, rest) :]
+                remaining = memoryview(piece)
+                while remaining:
+                    remaining = remaining[os.write(handle, remaining) :]
             os.fsync(handle)
         finally:
             os.close(handle)
         self.files[name] = digest.hexdigest()
 
-    def write_manifest(self, name: str, record: Manifest) -> None:
-        """Writes the record: with the hashes of all that was written before, and a hash of its own."""
-        told = record.model_dump(mode="json") | {"files": dict(sorted(self.files.items()))}
-        self.write(name, [_text(told | {"sha256": _own_hash(told)})])
+    def write_manifest(self, name: str, manifest: Manifest) -> None:
+        """Writes the manifest with the hashes of all files written before and a hash of its own content.
+
+        Args:
+            name: file name of the manifest.
+            manifest: its ``files`` are replaced.
+        """
+        fields = manifest.model_dump(mode="json") | {"files": dict(sorted(self.files.items()))}
+        self.write(name, [_serialised(fields | {"sha256": _own_hash(fields)})])
 
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[AtomicWriter]:
-    """A hidden folder that takes the place of ``final`` when all is written; only then what was there goes.
+    """Writes a folder under a hidden name and renames it to ``final`` when the block ends; an existing folder is then replaced.
 
-    At whatever moment the power fails, :func:`recover` finds the old folder or the new one, whole. The last thing written must be the
-    record (:meth:`AtomicWriter.write_manifest`). One writer at a time.
+    After a power failure at any moment, :func:`recover` restores either the complete old folder or the complete new one. The block must
+    write the manifest last (:meth:`AtomicWriter.write_manifest`). Only one writer at a time is allowed. An exception leaves the old folder
+    unchanged.
+
+    Args:
+        final: path of the folder.
+
+    Yields:
+        The writer of the hidden folder.
 
     Raises:
-        ImagicError: the disk is full, or cannot be written to; what was there before still is.
+        ImagicError: the disk is full or cannot be written to.
     """
-    hidden, old = _hidden(final)
+    hidden, old = _hidden_paths(final)
     with writable(final.parent):
         recover(final)
-        placed = False
+        renamed = False
         try:
             hidden.mkdir()
-            made = AtomicWriter(hidden)
-            yield made
+            writer = AtomicWriter(hidden)
+            yield writer
             for folder in [*(path for path in hidden.iterdir() if path.is_dir()), hidden]:
                 _flush(folder)
             if final.exists():
                 final.rename(old)
                 _flush(final.parent)
             hidden.rename(final)
-            placed = True
+            renamed = True
             _flush(final.parent)
         except BaseException:
-            if placed:
+            if renamed:
                 final.rename(hidden)
             recover(final)
             raise
@@ -101,8 +118,11 @@ def atomic_folder(final: Path) -> Iterator[AtomicWriter]:
 
 
 def remove(final: Path) -> None:
-    """Removes a folder, if it is there, so that no half of it ever bears its name; what is cut off, :func:`recover` finishes."""
-    hidden, _ = _hidden(final)
+    """Removes a folder if it exists.
+
+    The folder is renamed first, so that no incomplete folder has its name. :func:`recover` completes an interrupted removal.
+    """
+    hidden, _ = _hidden_paths(final)
     recover(final)
     if final.exists():
         final.rename(hidden)
@@ -111,72 +131,81 @@ def remove(final: Path) -> None:
 
 
 def recover(final: Path) -> None:
-    """Undoes what a writer that was cut off has left: the old folder is put back, the half-written one removed."""
-    hidden, old = _hidden(final)
+    """Cleans up after an interrupted writer: restores the old folder and removes the incomplete one."""
+    hidden, old = _hidden_paths(final)
     if old.exists() and not final.exists():
         old.rename(final)
         _flush(final.parent)
-    for left in (hidden, old):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (hidden, old):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def interrupted_writes(root: Path) -> list[str]:
-    """Names of the folders in ``root`` whose writers left something behind, or are still at work."""
-    ends = (".part", ".old")
-    return sorted({path.name[1:].removesuffix(end) for end in ends for path in root.glob(f".*{end}")})
+    """Returns the names of the folders in ``root`` whose writer was interrupted or is still running, sorted."""
+    suffixes = (".part", ".old")
+    return sorted({path.name[1:].removesuffix(suffix) for suffix in suffixes for path in root.glob(f".*{suffix}")})
 
 
-def _hidden(final: Path) -> tuple[Path, Path]:
+def _hidden_paths(final: Path) -> tuple[Path, Path]:
+    """The path of the folder that is being written, and the path of the old folder while it is replaced."""
     return final.with_name(f".{final.name}.part"), final.with_name(f".{final.name}.old")
 
 
 @contextmanager
 def writable(root: Path) -> Iterator[None]:
-    """The folder is there; failing to write below it is an error that the user can mend.
+    """Creates a folder if necessary and converts errors of writing to it into ImagicError.
+
+    Args:
+        root: the folder; parents are created too.
 
     Raises:
-        ImagicError: the disk is full, or cannot be written to.
+        ImagicError: the disk is full or the folder cannot be written to.
     """
     try:
         if not root.is_dir():
             root.mkdir(parents=True, exist_ok=True)
             _flush(root.parent)
         yield
-    except (OSError, UnicodeError) as error:  # a name may be none
+    except (OSError, UnicodeError) as error:  # UnicodeError: the file system cannot encode the name
         if isinstance(error, OSError) and error.errno in DISK_FULL:
-            there = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-            got = f"the disk of {root} is full, or its quota used up ({shutil.disk_usage(there).free / 2**20:,.0f} MiB free)"
-            remedy = "free some space, then run it again, with --resume where a fit was interrupted; nothing that was stored before is lost"
-            raise ImagicError(got, "room for what is to be written", remedy) from error
+            existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+            got = f"the disk of {root} is full or over its quota ({shutil.disk_usage(existing).free / 2**20:,.0f} MiB free)"
+            remedy = "free some space and run the command again, with --resume for an interrupted fit; everything stored before is intact"
+            raise ImagicError(got, "free space for the files", remedy) from error
         raise ImagicError(
-            f"{root} cannot be written to ({getattr(error, 'strerror', None) or error})", "a folder to write to", "choose another"
+            f"{root} cannot be written to ({getattr(error, 'strerror', None) or error})", "a writable folder", "choose another folder"
         ) from error
 
 
-def read_manifest(folder: Path, name: str, kind: type[R]) -> R:
-    """The record of a folder, if not a byte of it has changed.
+def read_manifest(folder: Path, name: str, model: type[M]) -> M:
+    """Reads a manifest and verifies it against its own hash.
+
+    Args:
+        folder: the folder that the manifest describes.
+        name: file name of the manifest.
+        model: the pydantic model of its fields.
 
     Raises:
-        ImagicError: it is missing, has changed, or is not a record of this kind.
+        ImagicError: the file is missing, does not match its hash, or does not fit the model.
     """
     path = folder / name
     try:
-        if not path.is_file() or path.stat().st_size > _MAX_RECORD:
-            raise ValueError("no file of a record's size")
-        text = path.read_bytes()
-        told = json.loads(text)
-        json.dumps(told, ensure_ascii=False).encode()  # half a letter, which JSON can hold, is no text
-        if not isinstance(told, dict) or text != _text(told) or told.pop("sha256", None) != _own_hash(told):
-            raise ValueError("its own hash is another")
-        return kind.model_validate(told)
+        if not path.is_file() or path.stat().st_size > _MAX_MANIFEST:
+            raise ValueError(f"it is missing or larger than {_MAX_MANIFEST:,} bytes")
+        content = path.read_bytes()
+        fields = json.loads(content)
+        json.dumps(fields, ensure_ascii=False).encode()  # raises UnicodeError for a lone surrogate, which JSON can contain
+        if not isinstance(fields, dict) or content != _serialised(fields) or fields.pop("sha256", None) != _own_hash(fields):
+            raise ValueError("it does not match its hash")
+        return model.model_validate(fields)
     except (OSError, ValueError, RecursionError) as error:
-        first = str(error).splitlines()[0]
-        raise ImagicError(f"{path} cannot be believed ({first})", "a record as it was written", "make or copy it again") from error
+        reason = str(error).splitlines()[0]
+        raise ImagicError(f"{path} is not a valid manifest ({reason})", "an unchanged manifest", "create or copy it again") from error
 
 
-def changed_file(folder: Path, record: Manifest) -> Path | None:
-    """The first file that is missing, cannot be read, or is not what was written."""
-    for name, digest in record.files.items():
+def changed_file(folder: Path, manifest: Manifest) -> Path | None:
+    """Returns the path of the first file that is missing, cannot be read, or does not match its hash; None if every file matches."""
+    for name, digest in manifest.files.items():
         path = folder / name
         try:
             if not path.is_file() or _sha256(path) != digest:
@@ -191,18 +220,18 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _text(told: dict[str, Any]) -> bytes:
-    return (json.dumps(told, indent=2) + "\n").encode()
+def _serialised(fields: dict[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=2) + "\n").encode()
 
 
-def _own_hash(told: dict[str, Any]) -> str:
-    return hashlib.sha256(_text(told)).hexdigest()
+def _own_hash(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(_serialised(fields)).hexdigest()
 
 
 def _flush(folder: Path) -> None:
-    """The entries of a folder, onto the disk."""
+    """Flushes the directory entries of a folder to the disk."""
     if os.name == "nt":
-        return  # which cannot be asked to, and keeps them in order itself
+        return  # Windows cannot flush a directory; NTFS journals its entries
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""README.md of an adapter."""
+"""The ``README.md`` of an adapter."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ from ..core.config import RunConfig
 
 
 def card(prompt: str, base: str, config: RunConfig) -> str:
-    """``README.md`` of an adapter; text from outside stands in indented blocks, where Markdown means nothing."""
+    """Returns the content of an adapter's ``README.md``. User text is placed in indented code blocks, where Markdown has no effect.
+
+    Args:
+        prompt: the target prompt.
+        base: name of the base.
+        config: settings of the fit.
+    """
     mode = config.tune.mode
     return "\n".join(
         [
             "# An imagic-lora adapter",
             "",
-            f"Made by imagic-lora (Imagic, arXiv 2210.09276), mode {mode}, for this sentence:",
+            f"Made by imagic-lora (Imagic, arXiv 2210.09276), mode {mode}, for this target prompt:",
             "",
             f"    {json.dumps(prompt)}",
             "",
-            "on this base:",
+            "with this base:",
             "",
             f"    {json.dumps(base)}",
             "",
-            "`embeddings.safetensors` holds the embeddings of the sentence (`target.tokens`) and of the photo (`optimised.tokens`).",
-            "Interpolate them with eta and give the result as `prompt_embeds`; the weights load with plain diffusers:",
+            "`embeddings.safetensors` holds the embeddings of the target prompt (`target.tokens`) and of the photo (`optimised.tokens`).",
+            "Interpolate them with eta and pass the result as `prompt_embeds`. The weights load with plain diffusers:",
             "`load_lora_weights` on this folder." if mode == "lora" else "`UNet2DConditionModel.from_pretrained` on `unet/`.",
-            "`adapter.json` says how it was made.",
+            "`adapter.json` records the settings of the fit.",
             "",
         ]
     )

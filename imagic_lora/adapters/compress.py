@@ -1,4 +1,4 @@
-"""A full adapter made a LoRA adapter: of what full fine-tuning has changed, what is nearest to it at a low rank."""
+"""Converts a full adapter to a LoRA adapter: the best low-rank approximation of the weight change of full fine-tuning."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .lora import attached, save_lora
 from .record import CARD, EMBEDDINGS, PREVIEW, SOURCE, STEPS, CompressedRecord, Record
 from .store import Store
 
-_MOST = 1024
+_MAX_RANK = 1024
 _CARD = """
-It is the adapter `{name}`, mode full, compressed to rank {rank}: {lost} of the norm of what that has changed is lost. `preview.png` and
-`steps.jsonl` are from the fit, before it was compressed.
+This is the adapter `{name}`, mode full, compressed to rank {rank}: {lost} of the norm of its weight change is lost. `preview.png` and
+`steps.jsonl` come from the fit of the full adapter.
 """
 
 
 def check_compression(adapter: Adapter, rank: int) -> None:
-    """Raises ImagicError for an adapter without full weights, or a rank outside [1, 1024]."""
-    if not 1 <= rank <= _MOST:
-        raise ImagicError(f"--rank {rank}", f"a whole number from 1 to {_MOST}", "choose another --rank")
+    """Raises ImagicError if the adapter is not of mode full, or if the rank is outside [1, 1024]."""
+    if not 1 <= rank <= _MAX_RANK:
+        raise ImagicError(f"--rank {rank}", f"a whole number from 1 to {_MAX_RANK}", "choose another --rank")
     tune = adapter.record.config.tune
     if tune.mode != "full":
-        got = f"adapter {adapter.name} is LoRA already, of rank {tune.rank}"
-        raise ImagicError(got, "an adapter of mode full", "use it as it is, or fit one with --mode full")
+        got = f"adapter {adapter.name} is already a LoRA adapter of rank {tune.rank}"
+        raise ImagicError(got, "an adapter of mode full", "use it unchanged, or fit an adapter with --mode full")
 
 
 def compress(
@@ -46,21 +46,28 @@ def compress(
     store: Store,
     name: str,
     overwrite: bool = False,
-    shown: Callable[[Sequence[str]], Iterable[str]] = lambda names: names,
+    progress: Callable[[Sequence[str]], Iterable[str]] = lambda names: names,
 ) -> Adapter:
-    """Stores what a full adapter has changed as LoRA layers of scale 1 on every linear and convolutional layer.
+    """Stores the weight change of a full adapter as LoRA layers of scale 1 on every linear and convolutional layer.
 
-    Photo, sentence, embeddings and settings stay. What LoRA layers cannot say is lost: what is beyond the rank, and what was changed of
-    biases and normalisations. The new adapter's record tells how much that is.
+    Photo, target prompt, embeddings and settings are copied. LoRA layers cannot represent the components beyond the rank and the changes
+    of biases and normalisations. The record of the new adapter stores the relative norm of this loss.
 
     Args:
-        base: in fp32; bit-equal to before afterwards.
-        rank: of every layer, 1 to 1024; a layer whose change has less is filled up with zeros.
-        name: of the new adapter.
-        shown: passes the names of the tensors on as they are worked on.
+        adapter: of mode full.
+        base: the adapter's base in fp32; its weights are bit-equal before and after the call.
+        rank: rank of every LoRA layer, 1 to 1024; the matrices are padded with zeros where the weight change has a lower rank.
+        store: receives the new adapter.
+        name: name of the new adapter.
+        overwrite: whether an existing adapter of that name is replaced.
+        progress: wraps the list of tensor names; the returned iterable yields each name before its tensor is processed.
+
+    Returns:
+        The new adapter.
 
     Raises:
-        ImagicError: as :func:`check_compression`; an adapter of another base, or with weights that do not fit it; as :meth:`Store.write`.
+        ImagicError: as :func:`check_compression`; the adapter belongs to another base or its weights do not fit the base; as
+            :meth:`~imagic_lora.adapters.store.Store.write`.
     """
     check_compression(adapter, rank)
     store.check_free(name, overwrite)
@@ -71,28 +78,28 @@ def compress(
     config = adapter.record.config
     tune = config.tune.model_copy(update={"mode": "lora", "rank": rank, "alpha": None, "targets": "all"})
     with attached(base, tune, 0) as parameters:
-        error = factorise(before, after, _pairs(parameters), shown)
-        told = {
+        error = factorise(before, after, _matrix_pairs(parameters), progress)
+        changes = {
             "name": name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "parts": [weights_record(base, "lora")],
             "config": config.model_copy(update={"tune": tune}),
             "compressed": CompressedRecord(name=adapter.name, error=error),
         }
-        record = adapter.record.model_copy(update=told)
+        record = adapter.record.model_copy(update=changes)
         return store.write(record, lambda writer: _fill(writer, adapter, base, record), overwrite)
 
 
 def _tuned(adapter: Adapter, base: Base) -> dict[str, Tensor]:
-    """The tuned weights, in host memory, as half precision has them."""
+    """Reads the tuned weights into host memory, rounded to half precision as stored."""
     path = adapter.listed(full_files(base)[1])
     if shapes(path) != {name: tuple(value.shape) for name, value in base.denoiser.state_dict().items()}:
         raise ImagicError(f"{path} holds tensors of other names or shapes", "those of the base", "fit or copy the adapter again")
     return read(path)
 
 
-def _pairs(parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The two matrices of every layer that has them, by its name."""
+def _matrix_pairs(parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The matrices A and B of every LoRA layer, by the name of the layer."""
     downs = [name for name in parameters if ".lora_A." in name]
     return {name.partition(".lora_A.")[0]: (parameters[name], parameters[name.replace(".lora_A.", ".lora_B.")]) for name in downs}
 
@@ -102,20 +109,23 @@ def factorise(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     pairs: Mapping[str, tuple[Tensor, Tensor]],
-    shown: Callable[[Sequence[str]], Iterable[str]] = lambda names: names,
+    progress: Callable[[Sequence[str]], Iterable[str]] = lambda names: names,
 ) -> float:
-    """Sets the matrices of every layer to what is nearest to the change of its weight.
+    """Sets the LoRA matrices of every layer to the best approximation of its weight change ``after - before`` at their rank.
 
     Args:
-        before, after: the weights of the denoiser.
-        pairs: for a layer ``[out, in, ...]`` the matrices ``[rank, in, ...]`` and ``[out, rank, ...]``, which are written to.
-        shown: as for :func:`compress`.
+        before: weights of the denoiser before full fine-tuning, by name.
+        after: weights of the denoiser after full fine-tuning, by name.
+        pairs: for each layer with a weight ``[out, in, ...]`` the matrices A ``[rank, in, ...]`` and B ``[out, rank, ...]``, which are
+            overwritten.
+        progress: as for :func:`compress`.
 
     Returns:
-        The norm of what is lost over the norm of all that has changed, layers without matrices, biases and normalisations included.
+        The Frobenius norm of the lost change divided by that of the whole change. Both include biases, normalisations and layers without
+        matrices.
     """
     lost = changed = 0.0
-    for name in shown(list(before)):
+    for name in progress(list(before)):
         change = after[name].to(before[name].device, torch.float64) - before[name].double()
         changed += change.square().sum().item()
         if pair := pairs.get(name.removesuffix(".weight")):
@@ -128,32 +138,35 @@ def factorise(
 
 
 def truncated_svd(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Two matrices whose product is nearest to ``change`` in the Frobenius norm: its truncated singular value decomposition.
+    """Returns two matrices whose product is the best rank-limited approximation of ``change`` in the Frobenius norm (Eckart and Young).
 
-    It comes from the eigenvectors of the Gram matrix of the shorter side, which takes far less time than all singular vectors.
+    The truncated singular value decomposition is computed from the eigenvectors of the Gram matrix of the shorter side. This is much
+    faster than computing all singular vectors.
 
     Args:
-        change: ``[out, in]`` fp64.
+        change: ``[out, in]``, fp64.
+        rank: at least 1.
 
     Returns:
-        ``[rank, in]`` and ``[out, rank]``, singular values shared evenly; zeros where there is no such rank.
+        Matrices ``[rank, in]`` and ``[out, rank]``. Each contains the square root of the singular values. Rows and columns beyond the
+        smaller side of ``change`` are zero.
     """
     short = change if change.shape[0] <= change.shape[1] else change.T
     _, vectors = torch.linalg.eigh(short @ short.T)
     left = vectors.flip(1)[:, :rank]
     right = left.T @ short
-    sizes = right.norm(dim=1).clamp_min(1e-30).sqrt()
-    left, right = left * sizes, right / sizes[:, None]
-    lacking = rank - left.shape[1]
-    left, right = F.pad(left, (0, lacking)), F.pad(right, (0, 0, 0, lacking))
+    scales = right.norm(dim=1).clamp_min(1e-30).sqrt()
+    left, right = left * scales, right / scales[:, None]
+    missing = rank - left.shape[1]
+    left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
     return (right, left) if short is change else (left.T, right.T)
 
 
 def _fill(writer: AtomicWriter, adapter: Adapter, base: Base, record: Record) -> None:
-    """Every file of the new adapter but its record."""
+    """Writes every file of the new adapter except its record."""
     save_lora(base, writer)
     for name in (EMBEDDINGS, SOURCE, PREVIEW, STEPS):
         writer.write(name, [adapter.listed(name).read_bytes()])
     assert record.compressed is not None
-    more = _CARD.format(name=adapter.name, rank=record.config.tune.rank, lost=f"{record.compressed.error:.1%}")
-    writer.write(CARD, [(card(record.prompt, record.base.name, record.config) + more).encode()])
+    note = _CARD.format(name=adapter.name, rank=record.config.tune.rank, lost=f"{record.compressed.error:.1%}")
+    writer.write(CARD, [(card(record.prompt, record.base.name, record.config) + note).encode()])

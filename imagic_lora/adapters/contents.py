@@ -1,9 +1,11 @@
-"""What the files of a stored adapter hold, checked before it is used: embeddings, photo, weights."""
+"""Reads and checks the content of a stored adapter: embeddings, photo and weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+
+from torch import Tensor
 
 from ..bases.base import Base
 from ..core.conditioning import Conditioning
@@ -20,46 +22,54 @@ from .record import EMBEDDINGS, REMEDY, SOURCE, WeightsRecord
 
 
 def read_embeddings(adapter: Adapter) -> dict[str, Conditioning]:
-    """``target``, ``optimised`` and, where the base has one, ``null``.
+    """Reads the embeddings of an adapter.
+
+    Returns:
+        The fp32 conditionings ``target``, ``optimised`` and, if the base has an unconditional one, ``null``.
 
     Raises:
-        ImagicError: the file holds anything else.
+        ImagicError: the file holds other embeddings, or embeddings of different shapes.
     """
-    groups: dict[str, dict] = {}
+    embeddings: dict[str, dict[str, Tensor]] = {}
     for key, value in read(adapter.listed(EMBEDDINGS)).items():
-        kind, _, name = key.partition(".")
-        groups.setdefault(kind, {})[name] = value.float()
-    forms = [{name: value.shape for name, value in named.items()} for named in groups.values()]
-    kinds, whole = set(groups), all("tokens" in form and form == forms[0] for form in forms)
-    if not whole or not {"target", "optimised"} <= kinds <= {"target", "optimised", "null"}:
-        held = ", ".join(sorted(kinds))[:200]
-        raise ImagicError(f"{adapter.folder / EMBEDDINGS} holds {held}, or not in equal shapes", "the embeddings of one base", REMEDY)
-    return {kind: Conditioning.from_tensors(named) for kind, named in groups.items()}
+        name, _, tensor_name = key.partition(".")
+        embeddings.setdefault(name, {})[tensor_name] = value.float()
+    shapes = [{name: value.shape for name, value in tensors.items()} for tensors in embeddings.values()]
+    names, consistent = set(embeddings), all("tokens" in each and each == shapes[0] for each in shapes)
+    if not consistent or not {"target", "optimised"} <= names <= {"target", "optimised", "null"}:
+        listed = ", ".join(sorted(names))[:200] or "none"
+        raise ImagicError(
+            f"{adapter.folder / EMBEDDINGS} holds the embeddings: {listed}; their shapes are {'equal' if consistent else 'not equal'}",
+            "target, optimised and optionally null, each with tokens, in equal shapes",
+            REMEDY,
+        )
+    return {name: Conditioning.from_tensors(tensors) for name, tensors in embeddings.items()}
 
 
 def read_canvas(adapter: Adapter) -> Canvas:
-    """The photo as it was trained on.
+    """Reads the canvas with the photo that the adapter was trained on.
 
     Raises:
-        ImagicError: the photo cannot be read, or does not lie where the record says.
+        ImagicError: the photo cannot be read, or its recorded box or size is out of range.
     """
     source, image = adapter.record.source, read_photo(adapter.listed(SOURCE)).image
     (left, top, right, bottom), (width, height) = source.box, source.size
     inside = 0 <= left < right <= image.width and 0 <= top < bottom <= image.height
     if not inside or min(source.size) < 1 or width * height > MAX_PIXELS:
-        got = f"a photo of {width}x{height} at {source.box} of {image.width}x{image.height} pixels"
-        raise ImagicError(got, "a part of the canvas", REMEDY)
+        got = f"a photo of {width}x{height} pixels in the box {source.box} of a canvas of {image.width}x{image.height} pixels"
+        raise ImagicError(got, f"a box inside the canvas, and a photo of 1 to {MAX_PIXELS:,} pixels", REMEDY)
     return Canvas(to_pixels(image), source.box, source.size)
 
 
 def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
-    """Compares records and headers alone, before anything is loaded.
+    """Checks that an adapter fits a base. Reads the record, the embeddings and the photo, but no weights.
 
     Args:
-        force: accepts another base, as long as all shapes are the same.
+        force: whether a base with another fingerprint is accepted, provided that it uses embeddings of the same shapes.
 
     Raises:
-        ImagicError: it was made for another base, replaces weights of a quantised one, or has a photo or embeddings of other shapes.
+        ImagicError: the adapter was made for another base, replaces the weights of a quantised base, or has a photo or embeddings of
+            unexpected shapes.
     """
     made_for = adapter.record.base
     shapes = {name: tuple(value.shape) for name, value in read_embeddings(adapter)["target"].tensors().items()}
@@ -68,31 +78,38 @@ def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
         remedy = "the weights have changed: fit again" if made_for.name == base.name else f"use --base {made_for.name}"
         raise ImagicError(
             f"adapter {adapter.name} was made for base {made_for.name}, not for {base.name}",
-            "the weights it was made on" if same else "the weights it was made on: these have embeddings of other shapes",
+            "the base that it was made for" if same else "the base that it was made for; this one has embeddings of other shapes",
             f"{remedy}, or edit with --force" if same else remedy,
         )
     if adapter.record.parts != [weights_record(base, adapter.record.config.tune.mode)]:
-        raise ImagicError(f"adapter {adapter.name} lists weights under other names", "those of its mode", REMEDY)
+        raise ImagicError(f"adapter {adapter.name} lists unexpected weight files", "the files of its mode and base", REMEDY)
     if base.runtime.memory.quantize != "none" and adapter.record.config.tune.mode == "full":
-        raise ImagicError(f"adapter {adapter.name} replaces every weight of a quantised base", "a plain base", "open it anew")
-    high, wide = read_canvas(adapter).pixels.shape[2:]
-    most, multiple = max(adapter.record.config.resolution or base.resolution, base.size_multiple), base.size_multiple
-    if high * wide > most**2 or high % multiple or wide % multiple:
         raise ImagicError(
-            f"adapter {adapter.name} has a canvas of {wide}x{high} pixels", f"at most {most} squared, in whole {multiple}", REMEDY
+            f"adapter {adapter.name} replaces every weight of a quantised base", "a base without quantization", "use --quantize none"
+        )
+    height, width = read_canvas(adapter).pixels.shape[2:]
+    side, multiple = max(adapter.record.config.resolution or base.resolution, base.size_multiple), base.size_multiple
+    if height * width > side**2 or height % multiple or width % multiple:
+        raise ImagicError(
+            f"adapter {adapter.name} has a canvas of {width}x{height} pixels",
+            f"at most as many pixels as {side}x{side}, and sides that are multiples of {multiple}",
+            REMEDY,
         )
     if not same:
         raise ImagicError(f"adapter {adapter.name} has embeddings of shapes {shapes}", f"{base.architecture.conditioning}", REMEDY)
 
 
 def read_layers(adapter: Adapter, base: Base, force: bool = False) -> LoraLayers | None:
-    """Its LoRA layers, in host memory; None for full weights, which are large and go from the disk into the base.
+    """Reads the LoRA layers of an adapter into host memory.
 
     Args:
         force: as for :func:`check_base`.
 
+    Returns:
+        The layers, or None for full weights: they are large, and :func:`~imagic_lora.adapters.full.loaded_full` reads them from disk.
+
     Raises:
-        ImagicError: as :func:`check_base`; layers that do not fit the base, or are not finite.
+        ImagicError: as :func:`check_base`; the layers do not fit the base or are not finite.
     """
     check_base(adapter, base, force)
     (part,) = adapter.record.parts
@@ -101,22 +118,30 @@ def read_layers(adapter: Adapter, base: Base, force: bool = False) -> LoraLayers
 
 
 def applied(adapter: Adapter, base: Base) -> AbstractContextManager[object]:
-    """The base with this adapter's weights; bit-equal to before afterwards.
+    """Applies an adapter's weights to the base while the context is open. Afterwards the base is bit-equal to before.
 
     Raises:
-        ImagicError: as :func:`read_layers`; full weights that do not fit the base, or are not finite.
+        ImagicError: as :func:`read_layers`; full weights do not fit the base or are not finite.
     """
     layers = read_layers(adapter, base)
     return loaded_full(base, adapter.folder) if layers is None else loaded_lora(base, layers)
 
 
 def save_embeddings(writer: AtomicWriter, named: Mapping[str, Conditioning]) -> None:
-    """Writes conditionings as ``<name>.tokens``, ``<name>.pooled`` and every extra input, fp32."""
-    writer.write(
-        EMBEDDINGS, safetensors_pieces({f"{kind}.{name}": t.float() for kind, c in named.items() for name, t in c.tensors().items()})
-    )
+    """Writes conditionings as the fp32 tensors ``<name>.tokens``, ``<name>.pooled`` and one for each extra input.
+
+    Args:
+        writer: of the adapter's folder.
+        named: conditionings by name: ``target``, ``optimised``, ``null``.
+    """
+    tensors = {
+        f"{name}.{tensor_name}": value.float()
+        for name, conditioning in named.items()
+        for tensor_name, value in conditioning.tensors().items()
+    }
+    writer.write(EMBEDDINGS, safetensors_pieces(tensors))
 
 
 def weights_record(base: Base, mode: Mode) -> WeightsRecord:
-    """Where a base's trained weights are stored."""
+    """Returns the component, the mode and the files of a base's trained weights."""
     return WeightsRecord(component=base.component, mode=mode, files=list((lora_files if mode == "lora" else full_files)(base)))

@@ -1,4 +1,4 @@
-"""An adapter for other programs: in the layout of kohya's scripts, which ComfyUI and A1111 read, or in that of diffusers."""
+"""Exports an adapter for other programs: in the format of kohya's scripts, which ComfyUI and A1111 read, or in that of diffusers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from .adapter import Adapter
 from .atomic import AtomicWriter, writable
 from .contents import read_canvas, read_embeddings
 from .lora import LORA_FILE
-from .record import CARD, EMBEDDINGS, RECORD
+from .record import CARD, EMBEDDINGS, RECORD, REMEDY
 
 Format = Literal["kohya", "diffusers"]
 Files = Mapping[str, Iterable[bytes | memoryview]]
-_PIECE = 2**24  # bytes that are copied at once
-_REMEDY = "fit or copy the adapter again"
-_OPENCLIP = 1024  # width of the embeddings of Stable Diffusion 2
+_CHUNK = 2**24  # bytes that are copied at once
+_OPENCLIP_WIDTH = 1024  # of the embeddings of Stable Diffusion 2
 _STABILITY = "https://github.com/Stability-AI/generative-models"
 _LAYER = re.compile(
     r"(?P<side>down_blocks|mid_block|up_blocks)(\.(?P<level>[0-9]+))?"
@@ -44,17 +43,17 @@ _OUTSIDE = {
     "add_embedding.linear_2": "label_emb.0.2",
 }
 _USE = {
-    "kohya": "`{name}.safetensors` goes where ComfyUI or A1111 look for LoRA files, and is used at strength 1.",
-    "lora": "`pipe.load_lora_weights` takes this folder.",
-    "full": "`UNet2DConditionModel.from_pretrained` takes the folder `unet`.",
+    "kohya": "Copy `{name}.safetensors` to the LoRA folder of ComfyUI or A1111 and use it at strength 1.",
+    "lora": "Load them with `pipe.load_lora_weights` on this folder.",
+    "full": "Load them with `UNet2DConditionModel.from_pretrained` on the folder `unet`.",
 }
 _PAGE = """# {name}, an edit of one photo
 
-Made by imagic-lora (Imagic, arXiv 2210.09276) for this sentence:
+Made by imagic-lora (Imagic, arXiv 2210.09276) for this target prompt:
 
     {prompt}
 
-on this base:
+with this base:
 
     {base}
 
@@ -64,60 +63,65 @@ on this base:
 
 ## The embeddings
 
-The weights are half of the edit. The other half is in `{embeddings}`, which holds these tensors:
+The weights are one half of the edit. The embeddings in `{embeddings}` are the other half. The file holds these tensors:
 
 {tensors}
 
-`target` is of the sentence, `optimised` of the photo, `null` of the empty sentence. What the model is given in place of a prompt is
+`target` is the embedding of the target prompt, `optimised` the embedding of the photo, and `null` the embedding of the empty prompt.
+In place of a prompt, the denoiser gets
 
     eta * target + (1 - eta) * optimised
 
-of `tokens`, and of `pooled` where there is one. Eta 0 gives the photo back, and 1 is the sentence as it is: a program that takes no
-embeddings can do that one, with the sentence as its prompt. This edit was made for eta {eta:g}.
+computed for `tokens` and, if present, for `pooled`. Eta 0 reproduces the photo. Eta 1 is the target prompt itself: a program that
+accepts no embeddings can use the target prompt as its prompt. The default eta of this edit is {eta:g}.
 
-With diffusers the mix of `tokens` is `prompt_embeds`, and `null` is `negative_prompt_embeds`. Of SDXL there are also `pooled`, which is
-`pooled_prompt_embeds`, and `time_ids`, the six numbers of `original_size`, `crops_coords_top_left` and `target_size`.
+In diffusers, pass the interpolated `tokens` as `prompt_embeds` and `null` as `negative_prompt_embeds`. SDXL also needs `pooled` as
+`pooled_prompt_embeds`, and the six numbers of `time_ids` as `original_size`, `crops_coords_top_left` and `target_size`.
 
-Pictures were sampled in {steps} steps at guidance {guidance:g}, from start {start}.
+The images were sampled in {steps} steps at guidance scale {guidance:g}, starting from {start}.
 """
 
 
-def export(adapter: Adapter, kind: Format, folder: Path, overwrite: bool = False) -> list[Path]:
-    """Writes an adapter's weights, its embeddings and a page on how to use them; nothing is put in place before all is written.
+def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = False) -> list[Path]:
+    """Writes an adapter's weights, its embeddings and a page that explains their use. No file gets its final name before all are written.
 
     Args:
-        kind: ``kohya`` writes ``NAME.safetensors`` and two files beside it, ``diffusers`` a folder ``NAME``.
-        overwrite: files of the same names.
+        adapter: the adapter to export.
+        layout: ``kohya`` writes ``NAME.safetensors``, ``NAME.embeddings.safetensors`` and ``NAME.md``; ``diffusers`` writes a folder
+            ``NAME``.
+        folder: the folder to write to; created if it does not exist.
+        overwrite: whether existing files of the same names are replaced.
 
     Returns:
-        The files, the weights first.
+        The paths of the files, the weights first.
 
     Raises:
-        ImagicError: full weights in the layout of kohya's scripts, which has none; a file that is there already, or cannot be written;
-            an adapter that is broken.
+        ImagicError: full weights are exported in kohya's format, which has only LoRA layers; a file exists already or cannot be written;
+            the adapter is invalid.
     """
-    files = _for_kohya(adapter) if kind == "kohya" else _for_diffusers(adapter)
-    folder = folder if kind == "kohya" else folder / adapter.name
+    files = _for_kohya(adapter) if layout == "kohya" else _for_diffusers(adapter)
+    folder = folder if layout == "kohya" else folder / adapter.name
     paths = [folder / name for name in files]
     if (folder / RECORD).exists():
-        raise ImagicError(f"{folder} is a stored adapter", "a folder of its own for what is exported", "choose another --out")
+        raise ImagicError(f"{folder} is a stored adapter", "another folder for the exported files", "choose another --out")
     if (taken := [path for path in paths if path.exists()]) and not overwrite:
-        raise ImagicError(f"{taken[0]} exists", "a new file", "choose another --out, or --overwrite")
+        raise ImagicError(f"{taken[0]} exists", "a new file", "choose another --out, or use --overwrite")
     with writable(folder), TemporaryDirectory(prefix=".export-", dir=folder) as hidden:
-        made = AtomicWriter(Path(hidden))
+        writer = AtomicWriter(Path(hidden))
         for name, content in files.items():
-            made.write(name, content)
-        for name, path in zip(files, paths, strict=True):  # only now that nothing can be refused any more
+            writer.write(name, content)
+        for name, path in zip(files, paths, strict=True):  # after all writes, so that an error leaves existing files unchanged
             path.parent.mkdir(exist_ok=True)
-            (made.folder / name).replace(path)
+            (writer.folder / name).replace(path)
     return paths
 
 
 def _for_kohya(adapter: Adapter) -> Files:
     name = adapter.name
     if adapter.record.config.tune.mode == "full":
-        got = f"adapter {name} holds a whole denoiser, and kohya's layout LoRA layers alone"
-        raise ImagicError(got, "a LoRA adapter", f"imagic-lora compress {name} --rank 16 makes one of it; or use --format diffusers")
+        got = f"adapter {name} holds full weights, and the kohya format stores LoRA layers only"
+        remedy = f"convert it with: imagic-lora compress {name} --rank 16; or use --format diffusers"
+        raise ImagicError(got, "a LoRA adapter", remedy)
     embeddings = f"{name}.embeddings.safetensors"
     return {
         f"{name}.safetensors": safetensors_pieces(kohya(adapter), _metadata(adapter)),
@@ -134,21 +138,25 @@ def _for_diffusers(adapter: Adapter) -> Files:
 
 def _pieces(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            yield piece
+        while chunk := file.read(_CHUNK):
+            yield chunk
 
 
 def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
-    """What there is and how it is used; text from outside stands in indented blocks, where Markdown means nothing."""
+    """Returns the page that explains the files. User text is placed in indented code blocks, where Markdown has no effect."""
     record = adapter.record
-    held = {f"{kind}.{name}": tuple(one.shape) for kind, c in read_embeddings(adapter).items() for name, one in c.tensors().items()}
+    shapes = {
+        f"{name}.{tensor_name}": list(value.shape)
+        for name, conditioning in read_embeddings(adapter).items()
+        for tensor_name, value in conditioning.tensors().items()
+    }
     text = _PAGE.format(
         name=adapter.name,
         prompt=json.dumps(record.prompt),
         base=json.dumps(record.base.name),
         use=use,
         embeddings=embeddings,
-        tensors="\n".join(f"- `{name}` {list(shape)}" for name, shape in sorted(held.items())),
+        tensors="\n".join(f"- `{name}` {shape}" for name, shape in sorted(shapes.items())),
         eta=record.config.eta,
         steps=record.config.edit.steps,
         guidance=record.config.edit.guidance_scale,
@@ -158,98 +166,103 @@ def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
 
 
 def kohya(adapter: Adapter) -> dict[str, Tensor]:
-    """The LoRA layers under the names that kohya's scripts give them: ``lora_unet_`` and the name of the layer, dots made underscores.
+    """Returns the LoRA layers under the names of kohya's scripts: ``lora_unet_`` and the name of the layer, with underscores for dots.
 
-    Those scripts name the layers of Stable Diffusion 1 and 2 as diffusers does, and those of SDXL as Stability's own code does. Readers
-    multiply by alpha over rank, and some take alpha for the rank: the scale goes into the second matrix, and alpha is the rank.
+    Those scripts use the layer names of diffusers for Stable Diffusion 1 and 2, and the layer names of Stability's own code for SDXL.
+    Readers multiply by ``alpha / rank``, and some assume that alpha is the rank. Therefore the scale is multiplied into the second matrix
+    and alpha is set to the rank.
 
     Raises:
-        ImagicError: the file holds something else than LoRA layers of the recorded rank.
+        ImagicError: the file holds anything other than LoRA layers of the recorded rank.
     """
     path, tune = adapter.listed(LORA_FILE), adapter.record.config.tune
-    held, scale = read(path), 1.0 if tune.alpha is None else tune.alpha / tune.rank
-    layers = sorted({name.removeprefix("unet.").rpartition(".lora_")[0] for name in held})
+    stored, scale = read(path), 1.0 if tune.alpha is None else tune.alpha / tune.rank
+    layers = sorted({name.removeprefix("unet.").rpartition(".lora_")[0] for name in stored})
     names = original_names(layers) if _version(adapter) == "xl" else {layer: layer for layer in layers}
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for layer, name in names.items():
-        down, up = (held.pop(f"unet.{layer}.lora_{matrix}.weight", None) for matrix in "AB")
+        down, up = (stored.pop(f"unet.{layer}.lora_{matrix}.weight", None) for matrix in "AB")
         if down is None or up is None or down.shape[:1] != (tune.rank,) or up.shape[1:2] != (tune.rank,):
             raise ImagicError(
-                f"{path} holds no two matrices of rank {tune.rank} for {layer[:80]!r}", "a LoRA file as fit writes it", _REMEDY
+                f"{path} holds no pair of matrices of rank {tune.rank} for {layer[:80]!r}", "a LoRA file written by fit", REMEDY
             )
         key = f"lora_unet_{name.replace('.', '_')}"
-        found |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up * scale, f"{key}.alpha": torch.tensor(float(tune.rank))}
-    if held:
-        raise ImagicError(f"{path} holds {next(iter(held))[:80]!r}", "LoRA layers alone", _REMEDY)
-    return found
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up * scale, f"{key}.alpha": torch.tensor(float(tune.rank))}
+    if stored:
+        raise ImagicError(f"{path} holds the unexpected tensor {next(iter(stored))[:80]!r}", "LoRA layers only", REMEDY)
+    return tensors
 
 
 def original_names(layers: Iterable[str]) -> dict[str, str]:
-    """The names of a U-Net's layers in Stability's own code, by those in diffusers.
+    """Maps the names of SDXL's U-Net layers in diffusers to the names in Stability's own code.
 
-    That code counts in one row what diffusers sorts into levels: on the way down the first convolution, then of each level the residual
-    blocks and the downsampler; on the way up the residual blocks, of which a level has one more. A block's attention comes after it, and
-    an upsampler after the last block of its level.
+    Stability's code numbers all blocks consecutively, where diffusers groups them by level. The input blocks are the first convolution,
+    then for each level its residual blocks and its downsampler. The output blocks are the residual blocks of each level, one more than on
+    the input side. A block contains its residual layers, then its attention. The last output block of a level also contains the upsampler.
 
     Args:
-        layers: those of every attention among them, and by that the number of blocks.
+        layers: names in diffusers. They must include layers of every attention, from which the number of blocks per level is derived.
+
+    Returns:
+        Stability's name for each name in diffusers.
 
     Raises:
-        ImagicError: a layer that is no part of such a U-Net.
+        ImagicError: a layer is not part of such a U-Net.
     """
-    found = {layer: _LAYER.fullmatch(layer) for layer in layers}
-    ups = [match for match in found.values() if match and match["side"] == "up_blocks" and match["kind"] in ("resnets", "attentions")]
-    level = 1 + max((int(match["index"]) for match in ups), default=0)
+    matches = {layer: _LAYER.fullmatch(layer) for layer in layers}
+    ups = [match for match in matches.values() if match and match["side"] == "up_blocks" and match["kind"] in ("resnets", "attentions")]
+    per_level = 1 + max((int(match["index"]) for match in ups), default=0)
     attended = {match["level"] for match in ups if match["kind"] == "attentions"}
     names: dict[str, str] = {}
-    for layer, match in found.items():
+    for layer, match in matches.items():
         if match is None:
             name = _OUTSIDE.get(layer)
         else:
             rest = match["rest"] if match["kind"] == "attentions" else _INSIDE[match["kind"]].get(match["rest"])
-            name = rest and f"{_block(match, level, match['level'] in attended)}.{rest}"
+            name = rest and f"{_block(match, per_level, match['level'] in attended)}.{rest}"
         if name is None:
-            raise ImagicError(f"a LoRA layer on {layer[:80]!r}", "the layers of the U-Net of SDXL", "use --format diffusers")
+            raise ImagicError(f"a LoRA layer on {layer[:80]!r}", "a layer of SDXL's U-Net", "use --format diffusers")
         names[layer] = name
     return names
 
 
-def _block(match: re.Match[str], level: int, attended: bool) -> str:
-    """The block of a layer and the place in it.
+def _block(match: re.Match[str], per_level: int, attended: bool) -> str:
+    """Returns the block of a layer in Stability's code and its position in the block, separated by a dot.
 
     Args:
-        level: blocks of a level.
-        attended: its level has attention.
+        match: of ``_LAYER`` with the layer's name in diffusers.
+        per_level: number of output blocks per level.
+        attended: whether the layer's level has attention.
     """
-    first, index, place = int(match["level"] or 0) * level, int(match["index"]), int(match["kind"] == "attentions")
+    first, index, place = int(match["level"] or 0) * per_level, int(match["index"]), int(match["kind"] == "attentions")
     if match["side"] == "mid_block":
         return f"middle_block.{2 * index + place}"
     if match["kind"] == "downsamplers":
-        return f"input_blocks.{first + level}.0"
+        return f"input_blocks.{first + per_level}.0"
     if match["kind"] == "upsamplers":
-        return f"output_blocks.{first + level - 1}.{1 + attended}"
+        return f"output_blocks.{first + per_level - 1}.{1 + attended}"
     return f"input_blocks.{1 + first + index}.{place}" if match["side"] == "down_blocks" else f"output_blocks.{first + index}.{place}"
 
 
 def _version(adapter: Adapter) -> Literal["v1", "v2", "xl"]:
-    """Of Stable Diffusion, as its embeddings tell."""
+    """Derives the version of Stable Diffusion from the shapes of the embeddings."""
     target = read_embeddings(adapter)["target"]
     if target.pooled is not None:
         return "xl"
-    return "v2" if target.tokens.shape[-1] == _OPENCLIP else "v1"
+    return "v2" if target.tokens.shape[-1] == _OPENCLIP_WIDTH else "v1"
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
-    """What readers show: Stability's model specification, and the settings under the names of kohya's scripts."""
+    """Returns the metadata of the file: Stability's model specification, and the settings under the names of kohya's scripts."""
     record, tune, version = adapter.record, adapter.record.config.tune, _version(adapter)
-    high, wide = read_canvas(adapter).pixels.shape[2:]
-    second = "v2-768-v" if high * wide > 512 * 512 else "v2-512"  # a guess: what the base predicts is not on record
+    height, width = read_canvas(adapter).pixels.shape[2:]
+    second = "v2-768-v" if height * width > 512 * 512 else "v2-512"  # a guess: the record does not contain the prediction type of the base
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"stable-diffusion-{ {'v1': 'v1', 'v2': second, 'xl': 'xl-v1-base'}[version] }/lora",
         "modelspec.implementation": _STABILITY if version == "xl" else "diffusers",
         "modelspec.title": adapter.name,
-        "modelspec.resolution": f"{wide}x{high}",
+        "modelspec.resolution": f"{width}x{height}",
         "modelspec.description": record.prompt,
         "modelspec.date": record.created,
         "ss_network_module": "networks.lora",
@@ -260,7 +273,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
         "ss_sd_model_name": record.base.name,
         "ss_output_name": adapter.name,
         "ss_num_train_images": "1",
-        "ss_resolution": f"({wide}, {high})",
+        "ss_resolution": f"({width}, {height})",
         "ss_steps": str(tune.steps),
         "ss_learning_rate": str(tune.learning_rate),
         "ss_seed": str(record.config.seed),

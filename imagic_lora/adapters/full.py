@@ -1,4 +1,4 @@
-"""The whole denoiser as what is trained and stored, with an exact way back to the base."""
+"""Full weights: train, save and load the whole denoiser, and restore the base exactly."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ from .atomic import AtomicWriter
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-
 Weights = dict[str, Tensor]
 """The weights of a denoiser by name."""
 
 
 @contextmanager
 def _restored(base: Base, own: Weights | None = None) -> Iterator[Weights]:
-    """Whatever happens to the denoiser's weights inside is undone afterwards, bit for bit, from a copy in host memory: the one given, or a
-    new one."""
+    """Restores the denoiser's weights bit for bit when the context closes.
+
+    Args:
+        own: a copy of the base's weights in host memory; None makes one.
+
+    Yields:
+        The copy.
+    """
     own = own or {name: value.to("cpu", copy=True) for name, value in base.denoiser.state_dict().items()}
     try:
         yield own
@@ -33,19 +38,24 @@ def _restored(base: Base, own: Weights | None = None) -> Iterator[Weights]:
 
 
 def check_master_weights(base: Base) -> None:
-    """Raises ImagicError for weights in half precision that are rounded to nearest: steps at Imagic's rates would come to nothing."""
-    found, stochastic = base.denoiser.dtype, base.runtime.memory.master_weights == "bf16-stochastic"
-    if found != (torch.bfloat16 if stochastic else torch.float32):
-        right = "bf16 weights, rounded stochastically" if stochastic else "fp32 master weights, or bf16 weights that round stochastically"
-        raise ImagicError(f"full fine-tuning on {found} weights", right, "open the base with master_weights=True")
+    """Raises ImagicError for half-precision weights that round to nearest: updates at Imagic's learning rates would be rounded away."""
+    dtype, stochastic = base.denoiser.dtype, base.runtime.memory.master_weights == "bf16-stochastic"
+    if dtype != (torch.bfloat16 if stochastic else torch.float32):
+        expected = (
+            "bf16 weights with stochastic rounding" if stochastic else "fp32 master weights, or bf16 weights with stochastic rounding"
+        )
+        raise ImagicError(f"full fine-tuning of {dtype} weights", expected, "open the base with master_weights=True")
 
 
 @contextmanager
 def unfrozen(base: Base, restore: bool = True) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """Every weight of the denoiser trainable; frozen and as before afterwards.
+    """Makes every weight of the denoiser trainable while the context is open. Afterwards the weights are frozen and restored.
 
     Args:
-        restore: False leaves the trained weights in, and spares the copy of the base in host memory.
+        restore: False keeps the trained weights and makes no copy of the base in host memory.
+
+    Yields:
+        The parameters by name.
 
     Raises:
         ImagicError: as :func:`check_master_weights`.
@@ -60,38 +70,43 @@ def unfrozen(base: Base, restore: bool = True) -> Iterator[dict[str, torch.nn.Pa
 
 
 def full_files(base: Base) -> tuple[str, ...]:
-    """The files of :func:`save_full`."""
+    """Returns the names of the files that :func:`save_full` writes: the configuration and the weights."""
     return f"{base.component}/config.json", f"{base.component}/{WEIGHTS}"
 
 
 def save_full(base: Base, writer: AtomicWriter) -> None:
-    """Writes the denoiser into ``<component>/`` in diffusers' own format, half precision.
+    """Writes the denoiser to ``<component>/`` in the format of diffusers, in half precision.
 
     Raises:
-        ImagicError: a weight is not finite, or too large for half precision.
+        ImagicError: a weight is not finite or too large for half precision.
     """
-    config, file = full_files(base)
+    config_file, weights_file = full_files(base)
     state = base.denoiser.state_dict()
     weights = {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
     for name, value in weights.items():
         if not value.isfinite().all() and state[name].isfinite().all():
-            raise ImagicError(f"weight {name} does not fit in half precision", "finite weights", "use a lower --tune.learning-rate")
-    writer.write(config, [base.denoiser.to_json_string().encode()])
-    writer.write(file, safetensors_pieces(weights, {"format": "pt"}))
+            raise ImagicError(
+                f"weight {name} does not fit in half precision",
+                f"weights of at most {torch.finfo(torch.half).max:,.0f}",
+                "use a lower --tune.learning-rate",
+            )
+    writer.write(config_file, [base.denoiser.to_json_string().encode()])
+    writer.write(weights_file, safetensors_pieces(weights, {"format": "pt"}))
 
 
 @contextmanager
 def loaded_full(base: Base, folder: Path, own: Weights | None = None) -> Iterator[Weights]:
-    """The denoiser with the stored weights; the base's own afterwards.
+    """Loads stored full weights into the denoiser while the context is open. Afterwards the base's own weights are restored.
 
     Args:
-        own: those, where they were copied before.
+        folder: of the adapter.
+        own: a copy of the base's own weights in host memory, if the caller has one; None makes one.
 
     Yields:
-        The base's own weights, in host memory.
+        The copy of the base's own weights.
 
     Raises:
-        ImagicError: other names or shapes than the base's, which is seen before anything is loaded, or weights that are not finite.
+        ImagicError: the names or shapes differ from the base's, which is checked before anything is loaded, or a weight is not finite.
     """
     path = folder / base.component / WEIGHTS
     if shapes(path) != {name: tuple(value.shape) for name, value in base.denoiser.state_dict().items()}:

@@ -1,4 +1,4 @@
-"""adapter.json, version 1."""
+"""The schema of ``adapter.json``, version 1."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Part(BaseModel):
 
 
 class BaseRecord(_Part):
-    """The base that an adapter belongs to."""
+    """The base that an adapter was made for."""
 
     name: str
     revision: str | None
@@ -33,7 +33,7 @@ class BaseRecord(_Part):
 
 
 class WeightsRecord(_Part):
-    """What was trained: a component, how, and the files that hold it."""
+    """The trained component of the base, the mode, and the files of the weights."""
 
     component: Literal["unet", "transformer"]
     mode: Mode
@@ -41,7 +41,7 @@ class WeightsRecord(_Part):
 
 
 class SourceRecord(_Part):
-    """The photo: hash of its file, its size, and where it lies on the canvas that ``source.png`` holds."""
+    """The photo: hash of its file, size (width, height) and box (left, top, right, bottom) on the canvas ``source.png``, in pixels."""
 
     sha256: Sha256
     size: tuple[int, int]
@@ -49,17 +49,18 @@ class SourceRecord(_Part):
 
 
 class CompressedRecord(_Part):
-    """What was compressed: a full adapter, and the norm of what was lost over the norm of all that it had changed."""
+    """The full adapter that was compressed, and the norm of the lost weight change divided by the norm of the whole weight change."""
 
     name: Name
     error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Record(Manifest):
-    """``adapter.json``, version 1: how an adapter was made, and the hash of every other file.
+    """``adapter.json``, version 1: the settings and results of the fit, and the hash of every other file.
 
-    Losses are the mean of the first and of the last tenth of each stage; ``runtime`` is what ``auto`` came to; ``peak_memory`` is in
-    bytes. ``compressed`` is there only where that was done.
+    ``losses`` holds the mean over the first and over the last tenth of each stage's steps. ``seconds`` holds the duration of each stage.
+    ``runtime`` holds the values that were chosen for ``auto`` settings. ``peak_memory`` is in bytes. ``compressed`` is present only in
+    compressed adapters.
     """
 
     version: Literal[1] = 1
@@ -75,4 +76,4 @@ class Record(Manifest):
     runtime: dict[str, str]
     peak_memory: int
     versions: dict[str, str]
-    compressed: Annotated[CompressedRecord | None, Field(exclude_if=lambda one: one is None)] = None
+    compressed: Annotated[CompressedRecord | None, Field(exclude_if=lambda value: value is None)] = None

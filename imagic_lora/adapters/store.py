@@ -1,4 +1,4 @@
-"""A folder of adapters: one folder each, whole or not there at all, one writer a name."""
+"""A folder of adapters: one folder per adapter, written atomically, with one writer per name."""
 
 from __future__ import annotations
 
@@ -14,160 +14,169 @@ from filelock import FileLock, Timeout
 from ..core.errors import ImagicError
 from .adapter import Adapter
 from .atomic import AtomicWriter, atomic_folder, changed_file, interrupted_writes, read_manifest, recover, remove, writable
-from .record import NAME, RECORD, Record
+from .record import NAME, RECORD, REMEDY, Record
 
-_MENDING = 0.5  # seconds, more than it takes to undo what a writer that was cut off has left
+_RECOVERY_SECONDS = 0.5  # longer than the recovery of an interrupted write takes
 
 
 def _write_pid(handle: int) -> None:
-    """Leaves the number of this process in a lock's file, if there is room for it."""
+    """Writes the id of this process into a lock file, unless the disk is full."""
     with suppress(OSError):
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
 
 
 def _lock_owner(path: Path) -> str:
+    """Describes the process that holds a lock, by its id if the lock file contains it."""
     try:
-        number = int(path.read_text())
-        return f"process {number}" if psutil.pid_exists(number) else "another process"  # which has not signed yet
+        pid = int(path.read_text())
+        return f"process {pid}" if psutil.pid_exists(pid) else "another process"  # the owner has not written its id yet
     except (OSError, ValueError, OverflowError):
         return "another process"
 
 
 def check_name(name: str) -> str:
-    """The name, if it can be one.
+    """Returns the name if it is valid.
 
     Raises:
-        ImagicError: it holds a path, begins with a dot, or is empty or over 100 characters.
+        ImagicError: the name contains a path, starts with a dot, is empty, or is longer than 100 characters.
     """
     if not re.match(NAME, name):
-        raise ImagicError(f"{name!r} as a name", "letters, digits, '.', '_' and '-', at most 100, no path", "choose another name")
+        raise ImagicError(
+            f"{name!r} is not a valid name",
+            "1 to 100 letters, digits, '.', '_' and '-', the first a letter or a digit; no path",
+            "choose another name",
+        )
     return name
 
 
 class Store:
-    """A folder of adapters, and of what unfinished fits have saved so far.
+    """A folder of adapters and of the checkpoints of unfinished fits.
 
     Args:
-        root: made when the first adapter is written.
+        root: created when the first adapter is written.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._held: str | None = None
+        self._locked_name: str | None = None
 
     @contextmanager
-    def locked(self, name: str, patience: float = _MENDING) -> Iterator[Store]:
-        """The right to write a name, which nobody else has meanwhile; what a writer that was cut off has left is undone first.
-
-        What it gives is the store for whoever has the name: only through that one it can be written, removed or claimed again.
+    def locked(self, name: str, timeout: float = _RECOVERY_SECONDS) -> Iterator[Store]:
+        """Locks a name for writing while the context is open. Interrupted writes of that name are recovered first.
 
         Args:
-            patience: seconds to wait for whoever has it, who may only be looking.
+            name: name of an adapter.
+            timeout: seconds to wait for another holder of the lock; a reader holds it briefly while it recovers an interrupted write.
+
+        Yields:
+            A store that owns the lock. While the lock is held, only this store can write, remove or lock the name.
 
         Raises:
-            ImagicError: another process has it, or another writer of this one, or the folder cannot be written to.
+            ImagicError: another process or another store of this process holds the lock, or the folder cannot be written to.
         """
-        if check_name(name) == self._held:
+        if check_name(name) == self._locked_name:
             yield self
             return
         path = self.root / f".{name}.lock"
-        # The system lets go of a dead process's; a fit may be begun in one thread and closed in another.
+        # The operating system releases the lock of a dead process. A fit can start in one thread and be closed in another.
         lock = FileLock(path, thread_local=False, on_acquired=_write_pid)
         with writable(self.root):
             try:
-                lock.acquire(timeout=patience, poll_interval=0.02)
+                lock.acquire(timeout=timeout, poll_interval=0.02)
             except Timeout as error:
                 got = f"{self.root / name} is being written by {_lock_owner(path)}"
-                raise ImagicError(got, "one writer for a name", "wait until it is done, or choose another --name") from error
+                raise ImagicError(got, "one writer per name", "wait until it is done, or choose another --name") from error
         holder = Store(self.root)
         try:
             for folder in (self.root / name, self.checkpoints(name)):
                 recover(folder)
-            holder._held = name
+            holder._locked_name = name
             yield holder
         finally:
-            holder._held = None
-            with suppress(OSError):  # not on Windows
-                path.unlink()  # whoever has it open already sees that it has no name any more
+            holder._locked_name = None
+            with suppress(OSError):  # Windows does not delete an open file
+                path.unlink()  # a waiting process that has the file open detects that it was deleted
             lock.release()
 
     def check_free(self, name: str, overwrite: bool) -> None:
-        """Makes sure, before anything is trained, that an adapter of this name can be written.
+        """Checks that an adapter of this name can be written. A fit calls it before training.
 
         Raises:
-            ImagicError: it cannot be a name, it is taken and ``overwrite`` is not given, or the folder cannot be written to.
+            ImagicError: the name is invalid, exists and ``overwrite`` is False, or is locked; or the folder cannot be written to.
         """
         with self.locked(name):
             if (self.root / name).exists() and not overwrite:
-                raise ImagicError(f"{self.root / name} exists", "a new name", "choose another --name, or --overwrite")
+                raise ImagicError(f"{self.root / name} exists", "an unused name", "choose another --name, or use --overwrite")
 
     def names(self) -> list[str]:
-        """Names of the adapters, sorted."""
+        """Returns the names of the adapters, sorted."""
         self._recover_all()
         return sorted(path.parent.name for path in self.root.glob(f"[!.]*/{RECORD}") if re.match(NAME, path.parent.name))
 
     def read(self, name: str, verify: bool = True) -> Adapter:
-        """An adapter whose files are all there and unchanged.
+        """Reads an adapter and verifies the hash of every file.
 
         Args:
-            verify: False reads the record alone, which is enough to tell of an adapter, but not to use it.
+            name: name of the adapter.
+            verify: False reads and verifies the record only, which is enough to list an adapter, but not to use it.
 
         Raises:
-            ImagicError: no such adapter, a record that is not of this version, or a file that is missing or has changed.
+            ImagicError: there is no such adapter, its record is invalid or of another version, or a file is missing or has changed.
         """
         folder = self.root / check_name(name)
         if not (folder / RECORD).is_file():
-            there = ", ".join(self.names()) or "none"
-            if not (folder / RECORD).is_file():  # unless looking has put it back
-                raise ImagicError(f"no adapter {name!r} in {self.root}", f"one of its adapters ({there})", "see imagic-lora list")
+            existing = ", ".join(self.names()) or "none"
+            if not (folder / RECORD).is_file():  # names() can have recovered it
+                raise ImagicError(f"no adapter {name!r} in {self.root}", f"the name of an adapter ({existing})", "see imagic-lora list")
         adapter = Adapter(folder, read_manifest(folder, RECORD, Record))
         if verify and (path := changed_file(folder, adapter.record)):
-            raise ImagicError(f"{path} is missing or has changed", "the file as it was written", "fit or copy the adapter again")
+            raise ImagicError(f"{path} is missing or has changed", "a file that matches its hash", REMEDY)
         return adapter
 
     def write(self, record: Record, fill: Callable[[AtomicWriter], None], overwrite: bool = False) -> Adapter:
-        """Writes an adapter, whole or not at all; the one that it replaces goes last.
+        """Writes an adapter atomically. An adapter that it replaces is deleted last.
 
         Args:
-            record: without its ``files``.
-            fill: writes every other file.
+            record: its ``files`` are replaced.
+            fill: writes every file except the record.
+            overwrite: whether an existing adapter of that name is replaced.
 
         Raises:
-            ImagicError: as :meth:`check_free`; the disk is full; something is not finite.
+            ImagicError: as :meth:`check_free`; the disk is full; a tensor is not finite.
         """
-        with self.locked(record.name) as held:
-            held.check_free(record.name, overwrite)
-            with atomic_folder(self.root / record.name) as made:
-                fill(made)
-                made.write_manifest(RECORD, record)
+        with self.locked(record.name) as holder:
+            holder.check_free(record.name, overwrite)
+            with atomic_folder(self.root / record.name) as writer:
+                fill(writer)
+                writer.write_manifest(RECORD, record)
         return self.read(record.name)
 
     def remove(self, name: str) -> None:
-        """Removes an adapter, and what an unfinished fit of that name has saved.
+        """Removes an adapter and the checkpoints of an unfinished fit of that name.
 
         Raises:
-            ImagicError: neither is there, or it is being written.
+            ImagicError: neither exists, or the name is being written.
         """
         final = self.root / check_name(name)
         if not final.exists() and not self.checkpoints(name).exists():
-            self.read(name)
+            self.read(name)  # raises ImagicError unless it recovers the adapter
         with self.locked(name), writable(self.root):
             for folder in (final, self.checkpoints(name)):
                 remove(folder)
 
     def checkpoints(self, name: str) -> Path:
-        """Where a fit of that name saves what it has come to."""
+        """Returns the folder of the checkpoints of a fit of that name."""
         return self.root / f".{check_name(name)}.checkpoints"
 
     def unfinished(self) -> list[str]:
-        """Names whose fit was cut off, or is still at work."""
+        """Returns the names whose fit was interrupted or is still running, sorted."""
         return sorted({path.parent.name[1:].removesuffix(".checkpoints") for path in self.root.glob(".*.checkpoints/[!.]*")})
 
     def _recover_all(self) -> None:
-        """Undoes what writers that were cut off have left; those still at work, and a folder that cannot be written to, are let be."""
+        """Recovers interrupted writes. Names that are being written and a store that cannot be written to are skipped."""
         for name in interrupted_writes(self.root):
-            if name.startswith("."):  # what was removed are checkpoints
+            if name.startswith("."):  # the removal of a checkpoint folder was interrupted
                 name = name[1:].removesuffix(".checkpoints")
-            with suppress(ImagicError), self.locked(name, patience=0):
+            with suppress(ImagicError), self.locked(name, timeout=0):
                 pass

@@ -1,11 +1,11 @@
-"""Models: everything above asks a :class:`~imagic_lora.bases.base.Base`, and never which family it is.
+"""Models. Code above this package uses only the protocol :class:`~imagic_lora.bases.base.Base` and never asks for the family.
 
 May import: core, photos. Must not know: adapters, training, sampling, commands.
 
-- ``base.py``: the protocol that every family answers
-- ``families/``: one short file a family
-- ``loading/``: folders, single files, hub ids; what is checked before a library reads them; names; fingerprints
-- ``architecture.py``: the configs of a base's components, without torch
-- ``layers.py``: LoRA targets, 4-bit blocks, parameter counts, without torch
-- ``quantization.py``: the linear layers of a frozen denoiser in 4 bits
+- ``base.py``: the protocol that every model family implements
+- ``families/``: one file per model family
+- ``loading/``: loading from folders, single files and hub ids; checks of untrusted files; named bases; fingerprints
+- ``architecture.py``: the configs of a base's components; without torch
+- ``layers.py``: LoRA targets, 4-bit block size, parameter counts; without torch
+- ``quantization.py``: 4-bit quantization of the linear layers of a frozen denoiser
 """

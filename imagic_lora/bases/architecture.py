@@ -1,4 +1,4 @@
-"""The configs of a base's components. No torch here."""
+"""The configs of a base's components. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from .loading.vetting import TIME_IDS
 
 @dataclass(frozen=True)
 class Architecture:
-    """The configs of a base's components, in diffusers' and transformers' own words.
+    """The configs of a base's components, with the keys of diffusers and transformers.
 
     Args:
-        text_encoder_2: of families that have a second one, whose pooled embedding the U-Net is told as well.
-        empty_is_zeros: the unconditional embedding is zeros, and not that of the empty sentence.
-        few_steps: of a distilled base, how many steps it samples in.
+        unet: config of the U-Net.
+        vae: config of the VAE.
+        text_encoder: config of the (first) text encoder.
+        scheduler: config of the sampling scheduler; ``_class_name`` is its class.
+        text_encoder_2: config of the second text encoder, whose pooled embedding is an input of the U-Net; None for families without one.
+        empty_is_zeros: True if the unconditional embedding is zeros, False if it is the embedding of the empty prompt.
+        few_steps: number of sampling steps of a distilled base; None for other bases.
     """
 
     unet: dict[str, Any]
@@ -28,17 +32,17 @@ class Architecture:
 
     @property
     def text_encoders(self) -> dict[str, dict[str, Any]]:
-        """The configs of the text encoders by the names of their folders."""
+        """Configs of the text encoders by component name (``text_encoder``, ``text_encoder_2``)."""
         return {"text_encoder": self.text_encoder} | ({"text_encoder_2": self.text_encoder_2} if self.text_encoder_2 else {})
 
     @property
-    def factor(self) -> int:
-        """Pixels of a picture's side to one of its latents."""
+    def vae_scale_factor(self) -> int:
+        """Downsampling factor of the VAE: side of an image in pixels divided by the side of its latents."""
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
     def conditioning(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of one conditioning, by name."""
+        """Shapes of the tensors of one conditioning with added conditions, ``B = 1``, by name."""
         shapes: dict[str, tuple[int, ...]] = {"tokens": (1, self.text_encoder["max_position_embeddings"], self.unet["cross_attention_dim"])}
         if self.text_encoder_2:
             shapes |= {"pooled": (1, self.text_encoder_2["projection_dim"]), "time_ids": (1, TIME_IDS)}
@@ -46,15 +50,15 @@ class Architecture:
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the guidance scale is an input of the denoiser, so that pictures are guided without an unconditional pass."""
+        """Whether the guidance scale is an input of the denoiser, which then needs no unconditional pass."""
         return bool(self.unet.get("time_cond_proj_dim"))
 
     @property
-    def wide_vae(self) -> bool:
-        """Whether the VAE overflows in fp16, as that of SDXL does unless its config says that it was mended."""
+    def vae_overflows_fp16(self) -> bool:
+        """Whether the VAE overflows in fp16: the VAE of SDXL does, unless its config sets ``force_upcast`` to false."""
         return self.text_encoder_2 is not None and self.vae.get("force_upcast", True)
 
     @property
     def resolution(self) -> int:
-        """Side of the square pictures the base was made for, in pixels."""
-        return self.unet["sample_size"] * self.factor
+        """Side of the square images that the base was trained on, in pixels."""
+        return self.unet["sample_size"] * self.vae_scale_factor

@@ -1,4 +1,4 @@
-"""What every model family answers, and nothing else. The floors above never ask which family it is."""
+"""The protocol that every model family implements. Code above this package uses only this protocol and never asks for the family."""
 
 from __future__ import annotations
 
@@ -18,114 +18,197 @@ PipelineKind = Literal["text2image", "image2image"]
 
 
 class Base(ABC):
-    """A loaded text-to-image model, frozen.
+    """A loaded, frozen text-to-image latent diffusion model.
+
+    Notation of the docstrings: ``B`` is the batch size, ``T`` the number of tokens of a prompt, ``D`` the channels of a token, ``P`` the
+    channels of the pooled embedding, ``C`` the latent channels, ``H`` and ``W`` the height and width of an image in pixels (multiples of
+    :attr:`size_multiple`), ``h`` and ``w`` those of its latents: ``H`` and ``W`` divided by the downsampling factor of the VAE.
 
     Args:
-        name: as the user gave it: a known name, a folder, or a hub id.
-        revision: of a hub id.
-        fingerprint: equal for the same weights in fp16 and fp32.
-        runtime: its device, precision and levers.
-        declared: config of the scheduler that the base declares; it only samples. Training noises with a DDPM scheduler of the same
-            schedule, because the declared one may be of a kind whose ``add_noise`` means something else.
+        name: name of the base as the user gave it (a known name or a hub id), or the absolute path of a folder or file.
+        revision: branch, tag or commit of a hub id; None for the default branch, a folder or a file.
+        fingerprint: hash of the weights and the prediction type. It is equal for the same weights in fp16, in fp32 and in a single file.
+        runtime: device, precision and memory levers.
+        scheduler_config: config of the base's own scheduler. That scheduler is used only for sampling. The training scheduler is a
+            DDPMScheduler with the same noise schedule, because ``add_noise`` of other scheduler classes follows other conventions.
+
+    Raises:
+        ImagicError: the prediction type is not ``epsilon``, ``v_prediction`` or ``sample``.
     """
 
     component: Literal["unet", "transformer"]
-    """The part that is trained."""
+    """Name of the denoiser in a diffusers pipeline: the component that stage 2 trains."""
     pipelines: ClassVar[dict[PipelineKind, type[DiffusionPipeline]]]
-    """The pipelines that :meth:`pipeline` makes."""
+    """Pipeline classes that :meth:`pipeline` can create."""
     size_multiple: int
-    """Sides of a picture are multiples of this many pixels."""
+    """Height and width of an image must be multiples of this number of pixels."""
     resolution: int
-    """Side of the square pictures it was made for, in pixels."""
+    """Side of the square images that the base was trained on, in pixels."""
     architecture: Architecture
-    """The configs of its components."""
+    """Configs of the components."""
+    training_scheduler: Any
+    """DDPMScheduler that defines the noise schedule of training: :meth:`noised`, :meth:`target` and :meth:`timesteps` use it."""
     trained_timesteps: Tensor | None = None
-    """The timesteps that a distilled base samples at, the only ones it is trained at; None for all."""
+    """Timesteps that a distilled base samples at, ascending, int64 ``[n]``. It is trained only at these. None: trained at all timesteps."""
 
-    def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, declared: dict[str, object]) -> None:
+    def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, scheduler_config: dict[str, object]) -> None:
         self.name, self.revision, self.fingerprint, self.runtime = name, revision, fingerprint, runtime
-        self.training: Any = DDPMScheduler.from_config(declared)
+        self.training_scheduler = DDPMScheduler.from_config(scheduler_config)
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ImagicError(f"{name} predicts {self.prediction_type!r}", "epsilon, v_prediction or sample", "choose another base")
 
     @property
     def prediction_type(self) -> str:
-        """``epsilon``, ``v_prediction`` or ``sample``: what the denoiser was trained to predict."""
-        return self.training.config.prediction_type
+        """Quantity that the denoiser predicts: ``epsilon`` (the noise), ``v_prediction`` (the velocity) or ``sample`` (``x_0``)."""
+        return self.training_scheduler.config.prediction_type
 
     @property
     @abstractmethod
     def denoiser(self) -> ModelMixin:
-        """The module that stage 2 trains."""
+        """Denoiser module, which stage 2 trains."""
 
     @abstractmethod
     def encode_prompt(self, prompt: str) -> Conditioning:
-        """The conditioning of one prompt, ``B = 1``, fp32. Warns with what was cut if the prompt is longer than the model reads."""
+        """Encodes one prompt, without gradients.
+
+        Warns with an ImagicWarning that contains the removed text if the prompt is longer than the text encoder's maximum length.
+
+        Returns:
+            Tokens ``[1, T, D]`` and, for families that have it, the pooled embedding ``[1, P]``; fp32, on the runtime's device. Added
+            conditions are absent: see :meth:`with_added_conditions`.
+        """
 
     @abstractmethod
     def null(self) -> Conditioning | None:
-        """The unconditional conditioning, for guidance; None where the base is not to be guided."""
+        """Encodes the unconditional input of classifier-free guidance.
+
+        Returns:
+            A conditioning of the same shapes as :meth:`encode_prompt`, or None if the denoiser takes the guidance scale as an input and so
+            needs no unconditional pass.
+        """
 
     def with_added_conditions(self, conditioning: Conditioning, height: int, width: int, guidance_scale: float) -> Conditioning:
-        """The conditioning with what the family is told beside the text, as extra inputs.
+        """Adds the inputs of the denoiser other than the text, such as size ids, to the conditioning's ``extra``.
 
         Args:
-            height, width: of the picture, in pixels.
-            guidance_scale: that pictures are to be made with, for families that embed it.
+            conditioning: of one prompt, ``B = 1``.
+            height, width: of the image in pixels.
+            guidance_scale: scale that images are sampled with. Only families whose denoiser takes it as an input use it.
+
+        Returns:
+            A conditioning with the same tokens and pooled embedding. ``extra`` is unchanged for families without added conditions.
         """
         return conditioning
 
     @abstractmethod
-    def pipeline_kwargs(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
-        """The arguments by which a pipeline is told a conditioning, and the unconditional one where it is to be guided."""
+    def pipeline_kwargs(self, conditioning: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+        """Keyword arguments that pass a conditioning to a diffusers pipeline of this family.
+
+        Args:
+            conditioning: with added conditions, ``B = 1``.
+            null: unconditional conditioning of the same shapes, or None to sample without classifier-free guidance.
+        """
 
     @abstractmethod
     def encode_image(self, image: Tensor) -> Tensor:
-        """Scaled latents ``[1, C, h, w]`` fp32 of an image ``[1, 3, H, W]`` in [-1, 1]."""
+        """Encodes an image to latents, without gradients: the mode of the VAE's posterior times its scaling factor.
+
+        Args:
+            image: ``[B, 3, H, W]`` in [-1, 1].
+
+        Returns:
+            Latents ``[B, C, h, w]`` in fp32 on the runtime's device.
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """The counterpart of :meth:`encode_image`."""
+        """Decodes latents to an image, without gradients.
+
+        Args:
+            latents: ``[B, C, h, w]``, scaled as :meth:`encode_image` returns them.
+
+        Returns:
+            Image ``[B, 3, H, W]`` in fp32, about [-1, 1], not clamped.
+        """
 
     @abstractmethod
     def offload_encoders(self) -> None:
-        """Says that only the denoiser is needed for a while: the rest goes where ``idle`` says, and comes back when it is used."""
+        """Moves text encoders and VAE off the device as ``runtime.memory.idle`` says, and the denoiser onto it.
+
+        ``keep`` leaves them on the device, ``offload`` moves them to the CPU, ``release`` frees them. The next method that needs one moves
+        it back or reads it again.
+        """
 
     @abstractmethod
     def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The denoiser's output ``[B, C, h, w]`` for noisy latents and timesteps ``[B]``; a conditioning of one is broadcast."""
+        """Runs the denoiser.
+
+        Args:
+            x_t: noisy latents ``[B, C, h, w]``.
+            timesteps: ``[B]``, in [0, ``num_train_timesteps``).
+            conditioning: with added conditions, of batch size ``B``, or 1, which is broadcast.
+
+        Returns:
+            Prediction ``[B, C, h, w]`` of the quantity that :attr:`prediction_type` names, in the precision of the denoiser's computation.
+        """
 
     @abstractmethod
     def lora_targets(self, preset: str) -> list[str]:
-        """Names of the layers that LoRA adapts: ``attention``, ``attention+conv``, or ``all`` linear and convolutional ones."""
+        """Suffixes of the names of the layers that LoRA adapts.
+
+        Args:
+            preset: ``attention`` (attention projections), ``attention+conv`` (also the convolutions of residual blocks), or ``all`` (every
+                linear and convolutional layer).
+        """
 
     @abstractmethod
     def scheduler(self) -> Any:
-        """A fresh scheduler of the declared kind."""
+        """Creates a sampling scheduler with the class and config of the base's own scheduler."""
 
     @abstractmethod
     def pipeline(self, kind: PipelineKind) -> DiffusionPipeline:
-        """A diffusers pipeline over the components in memory, with a fresh scheduler of the declared kind."""
+        """Creates a diffusers pipeline that shares the components in memory and has its own scheduler.
+
+        The pipeline has no text encoders. Call it with the arguments of :meth:`pipeline_kwargs`.
+        """
 
     def timesteps(self, times: Tensor) -> Tensor:
-        """Training timesteps, int64, for times in [0, 1)."""
+        """Converts times to training timesteps: ``floor(u * num_train_timesteps)``.
+
+        A base with :attr:`trained_timesteps` uses ``trained_timesteps[floor(u * n)]`` for its ``n`` timesteps.
+
+        Args:
+            times: ``u`` in [0, 1), ``[B]``.
+
+        Returns:
+            Timesteps ``[B]``, int64.
+        """
         if self.trained_timesteps is not None:
             return self.trained_timesteps[(times * len(self.trained_timesteps)).long()]
-        return (times * self.training.config.num_train_timesteps).long()
+        return (times * self.training_scheduler.config.num_train_timesteps).long()
 
     def noised(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """``x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise``: equation 4 of DDPM (arXiv 2006.11239)."""
-        return self.training.add_noise(clean, noise, timesteps)
+        """Adds noise: ``x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise``, equation 4 of DDPM (arXiv 2006.11239).
+
+        Args:
+            clean: latents ``x_0``, ``[B, C, h, w]``.
+            noise: standard normal, the same shape.
+            timesteps: ``[B]``, int64. ``a_t`` is the cumulative product of ``1 - beta`` at the timestep.
+        """
+        return self.training_scheduler.add_noise(clean, noise, timesteps)
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should answer: the noise, ``v = sqrt(a_t) noise - sqrt(1 - a_t) x_0`` (arXiv 2202.00512), or the sample."""
+        """Training target of the denoiser, ``[B, C, h, w]``, for the arguments of :meth:`noised`.
+
+        ``epsilon``: the noise. ``v_prediction``: ``v = sqrt(a_t) noise - sqrt(1 - a_t) x_0`` (arXiv 2202.00512). ``sample``: ``x_0``.
+        """
         if self.prediction_type == "epsilon":
             return noise
         if self.prediction_type == "v_prediction":
-            return self.training.get_velocity(clean, noise, timesteps)
+            return self.training_scheduler.get_velocity(clean, noise, timesteps)
         return clean
 
     def freeze(self, *modules: torch.nn.Module) -> None:
-        """No gradients, evaluation mode."""
+        """Disables the gradients of the modules' parameters and sets the modules to evaluation mode."""
         for module in modules:
             module.requires_grad_(False).eval()

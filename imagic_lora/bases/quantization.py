@@ -1,4 +1,4 @@
-"""The linear layers of a frozen denoiser in 4 bits (NF4 of QLoRA, arXiv 2305.14314)."""
+"""4-bit quantization of the linear layers of a frozen denoiser (NF4 of QLoRA, arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from .layers import BLOCK_4BIT
 
 
 def quantize_linear(denoiser: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces every linear layer by one on ``device`` that holds its weights in 4 bits and computes in ``dtype``.
+    """Replaces every linear layer in place by a layer with 4-bit weights on ``device`` that computes in ``dtype``.
 
-    Layers whose rows are not whole blocks of 64 stay as they are: bitsandbytes' CPU kernel takes wrong scales for them (measured, 0.50.2).
-    diffusers' own loader does the same as this, but refuses to on a CPU.
+    Layers whose number of input features is not a multiple of 64 stay unchanged: the CPU kernel of bitsandbytes uses wrong scales for them
+    (measured with 0.50.2). diffusers' own loader quantizes in the same way, but does not support CPUs.
 
     Args:
-        denoiser: a diffusers model; LoRA layers attached to it afterwards know its layers by themselves.
+        denoiser: a diffusers model. PEFT recognises the 4-bit layers when LoRA layers are attached afterwards.
     """
     for module in list(denoiser.modules()):
         for name, layer in list(module.named_children()):
             if type(layer) is Linear and layer.in_features % BLOCK_4BIT == 0:
                 setattr(module, name, _quantized(layer, dtype, device))
-    denoiser.is_loaded_in_4bit = True  # PEFT asks for this
+    denoiser.is_loaded_in_4bit = True  # PEFT reads this attribute
 
 
 def _quantized(layer: Linear, dtype: torch.dtype, device: torch.device) -> Module:
+    """4-bit version of a linear layer: NF4 weights, one fp32 scale for each block of 64, the bias unchanged."""
     if isinstance(layer.weight, FakeTensor):
         return _Symbolic4bit(layer)
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    new: Any = Linear4bit(
+    quantized: Any = Linear4bit(
         layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
     )
-    new.support_avx512bf16_for_cpu = False  # it would repack the weights for inference alone
-    kind: Any = Params4bit  # it takes more than its annotation says
-    weight = kind(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False, module=new)
-    new.weight = weight.to(device)  # this quantises
-    new.bias = layer.bias
-    return new
+    quantized.support_avx512bf16_for_cpu = False  # the AVX-512 path repacks the weights for inference and then has no gradients
+    parameter_class: Any = Params4bit  # Any, because its annotations lack some of the arguments
+    weight = parameter_class(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False, module=quantized)
+    quantized.weight = weight.to(device)  # bitsandbytes quantizes in this call
+    quantized.bias = layer.bias
+    return quantized
 
 
 class _Symbolic4bit(Linear):
-    """A 4-bit layer that has the sizes but does not compute, for a plan's fake tensors, which bitsandbytes refuses."""
+    """A 4-bit layer for fake tensors, which bitsandbytes does not support: it has the right sizes and does not compute."""
 
     def __init__(self, layer: Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -54,20 +55,20 @@ class _Symbolic4bit(Linear):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        out = _SizedProduct.apply(x, self.out_features)
-        return out if self.bias is None else out + self.bias
+        product = _SymbolicProduct.apply(x, self.out_features)
+        return product if self.bias is None else product + self.bias
 
 
-class _SizedProduct(torch.autograd.Function):
-    """Forward and backward each unpack the weight for a moment."""
+class _SymbolicProduct(torch.autograd.Function):
+    """Product with a 4-bit weight that allocates what the real one does: each pass holds the dequantized weight for its duration."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, features: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.shape = x.shape
-        unpacked = x.new_empty(features, x.shape[-1])
-        return x.new_empty(*x.shape[:-1], len(unpacked))
+        dequantized = x.new_empty(features, x.shape[-1])
+        return x.new_empty(*x.shape[:-1], len(dequantized))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        unpacked = gradient.new_empty(gradient.shape[-1], ctx.shape[-1])
-        return gradient.new_empty((*ctx.shape[:-1], unpacked.shape[1])), None
+        dequantized = gradient.new_empty(gradient.shape[-1], ctx.shape[-1])
+        return gradient.new_empty((*ctx.shape[:-1], dequantized.shape[1])), None

@@ -1,13 +1,13 @@
-"""Benchmarks: methods on cases, scored.
+"""Benchmarks: run methods on cases and score the edited images.
 
-May import: everything but the command line. Must not know: who asked.
+May import: every room except cli. Must not know: whether a command or a script runs it.
 
-- ``critters.py``: CritterBench: every method on every case, resumable
-- ``cases.py``: its cases: a photo, a target prompt, the true edit
-- ``catalogue.py``: the methods by name, and the reference recipes beside this file
-- ``scores.py``: what an edit is worth
-- ``metrics.py``: PSNR, SSIM, and the CLIP of the embedded world
-- ``summary.py``: means and their intervals
-- ``page.py``: tables, and the HTML page
-- ``worker.py``: the start of a worker process
+- ``critters.py``: runs every method on every case of CritterBench, and resumes an interrupted run
+- ``cases.py``: the cases of CritterBench: a photo, a target prompt, the true edit
+- ``catalogue.py``: the methods by name; the reference recipes are the YAML files in this folder
+- ``scores.py``: the scores of an edited image
+- ``metrics.py``: PSNR, SSIM, and CLIP similarities on critter images
+- ``summary.py``: means with confidence intervals, costs, and the comparison of rows
+- ``page.py``: the tables, and the HTML page (template ``page.html``)
+- ``worker.py``: the initialisation of a worker process
 """

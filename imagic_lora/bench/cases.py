@@ -1,4 +1,4 @@
-"""The cases of CritterBench: a picture, the sentence a user would write, and the true edit."""
+"""The cases of CritterBench: a photo, the target prompt a user would write, and the true edit."""
 
 from __future__ import annotations
 
@@ -15,27 +15,32 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Case:
-    """One edit that is asked for.
+    """One edit of one photo.
 
     Args:
-        index: of the case; also the seed of its starting noise.
+        index: number of the case, from 0. It is also the seed of the methods.
         kind: the attribute that changes.
         source: the scene of the photo.
         truth: the scene of the true edit.
-        text: what a user would write: the animal, and what should change.
+        prompt: the target prompt: the animal, and the new value of the attribute.
     """
 
     index: int
     kind: Kind
     source: Scene
     truth: Scene
-    text: str
+    prompt: str
 
 
 def case_at(seed: int, index: int) -> Case:
-    """Case number ``index`` of a seed, the same on every machine: every second one changes the pose, the others take turns.
+    """Returns case number ``index`` of a seed; it is the same on every machine.
 
-    A thing is always added, never taken away or swapped: a sentence that names what should be there cannot say what should not.
+    Cases with an even index change the pose. The others cycle through the remaining kinds. A thing is only ever added, never removed or
+    replaced: a target prompt names what the image shows and cannot exclude anything.
+
+    Args:
+        seed: seed of the cases.
+        index: number of the case, from 0.
     """
     rng = random.Random(f"critters/bench/{seed}/{index}")
     kind: Kind = "pose" if index % 2 == 0 else KINDS[1 + index // 2 % 4]
@@ -44,4 +49,4 @@ def case_at(seed: int, index: int) -> Case:
         source = replace(source, thing="none")
     value = rng.choice([value for value in ATTRIBUTES[kind] if value not in (getattr(source, kind), "none")])
     truth = source.edited(**{kind: value})
-    return Case(index, kind, source, truth, describe(truth, {kind}, before=rng.choice((False, True))))
+    return Case(index, kind, source, truth, describe(truth, {kind}, pose_first=rng.choice((False, True))))

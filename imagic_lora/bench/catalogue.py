@@ -19,27 +19,44 @@ STRENGTHS = (0.5, 0.65, 0.8, 0.9)
 
 
 def defaults(mode: Mode, changes: Mapping[str, Any] | None = None) -> RunConfig:
-    """The settings of a run on the embedded base, with the recipe of a mode and some changes."""
+    """Returns the settings of a run on the embedded base: the recipe of a mode with some changes.
+
+    Args:
+        mode: lora or full.
+        changes: settings that override the recipe, as nested mappings.
+    """
     return resolve({"base": "critters", "tune": {"mode": mode}}, changes or {}, RECIPES["critters"])
 
 
 def budgeted(mode: Mode, times: float) -> RunConfig:
-    """The defaults with so many times the steps of both stages, at rates divided by as many: as long a way by other steps."""
+    """Returns the defaults with another training budget.
+
+    The number of steps of both stages is multiplied by a factor and their learning rates are divided by it, so their product is constant.
+
+    Args:
+        mode: lora or full.
+        times: the factor, above 0.
+    """
     config = defaults(mode)
     changes: dict[str, Any] = {}
     for stage in ("embed", "tune"):
-        usual = getattr(config, stage)
-        changes[stage] = {"steps": max(1, round(usual.steps * times)), "learning_rate": usual.learning_rate / times}
+        default = getattr(config, stage)
+        changes[stage] = {"steps": max(1, round(default.steps * times)), "learning_rate": default.learning_rate / times}
     return defaults(mode, changes)
 
 
 def untuned() -> EditConfig:
-    """The sampler of the defaults where nothing is fitted: it adds no noise, at a guidance at which the base follows a sentence well."""
+    """Returns sampling settings for methods without a fit: deterministic DDIM, and a guidance scale at which the base follows prompts."""
     return defaults("lora").edit.model_copy(update={"ddim_eta": 0.0, "guidance_scale": 3.0})
 
 
 def reference(name: str, file: str) -> Imagic:
-    """A recipe from the YAML files beside this module as it is, on the embedded base at its own size."""
+    """Returns Imagic with a recipe from the YAML files in this folder, on the embedded base at its own resolution.
+
+    Args:
+        name: name of the method.
+        file: name of the YAML file.
+    """
     return Imagic(name, resolve({"base": "critters", "resolution": None}, read_yaml(RECIPE_FILES / file), {}))
 
 
@@ -55,13 +72,18 @@ CATALOGUE: dict[str, Callable[[], Method]] = {
 
 
 def chosen(names: str | None) -> list[Method]:
-    """The methods of a list with commas, in its order; all where there is none.
+    """Returns the methods of a list, in its order and without duplicates.
+
+    Args:
+        names: names of methods, separated by commas; None is all of them.
 
     Raises:
-        ImagicError: a name that is not in the catalogue.
+        ImagicError: a name is not in the catalogue.
     """
-    asked = list(CATALOGUE) if names is None else list(dict.fromkeys(name.strip() for name in names.split(",")))
-    for name in asked:
+    selected = list(CATALOGUE) if names is None else list(dict.fromkeys(name.strip() for name in names.split(",")))
+    for name in selected:
         if name not in CATALOGUE:
-            raise ImagicError(f"--methods {name}", f"some of {', '.join(CATALOGUE)}, with commas", "mend the list")
-    return [CATALOGUE[name]() for name in asked]
+            raise ImagicError(
+                f"--methods {name}", f"one or more of {', '.join(CATALOGUE)}, separated by commas", "correct the list of methods"
+            )
+    return [CATALOGUE[name]() for name in selected]

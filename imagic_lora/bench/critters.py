@@ -1,4 +1,4 @@
-"""CritterBench: every method on every case, a file for each, so that a run that was stopped goes on where it was."""
+"""CritterBench: runs every method on every case. Each result is written to a file, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ from ..methods.method import Context, Cost, EditRequest, Method
 from ..photos.png import write_png
 from .cases import Case, case_at
 from .metrics import CritterAlignment
-from .scores import SAME, Score, Scorer
+from .scores import IDENTITY_LIMIT, Score, Scorer
 from .worker import begin_worker
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one method on one case.
+    """The result of one method on one case.
 
     Args:
-        rows: score and price by the name of the row; empty where it failed.
-        error: why it failed, with the traceback.
+        case: number of the case.
+        method: name of the method.
+        rows: score and cost by the name of the row; empty if the method failed.
+        error: the traceback if the method failed, else None.
     """
 
     case: int
@@ -49,10 +51,10 @@ class Bench:
     """A run of the benchmark.
 
     Args:
-        seed: of the cases.
-        cases: how many of them.
-        methods: to run on each.
-        out: a folder; holds a folder of pictures and results for each case.
+        seed: seed of the cases.
+        cases: number of cases.
+        methods: the methods to run on each case.
+        out: output folder. It holds one folder of images and results for each case.
     """
 
     seed: int
@@ -61,21 +63,25 @@ class Bench:
     out: Path
 
     def results(self, workers: int = 1) -> Iterator[Result]:
-        """Every method on every case, in the order in which they are done; what an earlier run did is not done again.
+        """Runs every method on every case.
 
-        A method that raises is recorded as failed, and tried again by the next run.
+        Results that an earlier run stored are read instead of computed again. If a method raises, its result is stored as failed, and the
+        next run tries it again.
 
         Args:
-            workers: processes, which share the CPU cores evenly.
+            workers: number of processes. The CPU cores are divided evenly among them.
+
+        Yields:
+            Each result as soon as it is available: first the stored ones, then the others in the order of completion.
         """
         jobs = [(method, index) for index in range(self.cases) for method in self.methods]
         missing = []
         for method, index in jobs:
-            found = self._stored(method, index)
-            if found is None:
+            stored = self._stored(method, index)
+            if stored is None:
                 missing.append((method, index))
             else:
-                yield found
+                yield stored
         if workers == 1:
             yield from (self.run(method, index) for method, index in missing)
             return
@@ -83,16 +89,16 @@ class Bench:
         with ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, (threads,)) as pool:
             running = [pool.submit(self.run, method, index) for method, index in missing]
             try:
-                yield from (one.result() for one in as_completed(running))
+                yield from (future.result() for future in as_completed(running))
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def folder(self, index: int) -> Path:
-        """Where pictures and results of a case are."""
+        """Returns the folder with the images and results of a case."""
         return self.out / "cases" / f"{self.seed}-{index:04d}"
 
     def run(self, method: Method, index: int) -> Result:
-        """One method on one case, written to its file."""
+        """Runs one method on one case, and writes its images and its result into the folder of the case."""
         case, folder = case_at(self.seed, index), self.folder(index)
         folder.mkdir(parents=True, exist_ok=True)
         request = _write_case(case, folder)
@@ -100,50 +106,51 @@ class Bench:
         rows: dict[str, tuple[Score, Cost]] = {}
         error = None
         try:
-            for made in method.pictures(context, request):
-                write_png(made.image, folder / f"{made.row}.png", {"case": index, "seed": self.seed, "text": case.text})
-                rows[made.row] = (scorer.score(case, made.image), made.cost)
-        except Exception:  # one bad case must not end the run; it is counted, and shown with its traceback
+            for edited in method.edit(context, request):
+                write_png(edited.image, folder / f"{edited.row}.png", {"case": index, "seed": self.seed, "text": case.prompt})
+                rows[edited.row] = (scorer.score(case, edited.image), edited.cost)
+        except Exception:  # a failed case must not end the run: it is counted and reported with its traceback
             rows, error = {}, traceback.format_exc()
         result = Result(index, method.name, rows, error)
         _write(folder / f"{method.name}.json", {"key": self._key(method, index), **asdict(result)})
         return result
 
     def _key(self, method: Method, index: int) -> str:
-        """Of all that a result depends on."""
-        everything = [self.seed, index, method.settings, method.rows, _weights(), SAME]
-        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+        """Returns a digest of everything that a result depends on."""
+        inputs = [self.seed, index, method.settings, method.rows, _weights(), IDENTITY_LIMIT]
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def _stored(self, method: Method, index: int) -> Result | None:
-        """The result of an earlier run, if there is one of the same settings and weights that did not fail."""
+        """Returns the stored result of an earlier run; None if there is none, if it failed, or if its settings or weights differ."""
         try:
-            found = json.loads((self.folder(index) / f"{method.name}.json").read_text(encoding="utf-8"))
-            if found["key"] != self._key(method, index) or found["error"]:
+            stored = json.loads((self.folder(index) / f"{method.name}.json").read_text(encoding="utf-8"))
+            if stored["key"] != self._key(method, index) or stored["error"]:
                 return None
-            rows = {row: (Score(**score), Cost(**cost)) for row, (score, cost) in found["rows"].items()}
+            rows = {row: (Score(**score), Cost(**cost)) for row, (score, cost) in stored["rows"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        there = all((self.folder(index) / f"{row}.png").is_file() for row in ("source", "truth", *rows))
-        return Result(index, method.name, rows) if there else None
+        complete = all((self.folder(index) / f"{row}.png").is_file() for row in ("source", "truth", *rows))
+        return Result(index, method.name, rows) if complete else None
 
 
 def _write_case(case: Case, folder: Path) -> EditRequest:
-    """The task of a case; its photo and its true edit lie beside the results."""
+    """Writes the photo and the true edit of a case into its folder, and returns the request for the methods."""
     photo, truth = render(case.source), render(case.truth)
     write_png(photo, folder / "source.png", {})
     write_png(truth, folder / "truth.png", {})
-    return EditRequest(photo, case.text, case.index, truth)
+    return EditRequest(photo, case.prompt, case.index, truth)
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    """Writes a JSON file atomically."""
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 @cache
 def _context() -> tuple[Context, Scorer]:
-    """One for a process: the embedded base in fp32, so that figures do not depend on the card."""
+    """Loads the embedded base, CLIP and the judge once per process. The base runs in fp32, so that scores do not depend on the device."""
     prepare_environment()
     hide_progress_bars()
     clip = CritterAlignment.load()
@@ -153,6 +160,6 @@ def _context() -> tuple[Context, Scorer]:
 
 @cache
 def _weights() -> str:
-    """A digest of the weights of base, CLIP and judge."""
+    """Returns a digest of the weights of the base, CLIP and the judge."""
     files = sorted(WEIGHTS.parent.rglob("*.safetensors"))
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()

@@ -1,4 +1,4 @@
-"""Scores: how well a picture fits a text, and how near it is to another picture."""
+"""Metrics: the agreement of an image with a prompt, and the similarity of two images."""
 
 from __future__ import annotations
 
@@ -17,51 +17,56 @@ from ..photos.canvas import to_pixels
 
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size as ``[B, 3, H, W]`` in [-1, 1]."""
+    """Returns images of equal size as a tensor ``[B, 3, H, W]`` in [-1, 1]."""
     return torch.cat([to_pixels(image) for image in images])
 
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures of one size, in dB."""
+    """Returns the peak signal-to-noise ratio of two images of equal size, in dB."""
     return peak_signal_noise_ratio(pixels([image]), pixels([reference]), data_range=2.0).item()
 
 
 def ssim(image: Image.Image, reference: Image.Image) -> float:
-    """Structural similarity of two pictures of one size, at most 1 (Wang et al. 2004)."""
-    ours, theirs = (pixels([one]) / 2 + 0.5 for one in (image, reference))
-    value = structural_similarity_index_measure(ours, theirs, data_range=1.0)
+    """Returns the structural similarity of two images of equal size, at most 1 (Wang et al. 2004)."""
+    first, second = (pixels([picture]) / 2 + 0.5 for picture in (image, reference))
+    value = structural_similarity_index_measure(first, second, data_range=1.0)
     assert isinstance(value, Tensor)
     return value.item()
 
 
 class CritterAlignment:
-    """How well pictures of the procedural world fit texts, by a CLIP trained on that world alone."""
+    """Similarity of critter images to prompts and to each other, by a CLIP that is trained on critter images only.
+
+    Args:
+        clip: the CLIP model.
+        tokenizer: its tokenizer.
+    """
 
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer) -> None:
         self.clip, self.tokenizer = clip.eval(), tokenizer
 
     @classmethod
     def load(cls) -> Self:
-        """The CLIP that ships with the package."""
+        """Loads the CLIP model that is part of the package."""
         return cls(CLIPModel.from_pretrained(CRITTERS / "clip", dtype=torch.float32), CLIPTokenizer.from_pretrained(CRITTERS / "tokenizer"))
 
     @torch.no_grad()
     def scores(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-        """Cosine similarity of every picture with every text, ``[images, texts]``."""
+        """Returns the cosine similarity of every image with every text, ``[images, texts]``, in [-1, 1]."""
         ids = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
         output = self.clip(input_ids=ids, pixel_values=pixels(images))
         return output.image_embeds @ output.text_embeds.T
 
     @torch.no_grad()
     def likeness(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
-        """Cosine similarity of every picture with every reference in the image tower, ``[images, references]``."""
-        ours, theirs = (self._embedded(some) for some in (images, references))
-        return ours @ theirs.T
+        """Returns the cosine similarity of the CLIP embeddings of images and references, ``[images, references]``, in [-1, 1]."""
+        return self._embedded(images) @ self._embedded(references).T
 
     def _embedded(self, images: Sequence[Image.Image]) -> Tensor:
-        found: Any = self.clip.get_image_features(pixels(images))
-        return F.normalize(found.pooler_output, dim=-1)
+        """Returns the normalised CLIP embeddings of images, ``[B, D]``."""
+        output: Any = self.clip.get_image_features(pixels(images))
+        return F.normalize(output.pooler_output, dim=-1)
 
     def best(self, images: Sequence[Image.Image], text: str, photo: Image.Image) -> int:
-        """Which of the pictures is most like both the text and the photo: the greatest sum of the two cosines."""
+        """Returns the index of the image with the greatest sum of its cosine similarities to the text and to the photo."""
         return int((self.scores(images, [text]) + self.likeness(images, [photo])).argmax())

@@ -1,4 +1,4 @@
-"""How good an edit of the procedural world is: by the judge, and by its distance to the true edit."""
+"""The scores of an edited critter image: by the judge, and by its distance to the true edit."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ..critters.judge import Judge
 from .cases import Case
 from .metrics import CritterAlignment, pixels, psnr, ssim
 
-SAME = 0.345
-"""The identity is kept up to this distance, :meth:`~imagic_lora.critters.judge.Reading.distance`; docs/critters.md says why this far."""
+IDENTITY_LIMIT = 0.345
+"""Greatest :meth:`~imagic_lora.critters.judge.Reading.distance` at which the identity is kept; see docs/internals/embedded-base.md."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one picture is worth.
+    """The scores of one edited image.
 
     Args:
-        aligned: the judge sees the asked attribute.
-        kept: it sees every other attribute unchanged, the same facing, and the identity within :data:`SAME`.
-        changed: names of what was not kept; ``identity`` may be among them.
-        identity: distance to the true identity, in standard deviations over scenes; None where the animal faces the other way.
-        background: root mean square error to the true background, of the pixels that neither the source nor the true edit covers with
-            its animal, in levels of 0 to 255.
-        psnr: to the true edit, in dB.
-        ssim: to the true edit.
-        clip: cosine distance to the true edit in the image tower of CLIP, 0 to 2.
+        aligned: whether the judge recognises the requested value of the attribute that should change.
+        kept: whether the judge recognises the true value of every other attribute, the true facing, and the identity within
+            :data:`IDENTITY_LIMIT`.
+        changed: names of the attributes that were not kept; may contain ``identity`` or ``facing``.
+        identity: distance to the true identity, in standard deviations over scenes; None if the animal faces the other way.
+        background: root-mean-square error of the background, in levels from 0 to 255; see :func:`drift`.
+        psnr: PSNR to the true edit in dB, at most 100.
+        ssim: SSIM to the true edit.
+        clip: cosine distance of the CLIP image embedding to that of the true edit, 0 to 2.
     """
 
     aligned: bool
@@ -44,31 +44,41 @@ class Score:
 
     @property
     def attributes(self) -> bool:
-        """The edit happened, and what else a caption can say stayed as it was, whatever became of the identity."""
+        """Whether the edit happened and every other attribute of the caption is kept. Identity and facing do not count."""
         return self.aligned and not set(self.changed) - {"identity", "facing"}
 
     @property
     def success(self) -> bool:
-        """The edit happened, and nothing else did."""
+        """Whether the edit happened and everything else is kept."""
         return self.aligned and self.kept
 
 
 class Scorer:
-    """Scores pictures of a case."""
+    """Scores the edited images of a case.
+
+    Args:
+        judge: recognises the attributes and the identity of an animal in an image.
+        clip: the CLIP model for image similarity.
+    """
 
     def __init__(self, judge: Judge, clip: CritterAlignment) -> None:
         self.judge, self.clip = judge, clip
 
     def score(self, case: Case, image: Image.Image) -> Score:
-        """The score of a picture, 64 x 64, that should show the true edit of a case."""
-        (sight,) = self.judge.read_scenes(pixels([image]))
+        """Returns the scores of an edited image.
+
+        Args:
+            case: the case; its true edit is what the image should show.
+            image: the edited image, RGB, 64 x 64.
+        """
+        (reading,) = self.judge.read_scenes(pixels([image]))
         truth = render(case.truth)
-        changed = [name for name in sight.changed(case.truth) if name != case.kind]
-        distance = sight.distance(case.truth)
-        if distance > SAME:
+        changed = [name for name in reading.changed(case.truth) if name != case.kind]
+        distance = reading.distance(case.truth)
+        if distance > IDENTITY_LIMIT:
             changed.append("identity" if math.isfinite(distance) else "facing")
         return Score(
-            aligned=sight.attributes[case.kind] == getattr(case.truth, case.kind),
+            aligned=reading.attributes[case.kind] == getattr(case.truth, case.kind),
             kept=not changed,
             changed=changed,
             identity=distance if math.isfinite(distance) else None,
@@ -80,7 +90,15 @@ class Scorer:
 
 
 def drift(case: Case, image: Image.Image) -> float:
-    """The error of the background alone, as :class:`Score` has it."""
-    source, truth, behind = (np.asarray(one, dtype=float) for one in (render(case.source), render(case.truth), backdrop(case.truth)))
-    free = (truth == behind).all(2) & (source == np.asarray(backdrop(case.source))).all(2)
-    return float(np.sqrt(np.square(np.asarray(image, dtype=float) - behind)[free].mean()))
+    """Returns the root-mean-square error of the background of an image, in levels from 0 to 255.
+
+    It covers the pixels that the animal hides neither in the photo nor in the true edit.
+
+    Args:
+        case: the case; its true edit gives the true background.
+        image: the edited image, RGB, 64 x 64.
+    """
+    pictures = (render(case.source), render(case.truth), backdrop(case.truth))
+    source, truth, background = (np.asarray(picture, dtype=float) for picture in pictures)
+    uncovered = (truth == background).all(2) & (source == np.asarray(backdrop(case.source))).all(2)
+    return float(np.sqrt(np.square(np.asarray(image, dtype=float) - background)[uncovered].mean()))

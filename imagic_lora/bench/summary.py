@@ -1,4 +1,4 @@
-"""What the results come to: means with bootstrap intervals, over all cases and over each kind, and what they cost."""
+"""The summary of a benchmark: means with bootstrap intervals over all cases and over each kind, and costs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SHARES = ("success", "attributes", "aligned", "kept")
 MEASURES = (*SHARES, "identity", "background", "psnr", "ssim", "clip")
 RESAMPLES = 4000
 OURS = "imagic-lora"
-"""The row that every other is compared with."""
+"""The row that every other row is compared with."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over cases, and its 95% interval by the percentile bootstrap (Efron 1979)."""
+    """A mean over cases, and its 95% confidence interval by the percentile bootstrap (Efron 1979)."""
 
     mean: float
     low: float
@@ -30,7 +30,7 @@ class Mean:
 
 
 def bootstrapped(values: Sequence[float]) -> Mean | None:
-    """The mean of values, drawn again with replacement 4,000 times from a fixed seed; None of no values."""
+    """Returns the mean of values with its interval from 4,000 resamples with a fixed seed; None if there are no values."""
     if not values:
         return None
     array = np.asarray(values, dtype=float)
@@ -41,54 +41,68 @@ def bootstrapped(values: Sequence[float]) -> Mean | None:
 
 @dataclass(frozen=True)
 class Row:
-    """All cases of one row of the table.
+    """The results of one row of the table.
 
     Args:
-        found: score and price by case; None where the method failed.
+        results: score and cost by the number of the case; None if the method failed.
     """
 
-    found: Mapping[int, tuple[Score, Cost] | None]
+    results: Mapping[int, tuple[Score, Cost] | None]
 
     def measure(self, name: str, cases: Iterable[int]) -> list[float]:
-        """A measure of those cases: a failure counts as a no in shares, and is left out of all else."""
+        """Returns the values of a measure for some cases.
+
+        A failed case counts as 0 in the measures of :data:`SHARES` and is left out of the others.
+
+        Args:
+            name: one of :data:`MEASURES`.
+            cases: numbers of the cases.
+        """
         values = []
         for case in cases:
-            one = self.found[case]
-            value = (False if name in SHARES else None) if one is None else getattr(one[0], name)
+            result = self.results[case]
+            value = (False if name in SHARES else None) if result is None else getattr(result[0], name)
             values += [] if value is None else [float(value)]
         return values
 
     def costs(self) -> list[Cost]:
-        """What every case that did not fail has cost."""
-        return [one[1] for one in self.found.values() if one is not None]
+        """Returns the cost of every case that did not fail."""
+        return [result[1] for result in self.results.values() if result is not None]
 
 
 def summarise(bench: Bench, results: Sequence[Result]) -> dict[str, Any]:
-    """The whole table as JSON: ``methods.ROW.success.{mean,low,high}``, the same for every measure and, under ``kinds``, for every kind.
+    """Returns the summary of a run as JSON values.
 
-    ``methods.ROW.against`` holds, for the cases that both have, how far success and attributes of ``imagic-lora`` are above the row's
-    (paired), and how many times its evaluations and its seconds the row takes (mean and median of the pairs).
+    ``methods.ROW.MEASURE`` has the keys ``mean``, ``low`` and ``high``, as has ``methods.ROW.kinds.KIND.MEASURE``.
+
+    ``methods.ROW.against`` compares the row with ``imagic-lora`` on the cases that both have: ``success`` and ``attributes`` are the paired
+    differences, positive where ``imagic-lora`` is better. ``evaluations`` and ``seconds`` are the cost of the row as a multiple of the cost
+    of ``imagic-lora`` (mean and median over the pairs).
+
+    Args:
+        bench: the run.
+        results: its results, in any order.
     """
     rows = _rows(bench, results)
     kinds = {case: case_at(bench.seed, case).kind for case in range(bench.cases)}
     methods = {}
     for name, row in rows.items():
-        by_kind = {kind: [case for case in row.found if kinds[case] == kind] for kind in KINDS}
+        by_kind = {kind: [case for case in row.results if kinds[case] == kind] for kind in KINDS}
         methods[name] = {
-            **_measured(row, row.found),
-            "failed": sum(one is None for one in row.found.values()),
+            **_measured(row, row.results),
+            "failed": sum(result is None for result in row.results.values()),
             "kinds": {kind: _measured(row, cases) for kind, cases in by_kind.items() if cases},
             "cost": _cost(row.costs()),
             **({"against": _against(rows[OURS], row)} if OURS in rows and name != OURS else {}),
         }
-    errors = [{"case": one.case, "method": one.method, "error": one.error} for one in results if one.error]
+    errors = [{"case": result.case, "method": result.method, "error": result.error} for result in results if result.error]
     return {"seed": bench.seed, "cases": bench.cases, "failed": len(errors), "methods": methods, "errors": errors}
 
 
 def _rows(bench: Bench, results: Sequence[Result]) -> dict[str, Row]:
-    found = {(one.method, one.case): one.rows for one in results}
+    by_job = {(result.method, result.case): result.rows for result in results}
     return {
-        row: Row({case: found[method.name, case].get(row) for case in range(bench.cases) if (method.name, case) in found})
+        row: Row({case: by_job[method.name, case].get(row) for case in range(bench.cases) if (method.name, case) in by_job})
         for method in bench.methods
         for row in method.rows
     }
@@ -108,27 +122,27 @@ def _cost(costs: Sequence[Cost]) -> dict[str, float]:
     if not costs:
         return {}
     return {
-        "forward": float(np.mean([one.forward for one in costs])),
-        "backward": float(np.mean([one.backward for one in costs])),
-        "evaluations": float(np.mean([one.forward + one.backward for one in costs])),
-        "seconds": float(np.median([one.seconds for one in costs])),
-        "adapter_bytes": float(np.mean([one.adapter for one in costs])),
+        "forward": float(np.mean([cost.forward for cost in costs])),
+        "backward": float(np.mean([cost.backward for cost in costs])),
+        "evaluations": float(np.mean([cost.forward + cost.backward for cost in costs])),
+        "seconds": float(np.median([cost.seconds for cost in costs])),
+        "adapter_bytes": float(np.mean([cost.adapter for cost in costs])),
     }
 
 
 def _against(ours: Row, other: Row) -> dict[str, Any]:
-    both = [case for case in ours.found if case in other.found]
-    ahead = {}
+    both = [case for case in ours.results if case in other.results]
+    differences = {}
     for measure in ("success", "attributes"):
         pairs = zip(ours.measure(measure, both), other.measure(measure, both), strict=True)
-        ahead[measure] = _interval([a - b for a, b in pairs])
-    priced = [(a[1], b[1]) for case in both if (a := ours.found[case]) and (b := other.found[case])]
+        differences[measure] = _interval([a - b for a, b in pairs])
+    costs = [(a[1], b[1]) for case in both if (a := ours.results[case]) and (b := other.results[case])]
     return {
-        **ahead,
-        "evaluations": _ratio([(b.forward + b.backward, a.forward + a.backward) for a, b in priced], np.mean),
-        "seconds": _ratio([(b.seconds, a.seconds) for a, b in priced], np.median),
+        **differences,
+        "evaluations": _ratio([(b.forward + b.backward, a.forward + a.backward) for a, b in costs], np.mean),
+        "seconds": _ratio([(b.seconds, a.seconds) for a, b in costs], np.median),
     }
 
 
-def _ratio(pairs: Sequence[tuple[float, float]], middle: Any) -> float | None:
-    return float(middle([a / b for a, b in pairs])) if pairs and all(b for _, b in pairs) else None
+def _ratio(pairs: Sequence[tuple[float, float]], average: Any) -> float | None:
+    return float(average([a / b for a, b in pairs])) if pairs and all(b for _, b in pairs) else None

@@ -1,4 +1,7 @@
-"""The start of a process that works for a benchmark beside others. Light, so that nothing is imported before it has run."""
+"""The initialisation of a worker process of a benchmark.
+
+The module imports no torch: :func:`begin_worker` sets environment variables before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ from ..core.environment import prepare_environment
 
 
 def begin_worker(threads: int) -> None:
-    """First call of a process that works beside others.
+    """Initialises a worker process.
 
     Args:
-        threads: of PyTorch.
+        threads: number of PyTorch threads of the process.
     """
     prepare_environment()
     import torch

@@ -1,11 +1,12 @@
-"""The command line.
+"""The command line ``imagic-lora COMMAND``.
 
-May import: everything. Nothing imports it.
+May import: every room. No other room imports it.
 
-- ``app.py``: the table of commands, and exit codes
-- ``commands/``: one file a command group
-- ``options.py``: flags that several commands share, ranges of eta and seeds
-- ``console.py``: what people see: progress, tables, errors, JSON
+- ``app.py``: the table of commands, and the exit codes
+- ``commands/``: one file for each group of commands
+- ``libraries.py``: imports of torch and diffusers, as fast as possible
+- ``options.py``: flags that several commands share; parses lists and ranges of etas and seeds
+- ``console.py``: terminal output: tables, progress, warnings, errors, JSON
 - ``interrupts.py``: Ctrl-C and SIGTERM during a fit
-- ``demo.py``: what the command ``demo`` runs
+- ``demo.py``: the demo, called by ``commands/demo.py``
 """

@@ -44,8 +44,12 @@ COMMANDS: dict[str, Callable[..., None] | App] = {
 
 app = App(
     name="imagic-lora",
-    help="Edit one real photo with one sentence (Imagic, arXiv 2210.09276).\n\n"
-    "fit learns a photo, edit makes pictures from what it learned. Try: imagic-lora demo",
+    help="Edit one photo with one prompt (Imagic, arXiv 2210.09276).\n\n"
+    "fit trains a small adapter on the photo. edit generates images from that adapter.\n\n"
+    "    imagic-lora demo                      # needs no photo and no GPU\n"
+    '    imagic-lora fit dog.jpg "a dog jumping" --name rex\n'
+    "    imagic-lora edit rex --eta 0.4:1:0.1  # writes outputs/rex/sheet.png\n\n"
+    "imagic-lora COMMAND --help explains a command.",
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )
@@ -54,12 +58,21 @@ for _name, _command in COMMANDS.items():
 
 
 def script() -> None:
-    """The console script."""
+    """Runs the command of ``sys.argv`` and exits. It is the entry point of the script ``imagic-lora``."""
     sys.exit(main())
 
 
 def main(tokens: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 2 the user can mend it, 130 interrupted; anything else raises."""
+    """Runs one command.
+
+    Every other exception is raised, so that Python prints its traceback and exits with code 1.
+
+    Args:
+        tokens: the command line without the name of the program; None is ``sys.argv``.
+
+    Returns:
+        The exit code: 0 done, 2 an error that the user can correct, 130 interrupted.
+    """
     tokens = sys.argv[1:] if tokens is None else list(tokens)
     with warnings.catch_warnings():
         prepare_environment()
@@ -69,10 +82,10 @@ def main(tokens: Sequence[str] | None = None) -> int:
         except CycloptsError as error:
             if isinstance(error.__cause__, ValidationError):
                 return print_error(settings_error(error.__cause__), tokens)
-            return print_error(ImagicError(str(error), "a command as --help describes it", "see imagic-lora --help"), tokens)
+            return print_error(ImagicError(str(error), "a command and options that --help lists", "see imagic-lora --help"), tokens)
         except ImagicError as error:
             return print_error(error, tokens)
-        except BrokenPipeError:  # whoever read our output has enough
+        except BrokenPipeError:  # the reader of the output, such as head, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (KeyboardInterrupt, Stopped) as error:
@@ -87,12 +100,12 @@ def main(tokens: Sequence[str] | None = None) -> int:
             if error.errno not in DISK_FULL:
                 raise
             got = f"the disk is full{f' ({error.filename})' if error.filename else ''}"
-            return print_error(ImagicError(got, "room for what is to be written", "free some space"), tokens)
+            return print_error(ImagicError(got, "enough free disk space", "delete files that are no longer needed"), tokens)
         except (MemoryError, RuntimeError) as error:
             from ..memory.limits import is_out_of_memory
 
             if not is_out_of_memory(error):
                 raise
-            remedy = "use --preset 8gb, or a smaller picture"
+            remedy = "use --preset 8gb, or fit the photo at a lower --resolution"
             return print_error(ImagicError("out of memory", "more free memory", remedy), tokens)
     return 0

@@ -1,4 +1,7 @@
-"""What people see: what is active, progress, errors; everything on stderr, but for JSON."""
+"""Terminal output: tables, progress, warnings and errors.
+
+The answer of a command goes to stdout, as tables or as JSON. Everything else goes to stderr.
+"""
 
 from __future__ import annotations
 
@@ -25,36 +28,44 @@ err = Console(stderr=True, emoji=False)
 out = Console(emoji=False)
 
 
-_LONGEST = 2000  # characters of one text that a terminal is given
+_MAX_LENGTH = 2000  # characters of one text; the rest is cut
 
 
 def plain(text: object) -> str:
-    """Text from anywhere, for a terminal: neither markup, nor control characters, nor those that turn the direction of writing work."""
-    told = str(text)
-    more = f"... ({len(told) - _LONGEST} characters more)" if len(told) > _LONGEST else ""
-    return escape("".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in told[:_LONGEST]) + more)
+    """Returns text from an untrusted source as it can be printed on a terminal.
+
+    Markup of rich is escaped, and so are control characters and characters that change the direction of writing. Long text is cut.
+    """
+    full = str(text)
+    ending = f"... ({len(full) - _MAX_LENGTH} more characters)" if len(full) > _MAX_LENGTH else ""
+    shown = (c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in full[:_MAX_LENGTH])
+    return escape("".join(shown) + ending)
 
 
 def print_active_settings(runtime: Runtime, run: RunConfig, why: str, processes: int, size: int | None) -> None:
-    """Preset, device, precision and levers, each with its reason.
+    """Prints the settings of a run: preset, device, precision and memory levers, each with its reason.
 
     Args:
-        size: of the adapter, in bytes.
+        runtime: the device and precision of the run.
+        run: its settings.
+        why: the reason for its preset.
+        processes: number of processes.
+        size: predicted size of the adapter in bytes; None if it is not known.
     """
     tune = run.tune
-    how = f"LoRA, rank {tune.rank}, {tune.targets}" if tune.mode == "lora" else f"full, {run.memory.master_weights} master weights"
-    side = f"{run.resolution} pixels squared" if run.resolution else "the base's own"
+    tuning = f"LoRA, rank {tune.rank}, {tune.targets}" if tune.mode == "lora" else f"full, {run.memory.master_weights} master weights"
+    resolution = f"{run.resolution} x {run.resolution} pixels" if run.resolution else "that of the base"
     rows = {
         "preset": f"{run.preset} ({why})",
         **runtime.reasons,
         "base": run.base,
-        "resolution": side,
-        "tuning": how,
+        "resolution": resolution,
+        "tuning": tuning,
         **({"adapter": f"about {size / 1e6:.2f} MB"} if size else {}),
         "processes": str(processes),
     }
     for name, stage in {"embed": run.embed, "tune": tune}.items():
-        rows[name] = f"{stage.steps} steps of batch {stage.batch_size} at rate {stage.learning_rate:g}"
+        rows[name] = f"{stage.steps} steps, batch size {stage.batch_size}, learning rate {stage.learning_rate:g}"
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/]", plain(value))
@@ -62,12 +73,18 @@ def print_active_settings(runtime: Runtime, run: RunConfig, why: str, processes:
 
 
 def print_plan(plan: Plan, run: RunConfig, why: str) -> None:
-    """A row for every stage: where its memory goes."""
+    """Prints the predicted memory of a run, one row for each stage.
+
+    Args:
+        plan: the prediction.
+        run: the settings of the run.
+        why: the reason for its preset.
+    """
     assumed = plan.assumed
-    where = "a card" if assumed.device == "cuda" else "the CPU"
-    size = f"{run.resolution} pixels squared" if run.resolution else "the base's own resolution"
+    device = "a CUDA card" if assumed.device == "cuda" else "the CPU"
+    resolution = f"{run.resolution} x {run.resolution} pixels" if run.resolution else "the resolution of the base"
     table = Table("MiB", "weights", "gradients", "optimizer", "activations", "allowance", "peak")
-    heading = f"{run.base}, mode {run.tune.mode}, preset {run.preset} ({why}), {size}, {assumed.dtype} on {where}"
+    heading = f"{run.base}, mode {run.tune.mode}, preset {run.preset} ({why}), {resolution}, {assumed.dtype} on {device}"
     out.print(plain(heading), highlight=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -77,19 +94,27 @@ def print_plan(plan: Plan, run: RunConfig, why: str) -> None:
         table.add_row(name, *(f"{size / 2**20:,.0f}" for size in parts), style=style)
     out.print(table)
     sizes = {"host memory": plan.host, "adapter": plan.adapter, "checkpoint": plan.checkpoint}
-    show_progress = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in sizes.items())
+    totals = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in sizes.items())
     out.print(
-        f"Peak [bold]{plan.peak_bytes / 2**30:.2f} GiB[/] in stage {plan.worst}. {show_progress[0].upper() + show_progress[1:]}.",
+        f"Peak [bold]{plan.peak_bytes / 2**30:.2f} GiB[/] in stage {plan.worst}. {totals[0].upper() + totals[1:]}.",
         highlight=False,
     )
-    allowed = "the CUDA context" if assumed.device == "cuda" else "Python and its libraries"
+    overhead = "the CUDA context" if assumed.device == "cuda" else "Python and its libraries"
     if not plan.fits(run.preset):
-        err.print(f"[yellow]Warning:[/] more than the card that preset {run.preset} is for", highlight=False)
-    out.print(f"Predicted, not measured; the allowance is for {allowed} and for fragmentation.", highlight=False)
+        err.print(f"[yellow]Warning:[/] the peak is more than the card of preset {run.preset} has", highlight=False)
+    out.print(f"Predicted, not measured. The allowance covers {overhead} and fragmentation.", highlight=False)
 
 
 def show_progress(steps: Generator[StepReport, None, Adapter | None], run: RunConfig) -> Adapter | None:
-    """Runs a fit with a progress bar; where nobody watches, with a line every tenth of a stage."""
+    """Runs a fit to its end and shows its progress: a bar on a terminal, else a line after every tenth of a stage.
+
+    Args:
+        steps: the running fit.
+        run: its settings.
+
+    Returns:
+        The adapter; None if the fit returns none.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
@@ -98,39 +123,45 @@ def show_progress(steps: Generator[StepReport, None, Adapter | None], run: RunCo
     ) as bar:
         totals = {"embed": run.embed.steps, "tune": run.tune.steps}
         tasks = {stage: bar.add_task(stage, total=total, loss="", start=False) for stage, total in totals.items()}
-        begun: set[str] = set()
+        started: set[str] = set()
         while True:
             try:
                 report = next(steps)
             except StopIteration as done:
                 return done.value
-            if report.stage not in begun:
-                begun.add(report.stage)
+            if report.stage not in started:
+                started.add(report.stage)
                 bar.start_task(tasks[report.stage])
                 bar.update(tasks[report.stage], completed=report.step - 1)
-            tenth = report.step % max(1, report.steps // 10) == 0
+            show_loss = report.step % max(1, report.steps // 10) == 0
             bar.update(tasks[report.stage], completed=report.step)
-            if tenth:
+            if show_loss:
                 loss = f"{report.loss.item():.4f}"
                 bar.update(tasks[report.stage], loss=loss)
                 if not err.is_terminal:
                     err.print(f"{report.stage} {report.step}/{report.steps} loss {loss}", highlight=False)
 
 
-def progress(items: Iterable[Value], total: int, what: str) -> Iterable[Value]:
-    """The items as they come, with a progress bar."""
+def progress(items: Iterable[Value], total: int, label: str) -> Iterable[Value]:
+    """Returns the items unchanged, and shows a progress bar while they are consumed.
+
+    Args:
+        items: any iterable.
+        total: its number of items.
+        label: text of the bar.
+    """
     from rich.progress import track
 
-    return track(items, what, total=total, console=err, disable=not err.is_terminal)
+    return track(items, label, total=total, console=err, disable=not err.is_terminal)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
+    """Prints one JSON object on stdout."""
     print(json.dumps(value, indent=2))
 
 
 def print_warnings() -> None:
-    """Our own warnings in one line, and none of the libraries'."""
+    """From now on prints every :class:`ImagicWarning` in one line on stderr, and no other warning."""
 
     def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
         if issubclass(category, ImagicWarning):
@@ -139,23 +170,36 @@ def print_warnings() -> None:
     warnings.showwarning = show_warning
 
 
-def print_interrupted(told: str, command: str | None, tokens: Sequence[str]) -> int:
-    """Says how to go on, in JSON too where that was asked for; gives the exit code.
+def print_interrupted(message: str, command: str | None, tokens: Sequence[str]) -> int:
+    """Reports an interruption and how to resume, with ``--json`` also as JSON.
 
     Args:
-        command: that goes on; None where there is nothing to go on from.
+        message: what was saved.
+        command: the command that resumes; None if there is nothing to resume.
+        tokens: the command line without the name of the program.
+
+    Returns:
+        The exit code.
     """
     if "--json" in tokens:
-        print_json({"interrupted": told, "resume": command})
-    err.print(f"[yellow]Interrupted:[/] {plain(told)}", highlight=False)
+        print_json({"interrupted": message, "resume": command})
+    err.print(f"[yellow]Interrupted:[/] {plain(message)}", highlight=False)
     if command:
-        err.print("Go on with:")
+        err.print("Resume with:")
         err.print(f"  {plain(command)}", highlight=False, soft_wrap=True)
     return 130
 
 
 def print_error(error: ImagicError, tokens: Sequence[str]) -> int:
-    """Says what was wrong, in JSON too where that was asked for; gives the exit code."""
+    """Reports an error, with ``--json`` also as JSON.
+
+    Args:
+        error: the error.
+        tokens: the command line without the name of the program.
+
+    Returns:
+        The exit code.
+    """
     if "--json" in tokens:
         print_json({"error": {"got": error.got, "expected": error.expected, "remedy": error.remedy}})
     err.print(f"[red]Error:[/] {plain(error.got)}", highlight=False)

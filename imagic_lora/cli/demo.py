@@ -1,4 +1,4 @@
-"""The demo: one picture of the embedded world, edited, beside its true edit."""
+"""The demo: fits and edits one critter image on the embedded base, and compares the edits with the true edit."""
 
 from __future__ import annotations
 
@@ -25,43 +25,46 @@ CHANGE = {"pose": "jumping"}
 ETAS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-def run_demo(out: Path, shown: Callable[[Generator[StepReport, None, Adapter | None], RunConfig], Adapter | None]) -> Path:
-    """Fits, edits over eta, and writes ``sheet.png`` and every picture of it into ``out``.
+def run_demo(out: Path, run_fit: Callable[[Generator[StepReport, None, Adapter | None], RunConfig], Adapter | None]) -> Path:
+    """Fits the image, edits it at several etas, and writes the images and ``sheet.png``.
 
     Args:
-        shown: runs a fit to its end, as its user wants to see it.
+        out: folder for the images and the adapter; created if it does not exist.
+        run_fit: runs a fit with its settings to its end and returns the adapter.
+
+    Returns:
+        The path of the sheet.
     """
     out.mkdir(parents=True, exist_ok=True)
     scene = scene_at("demo", SCENE)
     prompt = f"a {scene.animal} {CHANGE['pose']}"
-    photo = out / "photo.png"
-    picture = render(scene)
-    picture.save(photo)
+    photo = render(scene)
+    photo_path = out / "photo.png"
+    photo.save(photo_path)
     config = resolve({"base": "critters"}, {}, RECIPES["critters"])
     base = open_base(config)
-    adapter = shown(fit(photo, prompt, config, Store(out / "adapters"), "demo", base=base, overwrite=True), config)
+    adapter = run_fit(fit(photo_path, prompt, config, Store(out / "adapters"), "demo", base=base, overwrite=True), config)
     assert adapter is not None
     editor = Editor(base)
-    before = embedding_alone(editor, adapter, config.edit, config.seed)
+    untuned = _sample_untuned(editor, adapter, config.edit, config.seed)
     edits = list(editor.edit(adapter, ETAS, [config.seed], config.edit))
-    for one in edits:
-        write_png(one.image, out / f"eta{one.eta:g}.png", {"prompt": prompt, "eta": one.eta, "seed": one.seed})
+    for result in edits:
+        write_png(result.image, out / f"eta{result.eta:g}.png", {"prompt": prompt, "eta": result.eta, "seed": result.seed})
     truth = render(scene.edited(**CHANGE))
-    page = _page(picture, before, edits, truth, prompt)
-    write_png(page, out / "sheet.png", {"prompt": prompt})
+    write_png(_demo_sheet(photo, untuned, edits, truth, prompt), out / "sheet.png", {"prompt": prompt})
     return out / "sheet.png"
 
 
-def embedding_alone(editor: Editor, adapter: Adapter, config: EditConfig, seed: int) -> Image.Image:
-    """The reconstruction from ``e_opt`` on the untuned base."""
+def _sample_untuned(editor: Editor, adapter: Adapter, config: EditConfig, seed: int) -> Image.Image:
+    """Samples from the untuned base with ``e_opt``: the reconstruction after stage 1 alone."""
     editor.close()
     stored = read_embeddings(adapter)
     e_opt = stored["optimised"]
     return next(generate(editor.base, [e_opt], [seed], config, read_canvas(adapter), stored.get("null"), [e_opt]))
 
 
-def _page(photo: Image.Image, before: Image.Image, edits: list[Edit], truth: Image.Image, prompt: str) -> Image.Image:
-    named = [(f"eta {one.eta:g}" + (" (reconstruction)" if one.eta == 0 else ""), one.image) for one in edits]
-    cells = [("photo", photo), ("e_opt, before tuning", before), *named, ("true edit", truth)]
+def _demo_sheet(photo: Image.Image, untuned: Image.Image, edits: list[Edit], truth: Image.Image, prompt: str) -> Image.Image:
+    labelled = [(f"eta {result.eta:g}" + (" (reconstruction)" if result.eta == 0 else ""), result.image) for result in edits]
+    cells = [("photo", photo), ("e_opt, before tuning", untuned), *labelled, ("true edit", truth)]
     half = (len(cells) + 1) // 2
     return sheet([cells[:half], cells[half:]], f'"{prompt}"')

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a fit runs: the step is finished, what was trained is saved, and only then it stops."""
+"""Ctrl-C and SIGTERM during a fit: the fit finishes the current step, saves a checkpoint and stops."""
 
 from __future__ import annotations
 
@@ -7,35 +7,39 @@ import signal
 from types import FrameType
 from typing import Any
 
-_SAID = b"\nStopping after this step; what was trained is being saved.\n"
+_MESSAGE = b"\nStopping after this step; a checkpoint is being saved.\n"
 
 
 class Interrupts:
-    """A context in which the two signals raise a flag.
+    """A context in which SIGINT and SIGTERM request the fit to stop.
 
-    Before there is anything to finish (:attr:`gentle` is False) the first of them raises KeyboardInterrupt at once, as Python does; any
-    further one changes nothing.
+    While :attr:`finish_step` is False, the first signal raises KeyboardInterrupt at once. Later signals have no effect. The command ``fit``
+    sets the attribute to True after the first step.
+
+    Attributes:
+        requested: whether a signal has arrived.
+        finish_step: whether the fit finishes its step before it stops.
     """
 
     def __init__(self) -> None:
-        self.asked = self.gentle = False
-        self._before: dict[signal.Signals, Any] = {}
+        self.requested = self.finish_step = False
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        self._before = {one: signal.signal(one, self._noted) for one in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def stop(self) -> bool:
-        """What a fit asks after every step."""
-        return self.asked
+        """Returns whether the fit should stop. The fit calls it after every step."""
+        return self.requested
 
-    def _noted(self, number: int, frame: FrameType | None) -> None:
-        first, self.asked = not self.asked, True
-        if first and not self.gentle:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first, self.requested = not self.requested, True
+        if first and not self.finish_step:
             raise KeyboardInterrupt
         if first:
-            os.write(2, _SAID)  # a handler may interrupt whoever is writing: no buffers here
+            os.write(2, _MESSAGE)  # a handler may interrupt a write, and buffered output is not reentrant

@@ -1,4 +1,4 @@
-"""What several commands take: flags, and values with a notation of their own."""
+"""Flags that several commands share, and the parsing of lists and ranges."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cyclopts import Parameter, Token
 from ..core.errors import ImagicError
 
 Flag = Annotated[bool, Parameter(negative=())]
-"""Given or not; without this there would be a --no- beside it."""
-Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON object on stdout; everything for people goes to stderr.")]
-StoreDir = Annotated[Path, Parameter(name="--store", help="The folder of adapters.")]
+"""A switch without the negative form ``--no-...`` that cyclopts adds by default."""
+Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON object on stdout. Messages go to stderr.")]
+StoreDir = Annotated[Path, Parameter(name="--store", help="Folder of the stored adapters.")]
 DEFAULT_STORE = Path("adapters")
 
 
@@ -22,16 +22,20 @@ def _whole(_: object, tokens: Sequence[Token]) -> int:
 
 
 Whole = Annotated[int, Parameter(converter=_whole)]
-"""A whole number; without this 1.5 would be rounded."""
+"""An integer. Without the converter, cyclopts rounds 1.5."""
 
 
 def suggested_etas(eta: float) -> str:
-    """Etas to look at first, as ``--eta`` takes them."""
+    """Returns a range of etas around an eta, in the notation of ``--eta``."""
     return f"{max(0.0, eta - 0.4):g}:{min(2.0, eta + 0.4):g}:0.1"
 
 
 def parse_etas(text: str) -> list[float]:
-    """``0.7``, ``0.5,0.7`` or ``0.3:1:0.1``, whose end is included."""
+    """Parses etas: ``0.7``, ``0.5,0.7``, or a range ``0.3:1:0.1`` that includes its end.
+
+    Raises:
+        ImagicError: the text is in none of these forms, or a range has more than 1001 values.
+    """
     try:
         if ":" not in text:
             return [float(part) for part in text.split(",")]
@@ -40,11 +44,16 @@ def parse_etas(text: str) -> list[float]:
             raise ValueError
         return [round(start + k * step, 6) for k in range(int((stop - start) / step + 1e-6) + 1)]
     except (ValueError, OverflowError) as error:
-        raise ImagicError(f"--eta {text}", "a number, several with commas, or start:end:step", "for example --eta 0.3:1:0.1") from error
+        expected = "a number, several numbers separated by commas, or start:end:step"
+        raise ImagicError(f"--eta {text}", expected, "use for example --eta 0.3:1:0.1") from error
 
 
 def parse_seeds(text: str) -> list[int]:
-    """``0``, ``0,3`` or ``0:4``, whose end is not included."""
+    """Parses seeds: ``0``, ``0,3``, or a range ``0:4`` that excludes its end.
+
+    Raises:
+        ImagicError: the text is in none of these forms, a seed is outside [0, 2^63), or a range is empty or has more than 10,000 values.
+    """
     try:
         if ":" in text:
             start, stop = (int(part) for part in text.split(":"))
@@ -57,5 +66,5 @@ def parse_seeds(text: str) -> list[int]:
             raise ValueError
         return seeds
     except ValueError as error:
-        expected = "a whole number from 0, several with commas, or start:end of at most 10000"
-        raise ImagicError(f"--seed {text}", expected, "for example --seed 0:4") from error
+        expected = "an integer from 0, several integers separated by commas, or start:end with at most 10000 seeds"
+        raise ImagicError(f"--seed {text}", expected, "use for example --seed 0:4") from error

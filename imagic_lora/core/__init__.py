@@ -1,15 +1,15 @@
-"""The ground: errors, configs, device and precision, noise, conditioning.
+"""The base layer: errors, settings, device and precision, noise, conditioning.
 
-May import: nothing of ours, and no diffusers, transformers or peft. Must not know: photos, models, methods, commands.
+May import: no other room, and no diffusers, transformers or peft. Must not know: photos, models, methods, commands.
 
-- ``errors.py``: ImagicError, which the user can mend, and ImagicWarning
+- ``errors.py``: ImagicError, which the user can fix, NotFinite, Stopped and ImagicWarning
 - ``config.py``: every setting and its default, as pydantic models
-- ``settings.py``: recipes of bases, presets of cards, YAML; how they are merged
-- ``machine.py``: the card and the free memory of this machine, without torch
-- ``choices.py``: what ``auto`` comes to there, with reasons, without torch
-- ``environment.py``: environment variables of a process, set before a library is imported
-- ``runtime.py``: device and dtype as torch types, memory of a device, processes
-- ``noise.py``: noise and timesteps as functions of their key
-- ``conditioning.py``: the encoded prompt, and eta
-- ``tensors.py``: safetensors in and out, finite numbers only
+- ``settings.py``: recipes of bases, presets of cards, YAML files, and the merging of all sources
+- ``machine.py``: the card, the free memory and bitsandbytes of this machine, without importing torch
+- ``choices.py``: the values that ``auto`` stands for on a machine, with reasons, without importing torch
+- ``environment.py``: log levels of the libraries, set before they are imported
+- ``runtime.py``: device and dtype as torch types, memory of a device, the processes of a distributed run
+- ``noise.py``: noise and times as pure functions of seed, stage, step and sample
+- ``conditioning.py``: the encoded prompt, and the interpolation by eta
+- ``tensors.py``: reading and writing safetensors files of finite numbers
 """

@@ -1,4 +1,4 @@
-"""What ``auto`` comes to on a machine, each choice with its reason. No torch here."""
+"""The values that ``auto`` stands for on a machine, each with its reason. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Choices:
 
     Args:
         device: ``cpu`` or ``cuda:INDEX``.
-        dtype: of frozen weights and arithmetic.
+        dtype: precision of the frozen weights and of the computation.
         optimizer: ``adam8bit`` or ``adam``.
-        reasons: one sentence for each choice, for people.
+        reasons: value and reason of each choice, as text for the user.
     """
 
     device: str
@@ -32,38 +32,42 @@ class Choices:
 
 
 def choose_runtime(memory: MemoryConfig, card: Card | None) -> Choices:
-    """Decides what ``auto`` means on a machine with this card, or none.
+    """Replaces every ``auto`` by the value that suits a machine.
+
+    Args:
+        memory: the settings.
+        card: the CUDA device of the machine, or None.
 
     Raises:
-        ImagicError: CUDA, xformers, bitsandbytes, or bf16 arithmetic is asked for or needed and is not there.
+        ImagicError: a setting needs CUDA, xformers, bitsandbytes, or bf16 or half-precision arithmetic that is not available.
     """
     device, why_device = _device(memory, card)
     on_card = card if device != "cpu" else None
     dtype, why_dtype = _dtype(memory, on_card)
     _check_installed(memory, on_card is not None, dtype)
-    optimizer, why = _optimizer(memory, on_card is not None)
+    optimizer, why_optimizer = _optimizer(memory, on_card is not None)
     reasons = {
         "device": f"{device} ({why_device})",
         "precision": f"{_FULL_NAMES[dtype]} ({why_dtype})",
         "attention": f"{memory.attention} ({'asked for' if memory.attention == 'xformers' else 'built into PyTorch'})",
-        "optimizer": f"{optimizer} ({why})",
+        "optimizer": f"{optimizer} ({why_optimizer})",
         "memory levers": ", ".join(levers(memory)) or "none",
     }
     return Choices(device, dtype, optimizer, reasons)
 
 
 def levers(memory: MemoryConfig) -> list[str]:
-    """The levers that are on, in words."""
-    plain = ("gradient_checkpointing", "optimizer_in_backward", "vae_tiling", "vae_slicing", "autocast_cache")
-    found = [name.replace("_", " ") for name in plain if getattr(memory, name)]
-    found += [f"{memory.idle} what is idle"] if memory.idle != "keep" else []
-    found += [f"{memory.master_weights} master weights"] if memory.master_weights != "fp32" else []
-    return found + ([f"{memory.quantize} base"] if memory.quantize != "none" else [])
+    """The memory levers that are on, as text for the user."""
+    switches = ("gradient_checkpointing", "optimizer_in_backward", "vae_tiling", "vae_slicing", "autocast_cache")
+    names = [name.replace("_", " ") for name in switches if getattr(memory, name)]
+    names += [f"{memory.idle} idle components"] if memory.idle != "keep" else []
+    names += [f"{memory.master_weights} master weights"] if memory.master_weights != "fp32" else []
+    return names + ([f"{memory.quantize} base"] if memory.quantize != "none" else [])
 
 
 def _device(memory: MemoryConfig, card: Card | None) -> tuple[str, str]:
     if memory.device == "cuda" and card is None:
-        raise ImagicError("--device cuda, but PyTorch sees no CUDA device", "a CUDA device", "use --device cpu, or see imagic-lora doctor")
+        raise ImagicError("--device cuda, but PyTorch finds no CUDA device", "a CUDA device", "use --device cpu, or run imagic-lora doctor")
     if memory.device == "cpu" or card is None:
         return "cpu", "asked for" if memory.device == "cpu" else "no CUDA device found"
     return f"cuda:{card.index}", card.name
@@ -85,9 +89,9 @@ def _optimizer(memory: MemoryConfig, cuda: bool) -> tuple[str, str]:
     if memory.optimizer != "auto":
         return memory.optimizer, "asked for"
     if not cuda:
-        return "adam", "memory is not short on the CPU"
+        return "adam", "8-bit states are not needed on the CPU"
     if bitsandbytes_error():
-        return "adam", "bitsandbytes, which would keep states in 8 bits, cannot be imported"
+        return "adam", "bitsandbytes, which adam8bit needs, cannot be imported"
     return "adam8bit", "8-bit states save memory on the card"
 
 
@@ -96,20 +100,24 @@ def _check_installed(memory: MemoryConfig, cuda: bool, dtype: DtypeName) -> None
         got = "--attention xformers without CUDA" if not cuda else "--attention xformers, which is not installed"
         raise ImagicError(got, "a CUDA device and the xformers package", "use --attention sdpa, or pip install 'imagic-lora[xformers]'")
     if memory.idle == "offload" and not cuda:
-        raise ImagicError("--idle offload without CUDA", "a card to make room on", "use --idle release, which spares host memory")
+        raise ImagicError("--idle offload without CUDA", "a CUDA device to offload from", "use --idle release, which frees host memory")
     if memory.master_weights == "bf16-stochastic" and dtype != "bf16":
         got = f"--master-weights bf16-stochastic with arithmetic in {_FULL_NAMES[dtype]}"
-        raise ImagicError(got, "bf16 arithmetic", "use --master-weights fp32, or --dtype bf16 where the device has it")
+        raise ImagicError(got, "bf16 arithmetic", "use --master-weights fp32, or --dtype bf16 if the device supports it")
     if memory.autocast_cache and dtype == "fp32":
-        raise ImagicError("--autocast-cache with arithmetic in float32", "fp16 or bf16 arithmetic", "leave it out: nothing is cast in fp32")
+        raise ImagicError(
+            "--autocast-cache with arithmetic in float32",
+            "fp16 or bf16 arithmetic",
+            "leave out --autocast-cache: fp32 weights are not cast",
+        )
     if memory.quantize == "nf4":
         _check_bitsandbytes("nf4", "none", "--quantize")
 
 
-def _check_bitsandbytes(asked: str, instead: str, flag: str) -> None:
+def _check_bitsandbytes(value: str, alternative: str, flag: str) -> None:
     if error := bitsandbytes_error():
         raise ImagicError(
-            f"{asked}, but bitsandbytes cannot be imported ({error})",
-            "a working bitsandbytes",
-            f"pip install bitsandbytes, or use {flag} {instead}",
+            f"{value}, but bitsandbytes cannot be imported ({error})",
+            "a working installation of bitsandbytes",
+            f"pip install bitsandbytes, or use {flag} {alternative}",
         ) from error

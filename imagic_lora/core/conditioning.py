@@ -1,4 +1,4 @@
-"""What the denoiser is told: the encoded text, and its interpolation."""
+"""The encoded prompt that conditions the denoiser, and the interpolation by eta."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """The encoded text of one prompt, or of a batch of them; equal to itself alone.
+    """The encoded prompts of a batch. Two objects are equal only if they are the same object.
 
     Args:
-        tokens: ``[B, T, D]``, one state a token.
-        pooled: ``[B, P]`` or None, for families with a pooled embedding.
-        extra: other inputs by name (sizes, for instance); carried and stored, never optimised or interpolated.
+        tokens: ``[B, T, D]``, the text encoder's state of every token.
+        pooled: ``[B, P]``, the pooled embedding, or None for families without one.
+        extra: other inputs of the denoiser by name, such as sizes; stored with the rest, never optimised or interpolated.
     """
 
     tokens: Tensor
@@ -24,7 +24,7 @@ class Conditioning:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """A copy on another device; ``dtype`` changes the tokens and the pooled embedding, not the extra inputs."""
+        """A copy on ``device``; ``dtype`` applies to the tokens and the pooled embedding, not to the extra inputs."""
         return Conditioning(
             self.tokens.to(device, dtype),
             None if self.pooled is None else self.pooled.to(device, dtype),
@@ -32,7 +32,7 @@ class Conditioning:
         )
 
     def expand(self, batch: int) -> Conditioning:
-        """The conditioning for a batch: a single one is broadcast, a batch of the right size is kept."""
+        """Broadcasts a conditioning of batch size 1 to ``batch``; one of batch size ``batch`` is returned unchanged."""
         return Conditioning(
             self.tokens.expand(batch, -1, -1),
             None if self.pooled is None else self.pooled.expand(batch, -1),
@@ -40,7 +40,7 @@ class Conditioning:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, for a file: ``tokens``, ``pooled`` where there is one, and every extra input."""
+        """All tensors by name, for a file: ``tokens``, ``pooled`` unless it is None, and every extra input."""
         named = {"tokens": self.tokens, **self.extra}
         return named if self.pooled is None else {**named, "pooled": self.pooled}
 
@@ -52,19 +52,28 @@ class Conditioning:
 
 
 def source_conditionings(target: Conditioning, optimised: Conditioning, etas: Sequence[float], source_eta: float) -> list[Conditioning]:
-    """What the photo is inverted under, for edits at these etas: the interpolation at ``source_eta``, or at the eta of the edit where
-    that is less. Equal ones are one object."""
-    found = {at: interpolate(target, optimised, at) for at in {min(eta, source_eta) for eta in etas}}
-    return [found[min(eta, source_eta)] for eta in etas]
+    """The conditionings with which the photo is inverted before an edit.
+
+    Args:
+        target: conditioning of the target prompt, ``e_tgt``.
+        optimised: conditioning optimised on the photo, ``e_opt``.
+        etas: eta of each edit.
+        source_eta: highest eta of an inversion.
+
+    Returns:
+        For each edit the interpolation at ``min(eta, source_eta)``; edits with equal values share one object.
+    """
+    by_eta = {at: interpolate(target, optimised, at) for at in {min(eta, source_eta) for eta in etas}}
+    return [by_eta[min(eta, source_eta)] for eta in etas]
 
 
 def interpolate(target: Conditioning, optimised: Conditioning, eta: float) -> Conditioning:
     """``e_eta = eta * e_tgt + (1 - eta) * e_opt``: equation 3 of Imagic (arXiv 2210.09276).
 
     Args:
-        target: of the target text; its extra inputs are kept.
-        optimised: of the photo, the same shapes.
-        eta: 0 reconstructs the photo, 1 is the target text; 0 and 1 are exact.
+        target: conditioning of the target prompt, ``e_tgt``; the result has its extra inputs.
+        optimised: conditioning optimised on the photo, ``e_opt``, of the same shapes.
+        eta: 0 returns the tensors of ``optimised``, 1 those of ``target``, both exactly.
     """
 
     def mix(a: Tensor, b: Tensor) -> Tensor:
@@ -76,9 +85,9 @@ def interpolate(target: Conditioning, optimised: Conditioning, eta: float) -> Co
     return Conditioning(mix(target.tokens, optimised.tokens), pooled, target.extra)
 
 
-def concatenate(several: list[Conditioning]) -> Conditioning:
-    """Conditionings of one batch, in order."""
-    first = several[0]
-    pooled = None if first.pooled is None else torch.cat([c.pooled for c in several if c.pooled is not None])
-    extra = {name: torch.cat([c.extra[name] for c in several]) for name in first.extra}
-    return Conditioning(torch.cat([c.tokens for c in several]), pooled, extra)
+def concatenate(conditionings: list[Conditioning]) -> Conditioning:
+    """Concatenates conditionings along the batch dimension, in order."""
+    first = conditionings[0]
+    pooled = None if first.pooled is None else torch.cat([c.pooled for c in conditionings if c.pooled is not None])
+    extra = {name: torch.cat([c.extra[name] for c in conditionings]) for name in first.extra}
+    return Conditioning(torch.cat([c.tokens for c in conditionings]), pooled, extra)

@@ -1,7 +1,7 @@
-"""Every setting and its default: the only place with either.
+"""Every setting and its default, as pydantic models. No default is defined elsewhere.
 
-The command line, YAML files, recipes and presets all fill these models. Values are merged in the order built-in < recipe of the base <
-preset of the card < file < flags, and only what was given explicitly counts.
+The command line, YAML files, recipes and presets fill these models. Values are merged in the order built-in < recipe of the base <
+preset of the card < file < flags. Only explicitly given values are merged. The docstring of a field is its help text on the command line.
 """
 
 from __future__ import annotations
@@ -24,139 +24,154 @@ def _flag(name: str) -> Parameter:
 
 
 class Config(BaseModel):
-    """A frozen group of settings that refuses names it does not know."""
+    """A frozen group of settings that rejects unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class EmbedConfig(Config):
-    """Stage 1: the text embedding is optimised on the photo, the model frozen."""
+    """Stage 1: optimises the embedding of the target prompt on the photo. The model is frozen."""
 
     steps: int = Field(default=500, ge=1, le=100_000)
-    """Optimiser steps."""
+    """Number of training steps of the embedding."""
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
-    """Learning rate of Adam."""
+    """Learning rate of the embedding."""
     batch_size: int = Field(default=1, ge=1, le=256)
-    """Noise samples of the photo a step, on each process."""
+    """Number of noised copies of the photo per training step, on each process."""
     timesteps: Timesteps = "stratified"
-    """stratified spreads the timesteps of a batch (and of successive steps) evenly; uniform draws them independently."""
+    """How the timesteps of the training samples are drawn. stratified: evenly spread over a batch and over successive steps. uniform: each
+    one independently."""
 
 
 class TuneConfig(Config):
-    """Stage 2: the denoiser is trained on the photo, the optimised embedding fixed."""
+    """Stage 2: trains the denoiser on the photo. The optimised embedding is fixed."""
 
     mode: Annotated[Mode, _flag("mode")] = "lora"
-    """lora trains a small PEFT adapter, full the whole denoiser."""
+    """What is trained. lora: a small PEFT adapter (LoRA). full: the whole denoiser, which needs more memory and disk space."""
     steps: int = Field(default=300, ge=1, le=100_000)
-    """Optimiser steps."""
+    """Number of training steps of the denoiser."""
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
-    """Learning rate of Adam."""
+    """Learning rate of the denoiser."""
     batch_size: int = Field(default=1, ge=1, le=256)
-    """Noise samples of the photo a step, on each process."""
+    """Number of noised copies of the photo per training step, on each process."""
     timesteps: Timesteps = "stratified"
-    """As for the embedding."""
+    """How the timesteps of the training samples are drawn. stratified: evenly spread over a batch and over successive steps. uniform: each
+    one independently."""
     rank: Annotated[int, _flag("rank")] = Field(default=16, ge=1, le=1024)
-    """Rank of the LoRA matrices (mode lora)."""
+    """Rank of the LoRA matrices. A higher rank can learn more and gives a larger adapter. Only for mode lora."""
     alpha: Annotated[float | None, _flag("alpha")] = Field(default=None, gt=0, allow_inf_nan=False)
-    """LoRA scale times rank; the rank itself where not given (mode lora)."""
+    """LoRA alpha: the LoRA update is scaled by alpha / rank. Without it alpha equals the rank (scale 1). Only for mode lora."""
     targets: Annotated[Literal["attention", "attention+conv", "all"], _flag("targets")] = "attention"
-    """Layers that LoRA adapts: the attention projections, these and the convolutions of the residual blocks, or all (mode lora)."""
+    """Layers that LoRA adapts. attention: the attention projections. attention+conv: also the convolutions of the residual blocks. all:
+    every linear and convolution layer. Only for mode lora."""
 
 
 class EditConfig(Config):
-    """Stage 3: pictures from the interpolated embedding."""
+    """Stage 3: generates images from the interpolated embedding."""
 
     guidance_scale: float = Field(default=7.5, ge=0, le=50)
-    """Classifier-free guidance; 1 and less turn it off. Of a consistency model (LCM) an input, in training as well."""
+    """Scale of classifier-free guidance: a higher value follows the prompt more closely. 1 and below turn guidance off. For consistency
+    models (LCM) the scale is an input of the denoiser, in training as well."""
     steps: int = Field(default=50, ge=1, le=1000)
-    """Steps of the sampler."""
+    """Number of sampling steps."""
     ddim_eta: float = Field(default=0.0, ge=0, le=1)
-    """Noise that DDIM adds on its way; 0 is deterministic. Not the eta of Imagic."""
+    """Amount of noise that DDIM adds at every step. 0: none, sampling is deterministic. 1: as much as DDPM. This is not the eta of the
+    interpolation."""
     start: Literal["noise", "image", "inverted"] = "noise"
-    """noise samples from scratch; image starts from the photo, noised by strength; inverted from the very noise that gives the photo back,
-    which keeps place and surroundings best: DDIM run backwards where ddim_eta is 0, so that the seed has no say, or else noise by the seed,
-    with what every step has to add to lead to the photo (edit-friendly inversion), which lets more be changed."""
+    """Where sampling starts. noise: from random noise. image: from the photo with added noise (see strength). inverted: from noise that
+    reproduces the photo, which keeps position and background best. With ddim_eta 0, inverted is DDIM inversion, and the seed has no effect.
+    With a ddim_eta above 0 it is edit-friendly inversion (arXiv 2304.06140), which depends on the seed and allows larger changes."""
     source_eta: float = Field(default=0.0, ge=0, le=1)
-    """The interpolation under which the photo is inverted, with start inverted: 0 is the optimised embedding. The nearer to where the edit
-    sets in, the less of the identity is lost on the way. Edits at a lower eta are inverted under their own."""
+    """Only for start inverted: eta of the embedding with which the photo is inverted. 0: the optimised embedding. The subject keeps its
+    identity best at a value just below the eta where the edit begins to appear. An edit at a lower eta is inverted at its own eta."""
     strength: float = Field(default=0.8, gt=0, le=1)
-    """How much of the photo is noised away with start image: 1 is all of it."""
+    """Only for start image: how much noise is added to the photo, as a share of the sampling steps. 1: nothing of the photo is kept. Lower
+    values keep more."""
     batch_size: int = Field(default=4, ge=1, le=256)
-    """Pictures made at once."""
+    """Number of images generated at once. A smaller number needs less memory."""
 
 
 class DeviceConfig(Config):
-    """Where and in what precision it runs, and what spares memory while pictures are made."""
+    """Device, precision, and the memory levers of an edit."""
 
     device: Annotated[Literal["auto", "cpu", "cuda"], _flag("device")] = "auto"
-    """auto is CUDA where there is one."""
+    """Device to run on. auto: CUDA if a CUDA device is available, otherwise the CPU."""
     dtype: Annotated[Literal["auto", "fp32", "fp16", "bf16"], _flag("dtype")] = "auto"
-    """Precision of the frozen weights and of the arithmetic. On cards without native bf16 auto is fp16, its loss scaled by a constant."""
+    """Precision of the frozen weights and of the computation. auto: bf16 on cards with native bf16, fp16 on older cards, fp32 on the CPU.
+    With fp16 the training loss is scaled by a constant."""
     attention: Annotated[Literal["sdpa", "xformers"], _flag("attention")] = "sdpa"
-    """PyTorch's own attention, or that of xformers (CUDA only)."""
+    """Attention implementation. sdpa: built into PyTorch. xformers: the xformers package, CUDA only."""
     idle: Annotated[Idle, _flag("idle")] = "keep"
-    """Text encoders and VAE while they have nothing to do: keep them on the device, offload them to host memory, or release them and read
-    them from the disk when they are needed again. But for keep, the denoiser comes there only after photo and sentence are encoded."""
+    """What happens to the text encoders and the VAE while they are not needed. keep: they stay on the device. offload: they move to host
+    memory. release: they are freed, and read from disk when they are needed again. With offload and release the denoiser moves to the
+    device only after the photo and the prompt are encoded."""
     vae_tiling: Annotated[bool, _flag("vae-tiling")] = False
-    """Encodes and decodes pictures larger than the VAE was made for tile by tile: less memory, slower, a seam now and then."""
+    """Encode and decode images in tiles if they are larger than the size the VAE was trained for. Needs less memory, is slower, and can
+    leave visible seams."""
     vae_slicing: Annotated[bool, _flag("vae-slicing")] = False
-    """Decodes the pictures of a batch one by one."""
+    """Decode the images of a batch one at a time. Needs less memory."""
 
 
 class MemoryConfig(DeviceConfig):
-    """Where a fit runs, and the memory levers it pulls."""
+    """Device, precision, and the memory levers of a fit."""
 
     gradient_checkpointing: Annotated[bool, _flag("gradient-checkpointing")] = False
-    """Recomputes activations in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them. Needs less memory, and training steps take longer."""
     optimizer: Annotated[OptimizerName, _flag("optimizer")] = "auto"
-    """adam8bit keeps its states in 8 bits (bitsandbytes); auto is adam8bit on CUDA, adam on the CPU."""
+    """Optimizer of the training. adam: 32-bit states. adam8bit: 8-bit states, needs bitsandbytes and less memory. auto: adam8bit on CUDA if
+    bitsandbytes is installed, otherwise adam."""
     optimizer_in_backward: Annotated[bool, _flag("optimizer-in-backward")] = False
-    """Steps each weight as soon as its gradient is there, and frees the gradient at once. One process only."""
+    """Update each weight as soon as its gradient is computed, and free the gradient at once. Needs less memory. Only with one process."""
     autocast_cache: Annotated[bool, _flag("autocast-cache")] = False
-    """Keeps the weights that autocast has cast until a pass is over: up to a second copy of the denoiser, in half precision (mode full with
-    fp32 master weights)."""
+    """Keep the half-precision copies of the weights that autocast makes until the end of a forward pass. Needs memory for up to a second
+    copy of the denoiser in half precision. Only for mode full with fp32 master weights."""
     master_weights: Annotated[Literal["fp32", "bf16-stochastic"], _flag("master-weights")] = "fp32"
-    """What is trained in mode full: fp32 weights, or bf16 weights that round at random and so move in the mean (arXiv 2010.06192)."""
+    """Precision of the weights that mode full trains. fp32: 32-bit weights. bf16-stochastic: bf16 weights with stochastic rounding (arXiv
+    2010.06192), in half the memory. Only for mode full."""
     quantize: Annotated[Literal["none", "nf4"], _flag("quantize")] = "none"
-    """nf4 holds the linear layers of the frozen denoiser in 4 bits (bitsandbytes, arXiv 2305.14314; mode lora), in later edits as well."""
+    """Quantization of the frozen denoiser. nf4: its linear layers are stored in 4 bits, in the fit and in later edits (arXiv 2305.14314);
+    needs bitsandbytes. Only for mode lora."""
 
     @field_validator("master_weights", mode="before")
     @classmethod
     def _not_plain_bf16(cls, value: object) -> object:
         if value in ("bf16", "fp16"):
             raise ValueError(
-                f"fp32 or bf16-stochastic: at Imagic's rates a step rounds to nothing in plain {value} (at 5e-7, of 99% of the weights)"
+                f"fp32 or bf16-stochastic: updates round to zero in plain {value} at Imagic's learning rates (99% of the weights at 5e-7)"
             )
         return value
 
 
 class CheckpointConfig(Config):
-    """How often a fit saves what it has come to; at the end of a stage, and when it is interrupted, it does so anyway."""
+    """How often a fit writes a checkpoint. It also writes one at the end of a stage and when it is interrupted."""
 
     seconds: float = Field(default=300, gt=0, allow_inf_nan=False)
-    """At the latest after this many seconds."""
+    """Time between two checkpoints, in seconds."""
     steps: int | None = Field(default=None, ge=1)
-    """And after every so many steps, where given."""
+    """Also write a checkpoint every this many training steps. Without it only the time counts."""
 
 
 class RunConfig(Config):
-    """A whole run: one photo, one sentence."""
+    """All settings of a run: one photo, one target prompt."""
 
     preset: Annotated[PresetOrAuto, _flag("preset")] = "auto"
-    """Memory levers for a size of card; auto takes the fastest that fits 90% of the free memory."""
+    """Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory of the card, or cpu
+    without a card."""
     base: Annotated[str, _flag("base")] = Field(default="sd15", min_length=1)
-    """A name (sd15, sd21, sdxl, sdxl-turbo, critters, or one of your own), a folder in diffusers' format, a single .safetensors file, or a
-    hub id."""
+    """Base model: a name (sd15, sd21, sdxl, sdxl-turbo, critters, or one of your own; see imagic-lora bases), a folder in diffusers'
+    format, a single .safetensors file, or a Hugging Face hub id."""
     revision: Annotated[str | None, _flag("revision")] = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of the hub id given as base. Without it the default branch is used."""
     resolution: Annotated[int | None, _flag("resolution")] = Field(default=None, ge=8, le=4096)
-    """The photo is worked on at an area of at most this many pixels squared; the base's own where not given."""
+    """Resolution in pixels: the photo is scaled to an area of at most resolution x resolution, and keeps its shape. Without it the
+    resolution of the base is used."""
     seed: Annotated[int, _flag("seed")] = Field(default=0, ge=0, lt=2**63)
-    """Of all that is random in the training."""
+    """Seed of everything random: noise and timesteps of the training, the initial LoRA weights, and the noise of the preview."""
     eta: float = Field(default=0.7, ge=0, le=2)
-    """Interpolation of the preview, and of an edit that names none: 0 is the photo, 1 the target text."""
+    """Interpolation between photo and edit, for the preview and for edits without an eta of their own. 0: the photo. 1: the target prompt
+    alone. Values above 1 extrapolate."""
     embed: Annotated[EmbedConfig, Parameter(group="Stage 1: embed")] = EmbedConfig()
     tune: Annotated[TuneConfig, Parameter(group="Stage 2: tune")] = TuneConfig()
-    edit: Annotated[EditConfig, Parameter(group="Stage 3: the preview, and defaults for later edits")] = EditConfig()
+    edit: Annotated[EditConfig, Parameter(group="Stage 3: the preview, and the defaults of later edits")] = EditConfig()
     memory: Annotated[MemoryConfig, Parameter(group="Device and memory")] = MemoryConfig()
-    checkpoint: Annotated[CheckpointConfig, Parameter(group="Checkpoints, to go on from after an interruption")] = CheckpointConfig()
+    checkpoint: Annotated[CheckpointConfig, Parameter(group="Checkpoints, for --resume after an interruption")] = CheckpointConfig()

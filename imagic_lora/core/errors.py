@@ -1,17 +1,17 @@
-"""The one error a user can mend, and the one warning."""
+"""Exceptions and the warning that the package raises."""
 
 from __future__ import annotations
 
 
 class ImagicError(Exception):
-    """Something the user can put right: what was got, what was expected, what to do next.
+    """An error that the user can fix: what was got, what was expected, what to do.
 
     The command line prints it without a traceback and exits with code 2.
 
     Args:
-        got: what was found, as a sentence without its full stop.
-        expected: what would have been right.
-        remedy: what to do next.
+        got: what was found; no full stop at the end.
+        expected: what would be valid.
+        remedy: what to do; no full stop at the end.
     """
 
     def __init__(self, got: str, expected: str, remedy: str) -> None:
@@ -20,12 +20,12 @@ class ImagicError(Exception):
 
 
 class NotFinite(ImagicError):
-    """Numbers that should be finite are not."""
+    """A tensor holds NaN or infinity."""
 
 
 class ImagicWarning(UserWarning):
-    """Something the user should know of; the work goes on."""
+    """A warning for the user. The work continues."""
 
 
 class Stopped(Exception):
-    """A fit that was asked to stop has stopped; what it has come to is saved, as the message says."""
+    """A fit has stopped on request. Its progress is saved; the message says where it stopped."""

@@ -1,4 +1,7 @@
-"""What this machine has: its card, free memory, whether bitsandbytes works. No torch here: where it is not loaded, the driver is asked."""
+"""The card, the free memory and bitsandbytes of this machine.
+
+This module does not import torch. If torch is not loaded yet, the graphics driver is queried instead.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from typing import Any
 import psutil
 
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.free,compute_cap", "--format=csv,noheader,nounits")
-_AMD = Path("/sys/class/drm")
-_SECONDS = 5  # after which a driver that does not answer counts as none
+_AMD_DEVICES = Path("/sys/class/drm")
+_DRIVER_TIMEOUT = 5  # seconds after which a driver that does not answer counts as none
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,10 @@ class Card:
     """A CUDA device.
 
     Args:
-        index: as PyTorch counts.
-        free: bytes.
-        native_bf16: its compute capability is 8.0 or higher.
+        index: number of the device in PyTorch's order.
+        name: name of the device.
+        free: free memory in bytes.
+        native_bf16: whether the device computes in bf16 (NVIDIA: compute capability 8.0 or higher).
     """
 
     index: int
@@ -37,29 +41,32 @@ class Card:
 
 
 def find_card(index: int | None = None) -> Card | None:
-    """The card of that index (PyTorch's current one by default); None where PyTorch has none to use.
+    """Returns the card that PyTorch would use, or None if it cannot use any.
 
-    PyTorch is asked where it is loaded. Importing it takes seconds, so otherwise the driver is asked, as far as the installed build of
-    PyTorch and ``CUDA_VISIBLE_DEVICES`` allow.
+    If PyTorch is loaded, it is asked. Importing it takes seconds, so otherwise the driver is queried; the installed build of PyTorch and
+    ``CUDA_VISIBLE_DEVICES`` limit the result.
+
+    Args:
+        index: number of the device; PyTorch's current device by default.
     """
     torch: Any = sys.modules.get("torch")
     if torch is None:
-        cards = [] if _built_for() is None else _nvidia() if _built_for() == "cuda" else _amd()
+        cards = [] if _torch_backend() is None else _nvidia_cards() if _torch_backend() == "cuda" else _amd_cards()
         return next((card for card in cards if card.index == (index or 0)), None)
     if not torch.cuda.is_available():
         return None
-    place: int = torch.cuda.current_device() if index is None else index
-    native = torch.cuda.get_device_capability(place) >= (8, 0)
-    return Card(place, torch.cuda.get_device_name(place), torch.cuda.mem_get_info(place)[0], native)
+    device: int = torch.cuda.current_device() if index is None else index
+    native_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    return Card(device, torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0], native_bf16)
 
 
 def free_host_memory() -> int:
-    """Bytes of host memory that can be had."""
+    """Available host memory in bytes."""
     return psutil.virtual_memory().available
 
 
 def bitsandbytes_error() -> Exception | None:
-    """Why bitsandbytes cannot be used; None where it can. Where PyTorch is not loaded, only whether it is installed is looked at."""
+    """Returns why bitsandbytes cannot be used, or None if it can. If PyTorch is not loaded, checks only whether it is installed."""
     if "torch" not in sys.modules:
         return None if importlib.util.find_spec("bitsandbytes") else ImportError("it is not installed")
     try:
@@ -69,59 +76,74 @@ def bitsandbytes_error() -> Exception | None:
     return None
 
 
-def _built_for() -> str | None:
-    """``cuda`` or ``hip``, by the version file of the installed PyTorch; None for a CPU build, or none at all."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
+def _torch_backend() -> str | None:
+    """``cuda`` or ``hip``, from the version file of the installed PyTorch; None for a CPU build or if PyTorch is not installed."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
         return None
     try:
-        text = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")
+        text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
     except OSError:
         return None
-    return next((kind for kind in ("cuda", "hip") if re.search(rf"^{kind}\b[^=\n]*= *['\"]", text, re.MULTILINE)), None)
+    return next((backend for backend in ("cuda", "hip") if re.search(rf"^{backend}\b[^=\n]*= *['\"]", text, re.MULTILINE)), None)
 
 
-def _nvidia() -> list[Card]:
+def _nvidia_cards() -> list[Card]:
+    """Cards that the NVIDIA driver lists; empty if it lists none, or its output cannot be read.
+
+    The order is that of the PCI bus. CUDA's own default order differs on a machine with cards of different speeds: the fastest is first.
+    """
     if shutil.which(_QUERY[0]) is None:
         return []
     try:
-        answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
-        rows = [[cell.strip() for cell in row] for row in csv.reader(answer.splitlines())]
-        order = _visible([(row[0], row[1]) for row in rows])
+        output = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_DRIVER_TIMEOUT, check=True).stdout
+        rows = [[cell.strip() for cell in row] for row in csv.reader(output.splitlines()) if row]
+        order = _visible_positions([(index, uuid) for index, uuid, *_ in rows], "CUDA_VISIBLE_DEVICES")
         return [
             Card(k, name, int(free) * 2**20, float(capability) >= 8)
-            for k, (_, _, name, free, capability) in enumerate(rows[place] for place in order)
+            for k, (_, _, name, free, capability) in enumerate(rows[position] for position in order)
         ]
-    except (OSError, subprocess.SubprocessError, ValueError):
+    except (OSError, subprocess.SubprocessError, ValueError, csv.Error):
         return []
 
 
-def _visible(cards: list[tuple[str, str]]) -> list[int]:
-    """Places of the cards that ``CUDA_VISIBLE_DEVICES`` leaves, in its order; CUDA stops at the first entry that is no card.
+def _visible_positions(cards: list[tuple[str, str]], variable: str) -> list[int]:
+    """Positions of the cards that an environment variable selects, in its order; all of them if it is not set.
+
+    As in CUDA, the selection ends at the first entry that does not match exactly one card, and a repeated card selects none at all.
 
     Args:
-        cards: index and UUID of each.
+        cards: index and UUID of each card. An entry of the variable is an index or the start of a UUID.
+        variable: name of the environment variable, such as ``CUDA_VISIBLE_DEVICES``.
     """
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is None:
+    selection = os.environ.get(variable)
+    if selection is None:
         return list(range(len(cards)))
     order: list[int] = []
-    for entry in told.split(","):
+    for entry in selection.split(","):
         entry = entry.strip()
-        place = next((k for k, (index, uuid) in enumerate(cards) if entry and (entry == index or uuid.startswith(entry))), None)
-        if place is None:
+        matches = [k for k, (index, uuid) in enumerate(cards) if entry and (entry == index or uuid.startswith(entry))]
+        if len(matches) != 1:
             break
-        order.append(place)
+        if matches[0] in order:
+            return []
+        order += matches
     return order
 
 
-def _amd() -> list[Card]:
-    """Cards that the kernel's amdgpu driver lists; all that ROCm supports compute in bf16."""
-    cards = []
-    for total in sorted(_AMD.glob("card[0-9]*/device/mem_info_vram_total")):
+def _amd_cards() -> list[Card]:
+    """Cards that the kernel's amdgpu driver lists. Every card that ROCm supports computes in bf16.
+
+    ROCm applies ``ROCR_VISIBLE_DEVICES`` first, then ``HIP_VISIBLE_DEVICES`` or, without that, ``CUDA_VISIBLE_DEVICES``. Only indices are
+    supported in them.
+    """
+    free: list[int] = []
+    totals = _AMD_DEVICES.glob("card[0-9]*/device/mem_info_vram_total")
+    for total in sorted(totals, key=lambda path: (len(path.parts[-3]), path.parts[-3])):  # card2 before card10
         try:
-            free = int(total.read_text()) - int(total.with_name("mem_info_vram_used").read_text())
+            free.append(int(total.read_text()) - int(total.with_name("mem_info_vram_used").read_text()))
         except (OSError, ValueError):
             continue
-        cards.append(Card(len(cards), "an AMD card", free, True))
-    return cards
+    for variable in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"):
+        free = [free[k] for k in _visible_positions([(str(k), "") for k in range(len(free))], variable)]
+    return [Card(k, "an AMD card", size, True) for k, size in enumerate(free)]

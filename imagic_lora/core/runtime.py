@@ -1,4 +1,4 @@
-"""Where a run happens: device and precision as PyTorch's own types, free and peak memory, and the processes that share the batch."""
+"""The environment of a run: device and precision as torch types, free and peak memory, and the processes that share a batch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Runtime:
-    """What ``auto`` came to on this machine.
+    """Device, precision and optimizer of a run on this machine.
 
     Args:
-        device: where the models are.
-        dtype: of frozen weights and arithmetic.
+        device: device of the models.
+        dtype: precision of the frozen weights and of the computation.
         optimizer: ``adam8bit`` or ``adam``.
-        memory: the levers as they were asked for.
-        reasons: one sentence for each choice, for people.
+        memory: the settings from which the others follow.
+        reasons: value and reason of each choice, as text for the user.
     """
 
     device: torch.device
@@ -40,24 +40,24 @@ class Runtime:
 
 
 def resolve_runtime(memory: MemoryConfig) -> Runtime:
-    """Decides what ``auto`` means here, and says why.
+    """Replaces every ``auto`` by the value that suits this machine, with reasons.
 
     Raises:
-        ImagicError: CUDA, xformers, bitsandbytes, or bf16 arithmetic is asked for or needed and is not there.
+        ImagicError: as :func:`~imagic_lora.core.choices.choose_runtime`.
     """
-    chosen = choose_runtime(memory, find_card())
-    return Runtime(torch.device(chosen.device), DTYPES[chosen.dtype], chosen.optimizer, memory, chosen.reasons)
+    choices = choose_runtime(memory, find_card())
+    return Runtime(torch.device(choices.device), DTYPES[choices.dtype], choices.optimizer, memory, choices.reasons)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new allocation may hope for on a device."""
+    """Free memory of a device in bytes; host memory for the CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_host_memory()
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes in use so far: allocated by PyTorch on CUDA, resident in the process on the CPU."""
+    """Peak memory in bytes since the start or the last reset: allocated by PyTorch on CUDA, resident set size of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -69,48 +69,48 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Starts the count of :func:`peak_memory` anew, where the device can."""
+    """Resets :func:`peak_memory` on CUDA. The peak of the CPU cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor from host memory on a device, without waiting for what the device still has to do."""
+    """Copies a tensor from host memory to a device, without blocking on CUDA."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Processes:
-    """The processes of this run: one, or those that ``accelerate launch`` started."""
+    """The processes of this run: a single one, or those that ``accelerate launch`` started."""
 
     def __init__(self, state: PartialState | None = None) -> None:
-        self._several = state is not None and state.num_processes > 1
+        self._distributed = state is not None and state.num_processes > 1
         self.count = state.num_processes if state is not None else 1
         self.rank = state.process_index if state is not None else 0
         self._state = state
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this is the main process, the only one that writes files."""
         return self.rank == 0
 
     def samples(self, batch: int) -> range:
-        """The global indices of this process's samples, where each process has ``batch``."""
+        """The indices of this process's samples within the global batch; each process has ``batch`` of them."""
         return range(self.rank * batch, (self.rank + 1) * batch)
 
     def average(self, tensors: list[Tensor]) -> None:
-        """Replaces each tensor by its mean over the processes; must be called by all of them."""
-        if self._several:
+        """Replaces each tensor by its mean over the processes. All processes must call it."""
+        if self._distributed:
             for tensor in tensors:
                 tensor.copy_(_reduced(tensor, "mean"))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in one of the processes; must be called by all of them."""
-        if not self._several or self._state is None:
+        """Whether the flag is True in any process. All processes must call it."""
+        if not self._distributed or self._state is None:
             return flag
         return bool(_reduced(torch.tensor(float(flag), device=self._state.device), "sum") > 0)
 
 
-def _reduced(tensor: Tensor, how: str) -> Tensor:
-    from accelerate.utils import reduce  # slow to import, and needed with several processes only
+def _reduced(tensor: Tensor, reduction: str) -> Tensor:
+    from accelerate.utils import reduce  # slow to import, and only needed with several processes
 
-    return reduce(tensor, how)  # pyright: ignore[reportReturnType]  # a tensor in, a tensor out
+    return reduce(tensor, reduction)  # pyright: ignore[reportReturnType]  # a tensor in, a tensor out

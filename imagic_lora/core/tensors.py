@@ -1,4 +1,4 @@
-"""Tensors to and from safetensors files: equal content is equal bytes, and nothing that is not finite goes out or comes in."""
+"""Reading and writing safetensors files. Equal content gives equal bytes, and files with NaN or infinity are rejected."""
 
 from __future__ import annotations
 
@@ -15,25 +15,32 @@ from torch import Tensor
 
 from .errors import ImagicError, NotFinite
 
-_LONGEST = 2**22  # bytes of a header; that of Stable Diffusion's U-Net has a fiftieth
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
+_MAX_HEADER = 2**22  # bytes; the header of Stable Diffusion's U-Net has a fiftieth of that
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
 
 
 def safetensors_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces, one tensor after the other, so that no second copy of them all is needed.
+    """Serialises tensors to the bytes of a safetensors file, in pieces.
 
-    The library itself writes its metadata in random order, and gives the whole file at once.
+    The safetensors library writes metadata in random order and needs a second copy of all tensors. This function does neither.
+
+    Args:
+        tensors: by name; of the types in ``_DTYPE_NAMES``.
+        metadata: stored in the header.
+
+    Yields:
+        The header, then the bytes of one tensor at a time.
 
     Raises:
         NotFinite: a tensor holds NaN or infinity.
     """
     check_finite(tensors)
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each starts at a multiple of its width
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each tensor is aligned to its element size
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
         start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        header[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _DTYPE_NAMES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
@@ -42,7 +49,7 @@ def safetensors_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str = "") -> None:
-    """Raises NotFinite if a tensor holds NaN or infinity."""
+    """Raises NotFinite if a tensor holds NaN or infinity; ``where`` follows the name of the tensor in the message."""
     real = {name: value.detach() for name, value in tensors.items() if value.is_floating_point()}
     if all_finite(real.values()):
         return
@@ -53,62 +60,68 @@ def check_finite(tensors: Mapping[str, Tensor], where: str = "") -> None:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether none of the floating-point tensors holds NaN or infinity; waits for the device."""
-    several = [one for one in tensors if one.numel()]
-    if not several:
+    """Whether no tensor holds NaN or infinity. Synchronises with the device.
+
+    Args:
+        tensors: floating-point tensors.
+    """
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    if not filled:
         return True
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(several)])  # one fast pass; a norm of finite numbers may overflow
-    return bool(norms.isfinite().all()) or all(bool(one.isfinite().all()) for one in several)
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(filled)])  # one fast pass; the norm of finite numbers can overflow
+    return bool(norms.isfinite().all()) or all(bool(tensor.isfinite().all()) for tensor in filled)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, as the library opens it.
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Opens a safetensors file with :func:`safetensors.safe_open`, as a context manager.
 
     Raises:
-        ImagicError: it is not one, or not whole.
+        ImagicError: the file cannot be read, is not a safetensors file, or is incomplete.
     """
     try:
         with path.open("rb") as raw:
-            if (size := int.from_bytes(raw.read(8), "little")) > _LONGEST:
+            if (size := int.from_bytes(raw.read(8), "little")) > _MAX_HEADER:
                 raise SafetensorError(f"a header of {size:,} bytes")
         file = safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
         raise _not_whole(path, error) from error
     try:
-        with file as inside:
-            yield inside
-    except SafetensorError as error:  # an OSError is of what the caller does meanwhile
+        with file as handle:
+            yield handle
+    except SafetensorError as error:  # an OSError comes from the caller's own code
         raise _not_whole(path, error) from error
 
 
 def _not_whole(path: Path, error: Exception) -> ImagicError:
-    return ImagicError(f"{path} is not a whole safetensors file ({error})", "safetensors", "make or download it again")
+    return ImagicError(f"{path} is not a whole safetensors file ({error})", "a complete safetensors file", "create or download it again")
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a file, read from its header.
+    """The shape of every tensor of a file, read from the header.
 
     Raises:
-        ImagicError: as :func:`opened`.
+        ImagicError: as :func:`open_safetensors`.
     """
-    with opened(path) as file:
+    with open_safetensors(path) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # not a mapping
 
 
 def read(path: Path, whole_numbers: bool = False) -> dict[str, Tensor]:
-    """Copies of the tensors of a file, in host memory.
+    """Reads all tensors of a file into host memory.
 
     Args:
-        whole_numbers: may be among them.
+        path: a safetensors file.
+        whole_numbers: whether integer tensors are allowed.
 
     Raises:
-        ImagicError: as :func:`opened`, or numbers of odd types; NotFinite: a tensor holds NaN or infinity.
+        ImagicError: as :func:`open_safetensors`; a tensor has another type than fp32, fp16, bf16 and the allowed integers.
+        NotFinite: a tensor holds NaN or infinity.
     """
-    with opened(path) as file:
+    with open_safetensors(path) as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    known = [dtype for dtype in _NAMES if dtype.is_floating_point or whole_numbers]
-    if odd := sorted({str(value.dtype) for value in tensors.values() if value.dtype not in known}):
-        raise ImagicError(f"{path} holds {', '.join(odd)}", ", ".join(map(str, known)), "make or copy it again")
+    allowed = [dtype for dtype in _DTYPE_NAMES if dtype.is_floating_point or whole_numbers]
+    if odd := sorted({str(value.dtype) for value in tensors.values() if value.dtype not in allowed}):
+        raise ImagicError(f"{path} holds {', '.join(odd)}", ", ".join(map(str, allowed)), "create or copy it again")
     check_finite(tensors, f" in {path}")
     return tensors

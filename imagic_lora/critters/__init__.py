@@ -1,7 +1,14 @@
-"""The procedural world of the embedded base: cartoon animals whose true edit is known.
+"""The procedural world of the embedded base: images of cartoon animals whose true edit is known.
 
-A :class:`Scene` says everything there is to know of a picture; :func:`render` draws it, :func:`caption` describes it, and
-``scene.edited(pose="jumping")`` is the scene whose picture is the true edit. Nothing here imports the rest of the package.
+May import: no other room. Must not know: models, methods, commands.
+
+A :class:`Scene` holds all parameters of an image. :func:`render` draws it, :func:`caption` describes it, and
+``scene.edited(pose="jumping")`` is the scene of the true edit.
+
+- ``scene.py``: scenes, their attributes and identity, random scenes, captions
+- ``draw.py``: rendering a scene to an image of 64x64 pixels
+- ``judge.py``: the network that reads the scene of an image; used only for scores
+- ``data/``: the weights of the embedded base, of the judge and of the CLIP model for scores
 """
 
 from .draw import SIZE, backdrop, render

@@ -1,7 +1,7 @@
-"""Drawing a scene: polygons on a canvas four times as wide, reduced by averaging.
+"""Rendering a scene: polygons on a canvas of four times the size, which is then reduced by averaging.
 
-All coordinates are rounded to whole pixels of the large canvas before anything is drawn, and colours are whole numbers, so a scene
-gives the same picture on every machine.
+Coordinates are rounded to whole pixels of the large canvas before drawing, and colours are integers. So a scene gives the same image on
+every machine.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from .scene import Scene
 
 SIZE = 64
-"""Width and height of a picture in pixels."""
-_SS = 4  # supersampling: the canvas is 256 x 256
+"""Width and height of an image in pixels."""
+_SUPERSAMPLING = 4  # the canvas is 256 x 256
 
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
@@ -53,14 +53,14 @@ def _darker(colour: RGB, amount: float) -> RGB:
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, degrees: float = 0.0) -> list[Point]:
-    """A rotated ellipse as 28 points."""
+    """The 28 corners of a rotated ellipse with centre ``(x, y)`` and radii ``rx`` and ``ry``."""
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     angles = (2 * math.pi * k / 28 for k in range(28))
     return [(x + rx * math.cos(a) * c - ry * math.sin(a) * s, y + rx * math.cos(a) * s + ry * math.sin(a) * c) for a in angles]
 
 
 def limb(a: Point, b: Point, width: float, tip: float | None = None) -> list[Point]:
-    """A limb with round ends from ``a`` (``width`` wide) to ``b`` (``tip`` wide)."""
+    """The outline of a limb with round ends, from ``a`` (width ``width``) to ``b`` (width ``tip``, by default the same)."""
     angle = math.atan2(b[1] - a[1], b[0] - a[0])
     points = []
     for centre, radius, start in ((a, width / 2, 0.5), (b, (tip or width) / 2, -0.5)):
@@ -71,7 +71,14 @@ def limb(a: Point, b: Point, width: float, tip: float | None = None) -> list[Poi
 
 @dataclass
 class Sketch:
-    """The shapes of one animal in its own coordinates: feet at the origin, x forward, y up, in pixels at size 1."""
+    """The shapes of one animal in its own coordinates: feet at the origin, x forward, y up, in pixels at size 1.
+
+    Args:
+        fur: colour of the fur.
+        line: colour of the outline.
+        shapes: outlined polygons with their colours, in drawing order.
+        details: polygons without an outline, drawn on top.
+    """
 
     fur: RGB
     line: RGB
@@ -80,21 +87,21 @@ class Sketch:
 
     @property
     def far(self) -> RGB:
-        """Fur on the side away from us."""
+        """Colour of the fur on the far side of the animal."""
         return _mix(self.fur, self.line, 0.35)
 
     def add(self, points: list[Point], colour: RGB | None = None) -> None:
-        """A shape of the silhouette, outlined."""
+        """Adds an outlined shape of the silhouette, in the colour of the fur by default."""
         self.shapes.append((points, colour or self.fur))
 
     def detail(self, points: list[Point], colour: RGB) -> None:
-        """A mark on top, without an outline."""
+        """Adds a shape on top, without an outline."""
         self.details.append((points, colour))
 
 
 @dataclass(frozen=True)
 class Stance:
-    """Where the parts of an animal are in one pose."""
+    """Positions of the body parts of an animal in one pose, in the coordinates of :class:`Sketch`."""
 
     body: tuple[float, float, float, float, float]  # x, y, rx, ry, degrees
     head: Point
@@ -236,13 +243,13 @@ def _sketch(scene: Scene) -> Sketch:
 
 
 def _background(scene: Scene) -> Image.Image:
-    wide = SIZE * _SS
-    horizon = round(scene.horizon * _SS)
-    column = Image.new("RGB", (1, wide))
-    for top, bottom, (a, b) in ((0, horizon, _SKY[scene.place]), (horizon, wide, _GROUND[scene.place])):
+    side = SIZE * _SUPERSAMPLING
+    horizon = round(scene.horizon * _SUPERSAMPLING)
+    column = Image.new("RGB", (1, side))
+    for top, bottom, (a, b) in ((0, horizon, _SKY[scene.place]), (horizon, side, _GROUND[scene.place])):
         for row in range(top, bottom):
             column.putpixel((0, row), _mix(a, b, (row - top) / (bottom - top)))
-    canvas = column.resize((wide, wide), Image.Resampling.NEAREST)
+    canvas = column.resize((side, side), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(canvas)
     x, y = 8 + 48 * scene.sun, 9.0
     draw.polygon(_canvas(ellipse(x, y, 5, 5)), fill=_SUN[scene.place])
@@ -252,7 +259,7 @@ def _background(scene: Scene) -> Image.Image:
 
 
 def _canvas(points: Sequence[Point]) -> list[tuple[int, int]]:
-    return [(round(x * _SS), round(y * _SS)) for x, y in points]
+    return [(round(x * _SUPERSAMPLING), round(y * _SUPERSAMPLING)) for x, y in points]
 
 
 def _tinted(image: Image.Image, tint: float) -> Image.Image:
@@ -262,12 +269,12 @@ def _tinted(image: Image.Image, tint: float) -> Image.Image:
 
 
 def backdrop(scene: Scene) -> Image.Image:
-    """The picture of a scene without its animal, its shadow and its thing: 64 x 64, RGB."""
-    return _tinted(_background(scene).reduce(_SS), scene.tint)
+    """Renders the background of a scene, without the animal, its shadow and the thing: 64 x 64, RGB."""
+    return _tinted(_background(scene).reduce(_SUPERSAMPLING), scene.tint)
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene: 64 x 64, RGB. Pure: equal scenes give equal pixels, on every machine."""
+    """Renders a scene: 64 x 64, RGB. Equal scenes give equal pixels on every machine."""
     canvas = _background(scene)
     draw = ImageDraw.Draw(canvas)
 
@@ -280,11 +287,11 @@ def render(scene: Scene) -> Image.Image:
     for points, _ in sketch.shapes:
         outline = place(points)
         draw.polygon(outline, fill=sketch.line)
-        draw.line([*outline, outline[0], outline[1]], fill=sketch.line, width=2 * _SS, joint="curve")
+        draw.line([*outline, outline[0], outline[1]], fill=sketch.line, width=2 * _SUPERSAMPLING, joint="curve")
     for points, colour in (*sketch.shapes, *sketch.details):
         draw.polygon(place(points), fill=colour)
     if scene.thing == "ball":
         draw.polygon(place(ellipse(21, 5.2, 5.6, 5.6)), fill=(120, 16, 24))
         draw.polygon(place(ellipse(21, 5.2, 4.7, 4.7)), fill=(224, 44, 44))
         draw.polygon(place(ellipse(21, 5.2, 4.7, 1.4, 20)), fill=(252, 236, 220))
-    return _tinted(canvas.reduce(_SS), scene.tint)
+    return _tinted(canvas.reduce(_SUPERSAMPLING), scene.tint)

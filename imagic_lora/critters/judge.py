@@ -1,6 +1,6 @@
-"""The judge: a small separate network that reads a picture back into its scene, used only to score.
+"""The judge: a small network that predicts the scene of an image. It is used only for scores.
 
-It shares nothing with the base or with the CLIP model: no weights, no training loop of theirs, no captions.
+It is independent of the base and of the CLIP model: it has its own weights and its own training, and uses no captions.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _MIDDLE = {name: (low + high) / 2 for name, (low, high) in RANGES.items()}
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge sees in one picture.
+    """The judge's prediction for one image.
 
     Args:
-        attributes: the most likely value of each of the five.
-        facing: 1 looks right, -1 looks left.
-        identity: its estimate of every factor of :data:`IDENTITY`, in the scene's own units.
+        attributes: the most likely value of each of the five attributes.
+        facing: 1 if the animal looks right, -1 if it looks left.
+        identity: the estimate of every factor of :data:`~imagic_lora.critters.scene.IDENTITY`, in the units of the scene.
     """
 
     attributes: dict[str, str]
@@ -36,22 +36,22 @@ class Reading:
     identity: dict[str, float]
 
     def deviations(self, scene: Scene) -> dict[str, float]:
-        """How far each factor of the identity is from a scene's, in standard deviations over scenes."""
+        """The difference of each identity factor to that of a scene, in standard deviations over all scenes."""
         return {name: (self.identity[name] - getattr(scene, name)) / spread for name, spread in IDENTITY.items()}
 
     def distance(self, scene: Scene) -> float:
-        """The root mean square of :meth:`deviations`; infinite where the animal faces the other way."""
+        """The root mean square of :meth:`deviations`; infinite if the animal faces the other way."""
         if self.facing != scene.facing:
             return math.inf
-        return math.sqrt(sum(one * one for one in self.deviations(scene).values()) / len(IDENTITY))
+        return math.sqrt(sum(value * value for value in self.deviations(scene).values()) / len(IDENTITY))
 
     def changed(self, scene: Scene) -> list[str]:
-        """The attributes that are not the scene's."""
+        """Names of the attributes that differ from those of a scene."""
         return [name for name, value in self.attributes.items() if value != getattr(scene, name)]
 
 
 def identity_targets(scene: Scene) -> list[float]:
-    """The identity of a scene as the judge learns it: every factor over its standard deviation, around a typical scene."""
+    """The training target of the judge: each identity factor minus the middle of its range, divided by its standard deviation."""
     return [(getattr(scene, name) - middle) / IDENTITY[name] for name, middle in _MIDDLE.items()]
 
 
@@ -60,7 +60,7 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """Five convolutions of stride 2, then one linear head for each attribute, for the facing and for the identity."""
+    """Five convolutions of stride 2, then a linear head for each attribute, one for the facing and one for the identity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,16 +69,23 @@ class Judge(nn.Module):
         sizes = {**{name: len(values) for name, values in ATTRIBUTES.items()}, "facing": len(FACINGS), "identity": len(IDENTITY)}
         self.heads = nn.ModuleDict({name: nn.Linear(160 * 4, size) for name, size in sizes.items()})
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """For pictures ``[B, 3, 64, 64]`` in [-1, 1]: logits of each attribute and of ``facing``, ``[B, values]``, and ``identity``,
-        ``[B, factors]``, as :func:`identity_targets` gives it."""
-        features = self.features(pictures)
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Predicts the scenes of a batch.
+
+        Args:
+            images: ``[B, 3, 64, 64]`` in [-1, 1].
+
+        Returns:
+            Logits ``[B, values]`` by attribute and for ``facing``, and ``identity``, ``[B, factors]``, in the units of
+            :func:`identity_targets`.
+        """
+        features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def read_scenes(self, pictures: Tensor) -> list[Reading]:
-        """What each picture shows."""
-        outputs = self(pictures)
+    def read_scenes(self, images: Tensor) -> list[Reading]:
+        """Predicts the scene of each image; ``images`` as in :meth:`forward`."""
+        outputs = self(images)
         best = {name: outputs[name].argmax(1).tolist() for name in (*ATTRIBUTES, "facing")}
         identity = outputs["identity"].double().tolist()
         return [
@@ -87,16 +94,16 @@ class Judge(nn.Module):
                 FACINGS[best["facing"][k]],
                 {name: _MIDDLE[name] + value * IDENTITY[name] for name, value in zip(IDENTITY, identity[k], strict=True)},
             )
-            for k in range(len(pictures))
+            for k in range(len(images))
         ]
 
     def save(self, path: Path) -> None:
-        """Writes the weights in half precision."""
+        """Writes the weights to a safetensors file, in half precision."""
         save_file({name: value.half().contiguous() for name, value in self.state_dict().items()}, path)
 
     @classmethod
     def load(cls, path: Path = WEIGHTS) -> Judge:
-        """The judge that ships with the package."""
+        """Loads a judge, by default the one in the package, and sets it to evaluation mode."""
         judge = cls()
         judge.load_state_dict({name: value.float() for name, value in load_file(path).items()})
         return judge.eval()

@@ -1,4 +1,4 @@
-"""What a picture of the world shows: five attributes that a full caption names, and an identity that it leaves out."""
+"""Scenes of the procedural world: five attributes that a full caption names, and an identity that it does not name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "place": PLACES,
     "thing": THINGS,
 }
-"""What a full caption names, each with its values in a fixed order (the judge's class indices)."""
+"""The attributes that a full caption names. The order of the values gives the class indices of the judge."""
 
 RANGES: dict[str, tuple[float, float]] = {
     "shade": (-1, 1),
@@ -38,12 +38,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "horizon": (34, 44),
     "tint": (-1, 1),
 }
-"""What a full caption leaves out but for the facing: the range over which each factor is drawn evenly, the spots in whole numbers."""
+"""The identity, except for the facing: each factor with its range. Factors are drawn uniformly; spots is an integer."""
 IDENTITY: dict[str, float] = {name: (high - low) / math.sqrt(12) for name, (low, high) in RANGES.items()} | {"spots": math.sqrt(1.25)}
-"""The same factors in the same order, each with its standard deviation over scenes."""
+"""The same factors in the same order, each with its standard deviation over random scenes."""
 
-WHERE = {"grass": "on the grass", "sand": "on the sand", "snow": "in the snow", "night": "at night"}
-WITH = {"none": "", "hat": "wearing a hat", "ball": "with a ball"}
+PLACE_PHRASES = {"grass": "on the grass", "sand": "on the sand", "snow": "in the snow", "night": "at night"}
+THING_PHRASES = {"none": "", "hat": "wearing a hat", "ball": "with a ball"}
 WORDS: dict[str, tuple[str, ...]] = {
     "shade": ("deep", "dark", "light", "pale"),
     "size": ("tiny", "small", "large", "huge"),
@@ -54,23 +54,23 @@ WORDS: dict[str, tuple[str, ...]] = {
     "horizon": ("high horizon", "higher horizon", "lower horizon", "low horizon"),
     "tint": ("cold", "cool", "warm", "hot"),
 }
-"""What a caption of the training may say of each factor of the identity: a word for each quarter of its range."""
+"""The words of training captions for each identity factor: one for each quarter of its range, or for each number of spots."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture of the world, in full.
+    """All parameters of one image.
 
-    The first five fields are what a full caption says. The others are the identity, which an edit must keep:
+    The first five fields are the attributes, which a full caption names. The others are the identity, which an edit must keep.
 
     Args:
-        shade: lightness within the colour, -1 (darker) to 1 (lighter).
+        shade: lightness of the fur within its colour, -1 (darker) to 1 (lighter).
         size: scale of the animal, 0.92 to 1.12.
-        x, y: where the animal's feet are, in pixels of a 64x64 picture, y down.
-        facing: 1 looks right, -1 looks left.
+        x, y: position of the animal's feet in pixels of a 64x64 image, y down; x 29 to 35, y 55 to 60.
+        facing: 1 if the animal looks right, -1 if it looks left.
         spots: number of spots on the body, 0 to 3.
         sun: position of the sun or moon across the sky, 0 (left) to 1 (right).
-        horizon: height of the horizon in pixels from the top.
+        horizon: position of the horizon in pixels from the top, 34 to 44.
         tint: warmth of the light, -1 (cold) to 1 (warm).
     """
 
@@ -90,7 +90,7 @@ class Scene:
     tint: float
 
     def edited(self, **changes: str) -> Scene:
-        """The scene of the true edit: the named attributes changed, the identity kept.
+        """Returns the scene of the true edit: the given attributes change, the identity stays.
 
         Raises:
             ValueError: a name is not one of the five attributes, or a value is not one of its values.
@@ -104,7 +104,7 @@ class Scene:
 
 
 def displaced(scene: Scene, name: str) -> Scene:
-    """The scene with one factor of the identity moved by half of its range, around its end, or facing the other way."""
+    """Returns the scene with one identity factor moved by half of its range, modulo the range; ``facing`` is reversed."""
     if name == "facing":
         return replace(scene, facing=-scene.facing)  # pyright: ignore[reportArgumentType]
     if name == "spots":
@@ -114,16 +114,16 @@ def displaced(scene: Scene, name: str) -> Scene:
 
 
 def scene_at(split: Split, index: int) -> Scene:
-    """Scene number ``index`` of a split: the same on every machine, and no two splits share a seed.
+    """Returns scene number ``index`` of a split. It is the same on every machine, and splits share no seeds.
 
-    ``train`` trains the embedded base, ``heldout`` measures it, ``demo`` is for the demo and the example adapters. The benchmark draws its
-    scenes from seeds of its own.
+    ``train`` is for training the embedded base, ``heldout`` for measuring it, ``demo`` for the demo and the example adapters. The benchmark
+    draws its scenes from other seeds.
     """
     return random_scene(random.Random(f"critters/{split}/{index}"))
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene with every attribute and factor drawn evenly over its range."""
+    """Draws a scene: every attribute and factor uniformly over its values."""
     return Scene(
         animal=rng.choice(ANIMALS),  # pyright: ignore[reportArgumentType]
         pose=rng.choice(POSES),  # pyright: ignore[reportArgumentType]
@@ -143,50 +143,61 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def caption(scene: Scene) -> str:
-    """The full caption: ``a brown dog sitting on the grass wearing a hat``."""
+    """The full caption, such as ``a brown dog sitting on the grass wearing a hat``."""
     return describe(scene, {*ATTRIBUTES})
 
 
 def article(word: str) -> str:
+    """The indefinite article before a word."""
     return "an" if word[0] in "aeiou" else "a"
 
 
 def sample_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption as a person might write it: phrases left out at random, the pose before or after the animal, some words on the identity,
-    as in ``a small pale brown dog sitting with two spots facing left near on the grass in the warm hours``.
+    """Draws a caption for training.
 
-    Half of the captions tell all attributes; the others keep each of colour, pose, place and thing with probability one half, so that
-    short prompts work too. Of the identity three in ten say nothing, as many or a few more all of it, and the others each of its factors
-    and the facing with probability one half.
+    Example: ``a small pale brown dog sitting with two spots facing left near on the grass in the warm hours``.
+
+    The animal is always named. With probability 0.5 a caption names all attributes; otherwise it names each of colour, pose, place and
+    thing with probability 0.5, so that the base also learns short prompts. Of the identity and the facing it names nothing with
+    probability 0.3, everything with probability 0.35, and otherwise each factor with probability 0.5. One caption in five starts with
+    ``a photo of``, and the pose stands before the animal with probability 0.3.
     """
-    tell = {"colour", "pose", "place", "thing"}
+    names = {"colour", "pose", "place", "thing"}
     if rng.random() < 0.5:
-        tell = {name for name in sorted(tell) if rng.random() < 0.5}
+        names = {name for name in sorted(names) if rng.random() < 0.5}
     share = rng.choices((0.0, 0.5, 1.0), (0.3, 0.35, 0.35))[0]
-    tell |= {name for name in (*WORDS, "facing") if rng.random() < share}
-    return ("a photo of " if rng.random() < 0.2 else "") + describe(scene, tell, before=rng.random() < 0.3)
+    names |= {name for name in (*WORDS, "facing") if rng.random() < share}
+    return ("a photo of " if rng.random() < 0.2 else "") + describe(scene, names, pose_first=rng.random() < 0.3)
 
 
 def longest_caption(scene: Scene) -> str:
-    """All that a caption of the training can say: attributes, and a word or two on everything of the identity."""
+    """The longest caption of the training: it names all attributes and all of the identity."""
     return describe(scene, {*ATTRIBUTES, *WORDS, "facing"})
 
 
-def describe(scene: Scene, tell: set[str], before: bool = False) -> str:
-    """A caption that tells the animal and what else it is to tell; ``before``: the pose comes before the animal."""
-    said = {name: _level(scene, name) for name in WORDS} | {"colour": scene.colour, "pose": scene.pose}
-    said |= {"facing": "facing " + ("right" if scene.facing > 0 else "left"), "place": WHERE[scene.place], "thing": WITH[scene.thing]}
-    order = ["pose", "size", "shade", "colour"] if before else ["size", "shade", "colour"]
-    words = [*(said[name] for name in order if name in tell), scene.animal, *([scene.pose] if "pose" in tell and not before else [])]
-    words += [said[name] for name in ("spots", "facing", "y", "x", "place", "thing") if name in tell and said[name]]
-    hours = [said[name] for name in ("tint", "sun") if name in tell]
+def describe(scene: Scene, names: set[str], pose_first: bool = False) -> str:
+    """Returns a caption that names the animal and the given parameters of a scene.
+
+    Args:
+        scene: what the caption describes.
+        names: names of the attributes and identity factors in the caption.
+        pose_first: whether the pose stands before the animal.
+    """
+    phrases = {name: _level(scene, name) for name in WORDS} | {"colour": scene.colour, "pose": scene.pose}
+    phrases |= {"place": PLACE_PHRASES[scene.place], "thing": THING_PHRASES[scene.thing]}
+    phrases |= {"facing": "facing " + ("right" if scene.facing > 0 else "left")}
+    order = ["pose", "size", "shade", "colour"] if pose_first else ["size", "shade", "colour"]
+    words = [*(phrases[name] for name in order if name in names), scene.animal]
+    words += [scene.pose] if "pose" in names and not pose_first else []
+    words += [phrases[name] for name in ("spots", "facing", "y", "x", "place", "thing") if name in names and phrases[name]]
+    hours = [phrases[name] for name in ("tint", "sun") if name in names]
     words += ["in the", *hours, "hours"] if hours else []
-    words += [said["horizon"]] if "horizon" in tell else []
+    words += [phrases["horizon"]] if "horizon" in names else []
     return f"{article(words[0])} {' '.join(words)}"
 
 
 def _level(scene: Scene, name: str) -> str:
-    """The word for the quarter of a factor's range; for spots, of their number."""
+    """The word for a factor: by the quarter of its range, or by the number of spots."""
     if name == "spots":
         return WORDS[name][scene.spots]
     low, high = RANGES[name]

@@ -1,13 +1,13 @@
-"""What a run costs in memory, before it starts.
+"""Predicts the memory of a run before it starts, chooses the settings that fit, and explains a lack of memory.
 
-May import: core, bases. Must not know: training, sampling, commands. No torch but in ``tracker.py`` and ``out_of_memory.py``.
+May import: core, bases. Must not know: training, sampling, commands. Only ``tracker.py`` and ``out_of_memory.py`` use torch.
 
-- ``plan.py``: the peak of every stage, predicted
+- ``plan.py``: the predicted peak of every stage
 - ``presets.py``: the preset that fits this machine
-- ``levers.py``: memory levers in order of their cost in time, and what the next one saves
-- ``limits.py``: a run that does not fit memory or disk is refused
-- ``out_of_memory.py``: running out of memory, as an error that names the stage and the next lever
-- ``symbolic/``: models as tensors that have sizes only
+- ``levers.py``: memory levers in order of their cost in time, and the bytes that the next one saves
+- ``limits.py``: checks that a run fits the memory and the disk
+- ``out_of_memory.py``: converts an out-of-memory exception into an error that names the stage and the next lever
+- ``symbolic/``: models on tensors that have a size and no values
 - ``optimizer_states.py``: bytes of Adam's 8-bit states
-- ``tracker.py``: bytes of all tensors, counted as a run goes on
+- ``tracker.py``: counts the bytes of all tensors while code runs
 """

@@ -1,4 +1,4 @@
-"""Memory levers, cheapest first."""
+"""Memory levers: settings that save memory and cost time, the fastest first."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from ..core.settings import merged, mode_of, resolve
 from .plan import Assumed, predict
 
 _STOCHASTIC = "--master-weights bf16-stochastic"
+_WORTHWHILE = 50  # a lever is named if it saves more than one part in so many of the stage
 
 Levers = list[tuple[str, dict[str, Any]]]
+"""Flags of the command line, each with the settings that it changes."""
 
-FIT_LEVERS: Levers = [  # the cheapest in time first
+FIT_LEVERS: Levers = [
     ("--edit.batch-size 1", {"edit": {"batch_size": 1}}),
     ("--vae-slicing", {"memory": {"vae_slicing": True}}),
     ("--idle release", {"memory": {"idle": "release"}}),
@@ -29,35 +31,55 @@ FIT_LEVERS: Levers = [  # the cheapest in time first
     ("--quantize nf4", {"memory": {"quantize": "nf4"}}),
     ("--mode lora", {"tune": {"mode": "lora"}, "memory": {"master_weights": "fp32", "autocast_cache": False}}),
 ]
+"""Levers of the command ``fit``."""
 
 EDIT_LEVERS: Levers = [
     ("--batch-size 1", {"edit": {"batch_size": 1}}),
     *((flag, change) for flag, change in FIT_LEVERS if flag in ("--vae-slicing", "--idle release", "--vae-tiling")),
 ]
+"""Levers of the command ``edit``."""
 
 
 def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str, levers: Levers = FIT_LEVERS) -> tuple[str, int] | None:
-    """The next lever that is not yet pulled and lowers a stage by more than a fiftieth, and the bytes that it saves."""
-    now = predict(base, run, assumed).needs(stage)
+    """The first lever that lowers the peak of a stage by more than 2 percent.
+
+    Args:
+        base: configs of the base's components.
+        run: settings of the run; levers that are active in it save nothing.
+        assumed: device, precision and optimizer of the run.
+        stage: name of the stage.
+        levers: the candidates, the fastest first.
+
+    Returns:
+        The flag and the bytes that it saves; None if no lever helps.
+
+    Raises:
+        NotPlanned: as :func:`~imagic_lora.memory.plan.predict`.
+    """
+    need = predict(base, run, assumed).needs(stage)
     for flag, change in levers:
         if flag == _STOCHASTIC and assumed.dtype != "bf16":
             continue
         try:
-            other = with_lever(run, change)
-        except ImagicError:  # a lever of the other mode, or one that another rules out
+            changed = with_lever(run, change)
+        except ImagicError:  # the settings of this run exclude the lever
             continue
-        optimizer = other.memory.optimizer if other.memory.optimizer != "auto" else assumed.optimizer
-        saved = now - predict(base, other, replace(assumed, optimizer=optimizer)).needs(stage)
-        if saved > now / 50:
+        optimizer = changed.memory.optimizer if changed.memory.optimizer != "auto" else assumed.optimizer
+        saved = need - predict(base, changed, replace(assumed, optimizer=optimizer)).needs(stage)
+        if saved > need / _WORTHWHILE:
             return flag, saved
     return None
 
 
 def with_lever(run: RunConfig, change: Mapping[str, Any]) -> RunConfig:
-    """The run with one lever pulled.
+    """A run with one lever active.
+
+    Args:
+        run: settings of the run.
+        change: the settings of the lever.
 
     Raises:
-        ImagicError: the lever is of the other mode, or another one rules it out.
+        ImagicError: the lever is for the other mode, or conflicts with another setting.
     """
     given = merged({"tune": {"mode": run.tune.mode}}, change)
     return resolve(given, {}, {mode_of(given): run.model_dump()})

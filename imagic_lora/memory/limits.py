@@ -1,4 +1,4 @@
-"""Whether a run fits memory and disk."""
+"""Checks that a run fits the memory and the disk."""
 
 from __future__ import annotations
 
@@ -12,87 +12,101 @@ from .levers import FIT_LEVERS, Levers, next_lever
 from .plan import Assumed, assume, predict
 from .symbolic.layers import NotPlanned
 
-_PICTURES = 2**25  # bytes for photo, preview and records
+_SMALL_FILES = 2**25  # bytes allowed for photo, preview and records
 
-_SIGNS = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
+_OUT_OF_MEMORY = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")  # in messages of CUDA and PyTorch
 
 
 class OutOfMemory(ImagicError):
-    """A run, or a stage of it, does not fit."""
+    """A run, or a stage of it, does not fit the memory."""
 
 
 def gib(size: float) -> str:
-    """Bytes for people."""
+    """Formats a number of bytes as GiB, or as MiB below 0.1 GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def check_memory(base: Architecture, run: RunConfig, free: int, assumed: Assumed) -> None:
-    """Raises before minutes are spent on what cannot end well.
+    """Checks before anything is loaded that every stage fits the free memory. A base that cannot be planned passes.
+
+    Args:
+        base: configs of the base's components.
+        run: settings of the run.
+        free: free bytes on the device.
+        assumed: device, precision and optimizer of the run.
 
     Raises:
-        ImagicError: less is free than the plan's worst stage takes without any allowance.
+        OutOfMemory: a stage needs more than the free memory, allowances not included.
     """
     try:
         plan = predict(base, run, assumed)
     except NotPlanned:
-        return  # it may fit
+        return
     stage = max(plan.stages, key=lambda name: plan.stages[name].total)
     if plan.stages[stage].total > free:
         raise out_of_memory_error(base, run, assumed, stage, free)
 
 
 def adapter_bytes(base: Architecture, run: RunConfig) -> int | None:
-    """Bytes of the adapter that a run will leave; None where the base cannot be drawn."""
+    """Bytes of the adapter that a run stores; None where the base cannot be planned."""
     try:
         return predict(base, run, assume(run)).adapter
     except NotPlanned:
         return None
 
 
-def check_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Path, there: int) -> None:
-    """Raises before minutes are spent on what there is no room to store.
+def check_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Path, existing: int) -> None:
+    """Checks that the disk has room for the adapter and two checkpoints: the old one is deleted after the new one is written.
 
     Args:
-        folder: what is written lies on the same disk.
-        there: bytes of checkpoints that lie there already.
+        base: configs of the base's components; one that cannot be planned passes.
+        run: settings of the run.
+        assumed: device, precision and optimizer of the run.
+        folder: an existing folder on the disk that is written to.
+        existing: bytes of checkpoints that are on the disk already.
 
     Raises:
-        ImagicError: less is free than the adapter takes with two checkpoints, of which the older goes when the newer is there.
+        ImagicError: the disk has too little free space.
     """
     try:
         plan = predict(base, run, assumed)
     except NotPlanned:
         return
-    need, free = plan.adapter + 2 * plan.checkpoint + _PICTURES - there, shutil.disk_usage(folder).free
+    need, free = plan.adapter + 2 * plan.checkpoint + _SMALL_FILES - existing, shutil.disk_usage(folder).free
     if need > free:
         parts = f"the adapter {gib(plan.adapter)}, two checkpoints of {gib(plan.checkpoint)}"
         got = f"{gib(free)} free on the disk of {folder}, and the fit needs {gib(need)} more ({parts})"
         smaller = ", or use --mode lora" if run.tune.mode == "full" else ""
-        raise ImagicError(got, "room for both", f"free some space, or choose another --store{smaller}")
+        raise ImagicError(got, "disk space for the adapter and both checkpoints", f"free some space, or choose another --store{smaller}")
 
 
 def out_of_memory_error(
     base: Architecture, run: RunConfig, assumed: Assumed, stage: str, free: int, kept: str = "", levers: Levers = FIT_LEVERS
 ) -> OutOfMemory:
-    """Names the stage, what it needs and what can be had, and the next lever with what it saves.
+    """The error for a stage that does not fit: it names the stage, its need, the available memory and the next lever with its saving.
 
     Args:
-        free: bytes that the run could have at the most.
-        kept: what was saved of the work so far, as a sentence without its full stop.
+        base: configs of the base's components.
+        run: settings of the run.
+        assumed: device, precision and optimizer of the run.
+        stage: name of the stage.
+        free: bytes that are available to the run.
+        kept: a statement of what is saved, without a full stop; "" if nothing is.
+        levers: memory levers of the command.
     """
-    where = "the card" if assumed.device == "cuda" else "this machine"
+    place, saved = "the card" if assumed.device == "cuda" else "this machine", f"; {kept}" if kept else ""
     try:
         plan = predict(base, run, assumed)
     except NotPlanned:
-        got = f"stage {stage} ran out of memory, with {gib(free)} to be had on {where}" + (f"; {kept}" if kept else "")
-        return OutOfMemory(got, "room for every stage", "use --preset 8gb, or a lower --resolution")
+        got = f"stage {stage} ran out of memory, with {gib(free)} available on {place}{saved}"
+        return OutOfMemory(got, "enough memory for every stage", "use --preset 8gb, or a lower --resolution")
     lever = next_lever(base, run, assumed, stage, levers)
-    remedy = f"{lever[0]} saves about {gib(lever[1])} there" if lever else "use a lower --resolution, or a device with more memory"
-    got = f"stage {stage} needs {gib(plan.needs(stage) - plan.context)} (predicted), and {gib(free)} can be had on {where}"
-    return OutOfMemory(got + (f"; {kept}" if kept else ""), "room for every stage", remedy)
+    remedy = f"{lever[0]} saves about {gib(lever[1])} in this stage" if lever else "use a lower --resolution, or a device with more memory"
+    got = f"stage {stage} needs {gib(plan.needs(stage) - plan.context)} (predicted), and {gib(free)} is available on {place}{saved}"
+    return OutOfMemory(got, "enough memory for every stage", remedy)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the device, or the machine, had no memory left."""
-    told = str(error).lower()
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in told for sign in _SIGNS))
+    """Whether an exception means that the device or the machine has no free memory left."""
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(part in message for part in _OUT_OF_MEMORY))

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+_BLOCK = 256  # elements that share an fp32 scale
+_SMALLEST = 4096  # smaller tensors have 32-bit states
+
 
 def scales_8bit(size: int) -> int:
-    """How many fp32 scales a state of Adam8bit has for a tensor: one for every 256 elements, none under 4,096, where it keeps 32 bits."""
-    return 0 if size < 4096 else -(-size // 256)
+    """Number of fp32 scales in one state of bitsandbytes' Adam8bit.
+
+    Args:
+        size: number of elements of the parameter.
+
+    Returns:
+        One scale for every 256 elements; 0 for a parameter under 4,096 elements, whose states have 32 bits.
+    """
+    return 0 if size < _SMALLEST else -(-size // _BLOCK)
 
 
 def states_8bit(size: int) -> int:
-    """Bytes of Adam8bit's two states for a tensor: a byte and a share of a scale each, or 32 bits."""
+    """Bytes of the two states that bitsandbytes' Adam8bit holds for a parameter.
+
+    Args:
+        size: number of elements of the parameter.
+
+    Returns:
+        Two bytes an element and the scales of both states; 8 bytes an element where the states have 32 bits.
+    """
     return 2 * (size + 4 * scales_8bit(size)) if scales_8bit(size) else 8 * size

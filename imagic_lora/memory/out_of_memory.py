@@ -1,4 +1,4 @@
-"""Running out of memory, as an error that says what to do."""
+"""Converts an out-of-memory exception into an error that names the stage and a remedy."""
 
 from __future__ import annotations
 
@@ -12,19 +12,25 @@ from .levers import FIT_LEVERS, Levers
 from .limits import is_out_of_memory, out_of_memory_error
 from .plan import Assumed
 
+_DTYPE_NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
+
 
 @contextmanager
 def explain_out_of_memory(
     base: Architecture, run: RunConfig, runtime: Any, stage: str, kept: Callable[[], str] = lambda: "", levers: Levers = FIT_LEVERS
 ) -> Iterator[None]:
-    """Turns running out of memory into an error that says what to do.
+    """Converts an out-of-memory exception of the code inside into :class:`~imagic_lora.memory.limits.OutOfMemory`.
 
     Args:
-        runtime: of the loaded base.
-        kept: called then; saves what there is and says so.
+        base: configs of the base's components.
+        run: settings of the run.
+        runtime: the :class:`~imagic_lora.core.runtime.Runtime` of the loaded base.
+        stage: name of the stage that runs inside.
+        kept: called only when memory runs out; returns a statement of what is saved, without a full stop, or "".
+        levers: memory levers of the command.
 
     Raises:
-        ImagicError: as :func:`out_of_memory_error`, in place of whatever the device raised.
+        OutOfMemory: memory ran out. Other exceptions pass unchanged.
     """
     try:
         yield
@@ -35,13 +41,12 @@ def explain_out_of_memory(
 
 
 def assumed_from(runtime: Any) -> Assumed:
-    """What a plan takes for granted, from what a runtime has decided."""
-    names = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
-    return Assumed(runtime.device.type, names[str(runtime.dtype)], runtime.optimizer)
+    """Device, precision and optimizer of a :class:`~imagic_lora.core.runtime.Runtime`, for a plan."""
+    return Assumed(runtime.device.type, _DTYPE_NAMES[str(runtime.dtype)], runtime.optimizer)
 
 
 def available_memory(device: Any) -> int:
-    """Bytes that PyTorch holds on a card or could still get there; what is free in host memory."""
+    """Bytes that PyTorch can use on a ``torch.device``: reserved and free memory of a card, free host memory of a CPU."""
     from ..core.runtime import free_memory
 
     if device.type == "cuda":

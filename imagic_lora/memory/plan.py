@@ -1,4 +1,4 @@
-"""The peak of a run before it starts: how much memory every stage takes, and what for. No torch here: it answers at once."""
+"""Predicts the peak memory of every stage of a run. No torch here: the prediction takes milliseconds."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from .symbolic.tape import Tape
 from .symbolic.unet import UNet
 from .symbolic.vae import vae_forward
 
-_WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
-_CONTEXT = 500 * 2**20  # what a CUDA context and its libraries' kernels take, before any tensor
-_LIBRARIES = 700 * 2**20  # of Python, PyTorch and diffusers in host memory
-_FRAGMENTATION = 0.05  # of all but the weights, which are laid out once
-_ROUNDING = 8  # bytes an element: bf16 weights are stepped and rounded on fp32 copies of weight and gradient
+_ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_CUDA_CONTEXT = 500 * 2**20  # bytes of a CUDA context and the kernels of its libraries, before any tensor exists
+_LIBRARIES = 700 * 2**20  # bytes of Python, PyTorch and diffusers in host memory
+_FRAGMENTATION = 0.05  # of everything but the weights, which are allocated once
+_ROUNDING = 8  # bytes an element: stochastic rounding updates bf16 weights on fp32 copies of weight and gradient
+_ADAM_STATES = 8  # bytes an element: two fp32 moments
+_LORA_ITEMSIZE = 4  # LoRA weights are fp32
+_STORED_EMBEDDINGS = 3  # target, optimised, unconditional; each stored in fp32
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What ``auto`` is taken for where nobody asked a device.
+    """The values that a plan uses for settings that are ``auto``.
 
     Args:
+        device: ``cuda`` or ``cpu``.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         optimizer: ``adam8bit`` or ``adam``.
     """
@@ -37,11 +41,14 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes at the worst moment of a stage, and what holds them.
+    """Bytes at the peak of a stage, by what holds them.
 
     Args:
-        gradients: of weights; with the optimiser inside the backward pass none are held, and the one at hand is among the activations.
-        activations: and all else that comes and goes.
+        weights: of all models that are in memory during the stage.
+        gradients: of weights. 0 where the optimizer steps inside the backward pass; the one gradient that exists at a time is then part of
+            the activations.
+        optimizer: states of the optimizer.
+        activations: all other tensors, which are allocated and freed during the stage.
     """
 
     weights: int
@@ -51,23 +58,26 @@ class Peak:
 
     @property
     def total(self) -> int:
-        """All of it, without allowances."""
+        """The sum, without allowances."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
     @property
     def fragmentation(self) -> int:
-        """The stated allowance for what the allocator cannot use."""
+        """Allowance for memory that the allocator reserves and cannot use, in bytes."""
         return int(_FRAGMENTATION * (self.total - self.weights))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take.
+    """The predicted memory and disk space of a run.
 
     Args:
-        context: allowance for the CUDA context; on a CPU for the libraries.
-        host: bytes of host memory at the most.
-        adapter, checkpoint: bytes on the disk: what is kept, and all that a resumed run would need.
+        assumed: device, precision and optimizer that the plan is for.
+        stages: the peak of every stage, by name.
+        context: allowance for the CUDA context; on a CPU for Python and its libraries. In bytes.
+        host: peak of the host memory, in bytes.
+        adapter: bytes of the adapter on disk.
+        checkpoint: bytes of a checkpoint on disk, from which a run can resume.
     """
 
     assumed: Assumed
@@ -79,24 +89,24 @@ class Plan:
 
     @property
     def worst(self) -> str:
-        """The stage with the highest peak."""
+        """The name of the stage with the highest peak."""
         return max(self.stages, key=self.needs)
 
     def needs(self, stage: str) -> int:
-        """Bytes that a stage takes, allowances and all."""
+        """Bytes that a stage needs, allowances included."""
         return self.stages[stage].total + self.stages[stage].fragmentation + self.context
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes that the whole run takes."""
+        """Bytes that the whole run needs, allowances included."""
         return self.needs(self.worst)
 
     def fits(self, preset: str) -> bool:
-        """Whether it fits the size of card that a preset is for, if it is for one."""
+        """Whether the run fits the card size in a preset's name; True for a preset that is not named after a card size."""
         return not preset.endswith("gb") or self.peak_bytes <= int(preset.removesuffix("gb")) * 2**30
 
     def to_json(self) -> dict[str, Any]:
-        """For ``plan --json``."""
+        """The object that ``plan --json`` prints."""
         stages = {
             name: {**asdict(peak), "fragmentation": peak.fragmentation, "context": self.context, "peak_bytes": self.needs(name)}
             for name, peak in self.stages.items()
@@ -106,132 +116,171 @@ class Plan:
 
 
 def assume(run: RunConfig, device: Literal["cuda", "cpu"] | None = None) -> Assumed:
-    """What ``auto`` is taken for: a card with bf16, unless the run says otherwise."""
+    """Replaces every ``auto`` of a run without looking at the machine.
+
+    Args:
+        run: explicit settings are kept.
+        device: None for the device of the run, where ``auto`` counts as a card with bf16.
+    """
     memory = run.memory
-    where = device or ("cpu" if memory.device == "cpu" else "cuda")
-    dtype = memory.dtype if memory.dtype != "auto" else ("bf16" if where == "cuda" else "fp32")
-    optimizer = memory.optimizer if memory.optimizer != "auto" else ("adam8bit" if where == "cuda" else "adam")
-    return Assumed(where, dtype, optimizer)
+    chosen = device or ("cpu" if memory.device == "cpu" else "cuda")
+    dtype = memory.dtype if memory.dtype != "auto" else ("bf16" if chosen == "cuda" else "fp32")
+    optimizer = memory.optimizer if memory.optimizer != "auto" else ("adam8bit" if chosen == "cuda" else "adam")
+    return Assumed(chosen, dtype, optimizer)
 
 
-def passes(architecture: Architecture, run: RunConfig) -> int:
-    """Passes through the denoiser for a step of the sampler: two where it is guided by an unconditional one."""
+def passes_per_step(architecture: Architecture, run: RunConfig) -> int:
+    """Number of passes through the denoiser for one sampling step: 2 with classifier-free guidance, 1 without."""
     return 2 if run.edit.guidance_scale > 1 and not architecture.embeds_guidance else 1
 
 
-def comes_later(run: RunConfig, assumed: Assumed) -> bool:
-    """Whether the denoiser is still in host memory while photo and sentence are encoded; one in 4 bits is made on the card."""
+def denoiser_waits_in_host_memory(run: RunConfig, assumed: Assumed) -> bool:
+    """Whether the denoiser stays in host memory while photo and prompt are encoded; a 4-bit denoiser is quantized on the card at once."""
     return assumed.device == "cuda" and run.memory.idle != "keep" and run.memory.quantize == "none"
 
 
 def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None = None) -> Plan:
-    """The analytic plan, from a drawing of the models in sizes alone.
+    """Predicts the memory of a run from symbolic forward and backward passes of its models.
+
+    Args:
+        architecture: configs of the base's components.
+        run: settings of the run.
+        assumed: None for :func:`assume` of the run.
 
     Raises:
-        NotDrawn: the U-Net has parts that cannot be drawn.
+        NotPlanned: the U-Net has parts that :mod:`imagic_lora.memory.symbolic.unet` does not model.
     """
-    assumed = assumed or assume(run)
-    writer = _Planner(architecture, run, assumed)
-    return writer.plan(writer.stages())
+    planner = _Planner(architecture, run, assumed or assume(run))
+    return planner.plan(planner.stages())
 
 
-def with_stages(architecture: Architecture, run: RunConfig, assumed: Assumed, stages: dict[str, Peak]) -> Plan:
-    """A plan of these peaks, with what does not depend on how they were found."""
+def plan_from_peaks(architecture: Architecture, run: RunConfig, assumed: Assumed, stages: dict[str, Peak]) -> Plan:
+    """A plan with given peaks; host memory and sizes on disk are predicted.
+
+    Args:
+        architecture: configs of the base's components.
+        run: settings of the run.
+        assumed: device, precision and optimizer that the peaks are for.
+        stages: the peak of every stage, by name.
+
+    Raises:
+        NotPlanned: as :func:`predict`.
+    """
     return _Planner(architecture, run, assumed).plan(stages)
 
 
 class _Planner:
-    """Draws each stage of a run."""
+    """Predicts the peak of each stage of a run."""
 
     def __init__(self, architecture: Architecture, run: RunConfig, assumed: Assumed) -> None:
         self.architecture, self.run, self.assumed = architecture, run, assumed
         self.full = run.tune.mode == "full"
-        self.width = _WIDTHS[assumed.dtype]
+        self.itemsize = _ITEMSIZES[assumed.dtype]
         self.pixels = (run.resolution or architecture.resolution) ** 2
         self.unet = self._denoiser_pass(tuned=True)[0]
-        vae = self._vae(decode=True)[0], self._vae(decode=False)[0]
-        self.vae = vae[0] + vae[1]
+        self.vae = self._vae_pass(decode=True)[0] + self._vae_pass(decode=False)[0]
         texts = architecture.text_encoders.items()
-        self.helpers = self.vae + self.width * sum(text_parameters(config, part == "text_encoder_2") for part, config in texts)
-        eight = assumed.optimizer == "adam8bit"
+        self.encoders = self.vae + self.itemsize * sum(text_parameters(config, name == "text_encoder_2") for name, config in texts)
         trained = self.unet.parameters if self.full else self.unet.lora
-        self.states = (self.unet.states if self.full else self.unet.lora_states) if eight else 8 * trained
+        states_8bit = self.unet.states if self.full else self.unet.lora_states
+        self.states = states_8bit if assumed.optimizer == "adam8bit" else _ADAM_STATES * trained
 
     def plan(self, stages: dict[str, Peak]) -> Plan:
-        """The plan of these peaks."""
-        embeddings = 3 * 4 * sum(prod(shape) for shape in self.architecture.conditioning.values())
-        kept = 2 * self.unet.parameters if self.full else 4 * self.unet.lora
-        trained = self.unet.bytes if self.full else 4 * self.unet.lora
+        """The plan with these peaks."""
+        embeddings = _STORED_EMBEDDINGS * 4 * sum(prod(shape) for shape in self.architecture.conditioning.values())
+        lora = _LORA_ITEMSIZE * self.unet.lora
+        stored = 2 * self.unet.parameters if self.full else lora  # a full adapter is stored in half precision
+        trained = self.unet.bytes if self.full else lora
         cuda = self.assumed.device == "cuda"
         return Plan(
             self.assumed,
             stages,
-            context=_CONTEXT if cuda else _LIBRARIES,
-            host=_LIBRARIES + (self.unet.bytes + self.helpers if cuda else max(peak.total for peak in stages.values())),
-            adapter=kept + embeddings,
+            context=_CUDA_CONTEXT if cuda else _LIBRARIES,
+            host=_LIBRARIES + (self.unet.bytes + self.encoders if cuda else max(peak.total for peak in stages.values())),
+            adapter=stored + embeddings,
             checkpoint=trained + self.states + embeddings,
         )
 
     def stages(self) -> dict[str, Peak]:
         """The peak of every stage."""
         run, unet = self.run, self.unet
-        around = unet.bytes + (self.helpers if run.memory.idle == "keep" else 0)
-        lora = 0 if self.full else 4 * unet.lora
-        pictures = around + lora + (0 if run.memory.idle == "keep" else self.vae)
-        batch = run.edit.batch_size * passes(self.architecture, run)
+        keeps_encoders = run.memory.idle == "keep"
+        training = unet.bytes + (self.encoders if keeps_encoders else 0)
+        lora = 0 if self.full else _LORA_ITEMSIZE * unet.lora
+        sampling = training + lora + (0 if keeps_encoders else self.vae)
+        encoding = self.encoders + (0 if denoiser_waits_in_host_memory(run, self.assumed) else unet.bytes)
+        batch = run.edit.batch_size * passes_per_step(self.architecture, run)
         return {
-            "encode": Peak(self.helpers + (0 if comes_later(run, self.assumed) else unet.bytes), 0, 0, self._vae(decode=False)[1]),
-            "embed": Peak(around, 0, 0, self._denoiser_pass(batch=run.embed.batch_size, trains="embed")[1]),
-            "tune": self._tune(around + lora),
-            "sample": Peak(pictures, 0, 0, self._denoiser_pass(tuned=True, batch=batch)[1]),
-            "decode": Peak(pictures, 0, 0, self._vae(decode=True, pictures=run.edit.batch_size)[1]),
+            "encode": Peak(encoding, 0, 0, self._vae_pass(decode=False)[1]),
+            "embed": Peak(training, 0, 0, self._denoiser_pass(batch=run.embed.batch_size, trains="embed")[1]),
+            "tune": self._tune(training + lora),
+            "sample": Peak(sampling, 0, 0, self._denoiser_pass(tuned=True, batch=batch)[1]),
+            "decode": Peak(sampling, 0, 0, self._vae_pass(decode=True, images=run.edit.batch_size)[1]),
         }
 
     def _tune(self, weights: int) -> Peak:
-        inside = self.run.memory.optimizer_in_backward
-        moving = self._denoiser_pass(tuned=True, batch=self.run.tune.batch_size, trains="tune")[1]
-        gradients = 0 if inside else (self.unet.bytes if self.full else 4 * self.unet.lora)
-        return Peak(weights, gradients, self.states, max(moving, gradients) - gradients)
+        held = self._denoiser_pass(tuned=True, batch=self.run.tune.batch_size, trains="tune")[1]
+        gradients = self.unet.bytes if self.full else _LORA_ITEMSIZE * self.unet.lora
+        if self.run.memory.optimizer_in_backward:
+            gradients = 0
+        return Peak(weights, gradients, self.states, max(held, gradients) - gradients)
 
     def _denoiser_pass(self, tuned: bool = False, batch: int = 1, trains: Literal["embed", "tune"] | None = None) -> tuple[Layers, int]:
-        """The denoiser's layers, counted, and the most that one pass holds besides its weights.
+        """Runs the symbolic denoiser once.
 
         Args:
-            tuned: it carries LoRA layers, or is trained itself.
-            trains: what the backward pass is for; None for a pass without.
+            tuned: the denoiser has LoRA layers, or is trained itself.
+            batch: number of samples.
+            trains: the stage that the backward pass belongs to; None for a forward pass alone.
+
+        Returns:
+            The layers with their counts, and the peak in bytes of the pass without the weights.
         """
-        run, memory = self.run, self.run.memory
-        rounded = self.full and memory.master_weights == "bf16-stochastic"
+        memory = self.run.memory
+        stochastic = self.full and memory.master_weights == "bf16-stochastic"
         tape = Tape(
             gradients_on=trains is not None,
             frees_gradients=memory.optimizer_in_backward,
-            step_scratch=_ROUNDING if rounded and tuned else 0,
+            step_scratch=_ROUNDING if stochastic and tuned else 0,
         )
-        lora = tuned and not self.full
-        options = LayerOptions(
-            width=self.width,
-            weights=4 if self.full and not rounded else self.width,
+        options = self._layer_options(tuned, trains, stochastic)
+        # autocast caches the casts of trained weights alone
+        layers = Layers(tape, options, cache=[] if memory.autocast_cache and options.trained else None)
+        unet = UNet(self.architecture.unet, layers, memory.gradient_checkpointing and trains is not None)
+        tokens = self.architecture.conditioning["tokens"][1]
+        out = unet.forward(self.pixels // self.architecture.vae_scale_factor**2, batch, tokens, tokens_need_grad=trains == "embed")
+        # autocast clears its cache at the end of a forward pass; the backward pass of checkpointed blocks would count layers twice
+        counts, layers.cache = replace(layers, cache=None), None
+        if trains:
+            tape.backward(out)
+        return counts, tape.counter.peak
+
+    def _layer_options(self, tuned: bool, trains: Literal["embed", "tune"] | None, stochastic: bool) -> LayerOptions:
+        run, lora = self.run, tuned and not self.full
+        return LayerOptions(
+            itemsize=self.itemsize,
+            weight_itemsize=4 if self.full and not stochastic else self.itemsize,
             trained=self.full and trains == "tune",
             rank=run.tune.rank if lora else 0,
             targets=LORA_TARGETS[run.tune.targets] if lora else (),
-            four_bit=memory.quantize == "nf4",
-            wide_norms=self.assumed.device == "cuda",
+            four_bit=run.memory.quantize == "nf4",
+            fp32_norms=self.assumed.device == "cuda",
         )
-        layers = Layers(tape, options, cache=[] if memory.autocast_cache and options.trained else None)  # autocast keeps what is trained
-        unet = UNet(self.architecture.unet, layers, memory.gradient_checkpointing and trains is not None)
-        tokens = self.architecture.conditioning["tokens"][1]
-        out = unet.forward(self.pixels // self.architecture.factor**2, batch, tokens, tokens_need_grad=trains == "embed")
-        counted, layers.cache = replace(layers, cache=None), None  # autocast clears it at the end of a forward pass
-        if trains:
-            tape.backward(out)
-        return counted, tape.meter.peak
 
-    def _vae(self, decode: bool, pictures: int = 1) -> tuple[int, int]:
-        """Bytes of half the VAE, and the most that a pass through it holds."""
+    def _vae_pass(self, decode: bool, images: int = 1) -> tuple[int, int]:
+        """Runs the symbolic encoder or decoder of the VAE once.
+
+        Args:
+            decode: True for the decoder, False for the encoder.
+            images: number of images in the batch.
+
+        Returns:
+            Bytes of the weights, and the peak in bytes of the pass without them.
+        """
         memory, pixels = self.run.memory, self.pixels
         if memory.vae_tiling:
             pixels = min(pixels, self.architecture.vae["sample_size"] ** 2)
-        width = 4 if self.architecture.wide_vae and self.assumed.dtype == "fp16" else self.width
-        layers = Layers(Tape(gradients_on=False), LayerOptions(width, width))
-        vae_forward(self.architecture.vae, layers, pixels, 1 if memory.vae_slicing else pictures, decode)
-        return layers.bytes, layers.tape.meter.peak
+        itemsize = 4 if self.architecture.vae_overflows_fp16 and self.assumed.dtype == "fp16" else self.itemsize
+        layers = Layers(Tape(gradients_on=False), LayerOptions(itemsize, itemsize))
+        vae_forward(self.architecture.vae, layers, pixels, 1 if memory.vae_slicing else images, decode)
+        return layers.bytes, layers.tape.counter.peak

@@ -1,4 +1,4 @@
-"""Whether a run fits: the preset that does, a refusal before anything is loaded, and what to do where memory ran out."""
+"""Chooses the fastest preset that fits the free memory of this machine."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from .plan import Assumed, assume, predict
 from .symbolic.layers import NotPlanned
 
 STAGES = ("encode", "embed", "tune", "sample", "decode")
-_BY_COMFORT: tuple[Preset, ...] = ("24gb", "16gb", "12gb", "8gb")
-_SHARE = 0.9  # of the free memory that a plan may take
+_FASTEST_FIRST: tuple[Preset, ...] = ("24gb", "16gb", "12gb", "8gb")
+_SHARE = 0.9  # of the free memory that a plan may use
 
 
 def card_and_free_memory(device: str, index: int = 0) -> tuple[Assumed | None, int]:
-    """What a card here would be used with, and its free bytes; None and the free host memory where there is no card, or none is wanted.
+    """Looks for a card and its free memory.
 
     Args:
+        device: setting of the run: ``auto``, ``cuda`` or ``cpu``.
         index: of the card.
+
+    Returns:
+        What ``auto`` means on the card, and its free bytes. For ``cpu``, and on a machine without a card, None and the free host memory.
     """
     card = find_card(index) if device != "cpu" else None
     if card is None:
@@ -41,37 +45,41 @@ def choose_preset(
     levers: Levers = FIT_LEVERS,
     processes: tuple[int, int] = (1, 0),
 ) -> tuple[RunConfig, str]:
-    """The settings of a run; where its preset is ``auto``, those of the fastest preset whose plan fits nine tenths of the free memory.
+    """Resolves the settings of a run; preset ``auto`` becomes the fastest preset whose plan fits 90 percent of the free memory.
 
     Args:
-        base: gives the architecture, if it comes to that.
-        stages: that count.
-        levers: that the command has, for what it says if nothing fits.
-        processes: how many there are, and the index of this one's card; several cannot step inside the backward pass.
+        base: returns the configs of the base's components; called only if a plan is needed.
+        flags: settings from the command line.
+        file: settings from a YAML file.
+        recipe: settings that the base recommends.
+        stages: the stages that have to fit.
+        levers: memory levers of the command, for the error message.
+        processes: number of processes, and the index of this one's card. Several processes exclude presets with the optimizer inside the
+            backward pass.
 
     Returns:
-        The settings, their preset filled in, and why it was taken, for people.
+        The settings with their preset, and the reason for the preset as text.
 
     Raises:
-        ImagicError: not even the tightest preset fits; as :func:`~imagic_lora.core.config.resolve`.
+        ImagicError: no preset fits; or as :func:`~imagic_lora.core.settings.resolve`.
     """
     plain = resolve(flags, file, recipe)
     if plain.preset != "auto":
         return plain, "asked for"
     card, free = card_and_free_memory(plain.memory.device, processes[1])
     if card is None and plain.memory.device == "cuda":
-        raise ImagicError("--preset auto with --device cuda, but there is no CUDA device here", "a card to look at", "name a --preset")
+        raise ImagicError("--preset auto with --device cuda, but no CUDA device was found", "a CUDA device", "choose a --preset")
     if card is None:
         return resolve(flags, file, recipe, "cpu"), "asked for a CPU" if plain.memory.device == "cpu" else "no CUDA device found"
-    drawn, tightest = base(), None
-    for name in _BY_COMFORT:
+    architecture, tightest = base(), None
+    for name in _FASTEST_FIRST:
         run = resolve(flags, file, recipe, name)
         try:
-            plan = predict(drawn, run, assumed_for(run, card))
+            plan = predict(architecture, run, assumed_for(run, card))
         except NotPlanned as error:
-            return resolve(flags, file, recipe, "8gb"), f"the tightest, since {error.got} cannot be planned"
+            return resolve(flags, file, recipe, "8gb"), f"the lowest peak, since the memory of {error.got} cannot be predicted"
         stage = max(stages, key=plan.needs)
-        need = plan.needs(stage) - plan.context  # the context is there by now
+        need = plan.needs(stage) - plan.context  # the free memory was read with the context in place
         if processes[0] > 1 and run.memory.optimizer_in_backward:
             continue
         if need <= _SHARE * free:
@@ -79,26 +87,32 @@ def choose_preset(
         tightest = run, stage
     assert tightest is not None
     run, stage = tightest
-    raise out_of_memory_error(drawn, run, assumed_for(run, card), stage, free, levers=levers)
+    raise out_of_memory_error(architecture, run, assumed_for(run, card), stage, free, levers=levers)
 
 
-def choose_preset_for_edit(base: Callable[[], Architecture], made: RunConfig, given: Mapping[str, Any]) -> RunConfig:
-    """The settings that pictures are made with: the adapter's own for sampling, a preset and flags for the machine at hand.
+def choose_preset_for_edit(base: Callable[[], Architecture], adapter_run: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+    """Resolves the settings of an edit: sampling settings from the adapter, memory settings for this machine.
 
     Args:
-        made: the settings of the adapter.
-        given: ``edit``, ``memory`` and ``preset`` as asked for.
+        base: returns the configs of the base's components; called only if a plan is needed.
+        adapter_run: settings that the adapter was trained with.
+        given: explicit settings of the groups ``edit`` and ``memory``, and ``preset``; they override the adapter's.
 
     Raises:
-        ImagicError: as :func:`choose_runtime`.
+        ImagicError: as :func:`choose_preset`.
     """
-    recipe: Recipe = {"lora": {"resolution": made.resolution, "edit": made.edit.model_dump()}}
-    file = {"memory": {"quantize": made.memory.quantize}}
+    recipe: Recipe = {"lora": {"resolution": adapter_run.resolution, "edit": adapter_run.edit.model_dump()}}
+    file = {"memory": {"quantize": adapter_run.memory.quantize}}
     return choose_preset(base, given, file, recipe, ("encode", "sample", "decode"), EDIT_LEVERS)[0]
 
 
 def assumed_for(run: RunConfig, card: Assumed | None = None) -> Assumed:
-    """What a run's ``auto`` is planned as: on a card with bf16 where none is given."""
+    """Replaces every ``auto`` of a run by what it means on a card.
+
+    Args:
+        run: explicit settings are kept.
+        card: from :func:`card_and_free_memory`; None for :func:`~imagic_lora.memory.plan.assume`.
+    """
     if card is None:
         return assume(run)
     asked, memory = assume(run, card.device), run.memory

@@ -1,4 +1,4 @@
-"""Memory counted tensor by tensor, on any device and for fake tensors too."""
+"""Counts the bytes of all tensors while code runs, on any device and for fake tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_iter
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the bytes of every tensor storage that an operation returns while it is active, and takes them off when the storage goes.
+    """Counts every tensor storage that an operation returns while the mode is active, and subtracts it when it is freed.
 
-    A storage counts with the size that it had when it was first seen. What a kernel needs inside itself, the allocator's rounding and the
-    driver are not in it. Under ``FakeTensorMode``, entered before it, it counts a run that never happens.
+    A storage counts with the size at its first appearance. Not counted: workspace inside a kernel, rounding by the allocator, memory of the
+    driver. Entered after ``FakeTensorMode``, the mode counts tensors without values.
 
     Attributes:
         now: bytes held.
-        peak: the most bytes held since the start or :meth:`reset_peak`.
+        peak: the most bytes held since the start or the last :meth:`reset_peak`.
     """
 
     def __init__(self) -> None:
@@ -28,29 +28,29 @@ class Tracker(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def adopt(self, tensors: Iterable[Tensor]) -> None:
-        """Counts tensors that were there before."""
+        """Counts tensors that existed before the mode was active."""
         for tensor in tensors:
-            self._see(tensor)
+            self._add(tensor)
 
     def reset_peak(self) -> None:
-        """Starts the peak anew from what is held."""
+        """Sets the peak to the bytes that are held now."""
         self.peak = self.now
 
-    def _see(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        place, size = storage._cdata, storage.nbytes()
-        if place not in self._sizes:
-            self._sizes[place] = size
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._sizes:
+            self._sizes[key] = size
             self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, place)
+            weakref.finalize(storage, self._remove, key)
 
-    def _gone(self, place: int) -> None:
-        self.now -= self._sizes.pop(place)
+    def _remove(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor):
-                self._see(value)
+                self._add(value)
         return result

@@ -1,4 +1,4 @@
-"""What no method should be below, and what none can be above."""
+"""Reference rows of a benchmark: the unedited photo and the true edit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from .method import Context, Cost, EditRequest, EditResult, Method
 
 
 class Bounds(Method):
-    """``copy`` is the photo itself; ``oracle`` is the true edit, as far as the base's VAE can show it."""
+    """Yields the photo as row ``copy``, and the true edit, encoded and decoded by the VAE of the base, as row ``oracle``.
+
+    ``copy`` is the score of a method that changes nothing. ``oracle`` is the upper bound for methods that decode latents of the base.
+    """
 
     name = "bounds"
     rows = ("copy", "oracle")
@@ -17,7 +20,7 @@ class Bounds(Method):
     def __init__(self) -> None:
         self.settings = {}
 
-    def pictures(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+    def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         yield EditResult("copy", request.photo, Cost())
-        shown = context.base.decode(context.base.encode_image(to_pixels(request.truth)))
-        yield EditResult("oracle", to_image(shown[0]), Cost())
+        decoded = context.base.decode(context.base.encode_image(to_pixels(request.truth)))
+        yield EditResult("oracle", to_image(decoded[0]), Cost())

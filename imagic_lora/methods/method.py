@@ -1,4 +1,4 @@
-"""What a method of editing is to a benchmark: a photo, a sentence and a seed in, pictures and their price out."""
+"""The interface of a method: a photo, a target prompt and a seed in, edited images and their cost out."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from ..bases.base import Base
 
 @dataclass(frozen=True)
 class Cost:
-    """What a picture took.
+    """The cost of an edited image, training included.
 
     Args:
-        forward, backward: passes of one sample through the denoiser; guidance makes two of one.
-        seconds: of wall time.
-        adapter: bytes that are kept of the photo.
+        forward: number of forward passes of one sample through the denoiser. Classifier-free guidance takes two passes.
+        backward: number of backward passes of one sample through the denoiser.
+        seconds: wall-clock time in seconds.
+        adapter: size of the stored adapter in bytes; 0 without an adapter.
     """
 
     forward: int = 0
@@ -36,10 +37,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class EditResult:
-    """A picture that a method made.
+    """An edited image of a method.
 
     Args:
-        row: under which the picture is reported: a method may have several, at settings of its own.
+        row: name of the table row that reports the image. A method may have several rows, each with its own settings.
+        image: the edited image, RGB.
+        cost: the cost of the image.
     """
 
     row: str
@@ -49,28 +52,29 @@ class EditResult:
 
 @dataclass(frozen=True)
 class EditRequest:
-    """What a method is asked to do.
+    """The input of a method.
 
     Args:
-        photo: RGB.
-        text: what the edited photo shows.
-        seed: of all that is random.
-        truth: the true edit, which only a bound may look at.
+        photo: the source image, RGB.
+        target_prompt: prompt that describes the edited image.
+        seed: seed of every random number of the method.
+        truth: the true edit, RGB. Only :class:`~imagic_lora.methods.bounds.Bounds` may use it.
     """
 
     photo: Image.Image
-    text: str
+    target_prompt: str
     seed: int
     truth: Image.Image
 
 
 @dataclass(frozen=True)
 class Context:
-    """What all methods share.
+    """What all methods of a run share.
 
     Args:
-        base: loaded, frozen.
-        best: index of the best of several images for a target prompt and a photo, by a score that knows neither judge nor truth.
+        base: the loaded base, frozen.
+        best: returns the index of the best of several images for a target prompt and a photo. It uses neither the judge of the benchmark
+            nor the true edit.
     """
 
     base: Base
@@ -78,12 +82,12 @@ class Context:
 
 
 class Method(ABC):
-    """A way to edit.
+    """A method of editing a photo.
 
-    Args:
-        name: on the command line.
-        rows: under which its pictures are reported.
-        settings: all that its pictures depend on besides the task and the base, as JSON.
+    Attributes:
+        name: name of the method on the command line.
+        rows: names of the table rows that report its images.
+        settings: everything that its images depend on besides the request and the base, as JSON values.
     """
 
     name: str
@@ -91,25 +95,48 @@ class Method(ABC):
     settings: dict[str, Any]
 
     @abstractmethod
-    def pictures(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
-        """One picture for each row; the base is left as it was found."""
+    def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+        """Edits the photo of a request.
+
+        The base is bit-equal to its former state when the iterator ends, is closed, or raises.
+
+        Args:
+            context: what all methods of a run share.
+            request: the photo, the target prompt and the seed.
+
+        Yields:
+            One result for each row, in the order of :attr:`rows`.
+        """
 
 
 class CostMeter:
-    """Counts passes through a denoiser, and time, since it was made."""
+    """Counts the passes through a denoiser, and the time, since its construction."""
 
     def __init__(self) -> None:
         self.forward = self.backward = 0
         self.start = time.perf_counter()
 
     def cost(self, adapter: int = 0) -> Cost:
-        """What there was so far."""
+        """Returns the cost so far.
+
+        Args:
+            adapter: size of the stored adapter in bytes.
+        """
         return Cost(self.forward, self.backward, time.perf_counter() - self.start, adapter)
 
 
 @contextmanager
 def metered(base: Base) -> Iterator[CostMeter]:
-    """A meter on a base's denoiser: every sample of a batch counts, and counts once more where there will be a backward pass."""
+    """Counts the passes through the denoiser of a base inside a ``with`` block.
+
+    Every sample of a batch counts as one forward pass. Where gradients are enabled it also counts as one backward pass.
+
+    Args:
+        base: the base whose denoiser is counted.
+
+    Yields:
+        The meter.
+    """
     meter = CostMeter()
 
     def count(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,10 +1,10 @@
-"""Photos in, images out.
+"""Reading photos and writing images.
 
 May import: core. No diffusers. Must not know: models, adapters, commands.
 
-- ``reading.py``: a photo from anywhere, read right or refused, in bounded time and memory
-- ``colour.py``: its colours to 8-bit sRGB on white
-- ``canvas.py``: the photo scaled and padded for a model, as a tensor in [-1, 1]; and back
-- ``png.py``: PNG files that hold how they were made
-- ``sheet.py``: labelled images in rows
+- ``reading.py``: reading a photo of any format, in bounded time and memory, or rejecting it
+- ``colour.py``: conversion to 8-bit sRGB on a white background
+- ``canvas.py``: scaling and padding a photo to a tensor in [-1, 1] for a model, and the inverse
+- ``png.py``: PNG files with metadata
+- ``sheet.py``: sheets of labelled images
 """

@@ -14,12 +14,12 @@ METADATA_KEY = "imagic-lora"
 
 
 def write_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Writes :func:`png` into a file."""
+    """Writes an image and its metadata to a PNG file, see :func:`png`."""
     path.write_bytes(png(image, metadata))
 
 
 def png(image: Image.Image, metadata: Mapping[str, Any]) -> bytes:
-    """A PNG that says how it was made, as JSON in its text chunk ``imagic-lora``."""
+    """Encodes an image as PNG, with the metadata as JSON in the text chunk ``imagic-lora``."""
     info, file = PngImagePlugin.PngInfo(), io.BytesIO()
     info.add_text(METADATA_KEY, json.dumps(metadata, sort_keys=True))
     image.save(file, "PNG", pnginfo=info)

@@ -1,10 +1,10 @@
-"""Stage 3: conditioning and denoiser to images.
+"""Stage 3: generates images from conditionings with the tuned denoiser.
 
 May import: core, photos, bases, memory, adapters. Must not know: training, methods, commands.
 
-- ``generate.py``: images from conditionings and seeds, in batches
-- ``inversion.py``: the noise that gives the photo back: DDIM inversion, edit-friendly inversion
-- ``pipelines.py``: calls of diffusers' pipelines
-- ``checks.py``: what is checked before anything is sampled
-- ``editor.py``: one base in memory, many adapters
+- ``generate.py``: generates images from conditionings and seeds, in batches
+- ``inversion.py``: computes the noise that reproduces the photo: DDIM inversion, edit-friendly inversion
+- ``pipelines.py``: prepares and calls diffusers pipelines
+- ``checks.py``: checks prompts and settings before sampling
+- ``editor.py``: the Editor, which keeps one base loaded and switches adapters
 """

@@ -1,4 +1,4 @@
-"""What is checked before anything is sampled."""
+"""Checks of prompts and settings before sampling starts."""
 
 from __future__ import annotations
 
@@ -10,35 +10,49 @@ from ..core.errors import ImagicError
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises ImagicError for a prompt of nothing but spaces."""
+    """Raises ImagicError if a prompt is empty or consists of whitespace."""
     if not prompt.strip():
-        raise ImagicError("an empty prompt", "a sentence that says what the edited photo shows", 'for example "a dog jumping"')
+        raise ImagicError("an empty prompt", "a prompt that describes the edited photo", 'for example "a dog jumping"')
 
 
 def check_strength(config: EditConfig) -> None:
-    """Raises ImagicError if the strength leaves the sampler less than one of its steps to take from the image."""
+    """Raises ImagicError if ``start="image"`` and the strength leave less than one sampling step."""
     if config.start == "image" and int(config.steps * config.strength) < 1:
-        got = f"strength {config.strength:g} of {config.steps} steps"
-        raise ImagicError(got, "at least one step: strength times steps is 1 or more", "raise one of them")
+        got = f"strength {config.strength:g} with {config.steps} steps"
+        raise ImagicError(got, "strength * steps of at least 1", "increase the strength or the number of steps")
 
 
 def check_scheduler_steps(base: Base, config: EditConfig) -> None:
-    """Raises ImagicError if the base's sampler cannot take so many steps."""
-    sampler = base.scheduler()
+    """Raises ImagicError if the scheduler of the base does not support the number of sampling steps."""
+    scheduler = base.scheduler()
     try:
-        sampler.set_timesteps(config.steps)
+        scheduler.set_timesteps(config.steps)
     except ValueError as error:
-        got = f"{config.steps} steps of a sampler of kind {type(sampler).__name__} ({next(iter(str(error).splitlines()), '')[:200]})"
-        raise ImagicError(got, "as many as it has", "use other --steps") from error
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        got = f"{config.steps} steps with scheduler {type(scheduler).__name__} ({reason})"
+        raise ImagicError(got, "a number of steps that the scheduler supports", "use another number of steps") from error
 
 
 def check_edit(etas: Sequence[float], seeds: Sequence[int], config: EditConfig, prompt: str) -> None:
-    """Raises ImagicError for an eta outside [0, 2], an empty prompt, settings that leave the sampler no step, or seeds without a use."""
+    """Checks the arguments of an edit.
+
+    Args:
+        etas: interpolation weights, each in [0, 2].
+        seeds: seeds of the starting noise.
+        config: settings of the sampling.
+        prompt: the target prompt.
+
+    Raises:
+        ImagicError: an eta is out of range, the prompt is empty, the strength leaves no sampling step, or several seeds would give the
+            same image.
+    """
     for eta in etas:
         if not 0 <= eta <= 2:
-            raise ImagicError(f"eta {eta:g}", "0 (the photo) to 1 (the text), at most 2", "choose another --eta")
+            raise ImagicError(f"eta {eta:g}", "0 (the photo) to 1 (the target prompt), at most 2", "change --eta")
     if len(seeds) > 1 and config.start == "inverted" and not config.ddim_eta:
         got = f"{len(seeds)} seeds with start inverted"
-        raise ImagicError(got, "one: the noise is the photo's own", "use --start noise for several, or add --ddim-eta")
+        raise ImagicError(
+            got, "one seed, because the starting noise is computed from the photo", "use --start noise for several seeds, or add --ddim-eta"
+        )
     check_prompt(prompt)
     check_strength(config)

@@ -1,4 +1,4 @@
-"""One base in memory, many adapters swapped in and out of it."""
+"""Edits with many adapters on one loaded base."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..photos.canvas import Canvas
 from .checks import check_edit, check_scheduler_steps
 from .generate import generate
 
-CACHED = 8  # adapters that are kept in memory; full weights are not
+CACHED = 8  # maximum number of cached adapters; full weights stay on disk
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A picture and what made it."""
+    """An edited image and the eta and seed that produced it."""
 
     eta: float
     seed: int
@@ -36,7 +36,13 @@ class Edit:
 
 @dataclass(frozen=True)
 class _CachedAdapter:
-    """What of an adapter is kept in memory; ``layers`` is None where it has full weights."""
+    """The cached content of an adapter.
+
+    Args:
+        layers: the LoRA layers in host memory, or None for an adapter with full weights.
+        canvas: the photo that the adapter was trained on.
+        embeddings: ``target``, ``optimised`` and, if the base has one, ``null``.
+    """
 
     adapter: Adapter
     layers: LoraLayers | None
@@ -45,30 +51,31 @@ class _CachedAdapter:
 
 
 class Editor:
-    """Keeps a base loaded and edits with any adapter that belongs to it.
+    """Keeps a base loaded and edits with any adapter that was trained on it.
 
-    The last adapter stays in; another takes its place when it is needed. Those used last are kept in memory, each as its record tells of
-    it. Threads may share an editor, and edits may be interleaved: every batch of pictures is made with its own adapter in, and no other at
-    work. :meth:`close` gives the base back bit-equal to before; until then nothing else may change it.
+    The last adapter stays loaded until another one is needed. The :data:`CACHED` most recently used adapters are cached in memory,
+    identified by folder and record. Threads can share an editor, and edits can be interleaved: a lock ensures that every batch of images
+    is generated with its own adapter loaded. :meth:`close` restores the base bit for bit; until then nothing else may change it.
 
     Args:
-        force: adapters of other bases of the same shapes are used, too.
+        base: the loaded base.
+        force: also accepts adapters of other bases with the same shapes.
     """
 
     def __init__(self, base: Base, force: bool = False) -> None:
         self.base, self.force = base, force
         self._lock = Lock()
-        self._cached: dict[tuple[Path, str], _CachedAdapter] = {}  # the one used last comes last
+        self._cached: dict[tuple[Path, str], _CachedAdapter] = {}  # ordered by last use, most recent last
         self._stack = ExitStack()
         self._loaded: _CachedAdapter | None = None
         self._base_weights: Weights | None = None
 
     def load(self, adapter: Adapter) -> None:
-        """Puts an adapter's weights into the base.
+        """Loads an adapter into the base.
 
         Raises:
-            ImagicError: as :meth:`~imagic_lora.adapters.adapter.Adapter.worn_by`, or another adapter has taken its place on the disk. The
-                adapter before is still in where a record, a header or LoRA layers told.
+            ImagicError: as :func:`~imagic_lora.adapters.contents.applied`, or the folder now holds another adapter. The previous adapter
+                stays loaded, except after an error in full weights: then no adapter is loaded.
         """
         with self._lock:
             self._load(self._read(adapter))
@@ -76,15 +83,20 @@ class Editor:
     def edit(
         self, adapter: Adapter, etas: Sequence[float], seeds: Sequence[int], config: EditConfig, prompt: str | None = None
     ) -> Iterator[Edit]:
-        """Pictures for every eta and seed, in that order, as batches are done.
+        """Generates an edit for every eta and, for each eta, every seed: ``e_eta = eta * e_tgt + (1 - eta) * e_opt``.
 
         Args:
-            etas: each in [0, 2]; 0 is the photo, 1 the target text.
-            seeds: of the starting noise.
-            prompt: another target text than the adapter's own.
+            adapter: the adapter to edit with.
+            etas: interpolation weights, each in [0, 2]; 0 is the photo, 1 the target prompt.
+            seeds: seeds of the starting noise.
+            config: settings of the sampling.
+            prompt: a target prompt that replaces the one of the adapter.
+
+        Yields:
+            The edits in order, after each batch.
 
         Raises:
-            ImagicError: an eta out of range, as :meth:`load`, a picture holds NaN.
+            ImagicError: as :func:`check_edit`, :meth:`load` and :func:`generate`.
         """
         check_edit(etas, seeds, config, adapter.record.prompt if prompt is None else prompt)
         pairs = list(product(etas, seeds))
@@ -95,25 +107,25 @@ class Editor:
             stored = {name: value.to(device) for name, value in cached.embeddings.items()}
             target = stored["target"] if prompt is None else replace(self.base.encode_prompt(prompt), extra=stored["target"].extra)
             self.base.offload_encoders()
-        mixes = [interpolate(target, stored["optimised"], eta) for eta, _ in pairs]
-        of_photo = source_conditionings(target, stored["optimised"], [eta for eta, _ in pairs], config.source_eta)
-        pictures = generate(self.base, mixes, [seed for _, seed in pairs], config, cached.canvas, stored.get("null"), of_photo)
+        conditionings = [interpolate(target, stored["optimised"], eta) for eta, _ in pairs]
+        sources = source_conditionings(target, stored["optimised"], [eta for eta, _ in pairs], config.source_eta)
+        images = generate(self.base, conditionings, [seed for _, seed in pairs], config, cached.canvas, stored.get("null"), sources)
         for start in range(0, len(pairs), config.batch_size):
             batch = pairs[start : start + config.batch_size]
-            with self._lock:  # never while it yields: the caller may go on with another edit, or never come back
+            with self._lock:  # not held across a yield: the caller may continue with another edit, or never resume this one
                 self._load(cached)
-                made = list(islice(pictures, len(batch)))
-            yield from (Edit(eta, seed, picture) for (eta, seed), picture in zip(batch, made, strict=True))
+                batch_images = list(islice(images, len(batch)))
+            yield from (Edit(eta, seed, image) for (eta, seed), image in zip(batch, batch_images, strict=True))
 
     def close(self) -> None:
-        """Takes the adapter out: the base is bit-equal to before."""
+        """Unloads the adapter; the base is then bit-equal to before."""
         with self._lock:
             self._loaded = self._base_weights = None
             self._stack.close()
 
     def _read(self, adapter: Adapter) -> _CachedAdapter:
-        """What is kept of an adapter, read if it is not there."""
-        key = adapter.folder, adapter.record.model_dump_json()  # which has the hash of every file
+        """Returns the cached content of an adapter, and reads it from disk if it is not cached."""
+        key = adapter.folder, adapter.record.model_dump_json()  # the record holds the hash of every file
         cached = self._cached.pop(key, None)
         if cached is None:
             cached = _CachedAdapter(adapter, read_layers(adapter, self.base, self.force), read_canvas(adapter), read_embeddings(adapter))
@@ -124,7 +136,7 @@ class Editor:
         return cached
 
     def _load(self, cached: _CachedAdapter) -> None:
-        """The same adapter is left in; LoRA layers take the place of those with equal targets; else what is in goes first."""
+        """Loads a cached adapter: swaps LoRA layers with equal targets in place, otherwise unloads the previous adapter first."""
         if cached is self._loaded:
             return
         self._loaded = None

@@ -1,4 +1,4 @@
-"""Stage 3: conditioning and denoiser to pictures, through diffusers' own pipelines."""
+"""Stage 3: generates images from conditionings and seeds through diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -31,49 +31,60 @@ def generate(
     null: Conditioning | None,
     sources: Sequence[Conditioning],
 ) -> Iterator[Image.Image]:
-    """One picture for each pair of conditioning and seed, in batches.
+    """Generates one image for each pair of conditioning and seed, in batches.
 
     Args:
-        conditionings, seeds: of equal length; the noise of a picture depends on its seed alone.
-        canvas: the photo as it was trained on; gives the size, and the start with ``start="image"`` or ``"inverted"``.
-        null: the unconditional conditioning; None, or a guidance scale of 1 or less, means no guidance.
-        sources: for each picture the conditioning that stands for the photo, under which it is inverted with ``start="inverted"``; the
-            noise is found once for each of these objects and seed.
+        base: the base with the adapter applied.
+        conditionings: the conditioning ``e_eta`` of each image.
+        seeds: the seed of each image, as many as conditionings; the noise of an image depends only on its seed.
+        config: settings of the sampling.
+        canvas: the photo that the adapter was trained on; it gives the image size, and the start for ``start="image"`` or ``"inverted"``.
+        null: unconditional conditioning; None, or a guidance scale of 1 or less, turns guidance off.
+        sources: the conditioning of the photo for each image, used to invert it with ``start="inverted"``; the inversion runs once for
+            each pair of seed and conditioning object.
 
     Yields:
-        Pictures at the photo's own size, in order, as batches are done.
+        Images at the size of the photo, in order, after each batch.
 
     Raises:
-        ImagicError: as :func:`check_strength`; a sampler that cannot take ``ddim_eta``; a picture
-            holds NaN.
+        ImagicError: the strength leaves no sampling step, the scheduler does not support ``ddim_eta``, or an image holds NaN.
     """
     check_strength(config)
-    of_photo = None
+    inversion = None
     if config.start == "inverted":
         clean = base.encode_image(canvas.pixels)
-        of_photo = cache(partial(record_noise if config.ddim_eta else invert, base, canvas, clean, config))
+        inversion = cache(partial(record_noise if config.ddim_eta else invert, base, canvas, clean, config))
     for start in range(0, len(seeds), config.batch_size):
-        part = slice(start, start + config.batch_size)
-        noise = [of_photo(*each) for each in zip(sources[part], seeds[part], strict=True)] if of_photo else None
-        pixels = _batch(base, concatenate(list(conditionings[part])), list(seeds[part]), config, canvas, null, noise)
+        batch = slice(start, start + config.batch_size)
+        noise = [inversion(source, seed) for source, seed in zip(sources[batch], seeds[batch], strict=True)] if inversion else None
+        pixels = _generate_batch(base, concatenate(list(conditionings[batch])), list(seeds[batch]), config, canvas, null, noise)
         if pixels.isnan().any():
-            raise ImagicError("a generated picture holds NaN", "numbers", "try --dtype fp32 or bf16")
-        yield from (canvas.restored(to_image(one)) for one in pixels * 2 - 1)
+            raise ImagicError("a generated image holds NaN", "finite numbers", "try --dtype fp32 or bf16")
+        yield from (canvas.restored(to_image(image)) for image in pixels * 2 - 1)
 
 
-def _batch(
+def _generate_batch(
     base: Base,
-    text: Conditioning,
+    conditioning: Conditioning,
     seeds: list[int],
     config: EditConfig,
     canvas: Canvas,
     null: Conditioning | None,
     noise: list[tuple[Tensor, ...]] | None,
 ) -> Tensor:
-    """Pixels in [0, 1], ``[B, 3, H, W]``; from noise of the photo where there is some, for each picture as of :func:`record_noise`."""
+    """Generates one batch of images.
+
+    Args:
+        conditioning: the conditioning of the batch, ``[B, ...]``.
+        seeds: the seed of each image.
+        noise: for each image the noise from :func:`invert` or :func:`record_noise`; None for any other start.
+
+    Returns:
+        Pixels in [0, 1], ``[B, 3, H, W]``.
+    """
     batch = len(seeds)
     guided = null is not None and config.guidance_scale > 1
-    arguments: dict[str, Any] = conditioning_kwargs(base, text, null.expand(batch) if null is not None and guided else None) | {
+    arguments: dict[str, Any] = conditioning_kwargs(base, conditioning, null.expand(batch) if null is not None and guided else None) | {
         "guidance_scale": pipeline_guidance(base, config, guided),
         "num_inference_steps": config.steps,
         "eta": config.ddim_eta,
@@ -83,16 +94,16 @@ def _batch(
         pipe = base.pipeline("image2image")
         if base.architecture.vae["latent_channels"] == 4:
             image = base.encode_image(canvas.pixels).to(base.runtime.dtype)
-        else:  # pipelines know latents by their 4 channels; what has others they encode themselves
+        else:  # pipelines recognise latents by their 4 channels, and encode any other input
             image = canvas.pixels / 2 + 0.5
         arguments |= {"image": image.expand(batch, -1, -1, -1), "strength": config.strength}
     else:
-        pipe, start = base.pipeline("text2image"), None
+        pipe, start_latents = base.pipeline("text2image"), None
         if noise is not None:
             pipe = pipeline_with_scheduler(base, NoiseReplayer if config.ddim_eta else DDIMScheduler)
-            start, *pipe.scheduler.added = (torch.cat(each) for each in zip(*noise, strict=True))
-        arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3], "latents": start}
+            start_latents, *pipe.scheduler.added = (torch.cat(parts) for parts in zip(*noise, strict=True))
+        arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3], "latents": start_latents}
     if config.ddim_eta and "eta" not in inspect.signature(pipe.scheduler.step).parameters:  # pyright: ignore[reportAttributeAccessIssue]
-        got = f"ddim_eta {config.ddim_eta:g} with a sampler of kind {type(pipe.scheduler).__name__}"  # pyright: ignore[reportAttributeAccessIssue]
-        raise ImagicError(got, "one that has it, as DDIM does", "leave ddim_eta at 0")
+        got = f"ddim_eta {config.ddim_eta:g} with scheduler {type(pipe.scheduler).__name__}"  # pyright: ignore[reportAttributeAccessIssue]
+        raise ImagicError(got, "a scheduler with an eta parameter, such as DDIMScheduler", "set ddim_eta to 0")
     return (base.decode(sample_latents(base, pipe, arguments)) / 2 + 0.5).clamp(0, 1)

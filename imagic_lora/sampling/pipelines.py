@@ -1,4 +1,4 @@
-"""Calls of diffusers' pipelines."""
+"""Prepares and calls diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from ..core.config import EditConfig
 
 
 def pipeline_guidance(base: Base, config: EditConfig, guided: bool) -> float:
-    """The guidance scale that a pipeline is told: an input of some denoisers, else 1 for none."""
+    """Returns the guidance scale for a pipeline call; 1 turns guidance off, unless the denoiser takes the scale as an input."""
     return config.guidance_scale if guided or base.architecture.embeds_guidance else 1.0
 
 
-def pipeline_with_scheduler(base: Base, sampler: Any) -> Any:
-    """The text-to-image pipeline with another sampler than the base declares, on the same schedule."""
+def pipeline_with_scheduler(base: Base, scheduler_class: Any) -> Any:
+    """Returns the text-to-image pipeline with a scheduler of another class, built from the configuration of the base's scheduler."""
     pipe: Any = base.pipeline("text2image")
-    pipe.scheduler = sampler.from_config(pipe.scheduler.config)
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
     return pipe
 
 
-def conditioning_kwargs(base: Base, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+def conditioning_kwargs(base: Base, conditioning: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+    """Returns the pipeline kwargs of a conditioning and of the unconditional one (None without guidance), on device in the base's dtype."""
     device, dtype = base.runtime.device, base.runtime.dtype
-    return base.pipeline_kwargs(text.to(device, dtype), None if null is None else null.to(device, dtype))
+    return base.pipeline_kwargs(conditioning.to(device, dtype), None if null is None else null.to(device, dtype))
 
 
 def sample_latents(base: Base, pipe: Any, arguments: dict[str, Any]) -> Tensor:
-    """What a pipeline comes to, before it is decoded."""
+    """Calls a pipeline and returns its latents before decoding, ``[B, C, h, w]``."""
     device, dtype = base.runtime.device, base.runtime.dtype
-    mixed = base.denoiser.dtype != dtype
-    with torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False):
+    mixed_precision = base.denoiser.dtype != dtype
+    with torch.autocast(device.type, dtype, enabled=mixed_precision, cache_enabled=False):
         return pipe(**arguments, output_type="latent").images

@@ -1,16 +1,16 @@
-"""Stages 1 and 2: a photo and a target prompt to a stored adapter.
+"""Stages 1 and 2: from a photo and a target prompt to a stored adapter.
 
 May import: core, photos, bases, memory, adapters, sampling (for the preview). Must not know: methods, benchmarks, commands.
 
-- ``fit.py``: fit(), the story: check, open, encode, embed, tune, preview, store
-- ``configure.py``: the settings of a run from what was given
+- ``fit.py``: fit(), the whole sequence: check, open, encode, embed, tune, preview, store
+- ``configure.py``: merges flags, file, preset and recipe into the settings of a run
 - ``objective.py``: the denoising loss
-- ``stage.py``: what a stage is, and the one loop that drives it
-- ``embed.py``: stage 1, the text embedding
-- ``tune.py``: stage 2, the denoiser
-- ``optimizers.py``: Adam in 32 or 8 bits, after or inside the backward pass
-- ``run.py``: photo, prompt and base of one fit, encoded; what it leaves in the store
-- ``saving.py``: checkpoints, stopping and resuming, around the loop
-- ``checkpoints.py``: checkpoints on the disk
-- ``rehearsal.py``: the exact memory plan: the real code on tensors without values
+- ``stage.py``: the training stage and the one driver loop
+- ``embed.py``: stage 1, optimises the text embedding
+- ``tune.py``: stage 2, trains the denoiser
+- ``optimizers.py``: Adam with 32-bit or 8-bit states, after or during the backward pass
+- ``run.py``: the encoded inputs of one fit, and the files it writes to the store
+- ``saving.py``: saves, stops and resumes the stages around the driver loop
+- ``checkpoints.py``: reads and writes checkpoints on disk
+- ``rehearsal.py``: the exact memory plan: runs the real code on fake tensors
 """

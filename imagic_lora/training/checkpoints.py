@@ -1,4 +1,4 @@
-"""What a fit has come to so far, on the disk: whole or not there, checked before it is believed, never a pickle."""
+"""Checkpoints on disk: written atomically, verified by hash before use, safetensors and JSON only."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from ..core.errors import ImagicError, ImagicWarning
 from ..core.tensors import read, safetensors_pieces
 
 CHECKPOINT, STATE = "checkpoint.json", "state.safetensors"
-_ORDER = ("embed", "tune")
+START_OVER = "start over with --overwrite and without --resume"  # the remedy for a checkpoint that cannot be used
+_STAGES = ("embed", "tune")
 
 
 class CheckpointRecord(Manifest):
     """``checkpoint.json``, version 1.
 
     Args:
-        step, steps: of the stage: done, and in all.
-        inputs: all that the state depends on; a run that differs in any of it cannot go on from here.
-        seconds: that each stage has taken so far.
-        threads: of PyTorch on the CPU; the bits may depend on how many there are.
+        stage: the stage that the checkpoint belongs to.
+        step: number of finished steps of the stage.
+        steps: total number of steps of the stage.
+        inputs: everything that the saved state depends on; a run with different inputs cannot resume from the checkpoint.
+        seconds: duration of each stage so far.
+        threads: number of CPU threads of PyTorch; the last bits of the result may depend on it.
     """
 
     version: Literal[1] = 1
@@ -39,102 +42,113 @@ class CheckpointRecord(Manifest):
     threads: int
 
     @model_validator(mode="after")
-    def _no_further_than_the_last(self) -> CheckpointRecord:
+    def _check_step(self) -> CheckpointRecord:
         if self.step > self.steps:
-            raise ValueError(f"step {self.step} of {self.steps}")
+            raise ValueError(f"step {self.step} is greater than the number of steps, {self.steps}")
         return self
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been read.
+    """A checkpoint in memory.
 
     Args:
-        tensors: the state of the stage, and whatever else its writer put in.
+        tensors: the state of the stage and the other saved tensors, by name.
     """
 
     record: CheckpointRecord
     tensors: Mapping[str, Tensor]
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose name begins with ``prefix/``, without it."""
+        """Returns the tensors whose names start with ``prefix/``, with the prefix removed."""
         return {name.removeprefix(f"{prefix}/"): value for name, value in self.tensors.items() if name.startswith(f"{prefix}/")}
 
 
 class Checkpoints:
-    """The checkpoints of one fit: the newest of each stage.
+    """The checkpoints of one fit: the newest one of each stage.
 
     Args:
-        folder: of their own.
+        folder: the folder that holds the checkpoints of this fit and nothing else.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, record: CheckpointRecord, tensors: Mapping[str, Tensor]) -> Path:
-        """Writes a checkpoint; only when it is safely on the disk, the older one of its stage goes.
+        """Writes a checkpoint atomically, then removes the previous checkpoint of its stage.
+
+        Returns:
+            The folder of the new checkpoint.
 
         Raises:
-            ImagicError: a tensor is not finite, or the disk is full; the older one is still there.
+            ImagicError: a tensor is not finite, or the disk is full; the previous checkpoint still exists.
         """
         with writable(self.folder):
             pass
         final = self.folder / f"{record.stage}-{record.step:06d}"
-        with atomic_folder(final) as made:
-            made.write(STATE, safetensors_pieces(tensors))
-            made.write_manifest(CHECKPOINT, record)
+        with atomic_folder(final) as writer:
+            writer.write(STATE, safetensors_pieces(tensors))
+            writer.write_manifest(CHECKPOINT, record)
         for path in self.folder.iterdir():
-            if path != final and path.name.startswith((record.stage, ".")):  # those of a writer that was cut off begin with a dot
+            if path != final and path.name.startswith((record.stage, ".")):  # interrupted writes leave folders that start with a dot
                 shutil.rmtree(path, ignore_errors=True)
         return final
 
-    def newest(self, main: bool = True) -> Checkpoint | None:
-        """The newest checkpoint that is whole. One that is not is set aside, with a warning that names it.
+    def newest(self, rename_broken: bool = True) -> Checkpoint | None:
+        """Returns the newest intact checkpoint, or None. Broken checkpoints are skipped and renamed, each with a warning.
 
         Args:
-            main: False leaves a broken one where it is: another process sets it aside.
+            rename_broken: False only skips broken checkpoints; processes other than the main one pass it.
         """
-        for path in reversed(self._there()):
+        for path in reversed(self._folders()):
             try:
                 record = read_manifest(path, CHECKPOINT, CheckpointRecord)
-                if broken := changed_file(path, record):
-                    raise ImagicError(f"{broken} is missing or has changed", "the file as it was written", "go on from an older one")
+                if changed := changed_file(path, record):
+                    raise ImagicError(
+                        f"{changed} is missing or has changed", "the file as it was written", "resume from an older checkpoint"
+                    )
                 return Checkpoint(record, read(path / STATE, whole_numbers=True))
             except ImagicError as error:
-                if main:
-                    aside = path.with_name(f"{path.name}.broken")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    path.rename(aside)
-                    message = f"a broken checkpoint is set aside as {aside}: {error.got}"
+                if rename_broken:
+                    renamed = path.with_name(f"{path.name}.broken")
+                    shutil.rmtree(renamed, ignore_errors=True)
+                    path.rename(renamed)
+                    message = f"a broken checkpoint is skipped and renamed to {renamed}: {error.got}"
                     warnings.warn(message, ImagicWarning, stacklevel=2)
         return None
 
     def any(self) -> bool:
-        """Whether there is a checkpoint, whole or not."""
+        """Returns whether a checkpoint exists, intact or broken."""
         return self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir())
 
     @property
     def size(self) -> int:
-        """Bytes of all of them."""
+        """Size of all checkpoints in bytes."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def clear(self) -> None:
-        """Removes them all."""
+        """Removes all checkpoints."""
         remove(self.folder)
 
-    def _there(self) -> list[Path]:
-        """Their folders, oldest first."""
-        return [path for stage in _ORDER for path in sorted(self.folder.glob(f"{stage}-*")) if path.is_dir() and path.suffix != ".broken"]
+    def _folders(self) -> list[Path]:
+        """Returns the folders of the checkpoints that are not marked as broken, oldest first."""
+        return [path for stage in _STAGES for path in sorted(self.folder.glob(f"{stage}-*")) if path.is_dir() and path.suffix != ".broken"]
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "") -> list[str]:
-    """What is another in ``now`` than in ``was``, or is in only one of them, one phrase each."""
-    found: list[str] = []
+    """Returns one phrase for each value that differs between ``was`` and ``now`` or exists in only one of them.
+
+    Args:
+        was: nested mapping of the old values.
+        now: nested mapping of the new values.
+        group: prefix of the names, used for nested mappings.
+    """
+    phrases: list[str] = []
     for name in {**was, **now}:
         old, new = was.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{group}{name}.")
+            phrases += differences(old, new, f"{group}{name}.")
         elif old != new or (name in was) != (name in now):
-            told = [repr(side[name]) if name in side else "missing" for side in (was, now)]
-            found.append(f"{group}{name} was {told[0]}, is {told[1]}")
-    return found
+            before, after = (repr(values[name]) if name in values else "missing" for values in (was, now))
+            phrases.append(f"{group}{name} was {before}, is {after}")
+    return phrases

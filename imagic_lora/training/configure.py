@@ -1,4 +1,4 @@
-"""The settings of a run from what was given: built-in < recipe of the base < preset < file < flags."""
+"""Merges the settings of a run: built-in < recipe of the base < preset < file < flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from ..memory.presets import choose_preset
 
 
 class Configured(NamedTuple):
-    """Settings, why they have their preset, and what the base is made of."""
+    """The settings of a run and what they were derived from.
+
+    Args:
+        run: the complete settings, with the preset filled in.
+        why: the reason for the choice of the preset, for the user.
+        architecture: the architecture of the base.
+    """
 
     run: RunConfig
     why: str
@@ -21,23 +27,27 @@ class Configured(NamedTuple):
 
 
 def configure_run(flags: Mapping[str, Any], file: Mapping[str, Any], processes: tuple[int, int] = (1, 0)) -> Configured:
-    """The settings of a run on this machine.
+    """Returns the settings of a run on this machine.
 
     Args:
-        flags, file: only what was given explicitly, as nested mappings.
-        processes: how many there are, and the index of this one's card.
+        flags: explicitly given flags, as nested mappings.
+        file: explicitly given settings of the configuration file, as nested mappings.
+        processes: the number of processes, and the index of the card that this process uses.
 
     Raises:
-        ImagicError: an unknown setting, two that clash, no such base, or no preset that fits.
+        ImagicError: a setting is unknown, two settings conflict, the base does not exist, or no preset fits the memory.
     """
     given = validated(merged(file, flags))
-    built = architecture_of(given.base, given.revision)
-    recipe = recipe_of(given.base, built.few_steps, built.embeds_guidance)
-    return Configured(*choose_preset(lambda: built, flags, file, recipe, processes=processes), built)
+    architecture = architecture_of(given.base, given.revision)
+    recipe = recipe_of(given.base, architecture.few_steps, architecture.embeds_guidance)
+    return Configured(*choose_preset(lambda: architecture, flags, file, recipe, processes=processes), architecture)
 
 
 def configure(settings: Mapping[str, Any]) -> RunConfig:
-    """The settings of a run on this machine, for library users: ``configure({"base": "sd15", "tune": {"mode": "full"}})``.
+    """Returns the settings of a run on this machine, for library users: ``configure({"base": "sd15", "tune": {"mode": "full"}})``.
+
+    Args:
+        settings: the settings that differ from the defaults, as nested mappings.
 
     Raises:
         ImagicError: as :func:`configure_run`.

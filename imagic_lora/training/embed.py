@@ -1,4 +1,4 @@
-"""Stage 1: the text embedding is optimised on the photo, the model frozen (section 3.2, step A of Imagic, arXiv 2210.09276)."""
+"""Stage 1: optimises the text embedding on the photo with a frozen model (section 3.2, step A of Imagic, arXiv 2210.09276)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from .stage import Stage
 
 
 def embed_stage(base: Base, latents: Tensor, target: Conditioning, config: EmbedConfig, seed: int, processes: Processes) -> Stage:
-    """The stage that starts from ``target`` and trains its tokens, and its pooled embedding where there is one.
+    """Returns the stage that starts from the embedding ``e_tgt`` and trains its tokens, and its pooled embedding where there is one.
 
-    ``stage.conditioning()`` is the embedding so far: :func:`optimised` takes it out at the end.
+    ``stage.conditioning()`` returns the current embedding with gradients; :func:`optimised` returns a detached copy.
+
+    Args:
+        latents: latents of the photo, ``[1, C, h, w]``.
+        target: conditioning of the target prompt; its extra inputs are passed through unchanged.
+        seed: seed of noise and timesteps.
+        processes: the processes that share the batch.
     """
-    parts = {"tokens": target.tokens} if target.pooled is None else {"tokens": target.tokens, "pooled": target.pooled}
-    trainables = {name: Parameter(value.detach().float().clone()) for name, value in parts.items()}
+    initial = {"tokens": target.tokens} if target.pooled is None else {"tokens": target.tokens, "pooled": target.pooled}
+    trainables = {name: Parameter(value.detach().float().clone()) for name, value in initial.items()}
 
     def conditioning() -> Conditioning:
         return Conditioning(trainables["tokens"], trainables.get("pooled"), target.extra)
@@ -27,6 +33,7 @@ def embed_stage(base: Base, latents: Tensor, target: Conditioning, config: Embed
 
 
 def optimised(stage: Stage) -> Conditioning:
-    """``e_opt``: what an embedding stage has come to, detached."""
-    now = stage.conditioning()
-    return Conditioning(now.tokens.detach().clone(), None if now.pooled is None else now.pooled.detach().clone(), now.extra)
+    """Returns ``e_opt``: a detached copy of the current embedding of an embedding stage."""
+    current = stage.conditioning()
+    pooled = None if current.pooled is None else current.pooled.detach().clone()
+    return Conditioning(current.tokens.detach().clone(), pooled, current.extra)

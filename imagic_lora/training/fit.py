@@ -1,4 +1,4 @@
-"""fit(): a photo and a sentence to a stored adapter."""
+"""fit(): trains an adapter from a photo and a target prompt, and stores it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..memory.limits import check_disk, check_memory
 from ..memory.out_of_memory import assumed_from
 from ..photos.reading import read_photo
 from ..sampling.checks import check_prompt, check_strength
-from .checkpoints import Checkpoint, Checkpoints
+from .checkpoints import START_OVER, Checkpoint, Checkpoints
 from .embed import embed_stage, optimised
 from .optimizers import check_single_process
 from .run import Run, encode_run
@@ -36,10 +36,14 @@ Value = TypeVar("Value")
 
 
 def open_base(config: RunConfig, runtime: Runtime | None = None) -> Base:
-    """The base of a run, in the precision its mode needs.
+    """Opens the base of a run, in the precision that its training mode needs.
+
+    Args:
+        config: the settings of the run.
+        runtime: device and precision; resolved from ``config.memory`` by default.
 
     Raises:
-        ImagicError: no such base, or a run that does not fit the free memory.
+        ImagicError: the base does not exist, or the run does not fit the free memory.
     """
     runtime = runtime or resolve_runtime(config.memory)
     check_memory(architecture_of(config.base, config.revision), config, free_memory(runtime.device), assumed_from(runtime))
@@ -59,31 +63,34 @@ def fit(
     stop: Callable[[], bool] = lambda: False,
     processes: Processes | None = None,
 ) -> Generator[StepReport, None, Adapter | None]:
-    """Both training stages, a preview, and the stored adapter (Imagic, arXiv 2210.09276).
+    """Runs both training stages, renders a preview, and stores the adapter (Imagic, arXiv 2210.09276).
 
-    A generator: it works as it is iterated, and :func:`result` runs it to its end. What was trained is saved regularly, at the end of a
-    stage, when ``stop`` returns True, and when the generator is closed. An adapter whose preview does not fit the memory is stored without
-    one, with a warning.
+    This is a generator: it works while it is iterated, and :func:`result` runs it to its end. It saves checkpoints regularly, at the end
+    of each stage, when ``stop`` returns True, and when the generator is closed. If the preview does not fit the memory, the adapter is
+    stored without one, with a warning.
 
     Args:
-        image: file of the photo.
-        prompt: the target prompt: what the edited photo shows.
-        name: of the adapter in the store.
-        base: already loaded, and bit-equal to before afterwards; by default ``config`` says which to open, and it is released afterwards.
+        image: path of the photo.
+        prompt: the target prompt, which describes the edited photo.
+        config: the settings of the run.
+        store: the store that receives the adapter and the checkpoints.
+        name: name of the adapter in the store.
+        base: a loaded base, which is bit-equal to before afterwards; by default the base of ``config`` is opened and released again.
         overwrite: replaces an adapter and an unfinished fit of the same name.
-        resume: continues from the newest whole checkpoint of that name. On the CPU, with as many threads as before, the result is that of
-            an uninterrupted run, byte for byte.
-        stop: called after every step; with several processes all stop after the same one.
+        resume: continues from the newest intact checkpoint of that name. On the CPU, with the same number of threads, the result is
+            byte-identical to that of an uninterrupted run.
+        stop: called after every step; with several processes all stop after the same step.
+        processes: the processes that share the batch; one process by default.
 
     Yields:
-        A report of every step.
+        A report after every step.
 
     Returns:
         The adapter, or None on processes other than the main one, which do not write.
 
     Raises:
-        Stopped: ``stop`` returned True; what was trained is saved.
-        ImagicError: bad arguments, too little memory or disk, nothing to resume, or numbers that are not finite.
+        Stopped: ``stop`` returned True; a checkpoint is saved.
+        ImagicError: an argument is invalid, memory or disk space is too small, there is nothing to resume, or a number is not finite.
     """
     processes = processes or Processes()
     check_prompt(prompt)
@@ -92,25 +99,27 @@ def fit(
     with store.locked(name) if processes.main else nullcontext(store) as store:
         if processes.main:
             _check_name(store, name, saved, overwrite, resume)
-        found = _checkpoint_to_resume(saved, name, processes) if resume else None
+        checkpoint = _checkpoint_to_resume(saved, name, processes) if resume else None
         photo = read_photo(image)
         opened, config = _open_checked(base, config, processes, store, saved)
         run = encode_run(config, opened, photo, prompt, processes)
         if processes.main and not resume:
             with writable(store.root):
-                saved.clear()  # only now, when every check has passed
-        adapter = yield from _train_and_store(ResumableStages(run, saved, stop), found, store, name, overwrite, restore=base is not None)
+                saved.clear()  # not before every check has passed
+        stages = ResumableStages(run, saved, stop)
+        adapter = yield from _train_and_store(stages, checkpoint, store, name, overwrite, restore=base is not None)
         if processes.main:
-            with suppress(OSError):  # left-over checkpoints do no harm
+            with suppress(OSError):  # remaining checkpoints are harmless
                 saved.clear()
     return adapter
 
 
 def _open_checked(base: Base | None, config: RunConfig, processes: Processes, store: Store, saved: Checkpoints) -> tuple[Base, RunConfig]:
-    """The base, and the settings with its memory levers; checked before anything is trained."""
+    """Returns the opened base and the settings with its memory levers, and checks both before training starts."""
     if base is None:
         base = open_base(config)
-    config = config.model_copy(update={"memory": base.runtime.memory})
+    else:
+        config = config.model_copy(update={"memory": base.runtime.memory})
     if config.memory.optimizer_in_backward:
         check_single_process(processes)
     if config.tune.mode == "full":
@@ -122,42 +131,44 @@ def _open_checked(base: Base | None, config: RunConfig, processes: Processes, st
 
 
 def _train_and_store(
-    stages: ResumableStages, found: Checkpoint | None, store: Store, name: str, overwrite: bool, restore: bool
+    stages: ResumableStages, checkpoint: Checkpoint | None, store: Store, name: str, overwrite: bool, restore: bool
 ) -> Generator[StepReport, None, Adapter | None]:
-    """Both stages, from the checkpoint if there is one; on the main process the preview and the stored adapter."""
+    """Runs both stages, resuming from the checkpoint if there is one; the main process renders the preview and stores the adapter."""
     run = stages.run
     base, config, processes = run.base, run.config, run.processes
-    e_opt, start = stages.resume(found) if found else (None, 0)
+    e_opt, start = stages.resume(checkpoint) if checkpoint else (None, 0)
     if e_opt is None:
         embed = embed_stage(base, run.latents, run.target, config.embed, config.seed, processes)
-        yield from stages.run_stage(embed, start, found)
-        e_opt, start, found = optimised(embed), 0, None
+        yield from stages.run_stage(embed, start, checkpoint)
+        e_opt, start, checkpoint = optimised(embed), 0, None
         del embed
     with _trainables(run, restore) as parameters:
         tune = tune_stage(base, run.latents, e_opt, parameters, config.tune, config.seed, processes)
-        yield from stages.run_stage(tune, start, found, {f"optimised/{name}": value for name, value in e_opt.tensors().items()})
-        del tune, found  # and with them the optimizer's states, before the preview needs memory
+        optimised_tensors = {f"optimised/{name}": value for name, value in e_opt.tensors().items()}
+        yield from stages.run_stage(tune, start, checkpoint, optimised_tensors)
+        del tune, checkpoint  # frees the optimizer states before the preview needs memory
         if not processes.main:
             return None
-        with _stoppable(base, stages.stop, stages.kept):
+        with _stop_during_sampling(base, stages.stop, stages.saved_message):
             preview = run.preview(e_opt)
-        return store.write(run.record(name), lambda writer: run.fill(writer, e_opt, preview), overwrite)
+        return store.write(run.record(name), lambda writer: run.write_files(writer, e_opt, preview), overwrite)
 
 
 def _check_name(store: Store, name: str, saved: Checkpoints, overwrite: bool, resume: bool) -> None:
-    """Refuses a name that is taken, by an adapter or by an unfinished fit, unless it is asked for."""
+    """Raises ImagicError if the name belongs to an adapter or an unfinished fit that is neither resumed nor overwritten."""
     store.check_free(name, overwrite)
     if saved.any() and not resume and not overwrite:
         got = f"an unfinished fit of {name} is in {saved.folder}"
-        raise ImagicError(got, "to go on with it, or to begin anew", "add --resume, or --overwrite")
+        raise ImagicError(got, "a choice between continuing it and starting over", "add --resume, or --overwrite")
 
 
 def _checkpoint_to_resume(saved: Checkpoints, name: str, processes: Processes) -> Checkpoint:
-    found = saved.newest(processes.main)
-    if found is None:
-        kind = "whole checkpoint" if saved.any() else "checkpoint"
-        raise ImagicError(f"there is no {kind} of {name} to resume", "an interrupted fit", "leave out --resume to begin anew")
-    return found
+    checkpoint = saved.newest(rename_broken=processes.main)
+    if checkpoint is not None:
+        return checkpoint
+    if saved.any():
+        raise ImagicError(f"there is no intact checkpoint of {name} to resume", "at least one intact checkpoint", START_OVER)
+    raise ImagicError(f"there is no checkpoint of {name} to resume", "an interrupted fit", "leave out --resume to start a new fit")
 
 
 def _trainables(run: Run, restore: bool) -> AbstractContextManager[dict[str, Parameter]]:
@@ -167,14 +178,14 @@ def _trainables(run: Run, restore: bool) -> AbstractContextManager[dict[str, Par
 
 
 @contextmanager
-def _stoppable(base: Base, stop: Callable[[], bool], kept: str) -> Iterator[None]:
-    """Pictures take a while too: ``stop`` is asked at every step of the sampler."""
+def _stop_during_sampling(base: Base, stop: Callable[[], bool], saved_message: str) -> Iterator[None]:
+    """Calls ``stop`` before every call of the denoiser, so that a fit can also be stopped while the preview is sampled."""
 
-    def look(*_: object) -> None:
+    def raise_if_stopped(*_: object) -> None:
         if stop():
-            raise Stopped(kept)
+            raise Stopped(saved_message)
 
-    hook = base.denoiser.register_forward_pre_hook(look)
+    hook = base.denoiser.register_forward_pre_hook(raise_if_stopped)
     try:
         yield
     finally:
@@ -182,7 +193,7 @@ def _stoppable(base: Base, stop: Callable[[], bool], kept: str) -> Iterator[None
 
 
 def result(steps: Generator[StepReport, None, Value]) -> Value:
-    """Runs a fit to its end and gives what it returns."""
+    """Runs a fit to its end and returns its result."""
     while True:
         try:
             next(steps)

@@ -10,13 +10,15 @@ from ..core.runtime import to_device
 
 
 def denoising_loss(base: Base, latents: Tensor, conditioning: Conditioning, noise: Tensor, times: Tensor) -> Tensor:
-    """``|| target(x0, noise, t) - f(x_t, t, e) ||^2``, the mean over a sample's elements: equation 1 of Imagic (arXiv 2210.09276).
+    """Returns ``|| target(x0, noise, t) - f(x_t, t, e) ||^2``, averaged over the elements of each sample.
+
+    This is equation 1 of Imagic (arXiv 2210.09276).
 
     Args:
-        latents: of the photo, ``[1, C, h, w]``.
-        conditioning: for one picture; it is broadcast.
-        noise: standard normal, ``[B, C, h, w]``.
-        times: ``[B]`` in [0, 1), turned into the base's own timesteps.
+        latents: latents ``x0`` of the photo, ``[1, C, h, w]``.
+        conditioning: conditioning ``e`` of one image; it is broadcast over the batch.
+        noise: standard normal noise, ``[B, C, h, w]``.
+        times: times ``u`` in [0, 1), ``[B]``; the base converts them into its own timesteps ``t``.
 
     Returns:
         The loss of each sample, ``[B]`` fp32.

@@ -1,4 +1,4 @@
-"""How gradients become steps: one optimiser after the backward pass, or one a parameter, inside it if asked."""
+"""Parameter updates: one optimizer after the backward pass, or one per parameter, optionally during the backward pass."""
 
 from __future__ import annotations
 
@@ -15,28 +15,35 @@ from ..core.errors import ImagicError
 from ..core.noise import key
 from ..core.runtime import Processes, Runtime
 from ..memory.optimizer_states import scales_8bit, states_8bit
+from .checkpoints import START_OVER
 
-_MAPS = ("qmap1", "qmap2")
-_FP16_SCALE = 1024.0  # keeps small gradients above fp16's underflow on their way back
+_QUANTIZATION_MAPS = ("qmap1", "qmap2")
+_FP16_LOSS_SCALE = 1024.0  # a power of two, so dividing is exact; keeps small gradients from underflowing in fp16
 
 
 def build_optimizer(name: str, parameters: Iterable[Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """Adam with its states in 32 bits (``adam``), or in 8 bits by blocks (``adam8bit``, arXiv 2110.02861).
+    """Returns Adam with 32-bit states (``adam``) or with block-wise quantised 8-bit states (``adam8bit``, arXiv 2110.02861).
 
-    Tensors under 4,096 elements keep 32-bit states in either. Fake tensors, which a plan steps, get states of the same size.
+    Tensors with fewer than 4,096 elements always have 32-bit states. For the fake tensors of a memory plan, ``adam8bit`` allocates
+    states of the same size without computing.
+
+    Args:
+        name: ``adam`` or ``adam8bit``.
+        parameters: the parameters to update.
+        learning_rate: the learning rate.
     """
     parameters = list(parameters)
     if name == "adam":
         return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     if any(isinstance(parameter, FakeTensor) for parameter in parameters):
-        return _Sized8bit(parameters, {})
+        return _FakeAdam8bit(parameters, {})
     from bitsandbytes.optim import Adam8bit
 
     return Adam8bit(parameters, lr=learning_rate)
 
 
-class _Sized8bit(torch.optim.Optimizer):
-    """The states of Adam8bit without its arithmetic, which bitsandbytes refuses on fake tensors."""
+class _FakeAdam8bit(torch.optim.Optimizer):
+    """Allocates the states of Adam8bit without computing, because bitsandbytes does not support fake tensors."""
 
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for parameter in self.param_groups[0]["params"]:
@@ -45,18 +52,19 @@ class _Sized8bit(torch.optim.Optimizer):
 
 
 def loss_scale(runtime: Runtime) -> float:
-    """The constant that the loss is multiplied by before the backward pass, and the gradients divided by after it."""
-    return _FP16_SCALE if runtime.dtype == torch.float16 else 1.0
+    """Returns the constant that multiplies the loss before the backward pass and divides the gradients after it."""
+    return _FP16_LOSS_SCALE if runtime.dtype == torch.float16 else 1.0
 
 
 class Updates(ABC):
-    """The updates of some parameters.
-
-    :attr:`cast_finite` is a flag on the device, False for good once a gradient was not finite.
+    """Runs the backward pass and updates parameters.
 
     Args:
         trainables: parameters by name.
-        scale: that gradients are divided by.
+        scale: the loss scale; gradients are divided by it.
+
+    Attributes:
+        finite: bool scalar on the device; it becomes False and stays False when a gradient is not finite.
     """
 
     def __init__(self, trainables: Mapping[str, Parameter], scale: float) -> None:
@@ -65,43 +73,58 @@ class Updates(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor, step: int, processes: Processes) -> None:
-        """The backward pass of a scaled loss and the update of every parameter; the gradients are gone afterwards.
+        """Runs the backward pass, updates every parameter and frees the gradients.
 
         Args:
-            step: enters the key of whatever is drawn.
+            loss: the loss multiplied by ``scale``, a scalar.
+            step: index of the step; random numbers depend on it.
+            processes: the processes that average their gradients.
         """
 
     @abstractmethod
     def optimizer_of(self, name: str) -> tuple[torch.optim.Optimizer, Parameter]:
-        """The optimiser of a trainable, and what it steps in its stead: the trainable itself, or its fp32 copy."""
+        """Returns the optimizer of a trainable and the parameter it updates: the trainable or its fp32 master copy."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The live states as ``TRAINABLE/STATE``, the same whichever way the optimisers work; empty before the first step."""
-        found: dict[str, Tensor] = {}
+        """Returns the optimizer states as ``TRAINABLE/STATE`` without copying; empty before the first step.
+
+        The format does not depend on the subclass, so a state can be loaded into either.
+        """
+        states: dict[str, Tensor] = {}
         for name in self.trainables:
             optimizer, parameter = self.optimizer_of(name)
-            for part, value in optimizer.state[parameter].items():
-                if part not in _MAPS:
-                    found[f"{name}/{part}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-        return found
+            for state_name, value in optimizer.state[parameter].items():
+                if state_name not in _QUANTIZATION_MAPS:
+                    states[f"{name}/{state_name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+        return states
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state_dict`.
+        """Loads states that :meth:`state_dict` returned.
 
         Raises:
-            ImagicError: the states are not those of these optimisers.
+            ImagicError: the names, dtypes or shapes of the states do not match these optimizers.
         """
         for name, weight in self.trainables.items():
             optimizer, parameter = self.optimizer_of(name)
-            mine = {part.removeprefix(f"{name}/"): value for part, value in state.items() if part.startswith(f"{name}/")}
-            if mine and {part: (value.dtype, tuple(value.shape)) for part, value in mine.items()} != _forms(optimizer, weight):
-                raise ImagicError(f"states of {name} that are not this optimiser's", "those of the same optimiser", "begin anew")
-            optimizer.state[parameter] = {part: _as_held(value, parameter.device) for part, value in mine.items()} | _maps(optimizer, mine)
+            saved = {full.removeprefix(f"{name}/"): value for full, value in state.items() if full.startswith(f"{name}/")}
+            layout = {state_name: (value.dtype, tuple(value.shape)) for state_name, value in saved.items()}
+            if saved and layout != _state_layout(optimizer, weight):
+                got = f"the saved optimizer states of {name} have other names, dtypes or shapes than those of this optimizer"
+                raise ImagicError(got, "states of the same optimizer", START_OVER)
+            restored = {state_name: _restored_state(value, parameter.device) for state_name, value in saved.items()}
+            optimizer.state[parameter] = restored | _quantization_maps(optimizer, saved)
 
 
 def build_updates(trainables: Mapping[str, Parameter], learning_rate: float, runtime: Runtime, seed: int) -> Updates:
-    """The updates that the levers of a runtime ask for."""
+    """Returns the updates for the memory levers of a runtime and the precision of the trainables.
+
+    Args:
+        trainables: parameters by name, in fp32 or bf16.
+        learning_rate: the learning rate of the optimizer.
+        runtime: the runtime of the base.
+        seed: seed of the stochastic rounding of bf16 parameters.
+    """
     stochastic = any(parameter.dtype != torch.float32 for parameter in trainables.values())
     if runtime.memory.optimizer_in_backward or stochastic:
         return PerParameterUpdates(trainables, runtime, learning_rate, seed)
@@ -109,7 +132,7 @@ def build_updates(trainables: Mapping[str, Parameter], learning_rate: float, run
 
 
 class JointUpdates(Updates):
-    """One optimiser over all parameters, after the backward pass."""
+    """Updates all parameters with one optimizer after the backward pass."""
 
     def __init__(self, trainables: Mapping[str, Parameter], runtime: Runtime, learning_rate: float) -> None:
         super().__init__(trainables, loss_scale(runtime))
@@ -131,26 +154,30 @@ class JointUpdates(Updates):
 
 
 class PerParameterUpdates(Updates):
-    """One optimiser a parameter: it can step inside the backward pass, and work on weights that are not fp32.
+    """Updates each parameter with its own optimizer, optionally during the backward pass and on bf16 weights.
 
-    With ``optimizer_in_backward`` a parameter is stepped as soon as its gradient is complete, and the gradient freed at once, so that no
-    two gradients are held together. Bit-identical to the ordinary loop. A gradient that is not finite is not stepped with.
+    With ``optimizer_in_backward`` a parameter is updated as soon as its gradient is complete, and the gradient is freed immediately, so
+    that only one gradient exists at a time. The result is bit-identical to :class:`JointUpdates`. A parameter whose gradient is not
+    finite is not updated.
 
-    Weights in bf16 are stepped on an fp32 copy and rounded stochastically (:func:`round_stochastically`), so that steps below their
-    resolution move them in the mean (arXiv 2010.06192).
+    A bf16 weight is updated on an fp32 copy and rounded stochastically (:func:`round_stochastically`), so that updates below its
+    resolution take effect in expectation (arXiv 2010.06192).
 
-    Raises:
-        ImagicError: several processes, whose gradients would have to be averaged before they are used.
+    Args:
+        trainables: parameters by name, in fp32 or bf16.
+        runtime: the runtime of the base.
+        learning_rate: the learning rate of every optimizer.
+        seed: seed of the stochastic rounding.
     """
 
     def __init__(self, trainables: Mapping[str, Parameter], runtime: Runtime, learning_rate: float, seed: int) -> None:
         super().__init__(trainables, loss_scale(runtime))
-        self.seed, self.inside = seed, runtime.memory.optimizer_in_backward
+        self.seed, self.in_backward = seed, runtime.memory.optimizer_in_backward
         self.masters = {name: p if p.dtype == torch.float32 else _empty_master(p) for name, p in self.trainables.items()}
         self.optimizers = {name: build_optimizer(runtime.optimizer, [p], learning_rate) for name, p in self.masters.items()}
 
     def backward(self, loss: Tensor, step: int, processes: Processes) -> None:
-        if not self.inside:
+        if not self.in_backward:
             loss.backward()
             processes.average([p.grad for p in self.trainables.values() if p.grad is not None])
             for name in self.trainables:
@@ -189,60 +216,66 @@ class PerParameterUpdates(Updates):
         return self.optimizers[name], self.masters[name]
 
 
-def _forms(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of each state of a weight."""
-    whole = torch.float32, tuple(weight.shape)
+def _state_layout(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Returns dtype and shape of every optimizer state of a weight."""
+    moment_fp32 = torch.float32, tuple(weight.shape)
     if isinstance(optimizer, torch.optim.Adam):
-        return {"step": (torch.float32, ()), "exp_avg": whole, "exp_avg_sq": whole}
+        return {"step": (torch.float32, ()), "exp_avg": moment_fp32, "exp_avg_sq": moment_fp32}
     scales = scales_8bit(weight.numel())
-    states = dict.fromkeys(("state1", "state2"), (torch.uint8, whole[1]) if scales else whole)
-    return {"step": (torch.int64, ()), **states, **(dict.fromkeys(("absmax1", "absmax2"), (torch.float32, (scales,))) if scales else {})}
+    if not scales:
+        return {"step": (torch.int64, ()), "state1": moment_fp32, "state2": moment_fp32}
+    moment_8bit, block_scales = (torch.uint8, tuple(weight.shape)), (torch.float32, (scales,))
+    return {"step": (torch.int64, ()), "state1": moment_8bit, "state2": moment_8bit, "absmax1": block_scales, "absmax2": block_scales}
 
 
-def _as_held(value: Tensor, device: torch.device) -> Tensor | int:
-    """A copy on the device; bitsandbytes counts its steps in plain whole numbers."""
+def _restored_state(value: Tensor, device: torch.device) -> Tensor | int:
+    """Returns a copy of a saved state on the device, or an int for the step counter of bitsandbytes."""
     return int(value) if value.dtype == torch.int64 else value.to(device, copy=True)
 
 
-def _maps(optimizer: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The two tables of 8-bit values that all 8-bit states of bitsandbytes share, made again."""
+def _quantization_maps(optimizer: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the two quantization maps that all 8-bit states of bitsandbytes share; they are not saved."""
     if "state1" not in state or state["state1"].dtype != torch.uint8:
         return {}
     if not optimizer.name2qmap:
         optimizer.fill_qmap()
-    return dict(zip(_MAPS, (optimizer.name2qmap["dynamic"], optimizer.name2qmap["udynamic"]), strict=True))
+    return dict(zip(_QUANTIZATION_MAPS, (optimizer.name2qmap["dynamic"], optimizer.name2qmap["udynamic"]), strict=True))
 
 
 def _empty_master(weight: Parameter) -> Parameter:
-    """An fp32 parameter that holds the values of a weight only while it is stepped."""
+    """Returns an empty fp32 parameter; it holds the values of the weight only during its update."""
     return Parameter(weight.detach().new_empty(0, dtype=torch.float32))
 
 
 def check_single_process(processes: Processes) -> None:
-    """Raises ImagicError for an optimiser inside the backward pass of several processes."""
+    """Checks that ``optimizer_in_backward`` runs in one process; with more, gradients must be averaged before they are used.
+
+    Raises:
+        ImagicError: there are several processes.
+    """
     if processes.count > 1:
         raise ImagicError(
             f"--optimizer-in-backward with {processes.count} processes",
-            "one process, or an optimiser that waits for the mean of their gradients",
+            "one process, or an optimizer that runs after the gradients are averaged",
             "use --no-optimizer-in-backward, or start one process",
         )
 
 
 def _is_true(flag: Tensor) -> bool:
-    """Waits for a flag. A plan's fake tensors have no values: taken as true."""
+    """Reads a flag from the device. The fake tensors of a memory plan have no values and count as true."""
     return isinstance(flag, FakeTensor) or bool(flag)
 
 
 def round_stochastically(source: Tensor, target: Tensor, seed: int) -> None:
-    """Writes fp32 values into a bf16 tensor, up or down at random, so that the mean is the value itself.
+    """Writes fp32 values into a bf16 tensor, rounded up or down at random so that the expected result equals the value.
 
-    bf16 is the upper half of fp32: noise, uniform over the lower half, is added to the bits before they are cut off. Values that bf16
-    holds exactly stay as they are.
+    bf16 is the upper half of fp32: uniform noise over the lower 16 bits is added to the bits before they are truncated. Values that
+    bf16 represents exactly do not change.
 
     Args:
-        source: fp32; it is overwritten.
-        target: bf16, of the same shape.
-        seed: of the noise, drawn on the device.
+        source: fp32 values; they are overwritten.
+        target: bf16 tensor of the same shape.
+        seed: seed of the noise, which is drawn on the device.
     """
     generator = torch.Generator(source.device).manual_seed(seed)
     noise = torch.randint(0, 1 << 16, source.shape, generator=generator, dtype=torch.int32, device=source.device)

@@ -1,4 +1,4 @@
-"""The exact plan: both stages, sampling and decoding run on tensors without values, and are counted."""
+"""The exact memory plan: training, sampling and decoding run on fake tensors, and every tensor is counted."""
 
 from __future__ import annotations
 
@@ -25,88 +25,107 @@ from ..bases.loading.registry import family_of
 from ..core.conditioning import Conditioning
 from ..core.config import RunConfig
 from ..core.runtime import DTYPES, Processes, Runtime
-from ..memory.plan import Assumed, Peak, Plan, comes_later, passes, with_stages
+from ..memory.plan import Assumed, Peak, Plan, denoiser_waits_in_host_memory, passes_per_step, plan_from_peaks
 from ..memory.tracker import Tracker
 from .embed import embed_stage
 from .stage import Stage
 from .tune import tune_stage
 
 
-def _normalising_in_fp32(normalise: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What autocast does to a normalisation on a card, and not on the CPU."""
+def _in_fp32_under_autocast(normalize: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Casts the inputs of a normalization function to fp32 under autocast, as PyTorch does on CUDA and not on the CPU."""
 
-    def wide(*args: Any, **kwargs: Any) -> Tensor:
+    def function(*args: Any, **kwargs: Any) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
-            args = tuple(one.float() if isinstance(one, Tensor) else one for one in args)
-        return normalise(*args, **kwargs)
+            args = tuple(value.float() if isinstance(value, Tensor) else value for value in args)
+        return normalize(*args, **kwargs)
 
-    return wide
+    return function
 
 
 @contextmanager
-def _autocast_as_on_a_card() -> Iterator[None]:
+def _cuda_autocast() -> Iterator[None]:
+    """Makes autocast on the CPU use the precisions of autocast on CUDA."""
     with ExitStack() as stack:
         for name in ("group_norm", "layer_norm"):
-            stack.enter_context(patch.object(F, name, _normalising_in_fp32(getattr(F, name))))
+            stack.enter_context(patch.object(F, name, _in_fp32_under_autocast(getattr(F, name))))
         yield
 
 
 def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
     """The plan that :func:`imagic_lora.memory.plan.predict` estimates, from a count of every tensor.
 
-    The real code runs, on fake tensors of the true sizes: nothing is computed and next to nothing held. bitsandbytes is stood in for by
-    modules of the same size, kernels' own workspace is not counted.
+    The real code runs on fake tensors of the true sizes: nothing is computed, and their memory is not allocated. Modules of the same size
+    replace those of bitsandbytes. Workspace inside kernels is not counted.
 
     Args:
-        assumed: device, precision and optimiser to rehearse for.
+        architecture: configs of the base's components.
+        run: settings of the run.
+        assumed: device, precision and optimizer of the plan.
+
+    Raises:
+        NotPlanned: as :func:`imagic_lora.memory.plan.predict`.
     """
-    idle = "keep" if run.memory.idle == "keep" else "release"  # on the one device there is here, offloading would move nothing
+    # all fake tensors are on the CPU, where offloading would move nothing; releasing removes the same bytes from the device
+    idle = "keep" if run.memory.idle == "keep" else "release"
     memory = run.memory.model_copy(update={"idle": idle, "attention": "sdpa"})
     runtime = Runtime(torch.device("cpu"), DTYPES[assumed.dtype], assumed.optimizer, memory, {})
-    with FakeTensorMode(), patch.object(Module, "_apply", _converted), Tracker() as tracker:
+    with FakeTensorMode(), patch.object(Module, "_apply", _convert), Tracker() as tracker:
         base = random_base(architecture, run, runtime)
-        with _autocast_as_on_a_card() if assumed.device == "cuda" else nullcontext():
+        with _cuda_autocast() if assumed.device == "cuda" else nullcontext():
             stages = dict(_stages(base, run, tracker))
-    if comes_later(run, assumed):
-        later = sum(one.nbytes for one in (*base.denoiser.parameters(), *base.denoiser.buffers()))
-        stages["encode"] = replace(stages["encode"], weights=stages["encode"].weights - later)
-    return with_stages(architecture, run, assumed, stages)
+    if denoiser_waits_in_host_memory(run, assumed):
+        denoiser = sum(tensor.nbytes for tensor in (*base.denoiser.parameters(), *base.denoiser.buffers()))
+        stages["encode"] = replace(stages["encode"], weights=stages["encode"].weights - denoiser)
+    return plan_from_peaks(architecture, run, assumed, stages)
 
 
-def _converted(module: Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
-    """``Module._apply``, whose own way with fake tensors (swapping them) fails as soon as something refers to one weakly."""
+def _convert(module: Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
+    """Replaces ``Module._apply``, which swaps fake tensors in place and fails if a weak reference to one exists."""
     for child in module.children() if recurse else ():
         child._apply(change)
     with torch.no_grad():
-        for name, one in module._parameters.items():
-            module._parameters[name] = None if one is None else Parameter(change(one), one.requires_grad)
-        for name, one in module._buffers.items():
-            module._buffers[name] = None if one is None else change(one)
+        for name, weight in module._parameters.items():
+            module._parameters[name] = None if weight is None else Parameter(change(weight), weight.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else change(buffer)
     return module
 
 
 def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) -> StableDiffusion:
-    """A base of true size with random weights and no tokenizer: neither memory nor speed depends on their values."""
-    full = run.tune.mode == "full" and run.memory.master_weights == "fp32"
+    """A base of true size with random weights and no tokenizer, for measuring memory and speed.
 
-    def helper(name: str) -> Any:
+    Args:
+        architecture: configs of the base's components.
+        run: settings of the run.
+        runtime: device and precision of the base.
+    """
+    fp32_weights = run.tune.mode == "full" and run.memory.master_weights == "fp32"
+
+    def load(name: str) -> Any:
         with _default_dtype(vae_dtype(architecture, runtime.dtype) if name == "vae" else runtime.dtype):
             if name == "vae":
                 return AutoencoderKL.from_config(architecture.vae)
             return TEXT_ENCODERS[name](CLIPTextConfig(**architecture.text_encoders[name]))
 
-    with _default_dtype(torch.float32 if full else runtime.dtype):
+    with _default_dtype(torch.float32 if fp32_weights else runtime.dtype):
         unet = UNet2DConditionModel.from_config(architecture.unet)
-    parts = {"unet": unet, "scheduler": DDIMScheduler.from_config(architecture.scheduler), "vae": helper("vae")}
+    components = {"unet": unet, "scheduler": DDIMScheduler.from_config(architecture.scheduler), "vae": load("vae")}
     for encoder in architecture.text_encoders:
-        parts |= {encoder: helper(encoder), TOKENIZERS[encoder]: None}
-    return family_of(architecture)(architecture, parts, run.base, None, "", runtime, helper)
+        components |= {encoder: load(encoder), TOKENIZERS[encoder]: None}
+    return family_of(architecture)(architecture, components, run.base, None, "", runtime, load)
 
 
-def random_text(base: StableDiffusion, height: int, width: int) -> Conditioning:
-    """A conditioning of the right shapes for a picture of that size, without a tokenizer."""
-    named = {name: torch.rand(shape) for name, shape in base.architecture.conditioning.items()}
-    return base.with_added_conditions(Conditioning.from_tensors(named), height, width, 1.0).to(base.runtime.device)
+def random_conditioning(base: StableDiffusion, height: int, width: int) -> Conditioning:
+    """A random conditioning with the shapes of a base, added conditions included.
+
+    Args:
+        base: may have no tokenizer.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+    """
+    tensors = {name: torch.rand(shape) for name, shape in base.architecture.conditioning.items()}
+    return base.with_added_conditions(Conditioning.from_tensors(tensors), height, width, 1.0).to(base.runtime.device)
 
 
 @contextmanager
@@ -120,29 +139,30 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _stages(base: StableDiffusion, run: RunConfig, tracker: Tracker) -> Iterator[tuple[str, Peak]]:
+    """Runs every stage, and yields its name and its peak."""
     side = run.resolution or base.resolution
     tracker.reset_peak()
     held = tracker.now
     latents = base.encode_image(torch.empty(1, 3, side, side))
     yield "encode", Peak(held, 0, 0, tracker.peak - held)
     base.offload_encoders()
-    text = random_text(base, side, side)
-    stage = embed_stage(base, latents, text, _short(run.embed), 0, Processes())
-    yield "embed", _trained(stage, tracker)
+    conditioning = random_conditioning(base, side, side)
+    stage = embed_stage(base, latents, conditioning, _two_steps(run.embed), 0, Processes())
+    yield "embed", _training_peak(stage, tracker)
     del stage
     with attached(base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(base, restore=False) as trainables:
-        stage = tune_stage(base, latents, text, trainables, _short(run.tune), 0, Processes())
-        yield "tune", _trained(stage, tracker)
+        stage = tune_stage(base, latents, conditioning, trainables, _two_steps(run.tune), 0, Processes())
+        yield "tune", _training_peak(stage, tracker)
         del stage
-        yield from _pictures(base, run, latents, text, tracker)
+        yield from _sampling_peaks(base, run, latents, conditioning, tracker)
 
 
-def _short(config: Any) -> Any:
+def _two_steps(config: Any) -> Any:
     return config.model_copy(update={"steps": 2})
 
 
-def _trained(stage: Stage, tracker: Tracker) -> Peak:
-    """The second step is the one that counts: the optimiser's states are there by then."""
+def _training_peak(stage: Stage, tracker: Tracker) -> Peak:
+    """The peak of a training stage, from its second step: the first one creates the states of the optimizer."""
     weights = tracker.now
     stage.step(0)
     states = tracker.now - weights
@@ -154,17 +174,20 @@ def _trained(stage: Stage, tracker: Tracker) -> Peak:
 
 
 @torch.no_grad()
-def _pictures(base: StableDiffusion, run: RunConfig, latents: Tensor, text: Conditioning, tracker: Tracker) -> Iterator[tuple[str, Peak]]:
-    base.pipeline("text2image")  # wakes the VAE, as an edit does
+def _sampling_peaks(
+    base: StableDiffusion, run: RunConfig, latents: Tensor, conditioning: Conditioning, tracker: Tracker
+) -> Iterator[tuple[str, Peak]]:
+    """Runs one pass of the denoiser and the decoding of a batch of images, and yields the peaks of ``sample`` and ``decode``."""
+    base.pipeline("text2image")  # loads the VAE, as an edit does
     held, count = tracker.now, run.edit.batch_size
     tracker.reset_peak()
-    batch = count * passes(base.architecture, run)
+    batch = count * passes_per_step(base.architecture, run)
     noisy, times = latents.expand(batch, -1, -1, -1).to(base.denoiser.dtype), torch.zeros(batch, dtype=torch.int64)
     dtype = base.runtime.dtype
-    with torch.autocast("cpu", dtype, enabled=base.denoiser.dtype != dtype, cache_enabled=False):  # as generate() has it
-        told = text.expand(batch).to(noisy.device, dtype)
-        base.denoiser(noisy, times, told.tokens, **base.added_conditions(told))
-        del told
+    with torch.autocast("cpu", dtype, enabled=base.denoiser.dtype != dtype, cache_enabled=False):  # as in generate()
+        repeated = conditioning.expand(batch).to(noisy.device, dtype)
+        base.denoiser(noisy, times, repeated.tokens, **base.added_conditions(repeated))
+        del repeated
     yield "sample", Peak(held, 0, 0, tracker.peak - held)
     tracker.reset_peak()
     base.decode(latents.expand(count, -1, -1, -1))

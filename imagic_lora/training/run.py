@@ -1,4 +1,4 @@
-"""One fit's photo, sentence and base, encoded; and what it leaves in the store."""
+"""The encoded inputs of one fit, and the adapter files that it writes."""
 
 from __future__ import annotations
 
@@ -39,13 +39,20 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsa
 
 @dataclass
 class Run:
-    """What the parts of one fit share: its inputs, encoded, and its losses and seconds so far by stage.
+    """The shared state of one fit: its encoded inputs, and the losses and durations of its stages so far.
 
     Args:
-        canvas: the photo as the model sees it.
-        latents: of the photo, ``[1, C, h, w]``.
-        target: the conditioning of the target prompt.
-        null: the unconditional one, where the base is guided by it.
+        config: the settings of the run.
+        base: the base that is trained.
+        photo: the photo as it was read.
+        prompt: the target prompt.
+        processes: the processes that share the batch.
+        canvas: the photo resized and padded to the resolution of the base.
+        latents: latents of the photo, ``[1, C, h, w]``.
+        target: conditioning of the target prompt.
+        null: unconditional conditioning, or None if the base has no classifier-free guidance.
+        losses: losses of every stage so far, one scalar tensor per step.
+        seconds: duration of every stage so far.
     """
 
     config: RunConfig
@@ -61,9 +68,14 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def inputs(self, stage: str, finished: bool) -> dict[str, Any]:
-        """All that a stage's state depends on, by name; levers that do not touch the numbers are not among it."""
+        """Returns everything that the state of a stage depends on; memory levers that do not change the result are excluded.
+
+        Args:
+            stage: ``embed`` or ``tune``.
+            finished: whether the stage is finished; the state of a finished stage no longer depends on the optimizer.
+        """
         config, runtime = self.config, self.base.runtime
-        found: dict[str, Any] = {
+        inputs: dict[str, Any] = {
             "photo": self.photo.sha256,
             "prompt": self.prompt,
             "base": self.base.fingerprint,
@@ -74,31 +86,43 @@ class Run:
             "embed": config.embed.model_dump(mode="json"),
         }
         if self.base.architecture.embeds_guidance:
-            found["guidance_scale"] = config.edit.guidance_scale
+            inputs["guidance_scale"] = config.edit.guidance_scale
         weights = {"master_weights": runtime.memory.master_weights, "quantize": runtime.memory.quantize}
         if stage == "tune":
-            found |= weights | {"tune": config.tune.model_dump(mode="json")}
-        return found if finished else found | weights | {"optimizer": runtime.optimizer}
+            inputs |= weights | {"tune": config.tune.model_dump(mode="json")}
+        return inputs if finished else inputs | weights | {"optimizer": runtime.optimizer}
 
     def preview(self, e_opt: Conditioning) -> Image.Image:
-        """The photo, its reconstruction at eta 0, and the edit; the photo alone where memory does not reach for more."""
-        etas = (0.0, self.config.eta)
-        mixes = [interpolate(self.target, e_opt, eta) for eta in etas]
+        """Returns the preview sheet: the photo, its reconstruction at eta 0, and the edit at the configured eta.
+
+        If memory runs out, the sheet holds only the photo, and a warning is issued.
+        """
+        config = self.config
+        etas = (0.0, config.eta)
+        conditionings = [interpolate(self.target, e_opt, eta) for eta in etas]
         cells = [("photo", self.photo.image)]
         try:
-            with explain_out_of_memory(self.base.architecture, self.config, self.base.runtime, "decode"):
-                of_photo, seeds = source_conditionings(self.target, e_opt, etas, self.config.edit.source_eta), [self.config.seed] * 2
-                pictures = list(generate(self.base, mixes, seeds, self.config.edit, self.canvas, self.null, of_photo))
-            cells += [(f"eta {eta:g}", picture) for eta, picture in zip(etas, pictures, strict=True)]
+            with explain_out_of_memory(self.base.architecture, config, self.base.runtime, "decode"):
+                sources = source_conditionings(self.target, e_opt, etas, config.edit.source_eta)
+                seeds = [config.seed] * len(etas)
+                images = list(generate(self.base, conditionings, seeds, config.edit, self.canvas, self.null, sources))
+            cells += [(f"eta {eta:g}", image) for eta, image in zip(etas, images, strict=True)]
         except OutOfMemory as error:
             warnings.warn(f"the adapter is stored without a preview: {error}", ImagicWarning, stacklevel=2)
         return sheet([cells], self.prompt)
 
-    def fill(self, writer: AtomicWriter, e_opt: Conditioning, preview: Image.Image) -> None:
-        """Every file of the adapter but its record."""
-        (save_full if self.config.tune.mode == "full" else save_lora)(self.base, writer)
-        named = {"target": self.target, "optimised": e_opt}
-        save_embeddings(writer, named if self.null is None else {**named, "null": self.null})
+    def write_files(self, writer: AtomicWriter, e_opt: Conditioning, preview: Image.Image) -> None:
+        """Writes every file of the adapter except its record.
+
+        Args:
+            writer: writes into the folder of the adapter.
+            e_opt: the optimised embedding.
+            preview: the preview sheet.
+        """
+        save_weights = save_full if self.config.tune.mode == "full" else save_lora
+        save_weights(self.base, writer)
+        embeddings = {"target": self.target, "optimised": e_opt}
+        save_embeddings(writer, embeddings if self.null is None else {**embeddings, "null": self.null})
         writer.write(SOURCE, [png(to_image(self.canvas.pixels[0]), {})])
         writer.write(PREVIEW, [png(preview, {"prompt": self.prompt})])
         lines = [
@@ -110,7 +134,11 @@ class Run:
         writer.write(CARD, [card(self.prompt, self.base.name, self.config).encode()])
 
     def record(self, name: str) -> Record:
-        """How the adapter was made, without the hashes of its files."""
+        """Returns the record of the adapter, without the hashes of its files.
+
+        Args:
+            name: name of the adapter in the store.
+        """
         base, config = self.base, self.config
         return Record(
             name=name,
@@ -120,7 +148,7 @@ class Run:
             prompt=self.prompt,
             config=config,
             source=SourceRecord(sha256=self.photo.sha256, size=self.canvas.size, box=self.canvas.box),
-            losses={stage: _ends(torch.stack(losses)) for stage, losses in self.losses.items()},
+            losses={stage: _first_and_last_loss(torch.stack(losses)) for stage, losses in self.losses.items()},
             seconds=self.seconds,
             runtime=base.runtime.reasons | {"processes": str(self.processes.count)},
             peak_memory=peak_memory(base.runtime.device),
@@ -129,27 +157,27 @@ class Run:
 
 
 def encode_run(config: RunConfig, base: Base, photo: Photo, prompt: str, processes: Processes) -> Run:
-    """Encodes photo and prompt, then offloads the encoders.
+    """Encodes photo and prompt, then offloads or releases the text encoder and VAE.
 
     Raises:
-        ImagicError: a scheduler without so many steps, too little memory, or an encoder that returns numbers that are not finite.
+        ImagicError: the scheduler does not support the number of steps, memory runs out, or an encoder returns numbers that are not finite.
     """
     check_scheduler_steps(base, config.edit)
     canvas = to_canvas(photo.image, config.resolution or base.resolution, base.size_multiple)
     with explain_out_of_memory(base.architecture, config, base.runtime, "encode"):
         latents = base.encode_image(canvas.pixels)
-    high, wide = canvas.pixels.shape[2:]
+    height, width = canvas.pixels.shape[2:]
     scale = config.edit.guidance_scale
-    target, null = base.with_added_conditions(base.encode_prompt(prompt), high, wide, scale), base.null()
-    null = None if null is None else base.with_added_conditions(null, high, wide, scale)
-    named = {"the sentence's embedding": target, **({"the empty sentence's embedding": null} if null else {})}
-    embeddings = {f"{name} ({part})": value for name, one in named.items() for part, value in one.tensors().items()}
-    check_finite({"the photo's latents": latents, **embeddings})
+    target, null = base.with_added_conditions(base.encode_prompt(prompt), height, width, scale), base.null()
+    null = None if null is None else base.with_added_conditions(null, height, width, scale)
+    embeddings = {"the embedding of the target prompt": target} | ({"the embedding of the empty prompt": null} if null else {})
+    tensors = {f"{name} ({part})": value for name, embedding in embeddings.items() for part, value in embedding.tensors().items()}
+    check_finite({"the latents of the photo": latents, **tensors})
     base.offload_encoders()
     return Run(config, base, photo, prompt, processes, canvas, latents, target, null)
 
 
-def _ends(losses: Tensor) -> tuple[float, float]:
-    """Means over the first and the last tenth."""
+def _first_and_last_loss(losses: Tensor) -> tuple[float, float]:
+    """Returns the mean losses over the first and the last tenth of the steps."""
     tenth = max(1, len(losses) // 10)
     return round(losses[:tenth].mean().item(), 6), round(losses[-tenth:].mean().item(), 6)

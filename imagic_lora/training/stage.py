@@ -1,4 +1,4 @@
-"""The contract of a training stage, and the one loop that drives it."""
+"""The training stage and the one driver loop."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..core.errors import ImagicError, NotFinite
 from ..core.noise import key, noise_at, times_at
 from ..core.runtime import Processes, to_device
 from ..core.tensors import all_finite
+from .checkpoints import START_OVER
 from .objective import denoising_loss
 from .optimizers import build_updates
 
@@ -24,13 +25,13 @@ TRAINABLE, OPTIMIZER = "trainables/", "optimizer/"
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step done.
+    """Report of one finished step.
 
     Args:
-        stage: ``embed`` or ``tune``.
-        step: steps done, from 1.
-        steps: of the whole stage.
-        loss: mean over the global batch, a scalar on the device; reading it waits for the device.
+        stage: name of the stage, ``embed`` or ``tune``.
+        step: number of finished steps, from 1.
+        steps: total number of steps of the stage.
+        loss: mean over the global batch, a scalar tensor on the device; reading its value synchronises with the device.
     """
 
     stage: str
@@ -40,16 +41,17 @@ class StepReport:
 
 
 class Stage:
-    """Trainables, the objective, an optimiser. The stages differ only in what is trained.
+    """Trainables, objective and optimizer of one training stage. The stages differ only in what is trained.
 
     Args:
-        name: enters the key of the noise.
-        base: its denoiser may carry trainable layers.
-        latents: of the photo, ``[1, C, h, w]``.
-        conditioning: gives the conditioning of a step; it may depend on the trainables.
-        trainables: parameters by name; fp32, or bf16 that is rounded stochastically.
-        seed: of noise and timesteps.
-        processes: that share the batch.
+        name: name of the stage; the noise depends on it.
+        base: the base; trainable layers may be attached to its denoiser.
+        latents: latents of the photo, ``[1, C, h, w]``.
+        conditioning: returns the conditioning of a step; it may depend on the trainables.
+        trainables: parameters by name, in fp32, or in bf16 with stochastic rounding.
+        config: steps, learning rate, batch size per process and timestep sampling of the stage.
+        seed: seed of noise and timesteps.
+        processes: the processes that share the batch.
     """
 
     def __init__(
@@ -69,7 +71,13 @@ class Stage:
         self._finite = torch.ones((), dtype=torch.bool, device=latents.device)
 
     def step(self, k: int) -> StepReport:
-        """Step number ``k`` (from 0): the same whatever came before it, but for the trainables and the optimiser's states."""
+        """Runs one training step.
+
+        Noise and timesteps depend only on the seed, the stage, ``k`` and the sample index, not on earlier steps.
+
+        Args:
+            k: index of the step, from 0.
+        """
         samples, batch = self.processes.samples(self.config.batch_size), self.config.batch_size * self.processes.count
         noise = to_device(noise_at(self.seed, self.name, k, samples, tuple(self.latents.shape[1:])), self.latents.device)
         times = times_at(self.seed, self.name, k, samples, batch, self.config.timesteps)
@@ -81,32 +89,33 @@ class Stage:
         return StepReport(self.name, k + 1, self.config.steps, loss)
 
     def check(self) -> None:
-        """Reads the finiteness of all steps so far, and of the trainables as they are; waits for the device.
+        """Checks that all losses and gradients so far and the current trainables are finite; synchronises with the device.
 
         Raises:
-            NotFinite: a loss, a gradient or a trainable was NaN or infinite.
+            NotFinite: a loss, a gradient or a trainable is NaN or infinite.
         """
         if not self._finite or not all_finite(parameter.detach() for parameter in self.trainables.values()):
             raise NotFinite(
                 f"a loss, gradient or weight of stage {self.name} is not a finite number",
-                "finite arithmetic",
+                "finite numbers",
                 f"try --dtype fp32 or bf16, or a lower --{self.name}.learning-rate (now {self.config.learning_rate:g})",
             )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The live trainables and optimiser states: all that a resumed run needs besides its step number."""
+        """Returns trainables and optimizer states without copying: all that resuming needs except the step number."""
         named = {f"{TRAINABLE}{name}": parameter.detach() for name, parameter in self.trainables.items()}
         return named | {f"{OPTIMIZER}{name}": value for name, value in self.updates.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state_dict`.
+        """Loads a state that :meth:`state_dict` returned.
 
         Raises:
-            ImagicError: names or shapes of the trainables are not those of this stage.
+            ImagicError: the names or shapes of trainables or optimizer states do not match this stage.
         """
         shapes = {f"{TRAINABLE}{name}": parameter.shape for name, parameter in self.trainables.items()}
         if shapes != {name: value.shape for name, value in state.items() if name.startswith(TRAINABLE)}:
-            raise ImagicError(f"a state that does not fit stage {self.name}", "the same base and settings", "begin anew")
+            got = f"the saved trainables have other names or shapes than those of stage {self.name}"
+            raise ImagicError(got, "a checkpoint of the same base and settings", START_OVER)
         with torch.no_grad():
             for name, parameter in self.trainables.items():
                 parameter.copy_(state[TRAINABLE + name])
@@ -115,20 +124,24 @@ class Stage:
 
 
 def train(stage: Stage, start: int = 0, stop: Callable[[], bool] = lambda: False) -> Iterator[StepReport]:
-    """Runs a stage from step ``start`` to its end, yielding after every step; closing the iterator stops it.
+    """Runs a stage to its end; closing the iterator stops it.
 
-    Finiteness is read every step on the CPU, every ten on CUDA, and after the last.
+    Finiteness is checked after every step on the CPU, after every tenth on CUDA, and after the last step.
 
     Args:
-        stop: asked after every step; one process that is to stop stops all, after the same step.
+        start: number of steps that are already finished.
+        stop: called after every step; if it returns True in one process, all processes stop after the same step.
+
+    Yields:
+        A report after every step.
 
     Raises:
-        NotFinite: something was not finite.
+        NotFinite: a loss, a gradient or a trainable is NaN or infinite.
     """
-    every = 10 if stage.latents.device.type == "cuda" else 1
+    check_interval = 10 if stage.latents.device.type == "cuda" else 1
     for k in range(start, stage.config.steps):
         report = stage.step(k)
-        if report.step % every == 0 or report.step == report.steps:
+        if report.step % check_interval == 0 or report.step == report.steps:
             stage.check()
         yield report
         if stage.processes.any(stop()):

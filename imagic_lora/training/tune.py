@@ -1,4 +1,4 @@
-"""Stage 2: the denoiser is trained on the photo at the optimised embedding (section 3.2, step B of Imagic, arXiv 2210.09276)."""
+"""Stage 2: trains the denoiser on the photo with the optimised embedding fixed (section 3.2, step B of Imagic, arXiv 2210.09276)."""
 
 from __future__ import annotations
 
@@ -23,5 +23,13 @@ def tune_stage(
     seed: int,
     processes: Processes,
 ) -> Stage:
-    """The stage that trains ``trainables``: LoRA layers or the whole denoiser."""
+    """Returns the stage that trains ``trainables`` at the fixed embedding ``e_opt``.
+
+    Args:
+        latents: latents of the photo, ``[1, C, h, w]``.
+        optimised: the embedding ``e_opt`` of stage 1.
+        trainables: parameters by name: LoRA layers or the whole denoiser.
+        seed: seed of noise and timesteps.
+        processes: the processes that share the batch.
+    """
     return Stage("tune", base, latents, lambda: optimised, trainables, config, seed, processes)

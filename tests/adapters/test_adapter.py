@@ -1,4 +1,4 @@
-"""What is read out of an adapter, and what is not believed: every forgery here has the right hashes."""
+"""What is read from an adapter, and what is rejected: every forged adapter here has the right hashes."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ Tensors = dict[str, Tensor]
 Change = Callable[[Tensors], Any]
 Forge = Callable[..., Adapter]
 FULL_FILE = f"unet/{WEIGHTS}"
-TOLD = "lora_adapter_metadata"
+METADATA_KEY = "lora_adapter_metadata"
 
 
 @pytest.fixture
 def forge(tmp_path: Path, fitted: Callable[..., Adapter]) -> Forge:
-    """Gives an adapter with other files, none where it is None, or with another record; sealed like a real one."""
+    """Gives an adapter with other files, none where it is None, or with another record; the hashes are right."""
 
     def make(mode: Mode = "lora", files: dict[str, bytes | None] | None = None, **changes: Any) -> Adapter:
         real = fitted(mode)
         content = {name: (real.folder / name).read_bytes() for name in real.record.files} | (files or {})
-        with atomic_folder(tmp_path / "forged") as made:
+        with atomic_folder(tmp_path / "forged") as writer:
             for name, data in content.items():
                 if data is not None:
-                    made.write(name, [data])
-            made.write_manifest(RECORD, real.record.model_copy(update=changes))
+                    writer.write(name, [data])
+            writer.write_manifest(RECORD, real.record.model_copy(update=changes))
         return Store(tmp_path).read("forged")
 
     return make
@@ -61,12 +61,12 @@ def base(folder: Path) -> Base:
 
 @pytest.fixture
 def refused(base: Base) -> Callable[[Adapter, str], None]:
-    """Sees that an adapter cannot be worn, and that the base does not notice."""
+    """Checks that an adapter cannot be applied and that the base stays bit-equal."""
     before, picture = weights(base.denoiser), output(base)
 
     def check(adapter: Adapter, match: str) -> None:
         with pytest.raises(ImagicError, match=match), applied(adapter, base):
-            pytest.fail("it is worn")
+            pytest.fail("it is applied")
         assert same(weights(base.denoiser), before)
         assert torch.equal(output(base), picture)
 
@@ -100,9 +100,9 @@ def test_embeddings_come_back_as_they_were(tmp_path: Path, fitted: Callable[...,
     """Tokens, pooled and extra inputs of each kind, under the names of the design, fp32."""
     extra = {"sizes": torch.tensor([[64.0, 48.0]])}
     named = {kind: Conditioning(torch.rand(1, 3, 4), torch.rand(1, 5).half(), extra) for kind in ("target", "optimised", "null")}
-    with atomic_folder(tmp_path / "one") as made:
-        save_embeddings(made, named)
-        made.write_manifest(RECORD, fitted("lora").record)
+    with atomic_folder(tmp_path / "one") as writer:
+        save_embeddings(writer, named)
+        writer.write_manifest(RECORD, fitted("lora").record)
     folder = tmp_path / "one"
     assert sorted(load_file(folder / EMBEDDINGS)) == sorted(f"{kind}.{part}" for kind in named for part in ("tokens", "pooled", "sizes"))
     found = read_embeddings(Adapter(folder, read_manifest(folder, RECORD, Record)))
@@ -151,8 +151,8 @@ def test_an_adapter_holds_no_pickle(fitted: Callable[..., Adapter], mode: Mode) 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_worn_adapter_is_taken_off(base: Base, fitted: Callable[..., Adapter], mode: Mode) -> None:
-    """The output differs while it is worn, and is bit-equal afterwards."""
+def test_an_applied_adapter_is_removed(base: Base, fitted: Callable[..., Adapter], mode: Mode) -> None:
+    """The output differs while it is applied, and is bit-equal afterwards."""
     before = output(base)
     with applied(fitted(mode), base):
         assert not torch.equal(output(base), before)
@@ -171,7 +171,7 @@ def test_a_forgery_of_nothing_is_as_good_as_the_real_one(base: Base, forge: Forg
     assert torch.equal(read_canvas(copy).pixels, read_canvas(real).pixels)
 
 
-# Embeddings, photo and record that are not believed
+# Embeddings, photo and record that are rejected
 
 TOKENS = torch.zeros(1, 16, 16)
 KINDS = ("target", "optimised", "null")
@@ -199,9 +199,9 @@ def test_embeddings_of_other_kinds_or_shapes_are_refused(
 ) -> None:
     """There are target, optimised and perhaps null, all with the same inputs of the same shapes."""
     adapter = forge(files={EMBEDDINGS: changed(fitted("lora").folder / EMBEDDINGS, change)})
-    with pytest.raises(ImagicError, match=rf"{EMBEDDINGS} holds .*, or not in equal shapes"):
+    with pytest.raises(ImagicError, match=rf"{EMBEDDINGS} holds the embeddings: .*; their shapes are (not )?equal"):
         read_embeddings(adapter)
-    refused(adapter, "equal shapes")
+    refused(adapter, "holds the embeddings: .*; their shapes are (not )?equal")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -248,7 +248,7 @@ def test_a_photo_that_lies_elsewhere_is_refused(forge: Forge, fitted: Callable[.
     """Its box is a part of the canvas, its size one that a photo can have."""
     source = fitted("lora").record.source
     assert (source.box, source.size) == ((0, 0, 32, 24), (50, 37))
-    with pytest.raises(ImagicError, match="a part of the canvas"):
+    with pytest.raises(ImagicError, match="a box inside the canvas"):
         read_canvas(forge(source=source.model_copy(update=change)))
 
 
@@ -275,7 +275,7 @@ def test_a_file_that_is_not_on_record_is_not_read(
     """Though it is there: nobody knows what was written."""
     adapter = forge(mode, {name: None})
     (adapter.folder / name).write_bytes((fitted(mode).folder / name).read_bytes())
-    wanted = rf"{name} is not on the adapter's record"
+    wanted = rf"{name} is not listed in the adapter's record"
     if name == SOURCE:
         with pytest.raises(ImagicError, match=wanted):
             read_canvas(adapter)
@@ -287,7 +287,7 @@ def test_a_file_that_is_not_on_record_is_not_read(
 def test_an_adapter_of_another_base_is_refused(
     forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], mode: Mode
 ) -> None:
-    """By the fingerprint, not by the name; the error tells a changed base from another one."""
+    """By the fingerprint, not by the name; the error distinguishes a changed base from another one."""
     made_for = fitted(mode).record.base
     refused(forge(mode, base=made_for.model_copy(update={"fingerprint": "f"})), "the weights have changed: fit again")
     other = BaseRecord(name="sd15", revision=None, fingerprint="f")
@@ -311,11 +311,11 @@ PARTS: dict[str, list[WeightsRecord]] = {
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_weights_under_other_names_are_refused(forge: Forge, refused: Callable[[Adapter, str], None], parts: list[WeightsRecord]) -> None:
     """Each mode has its own, and no others."""
-    refused(forge(parts=parts), "lists weights under other names")
+    refused(forge(parts=parts), "lists unexpected weight files")
 
 
-def test_a_quantised_base_does_not_wear_full_weights(wide: Path, fitted: Callable[..., Adapter], forge: Forge) -> None:
-    """Its own would be gone; layers beside them it may wear."""
+def test_full_weights_are_not_applied_to_a_quantised_base(wide: Path, fitted: Callable[..., Adapter], forge: Forge) -> None:
+    """They would replace the quantised weights; LoRA layers are not rejected for the quantization."""
     quantised = opened(wide, quantize="nf4")
     made_for = fitted("full").record.base.model_copy(update={"fingerprint": quantised.fingerprint})
     with pytest.raises(ImagicError, match="replaces every weight of a quantised base"):
@@ -324,7 +324,7 @@ def test_a_quantised_base_does_not_wear_full_weights(wide: Path, fitted: Callabl
         check_base(forge("lora", base=made_for), quantised)
 
 
-# LoRA files that are not believed
+# LoRA files that are rejected
 
 
 def first(tensors: Tensors, end: str = "attn1.to_q.lora_A.weight") -> str:
@@ -359,7 +359,7 @@ def removed(end: str) -> Change:
 
 
 def added(end: str, value: Tensor) -> Change:
-    """Puts a tensor beside those of a layer."""
+    """Adds a tensor to those of a layer."""
     return lambda tensors: tensors.update({first(tensors).replace("lora_A.weight", end): value})
 
 
@@ -464,16 +464,16 @@ def test_weights_in_another_format_are_refused(
 
 
 @pytest.fixture
-def told(forge: Forge, fitted: Callable[..., Adapter]) -> Callable[..., Adapter]:
-    """Gives an adapter whose LoRA file tells other settings, laid over its own or in place of them."""
+def altered(forge: Forge, fitted: Callable[..., Adapter]) -> Callable[..., Adapter]:
+    """Gives an adapter whose LoRA file has other settings, merged into its own or in place of them."""
     path = fitted("lora").folder / LORA_FILE
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
-        own = json.loads(file.metadata()[TOLD])
+        own = json.loads(file.metadata()[METADATA_KEY])
 
     def make(settings: dict[str, Any] | None = None, instead: dict[str, str] | None = None, without: str = "") -> Adapter:
         kept = {key: value for key, value in own.items() if key != without}
-        metadata = {TOLD: json.dumps(kept | (settings or {}))} if instead is None else instead
+        metadata = {METADATA_KEY: json.dumps(kept | (settings or {}))} if instead is None else instead
         return forge(files={LORA_FILE: save(tensors, metadata)})
 
     return make
@@ -511,21 +511,21 @@ NOT_OURS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", NOT_OURS.values(), ids=NOT_OURS)
 def test_settings_of_peft_that_are_not_ours_are_refused(
-    told: Callable[..., Adapter], refused: Callable[[Adapter, str], None], settings: dict[str, Any]
+    altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None], settings: dict[str, Any]
 ) -> None:
     """Some change the base's weights, and one names a module to import."""
-    refused(told({f"unet.{key}": value for key, value in settings.items()}), rf"settings that are not ours \(.*'{next(iter(settings))}'")
+    refused(altered({f"unet.{key}": value for key, value in settings.items()}), rf"unsupported PEFT settings \(.*'{next(iter(settings))}'")
 
 
 @pytest.mark.parametrize("name", ["dora", "rslora", "pissa", "megatron", "rank pattern"])
 def test_settings_that_are_not_ours_cannot_be_hidden(
-    told: Callable[..., Adapter], refused: Callable[[Adapter, str], None], fitted: Callable[..., Adapter], name: str
+    altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None], fitted: Callable[..., Adapter], name: str
 ) -> None:
     """Behind ours under another name."""
     with safe_open(fitted("lora").folder / LORA_FILE, "pt") as file:
-        own = json.loads(file.metadata()[TOLD])
+        own = json.loads(file.metadata()[METADATA_KEY])
     wrong = {f"unet.{key}": value for key, value in NOT_OURS[name].items()}
-    refused(told(wrong | {key.removeprefix("unet."): own[key] for key in wrong}), "settings that are not ours")
+    refused(altered(wrong | {key.removeprefix("unet."): own[key] for key in wrong}), "unsupported PEFT settings")
 
 
 OUT_OF_RANGE: dict[str, dict[str, Any]] = {
@@ -556,66 +556,66 @@ OUT_OF_RANGE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
 def test_settings_out_of_range_are_refused(
-    told: Callable[..., Adapter], refused: Callable[[Adapter, str], None], settings: dict[str, Any]
+    altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None], settings: dict[str, Any]
 ) -> None:
     """Rank, alpha and layers are those of a fit."""
-    refused(told({f"unet.{key}": value for key, value in settings.items()}), "settings that are not ours")
+    refused(altered({f"unet.{key}": value for key, value in settings.items()}), "unsupported PEFT settings")
 
 
 @pytest.mark.parametrize(
     "settings", [{"lora_alpha": "2.0"}, {"lora_alpha": True}, {"target_modules": []}, {"target_modules": {"to_q": 1}}], ids=str
 )
 def test_settings_of_another_type_are_refused(
-    told: Callable[..., Adapter], refused: Callable[[Adapter, str], None], settings: dict[str, Any]
+    altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None], settings: dict[str, Any]
 ) -> None:
     """Alpha is a number, layers are a list."""
-    refused(told({f"unet.{key}": value for key, value in settings.items()}), rf"{LORA_FILE} (adapts|has settings)")
+    refused(altered({f"unet.{key}": value for key, value in settings.items()}), rf"{LORA_FILE} (adapts|has unsupported PEFT settings)")
 
 
-def test_another_rank_than_that_of_the_layers_is_refused(told: Callable[..., Adapter], refused: Callable[[Adapter, str], None]) -> None:
+def test_another_rank_than_that_of_the_layers_is_refused(altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None]) -> None:
     """PEFT would build other layers than there are."""
-    refused(told({"unet.r": 5}), "tensors of other names or shapes.*LoRA layers of rank 5")
+    refused(altered({"unet.r": 5}), "tensors of other names or shapes.*LoRA layers of rank 5")
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules"])
-def test_a_setting_that_is_missing_is_refused(told: Callable[..., Adapter], refused: Callable[[Adapter, str], None], key: str) -> None:
+def test_a_setting_that_is_missing_is_refused(altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None], key: str) -> None:
     """Without it diffusers would guess."""
-    refused(told(without=f"unet.{key}"), "settings that are not ours")
+    refused(altered(without=f"unet.{key}"), "unsupported PEFT settings")
 
 
 SETTINGS_BROKEN = {
     "none": {},
     "others": {"format": "pt"},
-    "empty": {TOLD: ""},
-    "half": {TOLD: "{"},
-    "a list": {TOLD: "[]"},
-    "null": {TOLD: "null"},
-    "a text": {TOLD: '"r"'},
-    "deep": {TOLD: "[" * 100_000},
-    "another component's": {TOLD: '{"text_encoder.r": 4}'},
+    "empty": {METADATA_KEY: ""},
+    "half": {METADATA_KEY: "{"},
+    "a list": {METADATA_KEY: "[]"},
+    "null": {METADATA_KEY: "null"},
+    "a text": {METADATA_KEY: '"r"'},
+    "deep": {METADATA_KEY: "[" * 100_000},
+    "another component's": {METADATA_KEY: '{"text_encoder.r": 4}'},
 }
 
 
 @pytest.mark.parametrize("metadata", SETTINGS_BROKEN.values(), ids=SETTINGS_BROKEN)
 def test_settings_that_cannot_be_read_are_refused(
-    told: Callable[..., Adapter], refused: Callable[[Adapter, str], None], metadata: dict[str, str]
+    altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None], metadata: dict[str, str]
 ) -> None:
     """Nor are they guessed from the layers."""
-    refused(told(instead=metadata), "settings that are not ours")
+    refused(altered(instead=metadata), "unsupported PEFT settings")
 
 
 @pytest.mark.parametrize("settings", [{"peft_version": "99.0"}, {"peft_version": None}, {"lora_alpha": 2}], ids=str)
 def test_settings_of_another_version_of_peft_are_fine(
-    base: Base, told: Callable[..., Adapter], fitted: Callable[..., Adapter], settings: dict[str, Any]
+    base: Base, altered: Callable[..., Adapter], fitted: Callable[..., Adapter], settings: dict[str, Any]
 ) -> None:
     """Where they are not used, or say the same in another way."""
     with applied(fitted("lora"), base):
         expected = output(base)
-    with applied(told({f"unet.{key}": value for key, value in settings.items()}), base):
+    with applied(altered({f"unet.{key}": value for key, value in settings.items()}), base):
         assert torch.equal(output(base), expected)
 
 
-# Full weights that are not believed
+# Full weights that are rejected
 
 FULL: dict[str, Change] = {
     "nothing": dict.clear,

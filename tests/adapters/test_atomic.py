@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, wherever their writer is cut off, and records of which no byte may change."""
+"""Folders that are complete or absent wherever their writer is interrupted, and manifests of which no byte may change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from files import failing, sealed
+from files import failing, manifest_bytes
 
 from imagic_lora.adapters.atomic import (
     AtomicWriter,
@@ -40,10 +40,10 @@ class Note(Manifest):
 
 def write(final: Path, words: str = "new", files: dict[str, bytes] = FILES) -> None:
     """Writes a folder of these files and a record."""
-    with atomic_folder(final) as made:
+    with atomic_folder(final) as writer:
         for name, content in files.items():
-            made.write(name, [content])
-        made.write_manifest(RECORD, Note(words=words))
+            writer.write(name, [content])
+        writer.write_manifest(RECORD, Note(words=words))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -60,17 +60,17 @@ def final(tmp_path: Path) -> Path:
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
     """The path of a record, as good as can be."""
-    made = AtomicWriter(tmp_path)
-    made.write("card.md", [b"words"])
-    made.write_manifest(RECORD, Note())
+    writer = AtomicWriter(tmp_path)
+    writer.write("card.md", [b"words"])
+    writer.write_manifest(RECORD, Note())
     return tmp_path / RECORD
 
 
 def test_what_is_written_is_read(final: Path) -> None:
-    """The files, the record with their hashes, and nothing else, neither beside it nor in it."""
+    """The files, the manifest with their hashes, and nothing else in the folder or its parent."""
     write(final)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
-    assert content(final) == FILES | {RECORD: sealed({"files": digests, "words": "new"})}
+    assert content(final) == FILES | {RECORD: manifest_bytes({"files": digests, "words": "new"})}
     found = read_manifest(final, RECORD, Note)
     assert (found.words, found.files) == ("new", digests)
     assert changed_file(final, found) is None
@@ -81,21 +81,21 @@ def test_content_may_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Of any kind and size, none at all, and to a disk that takes a few bytes at a time."""
     real = os.write
     monkeypatch.setattr(os, "write", lambda handle, data: real(handle, bytes(data[:3])))
-    made = AtomicWriter(tmp_path)
+    writer = AtomicWriter(tmp_path)
     for name, pieces in {"some": [b"", b"one, ", memoryview(b"two, three"), b"."], "none": []}.items():
-        made.write(name, pieces)
+        writer.write(name, pieces)
         whole = b"".join(pieces)
         assert (tmp_path / name).read_bytes() == whole
-        assert made.files[name] == hashlib.sha256(whole).hexdigest()
+        assert writer.files[name] == hashlib.sha256(whole).hexdigest()
 
 
 def test_any_changed_byte_of_a_record_is_refused(record: Path) -> None:
-    """Wherever it stands, were it only a space; so is a record that was cut off, or went on; the good one is believed again."""
+    """Wherever it stands, even a space; so is a manifest that was truncated or extended; the original is accepted again."""
     good = record.read_bytes()
     changed = [good[:k] + bytes([good[k] ^ (1 << k % 8)]) + good[k + 1 :] for k in range(len(good))]
     for text in [*changed, *(good[:k] for k in range(len(good))), good + b"\n", good + b" ", b"\n" + good]:
         record.write_bytes(text)
-        with pytest.raises(ImagicError, match="cannot be believed"):
+        with pytest.raises(ImagicError, match="is not a valid manifest"):
             read_manifest(record.parent, RECORD, Note)
     record.write_bytes(good)
     assert read_manifest(record.parent, RECORD, Note).words == "new"
@@ -120,7 +120,7 @@ def test_the_same_record_written_another_way_is_refused(record: Path, rewrite: C
     good = record.read_bytes()
     record.write_bytes(rewrite(good))
     assert record.read_bytes() != good
-    with pytest.raises(ImagicError, match="cannot be believed"):
+    with pytest.raises(ImagicError, match="is not a valid manifest"):
         read_manifest(record.parent, RECORD, Note)
 
 
@@ -147,7 +147,7 @@ BROKEN = {
 def test_what_is_no_record_is_refused(record: Path, text: bytes) -> None:
     """In words that name the file."""
     record.write_bytes(text)
-    with pytest.raises(ImagicError, match=f"{RECORD} cannot be believed"):
+    with pytest.raises(ImagicError, match=f"{RECORD} is not a valid manifest"):
         read_manifest(record.parent, RECORD, Note)
 
 
@@ -155,22 +155,22 @@ def test_a_record_that_is_not_there_is_refused(record: Path) -> None:
     """Nor is a folder one."""
     record.unlink()
     for _ in range(2):
-        with pytest.raises(ImagicError, match="cannot be believed"):
+        with pytest.raises(ImagicError, match="is not a valid manifest"):
             read_manifest(record.parent, RECORD, Note)
         record.mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize(("size", "good"), [(2**20, True), (2**20 + 1, False), (2**24, False)])
 def test_a_record_has_a_size(record: Path, size: int, good: bool) -> None:
-    """A megabyte; of more, sealed as well as can be, nothing is read."""
-    told = {"files": {}, "words": ""}
-    told["words"] = "w" * (size - len(sealed(told)))
-    record.write_bytes(sealed(told))
+    """At most a megabyte; a larger manifest with the right hash is not read."""
+    fields = {"files": {}, "words": ""}
+    fields["words"] = "w" * (size - len(manifest_bytes(fields)))
+    record.write_bytes(manifest_bytes(fields))
     assert record.stat().st_size == size
     if good:
-        assert read_manifest(record.parent, RECORD, Note).words == told["words"]
+        assert read_manifest(record.parent, RECORD, Note).words == fields["words"]
         return
-    with pytest.raises(ImagicError, match="no file of a record's size"):
+    with pytest.raises(ImagicError, match="it is missing or larger than 1,048,576 bytes"):
         read_manifest(record.parent, RECORD, Note)
 
 
@@ -191,19 +191,19 @@ ODD = {
 
 @pytest.mark.parametrize("change", ODD.values(), ids=ODD)
 def test_a_record_of_another_shape_is_refused(record: Path, change: dict[str, Any]) -> None:
-    """However well it is sealed."""
-    told = {"files": {"card.md": HEX}, "words": "new"}
-    record.write_bytes(sealed(told))
+    """Though its hash is right."""
+    fields = {"files": {"card.md": HEX}, "words": "new"}
+    record.write_bytes(manifest_bytes(fields))
     read_manifest(record.parent, RECORD, Note)
-    record.write_bytes(sealed(told | change))
-    with pytest.raises(ImagicError, match="cannot be believed"):
+    record.write_bytes(manifest_bytes(fields | change))
+    with pytest.raises(ImagicError, match="is not a valid manifest"):
         read_manifest(record.parent, RECORD, Note)
 
 
 def test_a_record_with_half_a_letter_is_refused(record: Path) -> None:
     """Half of a surrogate pair is no text, and cannot be printed."""
-    record.write_bytes(sealed({"files": {}, "words": "\ud800"}))
-    with pytest.raises(ImagicError, match="cannot be believed"):
+    record.write_bytes(manifest_bytes({"files": {}, "words": "\ud800"}))
+    with pytest.raises(ImagicError, match="is not a valid manifest"):
         read_manifest(record.parent, RECORD, Note)
 
 
@@ -216,16 +216,16 @@ BAD_NAMES = [
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_record_that_names_a_file_elsewhere_is_refused(record: Path, name: str) -> None:
-    """Above, beside, hidden, or by a path of any system: before the file is looked at."""
-    record.write_bytes(sealed({"files": {name: HEX}, "words": "new"}))
-    with pytest.raises(ImagicError, match="cannot be believed"):
+    """In a parent or sibling folder, hidden, or by a path of any system: rejected before the file is read."""
+    record.write_bytes(manifest_bytes({"files": {name: HEX}, "words": "new"}))
+    with pytest.raises(ImagicError, match="is not a valid manifest"):
         read_manifest(record.parent, RECORD, Note)
 
 
 @pytest.mark.parametrize("name", GOOD_NAMES)
 def test_a_record_names_files_in_its_folder_and_one_below(record: Path, name: str) -> None:
     """Letters, digits, dot, underscore and hyphen."""
-    record.write_bytes(sealed({"files": {name: HEX}, "words": "new"}))
+    record.write_bytes(manifest_bytes({"files": {name: HEX}, "words": "new"}))
     assert set(read_manifest(record.parent, RECORD, Note).files) == {name}
 
 
@@ -259,11 +259,11 @@ def test_a_folder_is_replaced_as_a_whole(final: Path) -> None:
     """No file of the old one lingers; until the end the old one is there, whole, and the new one hidden."""
     write(final, "old", {"card.md": b"old words", "old.md": b""})
     old = content(final)
-    with atomic_folder(final) as made:
-        made.write("card.md", [b"new words"])
-        made.write_manifest(RECORD, Note())
+    with atomic_folder(final) as writer:
+        writer.write("card.md", [b"new words"])
+        writer.write_manifest(RECORD, Note())
         assert content(final) == old
-        assert made.folder.name.startswith(".")
+        assert writer.folder.name.startswith(".")
     assert set(content(final)) == {"card.md", RECORD}
     assert read_manifest(final, RECORD, Note).words == "new"
     assert list(final.parent.iterdir()) == [final]
@@ -281,8 +281,8 @@ def test_a_failing_writer_leaves_what_was_there(final: Path, error: type[BaseExc
         yield b"new"
         raise error
 
-    with pytest.raises(error), atomic_folder(final) as made:
-        made.write("card.md", pieces())
+    with pytest.raises(error), atomic_folder(final) as writer:
+        writer.write("card.md", pieces())
     assert content(final) == before
     assert list(final.parent.iterdir()) == [final] * there
 
@@ -360,7 +360,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) -> li
 def test_whichever_call_is_the_last_it_is_old_or_new(
     tmp_path: Path, final: Path, monkeypatch: pytest.MonkeyPatch, there: bool, error: BaseException
 ) -> None:
-    """Whole, once it is recovered, with nothing beside it; new where no error was raised, and old where one was."""
+    """Whole, once it is recovered, and nothing else is in its parent; new where no error was raised, and old where one was."""
     write(tmp_path / "before" / "one", "old", {"card.md": b"old words", "old.md": b""})
     write(tmp_path / "after" / "one")
     old, new = content(tmp_path / "before" / "one") if there else {}, content(tmp_path / "after" / "one")
@@ -416,9 +416,9 @@ def test_what_a_writer_has_left_is_undone_by_the_next(final: Path) -> None:
     write(final, "old")
     final.rename(final.with_name(".one.old"))
     final.with_name(".one.part").mkdir()
-    with atomic_folder(final) as made:
+    with atomic_folder(final) as writer:
         assert read_manifest(final, RECORD, Note).words == "old"
-        made.write_manifest(RECORD, Note())
+        writer.write_manifest(RECORD, Note())
     assert list(final.parent.iterdir()) == [final]
 
 
@@ -445,7 +445,7 @@ def test_a_full_disk_is_the_users_to_mend(final: Path, monkeypatch: pytest.Monke
     before = content(final)
     real, calls = os.write, count()
     monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[:2]) if next(calls) < 2 else failing(number)())
-    with pytest.raises(ImagicError, match=r"the disk of .*root is full, or its quota used up \([\d,]+ MiB free\).*--resume") as caught:
+    with pytest.raises(ImagicError, match=r"the disk of .*root is full or over its quota \([\d,]+ MiB free\).*--resume") as caught:
         write(final)
     assert isinstance(caught.value.__cause__, OSError)
     assert content(final) == before

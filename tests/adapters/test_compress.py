@@ -1,4 +1,4 @@
-"""Full adapters made LoRA adapters: nearest at their rank, with a loss that is told as it is, and used like any other."""
+"""Full adapters compressed to LoRA adapters: the best approximation of their rank, with the recorded error, used like any other."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def shaken(state: State) -> None:
             value += (0.2 * torch.randn(value.shape, generator=generator)).half()
 
 
-def told_error(adapter: Adapter) -> float:
+def recorded_error(adapter: Adapter) -> float:
     assert adapter.record.compressed is not None
     return adapter.record.compressed.error
 
@@ -146,13 +146,13 @@ def test_what_no_layer_can_take_is_lost() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
-def test_the_loss_that_is_told_is_the_loss(folder: Path, fitted: Fitted, tmp_path: Path, rank: int) -> None:
+def test_the_recorded_error_is_the_error(folder: Path, fitted: Fitted, tmp_path: Path, rank: int) -> None:
     """As computed from the files alone, without biases and normalisations in what is kept; each layer is the best of its rank."""
     full, base = fitted("full"), opened(folder)
     before, after = weights(base.denoiser), {name: value.float() for name, value in load_file(full.folder / FULL_FILE).items()}
     made = compress(full, base, rank, Store(tmp_path), "small")
     expected = independent_error(before, after, layers(base), rank)
-    assert told_error(made) == pytest.approx(expected, rel=1e-6)
+    assert recorded_error(made) == pytest.approx(expected, rel=1e-6)
     assert 0.01 < expected < 1
     found = load_file(made.folder / LORA_FILE)
     assert adapted(made) == layers(base)
@@ -168,7 +168,7 @@ def test_with_all_ranks_it_is_the_full_adapter(halved: Path, forge: Forge, tmp_p
     base = opened(halved)
     full = forge(base, shaken)
     made = compress(full, base, 200, Store(tmp_path), "whole")
-    assert told_error(made) < 1e-6
+    assert recorded_error(made) < 1e-6
     bare = output(base)
     with applied(full, base):
         expected = output(base)
@@ -185,24 +185,24 @@ def test_an_adapter_that_changes_nothing_loses_nothing(halved: Path, forge: Forg
     expected = output(base)
     with applied(made, base):
         assert torch.equal(output(base), expected)
-    assert told_error(made) == 0
+    assert recorded_error(made) == 0
 
 
-def test_all_else_stays_and_the_record_tells(folder: Path, fitted: Fitted, tmp_path: Path) -> None:
-    """Embeddings and photo byte for byte, sentence, base and settings; the mode, the rank and the loss are its own. Fits have none."""
+def test_the_rest_is_copied_and_the_record_has_the_error(folder: Path, fitted: Fitted, tmp_path: Path) -> None:
+    """Embeddings and photo byte for byte, target prompt, base and settings; the mode, the rank and the loss are its own. Fits have none."""
     full = fitted("full")
     made = Store(tmp_path).read(compress(full, opened(folder), 3, Store(tmp_path), "small").name)
     for name in (EMBEDDINGS, SOURCE):
         assert (made.folder / name).read_bytes() == (full.folder / name).read_bytes()
     old, new = (json.loads((one.folder / RECORD).read_text()) for one in (full, made))
     assert {key for key in new if new[key] != old.get(key)} <= {"name", "created", "parts", "config", "compressed", "files", "sha256"}
-    assert new["compressed"] == {"name": full.name, "error": told_error(made)}
+    assert new["compressed"] == {"name": full.name, "error": recorded_error(made)}
     assert "compressed" not in old
     tune = old["config"]["tune"] | {"mode": "lora", "rank": 3, "alpha": None, "targets": "all"}
     assert new["config"] == old["config"] | {"tune": tune}
     card = (made.folder / CARD).read_text()
     assert "mode lora" in card
-    assert f"the adapter `{full.name}`, mode full, compressed to rank 3: {told_error(made):.1%}" in " ".join(card.split())
+    assert f"the adapter `{full.name}`, mode full, compressed to rank 3: {recorded_error(made):.1%}" in " ".join(card.split())
     assert made.size < full.size
 
 
@@ -239,7 +239,7 @@ def test_sdxl_is_compressed_too(photo_file: Path, tmp_path: Path) -> None:
     base = opened(folder)
     before, after = weights(base.denoiser), {name: value.float() for name, value in load_file(full.folder / FULL_FILE).items()}
     made = compress(full, base, 4, Store(tmp_path), "small")
-    assert told_error(made) == pytest.approx(independent_error(before, after, layers(base), 4), rel=1e-6)
+    assert recorded_error(made) == pytest.approx(independent_error(before, after, layers(base), 4), rel=1e-6)
     assert adapted(made) == layers(base)
     assert "add_embedding.linear_1" in layers(base)
     (edit,) = Editor(base).edit(made, [0.6], [5], EditConfig(steps=2))
@@ -266,7 +266,7 @@ def test_a_rank_out_of_range_is_refused(folder: Path, fitted: Fitted, tmp_path: 
 
 def test_there_must_be_something_to_compress(folder: Path, fitted: Fitted, tmp_path: Path) -> None:
     """A LoRA adapter is small already."""
-    refused(fitted("lora"), opened(folder), 2, Store(tmp_path), "small", "is LoRA already, of rank 4")
+    refused(fitted("lora"), opened(folder), 2, Store(tmp_path), "small", "is already a LoRA adapter of rank 4")
 
 
 def test_an_adapter_of_another_base_is_refused(fitted: Fitted, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_weights_that_do_not_fit_are_refused(folder: Path, forge: Forge, tmp_pat
 # The command
 
 
-def test_the_command_stores_it_and_tells_the_loss(
+def test_the_command_stores_it_and_prints_the_error(
     fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under a name with the rank where none is given; in JSON as in the record; the exit code is 0."""
@@ -312,16 +312,16 @@ def test_the_command_stores_it_and_tells_the_loss(
     assert cli.main(["compress", full, "--rank", "2", "--store", str(store), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     made = Store(store).read(f"{full}-r2")
-    assert (answer["name"], answer["error"], answer["bytes"]) == (made.name, told_error(made), made.size)
+    assert (answer["name"], answer["error"], answer["bytes"]) == (made.name, recorded_error(made), made.size)
     assert cli.main(["compress", full, "--rank", "2", "--name", "other", "--store", str(store)]) == 0
-    assert f"{told_error(made):.1%}" in " ".join(capsys.readouterr().err.split())
+    assert f"{recorded_error(made):.1%}" in " ".join(capsys.readouterr().err.split())
     assert cli.main(["compress", full, "--rank", "2", "--name", "other", "--store", str(store)]) == 2
     for name in (made.name, "other"):
         Store(store).remove(name)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "match"), [(["lora", "--rank", "2"], "LoRA already"), (["full", "--rank", "0"], "--rank 0"), (["full"], "rank")]
+    ("tokens", "match"), [(["lora", "--rank", "2"], "already a LoRA adapter"), (["full", "--rank", "0"], "--rank 0"), (["full"], "rank")]
 )
 def test_the_command_refuses_before_it_opens_a_base(
     fitted: Fitted, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokens: list[str], match: str

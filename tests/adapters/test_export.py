@@ -85,7 +85,7 @@ def of_width(width: int, pooled: bool = False) -> Conditioning:
 
 
 def answer(base: Base, adapter: Adapter) -> Tensor:
-    """The denoiser's answer to noise, told the adapter's sentence."""
+    """The denoiser's prediction for noise, conditioned on the adapter's target prompt."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         return base.predict(noise, torch.tensor([500]), read_embeddings(adapter)["target"])
@@ -258,25 +258,25 @@ def test_the_scale_is_in_the_second_matrix(fitted: Fitted, tmp_path: Path) -> No
         (2048, True, ("stable-diffusion-xl-v1-base/lora", "https://github.com/Stability-AI/generative-models", "sdxl_base_v1-0", "False")),
     ],
 )
-def test_the_metadata_tells_the_base_and_the_settings(
+def test_the_metadata_has_the_base_and_the_settings(
     fitted: Fitted, tmp_path: Path, width: int, pooled: bool, expected: tuple[str, ...]
 ) -> None:
     """In the words of kohya's scripts, by which readers sort their files."""
     adapter = forged(tmp_path, fitted("lora"), as_lora(modules("sdxl", "attention")), of_width(width, pooled))
-    told, tune = metadata(export(adapter, "kohya", tmp_path / "out")[0]), adapter.record.config.tune
+    found, tune = metadata(export(adapter, "kohya", tmp_path / "out")[0]), adapter.record.config.tune
     names = ("modelspec.architecture", "modelspec.implementation", "ss_base_model_version", "ss_v2")
-    assert tuple(told[name] for name in names) == expected
-    assert told["modelspec.sai_model_spec"] == "1.0.1"
-    assert (told["modelspec.title"], told["ss_output_name"], told["modelspec.description"]) == ("forged", "forged", PROMPT)
-    assert (told["modelspec.resolution"], told["ss_resolution"]) == ("32x24", "(32, 24)")
-    assert (told["ss_network_module"], told["ss_network_dim"], told["ss_network_alpha"]) == ("networks.lora", "4", "4.0")
-    assert (told["ss_steps"], told["ss_learning_rate"], told["ss_seed"]) == (str(tune.steps), str(tune.learning_rate), "0")
-    assert told["ss_sd_model_name"] == adapter.record.base.name
+    assert tuple(found[name] for name in names) == expected
+    assert found["modelspec.sai_model_spec"] == "1.0.1"
+    assert (found["modelspec.title"], found["ss_output_name"], found["modelspec.description"]) == ("forged", "forged", PROMPT)
+    assert (found["modelspec.resolution"], found["ss_resolution"]) == ("32x24", "(32, 24)")
+    assert (found["ss_network_module"], found["ss_network_dim"], found["ss_network_alpha"]) == ("networks.lora", "4", "4.0")
+    assert (found["ss_steps"], found["ss_learning_rate"], found["ss_seed"]) == (str(tune.steps), str(tune.learning_rate), "0")
+    assert found["ss_sd_model_name"] == adapter.record.base.name
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_and_a_page_lie_beside(fitted: Fitted, tmp_path: Path, kind: Format) -> None:
-    """Byte for byte; the page names every tensor with its shape, the sentence, and what loads the weights."""
+def test_embeddings_and_a_page_are_exported_too(fitted: Fitted, tmp_path: Path, kind: Format) -> None:
+    """Byte for byte; the page names every tensor with its shape, the target prompt, and what loads the weights."""
     adapter = fitted("lora")
     weights, embeddings, page = export(adapter, kind, tmp_path)
     assert embeddings.read_bytes() == (adapter.folder / EMBEDDINGS).read_bytes()
@@ -290,11 +290,11 @@ def test_embeddings_and_a_page_lie_beside(fitted: Fitted, tmp_path: Path, kind: 
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in (weights, embeddings, page))
 
 
-def test_the_page_tells_of_sdxl_s_embeddings(xl: tuple[Path, dict[Mode, Adapter]], tmp_path: Path) -> None:
+def test_the_page_lists_sdxl_s_embeddings(xl: tuple[Path, dict[Mode, Adapter]], tmp_path: Path) -> None:
     """The pooled ones and the size ids are there, and said to be."""
     _, embeddings, page = export(xl[1]["lora"], "kohya", tmp_path)
-    told = [line for line in page.read_text().splitlines() if line.startswith("- `")]
-    assert told == [f"- `{name}` {list(value.shape)}" for name, value in sorted(load_file(embeddings).items())]
+    lines = [line for line in page.read_text().splitlines() if line.startswith("- `")]
+    assert lines == [f"- `{name}` {list(value.shape)}" for name, value in sorted(load_file(embeddings).items())]
     assert {"target.pooled", "optimised.pooled", "target.time_ids"} <= load_file(embeddings).keys()
 
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: whole and unchanged, or refused; one writer a name."""
+"""Adapters on disk: complete and unchanged, or rejected; one writer per name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from time import perf_counter, sleep
 import pytest
 import torch
 from common import MODES
-from files import failing, rival, sealed
+from files import failing, manifest_bytes, rival
 
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import AtomicWriter
@@ -125,10 +125,10 @@ def test_a_record_changed_by_hand_is_refused(copied: Callable[[Mode], Store]) ->
     lines = path.read_text().splitlines(keepends=True)
     for k in range(len(lines)):
         path.write_text("".join(lines[:k] + lines[k + 1 :]))
-        with pytest.raises(ImagicError, match=f"{RECORD} cannot be believed"):
+        with pytest.raises(ImagicError, match=f"{RECORD} is not a valid manifest"):
             store.read("copy", verify=False)
     path.write_text("".join(lines).replace('"peak_memory": ', '"peak_memory": 1'))
-    with pytest.raises(ImagicError, match=f"{RECORD} cannot be believed"):
+    with pytest.raises(ImagicError, match=f"{RECORD} is not a valid manifest"):
         store.read("copy")
     path.write_text("".join(lines))
     store.read("copy")
@@ -148,18 +148,18 @@ ODD = {
 
 @pytest.mark.parametrize(("key", "value"), ODD.items())
 def test_a_record_of_another_shape_is_refused(store: Store, key: str, value: object) -> None:
-    """Another version, another type, an unknown field, however well it is sealed."""
+    """Another version, another type, an unknown field, though its hash is right."""
     path = store.root / "one" / RECORD
-    told = json.loads(path.read_text())
-    del told["sha256"]
-    path.write_bytes(sealed(told))
+    fields = json.loads(path.read_text())
+    del fields["sha256"]
+    path.write_bytes(manifest_bytes(fields))
     store.read("one")
     for changed in (
-        told | {key: value},
-        {name: one for name, one in told.items() if name != key} if key == "prompt" else told | {key: value},
+        fields | {key: value},
+        {name: one for name, one in fields.items() if name != key} if key == "prompt" else fields | {key: value},
     ):
-        path.write_bytes(sealed(changed))
-        with pytest.raises(ImagicError, match="cannot be believed"):
+        path.write_bytes(manifest_bytes(changed))
+        with pytest.raises(ImagicError, match="is not a valid manifest"):
             store.read("one")
 
 
@@ -167,7 +167,7 @@ def test_a_record_of_another_shape_is_refused(store: Store, key: str, value: obj
 def test_a_broken_record_is_refused(store: Store, text: str) -> None:
     """Nothing but a JSON object will do."""
     (store.root / "one" / RECORD).write_text(text, encoding="latin-1")
-    with pytest.raises(ImagicError, match="cannot be believed"):
+    with pytest.raises(ImagicError, match="is not a valid manifest"):
         store.read("one")
 
 
@@ -243,7 +243,7 @@ def test_a_name_that_is_no_name_is_refused(store: Store, name: str) -> None:
         store.write(record(name), fill(), overwrite=True)
 
     for refused in (store.read, lambda name: store.check_free(name, False), write, store.remove, claim, store.checkpoints):
-        with pytest.raises(ImagicError, match="as a name"):
+        with pytest.raises(ImagicError, match="is not a valid name"):
             refused(name)
     assert store.names() == ["one"]
 
@@ -367,10 +367,10 @@ def test_a_name_whose_writer_was_killed_is_free(store: Store) -> None:
     assert hidden(store.root) == []
 
 
-@pytest.mark.parametrize("told", ["", "47", "4711\nanother.machine\n", "\0" * 9], ids=["nothing", "a number", "a machine", "zeros"])
-def test_what_a_power_cut_left_of_a_claim_stops_nobody(store: Store, told: str) -> None:
+@pytest.mark.parametrize("text", ["", "47", "4711\nanother.machine\n", "\0" * 9], ids=["nothing", "a number", "a machine", "zeros"])
+def test_what_a_power_cut_left_of_a_claim_stops_nobody(store: Store, text: str) -> None:
     """The claim itself went with the process that had it."""
-    (store.root / ".one.lock").write_text(told)
+    (store.root / ".one.lock").write_text(text)
     store.write(record(), fill("other words"), overwrite=True)
     assert hidden(store.root) == []
 
@@ -431,7 +431,7 @@ def test_a_claim_ends_with_its_block(store: Store, error: type[BaseException]) -
 
 
 def test_what_is_removed_is_gone(store: Store) -> None:
-    """With what an unfinished fit of that name has saved, and nothing besides."""
+    """With the checkpoints of an unfinished fit of that name, and nothing else."""
     store.write(record("two"), fill())
     for name in ("one", "two", "three"):
         (store.checkpoints(name) / "embed-000003").mkdir(parents=True)
@@ -444,7 +444,7 @@ def test_what_is_removed_is_gone(store: Store) -> None:
         store.remove("one")
 
 
-def test_an_adapter_that_cannot_be_believed_can_be_removed(store: Store) -> None:
+def test_an_adapter_with_an_invalid_record_can_be_removed(store: Store) -> None:
     """So can a folder that is none."""
     (store.root / "one" / RECORD).write_text("{")
     store.remove("one")

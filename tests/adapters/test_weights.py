@@ -147,7 +147,7 @@ def test_weights_that_round_stochastically_are_trained_in_bf16(folder: Path) -> 
     for wrong in (torch.float16, torch.float32):
         base = opened(folder, "full", dtype="bf16", master_weights="bf16-stochastic")
         base.denoiser.to(wrong)
-        with pytest.raises(ImagicError, match="bf16 weights, rounded stochastically"), unfrozen(base):
+        with pytest.raises(ImagicError, match="bf16 weights with stochastic rounding"), unfrozen(base):
             pass
 
 
@@ -263,9 +263,9 @@ def test_layers_of_other_targets_are_not_swapped(folder: Path, tmp_path: Path) -
     assert same(weights(base.denoiser), before)
     for one, other in ((some, more), (more, some)):
         with loaded_lora(base, one):
-            worn = weights(base.denoiser)
+            loaded = weights(base.denoiser)
             assert not swap_lora(base, other)
-            assert same(weights(base.denoiser), worn)
+            assert same(weights(base.denoiser), loaded)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])

@@ -101,13 +101,13 @@ def test_plain_diffusers_makes_the_same_picture(place: Place, fit_on: Fit, famil
 
 @pytest.mark.parametrize("family", BASES)
 def test_both_stages_train_all_that_they_should(place: Place, fit_on: Fit, family: str) -> None:
-    """Tokens and pooled embedding move, what else is told does not; the weights move."""
+    """Tokens and pooled embedding change, added conditions do not; the weights change."""
     adapter = fit_on(family, "lora")
-    told = {kind: one.tensors() for kind, one in read_embeddings(adapter).items()}
+    stored = {kind: conditioning.tensors() for kind, conditioning in read_embeddings(adapter).items()}
     shapes = open_family(place, family).architecture.conditioning
-    assert {name: tuple(value.shape) for name, value in told["optimised"].items()} == shapes
+    assert {name: tuple(value.shape) for name, value in stored["optimised"].items()} == shapes
     for name in shapes:
-        assert torch.equal(told["optimised"][name], told["target"][name]) == (name in ("time_ids", "guidance"))
+        assert torch.equal(stored["optimised"][name], stored["target"][name]) == (name in ("time_ids", "guidance"))
     steps = [loss for losses in adapter.record.losses.values() for loss in losses]
     assert all(loss > 0 for loss in steps)
 
@@ -115,7 +115,7 @@ def test_both_stages_train_all_that_they_should(place: Place, fit_on: Fit, famil
 @pytest.mark.parametrize(("start", "ddim_eta"), [("noise", 0.0), ("image", 0.0), ("inverted", 0.0), ("inverted", 1.0)])
 @pytest.mark.parametrize("family", ["sdxl", "lcm"])
 def test_every_start_makes_pictures_of_the_photos_size(place: Place, fit_on: Fit, family: str, start: Any, ddim_eta: float) -> None:
-    """From noise, from the photo, from its own noise at the start and at every step; and eta tells."""
+    """From noise, from the photo, from its own noise at the start and at every step; and eta changes the image."""
     adapter = fit_on(family, "lora")
     config = EditConfig(steps=4, guidance_scale=3.0, start=start, ddim_eta=ddim_eta)
     pictures = [one.image for one in Editor(open_family(place, family)).edit(adapter, [0.0, 1.0], [0], config)]
@@ -123,23 +123,23 @@ def test_every_start_makes_pictures_of_the_photos_size(place: Place, fit_on: Fit
     assert (array(pictures[0]) != array(pictures[1])).any()
 
 
-def test_sdxl_is_told_what_its_pipeline_tells_it(place: Place) -> None:
-    """Tokens of both encoders, the pooled embedding, zeros for the empty sentence, sizes of the picture."""
+def test_sdxl_has_the_conditioning_of_its_pipeline(place: Place) -> None:
+    """Tokens of both encoders, the pooled embedding, zeros for the empty prompt, size ids of the image."""
     base, pipe = open_family(place, "sdxl"), StableDiffusionXLPipeline.from_pretrained(place("sdxl"))
     tokens, null, pooled, null_pooled = pipe.encode_prompt(PROMPT)  # pyright: ignore[reportAttributeAccessIssue]
-    told, empty = base.encode_prompt(PROMPT), base.null()
+    text, empty = base.encode_prompt(PROMPT), base.null()
     assert empty is not None
-    assert told.pooled is not None
-    assert torch.equal(told.tokens, tokens)
-    assert torch.equal(told.pooled, pooled)
+    assert text.pooled is not None
+    assert torch.equal(text.tokens, tokens)
+    assert torch.equal(text.pooled, pooled)
     assert torch.equal(empty.tokens, null)
     assert empty.pooled is not None
     assert torch.equal(empty.pooled, null_pooled)
     assert (empty.tokens == 0).all()
-    assert base.with_added_conditions(told, 24, 40, 1.0).extra["time_ids"].tolist() == [[24, 40, 0, 0, 24, 40]]
+    assert base.with_added_conditions(text, 24, 40, 1.0).extra["time_ids"].tolist() == [[24, 40, 0, 0, 24, 40]]
 
 
-def test_sdxl_without_zeros_is_told_the_empty_sentence(place: Place, tmp_path: Path) -> None:
+def test_sdxl_without_zeros_encodes_the_empty_prompt(place: Place, tmp_path: Path) -> None:
     """As its ``model_index.json`` says."""
     save_tiny_sdxl(tmp_path / "base")
     index = tmp_path / "base/model_index.json"

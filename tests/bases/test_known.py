@@ -1,4 +1,4 @@
-"""Bases by name: those that come along, a user's own, what is known of them besides their files, and distilled ones."""
+"""Named bases: the built-in ones, those of the user's file, the settings of their entries, and distilled bases."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def on_cpu(name: str) -> Any:
 
 
 def test_what_is_known_agrees_with_what_is_published() -> None:
-    """Resolution, prediction and steps, for every base that comes along."""
+    """Resolution, prediction type and sampling steps of every built-in base."""
     for name, known in SHIPPED.items():
         built = architecture(name)
         assert (built.resolution, built.scheduler["prediction_type"], built.few_steps) == (
@@ -75,7 +75,7 @@ def test_a_users_own_base_is_opened_by_its_name(listed: Any, folder: Path) -> No
     assert named_base("critters") == SHIPPED["critters"]
 
 
-def test_without_a_list_there_are_those_that_come_along(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_list_there_are_the_built_in_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The list lies among the user's settings, or where the variable says."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
@@ -95,7 +95,7 @@ def test_without_a_list_there_are_those_that_come_along(monkeypatch: pytest.Monk
         ({"mine": {"source": "x", "colour": 1}}, "mine.colour"),
         ({"mine": {"source": "x", "few_steps": 0}}, "mine.few_steps = 0"),
         ({"mine": {"source": "x", "prediction": "noise"}}, "mine.prediction = 'noise'"),
-        ({"sd15": {"source": "x"}}, "names sd15.*choose others"),
+        ({"sd15": {"source": "x"}}, "defines sd15.*choose other names"),
         ({"a/b": {"source": "x"}}, "a/b"),
         ("- mine", "holds a list"),
         ("mine: [", "cannot be read as YAML"),
@@ -112,9 +112,9 @@ def test_a_list_that_is_wrong_is_refused(listed: Any, content: Any, why: str) ->
 def test_a_listed_base_that_is_not_there_is_named(listed: Any) -> None:
     """With its path and whose it is; a revision of a local one is refused rather than recorded."""
     path = listed({"mine": {"source": "/no/such.safetensors"}, "local": {"source": ".", "revision": "abc"}})
-    with pytest.raises(ImagicError, match=rf"/no/such\.safetensors, which {path} gives as base mine"):
+    with pytest.raises(ImagicError, match=rf"/no/such\.safetensors, the source of base mine in {path}"):
         locate("mine")
-    with pytest.raises(ImagicError, match="revision abc of"):
+    with pytest.raises(ImagicError, match="revision abc for the local path"):
         locate("local")
 
 
@@ -125,7 +125,7 @@ def test_a_path_needs_no_list(listed: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("resumed", [8.0, 2.0])
-def test_a_resumed_fit_is_told_the_same_guidance(lcm: Path, photo_file: Path, tmp_path: Path, resumed: float) -> None:
+def test_a_resumed_fit_has_the_same_guidance_scale(lcm: Path, photo_file: Path, tmp_path: Path, resumed: float) -> None:
     """Where it is an input of the denoiser, another is another run."""
     store, config = Store(tmp_path), tiny_config(lcm, edit={"guidance_scale": 8.0})
     steps = fit(photo_file, PROMPT, config, store, "cat")
@@ -144,24 +144,24 @@ def test_a_resumed_fit_is_told_the_same_guidance(lcm: Path, photo_file: Path, tm
 def test_more_steps_than_a_sampler_has_are_refused_before_the_training(lcm: Path, photo_file: Path, tmp_path: Path, start: Any) -> None:
     """And in an edit; nothing is lost."""
     store = Store(tmp_path)
-    with pytest.raises(ImagicError, match="60 steps of a sampler of kind LCMScheduler"):
+    with pytest.raises(ImagicError, match="60 steps with scheduler LCMScheduler"):
         next(fit(photo_file, PROMPT, tiny_config(lcm, edit={"steps": 60, "start": start}), store, "cat"))
     adapter = result(fit(photo_file, PROMPT, tiny_config(lcm), store, "cat", overwrite=True))
     assert adapter is not None
-    with pytest.raises(ImagicError, match="60 steps of a sampler"):
+    with pytest.raises(ImagicError, match="60 steps with scheduler"):
         next(Editor(opened(lcm)).edit(adapter, [0.5], [0], adapter.record.config.edit.model_copy(update={"steps": 60, "start": start})))
 
 
 def test_the_noise_of_the_photo_is_found_at_the_guidance_that_it_is_used_at(lcm: Path, photo_file: Path, tmp_path: Path) -> None:
-    """Where it is an input: every pass of the inversion is told it, as those of the way back are."""
+    """A base whose denoiser takes the guidance scale gets the same scale in every pass of inversion and sampling."""
     config = tiny_config(lcm, edit={"guidance_scale": 8.0, "start": "inverted", "steps": 4})
-    base, told = opened(lcm), []
+    base, embedded = opened(lcm), []
     adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), "cat", base=base))
     assert adapter is not None
-    base.denoiser.register_forward_pre_hook(lambda _, args, more: told.append(more["timestep_cond"]), with_kwargs=True)
+    base.denoiser.register_forward_pre_hook(lambda _, args, more: embedded.append(more["timestep_cond"]), with_kwargs=True)
     next(Editor(base).edit(adapter, [0.5], [0], config.edit))
-    assert len(told) == 8
-    assert all(torch.equal(one, told[0]) for one in told)
+    assert len(embedded) == 8
+    assert all(torch.equal(one, embedded[0]) for one in embedded)
 
 
 def test_the_plan_of_a_consistency_model_counts_one_pass(lcm: Path) -> None:
@@ -174,7 +174,7 @@ def test_the_plan_of_a_consistency_model_counts_one_pass(lcm: Path) -> None:
 
 def test_a_list_that_is_not_there_is_refused(listed: Any) -> None:
     """Where it was asked for."""
-    with pytest.raises(ImagicError, match="which is no file"):
+    with pytest.raises(ImagicError, match="which is not a file"):
         named_base("mine")
 
 
@@ -182,7 +182,7 @@ def test_a_config_of_a_folder_is_not_ignored(listed: Any, folder: Path) -> None:
     """A folder has its own."""
     listed({"mine": {"source": str(folder), "config": "sd15"}})
     for use in (architecture, on_cpu):
-        with pytest.raises(ImagicError, match="config of"):
+        with pytest.raises(ImagicError, match="config = 'sd15' for the folder"):
             use("mine")
 
 
@@ -259,24 +259,24 @@ def test_a_consistency_model_is_trained_at_all_its_timesteps(lcm: Path) -> None:
         assert set(sampler.timesteps.tolist()) <= set(every)
 
 
-def test_a_consistency_model_is_told_the_guidance(lcm: Path) -> None:
+def test_a_consistency_model_takes_the_guidance_scale(lcm: Path) -> None:
     """As an input, in training as in sampling; there is no unconditional pass."""
     base, noise = opened(lcm), torch.randn(2, 4, 8, 8)
     assert base.null() is None
     assert base.architecture.few_steps == 4
-    told = base.with_added_conditions(base.encode_prompt(PROMPT), 32, 32, 6.5)
+    text = base.with_added_conditions(base.encode_prompt(PROMPT), 32, 32, 6.5)
     pipe: Any = StableDiffusionPipeline.from_pretrained(lcm)
     scale = pipe.get_guidance_scale_embedding(torch.full((2,), 5.5), embedding_dim=12)
     times = torch.tensor([19, 999])
     with torch.no_grad():
-        found = base.predict(noise, times, told)
-        expected = pipe.unet(noise, times, told.tokens.expand(2, -1, -1), timestep_cond=scale).sample
-        other = base.predict(noise, times, base.with_added_conditions(told, 32, 32, 2.0))
+        found = base.predict(noise, times, text)
+        expected = pipe.unet(noise, times, text.tokens.expand(2, -1, -1), timestep_cond=scale).sample
+        other = base.predict(noise, times, base.with_added_conditions(text, 32, 32, 2.0))
     assert torch.allclose(found, expected, atol=1e-6)
     assert not torch.allclose(found, other)
 
 
-def test_the_guidance_of_an_edit_tells_without_an_unconditional_pass(lcm: Path, photo_file: Path, tmp_path: Path) -> None:
+def test_the_guidance_scale_changes_an_edit_without_an_unconditional_pass(lcm: Path, photo_file: Path, tmp_path: Path) -> None:
     """Another scale, another picture."""
     config = tiny_config(lcm, edit={"guidance_scale": 8.0})
     adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), "cat"))

@@ -181,7 +181,7 @@ def test_a_header_may_be_as_long_as_a_pickle_begins(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_under_another_name_is_read(tmp_path: Path, named: Callable[..., str], folder: Path) -> None:
-    """It is told by its content."""
+    """The format is detected from the file's content."""
     assert on_cpu(named(write_single(folder, tmp_path / "one.ckpt"), folder)).fingerprint == opened(folder).fingerprint
 
 
@@ -194,7 +194,7 @@ def test_a_checkpoint_under_another_name_is_read(tmp_path: Path, named: Callable
         (lambda path: path.write_bytes(b"\x02" + bytes(7) + b"[]"), "a list, not an object"),
         (lambda path: marked(path, "lora_unet_x.lora_up.weight"), "is a LoRA file"),
         (lambda path: marked(path, "x"), "holds 1 tensors.*original layout"),
-        (lambda path: marked(path, MARKS["sd15"], "model.diffusion_model.input_blocks.0.0.weight"), "looks like sd15, but begins with"),
+        (lambda path: marked(path, MARKS["sd15"], "model.diffusion_model.input_blocks.0.0.weight"), "looks like sd15, but the first layer"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, write: Callable[[Path], Any], why: str) -> None:
@@ -210,12 +210,12 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, write: Callable[[Path]
     [
         (lambda found: [found.pop(name) for name in list(found) if name.startswith("first_stage")], "holds 0 tensors of a vae"),
         (lambda found: found.pop("model.diffusion_model.out.0.weight"), "tensors of .* are missing"),
-        (lambda found: found.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)}), "not of the shape"),
+        (lambda found: found.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)}), "have another shape"),
         (lambda found: found.pop("cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias"), r"holds .* weights"),
         (lambda found: found.update({"model.diffusion_model.out.0.weight": torch.full((8,), torch.nan)}), "NaN"),
         (lambda found: found.pop("model.diffusion_model.input_blocks.2.0.op.bias"), "lacks .*downsamplers.0.conv.bias"),
         (lambda found: found.pop("first_stage_model.encoder.down.0.downsample.conv.bias"), "lacks .*downsamplers.0.conv.bias"),
-        (lambda found: found.pop("first_stage_model.decoder.up.1.upsample.conv.bias"), "makes nothing"),
+        (lambda found: found.pop("first_stage_model.decoder.up.1.upsample.conv.bias"), "cannot be loaded"),
         (
             lambda found: found.update({f"model.diffusion_model.x{k}": torch.zeros(0) for k in range(4000)}),
             "tensors of a unet",
@@ -269,7 +269,7 @@ def test_the_vocabulary_is_clips(tmp_path: Path) -> None:
         path = tmp_path
         pad = "!"
 
-        def place(self, part: str) -> Path:
+        def component_path(self, part: str) -> Path:
             return tmp_path
 
         def tokenizer(self, part: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ from imagic_lora.bench.catalogue import CATALOGUE, budgeted, chosen, defaults
 from imagic_lora.bench.critters import Bench, Result
 from imagic_lora.bench.metrics import CritterAlignment, pixels
 from imagic_lora.bench.page import Table, tables, write_page
-from imagic_lora.bench.scores import SAME, Score, Scorer, drift
+from imagic_lora.bench.scores import IDENTITY_LIMIT, Score, Scorer, drift
 from imagic_lora.bench.summary import bootstrapped, summarise
 from imagic_lora.cli import app as cli
 from imagic_lora.core.config import Mode, RunConfig
@@ -68,7 +68,7 @@ def test_a_case_is_a_function_of_its_seed_and_number() -> None:
 def test_the_cases_of_the_claimed_seed_are_stored() -> None:
     """The first of seed 7 are the same on every machine."""
     found = [case_at(7, index) for index in range(2)]
-    assert [case.text for case in found] == ["a sitting dog", "a gray rabbit"]
+    assert [case.prompt for case in found] == ["a sitting dog", "a gray rabbit"]
     assert [case.source.sun for case in found] == [0.08370084381917497, 0.18623891159543315]
 
 
@@ -114,15 +114,15 @@ def said(text: str) -> dict[str, set[str]]:
     }
 
 
-def test_a_sentence_names_the_animal_and_the_change_and_nothing_else() -> None:
+def test_a_prompt_names_the_animal_and_the_change_and_nothing_else() -> None:
     """The animal is that of the true edit, the value is the asked one, and the article suits the word after it."""
     words = "|".join(value for name in ("animal", "pose", "colour") for value in ATTRIBUTES[name])
     phrases = "|".join(phrase for group in PHRASES.values() for phrase in group.values())
     for case in MANY:
-        named = {name: values for name, values in said(case.text).items() if values}
+        named = {name: values for name, values in said(case.prompt).items() if values}
         assert named == {"animal": {case.truth.animal}, case.kind: {getattr(case.truth, case.kind)}}
-        assert re.fullmatch(rf"(an (?=[aeiou])|a (?![aeiou]))({words})( ({words}))?( ({phrases}))?", case.text), case.text
-    starts = [case.text.split()[:2] for case in MANY]
+        assert re.fullmatch(rf"(an (?=[aeiou])|a (?![aeiou]))({words})( ({words}))?( ({phrases}))?", case.prompt), case.prompt
+    starts = [case.prompt.split()[:2] for case in MANY]
     assert ["an", "orange"] in starts
     poses = [word in ATTRIBUTES["pose"] for (_, word), case in zip(starts, MANY, strict=True) if case.kind == "pose"]
     assert 30 < sum(poses) < 90
@@ -154,7 +154,7 @@ def test_the_true_edit_is_a_success(scorer: Scorer, case: Case) -> None:
     assert (score.aligned, score.kept, score.attributes, score.success, score.changed) == (True, True, True, True, [])
     assert (score.background, score.psnr) == (0, 100)
     assert score.identity is not None
-    assert score.identity < SAME
+    assert score.identity < IDENTITY_LIMIT
     assert (score.ssim, score.clip) == (pytest.approx(1, abs=1e-3), pytest.approx(0, abs=1e-5))
 
 
@@ -185,7 +185,7 @@ def test_another_identity_is_named(scorer: Scorer, case: Case) -> None:
     score = scorer.score(case, render(extreme(case.truth)))
     assert score.changed == ["identity"]
     assert score.identity is not None
-    assert score.identity > 2 * SAME
+    assert score.identity > 2 * IDENTITY_LIMIT
     assert (score.aligned, score.kept, score.attributes, score.success) == (True, False, True, False)
 
 
@@ -199,7 +199,7 @@ def test_an_animal_that_turned_round_is_named(scorer: Scorer, case: Case) -> Non
 
 
 class Pretending(Judge):
-    """A judge that sees what it is told to."""
+    """A judge that reads a given scene in every image."""
 
     def __init__(self, scene: Scene) -> None:
         super().__init__()
@@ -214,9 +214,9 @@ class Pretending(Judge):
 def test_the_identity_is_kept_up_to_its_limit(clip: CritterAlignment, share: float, kept: bool) -> None:
     """Just within it is the same animal, just beyond it is another; the distance is reported either way."""
     case = SOME[0]
-    off = share * SAME * 8**0.5 * IDENTITY["tint"]  # one factor of eight makes the root of an eighth
+    off = share * IDENTITY_LIMIT * 8**0.5 * IDENTITY["tint"]  # one factor of eight makes the root of an eighth
     score = Scorer(Pretending(replace(case.truth, tint=case.truth.tint + off)), clip).score(case, render(case.truth))
-    assert score.identity == pytest.approx(share * SAME)
+    assert score.identity == pytest.approx(share * IDENTITY_LIMIT)
     assert (score.kept, score.changed) == (kept, [] if kept else ["identity"])
 
 
@@ -256,13 +256,13 @@ def test_drift_is_the_root_mean_square_of_the_background(case: Case) -> None:
 
 @some_cases
 def test_drift_looks_past_the_animal_wherever_it_is_or_was(case: Case) -> None:
-    """Noise painted over the animal of the photo, or over that of the true edit, is not seen; one pixel elsewhere is."""
+    """Noise over the animal of the photo, or over that of the true edit, does not count; one pixel elsewhere does."""
     draw = np.random.default_rng(0)
     covered = np.zeros((64, 64), dtype=bool)
     for scene in (case.source, case.truth):
         animal = (array(render(scene)) != array(backdrop(scene))).any(2)
-        painted = np.where(animal[..., None], draw.integers(0, 256, (64, 64, 3)), array(backdrop(case.truth)))
-        assert drift(case, Image.fromarray(painted.astype(np.uint8))) == 0
+        noisy = np.where(animal[..., None], draw.integers(0, 256, (64, 64, 3)), array(backdrop(case.truth)))
+        assert drift(case, Image.fromarray(noisy.astype(np.uint8))) == 0
         covered |= animal
     behind = array(backdrop(case.truth))
     row, column = np.argwhere(~covered)[500]
@@ -307,7 +307,7 @@ class Painter(Method):
         self.log, self.fails = log, fails
         self.settings = {"levels": levels}
 
-    def pictures(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+    def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"{request.seed}\n")
         yield EditResult("plain", request.photo, Cost())
@@ -327,7 +327,7 @@ class Copier(Method):
 
     name, rows, settings = "copier", ("copied",), {}
 
-    def pictures(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+    def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         yield EditResult("copied", request.photo, Cost())
 
 
@@ -384,7 +384,7 @@ def test_a_run_leaves_pictures_and_results_in_files(painter: Painter, tmp_path: 
         for name, picture in expected.items():
             with Image.open(folder / f"{name}.png") as stored:
                 assert np.array_equal(array(stored), array(picture))
-        assert read_metadata(folder / "bright.png") == {"case": index, "seed": 5, "text": case.text}
+        assert read_metadata(folder / "bright.png") == {"case": index, "seed": 5, "text": case.prompt}
     bright = next(one for one in results if one.method == "painter").rows["bright"]
     assert (bright[0].background, bright[1]) == (pytest.approx(4), Cost(3, 2, 1.5, 7))
 
@@ -414,7 +414,7 @@ def test_what_a_result_depends_on_makes_it_run_again(
     if change == "weights":
         monkeypatch.setattr(critters, "_weights", lambda: "other")
     if change == "limit":
-        monkeypatch.setattr(critters, "SAME", SAME + 0.01)
+        monkeypatch.setattr(critters, "IDENTITY_LIMIT", IDENTITY_LIMIT + 0.01)
     changed = Painter(painter.log, levels)
     (result,) = Bench(seed, 1, [changed], tmp_path).results()
     assert changed.calls() == [0]
@@ -462,7 +462,7 @@ def test_a_case_that_fails_is_recorded_and_tried_again(painter: Painter, tmp_pat
         lambda text: text.replace('"error"', '"err"'),
         lambda text: text.replace("painter", "\udcff"),
     ],
-    ids=["half", "empty", "null", "list", "nothing", "score", "price", "error", "bytes"],
+    ids=["half", "empty", "null", "list", "nothing", "score", "cost", "error", "bytes"],
 )
 def test_a_damaged_file_is_run_again(painter: Painter, tmp_path: Path, damage: Callable[[str], str]) -> None:
     """Whatever is wrong with it, that case alone is done again, and gives what it gave."""
@@ -479,7 +479,7 @@ def test_a_damaged_file_is_run_again(painter: Painter, tmp_path: Path, damage: C
 
 @pytest.mark.slow
 def test_two_workers_give_what_one_gives(painter: Painter, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The same scores, prices and pictures, and the same failure; each case is done once, and no library speaks up."""
+    """The same scores, costs and images, and the same failure; each case runs once, and no library prints anything."""
     found, calls = [], []
     for workers in (1, 2):
         failing = Painter(painter.log, fails=[2])
@@ -504,12 +504,12 @@ class Named(Method):
     def __init__(self, name: str, *rows: str) -> None:
         self.name, self.rows, self.settings = name, rows or (name,), {}
 
-    def pictures(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+    def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         raise AssertionError
 
 
 def table(rows: dict[str, Sequence[tuple[Score, Cost] | None]], seed: int = 3) -> dict[str, Any]:
-    """The summary of scores and prices by row and case; None is a failure."""
+    """The summary of scores and costs by row and case; None is a failure."""
     cases = len(next(iter(rows.values())))
     results = [
         Result(case, row, {row: one} if one else {}, None if one else "Traceback: it broke")
@@ -607,7 +607,7 @@ def test_a_kind_without_a_case_is_not_reported() -> None:
 
 
 def test_ours_is_compared_case_by_case() -> None:
-    """How far ours is ahead, and the mean and median of the pairs' ratios; a failure of either counts as no success and has no price."""
+    """How far ours is ahead, and the mean and median of the pairs' ratios; a failure of either counts as no success and has no cost."""
     ours = [(YES, Cost(5, 5, 1.0)), (YES, Cost(10, 0, 2.0)), (NO, Cost(10, 10, 1.0)), (YES, Cost(4, 6, 1.0)), (YES, Cost(1, 1, 1.0))]
     other = [(NO, Cost(20, 0, 3.0)), (YES, Cost(20, 20, 2.0)), (NO, Cost(20, 0, 8.0)), (HALF, Cost(0, 50, 2.0)), None]
     summary = table({"other": other, "imagic-lora": ours})["methods"]
@@ -705,7 +705,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Bench, str
     """A page all texts of which are hostile, and the run of it: two cases, two rows, one failure."""
     row, kind = "<script>row", "<script>kind"
     plain = case_at(3, 0)
-    hostile: Any = lambda seed, index: replace(plain, index=index, kind=kind, text="<script>text</script>")  # noqa: E731
+    hostile: Any = lambda seed, index: replace(plain, index=index, kind=kind, prompt="<script>text</script>")  # noqa: E731
     bench = Bench(3, 2, [Named(row), Named("plain")], tmp_path)
     for index in range(2):
         bench.folder(index).mkdir(parents=True)
@@ -725,7 +725,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Bench, str
 
 
 def test_all_text_of_the_page_is_escaped(written: tuple[Bench, str]) -> None:
-    """Sentence, kind, row, what changed and error stand there as they are read, and none of them is a tag."""
+    """Prompt, kind, row, changed attributes and error appear as text, and none of them is a tag."""
     html = written[1]
     reader = Reader()
     reader.feed(html)
@@ -745,7 +745,7 @@ def test_the_page_loads_and_runs_nothing(written: tuple[Bench, str]) -> None:
 
 
 def test_every_picture_is_on_the_page_with_its_frame(written: tuple[Bench, str]) -> None:
-    """The photo, the true edit and one for each row that did not fail, bit for bit, framed by what it is worth."""
+    """The photo, the true edit and one for each row that did not fail, bit for bit, with a frame in the colour of its score."""
     bench, html = written
     reader = Reader()
     reader.feed(html)
@@ -908,7 +908,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
     assert {path: path.stat().st_mtime_ns for path in folder.glob("cases/*/*")} == times
 
 
-def test_the_command_tells_of_failures(
+def test_the_command_reports_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cheap: None
 ) -> None:
     """The run ends well, and says how many there were and where to look."""

@@ -1,4 +1,4 @@
-"""The command line: what it accepts, refuses, prints and writes."""
+"""The command line: what it accepts, rejects, prints and writes."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_fit_then_edit_writes_pictures_a_sheet_and_json(run: Run, base: Path, ph
     made = json.loads(out)
     assert made["name"] == "my-dog"
     assert Path(made["folder"], "adapter.json").is_file()
-    assert "adam (memory is not short" in err
+    assert "adam (8-bit states are not needed on the CPU)" in err
     code, out, _ = run("edit", "my-dog", "--eta", "0:1:0.5", "--seed", "0:2", "--steps", "2", "--json")
     answer = json.loads(out)
     assert code == 0
@@ -171,7 +171,7 @@ def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[st
         "clash of levers": ([*full, "--quantize", "nf4"], "--quantize"),
         "clash in a plan": (["plan", "--master-weights", "bf16-stochastic"], "--mode lora"),
         "no architecture to plan": (["plan", "--base", "nobody"], "critters"),
-        "plain master weights": ([*fit, "--master-weights", "bf16"], "rounds to nothing"),
+        "plain master weights": ([*fit, "--master-weights", "bf16"], "round to zero in plain bf16"),
         "stochastic without bf16": ([*full, "--master-weights", "bf16-stochastic"], "--dtype bf16"),
         "offload without CUDA": ([*fit, "--idle", "offload", "--device", "cpu"], "--idle release"),
         "offload without CUDA in an edit": (["edit", "rex", "--store", store, "--device", "cpu", "--idle", "offload"], "--idle release"),
@@ -215,7 +215,7 @@ def test_a_long_prompt_is_a_warning_that_says_what_was_cut(run: Run, base: Path,
         warnings.simplefilter("default")
         code, _, err = run("fit", photo, "a dog in the garden squad", "--base", base, *SHORT)
     assert code == 0
-    assert "Warning: the prompt is longer than the 14 tokens this base reads; lost: 'n squad'" in err
+    assert "Warning: the prompt is longer than the 14 tokens that this base encodes; the end is cut off: 'n squad'" in err
 
 
 def test_an_interrupt_before_anything_is_trained_exits_130(run: Run, base: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +257,7 @@ def test_an_interrupted_fit_goes_on_by_the_command_it_prints(
     assert signal.getsignal(signal.SIGINT) is handler
     assert f"{k + 1} of 3 steps of stage {stage} are saved" in err
     printed = json.loads(out)["resume"]
-    assert f"Go on with: {printed}" in err
+    assert f"Resume with: {printed}" in err
     assert "Unfinished: rex" in run("list")[2]
     assert json.loads(run("list", "--json")[1])["unfinished"] == ["rex"]
     signalled("none", 0)
@@ -277,12 +277,12 @@ def test_an_interrupt_while_loading_leaves_what_was_saved(
     monkeypatch.setattr(imagic, "open_base", lambda *_: signal.raise_signal(signal.SIGINT))
     code, _, err = run("fit", photo, "a dog", "--base", base, *SHORT, "--name", "rex", "--resume")
     assert code == 130
-    assert "what was saved before is as it was" in err
+    assert "the previous checkpoint is unchanged" in err
     assert err.count("--resume") == 1
 
 
 def test_verify_finds_a_changed_byte_and_names_the_file(run: Run, store: Path, tmp_path: Path) -> None:
-    """Of one adapter, or of all; exit code 2."""
+    """Of one adapter, or of all; exit code 2. Only the count and what changed are printed."""
     shutil.copytree(store / "rex", tmp_path / "mine/rex")
     shutil.copytree(store / "rex", tmp_path / "mine/max")
     assert json.loads(run("verify", "--store", "mine", "--json")[1]) == {"unchanged": ["max", "rex"]}
@@ -290,10 +290,24 @@ def test_verify_finds_a_changed_byte_and_names_the_file(run: Run, store: Path, t
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     code, _, err = run("verify", "--store", "mine")
     assert code == 2
-    assert "Unchanged: rex" in err
-    assert "max/preview.png is missing or has changed" in err
-    assert run("verify", "rex", "--store", "mine")[0] == 0
-    assert run("verify", "nobody", "--store", "mine")[0] == 2
+    assert "Verified 2 adapters: 1 unchanged, 1 changed Changed: max: " in err
+    assert err.count("max/preview.png is missing or has changed") == 2  # in its own line and in the error
+    assert "rex" not in err
+    code, out, _ = run("verify", "--store", "mine", "--json")
+    assert "max/preview.png is missing or has changed" in json.loads(out)["error"]["got"]
+    code, _, err = run("verify", "rex", "--store", "mine")
+    assert (code, err) == (0, "Verified 1 adapter: 1 unchanged, 0 changed")
+    code, _, err = run("verify", "nobody", "--store", "mine")
+    assert (code, "Verified" in err) == (2, False)
+
+
+def test_verify_names_unchanged_adapters_with_verbose(run: Run, store: Path, tmp_path: Path) -> None:
+    """Without the flag it prints their number alone."""
+    for name in ("rex", "max"):
+        shutil.copytree(store / "rex", tmp_path / "mine" / name)
+    code, _, err = run("verify", "--store", "mine", "--verbose")
+    assert (code, err) == (0, "Unchanged: max Unchanged: rex Verified 2 adapters: 2 unchanged, 0 changed")
+    assert run("verify", "--store", "mine")[2] == "Verified 2 adapters: 2 unchanged, 0 changed"
 
 
 def test_rm_removes_an_adapter_and_an_unfinished_fit(

@@ -42,7 +42,9 @@ def test_a_config_is_valid_and_headed_by_its_command(path: Path) -> None:
         assert (base, preset or ["auto"], mode) == (config.base, [config.preset], config.tune.mode)
 
 
-@pytest.mark.parametrize("name", ["docs/demo.png", "docs/critters-samples.png", "docs/critterbench.png", "docs/critters.md", "docs/log.md"])
+@pytest.mark.parametrize(
+    "name", ["docs/demo.png", "docs/critters-samples.png", "docs/critterbench.png", "docs/internals/embedded-base.md", "docs/log.md"]
+)
 def test_what_the_documents_show_is_there(name: str) -> None:
     """Pictures and pages that the documents link."""
     assert (ROOT / name).stat().st_size > 0

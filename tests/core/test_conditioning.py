@@ -74,7 +74,7 @@ def test_tensors_and_from_tensors_are_inverse(pooled: bool) -> None:
 
 @pytest.mark.parametrize("pooled", [True, False])
 def test_a_single_one_is_expanded_by_repeating_it(pooled: bool) -> None:
-    """Every sample of the batch is told the same."""
+    """Every sample of the batch has the same conditioning."""
     one = conditioning(0, pooled=pooled)
     assert same(one.expand(3), concatenate([one, one, one]))
 

@@ -269,7 +269,7 @@ def test_master_weights_in_plain_half_precision_are_refused_with_the_reason(leve
         resolve(**given, recipe={})
     assert caught.value.got == f"memory.master_weights = '{value}'"
     assert caught.value.expected.startswith("fp32 or bf16-stochastic: ")
-    assert f"a step rounds to nothing in plain {value}" in caught.value.expected
+    assert f"updates round to zero in plain {value}" in caught.value.expected
 
 
 @pytest.mark.parametrize("group", ["embed", "tune", "edit", "memory", None])

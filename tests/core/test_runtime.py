@@ -143,7 +143,7 @@ def test_auto_without_cuda_is_plain_and_says_why() -> None:
         "device": "cpu (no CUDA device found)",
         "precision": "float32 (exact, and fast enough on a CPU)",
         "attention": "sdpa (built into PyTorch)",
-        "optimizer": "adam (memory is not short on the CPU)",
+        "optimizer": "adam (8-bit states are not needed on the CPU)",
         "memory levers": "none",
     }
 
@@ -175,11 +175,14 @@ PULLED: list[tuple[dict[str, Any], str]] = [
     ({"vae_tiling": True}, "vae tiling"),
     ({"vae_slicing": True}, "vae slicing"),
     ({"autocast_cache": True}, "autocast cache"),
-    ({"idle": "offload"}, "offload what is idle"),
-    ({"idle": "release"}, "release what is idle"),
+    ({"idle": "offload"}, "offload idle components"),
+    ({"idle": "release"}, "release idle components"),
     ({"master_weights": "bf16-stochastic"}, "bf16-stochastic master weights"),
     ({"quantize": "nf4"}, "nf4 base"),
-    ({"gradient_checkpointing": True, "vae_slicing": True, "idle": "release"}, "gradient checkpointing, vae slicing, release what is idle"),
+    (
+        {"gradient_checkpointing": True, "vae_slicing": True, "idle": "release"},
+        "gradient checkpointing, vae slicing, release idle components",
+    ),
 ]
 
 
@@ -208,7 +211,7 @@ def test_what_needs_cuda_is_refused_without_it(flag: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("with_cuda")
 @pytest.mark.parametrize("flag", [{"attention": "xformers"}, {"idle": "offload"}])
-def test_what_needs_cuda_is_refused_on_a_cpu_beside_a_card(flag: dict[str, Any]) -> None:
+def test_what_needs_cuda_is_refused_on_a_cpu_of_a_machine_with_a_card(flag: dict[str, Any]) -> None:
     """It comes down to the device that is used."""
     with pytest.raises(ImagicError, match="without CUDA"):
         resolve_runtime(MemoryConfig(device="cpu", **flag))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imagic_lora.core.errors import ImagicError, NotFinite
-from imagic_lora.core.tensors import all_finite, check_finite, opened, read, safetensors_pieces, shapes
+from imagic_lora.core.tensors import all_finite, check_finite, open_safetensors, read, safetensors_pieces, shapes
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 DTYPES = [*FLOATS, torch.int64, torch.uint8]
@@ -142,7 +142,7 @@ def test_what_is_not_finite_does_not_come_in(tmp_path: Path, dtype: torch.dtype,
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_finite_tensor_whose_norm_overflows_is_finite(tmp_path: Path, dtype: torch.dtype) -> None:
-    """The largest numbers there are; beside them NaN is still seen."""
+    """The largest numbers of each type; NaN among them is still found."""
     large = torch.full((100,), torch.finfo(dtype).max, dtype=dtype)
     assert torch.linalg.vector_norm(large).isinf() or dtype == torch.float16
     assert same(read(write(tmp_path / "file", {"large": large})), {"large": large})
@@ -181,7 +181,7 @@ def raw(header: object, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-def told(**changes: object) -> object:
+def header_of(**changes: object) -> object:
     """A header of one tensor of two numbers, but for these."""
     return {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
 
@@ -196,13 +196,13 @@ BROKEN = {
     "no UTF-8": struct.pack("<Q", 4) + b'{"\xff"' + bytes(100),
     "a list": raw([]),
     "a header without end": struct.pack("<Q", 2**62) + b"{}",
-    "data missing": raw(told(), bytes(7)),
-    "data left over": raw(told(), bytes(9)),
-    "another shape": raw(told(shape=[3]), bytes(8)),
-    "a shape without end": raw(told(shape=[2**62, 2**62]), bytes(8)),
-    "backwards": raw(told(data_offsets=[8, 0]), bytes(8)),
-    "below": raw(told(data_offsets=[-8, 0]), bytes(8)),
-    "no such type": raw(told(dtype="F128"), bytes(8)),
+    "data missing": raw(header_of(), bytes(7)),
+    "data left over": raw(header_of(), bytes(9)),
+    "another shape": raw(header_of(shape=[3]), bytes(8)),
+    "a shape without end": raw(header_of(shape=[2**62, 2**62]), bytes(8)),
+    "backwards": raw(header_of(data_offsets=[8, 0]), bytes(8)),
+    "below": raw(header_of(data_offsets=[-8, 0]), bytes(8)),
+    "no such type": raw(header_of(dtype="F128"), bytes(8)),
     "over one another": raw({name: {"dtype": "U8", "shape": [2], "data_offsets": [k, k + 2]} for k, name in enumerate("ab")}, bytes(3)),
     "metadata in metadata": raw({"__metadata__": {"a": {}}}),
 }
@@ -248,12 +248,12 @@ def test_types_that_are_never_written_do_not_come_in(tmp_path: Path, dtype: str)
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(28, "the disk is full"), FileNotFoundError("another file")], ids=repr)
 def test_an_error_inside_is_not_the_files(tmp_path: Path, error: Exception) -> None:
     """What else goes wrong while a file is open passes as it is."""
-    with pytest.raises(type(error)) as caught, opened(write(tmp_path / "file", {"a": torch.ones(1)})):
+    with pytest.raises(type(error)) as caught, open_safetensors(write(tmp_path / "file", {"a": torch.ones(1)})):
         raise error
     assert caught.value is error
 
 
 def test_what_the_library_cannot_read_later_is_refused_too(tmp_path: Path) -> None:
     """A tensor that a whole file does not hold, in words that name the file."""
-    with pytest.raises(ImagicError, match="file is not a whole safetensors file"), opened(write(tmp_path / "file", {})) as file:
+    with pytest.raises(ImagicError, match="file is not a whole safetensors file"), open_safetensors(write(tmp_path / "file", {})) as file:
         file.get_tensor("a")

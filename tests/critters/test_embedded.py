@@ -1,4 +1,4 @@
-"""The weights that ship: small, safe, loadable by plain diffusers, and as good as docs/critters.md says."""
+"""The weights that ship: small, safe, loadable by plain diffusers, and as good as docs/internals/embedded-base.md says."""
 
 from __future__ import annotations
 
@@ -68,69 +68,69 @@ def test_plain_diffusers_samples_what_the_prompt_says() -> None:
 
 
 def unguided(*configs: EditConfig) -> list[Image.Image]:
-    """What the VAE can show of a held-out picture, and what comes of its own caption at each of some settings, nothing fitted."""
+    """The reconstruction of a held-out picture by the VAE, and the image of its own caption at each of some settings, nothing fitted."""
     base, scene = load_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[0]
     canvas, text = to_canvas(render(scene), 64, 8), base.encode_prompt(caption(scene))
-    shown = to_image(base.decode(base.encode_image(canvas.pixels))[0])
-    return [shown, *(next(generate(base, [text], [0], config, canvas, None, [text])) for config in configs)]
+    reconstruction = to_image(base.decode(base.encode_image(canvas.pixels))[0])
+    return [reconstruction, *(next(generate(base, [text], [0], config, canvas, None, [text])) for config in configs)]
 
 
 @pytest.mark.parametrize(("ddim_eta", "least"), [(0.0, 25), (0.5, 40), (1.0, 40)])
 def test_from_inverted_noise_comes_the_photo(ddim_eta: float, least: float) -> None:
-    """Without guidance and at its own caption: near to what the VAE can show, all but equal where every step has the photo's noise; noise
-    of its own gives another picture."""
+    """Without guidance and at its own caption: near to the VAE's reconstruction, nearly equal where every step replays the photo's noise;
+    random noise gives another picture."""
     plain = EditConfig(steps=30, guidance_scale=1.0, ddim_eta=ddim_eta)
     inverted = plain.model_copy(update={"start": "inverted"})
-    shown, back, other = unguided(inverted, plain)
-    assert psnr(back, shown) > least
-    assert psnr(other, shown) < 25
+    reconstruction, back, other = unguided(inverted, plain)
+    assert psnr(back, reconstruction) > least
+    assert psnr(other, reconstruction) < 25
 
 
 def test_from_a_hardly_noised_photo_comes_the_photo() -> None:
     """Start image, whose latents have eight channels here and not four: near at a strength of 0.1, another picture at 1."""
     weak = EditConfig(steps=20, guidance_scale=1.0, start="image", strength=0.1)
     strong = weak.model_copy(update={"strength": 1.0})
-    shown, near, far = unguided(weak, strong)
-    assert psnr(near, shown) > 22 > psnr(far, shown)
+    reconstruction, near, far = unguided(weak, strong)
+    assert psnr(near, reconstruction) > 22 > psnr(far, reconstruction)
 
 
 @pytest.mark.parametrize("name", ["facing", "x", "y", "size", "spots", "horizon", "tint", "shade"])
 @torch.no_grad()
-def test_the_base_hears_what_it_is_told_of_the_identity(name: str) -> None:
+def test_the_base_follows_the_words_on_the_identity(name: str) -> None:
     """Its loss on 48 held-out pictures, at timestep 850, is higher if one factor of the caption is wrong."""
     base, scenes = load_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[:48]
     clean = torch.cat([base.encode_image(pixels([render(scene)])) for scene in scenes])
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
 
-    def loss(told: list[Scene]) -> float:
-        text = concatenate([base.encode_prompt(longest_caption(scene)) for scene in told])
-        return denoising_loss(base, clean, text, noise, torch.full((len(told),), 0.85, dtype=torch.float64)).mean().item()
+    def loss(described: list[Scene]) -> float:
+        text = concatenate([base.encode_prompt(longest_caption(scene)) for scene in described])
+        return denoising_loss(base, clean, text, noise, torch.full((len(described),), 0.85, dtype=torch.float64)).mean().item()
 
     assert loss([displaced(scene, name) for scene in scenes]) > loss(scenes) * 1.0005
 
 
-def test_how_much_is_heard_is_a_share_of_what_is_told() -> None:
-    """Of where the animal is most of it, told and mixed; of the shade more if it is told than mixed; of the sun, which this base does not
-    hear, nothing."""
-    heard = gains(HELD_OUT[:8], (900,))
-    assert set(heard) == {"facing", *IDENTITY}
+def test_the_response_to_a_factor_is_a_share_of_its_true_difference() -> None:
+    """For the position most of it, with whole captions and interpolated; for the shade more with whole captions; for the sun, to which this
+    base does not respond, nothing."""
+    response = gains(HELD_OUT[:8], (900,))
+    assert set(response) == {"facing", *IDENTITY}
     for mixed in (0, 1):
-        assert 0.5 < heard["x"][mixed][0] < 1.1
-        assert abs(heard["sun"][mixed][0]) < 0.1
-    assert heard["x"][1][0] > heard["shade"][1][0] > 0.2
-    assert heard["shade"][0][0] > heard["shade"][1][0] + 0.1
+        assert 0.5 < response["x"][mixed][0] < 1.1
+        assert abs(response["sun"][mixed][0]) < 0.1
+    assert response["x"][1][0] > response["shade"][1][0] > 0.2
+    assert response["shade"][0][0] > response["shade"][1][0] + 0.1
 
 
 def test_a_mixture_of_texts_is_the_edit_of_the_photo() -> None:
-    """All of the photo in words and the sentence for another pose, mixed at eta 0.7, nothing fitted, from the noise of the photo: of 8
-    pictures the judge sees the pose in at least 7, and the animal of the photo looking the same way in at least 7."""
+    """The longest caption of the photo and a target prompt for another pose, mixed at eta 0.7, nothing fitted, from the photo's noise: of
+    8 pictures the judge sees the pose in at least 7, and the animal of the photo looking the same way in at least 7."""
     base, judge = load_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), Judge.load()
     config = EditConfig(steps=23, guidance_scale=1.0, start="inverted", ddim_eta=1.0)
     posed, kept = 0, 0
     for seed, scene in enumerate(HELD_OUT[:8]):
         truth = scene.edited(pose="jumping" if scene.pose != "jumping" else "sleeping")
-        photo, sentence = base.encode_prompt(longest_caption(scene)), base.encode_prompt(f"a {truth.pose} {truth.animal}")
-        canvas, mix = to_canvas(render(scene), 64, 8), interpolate(sentence, photo, 0.7)
+        photo, target = base.encode_prompt(longest_caption(scene)), base.encode_prompt(f"a {truth.pose} {truth.animal}")
+        canvas, mix = to_canvas(render(scene), 64, 8), interpolate(target, photo, 0.7)
         (sight,) = judge.read_scenes(pixels([next(generate(base, [mix], [seed], config, canvas, None, [photo]))]))
         posed += sight.attributes["pose"] == truth.pose
         kept += sight.attributes["animal"] == truth.animal and sight.facing == truth.facing

@@ -111,7 +111,7 @@ def test_a_folder_is_planned_like_a_name(planned: Planned, folder: Path) -> None
 
 
 @pytest.mark.parametrize("base", ["/nowhere", "runwayml/some-model", "sd16"])
-def test_a_base_whose_sizes_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str], base: str) -> None:
+def test_a_base_of_unknown_sizes_is_rejected(capsys: pytest.CaptureFixture[str], base: str) -> None:
     """Without a traceback, and without asking a network."""
     assert cli.main(["plan", "--base", base, "--json"]) == 2
     out, err = capsys.readouterr()
@@ -121,7 +121,7 @@ def test_a_base_whose_sizes_nobody_knows_is_refused(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
-def test_a_folder_without_sizes_is_refused(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, content: str | None) -> None:
+def test_a_folder_without_sizes_is_rejected(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, content: str | None) -> None:
     """A config that is missing, broken or says too little."""
     shutil.copy(folder / "model_index.json", tmp_path)
     for part, file in {"unet": "config", "vae": "config", "text_encoder": "config", "scheduler": "scheduler_config"}.items():
@@ -245,7 +245,7 @@ def test_a_preset_fits_the_card_it_is_named_for(mode: Mode, base: str, card: str
 
 @pytest.mark.parametrize("mode", MODES)
 def test_presets_take_less_from_one_to_the_next(mode: Mode) -> None:
-    """No stage of a tighter preset takes more than that of a more comfortable one."""
+    """No stage of a smaller preset takes more than that of a larger one."""
     plans = [plan_of(mode, preset) for preset in ("24gb", "16gb", "12gb", "8gb")]
     for stage in STAGES:
         sizes = [plan.needs(stage) for plan in plans]

@@ -48,13 +48,13 @@ Chosen = Callable[..., tuple[RunConfig, str]]
 
 @cache
 def predicted(run: RunConfig, assumed: Assumed) -> Plan:
-    """The plan of sd15, drawn once."""
+    """The plan of sd15, computed once."""
     return predict(SD15, run, assumed)
 
 
 @pytest.fixture(autouse=True)
-def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans of sd15 are weighed again and again here."""
+def plan_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of sd15 are cached: these tests need the same ones many times."""
 
     def cached(base: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
         return (predicted if base is SD15 else partial(predict, base))(run, assumed)
@@ -92,7 +92,7 @@ BATCHES: dict[str, Any] = {"tune": {"batch_size": 4}, "embed": {"batch_size": 4}
 
 @pytest.mark.parametrize("flags", [{}, FULL, LARGE | BATCHES], ids=str)
 def test_auto_is_the_fastest_preset_that_fits(chosen: Chosen, flags: dict[str, Any]) -> None:
-    """At each step of the free memory: nine tenths of it are enough for the one taken, and not for any that is more comfortable."""
+    """At each step of the free memory: 90 percent of it is enough for the chosen preset, and not for any faster one."""
     needs = {preset: need(preset, **flags) for preset in PRESETS}
     assert len(set(needs.values())) > 1
     for size in set(needs.values()):
@@ -165,19 +165,19 @@ def test_too_little_memory_is_an_error_that_says_what_to_do(chosen: Chosen, mode
         chosen(1.25 * GIB, **flags)
     worst, lever = planned("8gb", **flags).worst, {"lora": "--quantize nf4", "full": "--master-weights bf16-stochastic"}[mode]
     assert worst == {"lora": "decode", "full": "tune"}[mode]
-    assert f"stage {worst} needs {need('8gb', **flags) / GIB:.1f} GiB (predicted), and 1.2 GiB can be had on the card" in caught.value.got
+    assert f"stage {worst} needs {need('8gb', **flags) / GIB:.1f} GiB (predicted), and 1.2 GiB is available on the card" in caught.value.got
     assert caught.value.remedy.startswith(f"{lever} saves about ")
     assert isinstance(caught.value, ImagicError)
 
 
 def test_without_a_lever_the_picture_has_to_shrink(chosen: Chosen) -> None:
-    """When all are pulled."""
+    """When all are active."""
     with pytest.raises(OutOfMemory, match="lower --resolution"):
         chosen(1 * GIB, memory={"quantize": "nf4"})
 
 
-def test_a_refusal_is_exact(folder: Path) -> None:
-    """One byte less than the worst stage takes is refused, and names it; allowances are not asked for."""
+def test_the_memory_limit_is_exact(folder: Path) -> None:
+    """One byte less than the worst stage needs is an error that names the stage; allowances are not required."""
     base, run = architecture(str(folder)), tiny_config(folder, "full")
     assumed = Assumed("cpu", "fp32", "adam")
     stages = predict(base, run, assumed).stages
@@ -233,19 +233,19 @@ def test_a_lever_saves_what_it_promises(
 ) -> None:
     """The flag that is named, put on the command line, lowers the stage by just that; one after the other, until none is left."""
     flags: Flags = {"--base": "sd15", "--preset": "24gb"} | start
-    pulled: list[str] = []
+    used: list[str] = []
     found, run, assumed = asked(flags)
     while lever := next_lever(SD15, run, assumed, stage := found["worst_stage"]):
         flag, saved = lever
-        assert flag not in pulled
+        assert flag not in used
         assert "lora" not in flag or run.tune.mode == "full"
-        pulled.append(flag)
+        used.append(flag)
         flags = with_lever(flags, flag)
         before = found["stages"][stage]["peak_bytes"]
         found, run, assumed = asked(flags)
         assert before - found["stages"][stage]["peak_bytes"] == saved > before / 50
-    assert pulled[-1] == last
-    assert len(pulled) >= 4
+    assert used[-1] == last
+    assert len(used) >= 4
 
 
 @pytest.mark.parametrize("stage", fits.STAGES)
@@ -266,7 +266,7 @@ def test_no_lever_of_the_other_mode_is_named(mode: Mode, stage: str) -> None:
 
 
 @pytest.mark.parametrize("assumed", [Assumed("cuda", "fp16", "adam8bit"), Assumed("cpu", "fp32", "adam")], ids=str)
-def test_no_lever_is_named_that_the_device_cannot_pull(assumed: Assumed) -> None:
+def test_no_lever_is_named_that_the_device_cannot_use(assumed: Assumed) -> None:
     """Without bf16 arithmetic there are no bf16 master weights."""
     run = resolve({"tune": {"mode": "full"}, "preset": "8gb"}, {}, recipe_of("sd15"))
     for optimizer in ("adam8bit", "adam"):
@@ -307,7 +307,7 @@ def test_an_edit_keeps_the_adapters_own_sampling(
 
 
 def test_an_edit_does_not_weigh_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card that could not train with the most comfortable preset makes single pictures with it; one too small for those is refused."""
+    """A card that is too small to train with the fastest preset samples single images with it; one too small for that is rejected."""
     made, given = resolve({}, {}, {}, "24gb"), {"preset": "auto", "edit": {"batch_size": 1}}
     found = planned("24gb", edit={"batch_size": 1})
     most = max(found.needs(stage) for stage in ("encode", "sample", "decode"))
@@ -331,7 +331,7 @@ def test_what_running_out_of_memory_looks_like() -> None:
 
 
 def test_what_was_kept_is_saved_only_when_memory_runs_out(folder: Path) -> None:
-    """The sentence about it is in the error; any other error passes as it is."""
+    """The statement about it is in the error; any other error passes unchanged."""
     base, run, saved = opened(folder), tiny_config(folder), []
 
     def kept() -> str:
@@ -421,8 +421,8 @@ def test_the_embedding_outlasts_a_lack_of_memory(
 ) -> None:
     """With --resume the fit goes on from it, to the bits of a fit that nothing disturbed, and nothing is left over."""
     store, config = Store(tmp_path), tiny_config(folder, mode)
-    told = r"stage tune needs .*; 3 of 3 steps of stage embed are saved, and the same command with --resume goes on from there\. "
-    with starve("tune", error, at), pytest.raises(OutOfMemory, match=told) as caught:
+    message = r"stage tune needs .*; 3 of 3 steps of stage embed are saved; run the same command with --resume to continue\. "
+    with starve("tune", error, at), pytest.raises(OutOfMemory, match=message) as caught:
         finished(fit(photo_file, PROMPT, config, store, "one"))
     assert caught.value.__cause__ is error
     assert [path.name for path in tmp_path.iterdir()] == [".one.checkpoints"]
@@ -547,7 +547,7 @@ def test_a_fit_without_memory_on_the_command_line(
         code, _, err = command(*tokens)
     assert code == 2
     assert "stage tune needs" in err
-    assert "2 of 2 steps of stage embed are saved, and the same command with --resume goes on from there" in err
+    assert "2 of 2 steps of stage embed are saved; run the same command with --resume to continue" in err
     assert "Traceback" not in err
     code, _, err = command(*tokens)
     assert code == 2
@@ -571,18 +571,18 @@ def test_an_edit_without_memory_on_the_command_line(
     tmp_path: Path,
     error: BaseException,
 ) -> None:
-    """Exit code 2 and no traceback; the pictures made so far are there, and the error says where."""
+    """Exit code 2 and no traceback; the images written so far are kept, and the error names their folder."""
     adapter, place = fitted("lora"), tmp_path / "pictures"
     monkeypatch.setattr(editor, "generate", failing(error, after=2))
     flags = ("--store", adapter.folder.parent, "--out", place, "--seed", "0:4", "--batch-size", "2", "--device", "cpu")
     code, _, err = command("edit", adapter.folder.name, *flags)
     assert code == 2
-    assert f"the pictures made so far are in {place}" in err
+    assert f"the images written so far are in {place}" in err
     assert "Traceback" not in err
     assert sorted(path.name for path in place.iterdir()) == ["eta0.7-seed0.png", "eta0.7-seed1.png"]
 
 
-def test_a_fit_that_cannot_fit_is_refused_before_anything_is_loaded(
+def test_a_fit_that_cannot_fit_is_rejected_before_anything_is_loaded(
     command: Callable[..., tuple[int, str, str]], folder: Path, photo_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a card that is too small for every preset, and on a machine without enough memory."""
@@ -592,9 +592,9 @@ def test_a_fit_that_cannot_fit_is_refused_before_anything_is_loaded(
         patch.setattr(fits, "card_and_free_memory", lambda *_: (CARD, 1000))
         code, _, err = command(*tokens)
     assert code == 2
-    assert "can be had on the card" in err
+    assert "is available on the card" in err
     monkeypatch.setattr(imagic, "free_memory", lambda device: 1000)
     code, _, err = command(*tokens, "--device", "cpu")
     assert code == 2
-    assert "0.0 MiB can be had on this machine" in err
+    assert "0.0 MiB is available on this machine" in err
     assert "Traceback" not in err

@@ -1,4 +1,4 @@
-"""Tensors that are only sizes: the tape by hand and against autograd itself, and the models drawn with them against diffusers' own."""
+"""Symbolic tensors: the tape against sums by hand and against autograd, the symbolic models against those of diffusers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from imagic_lora.bases.quantization import quantize_linear
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.memory.optimizer_states import states_8bit
 from imagic_lora.memory.symbolic.layers import LayerOptions, Layers
-from imagic_lora.memory.symbolic.tape import Meter, SymbolicTensor, Tape
+from imagic_lora.memory.symbolic.tape import ByteCounter, SymbolicTensor, Tape
 from imagic_lora.memory.symbolic.unet import UNet
 from imagic_lora.memory.symbolic.vae import vae_forward
 from imagic_lora.memory.tracker import Tracker
@@ -42,102 +42,102 @@ TARGETS = {
 }
 
 
-def held(paper: Tape) -> tuple[int, int]:
+def held(tape: Tape) -> tuple[int, int]:
     """Bytes now and at the most."""
-    return paper.meter.now, paper.meter.peak
+    return tape.counter.now, tape.counter.peak
 
 
 def test_touched_bytes_raise_the_peak_alone() -> None:
     """They come on top of what is held, and are gone again."""
-    meter = Meter()
-    meter.take(5)
-    meter.touch(7)
-    assert (meter.now, meter.peak) == (5, 12)
-    meter.take(-5)
-    meter.touch(11)
-    assert (meter.now, meter.peak) == (0, 12)
+    counter = ByteCounter()
+    counter.add(5)
+    counter.add_temporarily(7)
+    assert (counter.now, counter.peak) == (5, 12)
+    counter.add(-5)
+    counter.add_temporarily(11)
+    assert (counter.now, counter.peak) == (0, 12)
 
 
 def test_a_tensor_is_held_as_long_as_somebody_refers_to_it() -> None:
     """Input and output are there together: 10 + 20 of 4 bytes, then 20 + 5."""
-    paper = Tape(gradients_on=False)
-    x = paper.tensor(10, 4)
-    x = paper.op([x], 20, 4, kept=[x])
-    x = paper.op([x], 5, 4, kept=[x])
-    assert held(paper) == (20, 120)
+    tape = Tape(gradients_on=False)
+    x = tape.tensor(10, 4)
+    x = tape.op([x], 20, 4, saved=[x])
+    x = tape.op([x], 5, 4, saved=[x])
+    assert held(tape) == (20, 120)
     del x
-    assert held(paper) == (0, 120)
+    assert held(tape) == (0, 120)
 
 
 def test_the_tape_keeps_what_the_backward_pass_needs() -> None:
     """40 + 80 + 60 forward; then the output's gradient of 60 and its input's of 80 at once; in the end the output alone."""
-    paper = Tape()
-    x = paper.tensor(10, 4, needs_grad=True)
-    x = paper.op([x], 20, 4, kept=[x])
-    x = paper.op([x], 30, 2, kept=[x])
-    assert held(paper) == (180, 180)
-    paper.backward(x)
-    assert held(paper) == (60, 320)
+    tape = Tape()
+    x = tape.tensor(10, 4, needs_grad=True)
+    x = tape.op([x], 20, 4, saved=[x])
+    x = tape.op([x], 30, 2, saved=[x])
+    assert held(tape) == (180, 180)
+    tape.backward(x)
+    assert held(tape) == (60, 320)
 
 
 def test_nothing_is_kept_where_nothing_needs_a_gradient() -> None:
     """Neither the input nor a weight is trained."""
-    paper = Tape()
-    x = paper.tensor(10, 4)
-    x = paper.op([x], 20, 4, kept=[x], keeps_output=True)
-    x = paper.op([x], 5, 4, kept=[x])
-    assert held(paper) == (20, 120)
+    tape = Tape()
+    x = tape.tensor(10, 4)
+    x = tape.op([x], 20, 4, saved=[x], saves_output=True)
+    x = tape.op([x], 5, 4, saved=[x])
+    assert held(tape) == (20, 120)
 
 
 def test_an_output_may_be_kept() -> None:
     """The middle one, though its maker let it go."""
-    paper = Tape()
-    x = paper.tensor(10, 1, needs_grad=True)
-    x = paper.op([x], 20, 1, keeps_output=True)
-    x = paper.op([x], 40, 1)
-    assert held(paper) == (60, 60)
-    paper.backward(x)
-    assert held(paper) == (40, 120)
+    tape = Tape()
+    x = tape.tensor(10, 1, needs_grad=True)
+    x = tape.op([x], 20, 1, saves_output=True)
+    x = tape.op([x], 40, 1)
+    assert held(tape) == (60, 60)
+    tape.backward(x)
+    assert held(tape) == (40, 120)
 
 
 @pytest.mark.parametrize(("passes", "peak"), [(True, 40), (False, 60)])
 def test_a_sum_passes_its_gradient_on(passes: bool, peak: int) -> None:
     """No copy for either of its inputs; without that, two."""
-    paper = Tape()
-    one, two = paper.tensor(10, 1, needs_grad=True), paper.tensor(10, 1, needs_grad=True)
-    paper.backward(total := paper.op([one, two], 10, 1, passes=passes))
-    assert paper.meter.peak == peak
+    tape = Tape()
+    one, two = tape.tensor(10, 1, needs_grad=True), tape.tensor(10, 1, needs_grad=True)
+    tape.backward(total := tape.op([one, two], 10, 1, passes_gradient=passes))
+    assert tape.counter.peak == peak
     del one, two, total
-    assert paper.meter.now == 0
+    assert tape.counter.now == 0
 
 
 def test_gradients_of_a_tensor_that_is_used_twice_are_added() -> None:
-    """The second is there beside the first for a moment: two tensors, the gradient that comes back, and both."""
-    paper = Tape()
-    x = paper.tensor(10, 1, needs_grad=True)
-    total = paper.op([paper.op([x], 10, 1), paper.op([x], 10, 1)], 10, 1, passes=True)
-    assert held(paper) == (20, 40)
-    paper.backward(total)
-    assert held(paper) == (20, 50)
+    """Both gradients exist at once: two tensors, the incoming gradient, and both gradients."""
+    tape = Tape()
+    x = tape.tensor(10, 1, needs_grad=True)
+    total = tape.op([tape.op([x], 10, 1), tape.op([x], 10, 1)], 10, 1, passes_gradient=True)
+    assert held(tape) == (20, 40)
+    tape.backward(total)
+    assert held(tape) == (20, 50)
 
 
 def test_a_gradient_of_another_size_is_not_passed_on() -> None:
     """A concatenation gives each part its own."""
-    paper = Tape()
-    one, two = paper.tensor(10, 1, needs_grad=True), paper.tensor(20, 1, needs_grad=True)
-    paper.backward(paper.op([one, two], 30, 1, passes=True))
-    assert held(paper) == (30, 30 + 30 + 30 + 30)
+    tape = Tape()
+    one, two = tape.tensor(10, 1, needs_grad=True), tape.tensor(20, 1, needs_grad=True)
+    tape.backward(tape.op([one, two], 30, 1, passes_gradient=True))
+    assert held(tape) == (30, 30 + 30 + 30 + 30)
 
 
 @pytest.mark.parametrize(("scratch", "peak"), [(0, 60), (15, 60), (200, 240)])
 def test_scratch_is_held_for_a_moment(scratch: int, peak: int) -> None:
-    """On the way back, beside a tensor and its gradient of 20 each, before there is another gradient of 20."""
-    paper = Tape()
-    x = paper.tensor(20, 1, needs_grad=True)
-    x = paper.op([x], 20, 1, scratch=scratch)
-    assert held(paper) == (20, 40)
-    paper.backward(x)
-    assert held(paper) == (20, peak)
+    """In the backward pass, in addition to a tensor and its gradient of 20 each, before the next gradient of 20 exists."""
+    tape = Tape()
+    x = tape.tensor(20, 1, needs_grad=True)
+    x = tape.op([x], 20, 1, scratch=scratch)
+    assert held(tape) == (20, 40)
+    tape.backward(x)
+    assert held(tape) == (20, peak)
 
 
 @pytest.mark.parametrize(
@@ -145,28 +145,28 @@ def test_scratch_is_held_for_a_moment(scratch: int, peak: int) -> None:
 )
 def test_gradients_of_weights_are_held_or_freed(frees: bool, scratch: int, left: int, peak: int) -> None:
     """Three weights of 400 bytes: all at the end, or one at a time with what its step takes of 8 bytes an element."""
-    paper = Tape(frees_gradients=frees, step_scratch=scratch)
-    x = paper.tensor(10, 4)
+    tape = Tape(frees_gradients=frees, step_scratch=scratch)
+    x = tape.tensor(10, 4)
     for _ in range(3):
-        x = paper.op([x], 10, 4, trained=[(100, 4)])
-    paper.backward(x)
+        x = tape.op([x], 10, 4, weight_gradients=[(100, 4)])
+    tape.backward(x)
     del x
-    assert held(paper) == (left, peak)
+    assert held(tape) == (left, peak)
 
 
 def test_what_does_not_lead_to_the_loss_gets_no_gradient() -> None:
     """Its weight stays without one."""
-    paper = Tape()
-    x = paper.tensor(10, 1)
-    aside, loss = paper.op([x], 10, 1, trained=[(1000, 1)]), paper.op([x], 10, 1, trained=[(5, 1)])
-    paper.backward(loss)
-    del aside, loss, x
-    assert held(paper) == (5, 45)
+    tape = Tape()
+    x = tape.tensor(10, 1)
+    unused, loss = tape.op([x], 10, 1, weight_gradients=[(1000, 1)]), tape.op([x], 10, 1, weight_gradients=[(5, 1)])
+    tape.backward(loss)
+    del unused, loss, x
+    assert held(tape) == (5, 45)
 
 
-def block(paper: Tape, x: SymbolicTensor) -> SymbolicTensor:
+def block(tape: Tape, x: SymbolicTensor) -> SymbolicTensor:
     """Two operations that each keep their input."""
-    return paper.op([h := paper.op([x], 10, 1, kept=[x])], 10, 1, kept=[h])
+    return tape.op([h := tape.op([x], 10, 1, saved=[x])], 10, 1, saved=[h])
 
 
 def test_a_checkpointed_part_is_made_again() -> None:
@@ -175,7 +175,7 @@ def test_a_checkpointed_part_is_made_again() -> None:
     x, y = plain.tensor(10, 1, needs_grad=True), spared.tensor(10, 1, needs_grad=True)
     for _ in range(4):
         x, y = block(plain, x), spared.checkpoint(partial(block, spared), y)
-    assert (plain.meter.now, spared.meter.now) == (90, 50)
+    assert (plain.counter.now, spared.counter.now) == (90, 50)
     plain.backward(x)
     spared.backward(y)
     assert held(plain) == (10, 110)
@@ -184,11 +184,11 @@ def test_a_checkpointed_part_is_made_again() -> None:
 
 def test_a_checkpoint_without_gradients_is_the_part_alone() -> None:
     """Nothing waits for a backward pass."""
-    paper = Tape(gradients_on=False)
-    x = paper.checkpoint(partial(block, paper), paper.tensor(10, 1, needs_grad=True))
-    assert held(paper) == (10, 30)
+    tape = Tape(gradients_on=False)
+    x = tape.checkpoint(partial(block, tape), tape.tensor(10, 1, needs_grad=True))
+    assert held(tape) == (10, 30)
     del x
-    assert paper.meter.now == 0
+    assert tape.counter.now == 0
 
 
 class Loss(torch.autograd.Function):
@@ -217,21 +217,21 @@ def torch_peak(sizes: list[int], rows: int, trained: bool, spared: bool) -> int:
     return tracker.peak - sum(layer.weight.numel() * 4 for layer in layers)
 
 
-def paper_peak(sizes: list[int], rows: int, trained: bool, spared: bool) -> int:
+def symbolic_peak(sizes: list[int], rows: int, trained: bool, spared: bool) -> int:
     """The same with sizes alone."""
-    paper = Tape()
-    start = x = paper.tensor(rows * sizes[0], 4, needs_grad=not trained)
+    tape = Tape()
+    start = x = tape.tensor(rows * sizes[0], 4, needs_grad=not trained)
     for a, b in pairwise(sizes):
 
         def part(y: SymbolicTensor, a: int = a, b: int = b) -> SymbolicTensor:
             weight = [(a * b, 4)] if trained else []
-            h = paper.op([y], rows * b, 4, [y] if trained else [], trained=weight)
-            return paper.op([h], rows * b, 4, keeps_output=True)
+            h = tape.op([y], rows * b, 4, [y] if trained else [], weight_gradients=weight)
+            return tape.op([h], rows * b, 4, saves_output=True)
 
-        x = paper.checkpoint(part, x) if spared else part(x)
-    paper.backward(paper.op([x], 1, 4))
+        x = tape.checkpoint(part, x) if spared else part(x)
+    tape.backward(tape.op([x], 1, 4))
     assert start.needs_grad != trained
-    return paper.meter.peak
+    return tape.counter.peak
 
 
 @pytest.mark.parametrize("spared", [False, True], ids=["plain", "checkpointed"])
@@ -239,7 +239,7 @@ def paper_peak(sizes: list[int], rows: int, trained: bool, spared: bool) -> int:
 @pytest.mark.parametrize("sizes", [[64] * 7, [16, 64, 256, 64, 16], [512, 64, 8]], ids=str)
 def test_the_tape_is_autograds(sizes: list[int], trained: bool, spared: bool) -> None:
     """But for two scalars, whatever the widths of the layers."""
-    assert paper_peak(sizes, 100, trained, spared) == pytest.approx(torch_peak(sizes, 100, trained, spared), abs=8)
+    assert symbolic_peak(sizes, 100, trained, spared) == pytest.approx(torch_peak(sizes, 100, trained, spared), abs=8)
 
 
 @pytest.fixture(scope="module")
@@ -248,9 +248,9 @@ def known(folder: Path) -> Callable[[str], Architecture]:
     return lambda name: architecture(str(folder) if name == "tiny" else name)
 
 
-def drawn(base: Architecture, checkpointing: bool = False, gradients: bool = False, **numbers: Any) -> Layers:
+def planned_unet(base: Architecture, checkpointing: bool = False, gradients: bool = False, **numbers: Any) -> Layers:
     """The U-Net, counted."""
-    layers = Layers(Tape(gradients_on=gradients), LayerOptions(**({"width": 4, "weights": 4} | numbers)))
+    layers = Layers(Tape(gradients_on=gradients), LayerOptions(**({"itemsize": 4, "weight_itemsize": 4} | numbers)))
     UNet(base.unet, layers, checkpointing).forward(64, 1, base.conditioning["tokens"][1], False)
     return replace(layers)
 
@@ -272,7 +272,7 @@ def test_every_parameter_is_counted(known: Callable[[str], Architecture], name: 
     vae = Layers(Tape(gradients_on=False), LayerOptions(4, 4))
     for decode in (False, True):
         vae_forward(base.vae, vae, 64**2, 1, decode)
-    assert drawn(base).parameters == parameters(on_meta(lambda: UNet2DConditionModel.from_config(base.unet)))
+    assert planned_unet(base).parameters == parameters(on_meta(lambda: UNet2DConditionModel.from_config(base.unet)))
     assert vae.parameters == parameters(on_meta(lambda: AutoencoderKL.from_config(base.vae)))
     for part, config in base.text_encoders.items():
         real = parameters(on_meta(lambda part=part, config=config: TEXT_ENCODERS[part](CLIPTextConfig(**config))))
@@ -282,7 +282,7 @@ def test_every_parameter_is_counted(known: Callable[[str], Architecture], name: 
 def test_the_published_sizes_are_the_published_ones() -> None:
     """U-Net, text encoders: of the weights on the hub."""
     found = {
-        name: [drawn(base).parameters, *(text_parameters(config, part[-1] == "2") for part, config in base.text_encoders.items())]
+        name: [planned_unet(base).parameters, *(text_parameters(config, part[-1] == "2") for part, config in base.text_encoders.items())]
         for name, base in PUBLISHED.items()
     }
     assert found == {
@@ -301,7 +301,7 @@ def test_every_lora_parameter_is_counted(known: Callable[[str], Architecture], n
     unet: Any = on_meta(lambda: UNet2DConditionModel.from_config(base.unet)).requires_grad_(False)
     unet.add_adapter(LoraConfig(r=4, target_modules=list(TARGETS[targets])))
     trainable = [p.numel() for p in unet.parameters() if p.requires_grad]
-    layers = drawn(base, rank=4, targets=TARGETS[targets])
+    layers = planned_unet(base, rank=4, targets=TARGETS[targets])
     assert layers.lora == sum(trainable)
     assert layers.lora_states == sum(map(states_8bit, trainable))
     if (name, targets) == ("sd15", "attention"):
@@ -314,16 +314,16 @@ def test_every_lora_parameter_is_counted(known: Callable[[str], Architecture], n
 
 def test_checkpointing_counts_nothing_twice(known: Callable[[str], Architecture]) -> None:
     """A pass that will be made again has the parameters and bytes of one that is not."""
-    plain, spared = (drawn(known("sd15"), on, gradients=True, trained=True) for on in (False, True))
+    plain, spared = (planned_unet(known("sd15"), on, gradients=True, trained=True) for on in (False, True))
     assert (plain.parameters, plain.bytes, plain.states) == (spared.parameters, spared.bytes, spared.states)
     assert plain.bytes == 4 * 859_520_964
-    assert spared.tape.meter.peak < 0.4 * plain.tape.meter.peak
+    assert spared.tape.counter.peak < 0.4 * plain.tape.counter.peak
 
 
-@pytest.mark.parametrize("width", [2, 4])
-def test_bytes_are_those_of_the_precision(known: Callable[[str], Architecture], width: int) -> None:
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_bytes_are_those_of_the_precision(known: Callable[[str], Architecture], itemsize: int) -> None:
     """In fp16 half of fp32."""
-    assert drawn(known("sd15"), weights=width).bytes == width * 859_520_964
+    assert planned_unet(known("sd15"), weight_itemsize=itemsize).bytes == itemsize * 859_520_964
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 65_536, 100_000])
@@ -352,10 +352,10 @@ def test_4bit_weights_are_bitsandbytes_own(inside: int, outside: int) -> None:
     assert layers.parameters == inside * outside + outside
 
 
-def test_an_unknown_block_is_refused(known: Callable[[str], Architecture]) -> None:
-    """With the kinds that are drawn, and the way round."""
+def test_an_unknown_block_is_rejected(known: Callable[[str], Architecture]) -> None:
+    """The error names the supported blocks and the remedy."""
     config = known("sd15").unet | {"down_block_types": ["AttnDownBlock2D", *["DownBlock2D"] * 3]}
-    with pytest.raises(ImagicError, match=r"AttnDownBlock2D.*CrossAttnDownBlock2D.*unplanned"):
+    with pytest.raises(ImagicError, match=r"AttnDownBlock2D.*CrossAttnDownBlock2D.*--preset 8gb"):
         UNet(config, Layers(Tape(), LayerOptions(4, 4)), False)
 
 
@@ -363,4 +363,4 @@ def test_a_real_base_has_these_weights(folder: Path) -> None:
     """The tiny base as it is loaded, in bytes."""
     base = opened(folder)
     real = sum(p.numel() * p.element_size() for p in base.denoiser.parameters())
-    assert drawn(base.architecture).bytes == real
+    assert planned_unet(base.architecture).bytes == real

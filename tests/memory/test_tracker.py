@@ -335,7 +335,7 @@ def test_4_bits_save_three_quarters_of_the_linear_layers(wide: Path) -> None:
 
 def helper_of(base: Base, name: str) -> Any:
     """The VAE or the text encoder."""
-    base.pipeline("text2image")  # wakes the VAE
+    base.pipeline("text2image")  # loads the VAE
     return base._helpers[name]  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -396,7 +396,7 @@ def test_what_comes_back_is_what_was_released(folder: Path) -> None:
 
 
 def test_helpers_that_are_kept_stay(folder: Path) -> None:
-    """The same modules after a rest."""
+    """The same modules after offloading."""
     base = opened(folder)
     before = [helper_of(base, name) for name in ("vae", "text_encoder")]
     base.offload_encoders()
@@ -412,14 +412,14 @@ def test_a_released_vae_comes_back_with_its_levers(folder: Path) -> None:
     assert vae.use_slicing
 
 
-def test_offloading_is_refused_without_a_card(folder: Path) -> None:
+def test_offloading_is_rejected_without_a_card(folder: Path) -> None:
     """With what spares host memory instead."""
     with pytest.raises(ImagicError, match=r"--idle offload without CUDA.*--idle release"):
         resolve_runtime(MemoryConfig(device="cpu", idle="offload"))
 
 
 def test_offloading_moves_the_helpers_and_brings_the_denoiser(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the CPU at rest, when the denoiser comes; back to the device when one is used. The device is PyTorch's own pretended one here."""
+    """To the CPU when the denoiser is needed, and back to the device when a helper is used. The device is PyTorch's ``meta`` here."""
     base = opened(folder)
     device = torch.device("meta")
     base.runtime = replace(base.runtime, device=device, memory=base.runtime.memory.model_copy(update={"idle": "offload"}))

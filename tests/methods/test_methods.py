@@ -1,4 +1,4 @@
-"""Methods of editing behind one call: their pictures, their prices, and a base that is left as it was."""
+"""Methods of editing behind one interface: their images, their costs, and a base that stays bit-equal."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Picky:
         return self.choice
 
 
-def studio_of(base: Base, clip: Any = None) -> Context:
+def context_of(base: Base, clip: Any = None) -> Context:
     return Context(base, (clip or Picky()).best)
 
 
@@ -65,7 +65,7 @@ def wanted(photo_file: Path) -> EditRequest:
 
 
 def run(method: Method, base: Base, wanted: EditRequest, clip: Any = None) -> list[EditResult]:
-    return list(method.pictures(studio_of(base, clip), wanted))
+    return list(method.edit(context_of(base, clip), wanted))
 
 
 def counts(cost: Cost) -> tuple[int, int]:
@@ -122,7 +122,7 @@ def test_meters_may_be_nested(base: Base) -> None:
     assert dict(base.denoiser._forward_hooks) == before
 
 
-def test_a_meter_tells_the_time(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_meter_measures_the_time(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds since it was made."""
     now = iter([100.0, 101.5, 104.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
@@ -130,7 +130,7 @@ def test_a_meter_tells_the_time(base: Base, monkeypatch: pytest.MonkeyPatch) -> 
         assert [meter.cost().seconds, meter.cost().seconds] == [1.5, 4.0]
 
 
-def test_prices_add_up() -> None:
+def test_costs_add_up() -> None:
     """Each part with its own kind."""
     assert Cost(1, 2, 3.5, 4) + Cost(10, 20, 30.0, 40) == Cost(11, 22, 33.5, 44)
     assert Cost() + Cost(1, 2, 3.0, 4) == Cost(1, 2, 3.0, 4)
@@ -158,13 +158,13 @@ def test_bounds_are_the_photo_and_the_true_edit_through_the_vae(folder: Path, ba
 
 
 def alone(base: Base, wanted: EditRequest, config: EditConfig, seed: int = SEED) -> np.ndarray:
-    """What generate() gives for the sentence by itself."""
-    canvas, text = to_canvas(wanted.photo, 32, 8), base.encode_prompt(wanted.text)
+    """What generate() returns for the target prompt by itself."""
+    canvas, text = to_canvas(wanted.photo, 32, 8), base.encode_prompt(wanted.target_prompt)
     (image,) = generate(base, [text], [seed], config, canvas, base.null(), [text])
     return array(image)
 
 
-def test_prompt_only_is_the_sentence_from_noise(folder: Path, base: Base, wanted: EditRequest) -> None:
+def test_prompt_only_is_the_target_prompt_from_noise(folder: Path, base: Base, wanted: EditRequest) -> None:
     """Whatever start the settings name; two evaluations a step with guidance and one without, none backward."""
     for guidance, evaluations in ((3.0, 10), (1.0, 5)):
         config = CONFIG.model_copy(update={"guidance_scale": guidance, "start": "image"})
@@ -179,8 +179,11 @@ def test_prompt_only_depends_on_the_seed_and_not_on_the_photo(base: Base, wanted
     """Another seed is another picture; another photo of the same size is not."""
     black = Image.new("RGB", wanted.photo.size)
     method = prompt_only(CONFIG)
-    (first,), (other,) = run(method, base, wanted), run(method, base, EditRequest(wanted.photo, wanted.text, SEED + 1, wanted.truth))
-    (blind,) = run(method, base, EditRequest(black, wanted.text, SEED, black))
+    (first,), (other,) = (
+        run(method, base, wanted),
+        run(method, base, EditRequest(wanted.photo, wanted.target_prompt, SEED + 1, wanted.truth)),
+    )
+    (blind,) = run(method, base, EditRequest(black, wanted.target_prompt, SEED, black))
     assert not np.array_equal(array(first.image), array(other.image))
     assert np.array_equal(array(first.image), array(blind.image))
 
@@ -295,14 +298,14 @@ def test_imagic_can_start_from_inverted_noise(base: Base, folder: Path, wanted: 
 def test_a_method_that_is_left_early_leaves_the_base(base: Base, folder: Path, wanted: EditRequest, mode: Mode) -> None:
     """Bit-equal to before, after its first picture."""
     before = weights(base.denoiser)
-    pictures = Imagic("ours", tiny_config(folder, mode)).pictures(studio_of(base), wanted)
+    pictures = Imagic("ours", tiny_config(folder, mode)).edit(context_of(base), wanted)
     next(pictures)
     pictures.close()
     assert same(weights(base.denoiser), before)
 
 
 def test_the_embedding_alone_is_on_the_untuned_base(fitting: Fitting, folder: Path, photo_file: Path, tmp_path: Path) -> None:
-    """The mix of the two embeddings, eta of the sentence's, on a base that was never fitted."""
+    """The interpolated embedding, eta times that of the target prompt, on a base that was never fitted."""
     (_, _, made), _, _ = fitting("lora")
     adapter, _ = apart(folder, "lora", photo_file, tmp_path)
     stored, base, config = read_embeddings(adapter), opened(folder), tiny_config(folder).edit
@@ -351,7 +354,7 @@ def test_imagic_reports_the_bytes_that_are_kept(folder: Path, wanted: EditReques
         return fit(photo, text, config, store, name, **more)
 
     monkeypatch.setattr(imagic, "fit", spied)
-    rows = Imagic("ours", tiny_config(folder, mode), embedding=True).pictures(studio_of(opened(folder, mode)), wanted)
+    rows = Imagic("ours", tiny_config(folder, mode), embedding=True).edit(context_of(opened(folder, mode)), wanted)
     one = next(rows)
     (store,) = stores
     kept = sum(path.stat().st_size for path in store.rglob("*.safetensors"))
@@ -364,7 +367,7 @@ def test_imagic_reports_the_bytes_that_are_kept(folder: Path, wanted: EditReques
 def test_the_seed_of_the_task_is_that_of_the_fit(folder: Path, photo_file: Path, wanted: EditRequest, tmp_path: Path) -> None:
     """Not that of the settings: the picture is that of a fit at the task's seed, and another task's is another."""
     method = Imagic("ours", tiny_config(folder, seed=99))
-    made = run(method, opened(folder), EditRequest(wanted.photo, wanted.text, 4, wanted.truth))[0]
+    made = run(method, opened(folder), EditRequest(wanted.photo, wanted.target_prompt, 4, wanted.truth))[0]
     adapter, editor = apart(folder, "lora", photo_file, tmp_path, seed=4)
     (expected,) = editor.edit(adapter, [0.7], [4], tiny_config(folder).edit)
     assert np.array_equal(array(made.image), array(expected.image))
@@ -376,7 +379,7 @@ def test_a_method_that_is_stopped_leaves_the_base_bit_equal(folder: Path, wanted
     """After its first picture was taken, and after CLIP has failed."""
     base = opened(folder, mode)
     before = weights(base.denoiser)
-    rows: Any = Imagic("ours", tiny_config(folder, mode)).pictures(studio_of(base), wanted)
+    rows: Any = Imagic("ours", tiny_config(folder, mode)).edit(context_of(base), wanted)
     next(rows)
     rows.close()
     del rows

@@ -23,6 +23,7 @@ from PIL import Image, ImageCms, features
 from torture.photos import _chunk, _directory, _endless, _exif, _of_inks, _of_lightness, _png, _scans, _segment, _tiff, _with_segments
 
 from imagic_lora.core.errors import ImagicError
+from imagic_lora.photos import colour
 from imagic_lora.photos import reading as photos
 from imagic_lora.photos.canvas import to_canvas, to_image, to_pixels
 from imagic_lora.photos.png import write_png
@@ -248,12 +249,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "below a file": (lambda path: path.parent.rmdir() or path.parent.write_bytes(b"x"), "cannot be read .Not a directory"),
     "a terabyte": (lambda path: sparse(path, b"\xff\xd8\xff", 2**40), "is too large .1099511627776 bytes.*at most 64 MiB of JPEG"),
     "a terabyte of TIFF": (lambda path: sparse(path, b"II*\0", 2**40), "is too large .*at most 256 MiB of TIFF"),
-    "zeros": (lambda path: sparse(path, b"", 2**40), "not an image of a known format"),
+    "zeros": (lambda path: sparse(path, b"", 2**40), "not an image in a supported format"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
-    "text": (lambda path: path.write_text("a photo of a dog"), "not an image of a known format"),
-    "plain PPM": (lambda path: path.write_bytes(b"P3 1 1 255 1 2 3 "), "not an image of a known format"),
-    "BigTIFF": (lambda path: path.write_bytes(b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0"), "not an image of a known format"),
-    "MP4": (lambda path: path.write_bytes(b"\0\0\0\x18ftypisom\0\0\2\0isommp42"), "not an image of a known format"),
+    "text": (lambda path: path.write_text("a photo of a dog"), "not an image in a supported format"),
+    "plain PPM": (lambda path: path.write_bytes(b"P3 1 1 255 1 2 3 "), "not an image in a supported format"),
+    "BigTIFF": (lambda path: path.write_bytes(b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0"), "not an image in a supported format"),
+    "MP4": (lambda path: path.write_bytes(b"\0\0\0\x18ftypisom\0\0\2\0isommp42"), "not an image in a supported format"),
     "truncated": (truncated_jpeg, "is broken"),
     "no pixels": (lambda path: path.write_bytes(png_of(8, 8)), "is broken"),
     "a bomb": (lambda path: path.write_bytes(png_of(20_000, 20_000)), "too large"),
@@ -306,7 +307,7 @@ def test_any_name_is_read_and_can_be_shown(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "txt", "heic", ""])
-def test_the_format_is_told_by_content(suffix: str, tmp_path: Path) -> None:
+def test_the_format_is_detected_from_content(suffix: str, tmp_path: Path) -> None:
     """Whatever the name says."""
     pixels = noise(5, 9, 3)
     assert np.array_equal(read(Image.fromarray(pixels), tmp_path / f"photo.{suffix}", format="PNG"), pixels)
@@ -364,13 +365,13 @@ def test_what_a_decoder_warns_of_is_not_passed_on(tmp_path: Path) -> None:
 
 def slow(data: bytes, folder: Path) -> None:
     """It must be refused for its work."""
-    with pytest.raises(ImagicError, match="takes long to read"):
+    with pytest.raises(ImagicError, match="takes too long to read"):
         read_bytes(data, folder)
 
 
 def test_many_pieces_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each chunk of a PNG takes some reads; a good file of some chunks takes few."""
-    monkeypatch.setattr(photos._Sips, "left", 1000)
+    monkeypatch.setattr(photos._LimitedReads, "reads_left", 1000)
     rows = [bytes(3)]
     assert read_bytes(_png(1, 1, 8, 2, rows, _chunk(b"prVt") * 200), tmp_path).shape == (1, 1, 3)
     slow(_png(1, 1, 8, 2, rows, _chunk(b"prVt") * 1000), tmp_path)
@@ -576,7 +577,7 @@ def test_a_picture_in_pieces_is_the_same(mode: str, size: tuple[int, int], tmp_p
         mode, size, noise(size[0] * size[1] * (2 if mode == "I;16" else len(Image.new(mode, (1, 1)).getbands()))).tobytes()
     )
     whole = read(image, tmp_path / "photo.tiff")
-    monkeypatch.setattr(photos, "_PIECE", 70)
+    monkeypatch.setattr(colour, "TILE_PIXELS", 70)
     assert np.array_equal(read(image, tmp_path / "photo.tiff"), whole)
 
 
@@ -595,7 +596,7 @@ def test_every_turn_of_an_avif_comes_in_upright(orientation: int, tmp_path: Path
 def test_an_avif_where_pillow_has_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As any format that is not known."""
     monkeypatch.setattr(features, "check", lambda feature: False)
-    with pytest.raises(ImagicError, match="not an image of a known format"):
+    with pytest.raises(ImagicError, match="not an image in a supported format"):
         read_bytes(b"\0\0\0\x18ftypavif\0\0\0\0avifmif1", tmp_path)
 
 
@@ -740,7 +741,7 @@ def test_an_image_of_numbers_beyond_the_range_is_clamped() -> None:
 
 
 def test_metadata_comes_back_from_a_png(tmp_path: Path) -> None:
-    """What was written is read, beside untouched pixels."""
+    """What was written is read, and the pixels are unchanged."""
     path, metadata, pixels = tmp_path / "edit.png", {"prompt": "a dög [jumping] 狗", "eta": 0.7, "edit": {"steps": 50}}, noise(5, 9, 3)
     write_png(Image.fromarray(pixels), path, metadata)
     assert read_metadata(path) == metadata
@@ -748,14 +749,14 @@ def test_metadata_comes_back_from_a_png(tmp_path: Path) -> None:
 
 
 FOREIGN = {
-    "another format": (bytes_of(Image.new("RGB", (3, 3)), "JPEG"), "does not say how it was made"),
-    "no metadata": (bytes_of(Image.new("RGB", (3, 3)), "PNG"), "does not say how it was made"),
-    "a list": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"tEXt", b"imagic-lora\0[1]")), "does not say how it was made"),
+    "another format": (bytes_of(Image.new("RGB", (3, 3)), "JPEG"), "has no imagic-lora metadata"),
+    "no metadata": (bytes_of(Image.new("RGB", (3, 3)), "PNG"), "has no imagic-lora metadata"),
+    "a list": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"tEXt", b"imagic-lora\0[1]")), "has no imagic-lora metadata"),
     "no JSON": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"tEXt", b"imagic-lora\0{")), "is broken"),
     "too deep": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"tEXt", b"imagic-lora\0" + b"[" * 100_000)), "is broken"),
     "too many digits": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"tEXt", b"imagic-lora\0" + b"9" * 100_000)), "is broken"),
     "a bomb": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"zTXt", b"imagic-lora\0\0" + zlib.compress(bytes(5_000_000)))), "is broken"),
-    "slow": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"zTXt", b"\0\0") * 501), "takes long to read"),
+    "slow": (_png(1, 1, 8, 2, [bytes(3)], _chunk(b"zTXt", b"\0\0") * 501), "takes too long to read"),
     "text": (b"text", "not an image"),
 }
 

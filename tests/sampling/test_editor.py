@@ -110,7 +110,7 @@ def test_the_weights_of_an_adapter_matter(folder: Path, fitted: Fitted) -> None:
 
 
 def test_an_adapter_of_another_base_is_refused(fitted: Fitted, tmp_path: Path) -> None:
-    """The error names the base that it was made for, and nothing is put on."""
+    """The error names the base that it was made for, and nothing is loaded."""
     base = opened(save_tiny(tmp_path, seed=1))
     before = weights(base.denoiser)
     with pytest.raises(ImagicError, match=f"made for base {fitted('lora').record.base.name}"):
@@ -158,7 +158,7 @@ def test_start_from_the_image_by_strength(folder: Path, fitted: Fitted) -> None:
 
 def inverted_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int) -> Tensor:
     """DDIM backwards, in float64 but for the denoiser: x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) noise, both as they are predicted at x_t."""
-    scheduler = DDIMScheduler.from_config(base.training.config)
+    scheduler = DDIMScheduler.from_config(base.training_scheduler.config)
     scheduler.set_timesteps(steps)
     alphas, x = scheduler.alphas_cumprod.double(), clean.double()
     now = scheduler.final_alpha_cumprod.double()
@@ -184,10 +184,10 @@ def test_the_inverted_noise_is_ddim_backwards(folders: dict[str, Path], fitted: 
     torch.testing.assert_close(found.double(), inverted_by_hand(base, clean, source, 10), rtol=1e-3, atol=1e-3)
 
 
-def traced_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int, eta: float, seed: int) -> list[Tensor]:
+def recorded_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int, eta: float, seed: int) -> list[Tensor]:
     """The noised photo at the first step; then for each step the next noised photo less the mean that DDIM has for it (arXiv 2010.02502,
     equation 12), in float64 but for the denoiser."""
-    scheduler = DDIMScheduler.from_config(base.training.config)
+    scheduler = DDIMScheduler.from_config(base.training_scheduler.config)
     scheduler.set_timesteps(steps)
     alphas = [scheduler.alphas_cumprod[t].double() for t in scheduler.timesteps] + [scheduler.final_alpha_cumprod.double()]
     draws = torch.randn(steps, *clean.shape[1:], generator=torch.Generator().manual_seed(seed)).double()
@@ -207,18 +207,18 @@ def traced_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int, 
 
 @pytest.mark.parametrize("ddim_eta", [0.5, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_traced_noise_is_what_the_steps_lack(folders: dict[str, Path], fitted: Fitted, kind: str, ddim_eta: float) -> None:
+def test_the_recorded_noise_is_what_the_steps_lack(folders: dict[str, Path], fitted: Fitted, kind: str, ddim_eta: float) -> None:
     """As the equations have it."""
     base, adapter = opened(folders[kind]), fitted("lora", 0, kind)
     canvas, source = read_canvas(adapter), read_embeddings(adapter)["optimised"]
     clean = base.encode_image(canvas.pixels)
-    expected = traced_by_hand(base, clean, source, 10, ddim_eta, 3)
+    expected = recorded_by_hand(base, clean, source, 10, ddim_eta, 3)
     found = record_noise(base, canvas, clean, EditConfig(steps=10, ddim_eta=ddim_eta), source, 3)
     torch.testing.assert_close(torch.stack(found).double(), torch.stack(expected), rtol=1e-3, atol=1e-3)
 
 
-def test_traced_noise_leads_to_the_photo(folder: Path, fitted: Fitted) -> None:
-    """At eta 0 and without guidance, all but what the VAE loses, whatever the seed; at eta 1 the seed tells."""
+def test_recorded_noise_reproduces_the_photo(folder: Path, fitted: Fitted) -> None:
+    """At eta 0 and without guidance, all but what the VAE loses, whatever the seed; at eta 1 the seed matters."""
     base, adapter = opened(folder), fitted("lora")
     editor, canvas = Editor(base), read_canvas(adapter)
     photo = array(canvas.restored(to_image(base.decode(base.encode_image(canvas.pixels))[0])))
@@ -312,7 +312,7 @@ def test_an_edit_in_bf16_is_near_that_in_fp32(folder: Path, fitted: Fitted, mode
 
 
 def test_pictures_that_are_not_finite_are_refused(folder: Path, fitted: Fitted) -> None:
-    """Rather than shown black."""
+    """Rather than returned as black images."""
     base, adapter = opened(folder), fitted("lora")
     stored = read_embeddings(adapter)
     broken = Conditioning(torch.full_like(stored["target"].tokens, torch.nan))
@@ -331,7 +331,7 @@ def test_pictures_are_made_wherever_the_text_encoder_is(folder: Path, fitted: Fi
 
 @pytest.mark.parametrize("prompt", [None, "a dog"])
 @pytest.mark.parametrize("idle", ["keep", "release"])
-def test_the_text_encoder_rests_while_pictures_are_made(folder: Path, fitted: Fitted, idle: str, prompt: str | None) -> None:
+def test_the_text_encoder_is_offloaded_while_pictures_are_made(folder: Path, fitted: Fitted, idle: str, prompt: str | None) -> None:
     """Released by the first picture if asked, be there a text to encode or not; the pictures are the same, and the editor can go on."""
     base, adapter = opened(folder, idle=idle), fitted("lora")
     editor, text_encoder = Editor(base), weakref.ref(base._helpers["text_encoder"])
@@ -352,7 +352,7 @@ def test_an_empty_prompt_is_refused(folder: Path, fitted: Fitted) -> None:
 def test_noise_of_ddim_is_refused_with_another_sampler(fitted: Fitted, tmp_path: Path) -> None:
     """A sampler that would ignore ddim_eta says so; the weights are those of the adapter's base."""
     editor = Editor(opened(save_tiny(tmp_path / "euler", scheduler="euler")))
-    with pytest.raises(ImagicError, match="sampler of kind Euler"):
+    with pytest.raises(ImagicError, match="with scheduler Euler"):
         next(editor.edit(fitted("lora"), [0.5], [0], CONFIG.model_copy(update={"ddim_eta": 0.5})))
 
 
@@ -379,7 +379,7 @@ def test_interleaved_edits_do_not_mix(folder: Path, fitted: Fitted, others: tupl
 
 
 def test_an_edit_goes_on_after_close(folder: Path, fitted: Fitted) -> None:
-    """Its adapter is put back for the next batch."""
+    """Its adapter is loaded again for the next batch."""
     adapter, editor = fitted("lora"), Editor(opened(folder))
     before, alone = weights(editor.base.denoiser), pictures(editor, adapter, INVERTED, FIVE)
     edits = editor.edit(adapter, FIVE, [5], INVERTED)
@@ -421,7 +421,7 @@ def copied(adapter: Adapter, root: Path, name: str) -> Adapter:
 
 
 def test_a_swap_does_not_touch_the_disk(folder: Path, fitted: Fitted, narrow: Fitted, tmp_path: Path) -> None:
-    """Adapters that were worn before are worn again, to the same pictures, when their files are gone; one has other layers."""
+    """Adapters that were loaded before load again, with the same pictures, when their files are gone; one has other layers."""
     real = fitted("lora"), fitted("lora", 1), narrow("memory", targets="attention")
     adapters, editor = [copied(one, tmp_path, str(k)) for k, one in enumerate(real)], Editor(opened(folder))
     before = [pictures(editor, adapter) for adapter in adapters]
@@ -467,7 +467,7 @@ def test_an_adapter_that_was_written_anew_is_read_anew(folder: Path, fitted: Fit
 
 
 def test_full_adapters_share_one_copy_of_the_base(folder: Path, fitted: Fitted) -> None:
-    """Made once, whatever is worn between them, until the editor is closed."""
+    """Copied once, whatever is loaded between them, until the editor is closed."""
     editor = Editor(opened(folder))
     assert editor._base_weights is None
     before = weights(editor.base.denoiser)
@@ -513,10 +513,10 @@ def test_an_adapter_that_is_refused_leaves_the_one_before(folder: Path, fitted: 
     (broken.folder / "pytorch_lora_weights.safetensors").unlink()
     before = weights(editor.base.denoiser)
     editor.load(fitted("lora"))
-    worn = output(editor.base)
+    loaded = output(editor.base)
     with pytest.raises(ImagicError, match="not a whole safetensors file"):
         editor.load(broken)
-    assert torch.equal(output(editor.base), worn)
+    assert torch.equal(output(editor.base), loaded)
     editor.close()
     assert same(weights(editor.base.denoiser), before)
 

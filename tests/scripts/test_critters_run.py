@@ -1,4 +1,4 @@
-"""The training loop of the embedded base, and the words of its text encoder."""
+"""The training loop of the embedded base, and its tokenizer."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ STEPS = 6
 
 
 def run_of(work: Path, steps: int = STEPS, held: float = 0.0) -> Run:
-    """A layer of three numbers that learns, by bfloat16 autocast, to give noise back."""
+    """A run that trains a 3 x 3 linear layer to reproduce noise, under bfloat16 autocast."""
     work.mkdir(exist_ok=True)
     torch.manual_seed(0)
     args = argparse.Namespace(work=work, part="toy", device="cpu", steps=steps, seed=3)
@@ -26,7 +26,7 @@ def run_of(work: Path, steps: int = STEPS, held: float = 0.0) -> Run:
 
 
 def trained(run: Run, steps: int = STEPS) -> list[np.ndarray]:
-    """What each step drew."""
+    """The numbers that each step drew."""
     seen: list[np.ndarray] = []
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
@@ -45,7 +45,7 @@ def weights(module: torch.nn.Module) -> torch.Tensor:
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    """Weights, their average, what is drawn and the rate are the same to the bit."""
+    """Weights, averaged weights, random numbers and learning rate are bit-equal."""
     whole = run_of(tmp_path / "whole")
     drawn = trained(whole)
     first = run_of(tmp_path / "halves")
@@ -78,7 +78,7 @@ def test_every_hundredth_step_is_logged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("held", "half"), [(0.0, 500), (0.4, 700)])
 def test_the_rate_rises_is_held_and_falls(tmp_path: Path, held: float, half: int) -> None:
-    """It rises over 200 steps, is full for the share that is held, and falls as a cosine to a fiftieth."""
+    """It rises over 200 steps, keeps its peak for the held share, and falls as a cosine to 2%."""
     run = run_of(tmp_path, 1000, held)
     rate = [run._rate(step) for step in range(1001)]
     assert rate[0] == pytest.approx(1 / 200)
@@ -99,7 +99,7 @@ def test_pictures_are_drawn_once(tmp_path: Path) -> None:
 
 
 def test_the_words_are_those_of_the_package() -> None:
-    """A base that is trained anew takes the tokenizer that is there; no caption is longer than the encoder."""
+    """A new training uses the tokenizer of the package; no caption exceeds the encoder's length."""
     words = tokenizer()
     assert words.get_vocab() == CLIPTokenizer.from_pretrained(CRITTERS / "tokenizer").get_vocab()
     assert words.model_max_length == text_config(words).max_position_embeddings
@@ -107,7 +107,7 @@ def test_the_words_are_those_of_the_package() -> None:
 
 
 def test_another_base_is_adopted_token_by_token(tmp_path: Path) -> None:
-    """A token that both know has its embedding at its own place; the rest of the model is the other's, and what only one knows stays."""
+    """The embeddings of common tokens are copied to their own rows, all other weights too; the row of a token that only one has stays."""
     theirs = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1, "cat</w>": 2, "dog</w>": 3}, merges=[])
     mine = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1, "dog</w>": 2, "cow</w>": 3}, merges=[])
     theirs.save_pretrained(tmp_path / "tokenizer")
@@ -120,5 +120,5 @@ def test_another_base_is_adopted_token_by_token(tmp_path: Path) -> None:
     adopt(own, mine, other, tmp_path)
     assert torch.equal(own.get_input_embeddings().weight[2], other.get_input_embeddings().weight[3])
     assert torch.equal(own.get_input_embeddings().weight[3], cow)
-    rest = {name: value for name, value in other.state_dict().items() if not name.endswith("token_embedding.weight")}
-    assert all(torch.equal(own.state_dict()[name], value) for name, value in rest.items())
+    others = {name: value for name, value in other.state_dict().items() if not name.endswith("token_embedding.weight")}
+    assert all(torch.equal(own.state_dict()[name], value) for name, value in others.items())

@@ -1,4 +1,4 @@
-"""What the U-Net of the embedded base is shown and told in its training."""
+"""Captions and edits in the training of the embedded base's U-Net."""
 
 import random
 from dataclasses import fields, replace
@@ -9,7 +9,7 @@ import critters_lessons
 import numpy as np
 import pytest
 import torch
-from critters_lessons import EDITS, EDITS_FROM, GROUP, WAY_STEPS, Edits, changed, gone, neighbour, spoken, tokens
+from critters_lessons import EDITS, EDITS_FROM, GROUP, SAMPLER_STEPS, Edits, caption_pairs, changed, difference_shares, neighbour, tokens
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from imagic_lora.bases.loading.known import CRITTERS
@@ -20,28 +20,28 @@ HEADS = range(0, 40 * GROUP, GROUP)
 
 
 def differing(index: int) -> set[str]:
-    """Names of what sets a member of a group apart from its first."""
+    """Names of the fields in which a member of a group differs from the first."""
     one, first = neighbour(index), neighbour(index - index % GROUP)
     return {field.name for field in fields(one) if getattr(one, field.name) != getattr(first, field.name)}
 
 
 def test_neighbours_differ_in_one_or_two_factors_of_the_identity() -> None:
     """The first is the training scene itself; over many groups every factor is moved."""
-    seen: set[str] = set()
+    moved: set[str] = set()
     for head in HEADS:
         assert neighbour(head) == scene_at("train", head // GROUP)
         for index in range(head + 1, head + GROUP):
             names = differing(index)
             assert 1 <= len(names) <= 2
-            seen |= names
-    assert seen == {"shade", "size", "x", "y", "spots", "sun", "horizon", "tint", "facing"}
+            moved |= names
+    assert moved == {"shade", "size", "x", "y", "spots", "sun", "horizon", "tint", "facing"}
 
 
-def test_a_loud_group_is_told_all_and_the_larger_share_is_true() -> None:
-    """A second caption names one attribute: the truth with more than half, or, of a scene that is not shown, less than half."""
+def test_captions_of_a_loud_group_name_everything_and_the_larger_share_is_true() -> None:
+    """A second caption names one attribute: with a share above 0.5 if it is true of the image, and below 0.5 if it is not."""
     indices = np.arange(60 * GROUP)
-    told, shares = spoken(indices, [True] * len(indices), random.Random(0))
-    first, second = told[: len(indices)], told[len(indices) :]
+    captions, shares = caption_pairs(indices, [True] * len(indices), random.Random(0))
+    first, second = captions[: len(indices)], captions[len(indices) :]
     kinds = {"whole": 0, "happened": 0, "not yet": 0}
     for index, one, other, share in zip(indices, first, second, shares, strict=True):
         scene = neighbour(int(index))
@@ -59,11 +59,11 @@ def test_a_loud_group_is_told_all_and_the_larger_share_is_true() -> None:
     assert kinds["happened"] > kinds["not yet"]
 
 
-def test_of_the_others_some_are_told_nothing() -> None:
-    """All of a group or none: guidance needs the empty prompt."""
+def test_some_of_the_other_groups_have_empty_captions() -> None:
+    """All images of a group or none; classifier-free guidance needs the empty prompt."""
     indices = np.arange(100 * GROUP)
-    told, shares = spoken(indices, [False] * len(indices), random.Random(1))
-    silent = np.array([not text for text in told[: len(indices)]]).reshape(-1, GROUP)
+    captions, shares = caption_pairs(indices, [False] * len(indices), random.Random(1))
+    silent = np.array([not text for text in captions[: len(indices)]]).reshape(-1, GROUP)
     assert np.array_equal(silent.all(1), silent.any(1))
     assert 2 <= silent.all(1).sum() <= 25
     assert 0 < np.mean(shares) < 0.5
@@ -75,18 +75,18 @@ def edits() -> Edits:
     return Edits(["a sitting dog"] * EDITS, torch.full(size, -1.0), torch.ones(size), torch.ones(EDITS, 3, 2))
 
 
-def test_mixed_edits_are_seen_from_where_they_set_in() -> None:
-    """Above an eta of 0.55 the picture after, below 0.4 the one before; all of a group alike."""
+def test_mixed_edits_show_the_image_that_belongs_to_their_eta() -> None:
+    """The image after the edit from an eta of 0.55 on, the one before below 0.4; equal within a group."""
     torch.manual_seed(0)
     groups = 400
-    told, seen, times, moves = edits().mixed(np.random.default_rng(0), groups)
-    assert (len(told), seen.shape, times.shape, moves.shape) == (
+    prompts, latents, times, moves = edits().mixed(np.random.default_rng(0), groups)
+    assert (len(prompts), latents.shape, times.shape, moves.shape) == (
         groups * GROUP,
         (groups * GROUP, 8, 8, 8),
         (groups * GROUP,),
         (groups * GROUP, 3, 2),
     )
-    eta, happened = 1 - moves[:, 0, 0], seen[:, 0, 0, 0] == 1
+    eta, happened = 1 - moves[:, 0, 0], latents[:, 0, 0, 0] == 1
     assert bool((eta[happened] >= 0.55).all())
     assert bool((eta[~happened] <= 0.4).all())
     assert 0.55 < happened.float().mean() < 0.75
@@ -97,22 +97,22 @@ def test_mixed_edits_are_seen_from_where_they_set_in() -> None:
         assert bool((whole.view(groups, GROUP) == whole.view(groups, GROUP)[:, :1]).all())
 
 
-def test_an_edit_goes_as_far_as_the_way_says() -> None:
-    """By the samplers of the product: if the predictions differ by the edit's difference to the photo at every step."""
+def test_an_edit_follows_the_difference_shares() -> None:
+    """With the samplers of the package, if the predictions differ by exactly the edit at every step."""
     scheduler: Any = DDIMScheduler.from_pretrained(CRITTERS, subfolder="scheduler")
-    timesteps, share = gone(scheduler)
+    timesteps, share = difference_shares(scheduler)
     photo, apart = torch.randn(2, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
     along: Any = NoiseRecorder.from_config(scheduler.config)
     back: Any = NoiseReplayer.from_config(scheduler.config)
     for path in (along, back):
-        path.set_timesteps(WAY_STEPS)
+        path.set_timesteps(SAMPLER_STEPS)
         assert torch.equal(path.timesteps, timesteps)
 
     def noise_in(x: torch.Tensor, clean: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         known = scheduler.alphas_cumprod[t]
         return (x - known.sqrt() * clean) / (1 - known).sqrt()
 
-    draws = torch.randn(WAY_STEPS, *photo.shape, generator=torch.Generator().manual_seed(1))
+    draws = torch.randn(SAMPLER_STEPS, *photo.shape, generator=torch.Generator().manual_seed(1))
     along.path = torch.stack([*(along.add_noise(photo, one, t[None]) for one, t in zip(draws, timesteps, strict=True)), photo])
     along.added = []
     for x, t in zip(along.path, timesteps, strict=False):
@@ -124,46 +124,46 @@ def test_an_edit_goes_as_far_as_the_way_says() -> None:
     assert torch.allclose(x, photo + apart, atol=1e-2)
 
 
-def test_on_the_way_the_difference_is_to_be_predicted() -> None:
-    """What is asked of the two predictions makes clean latents that differ by the edit; of a group all are as far."""
+def test_the_target_of_a_pair_is_the_difference() -> None:
+    """Predictions that match the targets give clean latents that differ by the edit; timestep and eta are equal within a group."""
     torch.manual_seed(0)
     scheduler: Any = DDIMScheduler.from_pretrained(CRITTERS, subfolder="scheduler")
     groups = 100
     noise = torch.randn(groups, 8, 8, 8).repeat_interleave(GROUP, 0)
-    ways = edits().ways(np.random.default_rng(0), noise, scheduler)
-    known = scheduler.alphas_cumprod[ways.timesteps][:, None, None, None]
-    clean = (ways.edit - ways.photo - (1 - known).sqrt() * ways.difference) / known.sqrt()
+    pairs = edits().pairs(np.random.default_rng(0), noise, scheduler)
+    known = scheduler.alphas_cumprod[pairs.timesteps][:, None, None, None]
+    clean = (pairs.edit - pairs.photo - (1 - known).sqrt() * pairs.difference) / known.sqrt()
     assert torch.allclose(clean, torch.full_like(clean, 2.0), atol=1e-3)  # from -1 to 1
-    assert torch.allclose(ways.photo, scheduler.add_noise(torch.full_like(noise, -1.0), noise, ways.timesteps))
-    eta, of_photo = (1 - moves[:, 0, 0] for moves in (ways.moves, ways.photo_moves))
+    assert torch.allclose(pairs.photo, scheduler.add_noise(torch.full_like(noise, -1.0), noise, pairs.timesteps))
+    eta, of_photo = (1 - moves[:, 0, 0] for moves in (pairs.moves, pairs.photo_moves))
     assert bool((eta >= 0.55).all())
     assert bool((of_photo <= 0.4).all())
-    for whole in (eta, of_photo, ways.timesteps):
+    for whole in (eta, of_photo, pairs.timesteps):
         assert bool((whole.view(groups, GROUP) == whole.view(groups, GROUP)[:, :1]).all())
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_optimised_embeddings_tell_of_the_picture_before(monkeypatch: pytest.MonkeyPatch, precision: torch.dtype) -> None:
-    """In the autocast of the training as well, which keeps its casts: it used to optimise against the embeddings of the first step."""
+def test_optimised_embeddings_describe_the_image_before(monkeypatch: pytest.MonkeyPatch, precision: torch.dtype) -> None:
+    """Also under autocast, whose cache once kept the embeddings of the first step."""
     monkeypatch.setattr(critters_lessons, "EDITS", 2 * GROUP)
     pipe: Any = StableDiffusionPipeline.from_pretrained(CRITTERS, dtype=torch.float32)
     parts = torch.nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder})
     torch.manual_seed(0)
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        made = Edits.made(parts, pipe.tokenizer, pipe.vae, pipe.scheduler, np.random.default_rng(0), 400)
+        made = Edits.create(parts, pipe.tokenizer, pipe.vae, pipe.scheduler, np.random.default_rng(0), 400)
     noise, at = torch.randn(made.before.shape, generator=torch.Generator().manual_seed(1)), torch.full((len(made),), 700)
     noised = pipe.scheduler.add_noise(made.before, noise, at)
 
-    def error(told: torch.Tensor) -> float:
+    def error(embedding: torch.Tensor) -> float:
         with torch.no_grad():
-            return (pipe.unet(noised, at, told).sample - noise).square().mean().item()
+            return (pipe.unet(noised, at, embedding).sample - noise).square().mean().item()
 
-    start = pipe.text_encoder(tokens(pipe.tokenizer, made.sentences, "cpu")).last_hidden_state
+    start = pipe.text_encoder(tokens(pipe.tokenizer, made.prompts, "cpu")).last_hidden_state
     assert error(start + made.moves) < 0.5 * error(start)
 
 
 def test_a_changed_scene_differs_in_one_attribute() -> None:
-    """Half of them in the pose."""
+    """In half of the cases the pose."""
     names = []
     for k in range(200):
         scene = scene_at("train", k)
@@ -175,15 +175,15 @@ def test_a_changed_scene_differs_in_one_attribute() -> None:
 
 
 def test_edits_are_kept_in_a_file(tmp_path: Path) -> None:
-    """A run that is resumed goes on with all that were made, and draws from all."""
+    """A resumed run continues with all edits that were created, and draws from all of them."""
     path = tmp_path / "edits.pt"
-    first, second = (replace(edits(), sentences=[f"{k}"] * EDITS) for k in range(2))
-    begun = Edits.kept(path)
+    first, second = (replace(edits(), prompts=[f"{k}"] * EDITS) for k in range(2))
+    begun = Edits.load(path)
     assert len(begun) == 0
     begun.add(first, path)
     begun.add(second, path)
-    again = Edits.kept(path)
-    assert again.sentences == first.sentences + second.sentences
+    again = Edits.load(path)
+    assert again.prompts == first.prompts + second.prompts
     for name in ("before", "after", "moves"):
         assert torch.equal(getattr(again, name), torch.cat([getattr(first, name), getattr(second, name)]))
     torch.manual_seed(0)

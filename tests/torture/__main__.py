@@ -1,4 +1,4 @@
-"""``make torture``: every torture at its full size, two at a time, and a table of what came of it."""
+"""``make torture``: runs every fault injection at full size, two at a time, and prints a table of the results."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-TORTURES = {  # the longest first: how many cases, and what they are
-    "kills": (200, "killed at any time, every fourth while saving; resumed, equal to a run that was not"),
+TORTURES = {  # number of cases and description; the longest first
+    "kills": (200, "killed at any time, every fourth while saving; resumed, equal to an uninterrupted run"),
     "numbers": (10_000, "NaN and infinity in latents, losses, gradients, weights; both stages, both modes"),
     "disk": (10_000, "a full disk at every write of an adapter, of a checkpoint, of a whole fit"),
-    "photos": (500, "malformed and odd images: right, or refused"),
-    "power": (1_000_000, "the power fails after every file operation of a save, what was not flushed is lost"),
-    "races": (50, "two and three writers of one name: one wins, the others say so"),
-    "bits": (300, "truncations, and as many flipped bits, of adapters and checkpoints: refused"),
+    "photos": (500, "malformed and unusual images: read correctly, or rejected"),
+    "power": (1_000_000, "power failure after every file operation of a save; unflushed data is lost"),
+    "races": (50, "two and three writers of one name: one succeeds, the others report it"),
+    "bits": (300, "truncations, and as many flipped bits, of adapters and checkpoints: rejected"),
     "bases": (60, "pickles, code and hostile JSON in a base: nothing runs"),
     "strangers": (60, "pickles and hostile JSON in adapters and checkpoints: nothing runs"),
-    "texts": (120, "hostile names and prompts in every place that shows text: nothing gets out"),
+    "texts": (120, "hostile names and prompts in every output of text: always escaped"),
 }
 SEED = 1
 
 
 def run(name: str) -> tuple[list[str], float]:
-    """What each case of a torture came to, and the seconds that it took."""
+    """The results of one torture, and its duration in seconds."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         results = list(import_module(f"torture.{name}").torture(TORTURES[name][0], SEED, Path(folder)))
@@ -38,7 +38,7 @@ def run(name: str) -> tuple[list[str], float]:
 
 
 def main() -> int:
-    """Prints the table as it comes, then what failed; 1 if anything did."""
+    """Prints the results as they arrive, then the failures; returns 1 if there are any."""
     names = sys.argv[1:] or list(TORTURES)
     console, table = Console(width=140), Table("torture", "cases", "passed", "failed", "seconds", "what")
     failures: list[str] = []

@@ -1,4 +1,4 @@
-"""Bases from strangers: pickles under every name, code beside the components, hostile JSON, weights that lie."""
+"""Untrusted bases: pickles under every name, code in the folders, hostile JSON, weights with false headers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Case:
     """What is done to a copy of a good base.
 
     Args:
-        harmless: True where it must still load, False where it must be refused, None where either will do.
+        harmless: True if it must still load, False if it must be rejected, None if both are accepted.
     """
 
     name: str
@@ -179,13 +179,13 @@ def _pickles(marker: Path) -> Iterator[Case]:
     for part, file in WEIGHTS.items():
         yield Case(f"a pickle as {file}", _put(file, sick))
         for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.pt", "model.ckpt", "model.pkl", "weights.txt"):
-            yield Case(f"a pickle beside good weights: {part}/{name}", _put(f"{part}/{name}", sick), True)
+            yield Case(f"a pickle next to good weights: {part}/{name}", _put(f"{part}/{name}", sick), True)
         bin_name = file.replace("model.safetensors", "model.bin") if part != "text_encoder" else "text_encoder/pytorch_model.bin"
         yield Case(f"a pickle instead of weights: {bin_name}", _all(_without(part), _put(bin_name, sick)))
         for target in (bin_name.split("/")[1], f"../{bin_name}", "/dev/stdin", "../../marker"):
             index = json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": target}})
             planted = _all(_put(f"{file}.index.json", index), _put(bin_name, sick))
-            yield Case(f"an index of shards beside good weights, to {target}: {part}", planted, True)
+            yield Case(f"an index of shards next to good weights, to {target}: {part}", planted, True)
             yield Case(f"an index of shards alone, to {target}: {part}", _all(planted, _without(part)))
         shard = file.replace(".safetensors", "-00001-of-00001.safetensors")
         yield Case(f"a pickle as a shard: {part}", _all(_without(part), _put(shard, sick)))
@@ -195,12 +195,12 @@ def _pickles(marker: Path) -> Iterator[Case]:
     for name in ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"):
         yield Case(f"a pickle as tokenizer/{name}", _put(f"tokenizer/{name}", sick))
     for name in ("tokenizer.model", "tekken.json", "chat_template.jinja", "vocab.txt"):
-        yield Case(f"a pickle beside a good tokenizer: {name}", _put(f"tokenizer/{name}", sick), True)
+        yield Case(f"a pickle next to a good tokenizer: {name}", _put(f"tokenizer/{name}", sick), True)
     for name in ("scheduler.bin", "../training_args.bin", "../optimizer.pt", "../safety_checker/pytorch_model.bin"):
         yield Case(f"a pickle: scheduler/{name}", _put(f"scheduler/{name}", sick), True)
     adapter = json.dumps({"base_model_name_or_path": "../unet", "peft_type": "LORA"})
     planted = _all(_put("text_encoder/adapter_config.json", adapter), _put("text_encoder/adapter_model.bin", sick))
-    yield Case("an adapter beside the text encoder", planted, True)
+    yield Case("an adapter next to the text encoder", planted, True)
 
 
 def _code(marker: Path) -> Iterator[Case]:
@@ -442,11 +442,11 @@ def _weights() -> Iterator[Case]:
         for size in (0, 1, 2**31, 2**63, 2**64 - 1):
             yield Case(f"{part} has a header of {size}", _bytes(part, lambda content, size=size: struct.pack("<Q", size) + content[8:]))
         for key, value in {"shape": [10**9, 10**9], "dtype": "X", "data_offsets": [0, 2**62]}.items():
-            lie = _header(lambda header, name=name, key=key, value=value: header[name].update({key: value}))
-            yield Case(f"{part} says {key} {value}", _bytes(part, lie))
+            forged_header = _header(lambda header, name=name, key=key, value=value: header[name].update({key: value}))
+            yield Case(f"{part} says {key} {value}", _bytes(part, forged_header))
         for value in ([2**32, 2**32], [-1], [0], [], "x", None):
-            lie = _header(lambda header, name=name, value=value: header[name].update(shape=value))
-            yield Case(f"{part} says shape {value}", _bytes(part, lie))
+            forged_header = _header(lambda header, name=name, value=value: header[name].update(shape=value))
+            yield Case(f"{part} says shape {value}", _bytes(part, forged_header))
         for target in ("/dev/zero", "nothing"):
             yield Case(f"a link to {target} as {part}", _replaced(WEIGHTS[part], lambda path, target=target: path.symlink_to(target)))
         yield Case(f"a pipe as {part}", _replaced(WEIGHTS[part], os.mkfifo))

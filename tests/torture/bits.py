@@ -1,4 +1,4 @@
-"""Every file of adapters and checkpoints, cut off somewhere or with one bit flipped: refused by name, and good again when put back."""
+"""Truncated files and flipped bits in adapters and checkpoints: rejected with the file's name, and accepted again when restored."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ def _checkpoint(saved: Checkpoints, path: Path, broken: Path | None) -> None:
         warnings.simplefilter("always")
         found = saved.newest()
     given = f"{found.record.stage}-{found.record.step:06d}" if found else None
-    told = [str(one.message) for one in caught if issubclass(one.category, ImagicWarning)]
+    messages = [str(warning.message) for warning in caught if issubclass(warning.category, ImagicWarning)]
     if not broken:
-        assert (given, told) == (path.name, []), f"put back, and {given} is the newest: {told}"
+        assert (given, messages) == (path.name, []), f"restored, and {given} is the newest: {messages}"
         return
     aside = path.with_name(f"{path.name}.broken")
     others = sorted(one.name for one in saved.folder.iterdir() if one != aside)
     aside.rename(path)
     assert given == (others[-1] if others else None), f"{given} is the newest"
-    assert len(told) == 1, f"{len(told)} warnings"
-    assert str(aside) in told[0], f"not named: {told}"
-    assert str(broken) in told[0], f"the file is not named: {told}"
+    assert len(messages) == 1, f"{len(messages)} warnings"
+    assert str(aside) in messages[0], f"not named: {messages}"
+    assert str(broken) in messages[0], f"the file is not named: {messages}"

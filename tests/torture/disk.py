@@ -1,4 +1,4 @@
-"""The disk is full at any change of a file: the error says so, nothing is lost, and with room again all goes on."""
+"""The disk is full at any change of a file: the error reports it, nothing is lost, and work continues once there is space."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def failing(first: int, fault: str) -> Act:
 
 
 def needs_room(operation: Operation) -> bool:
-    """Whether a full disk may refuse it; the number in a lock's file is left out where there is no room for it."""
+    """Whether the operation can fail on a full disk; writing the process id into a lock file is optional."""
     return operation.kind in ("create", "write", "fsync", "mkdir", "rename") and (operation.kind, phase(operation)) != ("write", "claim")
 
 
@@ -94,8 +94,8 @@ def of_a_shelf(adapters: Shelf, fault: Fault, folder: Path) -> None:
     folder.mkdir()
     adapters.put(folder, "1")
     short = not isinstance(fault, int) and fault[1] == "short"
-    told, found = apart(partial(cramped, folder, fault, partial(adapters.put, folder, "2"), partial(adapters.found, folder))) or ("", "")
-    assert ("is full" in told) != short, told or "no error"
+    message, found = apart(partial(cramped, folder, fault, partial(adapters.put, folder, "2"), partial(adapters.found, folder))) or ("", "")
+    assert ("is full" in message) != short, message or "no error"
     assert found == adapters.found(folder) == ("2" if short else "1"), f"{found!r} is found, {adapters.found(folder)!r} with room"
     used_again(adapters, folder)
 
@@ -117,14 +117,14 @@ def of_a_fit(world: World, kind: Kind, fault: Fault, saved: int | None, store: P
         newest = Checkpoints(Store(store).checkpoints(NAME)).newest()
         return Adapters().found(store), place(newest.record.stage, newest.record.step) if newest else 0
 
-    told, found = apart(partial(cramped, store, fault, partial(run, False), look)) or ("", ("", 0))
+    message, found = apart(partial(cramped, store, fault, partial(run, False), look)) or ("", ("", 0))
     assert found == look(), f"{found} is found, {look()} with room"
     if saved is None:
-        assert not told, told
+        assert not message, message
     else:
-        assert "is full" in told, told or "no error"
+        assert "is full" in message, message or "no error"
         assert (PROMPT, 0) > found >= ("1", saved), f"{found} is found, and {saved} steps were saved"
-    if told or found[1]:
+    if message or found[1]:
         first = apart(partial(run, found[1] > 0))
         assert first == (found[1] + 1) % (2 * STEPS + 1), f"{found[1]} steps were saved, and it went on from step {first}"
     assert contents(store / NAME) == world.whole(kind).contents, "its files differ from those of a fit that had room"
@@ -140,17 +140,17 @@ def of_a_command(world: World, store: Path) -> None:
     tokens = ["fit", str(world.photo), PROMPT, "--config", str(file), "--name", NAME, "--store", str(store)]
 
     def run(*more: str) -> tuple[int, str]:
-        with redirect_stderr(io.StringIO()) as told, redirect_stdout(io.StringIO()):
-            return main([*tokens, *more]), " ".join(told.getvalue().split())
+        with redirect_stderr(io.StringIO()) as message, redirect_stdout(io.StringIO()):
+            return main([*tokens, *more]), " ".join(message.getvalue().split())
 
     def limited() -> tuple[int, str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
         return run()
 
-    code, told = apart(limited) or (0, "")
-    assert (code, "is full" in told, "--resume" in told) == (2, True, True), f"exit code {code}: {told}"
-    code, told = apart(partial(run, "--resume")) or (1, "")
-    assert code == 0, f"exit code {code}: {told}"
+    code, message = apart(limited) or (0, "")
+    assert (code, "is full" in message, "--resume" in message) == (2, True, True), f"exit code {code}: {message}"
+    code, message = apart(partial(run, "--resume")) or (1, "")
+    assert code == 0, f"exit code {code}: {message}"
     assert contents(store / NAME) == world.whole(kind).contents, "its files differ from those of a fit that had room"
 
 

@@ -1,4 +1,4 @@
-"""What the tortures of content share: a tiny base, an adapter of each mode, a checkpoint of each stage; forged records; verdicts."""
+"""Helpers of the tortures of content: a tiny base, an adapter of each mode, a checkpoint of each stage; forged records; verdicts."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ Case = tuple[str, Callable[[], object]]  # a name, and what raises if all is not
 
 @dataclass(frozen=True)
 class Fitted:
-    """Made once; to be copied, not changed.
+    """A base and what was fitted with it, created once; to be copied, not changed.
 
     Args:
         folder: of a tiny base.
         photo: a file.
-        base: it, loaded.
+        base: the tiny base, loaded.
         store: adapters ``lora`` and ``full``, and a fit ``unfinished`` with a checkpoint of each stage.
     """
 
@@ -50,7 +50,7 @@ class Fitted:
     store: Store
 
     def config(self, mode: Mode = "lora", **changes: Any) -> RunConfig:
-        """A run of 3 + 3 steps that is saved after each."""
+        """A run of 3 + 3 steps with a checkpoint after each."""
         tune = {"steps": STEPS, "batch_size": 1} | ({"rank": 2, "targets": "attention"} if mode == "lora" else {})
         quick = {"embed": {"steps": STEPS, "batch_size": 1}, "edit": {"steps": 1, "guidance_scale": 1.0}, "checkpoint": {"steps": 1}}
         return tiny_config(self.folder, mode, **merged(quick, {"tune": tune}, changes))
@@ -62,7 +62,7 @@ class Fitted:
 
 @cache
 def fitted(folder: Path) -> Fitted:
-    """All of it, in a folder."""
+    """Creates everything in a folder."""
     made = Fitted(save_tiny(folder / "base"), folder / "photo.png", opened(folder / "base", "full"), Store(folder / "fitted"))
     Image.radial_gradient("L").resize((40, 32)).convert("RGB").save(made.photo)
     for mode in MODES:
@@ -75,31 +75,31 @@ def fitted(folder: Path) -> Fitted:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What is in the files below a folder, the hidden ones too."""
+    """The contents of all files below a folder, including hidden ones, by relative path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def forged(folder: Path, name: str = RECORD, /, **changes: Any) -> None:
-    """Changes a record, and makes its hashes right: those of all files, and its own."""
-    told = json.loads((folder / name).read_text())
-    del told["sha256"], told["files"]
+    """Changes a record and recomputes its hashes: those of all files, and its own."""
+    record = json.loads((folder / name).read_text())
+    del record["sha256"], record["files"]
     hashes = {file: hashlib.sha256(content).hexdigest() for file, content in files(folder).items() if file != name}
-    told = merged(told, {"files": hashes}, changes)
-    seal = hashlib.sha256(_text(told)).hexdigest()
-    (folder / name).write_bytes(_text(told | {"sha256": seal}))
+    record = merged(record, {"files": hashes}, changes)
+    digest = hashlib.sha256(_text(record)).hexdigest()
+    (folder / name).write_bytes(_text(record | {"sha256": digest}))
 
 
-def _text(told: dict[str, Any]) -> bytes:
-    return (json.dumps(told, indent=2) + "\n").encode()
+def _text(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
 def drawn(every: Sequence[Case], cases: int, seed: int) -> list[Case]:
-    """As many of the cases, in an order of the seed."""
+    """At most ``cases`` of the cases, in a random order."""
     return random.Random(seed).sample(every, min(cases, len(every)))
 
 
 def verdict(case: Case) -> str:
-    """Empty, or what was wrong."""
+    """An empty string if the case passes, otherwise a description of the failure."""
     name, work = case
     try:
         work()
@@ -109,11 +109,11 @@ def verdict(case: Case) -> str:
 
 
 class _TooSlow(BaseException):
-    """Nobody catches it on the way."""
+    """Derives from BaseException, so that no handler of Exception catches it."""
 
 
 def in_time(work: Callable[[], object]) -> None:
-    """Fails where it hangs, or takes over five seconds of the CPU."""
+    """Fails if a call takes more than 30 seconds, or more than five seconds of CPU time."""
 
     def over(*_: object) -> None:
         raise _TooSlow

@@ -1,4 +1,4 @@
-"""Fits are killed at any time, or in the middle of a save, once or several times; what resumes them must come to the same."""
+"""Fits are killed at any time or during a save, up to three times; the resumed fit must give the same adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HITS: Counter[str] = Counter()  # where the kills hit
 
 
 class Board:
-    """What a process is at, and how many steps are saved; it outlives the process."""
+    """Shared memory with the phase of a process and the number of saved steps; it survives the process."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, 100)
@@ -40,11 +40,11 @@ class Board:
 
 
 def go_on(world: World, kind: Kind, store: Path, old: str, board: Board, fatal: int | None) -> bool:
-    """What somebody does after a crash: looks at what there is, and resumes the fit, or begins it anew where nothing was saved.
+    """What a user does after a crash: checks the store, then resumes the fit, or restarts it if nothing was saved.
 
     Args:
         old: the prompt of the adapter that was there before the fit.
-        fatal: number of the operation that kills when half of it is done.
+        fatal: number of the operation during which the process is killed, or None.
     """
     at, saved = board.read()
     operations = 0
@@ -79,7 +79,7 @@ def go_on(world: World, kind: Kind, store: Path, old: str, board: Board, fatal: 
 
 
 def case(world: World, kind: Kind, store: Path, rng: random.Random, in_a_save: bool) -> str:
-    """Kills a fit, and what resumes it, up to three times, and lets it come to its end then; says what was wrong."""
+    """Kills a fit and its resumed runs up to three times, then lets it finish; returns the failure or an empty string."""
     whole, board = world.whole(kind), Board()
     old = rng.choice(["", "1"])
     store.mkdir(parents=True)
@@ -103,7 +103,7 @@ def case(world: World, kind: Kind, store: Path, rng: random.Random, in_a_save: b
         assert finished, "it did not come to its end"
         assert contents(store / NAME) == whole.contents, "its files differ from those of a fit that was not interrupted"
         assert Adapters().found(store) == PROMPT
-        Store(store).check_free(NAME, overwrite=True)  # a lock of the last that was killed goes when the name is claimed again
+        Store(store).check_free(NAME, overwrite=True)  # removes the lock file of the last killed process
         assert not Adapters().left(store), f"{Adapters().left(store)} is left"
     except Exception as error:
         return f"{'; '.join(story)}: {type(error).__name__}: {error}"
@@ -111,7 +111,7 @@ def case(world: World, kind: Kind, store: Path, rng: random.Random, in_a_save: b
 
 
 def torture(cases: int, seed: int, folder: Path) -> Iterator[str]:
-    """Every fourth case is killed in the middle of an operation on files, all others at any time."""
+    """Every fourth case is killed during a file operation, the others at any time."""
     world = World(folder / "world")
     for number in range(cases):
         rng, store = random.Random(f"{seed} {number}"), folder / f"store-{number}"

@@ -1,4 +1,4 @@
-"""NaN and infinity, put in wherever numbers are: refused at once, nothing of them on the disk, and what was good can be gone on from."""
+"""NaN and infinity injected into every tensor: rejected at once, never written to disk, and the last good state can be resumed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ALL = [(stage, step + 1) for stage in STAGES for step in range(STEPS)]
 
 
 def torture(cases: int, seed: int, folder: Path) -> Iterator[str]:
-    """So many of the cases, in an order of the seed."""
+    """At most ``cases`` of the cases, in a random order."""
     made, work = fitted(folder), folder / "numbers"
     every = [*_steps(made, work), *_saves(made, work), *_files(made, work)]
     for case in drawn(every, cases, seed):
@@ -63,25 +63,25 @@ def _steps(made: Fitted, work: Path) -> Iterator[Case]:
 
 def _saves(made: Fitted, work: Path) -> Iterator[Case]:
     for value, mode in product(VALUES, MODES):
-        for place, inside in {"saved weights": _in_weights("fill", value), "saved embedding": _in_embedding(value)}.items():
+        for place, inside in {"saved weights": _in_weights("write_files", value), "saved embedding": _in_embedding(value)}.items():
             yield f"{value} in the {place} of {mode}", partial(_fitted, made, work, mode, inside, len(ALL))
         yield f"{value} in the pictured weights of {mode}", partial(_fitted, made, work, mode, _in_weights("preview", value), len(ALL))
         yield f"{value} in a checkpoint of {mode}", partial(_fitted, made, work, mode, _in_checkpoint(value), STEPS)
-    yield "weights beyond half precision", partial(_fitted, made, work, "full", _in_weights("fill", 1e6), len(ALL))
+    yield "weights beyond half precision", partial(_fitted, made, work, "full", _in_weights("write_files", 1e6), len(ALL))
 
 
 def _files(made: Fitted, work: Path) -> Iterator[Case]:
     for value, part in product(VALUES, ("unet", "vae", "text_encoder")):
         yield f"{value} in the base's {part}", partial(_opened, made, work, part, value)
     for value, (mode, file) in product(VALUES, (("lora", LORA_FILE), ("full", f"unet/{WEIGHTS}"), ("lora", EMBEDDINGS))):
-        yield f"{value} in {file} of an adapter", partial(_worn, made, work, mode, file, value)
+        yield f"{value} in {file} of an adapter", partial(_loaded, made, work, mode, file, value)
 
 
 def _fitted(made: Fitted, work: Path, mode: Mode, inside: AbstractContextManager[object], bad: int | None) -> None:
-    """A fit, gone wrong and then resumed.
+    """A fit that fails and is then resumed.
 
     Args:
-        bad: how many steps were done when it went wrong; None if nothing may go wrong.
+        bad: number of steps before the failure; None if the fit must succeed.
     """
     store, reports = Store(work), list[tuple[str, int]]()
     saved, before = Checkpoints(store.checkpoints(NAME)), weights(made.base.denoiser)
@@ -93,13 +93,13 @@ def _fitted(made: Fitted, work: Path, mode: Mode, inside: AbstractContextManager
         except ImagicError as caught:
             error = caught
     assert same(before, weights(made.base.denoiser)), "the base has changed"
-    _refuse_not_finite(work)
+    _check_finite(work)
     if bad is None:
-        assert error is None, f"refused: {error}"
+        assert error is None, f"rejected: {error}"
     else:
-        assert error is not None, "went through"
-        done = min(len(reports), bad)  # a step may be reported whose state is then not saved
-        _told_well(error)
+        assert error is not None, "no error"
+        done = min(len(reports), bad)  # a reported step may fail when its state is saved
+        _check_advice(error)
         assert reports[:bad] == ALL[:bad], f"stopped after {reports[-1:]}"
         assert len(reports) <= bad + 1, f"stopped after {reports[-1:]}"
         newest = saved.newest()
@@ -115,7 +115,7 @@ def _fitted(made: Fitted, work: Path, mode: Mode, inside: AbstractContextManager
 
 
 def _ended(made: Fitted, work: Path, stage: str, closed: bool) -> None:
-    """A fit that is to be saved when it ends early, and cannot be."""
+    """A fit that is stopped early while its state is not finite: the last good checkpoint is kept."""
     asked = False
     with _in_step("optimiser", stage, 1, math.nan):
         steps = made.fit(Store(work), NAME, stop=lambda: asked)
@@ -125,18 +125,18 @@ def _ended(made: Fitted, work: Path, stage: str, closed: bool) -> None:
         asked = not closed
         with pytest.raises(ImagicError, match=f"1 of {STEPS} steps of stage {stage} are saved") as error:
             steps.close() if closed else next(steps)
-    _told_well(error.value)
-    _refuse_not_finite(work)
+    _check_advice(error.value)
+    _check_finite(work)
     newest = Checkpoints(Store(work).checkpoints(NAME)).newest()
     assert newest
     assert (newest.record.stage, newest.record.step) == (stage, 1)
 
 
-def _told_well(error: ImagicError) -> None:
+def _check_advice(error: ImagicError) -> None:
     assert any(word in error.remedy for word in ("--dtype", "learning")), f"no advice: {error}"
 
 
-def _refuse_not_finite(folder: Path) -> None:
+def _check_finite(folder: Path) -> None:
     for path in folder.rglob("*.safetensors"):
         for name, value in load_file(path).items():
             assert not value.is_floating_point() or value.isfinite().all(), f"{name} in {path} is not finite"
@@ -144,7 +144,7 @@ def _refuse_not_finite(folder: Path) -> None:
 
 @contextmanager
 def _in_step(place: str, stage: str, k: int, value: float) -> Iterator[None]:
-    """A value in one place of one step."""
+    """Injects a value into one place of one step."""
     step = Stage.step
 
     def wrong(self: Stage, at: int) -> StepReport:
@@ -171,7 +171,7 @@ def _in_step(place: str, stage: str, k: int, value: float) -> Iterator[None]:
 
 @contextmanager
 def _in_weights(method: str, value: float) -> Iterator[None]:
-    """A value in the trained weights, before a run fills its draft or paints its preview."""
+    """Injects a value into the trained weights, before a run writes its files or generates its preview."""
     plain = getattr(run.Run, method)
 
     def wrong(self: run.Run, *given: Any) -> Any:
@@ -198,7 +198,7 @@ def _in_embedding(value: float) -> Iterator[None]:
 
 @contextmanager
 def _in_checkpoint(value: float) -> Iterator[None]:
-    """A value in what stage tune saves after its first step."""
+    """Injects a value into the state that stage tune saves."""
     plain = Stage.state_dict
 
     def wrong(self: Stage) -> dict[str, torch.Tensor]:
@@ -225,8 +225,8 @@ def _opened(made: Fitted, work: Path, part: str, value: float) -> None:
         opened(work)
 
 
-def _worn(made: Fitted, work: Path, mode: Mode, file: str, value: float) -> None:
-    """An adapter whose hashes are right."""
+def _loaded(made: Fitted, work: Path, mode: Mode, file: str, value: float) -> None:
+    """An adapter with a value that is not finite and correct hashes is rejected when it is loaded."""
     shutil.copytree(made.store.root / mode, work / mode)
     _changed(work / mode / file, value)
     forged(work / mode)

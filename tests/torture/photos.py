@@ -1,4 +1,4 @@
-"""Malformed and odd images of every format: read right where that is known, else read or refused; in time, in memory, in silence."""
+"""Malformed and unusual images of every format: read correctly, or rejected; within limits of time and memory, without output."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Case:
         data: of the file.
         pixels: ``[H, W, 3]`` as they should be read; None where nobody knows.
         far: how far the pixels may be from these, on average.
-        refused: whether an error is the right answer; None if anything is.
+        refused: whether an error is expected; None if both outcomes are accepted.
         name: of the file.
         place: makes, in a folder, what is no plain file, and gives its path.
         memory: bytes that reading it may take.
@@ -163,7 +163,7 @@ def _answer(case: Case, path: Path) -> str:
         image = read_photo(path).image
         canvas = to_canvas(image, 64, 8).pixels
     except ImagicError as error:
-        return f"refused: {error}" if case.pixels is not None or case.refused is False else ""
+        return f"rejected: {error}" if case.pixels is not None or case.refused is False else ""
     else:
         if case.refused:
             return f"read as {image.size}"
@@ -365,7 +365,7 @@ def _one_of(chance: Chance, makes: Makes, **options: Any) -> Case:
     return Case(what, makes[what](), **options)
 
 
-# Odd, and to be read right
+# Unusual, to be read correctly
 
 
 @kind
@@ -733,7 +733,7 @@ def at_the_cap(chance: Chance) -> Case:
     return Case(f"{mode} in {format} of {size}", data, refused=False, memory=MEMORY_AT_THE_CAP)
 
 
-# Wrong, and to be refused
+# Invalid, to be rejected
 
 
 @kind
@@ -893,7 +893,7 @@ def other_pieces(chance: Chance) -> Case:
 
 @kind
 def bombs(chance: Chance) -> Case:
-    """Little that unpacks to much; whether it is read or refused, it must not take what it unpacks to."""
+    """Small files that decompress to large data; read or rejected, without using that much memory."""
     rows, much = [bytes(27)] * 9, zlib.compress(bytes(50_000_000), 1)
     plain = partial(_png, 9, 9, 8, 2)
     makes: Makes = {
@@ -932,7 +932,7 @@ def raw(chance: Chance) -> Case:
     return Case("a raw file", _tiff(16, 12, tags, chance.randbytes(16 * 12 * 3)), refused=True, name="IMG.DNG")
 
 
-# Broken, and anything but a crash is right
+# Broken; any result but a crash is accepted
 
 
 @kind
@@ -1043,7 +1043,7 @@ def tags(chance: Chance) -> Case:
 
 @kind
 def boxes(chance: Chance) -> Case:
-    """AVIF and HEIC whose boxes lie about sizes, turns, brands and places."""
+    """AVIF and HEIC with false sizes, rotations, brands and offsets in their boxes."""
     image = Image.fromarray(_smooth(chance, 40, 30))
     if not BOXED:
         return Case("no AVIF and no HEIC here", b"\0\0\0\x18ftypavif", refused=True)
@@ -1063,7 +1063,7 @@ def boxes(chance: Chance) -> Case:
 
 @kind
 def frames(chance: Chance) -> Case:
-    """Frames of a GIF outside, over and beside their canvas."""
+    """GIF frames that are partly or wholly outside their canvas."""
     x, y, wide, high = (chance.choice([0, 1, 5, 300, 65535]) for _ in range(4))
     gif = b"GIF89a" + struct.pack("<HHBBB", chance.choice([0, 1, 9, 300]), 9, chance.choice([0, 0x80, 0xF7]), 7, 0) + chance.randbytes(6)
     gif += b"!\xf9\4" + bytes([chance.choice([0, 1, 4, 8, 9, 12]), 0, 0, chance.randrange(256)]) + b"\0"

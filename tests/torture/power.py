@@ -1,4 +1,4 @@
-"""The power fails after every single change of a folder, and disks differ in what they have kept of it."""
+"""Power failure after every change of a folder, with different models of what the disk has kept."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Node:
 
 
 def choose(model: str, versions: list[Any], depth: int, rng: random.Random) -> Any:
-    """What a disk has after the cut of a file or folder that lies so many folders deep.
+    """The version of a file or folder that a disk has after the power failure.
 
-    What is flushed is there. Of the rest: ``all``; nothing (``flushed``); folders, but nothing in files (``empty``), or ``half`` of it;
+    Flushed changes are kept. Of the others: ``all``; nothing (``flushed``); folders, but nothing in files (``empty``), or ``half`` of it;
     only the outermost folder (``shallow``), or all but that (``deep``); or ``any`` of it, the changes of each folder in their order.
     """
     first, last = versions[0], versions[-1]
@@ -47,7 +47,7 @@ MODELS = ("all", "flushed", "empty", "half", "shallow", "deep", "any", "any")
 
 
 class Disk:
-    """A folder as a disk may have it."""
+    """A folder as a disk may have stored it."""
 
     def __init__(self, folder: Path) -> None:
         self.root = _loaded(folder)
@@ -60,7 +60,7 @@ class Disk:
         return node
 
     def do(self, operation: Operation) -> None:
-        """Does again what was done."""
+        """Replays an operation."""
         if operation.kind in ("write", "fsync"):
             node = self.find(operation.path)
             node.versions = node.versions[-1:] if operation.kind == "fsync" else [*node.versions, node.now + operation.data]
@@ -75,7 +75,7 @@ class Disk:
         folder.versions.append(entries)
 
     def build(self, folder: Path, model: str, rng: random.Random) -> None:
-        """The folder as it is found after the cut."""
+        """Writes the folder as it is after the power failure."""
         _built(self.root, folder, model, rng)
 
 
@@ -95,7 +95,7 @@ def _built(node: Node, path: Path, model: str, rng: random.Random, depth: int = 
 
 @dataclass(frozen=True)
 class Story:
-    """What is done until the power fails.
+    """Operations until the power failure.
 
     Args:
         start: what is there, long since flushed.

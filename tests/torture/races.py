@@ -1,4 +1,4 @@
-"""Writers of one name that start together, some watched by a reader, some over what the dead have left: one wins, the others say so."""
+"""Simultaneous writers of one name, with readers and leftovers of killed processes: one succeeds, the others report an error."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _raced(made: Fitted, work: Path, write: Callable[[int], object], writers: in
 
 
 def _together(works: list[Callable[[], object]], writers: int, over: Any) -> list[tuple[int, str]]:
-    """A process for each, all starting at once; gives their numbers, and what each was refused, or what went wrong."""
+    """Runs each work in its own process, all starting at once; returns the process ids and the error messages."""
     start, running = FORK.Barrier(len(works)), []
     for work in works:
         mine, theirs = FORK.Pipe(duplex=False)
@@ -73,26 +73,26 @@ def _together(works: list[Callable[[], object]], writers: int, over: Any) -> lis
         process.start()
         running.append((process, mine))
     came = []
-    for k, (process, told) in enumerate(running):
+    for k, (process, messages) in enumerate(running):
         if k == writers:
             over.set()
-        came.append((process.pid, told.recv() if told.poll(_SECONDS) else "it hangs"))
+        came.append((process.pid, messages.recv() if messages.poll(_SECONDS) else "it hangs"))
         process.kill()  # it has nothing to do any more
         process.join()
     return came
 
 
-def _one(start: Any, told: Any, work: Callable[[], object]) -> None:
+def _one(start: Any, messages: Any, work: Callable[[], object]) -> None:
     torch.set_num_threads(1)  # a pool of threads is not forked along
     start.wait(_SECONDS)
     try:
         work()
     except ImagicError as error:
-        told.send(error.got)
+        messages.send(error.got)
     except BaseException:
-        told.send(traceback.format_exc())
+        messages.send(traceback.format_exc())
     else:
-        told.send("")
+        messages.send("")
 
 
 def _says_so(said: str, pids: Sequence[int], overwrite: bool) -> bool:
@@ -127,7 +127,7 @@ def _fitting(made: Fitted, work: Path, overwrite: bool, k: int) -> None:
 
 
 def _reading(work: Path, over: Any) -> None:
-    """Reads and lists all the time: what it is given is whole, or refused."""
+    """Reads and lists continuously: an adapter is complete, or reading raises an error."""
     store = Store(work)
     while not over.is_set():
         assert set(store.names()) <= {NAME}
@@ -140,7 +140,7 @@ def _reading(work: Path, over: Any) -> None:
 
 
 def _left(made: Fitted, work: Path, what: str) -> None:
-    """What lies there beforehand."""
+    """Prepares the store."""
     work.mkdir()
     if what == "a lock":
         _dead_holder(work)
@@ -155,16 +155,16 @@ def _left(made: Fitted, work: Path, what: str) -> None:
 
 def _dead_holder(work: Path) -> None:
     """A process that is killed while it holds the name."""
-    told = FORK.SimpleQueue()
+    ready = FORK.SimpleQueue()
 
     def hold() -> None:
         with Store(work).locked(NAME):
-            told.put(None)
+            ready.put(None)
             time.sleep(_SECONDS)
 
     process = FORK.Process(target=hold)
     process.start()
-    told.get()
+    ready.get()
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert (work / f".{NAME}.lock").exists()

@@ -1,4 +1,4 @@
-"""What the tortures of crashes share: small fits, processes that may die, and an eye on every change of a folder."""
+"""Helpers of the tortures of crashes: small fits, processes that may be killed, and interception of file operations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fit, and how many steps lie between its checkpoints."""
+    """A type of fit, and the number of steps between its checkpoints."""
 
     mode: Mode
     optimizer: Literal["adam", "adam8bit"]
@@ -56,7 +56,7 @@ KINDS = [Kind("lora", "adam", 1), Kind("lora", "adam8bit", 2), Kind("full", "ada
 
 @dataclass(frozen=True)
 class Whole:
-    """A fit that nothing has interrupted.
+    """The result of an uninterrupted fit.
 
     Args:
         contents: of its adapter.
@@ -142,7 +142,7 @@ def place(stage: str, step: int) -> int:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The hash of every file in a folder, but of the record of an adapter, which tells the time."""
+    """The hash of every file in a folder, without the record of an adapter, which contains the time."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     found = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return {name: digest for name, digest in found.items() if name != RECORD}
@@ -177,7 +177,7 @@ class Adapters:
         return adapter.record.prompt
 
     def left(self, folder: Path) -> list[str]:
-        """What lies there besides."""
+        """Names of everything else in the folder."""
         return sorted({path.name for path in folder.iterdir()} - {NAME})
 
 
@@ -203,7 +203,7 @@ class Saved:
         return str(newest.record.step)
 
     def left(self, folder: Path) -> list[str]:
-        """What lies there besides the newest."""
+        """Names of everything in the folder except the newest checkpoint."""
         return sorted(path.name for path in folder.iterdir())[:-1]
 
 
@@ -235,7 +235,7 @@ def _record(prompt: str) -> Record:
 
 
 def apart(work: Callable[[], T], kill_after: float | None = None) -> T | None:
-    """What ``work`` gives in a process of its own; None if that was killed, by itself or after so many seconds.
+    """The result of ``work`` in a process of its own; None if that was killed, by itself or after ``kill_after`` seconds.
 
     Raises:
         AssertionError: it raised, hangs, or ended otherwise.
@@ -250,13 +250,13 @@ def apart(work: Callable[[], T], kill_after: float | None = None) -> T | None:
         waiting = not select.select([answer], [], [], _PATIENCE if kill_after is None else kill_after)[0]
         if waiting:
             os.kill(pid, signal.SIGKILL)
-        told = answer.read()
+        pickled = answer.read()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert kill_after is not None or not waiting, "it hangs"
     if code == -signal.SIGKILL:
         return None
     assert code == 0, f"it ended with {code}"
-    found, trouble = pickle.loads(told)
+    found, trouble = pickle.loads(pickled)
     assert not trouble, trouble
     return found
 
@@ -275,7 +275,7 @@ def _answer(work: Callable[[], Any], writing: int) -> None:
 
 @dataclass(frozen=True)
 class Operation:
-    """One change that the disk is asked for.
+    """One change of the file system.
 
     Args:
         kind: ``create``, ``write``, ``fsync``, ``mkdir``, ``rename``, ``unlink`` or ``rmdir``.
@@ -316,7 +316,7 @@ def watched(root: Path, act: Act) -> Iterator[None]:
     def place(path: Any, folder: int | None = None) -> str:
         return os.path.relpath(paths[folder] / path, root)
 
-    def told(operation: Operation, do: Callable[..., Any]) -> Any:
+    def handled(operation: Operation, do: Callable[..., Any]) -> Any:
         there = operation.kind in ("create", "mkdir") and (root / operation.path).exists()
         return do() if there or operation.path.startswith("..") else act(operation, do)
 
@@ -324,7 +324,7 @@ def watched(root: Path, act: Act) -> Iterator[None]:
         def do() -> int:
             return real["open"](path, flags, mode, dir_fd=dir_fd)
 
-        handle = told(Operation("create", place(path, dir_fd)), do) if flags & os.O_CREAT else do()
+        handle = handled(Operation("create", place(path, dir_fd)), do) if flags & os.O_CREAT else do()
         paths[handle] = paths[dir_fd] / path
         return handle
 
@@ -335,17 +335,17 @@ def watched(root: Path, act: Act) -> Iterator[None]:
     def write(handle: int, data: Any) -> int:
         if handle not in paths:
             return real["write"](handle, data)
-        return told(Operation("write", place(paths[handle]), data=bytes(data)), lambda some=data: real["write"](handle, some))
+        return handled(Operation("write", place(paths[handle]), data=bytes(data)), lambda some=data: real["write"](handle, some))
 
     def fsync(handle: int) -> None:
-        told(Operation("fsync", place(paths[handle])), lambda: real["fsync"](handle))
+        handled(Operation("fsync", place(paths[handle])), lambda: real["fsync"](handle))
 
     def rename(path: Any, to: Any, **folders: Any) -> None:
-        told(Operation("rename", place(path), place(to)), lambda: real["rename"](path, to, **folders))
+        handled(Operation("rename", place(path), place(to)), lambda: real["rename"](path, to, **folders))
 
     def simple(name: str) -> Callable[..., None]:
         def call(path: Any, *mode: int, dir_fd: int | None = None) -> None:
-            told(Operation(name, place(path, dir_fd)), lambda: real[name](path, *mode, dir_fd=dir_fd))
+            handled(Operation(name, place(path, dir_fd)), lambda: real[name](path, *mode, dir_fd=dir_fd))
 
         return call
 

@@ -1,4 +1,4 @@
-"""Adapters and checkpoints from strangers: pickles under every name, hostile JSON under right hashes, pipes and links for files."""
+"""Untrusted adapters and checkpoints: pickles under every name, hostile JSON with correct hashes, pipes and links in place of files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Case:
 
     Args:
         of: the adapter's mode, or ``unfinished``.
-        harmless: True where it must still be of use, False where it must be refused, None where either will do.
+        harmless: True if it must still be usable, False if it must be rejected, None if both are accepted.
     """
 
     name: str
@@ -126,9 +126,9 @@ def _uses(made: Fitted, store: Store, work: Path, case: Case) -> Iterator[tuple[
 
 
 def _command(tokens: list[str], harmless: bool | None = None) -> None:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as told:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
         code = cli.main(tokens)
-    assert code in ((0, 2) if harmless is None else (0,) if harmless else (2,)), f"exit code {code}: {told.getvalue()}"
+    assert code in ((0, 2) if harmless is None else (0,) if harmless else (2,)), f"exit code {code}: {errors.getvalue()}"
 
 
 def _read(store: Store) -> None:
@@ -137,7 +137,7 @@ def _read(store: Store) -> None:
 
 
 def _resumed(made: Fitted, store: Store, case: Case) -> None:
-    """Gone on from, or refused; what is broken is set aside with a warning."""
+    """Resumes the fit, or raises an ImagicError; broken checkpoints are set aside with a warning."""
     with warnings.catch_warnings(), contextlib.nullcontext() if case.harmless else contextlib.suppress(ImagicError):
         warnings.simplefilter("ignore", ImagicWarning)
         result(made.fit(store, NAME, resume=True))
@@ -148,7 +148,7 @@ def _code(marker: Path) -> str:
 
 
 def _put(file: str, content: bytes, write_manifest: bool = True) -> Change:
-    """A file, under a right hash."""
+    """Writes a file and its correct hash."""
 
     def change(adapter: Path) -> None:
         path = adapter / file
@@ -160,7 +160,7 @@ def _put(file: str, content: bytes, write_manifest: bool = True) -> Change:
     return change
 
 
-def _told(record: str, change: dict[str, Any]) -> Change:
+def _record_with(record: str, change: dict[str, Any]) -> Change:
     return lambda folder: forged(folder, record, **change)
 
 
@@ -173,14 +173,14 @@ def _pickles(made: Fitted, marker: Path) -> Iterator[Case]:
                 yield Case(f"{kind} as {file}", mode, _put(file, content, file != RECORD), harmless)
         for file in (STATE, CHECKPOINT):
             yield Case(f"{kind} as {file}", "unfinished", _put(file, content, file != CHECKPOINT), None)
-    beside = {
+    extra = {
         "lora": ("pytorch_lora_weights.bin", "pytorch_lora_weights.pt", "adapter_model.bin", "adapter_model.safetensors"),
         "full": ("unet/diffusion_pytorch_model.bin", "unet/pytorch_model.bin", "unet/model.ckpt", "unet/model.fp16.safetensors"),
         "unfinished": ("state.pt", "state.bin", "optimizer.bin", "random_states_0.pkl"),
     }
-    for of, names in beside.items():
+    for of, names in extra.items():
         for file, content in zip(names * 3, list(kinds.values()) * len(names), strict=True):
-            yield Case(f"a pickle beside: {file}", of, _put(file, content), True)
+            yield Case(f"an extra pickle: {file}", of, _put(file, content), True)
     for file in ("unet/own.py", "pipeline.py", "__init__.py", "sitecustomize.py", "conftest.py", "unet/unet.py"):
         yield Case(f"code: {file}", "full", _put(file, _code(marker).encode()), True)
     index = json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": "../../../outside/model.bin"}}).encode()
@@ -196,7 +196,7 @@ def _pickles(made: Fitted, marker: Path) -> Iterator[Case]:
 
 
 def _records(outside: Path) -> Iterator[Case]:
-    """Records that lie, and that are none."""
+    """Records with false values, and files that are not records."""
     victim, layers = hashlib.sha256(b"words").hexdigest(), {"component": "unet", "mode": "lora"}
     listed = ("../../outside/victim", str(outside / "victim"), "/etc/passwd", "..", "unet/../../x", "a\0b", "C:\\x", "~", "a/b/c", ".x", "")
     weights = ("../../outside/pytorch_lora_weights.bin", str(outside / "model.bin"), "pytorch_lora_weights.bin", RECORD, "", None, 3)
@@ -217,7 +217,7 @@ def _records(outside: Path) -> Iterator[Case]:
         5,
     )
     names = ("../evil", "/evil", "..", "", None, 5, "x" * 10_000, "a\nb", ["a"])
-    lies: dict[str, dict[str, Any]] = {
+    false_values: dict[str, dict[str, Any]] = {
         **{f"files {name!r}": {"files": {name: victim}} for name in listed},
         **{f"weights {file!r}": {"parts": [layers | {"files": [file]}]} for file in weights},
         **{f"base {name!r}": {"base": {"name": name}} for name in bases},
@@ -261,15 +261,15 @@ def _records(outside: Path) -> Iterator[Case]:
         "a huge prompt": {"prompt": "x" * 900_000},
         "a lone surrogate": {"prompt": "\ud800"},
     }
-    for name, change in (lies | odd).items():
-        yield Case(f"the record: {name}", "lora", _told(RECORD, change), None if name in odd else False)
+    for name, change in (false_values | odd).items():
+        yield Case(f"the record: {name}", "lora", _record_with(RECORD, change), None if name in odd else False)
     nothing = {"empty": "", "null": "null", "a list": "[]", "NUL": "\0" * 100, "deep": "[" * 100_000, "long": "[" + "1," * 2**20 + "1]"}
     for name, text in nothing.items():
         yield Case(f"the record: {name}", "lora", _put(RECORD, text.encode(), write_manifest=False))
 
 
 def _rewritten(file: str, change: Callable[[dict[str, torch.Tensor], dict[str, str]], object], record: str = RECORD) -> Change:
-    """Other tensors or metadata in a safetensors file, under a right hash."""
+    """Other tensors or metadata in a safetensors file, with a correct hash."""
 
     def rewrite(folder: Path) -> None:
         with safe_open(folder / file, "pt") as opened:
@@ -307,7 +307,7 @@ def _layers() -> Iterator[Case]:
 
 
 def _weights() -> Iterator[Case]:
-    """Files of weights that lie."""
+    """Weight files with false headers or unexpected tensors."""
     for of, file, good in (("lora", LORA_FILE, False), ("full", f"unet/{WEIGHTS}", False), ("lora", EMBEDDINGS, False)):
         for dtype in (torch.int64, torch.bool, torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.complex64):
             cast = _rewritten(
@@ -328,7 +328,7 @@ def _weights() -> Iterator[Case]:
             {"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]}},
         ):
             text = json.dumps(header).encode()
-            yield Case(f"a lie about {file}: {header}", of, _put(file, struct.pack("<Q", len(text)) + text))
+            yield Case(f"a false header in {file}: {header}", of, _put(file, struct.pack("<Q", len(text)) + text))
     for size in ((256, 256), (1, 1), (4096, 8)):
         picture = io.BytesIO()
         Image.new("RGB", size).save(picture, "PNG")
@@ -351,7 +351,7 @@ def _replaced(file: str, make: Callable[[Path], object]) -> Change:
 
 
 def _nodes(outside: Path) -> Iterator[Case]:
-    """What is no file, or lies elsewhere."""
+    """Files replaced by pipes, folders and links."""
 
     def link(target: str) -> Callable[[Path], object]:
         return lambda path: path.symlink_to(target)
@@ -380,7 +380,7 @@ def _nodes(outside: Path) -> Iterator[Case]:
 
 
 def _progress() -> Iterator[Case]:
-    """Records of checkpoints; those that are no records are passed over for the one before."""
+    """Records of checkpoints; invalid records are skipped in favour of the checkpoint before."""
     changes: dict[str, dict[str, Any]] = {
         f"{key} {str(value)[:40]!r}": {key: value}
         for key, values in {
@@ -396,11 +396,11 @@ def _progress() -> Iterator[Case]:
         for value in values
     }
     for name, change in changes.items():
-        yield Case(f"the checkpoint: {name}", "unfinished", _told(CHECKPOINT, change), None)
+        yield Case(f"the checkpoint: {name}", "unfinished", _record_with(CHECKPOINT, change), None)
 
 
 def _states() -> Iterator[Case]:
-    """States of a stage that are not one."""
+    """Invalid states of a stage."""
     kinds: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
         "nothing": lambda state: state.clear(),
         "flat tensors": lambda state: state.update({name: value.flatten() for name, value in state.items()}),

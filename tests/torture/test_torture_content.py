@@ -1,4 +1,4 @@
-"""A few cases of every torture of content: adapters, checkpoints, numbers, writers, strangers, texts."""
+"""A few cases of every torture of content: flipped bits, numbers, races, untrusted files, texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_goes_wrong(name: str, place: Path) -> None:
-    """What is yielded is empty for a case that went well."""
+    """A case that passes yields an empty string."""
     found = list(import_module(f"torture.{name}").torture(CASES[name], 0, place))
     assert len(found) >= CASES[name]
     assert not (wrong := [text for text in found if text]), "\n".join(wrong)

@@ -1,4 +1,4 @@
-"""The torture of photos, cut short: ``make torture`` does all of it."""
+"""A short torture of photos; ``make torture`` runs all of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from torture.photos import KINDS, torture
 
 
-def test_every_kind_of_odd_photo_is_read_right_or_refused(tmp_path: Path) -> None:
-    """One or two cases of each kind, and none of those that are as large as may be."""
+def test_every_kind_of_odd_photo_is_read_correctly_or_rejected(tmp_path: Path) -> None:
+    """One or two cases of each type, without the largest ones."""
     results = list(torture(60, seed=6, folder=tmp_path))
     assert len(results) == 60 > len(KINDS)
     assert not any(results), [text for text in results if text]

@@ -1,4 +1,4 @@
-"""Hostile prompts, names and file names through everything that shows text: escaped, equal when read back, and nothing obeyed."""
+"""Hostile prompts, names and file names in every output of text: escaped, equal when read back, never interpreted."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ Sink = Callable[[Fitted, Path, str], None]
 
 
 def torture(cases: int, seed: int, folder: Path) -> Iterator[str]:
-    """So many of the cases, in an order of the seed."""
+    """At most ``cases`` of the cases, in a random order."""
     made, work = fitted(folder), folder / "texts"
     pairs = [*product(SINKS.items(), TEXTS), *product([("a fit", _of_a_fit)], FITTED)]
     every = [(f"{name}: {ascii(text)[:60]}", partial(_tried, sink, made, work, text)) for (name, sink), text in pairs]
@@ -71,7 +71,7 @@ def torture(cases: int, seed: int, folder: Path) -> Iterator[str]:
 
 
 def _tried(sink: Sink, made: Fitted, work: Path, text: str) -> None:
-    """In a folder so deep that no path upwards leads out."""
+    """Runs in a folder so deep that relative paths do not leave it."""
     deep = work / "a/b/c"
     deep.mkdir(parents=True)
     with (
@@ -83,7 +83,7 @@ def _tried(sink: Sink, made: Fitted, work: Path, text: str) -> None:
 
 
 def escaped(text: str) -> str:
-    """What is to be seen of a text, without its spaces."""
+    """The escaped form of a text, without spaces."""
     names = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
     def one(c: str) -> str:
@@ -98,7 +98,7 @@ def escaped(text: str) -> str:
 
 
 class Printed:
-    """Catches what is printed, on a very wide terminal, and refuses what a terminal would obey."""
+    """Captures the output on a very wide terminal and fails on control characters."""
 
     def __init__(self) -> None:
         self.out, self.err = io.StringIO(), io.StringIO()
@@ -121,7 +121,7 @@ class Printed:
         shown = "".join((self.out.getvalue() + self.err.getvalue()).split())
         assert shown.count(escaped(text[:1000])) >= times, f"shown as {shown[:200]!a}"
 
-    def told(self) -> Any:
+    def json(self) -> Any:
         """The JSON on stdout."""
         return json.loads(self.out.getvalue())
 
@@ -134,7 +134,7 @@ def _command(*tokens: object) -> tuple[int, Printed]:
 
 
 def _card(made: Fitted, work: Path, text: str) -> None:
-    """In Markdown, text from outside stands in indented blocks, and nothing else is new."""
+    """The Markdown card has foreign text only in indented blocks."""
     card, plain = run.card(text, text, made.config()), run.card("a cat", "tiny", made.config())
     quoted = [json.loads(line) for line in card.split("\n") if line.startswith("    ")]
     assert quoted == [text, text], f"reads {quoted}"
@@ -157,7 +157,7 @@ def _sheet(made: Fitted, work: Path, text: str) -> None:
 
 
 def _listed(made: Fitted, work: Path, text: str) -> None:
-    """A record whose texts are all the same, listed and shown."""
+    """A record in which every text is this one, listed and printed."""
     store = Store(work / "store")
     shutil.copytree(made.store.root / "lora", store.root / NAME)
     forged(
@@ -168,8 +168,8 @@ def _listed(made: Fitted, work: Path, text: str) -> None:
         assert code == 0, printed.err.getvalue()
         printed.shows(text)
         code, printed = _command(*command, "--store", store.root, "--json")
-        told = printed.told()
-        assert (told["adapters"][0] if command == ["list"] else told)["prompt"] == text
+        printed_json = printed.json()
+        assert (printed_json["adapters"][0] if command == ["list"] else printed_json)["prompt"] == text
     assert _command("verify", "--store", store.root)[0] == 0
     picture = ["edit", NAME, "--store", store.root, "--out", work / "out", "--eta", "1", "--steps", "1", "--device", "cpu"]
     code, _ = _command(*picture, "--start", "noise")
@@ -179,7 +179,7 @@ def _listed(made: Fitted, work: Path, text: str) -> None:
 
 
 def _planted(made: Fitted, work: Path, text: str) -> None:
-    """Folders in the store of which the text is the name."""
+    """Folders in the store with the text as their name."""
     store = work / "store"
     store.mkdir()
     for name in (f".{text}.checkpoints", f".{text}.part", f".{text}.old", text):
@@ -192,14 +192,14 @@ def _planted(made: Fitted, work: Path, text: str) -> None:
 
 
 def _as_photo(made: Fitted, work: Path, text: str) -> None:
-    """A file of that name, which is no picture."""
+    """A file of that name that is not an image."""
     with contextlib.suppress(OSError, ValueError):
         (work / text).write_text("words")
     assert _command("fit", "--base", made.folder, "--device", "cpu", "--", work / text, "a cat")[0] == 2
 
 
 def _as_settings(made: Fitted, work: Path, text: str) -> None:
-    """A YAML file of it, with it for a key, and for a value."""
+    """A YAML file that consists of the text, or has it as a key or as a value."""
     for k, content in enumerate((text, f"{json.dumps(text)}: 3", f"base: {json.dumps(text)}", f"embed: {{steps: {json.dumps(text)}}}")):
         path = work / f"{k}.yaml"
         path.write_bytes(content.encode("utf-8", "surrogatepass"))
@@ -213,7 +213,7 @@ def _refused(made: Fitted, work: Path, text: str) -> None:
         with Printed() as printed:
             assert console.print_error(ImagicError(text, text, text), tokens) == 2
         printed.shows(text, 3)
-    assert printed.told() == {"error": {"got": text, "expected": text, "remedy": text}}
+    assert printed.json() == {"error": {"got": text, "expected": text, "remedy": text}}
 
 
 def _interrupted(made: Fitted, work: Path, text: str) -> None:
@@ -221,7 +221,7 @@ def _interrupted(made: Fitted, work: Path, text: str) -> None:
         with Printed() as printed:
             assert console.print_interrupted(text, f"imagic-lora {text}", tokens) == 130
         printed.shows(text, 2)
-    assert printed.told() == {"interrupted": text, "resume": f"imagic-lora {text}"}
+    assert printed.json() == {"interrupted": text, "resume": f"imagic-lora {text}"}
 
 
 def _warned(made: Fitted, work: Path, text: str) -> None:
@@ -297,12 +297,12 @@ def _parsed(work: Path, text: str) -> Parsed:
     bench.folder(0).mkdir(parents=True, exist_ok=True)
     for name in ("source", "truth"):
         Image.new("RGB", (2, 2)).save(bench.folder(0) / f"{name}.png")
-    with patch.object(page, "case_at", lambda *_: SimpleNamespace(kind=text, text=text)):
+    with patch.object(page, "case_at", lambda *_: SimpleNamespace(kind=text, prompt=text)):
         return Parsed(page.write_page(bench, [], summary).read_text(encoding="utf-8"))
 
 
 def _argument(*tokens: str) -> Sink:
-    """A command with the text for one of its arguments: done or refused, in words and in JSON."""
+    """A command with the text as one of its arguments: it succeeds or exits with 2, with and without --json."""
 
     def sink(made: Fitted, work: Path, text: str) -> None:
         store = Store(work / "store")
@@ -316,13 +316,13 @@ def _argument(*tokens: str) -> Sink:
             )
             code, printed = _command(*filled, *where, *more)
             if code == 2 and more and "--" not in filled:
-                assert set(printed.told()["error"]) == {"got", "expected", "remedy"}
+                assert set(printed.json()["error"]) == {"got", "expected", "remedy"}
 
     return sink
 
 
 def _of_a_fit(made: Fitted, work: Path, text: str) -> None:
-    """A fit and an edit of that sentence: what is stored reads back equal, or the sentence is refused."""
+    """A fit and an edit with the text as prompt: it is stored unchanged, or the prompt is rejected."""
     quick = ["--embed.steps", "1", "--tune.steps", "1", "--edit.steps", "1", "--rank", "1", "--device", "cpu", "--base", made.folder]
     code, printed = _command("fit", made.photo, text, *quick, "--store", work / "store", "--name", NAME)
     if code == 2:
@@ -335,7 +335,7 @@ def _of_a_fit(made: Fitted, work: Path, text: str) -> None:
     picture = ["edit", NAME, "--store", work / "store", "--eta", "1", "--steps", "1", "--device", "cpu", "--prompt", text]
     code, printed = _command(*picture, "--json")
     assert code == 0
-    assert read_metadata(Path(printed.told()["pictures"][0]["file"]))["prompt"] == text
+    assert read_metadata(Path(printed.json()["pictures"][0]["file"]))["prompt"] == text
 
 
 SINKS: dict[str, Sink] = {

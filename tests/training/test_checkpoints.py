@@ -1,4 +1,4 @@
-"""What a fit has come to so far: bit-exact, the newest of each stage, and set aside by name where it is broken."""
+"""Checkpoints: bit-exact, the newest of each stage is kept, and a broken one is renamed with a warning."""
 
 from __future__ import annotations
 
@@ -198,13 +198,13 @@ BREAK: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("breaking", BREAK.values(), ids=BREAK)
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
-def test_a_broken_one_is_set_aside_and_the_older_one_taken(saved: Checkpoints, breaking: Callable[[Path], object]) -> None:
+def test_a_broken_one_is_renamed_and_the_older_one_used(saved: Checkpoints, breaking: Callable[[Path], object]) -> None:
     """Once, with a warning that names it and says where it is now; nothing of it is lost."""
     saved.save(record(step=20), state())
     path = saved.save(record("tune", 5), state())
     breaking(path)
     content = {one.name: one.read_bytes() for one in path.iterdir()}
-    with pytest.warns(ImagicWarning, match=rf"a broken checkpoint is set aside as {path}\.broken: .+") as caught:
+    with pytest.warns(ImagicWarning, match=rf"a broken checkpoint is skipped and renamed to {path}\.broken: .+") as caught:
         assert found(saved) == ("embed", 20)
     assert len(caught) == 1
     assert there(saved) == ["embed-000020", "tune-000005.broken"]
@@ -213,7 +213,7 @@ def test_a_broken_one_is_set_aside_and_the_older_one_taken(saved: Checkpoints, b
 
 
 def test_a_forgery_of_nothing_is_as_good_as_the_real_one(saved: Checkpoints) -> None:
-    """So that those above are set aside for what was changed."""
+    """So that the checkpoints above are rejected for what was changed."""
     forged(state())(saved.save(record("tune", 5), state()))
     assert found(saved) == ("tune", 5)
 
@@ -223,7 +223,7 @@ def test_where_none_is_whole_there_is_none(saved: Checkpoints) -> None:
     assert not saved.any()
     for stage in ("embed", "tune"):
         (saved.save(record(stage), state()) / STATE).unlink()
-    with pytest.warns(ImagicWarning, match="set aside") as caught:
+    with pytest.warns(ImagicWarning, match="renamed to") as caught:
         assert saved.newest() is None
     assert len(caught) == 2
     assert there(saved) == ["embed-000001.broken", "tune-000001.broken"]
@@ -231,23 +231,23 @@ def test_where_none_is_whole_there_is_none(saved: Checkpoints) -> None:
     assert saved.any()
 
 
-def test_one_is_set_aside_in_the_place_of_another(saved: Checkpoints) -> None:
+def test_a_renamed_broken_one_replaces_an_earlier_one(saved: Checkpoints) -> None:
     """Of the same step, broken before."""
     for _ in range(2):
         path = saved.save(record(), state())
         (path / STATE).unlink()
-        with pytest.warns(ImagicWarning, match="set aside"):
+        with pytest.warns(ImagicWarning, match="renamed to"):
             assert saved.newest() is None
     assert there(saved) == ["embed-000001.broken"]
 
 
-def test_another_process_sets_nothing_aside(saved: Checkpoints) -> None:
+def test_another_process_renames_nothing(saved: Checkpoints) -> None:
     """It finds the same one, silently, before and after the main one has."""
     saved.save(record(step=20), state())
     path = saved.save(record("tune", 5), state())
     (path / STATE).unlink()
     for _ in range(2):
-        newest = saved.newest(main=False)
+        newest = saved.newest(rename_broken=False)
         assert newest is not None
         assert newest.record.stage == "embed"
         assert there(saved) == ["embed-000020", "tune-000005"]
@@ -315,6 +315,6 @@ DIFFERENT: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("was", "now", "expected"), DIFFERENT, ids=range(len(DIFFERENT)))
-def test_differences_are_told_with_both_values(was: dict[str, Any], now: dict[str, Any], expected: list[str]) -> None:
+def test_differences_have_both_values(was: dict[str, Any], now: dict[str, Any], expected: list[str]) -> None:
     """By the full name, in order, those that are new last."""
     assert differences(was, now) == expected

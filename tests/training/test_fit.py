@@ -1,4 +1,4 @@
-"""fit(): from a photo and a sentence to an adapter that plain diffusers can use."""
+"""fit(): from a photo and a target prompt to an adapter that plain diffusers can use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import MODES, PROMPT, Pretended, array, opened, output, same, tiny_config, weights
+from common import MODES, PROMPT, SimulatedProcess, array, opened, output, same, tiny_config, weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -42,16 +42,16 @@ def test_the_same_fit_twice_is_the_same_bytes(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_levers_beside_the_arithmetic_leave_the_bytes_as_they_are(
+def test_levers_that_do_not_change_the_arithmetic_leave_the_bytes_as_they_are(
     folder: Path, photo_file: Path, fitted: Callable[..., Adapter], tmp_path: Path, mode: Mode
 ) -> None:
     """Weights and embeddings to the bit, the preview to rounding."""
     levers = {"idle": "release", "vae_slicing": True, "optimizer_in_backward": True}
-    spared = result(fit(photo_file, PROMPT, tiny_config(folder, mode, memory=levers), Store(tmp_path), "spared"))
-    assert spared is not None
-    first, second = ({p.relative_to(a.folder): p.read_bytes() for p in a.folder.rglob("*.safetensors")} for a in (fitted(mode), spared))
+    changed = result(fit(photo_file, PROMPT, tiny_config(folder, mode, memory=levers), Store(tmp_path), "levers"))
+    assert changed is not None
+    first, second = ({p.relative_to(a.folder): p.read_bytes() for p in a.folder.rglob("*.safetensors")} for a in (fitted(mode), changed))
     assert first == second
-    previews = [array(Image.open(adapter.folder / PREVIEW).convert("RGB")) for adapter in (fitted(mode), spared)]
+    previews = [array(Image.open(adapter.folder / PREVIEW).convert("RGB")) for adapter in (fitted(mode), changed)]
     assert np.abs(previews[0] - previews[1]).max() <= 1
 
 
@@ -77,7 +77,7 @@ def test_a_base_that_a_fit_opens_is_let_go(
     folder: Path, photo_file: Path, tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frozen, and in full with the trained weights still in it: no copy is held to put them back."""
-    before, opening, held = weights(opened(folder).denoiser), imagic.open_base, []
+    before, opening, held = weights(opened(folder).denoiser), imagic.load_base, []
 
     def opened_here(*arguments, **settings) -> Base:
         held.append(opening(*arguments, **settings))
@@ -135,7 +135,7 @@ def test_too_little_memory_is_refused_before_loading(
     monkeypatch.setattr(imagic, "free_memory", lambda device: stages[worst].total - 1)
     with monkeypatch.context() as patch:
         patch.setattr(imagic, "load_base", lambda *_, **__: pytest.fail("opened"))
-        with pytest.raises(ImagicError, match=rf"stage {worst} needs .* \(predicted\), and .* can be had on this machine"):
+        with pytest.raises(ImagicError, match=rf"stage {worst} needs .* \(predicted\), and .* is available on this machine"):
             next(fit(photo_file, PROMPT, config, Store(tmp_path), "one"))
     monkeypatch.setattr(imagic, "free_memory", lambda device: stages[worst].total)
     assert next(fit(photo_file, PROMPT, config, Store(tmp_path), "one")).step == 1
@@ -146,7 +146,7 @@ def test_another_process_writes_nothing(folder: Path, photo_file: Path, tmp_path
     """It trains to the end, and leaves store and base alone."""
     base, store = opened(folder), Store(tmp_path / "store")
     before, done = weights(base.denoiser), []
-    run = fit(photo_file, PROMPT, tiny_config(folder, mode), store, "one", base=base, processes=Pretended(1, 2))
+    run = fit(photo_file, PROMPT, tiny_config(folder, mode), store, "one", base=base, processes=SimulatedProcess(1, 2))
 
     def driven():
         done.append((yield from run))
@@ -158,7 +158,7 @@ def test_another_process_writes_nothing(folder: Path, photo_file: Path, tmp_path
 
 
 def test_the_record_says_how_it_was_made(folder: Path, photo_file: Path, fitted: Callable[..., Adapter]) -> None:
-    """Base, photo, sentence, settings, weights and losses."""
+    """Base, photo, prompt, settings, weights and losses."""
     record = fitted("lora").record
     losses = [json.loads(line) for line in (fitted("lora").folder / "steps.jsonl").read_text().splitlines()]
     assert record.base.fingerprint == opened(folder).fingerprint
@@ -173,7 +173,7 @@ def test_the_record_says_how_it_was_made(folder: Path, photo_file: Path, fitted:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_stored_embeddings_are_target_optimised_and_null(folder: Path, fitted: Callable[..., Adapter], mode: Mode) -> None:
-    """The target is the sentence's, the optimised one is not, null is that of no words; all fp32."""
+    """The target embedding is that of the prompt, the optimised one is not, null is that of an empty prompt; all fp32."""
     stored, base = load_file(fitted(mode).folder / "embeddings.safetensors"), opened(folder)
     assert sorted(stored) == ["null.tokens", "optimised.tokens", "target.tokens"]
     assert torch.equal(stored["target.tokens"], base.encode_prompt(PROMPT).tokens)

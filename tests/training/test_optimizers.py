@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import Pretended, opened, same
+from common import SimulatedProcess, opened, same
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
@@ -197,13 +197,13 @@ def test_hooks_are_gone_after_a_failed_backward_pass(folder: Path) -> None:
 
 def test_several_processes_are_refused_inside(folder: Path) -> None:
     """Before anything is updated; one optimiser a weight after the backward pass takes them."""
-    with tuning(folder, processes=Pretended(1, 2), **INSIDE) as stage:
+    with tuning(folder, processes=SimulatedProcess(1, 2), **INSIDE) as stage:
         before = trained(stage)
         with pytest.raises(ImagicError, match=r"--optimizer-in-backward with 2 processes.*--no-optimizer-in-backward"):
             stage.step(0)
         assert same(trained(stage), before)
         assert all(weight.grad is None for weight in stage.trainables.values())
-    with tuning(folder, processes=Pretended(1, 2), **STOCHASTIC) as stage:
+    with tuning(folder, processes=SimulatedProcess(1, 2), **STOCHASTIC) as stage:
         before = trained(stage)
         stage.step(0)
         assert not same(trained(stage), before)
@@ -356,7 +356,7 @@ def test_steps_below_the_resolution_move_bf16_weights_in_the_mean(optimizer: str
 
 
 @pytest.mark.parametrize(("optimizer", "inside"), [("adam", False), ("adam8bit", True)])
-def test_bf16_weights_land_beside_the_step_in_fp32(folder: Path, optimizer: str, inside: bool) -> None:
+def test_bf16_weights_land_next_to_the_step_in_fp32(folder: Path, optimizer: str, inside: bool) -> None:
     """Adam's first step in closed form, p - lr * g / (|g| + eps), from the gradients seen; each weight at one of its two neighbours."""
     with tuning(folder, **STOCHASTIC, optimizer=optimizer, optimizer_in_backward=inside) as stage:
         seen: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""A fit that is stopped, closed or killed goes on to the very bytes of one that never was; what would not is refused."""
+"""A fit that is stopped, closed or killed resumes to the same bytes as an uninterrupted one; other runs are rejected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import PROMPT, Pretended, opened, output, tiny_config
+from common import PROMPT, SimulatedProcess, opened, output, tiny_config
 from files import rival
 from PIL import Image
 from safetensors.torch import load_file
@@ -176,10 +176,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, large: Path, photo_fil
 def test_stopped_after_any_step_it_goes_on_to_the_same_bytes(fitting: Fitting, undisturbed: Undisturbed, kind: Kind, steps: int) -> None:
     """Every file of the adapter; it says what is saved, repeats no step, and leaves nothing besides."""
     stage, step = REPORTS[steps - 1]
-    told = fitting.stop_after(steps, kind)
-    assert told == (
-        f"{step} of {EMBED if stage == 'embed' else TUNE} steps of stage {stage} are saved, "
-        "and the same command with --resume goes on from there"
+    message = fitting.stop_after(steps, kind)
+    assert message == (
+        f"{step} of {EMBED if stage == 'embed' else TUNE} steps of stage {stage} are saved; run the same command with --resume to continue"
     )
     assert fitting.store.unfinished() == ["one"]
     assert fitting.run(kind, resume=True) == REPORTS[steps:]
@@ -344,32 +343,34 @@ def test_stopping_leaves_the_base_as_it_was(fitting: Fitting, bases: Bases) -> N
             assert torch.equal(output(bases(kind)), picture)
 
 
-def test_a_stop_that_is_said_once_is_heard(fitting: Fitting) -> None:
+def test_a_stop_that_is_requested_once_stops_the_fit(fitting: Fitting) -> None:
     """A stage that is not done is never taken for one that is."""
-    said: list[bool] = []
+    requested: list[bool] = []
     with pytest.raises(Stopped):
-        fitting.run(stop=lambda: len(fitting.done) == 1 and not said and said.append(True) is None)
+        fitting.run(stop=lambda: len(fitting.done) == 1 and not requested and requested.append(True) is None)
 
 
 def test_it_goes_on_on_all_processes(fitting: Fitting, bases: Bases) -> None:
     """After the same step; the one that does not write leaves all as it is, a broken checkpoint too."""
-    fitting.stop_after(EMBED + 2, processes=Pretended(0, 2))
+    fitting.stop_after(EMBED + 2, processes=SimulatedProcess(0, 2))
     saved = content(fitting.store.root)
-    assert fitting.run(resume=True, processes=Pretended(1, 2)) == REPORTS[EMBED + 2 :]
+    assert fitting.run(resume=True, processes=SimulatedProcess(1, 2)) == REPORTS[EMBED + 2 :]
     (fitting.saved.folder / "tune-000002" / STATE).unlink()
-    assert fitting.run(resume=True, processes=Pretended(1, 2)) == REPORTS[EMBED:]
+    assert fitting.run(resume=True, processes=SimulatedProcess(1, 2)) == REPORTS[EMBED:]
     assert content(fitting.store.root).keys() == saved.keys() - {".one.checkpoints/tune-000002/state.safetensors"}
-    with pytest.warns(ImagicWarning, match="set aside"):
-        assert fitting.run(resume=True, processes=Pretended(0, 2)) == REPORTS[EMBED:]
+    with pytest.warns(ImagicWarning, match="renamed to"):
+        assert fitting.run(resume=True, processes=SimulatedProcess(0, 2)) == REPORTS[EMBED:]
 
 
-def test_another_number_of_threads_is_told(fitting: Fitting) -> None:
+def test_another_number_of_threads_warns(fitting: Fitting) -> None:
     """The last digits may differ."""
     fitting.stop_after(1)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        with pytest.warns(ImagicWarning, match=f"was begun on {threads} threads and goes on on {threads + 1}: its last digits may differ"):
+        with pytest.warns(
+            ImagicWarning, match=f"started on {threads} CPU threads and resumes on {threads + 1}: the last digits of the result may differ"
+        ):
             fitting.stop_after(1, resume=True)
     finally:
         torch.set_num_threads(threads)
@@ -393,7 +394,7 @@ def test_latents_may_differ_by_what_devices_differ(
         fitting.run(resume=True)
         assert fitting.files() == files(undisturbed())
         return
-    with pytest.raises(ImagicError, match=r"another run .*latents are others"):
+    with pytest.raises(ImagicError, match=r"differs from the one that was interrupted: .*latents of the photo differ"):
         fitting.run(resume=True)
 
 
@@ -436,15 +437,15 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
 def test_other_settings_are_refused(half_way: HalfWay, name: str, steps: int) -> None:
     """By name, with both values, and what was saved stays as it was."""
     one = half_way(LORA, steps)
-    changes, told = CHANGED[name]
+    changes, expected = CHANGED[name]
     before = content(one.store.root)
-    with pytest.raises(ImagicError, match=f"another run than the one interrupted: {told}[.] "):
+    with pytest.raises(ImagicError, match=f"this run differs from the one that was interrupted: {expected}[.] "):
         one.run(changes=changes, resume=True)
     assert content(one.store.root) == before
 
 
-def test_another_photo_sentence_or_base_is_refused(half_way: HalfWay, folder: Path, photo_file: Path, tmp_path: Path) -> None:
-    """Each by its hash or by its words; several at once are all told."""
+def test_another_photo_prompt_or_base_is_refused(half_way: HalfWay, folder: Path, photo_file: Path, tmp_path: Path) -> None:
+    """The error names each by its hash or its text, and names all of several."""
     one = half_way(LORA, EMBED + 1)
     before = content(one.store.root)
     other = tmp_path / "other.png"
@@ -462,7 +463,7 @@ def test_another_photo_sentence_or_base_is_refused(half_way: HalfWay, folder: Pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "memory", "steps", "told"),
+    ("kind", "memory", "steps", "expected"),
     [
         (LORA, {"dtype": "bf16"}, 1, "precision was 'float32', is 'bfloat16'"),
         (LORA, {"dtype": "bf16"}, EMBED, "precision was 'float32', is 'bfloat16'"),
@@ -474,12 +475,12 @@ def test_another_photo_sentence_or_base_is_refused(half_way: HalfWay, folder: Pa
     ids=str,
 )
 def test_levers_that_touch_the_numbers_are_refused(
-    half_way: HalfWay, large: Path, kind: Kind, memory: dict[str, Any], steps: int, told: str
+    half_way: HalfWay, large: Path, kind: Kind, memory: dict[str, Any], steps: int, expected: str
 ) -> None:
     """Where they touched what was saved."""
     one = half_way(kind, steps)
     before = content(one.store.root)
-    with pytest.raises(ImagicError, match=rf"interrupted: {told}\. "):
+    with pytest.raises(ImagicError, match=rf"interrupted: {expected}\. "):
         one.run(kind, base=opened(large, kind.mode, **memory), resume=True)
     assert content(one.store.root) == before
 
@@ -500,7 +501,7 @@ def test_another_mode_is_refused_when_it_is_being_tuned(half_way: HalfWay) -> No
 def test_another_number_of_processes_is_refused(half_way: HalfWay) -> None:
     """They share the noise in another way."""
     with pytest.raises(ImagicError, match="processes was 1, is 2"):
-        half_way(LORA, 1).run(resume=True, processes=Pretended(0, 2))
+        half_way(LORA, 1).run(resume=True, processes=SimulatedProcess(0, 2))
 
 
 def test_an_unfinished_fit_is_not_begun_anew_by_accident(fitting: Fitting, undisturbed: Undisturbed) -> None:
@@ -548,13 +549,13 @@ def test_an_adapter_that_is_being_replaced_stays_until_it_is(fitting: Fitting, u
 
 
 @pytest.mark.parametrize("file", [STATE, CHECKPOINT])
-def test_a_broken_checkpoint_is_set_aside_and_the_older_one_taken(fitting: Fitting, undisturbed: Undisturbed, file: str) -> None:
+def test_a_broken_checkpoint_is_renamed_and_the_older_one_used(fitting: Fitting, undisturbed: Undisturbed, file: str) -> None:
     """By name, with a warning; the older one is that of stage embed, and leads to the same bytes."""
     fitting.stop_after(EMBED + 2)
     path = fitting.saved.folder / "tune-000002" / file
     raw = path.read_bytes()
     path.write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
-    with pytest.warns(ImagicWarning, match=r"a broken checkpoint is set aside as .*tune-000002\.broken"):
+    with pytest.warns(ImagicWarning, match=r"a broken checkpoint is skipped and renamed to .*tune-000002\.broken"):
         assert fitting.run(resume=True) == REPORTS[EMBED:]
     assert fitting.files() == files(undisturbed())
     assert fitting.there() == ["one"]
@@ -590,12 +591,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("steps", [1, EMBED, EMBED + 1, len(REPORTS)])
-def test_a_checkpoint_that_does_not_tell_of_what_run_it_is_is_refused(half_way: HalfWay, fitting: Fitting, steps: int) -> None:
+def test_a_checkpoint_without_the_inputs_of_its_run_is_refused(half_way: HalfWay, fitting: Fitting, steps: int) -> None:
     """However good its hashes are, in either stage, done or not."""
     newest = half_way(LORA, steps).saved.newest()
     assert newest is not None
     fitting.saved.save(newest.record.model_copy(update={"inputs": {}}), newest.tensors)
-    with pytest.raises(ImagicError, match=r"another run than the one interrupted: photo was missing, is '[0-9a-f]{64}'; prompt was"):
+    with pytest.raises(
+        ImagicError, match=r"this run differs from the one that was interrupted: photo was missing, is '[0-9a-f]{64}'; prompt was"
+    ):
         fitting.run(resume=True)
 
 
@@ -613,10 +616,10 @@ def test_where_no_checkpoint_is_whole_nothing_begins(fitting: Fitting) -> None:
     fitting.stop_after(EMBED + 2)
     for path in fitting.saved.folder.iterdir():
         (path / STATE).unlink()
-    with pytest.warns(ImagicWarning, match="set aside"), pytest.raises(ImagicError, match="no whole checkpoint of one to resume"):
+    with pytest.warns(ImagicWarning, match="renamed to"), pytest.raises(ImagicError, match="no intact checkpoint of one to resume"):
         fitting.run(resume=True)
     assert fitting.there() == ["embed-000002.broken", "tune-000002.broken"]
-    with pytest.raises(ImagicError, match="no whole checkpoint"):
+    with pytest.raises(ImagicError, match="no intact checkpoint"):
         fitting.run(resume=True)
     with pytest.raises(ImagicError, match="an unfinished fit of one"):
         fitting.run()
@@ -654,8 +657,8 @@ def test_what_is_not_finite_leaves_the_last_checkpoint(
     assert fitting.files() == files(undisturbed(kind))
 
 
-def test_what_is_not_finite_is_told_as_such(fitting: Fitting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its class too."""
+def test_what_is_not_finite_raises_not_finite(fitting: Fitting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exception has a class of its own."""
     monkeypatch.setattr("imagic_lora.training.stage.denoising_loss", lambda *given: denoising_loss(*given) * torch.nan)
     with pytest.raises(NotFinite):
         fitting.run()
@@ -697,8 +700,8 @@ def test_a_disk_that_is_too_small_is_refused_before_the_training(
     need = needed(fitting, kind) - there
     free = [need - 1]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
-    told = rf"^{gib(need - 1)} free on the disk of {fitting.store.root}, and the fit needs {gib(need)} more \(the adapter .* checkpoints"
-    with pytest.raises(ImagicError, match=told):
+    message = rf"^{gib(need - 1)} free on the disk of {fitting.store.root}, and the fit needs {gib(need)} more \(the adapter .* checkpoints"
+    with pytest.raises(ImagicError, match=message):
         fitting.run(kind, resume=resume)
     assert fitting.done == []
     free[0] = need
@@ -708,7 +711,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_training(
 def test_a_disk_that_is_too_small_is_seen_by_the_process_that_writes(fitting: Fitting, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others need none."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    assert fitting.run(processes=Pretended(1, 2)) == REPORTS
+    assert fitting.run(processes=SimulatedProcess(1, 2)) == REPORTS
 
 
 def test_a_name_that_is_being_fitted_is_refused(fitting: Fitting) -> None:

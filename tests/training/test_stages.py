@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import KINDS, Pretended, opened, same, weights
+from common import KINDS, SimulatedProcess, opened, same, weights
 from torch import Tensor
 
 from imagic_lora.adapters.full import unfrozen
@@ -259,7 +259,7 @@ def test_two_processes_are_one_with_twice_the_batch(folder: Path, name: str, mod
     """Loss and gradients of a batch of 2 are the mean of those of its halves, samples being numbered over all processes."""
 
     def run(rank: int, count: int, batch_size: int) -> dict[str, Tensor]:
-        with staged(opened(folder, mode), name, mode, Pretended(rank, count), batch_size=batch_size, timesteps=timesteps) as stage:
+        with staged(opened(folder, mode), name, mode, SimulatedProcess(rank, count), batch_size=batch_size, timesteps=timesteps) as stage:
             return gradients(stage)
 
     whole, first, second = run(0, 1, 2), run(0, 2, 1), run(1, 2, 1)

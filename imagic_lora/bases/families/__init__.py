@@ -1,4 +1,4 @@
-"""Model families, one file each.
+"""Model families, one file per family.
 
 May import: core, bases. Must not know: adapters, training, sampling, commands.
 

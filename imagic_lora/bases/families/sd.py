@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, one U-Net, epsilon or v-prediction as the scheduler's config says."""
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a U-Net, and the prediction type of the scheduler's config."""
 
 from __future__ import annotations
 
@@ -25,20 +25,26 @@ from ..loading.vetting import library_errors
 from ..quantization import quantize_linear
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""Component name of the tokenizer by component name of its text encoder."""
 
 
 class StableDiffusion(Base):
-    """A Stable Diffusion base over its components.
+    """A Stable Diffusion base.
 
     Args:
-        parts: ``unet``, ``vae``, ``scheduler``, and each text encoder with its tokenizer, on any device.
-        reload: reads the VAE or a text encoder again, after it was released.
+        architecture: configs of the components.
+        parts: the components by name: ``unet``, ``vae``, ``scheduler``, each text encoder and its tokenizer, on any device.
+        name, revision, fingerprint, runtime: as in :class:`~imagic_lora.bases.base.Base`.
+        reload: reads a component (the VAE or a text encoder) again after it was released. Its argument is the component's name.
+
+    Raises:
+        ImagicError: as Base; ``--attention xformers`` without a working xformers.
     """
 
     component = "unet"
     pipelines: ClassVar[dict[PipelineKind, Any]] = {"text2image": StableDiffusionPipeline, "image2image": StableDiffusionImg2ImgPipeline}
     unused_components: ClassVar[dict[str, Any]] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    """What its pipelines could hold and do not."""
+    """Optional arguments of the pipeline classes, set so that the pipelines have none of these components."""
 
     def __init__(
         self,
@@ -58,7 +64,7 @@ class StableDiffusion(Base):
         self._reload = reload
         self.trained_timesteps = components.distilled_timesteps(parts["scheduler"], architecture.few_steps)
         self._scaling = parts["vae"].config.scaling_factor
-        self.size_multiple = math.lcm(8, architecture.factor)  # diffusers' pipelines ask for multiples of 8
+        self.size_multiple = math.lcm(8, architecture.vae_scale_factor)  # diffusers' pipelines require multiples of 8
         self.resolution = architecture.resolution
         self.freeze(self._unet)
         if runtime.memory.quantize == "nf4":
@@ -70,41 +76,51 @@ class StableDiffusion(Base):
         if runtime.memory.gradient_checkpointing:
             self._unet.enable_gradient_checkpointing()
         if runtime.memory.attention == "xformers":
-            try:
-                self._unet.enable_xformers_memory_efficient_attention()
-            except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-                raise ImagicError(
-                    f"xformers does not work here ({error})", "a build for this PyTorch and card", "use --attention sdpa"
-                ) from error
+            self._enable_xformers()
+
+    def _enable_xformers(self) -> None:
+        try:
+            self._unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise ImagicError(
+                f"xformers does not work on this machine ({error})",
+                "an xformers build for the installed PyTorch and this GPU",
+                "use --attention sdpa",
+            ) from error
 
     @classmethod
     def load(cls, files: Files, name: str, revision: str | None, runtime: Runtime, master_weights: bool = False) -> StableDiffusion:
-        """A base from its files.
+        """Loads a base from its files.
 
         Args:
-            master_weights: loads the U-Net as the thing that is trained in full: in fp32 whatever the precision of the arithmetic, unless
-                the runtime asks for bf16 weights.
+            files: folder or single file of the base.
+            name, revision, runtime: as in :class:`~imagic_lora.bases.base.Base`.
+            master_weights: True for full fine-tuning: the U-Net is loaded in fp32, unless the runtime's ``master_weights`` is
+                ``bf16-stochastic``. False: the U-Net has the runtime's precision.
+
+        Raises:
+            ImagicError: a component cannot be read, or does not match its config.
         """
-        built = files.architecture
-        master = torch.float32 if master_weights and runtime.memory.master_weights == "fp32" else runtime.dtype
+        architecture = files.architecture
+        unet_dtype = torch.float32 if master_weights and runtime.memory.master_weights == "fp32" else runtime.dtype
 
         def helper(part: str) -> Any:
             if part == "vae":
-                return components.model(AutoencoderKL, built.vae, files, part, vae_dtype(built, runtime.dtype))
-            return components.text_encoder(built.text_encoders[part], files, part, runtime.dtype)
+                return components.model(AutoencoderKL, architecture.vae, files, part, vae_dtype(architecture, runtime.dtype))
+            return components.text_encoder(architecture.text_encoders[part], files, part, runtime.dtype)
 
         parts = {
-            "unet": components.model(UNet2DConditionModel, built.unet, files, "unet", master),
-            "scheduler": components.scheduler(built.scheduler, files, built.few_steps),
+            "unet": components.model(UNet2DConditionModel, architecture.unet, files, "unet", unet_dtype),
+            "scheduler": components.scheduler(architecture.scheduler, files, architecture.few_steps),
             "vae": helper("vae"),
         }
-        for encoder, config in built.text_encoders.items():
+        for encoder, config in architecture.text_encoders.items():
             parts[encoder] = helper(encoder)
             parts[TOKENIZERS[encoder]] = components.tokenizer(config, files, TOKENIZERS[encoder])
-        with library_errors(files.path):  # a pipeline mends the configs of its early days
+        with library_errors(files.path):  # the constructor of a pipeline corrects outdated configs of its components
             cls.pipelines["text2image"](**parts, **cls.unused_components)
-        mark = fingerprint(files, ("unet", *built.text_encoders), parts["scheduler"].config.prediction_type)
-        return cls(built, parts, name, revision, mark, runtime, helper)
+        weights_hash = fingerprint(files, ("unet", *architecture.text_encoders), parts["scheduler"].config.prediction_type)
+        return cls(architecture, parts, name, revision, weights_hash, runtime, helper)
 
     def offload_encoders(self) -> None:
         idle = self.runtime.memory.idle
@@ -114,12 +130,15 @@ class StableDiffusion(Base):
         self._move(self._unet)
 
     def _move(self, module: Any) -> None:
-        """A module to the device. What is not kept there comes when it is first used: the U-Net after photo and sentence are encoded."""
+        """Moves a module to the runtime's device.
+
+        Unless ``idle`` is ``keep``, each module is moved when it is first used: the U-Net follows after photo and prompt are encoded.
+        """
         if next(module.parameters()).device != self.runtime.device:
             module.to(self.runtime.device)
 
     def _on_device(self, name: str) -> Any:
-        """A helper on the device."""
+        """The VAE or a text encoder: read again if it was released, frozen, on the device, with the VAE's memory levers applied."""
         if self._helpers[name] is None:
             self._helpers[name] = self._reload(name)
         helper = self._helpers[name]
@@ -140,12 +159,15 @@ class StableDiffusion(Base):
         return Conditioning(self._on_device("text_encoder")(self._ids("tokenizer", prompt))[0].float())
 
     def _ids(self, name: str, prompt: str) -> Tensor:
-        """The tokens of a prompt, ``[1, T]``; warns with what was cut."""
+        """Token ids of a prompt, ``[1, T]`` int64, padded or truncated to the tokenizer's maximum length ``T``.
+
+        Warns with the text that was cut off if the prompt is longer than ``T - 2`` tokens: two are the start and the end token.
+        """
         tokenizer = self._tokenizers[name]
-        limit, everything = tokenizer.model_max_length, tokenizer(prompt).input_ids
-        if len(everything) > limit:
-            lost = tokenizer.decode(everything[limit - 1 : -1])
-            message = f"the prompt is longer than the {limit - 2} tokens this base reads; lost: {lost!r}"
+        limit, all_ids = tokenizer.model_max_length, tokenizer(prompt).input_ids
+        if len(all_ids) > limit:
+            removed = tokenizer.decode(all_ids[limit - 1 : -1])
+            message = f"the prompt is longer than the {limit - 2} tokens that this base encodes; the end is cut off: {removed!r}"
             warnings.warn(message, ImagicWarning, stacklevel=4)
         ids = tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
         return ids.to(self.runtime.device)
@@ -160,15 +182,20 @@ class StableDiffusion(Base):
         return replace(conditioning, extra={**conditioning.extra, "guidance": guidance})
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Any]:
-        """What the U-Net is told beside the tokens, as its own arguments."""
+        """Keyword arguments of the U-Net for the added conditions.
+
+        Args:
+            conditioning: with added conditions, of the batch size of the call.
+        """
         if not self.architecture.embeds_guidance:
             return {}
-        scale, size = conditioning.extra["guidance"], self.architecture.unet["time_cond_proj_dim"]
-        told = get_timestep_embedding((scale - 1) * 1000, size, downscale_freq_shift=1)  # arXiv 2310.04378, appendix; as diffusers has it
-        return {"timestep_cond": told.to(conditioning.tokens.dtype)}
+        guidance_scale, channels = conditioning.extra["guidance"], self.architecture.unet["time_cond_proj_dim"]
+        # guidance embedding of latent consistency models (arXiv 2310.04378), with the conventions of diffusers' pipelines
+        embedding = get_timestep_embedding((guidance_scale - 1) * 1000, channels, downscale_freq_shift=1)
+        return {"timestep_cond": embedding.to(conditioning.tokens.dtype)}
 
-    def pipeline_kwargs(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
-        return {"prompt_embeds": text.tokens, "negative_prompt_embeds": None if null is None else null.tokens}
+    def pipeline_kwargs(self, conditioning: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+        return {"prompt_embeds": conditioning.tokens, "negative_prompt_embeds": None if null is None else null.tokens}
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
@@ -182,10 +209,11 @@ class StableDiffusion(Base):
 
     def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         self._move(self._unet)
-        told, dtype = conditioning.expand(len(x_t)).to(x_t.device, self._unet.dtype), self._unet.dtype
+        dtype = self._unet.dtype
+        conditioning = conditioning.expand(len(x_t)).to(x_t.device, dtype)
         mixed = dtype == torch.float32 and self.runtime.dtype != torch.float32
         with torch.autocast(self.runtime.device.type, self.runtime.dtype, enabled=mixed, cache_enabled=self.runtime.memory.autocast_cache):
-            return self._unet(x_t.to(dtype), timesteps, told.tokens, **self.added_conditions(told)).sample
+            return self._unet(x_t.to(dtype), timesteps, conditioning.tokens, **self.added_conditions(conditioning)).sample
 
     def lora_targets(self, preset: str) -> list[str]:
         return list(LORA_TARGETS[preset])
@@ -197,7 +225,7 @@ class StableDiffusion(Base):
         self._move(self._unet)
         pipe = self.pipelines[kind](
             vae=self._on_device("vae"),
-            **dict.fromkeys(self.architecture.text_encoders),  # none: it is given embeddings, and would run where its text encoder does
+            **dict.fromkeys(self.architecture.text_encoders),  # None: a pipeline with text encoders would run on their device
             **self._tokenizers,
             unet=self._unet,
             scheduler=self.scheduler(),
@@ -208,5 +236,5 @@ class StableDiffusion(Base):
 
 
 def vae_dtype(architecture: Architecture, dtype: torch.dtype) -> torch.dtype:
-    """The precision of the VAE: that of the rest, but for one that overflows in fp16 and paints black pictures."""
-    return torch.float32 if architecture.wide_vae and dtype == torch.float16 else dtype
+    """Precision of the VAE: ``dtype``, but fp32 instead of fp16 for a VAE that overflows in fp16 and would decode to black images."""
+    return torch.float32 if architecture.vae_overflows_fp16 and dtype == torch.float16 else dtype

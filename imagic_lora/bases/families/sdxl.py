@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, a pooled embedding, size ids (arXiv 2307.01952)."""
+"""Stable Diffusion XL: two text encoders, a pooled embedding and size ids (arXiv 2307.01952)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from .sd import TOKENIZERS, StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
-    """An SDXL base. Its size ids say that the photo was never larger than it is worked on, and is whole."""
+    """A Stable Diffusion XL base.
+
+    The size ids (``time_ids``) are original height and width, top and left of the crop, target height and width, in pixels. Original and
+    target size are the size of the image, and the crop starts at (0, 0): the defaults of diffusers' pipeline.
+    """
 
     pipelines: ClassVar[dict[PipelineKind, Any]] = {
         "text2image": StableDiffusionXLPipeline,
@@ -26,9 +30,9 @@ class StableDiffusionXL(StableDiffusion):
     def encode_prompt(self, prompt: str) -> Conditioning:
         tokens, pooled = [], None
         for encoder in self.architecture.text_encoders:
-            answer = self._on_device(encoder)(self._ids(TOKENIZERS[encoder], prompt), output_hidden_states=True)
-            tokens.append(answer.hidden_states[-2])
-            pooled = answer[0]
+            output = self._on_device(encoder)(self._ids(TOKENIZERS[encoder], prompt), output_hidden_states=True)
+            tokens.append(output.hidden_states[-2])
+            pooled = output[0]  # the projected embedding of the last text encoder
         assert pooled is not None
         return Conditioning(torch.cat(tokens, dim=-1).float(), pooled.float())
 
@@ -39,20 +43,20 @@ class StableDiffusionXL(StableDiffusion):
         return Conditioning(torch.zeros_like(empty.tokens), torch.zeros_like(empty.pooled))
 
     def with_added_conditions(self, conditioning: Conditioning, height: int, width: int, guidance_scale: float) -> Conditioning:
-        told = super().with_added_conditions(conditioning, height, width, guidance_scale)
-        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=told.tokens.device)
-        return replace(told, extra={**told.extra, "time_ids": ids})
+        conditioning = super().with_added_conditions(conditioning, height, width, guidance_scale)
+        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=conditioning.tokens.device)
+        return replace(conditioning, extra={**conditioning.extra, "time_ids": ids})
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Any]:
-        told = {"text_embeds": conditioning.pooled, "time_ids": conditioning.extra["time_ids"].to(conditioning.tokens.dtype)}
-        return super().added_conditions(conditioning) | {"added_cond_kwargs": told}
+        added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.extra["time_ids"].to(conditioning.tokens.dtype)}
+        return super().added_conditions(conditioning) | {"added_cond_kwargs": added}
 
-    def pipeline_kwargs(self, text: Conditioning, null: Conditioning | None) -> dict[str, Any]:
-        high, wide, top, left, height, width = (int(one) for one in text.extra["time_ids"][0])
-        return super().pipeline_kwargs(text, null) | {
-            "pooled_prompt_embeds": text.pooled,
+    def pipeline_kwargs(self, conditioning: Conditioning, null: Conditioning | None) -> dict[str, Any]:
+        original_height, original_width, top, left, height, width = (int(value) for value in conditioning.extra["time_ids"][0])
+        return super().pipeline_kwargs(conditioning, null) | {
+            "pooled_prompt_embeds": conditioning.pooled,
             "negative_pooled_prompt_embeds": None if null is None else null.pooled,
-            "original_size": (high, wide),
+            "original_size": (original_height, original_width),
             "crops_coords_top_left": (top, left),
             "target_size": (height, width),
         }

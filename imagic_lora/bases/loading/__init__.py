@@ -1,16 +1,16 @@
-"""From what a user calls a base to its components in memory. Nothing that comes with a base is run.
+"""Loading of a base: from the user's ``--base`` argument to the components in memory. No code that a base contains is executed.
 
 May import: core, bases; ``registry.py`` the families. Must not know: adapters, training, sampling, commands.
 
-- ``registry.py``: a name, a folder, a file or a hub id to a loaded base
-- ``known.py``: bases with a name, a user's own among them, without torch
-- ``published.py``: the published configs of the named ones, without torch
-- ``configs.py``: the configs of a folder or a single file, without torch
-- ``vetting.py``: checks of a stranger's JSON and headers, without torch
+- ``registry.py``: loads a base by name, folder, file or hub id
+- ``known.py``: the named bases, built-in and from the user's YAML file; without torch
+- ``published.py``: the published configs of the built-in bases; without torch
+- ``configs.py``: reads the configs of a folder or a single file; without torch
+- ``vetting.py``: checks JSON files and safetensors headers of untrusted bases; without torch
 - ``files.py``: weight files and fingerprints
-- ``single.py``: a single file in the original layout
-- ``components.py``: U-Net, VAE, text encoder, tokenizer, scheduler, built and filled
-- ``tokenizers.py``: the files of a CLIP tokenizer, without torch
-- ``progress.py``: the libraries' progress bars, hidden
-- ``vocabulary/``: CLIP's own vocabulary, for single files
+- ``single.py``: single files in the original layout
+- ``components.py``: builds U-Net, VAE, text encoders, tokenizers and scheduler, and loads their weights
+- ``tokenizers.py``: the files of a CLIP tokenizer; without torch
+- ``progress.py``: hides the progress bars of diffusers and transformers
+- ``vocabulary/``: the merges of CLIP's vocabulary, for single files
 """

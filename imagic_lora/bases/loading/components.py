@@ -1,7 +1,7 @@
-"""The components of a base, made of vetted JSON and safetensors alone.
+"""Builds the components of a base from vetted JSON and safetensors files.
 
-diffusers' and transformers' own loaders are kept away from its files: they follow what these say to other files, other bases, other
-libraries. Here the classes are fixed, and nothing that comes with a base names what is run or read.
+The ``from_pretrained`` methods of diffusers and transformers never see the files of a base: they follow references in configs to other
+files, other repositories and other libraries. Here the classes are fixed, and no file of a base selects code to execute or files to read.
 """
 
 from __future__ import annotations
@@ -21,115 +21,148 @@ from .files import Files, cast_finite
 from .vetting import library_errors, unusable_base
 
 TEXT_ENCODERS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-_PROBE = "a1~\u4e00"  # characters that not every vocabulary has
+_PROBE = "a1~\u4e00"  # includes characters that some vocabularies lack
 
 
 def model(
-    kind: type[UNet2DConditionModel] | type[AutoencoderKL], config: dict[str, Any], files: Files, part: str, dtype: torch.dtype
+    model_class: type[UNet2DConditionModel] | type[AutoencoderKL], config: dict[str, Any], files: Files, part: str, dtype: torch.dtype
 ) -> Any:
-    """A U-Net or a VAE, whose weights are exactly those that its config asks for.
+    """A U-Net or a VAE with the weights of its files.
+
+    Args:
+        model_class: class of the model.
+        config: vetted config.
+        files: files of the base.
+        part: component name, ``unet`` or ``vae``.
+        dtype: precision of the weights.
 
     Raises:
-        ImagicError: they are not, or cannot be read.
+        ImagicError: the model cannot be built from the config; tensors are missing, unexpected, of another shape or not finite.
     """
-    where = files.place(part)
-    with library_errors(where), torch.device("meta"), no_init_weights():
-        made: Any = kind.from_config(config)
+    path = files.component_path(part)
+    with library_errors(path), torch.device("meta"), no_init_weights():
+        module: Any = model_class.from_config(config)
     state = files.tensors(part)
-    made._fix_state_dict_keys_on_load(state)  # names of diffusers' early days, which the VAE of Stable Diffusion 1.5 has
-    _same({name: value.shape for name, value in made.state_dict().items()}, {name: value.shape for name, value in state.items()}, where)
-    made.load_state_dict(cast_finite(state, dtype, where), assign=True)
-    if any(one.is_meta for one in made.buffers()):
-        raise unusable_base(f"{where} has parts that no file holds", "a U-Net or VAE of Stable Diffusion")
-    return made
+    module._fix_state_dict_keys_on_load(state)  # renames outdated names, which the VAE of Stable Diffusion 1.5 has
+    expected = {name: value.shape for name, value in module.state_dict().items()}
+    _check_names_and_shapes(expected, {name: value.shape for name, value in state.items()}, path)
+    module.load_state_dict(cast_finite(state, dtype, path), assign=True)
+    if any(buffer.is_meta for buffer in module.buffers()):
+        raise unusable_base(f"{path} has buffers that no weight file contains", "a U-Net or VAE of Stable Diffusion")
+    return module
 
 
-def _same(asked: dict[str, torch.Size], held: dict[str, torch.Size], where: Path) -> None:
-    missing, extra = sorted(asked.keys() - held.keys()), sorted(held.keys() - asked.keys())
-    shapes = [name for name in asked if name in held and asked[name] != held[name]]
-    for names, what in ((missing, "are missing"), (extra, "are not in its config"), (shapes, "are not of the shape in its config")):
+def _check_names_and_shapes(expected: dict[str, torch.Size], actual: dict[str, torch.Size], path: Path) -> None:
+    missing, extra = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
+    misshapen = [name for name in expected if name in actual and expected[name] != actual[name]]
+    problems = ((missing, "are missing"), (extra, "are not in its config"), (misshapen, "have another shape than in its config"))
+    for names, problem in problems:
         if names:
             raise unusable_base(
-                f"{len(names)} tensors of {where} {what}, {names[0][:80]!r} among them", "the weights that the config describes"
+                f"{len(names)} tensors of {path} {problem}, for example {names[0][:80]!r}", "the weights that the config describes"
             )
 
 
 def text_encoder(config: dict[str, Any], files: Files, part: str, dtype: torch.dtype) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """A text encoder; transformers is given the weights and no file.
+    """A text encoder. transformers gets its weights as tensors and reads no file.
+
+    Args:
+        config: vetted config.
+        files: files of the base.
+        part: component name, ``text_encoder`` or ``text_encoder_2``.
+        dtype: precision of the weights.
 
     Raises:
         ImagicError: as :func:`model`.
     """
-    where, state = files.place(part), files.tensors(part)
-    held, asked = sum(value.numel() for value in state.values()), text_parameters(config, projects=part == "text_encoder_2")
-    if held != asked:
-        raise unusable_base(f"{where} holds {held:,} weights", f"the {asked:,} that its config describes")
-    with library_errors(where):
+    path, state = files.component_path(part), files.tensors(part)
+    actual, expected = sum(value.numel() for value in state.values()), text_parameters(config, projects=part == "text_encoder_2")
+    if actual != expected:
+        raise unusable_base(f"{path} holds {actual:,} weights", f"the {expected:,} that its config describes")
+    with library_errors(path):
         loaded: Any = TEXT_ENCODERS[part].from_pretrained(
-            None, config=CLIPTextConfig(**config), state_dict=cast_finite(state, dtype, where), dtype=dtype, output_loading_info=True
+            None, config=CLIPTextConfig(**config), state_dict=cast_finite(state, dtype, path), dtype=dtype, output_loading_info=True
         )
-    made, told = loaded
-    if any(told.values()):
-        odd = next(name for names in told.values() for name in names)
+    module, loading_info = loaded
+    if any(loading_info.values()):
+        name = next(name for names in loading_info.values() for name in names)
         raise unusable_base(
-            f"the tensors of {where} are not those of a CLIP text encoder: {str(odd)[:80]!r}", "the weights that the config describes"
+            f"{path} does not hold the tensors of a CLIP text encoder: problem with {str(name)[:80]!r}",
+            "the weights that the config describes",
         )
-    return made
+    return module
 
 
 def tokenizer(text: dict[str, Any], files: Files, part: str) -> CLIPTokenizer:
-    """The tokenizer, read from a copy that holds what was vetted and nothing else.
+    """A tokenizer, read from a temporary folder that holds only vetted files.
 
     Args:
-        text: config of the text encoder, which it has to fit.
+        text: config of the text encoder that the tokenizer belongs to.
+        files: files of the base.
+        part: component name, ``tokenizer`` or ``tokenizer_2``.
 
     Raises:
-        ImagicError: it cannot be read, or gives what the text encoder cannot take.
+        ImagicError: the tokenizer cannot be read, or its ids or lengths do not match the text encoder.
     """
-    where = files.place(part)
-    with TemporaryDirectory() as copy, library_errors(where):
+    path, length, vocabulary_size = files.component_path(part), text["max_position_embeddings"], text["vocab_size"]
+    with TemporaryDirectory() as copy, library_errors(path):
         for name, content in files.tokenizer(part).items():
             Path(copy, name).write_text(content, encoding="utf-8")
-        made = CLIPTokenizer.from_pretrained(copy, local_files_only=True)
-        if (length := made.model_max_length) < text["max_position_embeddings"]:
-            raise unusable_base(f"{where} reads {length} tokens", f"the {text['max_position_embeddings']} that the text encoder takes")
-        length = made.model_max_length = text["max_position_embeddings"]
-        ids = made(_PROBE, padding="max_length", max_length=length, truncation=True).input_ids
-        highest = max(made.get_vocab().values())
-    if len(ids) != length or length < 3 or ids[0] != made.bos_token_id:
-        raise unusable_base(f"{where} reads {length} tokens, the first of them {ids[:1]}", "a tokenizer of CLIP")
-    if highest >= text["vocab_size"]:
-        raise unusable_base(f"{where} has a token {highest}", f"numbers below the {text['vocab_size']} that the text encoder knows")
-    return made
+        clip = CLIPTokenizer.from_pretrained(copy, local_files_only=True)
+        if clip.model_max_length < length:
+            raise unusable_base(
+                f"{path} has the model_max_length {clip.model_max_length}",
+                f"at least {length}, the max_position_embeddings of the text encoder",
+            )
+        clip.model_max_length = length
+        ids = clip(_PROBE, padding="max_length", max_length=length, truncation=True).input_ids
+        highest = max(clip.get_vocab().values())
+    if len(ids) != length or length < 3 or ids[0] != clip.bos_token_id:
+        raise unusable_base(
+            f"{path} encodes a prompt as {len(ids)} tokens that begin with {ids[:1]}", f"{length} tokens that begin with CLIP's start token"
+        )
+    if highest >= vocabulary_size:
+        raise unusable_base(f"{path} has the token id {highest}", f"ids below {vocabulary_size}, the vocab_size of the text encoder")
+    return clip
 
 
 def scheduler(config: dict[str, Any], files: Files, few_steps: int | None = None) -> Any:
-    """The scheduler of the kind that its config names, which has been seen to make a schedule.
+    """A scheduler of the class that its config names, after a check that it produces a valid noise schedule.
+
+    Args:
+        config: config of the scheduler; ``_class_name`` is its class.
+        files: files of the base.
+        few_steps: number of sampling steps of a distilled base.
 
     Raises:
-        ImagicError: diffusers has none of that name, or the config is none of it.
+        ImagicError: diffusers has no scheduler class of this name; the config is invalid; the noise process is not that of DDPM.
     """
-    where, name = files.place("scheduler"), config.get("_class_name")
-    with library_errors(where):
-        kind: Any = getattr(schedulers, name, None) if isinstance(name, str) else None
-        if not _is_scheduler(kind):
-            raise unusable_base(f"{where} has a scheduler {reprlib.repr(name)}", "one of diffusers whose libraries are installed")
-        if _is_other_process(str(name), kind, config):
-            raise unusable_base(f"{where} has a scheduler {name} that noises by another rule than DDPM's", "one of Stable Diffusion")
-        tried = kind.from_config(config)
-        tried.set_timesteps(min(10, tried.config.num_train_timesteps))
-        distilled_timesteps(tried, few_steps)
-        training: Any = DDPMScheduler.from_config(dict(tried.config))
-        kept = training.alphas_cumprod
-        if len(kept) != tried.config.num_train_timesteps or not bool(((kept >= 0) & (kept <= 1)).all()):
-            raise unusable_base(f"{where} has betas that make no noise", "betas between 0 and 1, one for each timestep")
-        return kind.from_config(config)
+    path, name = files.component_path("scheduler"), config.get("_class_name")
+    with library_errors(path):
+        scheduler_class: Any = getattr(schedulers, name, None) if isinstance(name, str) else None
+        if not _is_scheduler(scheduler_class):
+            raise unusable_base(
+                f"{path} names the scheduler {reprlib.repr(name)}", "a scheduler of diffusers whose dependencies are installed"
+            )
+        if _has_other_noise_process(str(name), scheduler_class, config):
+            raise unusable_base(f"{path} has a {name} whose noise process is not that of DDPM", "a scheduler of Stable Diffusion")
+        trial = scheduler_class.from_config(config)
+        trial.set_timesteps(min(10, trial.config.num_train_timesteps))
+        distilled_timesteps(trial, few_steps)
+        training: Any = DDPMScheduler.from_config(dict(trial.config))
+        alphas = training.alphas_cumprod
+        if len(alphas) != trial.config.num_train_timesteps or not bool(((alphas >= 0) & (alphas <= 1)).all()):
+            raise unusable_base(
+                f"{path} has betas that give no valid noise schedule", "betas between 0 and 1, one for each training timestep"
+            )
+        return scheduler_class.from_config(config)
 
 
 def distilled_timesteps(scheduler: Any, few_steps: int | None) -> torch.Tensor | None:
-    """The timesteps that a distilled base samples at, ascending; None for one that samples at any.
+    """Timesteps that a distilled base is trained at, ascending, int64; None for a base that is not distilled.
 
-    A consistency sampler takes its few from those that its base was distilled at, which are all given.
+    They are the ``few_steps`` sampling timesteps. A scheduler of a consistency model selects its sampling timesteps from the
+    ``original_inference_steps`` timesteps that the base was distilled at: for it, all of these are returned.
     """
     if few_steps is None:
         return None
@@ -138,11 +171,11 @@ def distilled_timesteps(scheduler: Any, few_steps: int | None) -> torch.Tensor |
     return copy.timesteps.round().long().sort().values
 
 
-def _is_other_process(name: str, kind: Any, config: dict[str, Any]) -> bool:
-    """Whether a base was made with other noise than is trained with here: EDM's (arXiv 2206.00364), a flow's."""
-    odd = name.startswith(("EDM", "FlowMatch")) or config.get("timestep_type", "discrete") != "discrete" or config.get("use_flow_sigmas")
-    return bool(odd) or not hasattr(kind, "add_noise")
+def _has_other_noise_process(name: str, scheduler_class: Any, config: dict[str, Any]) -> bool:
+    """Whether the scheduler belongs to another noise process than DDPM's: that of EDM (arXiv 2206.00364) or of flow matching."""
+    other = name.startswith(("EDM", "FlowMatch")) or config.get("timestep_type", "discrete") != "discrete" or config.get("use_flow_sigmas")
+    return bool(other) or not hasattr(scheduler_class, "add_noise")
 
 
-def _is_scheduler(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+def _is_scheduler(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, SchedulerMixin)

@@ -1,4 +1,4 @@
-"""The weights of a base: safetensors and nothing else, under the names that diffusers gives them. And their fingerprint."""
+"""The weights of a base, read from safetensors files under diffusers' tensor names, and their fingerprint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ImagicError
-from ...core.tensors import opened
+from ...core.tensors import open_safetensors
 from ..architecture import Architecture
 from .configs import architecture_at
 from .known import BaseEntry
@@ -26,68 +26,73 @@ STEMS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
-_SAMPLES = 16  # values of a tensor that enter the fingerprint
-_MOST = 2**32  # weights of a component; the largest of Stable Diffusion XL has two thirds of that
+"""Name of a component's weight file without its extension, by component."""
+_FINGERPRINT_VALUES = 16  # sampled values of each tensor
+_MAX_WEIGHTS = 2**32  # of one component; the U-Net of Stable Diffusion XL, the largest supported, has about 0.6 of that
 
 
 class Files(ABC):
-    """Where a base is read from. Components have the names of their folders in diffusers' format.
+    """The files of a base. Components are named as the folders of diffusers' format: ``unet``, ``vae``, ``text_encoder``, ...
 
     Args:
-        known: what is known of the base besides its files.
+        path: folder or single file.
+        entry: entry of a named base, whose settings override those of the files; None for other bases.
     """
 
-    def __init__(self, path: Path, known: BaseEntry | None = None) -> None:
-        self.path, self.entry = path, known
+    def __init__(self, path: Path, entry: BaseEntry | None = None) -> None:
+        self.path, self.entry = path, entry
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The configs of its components, read once."""
+        """Configs of the components. They are read at the first access."""
         return architecture_at(self.path, self.entry)
 
     @abstractmethod
-    def place(self, part: str) -> Path:
-        """Where a component is, for messages."""
+    def component_path(self, part: str) -> Path:
+        """Folder or file of a component, for error messages."""
 
     @abstractmethod
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a component under diffusers' names, as views of files that are read as they are used."""
+        """Tensors of a component by diffusers' names. They are memory-mapped: the file is read when a tensor is used."""
 
     @abstractmethod
     def tokenizer(self, part: str) -> dict[str, str]:
-        """The files of a tokenizer: names and vetted text."""
+        """Files of a tokenizer: vetted content by file name."""
 
 
 class Folder(Files):
     """A base in diffusers' own format: ``model_index.json`` and a folder for each component."""
 
-    def place(self, part: str) -> Path:
+    def component_path(self, part: str) -> Path:
         return self.path / part
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """All tensors of a component, without position ids, which are no weights.
+        """Tensors of a component by diffusers' names, without position ids, which are buffers and not weights.
 
         Raises:
-            ImagicError: there is no such file, one is not whole, or it holds something that is no weight, or far too many of them.
+            ImagicError: there is no weight file; a file is incomplete; a tensor is in two files, or is not F32, F16 or BF16; there are
+                more than 2**32 weights.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path in weight_files(self.path, part):
             for name, tensor in weights(path).items():
-                if name in found:
-                    raise unusable_base(f"{path} holds {name[:80]!r}, as another file beside it does", "every tensor once")
-                found[name] = tensor
-        if not found:
-            raise unusable_base(f"{self.place(part)} holds no weights", f"{STEMS[part]}.safetensors; pickles (.bin, .ckpt) are not read")
-        return check_count(found, self.place(part))
+                if name in tensors:
+                    raise unusable_base(f"{path} holds {name[:80]!r}, and so does another file of the folder", "each tensor once")
+                tensors[name] = tensor
+        if not tensors:
+            raise unusable_base(
+                f"{self.component_path(part)} holds no weights", f"{STEMS[part]}.safetensors; pickles (.bin, .ckpt) are not read"
+            )
+        return check_count(tensors, self.component_path(part))
 
     def tokenizer(self, part: str) -> dict[str, str]:
         return tokenizer_files(self.path / part)
 
 
 def weight_files(folder: Path, component: str) -> list[Path]:
-    """The safetensors files that a component is loaded from: the one whole file, else its shards, else either in the fp16 variant.
+    """The safetensors files of a component: one whole file, otherwise shards, otherwise either of them in the fp16 variant.
 
-    They are found by their names. An index of shards, which might name any file anywhere, is not read.
+    The files are found by their names. The index of shards is not read, because it could name files outside the folder.
     """
     for stem in (STEMS[component], f"{STEMS[component]}.fp16"):
         for pattern in (f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors"):
@@ -98,62 +103,69 @@ def weight_files(folder: Path, component: str) -> list[Path]:
 
 
 def weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-    """The tensors of a file as views of it, without position ids.
+    """Memory-mapped tensors of a safetensors file by name, without position ids.
 
     Args:
-        prefixes: of the names that are asked for.
+        path: the file.
+        prefixes: only tensors whose name starts with one of these are returned.
 
     Raises:
-        ImagicError: it is not whole, or holds something that is no weight.
+        ImagicError: the file is incomplete; a returned tensor is not F32, F16 or BF16.
     """
-    found: dict[str, Tensor] = {}
-    with opened(path) as file:
-        for name in file.keys():  # noqa: SIM118  # not a mapping
+    tensors: dict[str, Tensor] = {}
+    with open_safetensors(path) as file:
+        for name in file.keys():  # noqa: SIM118  # safe_open is not a mapping
             if name.endswith("position_ids") or not name.startswith(prefixes):
                 continue
-            if (kind := file.get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
-                raise unusable_base(f"{path} holds {name[:80]!r} as {kind}", "weights in F32, F16 or BF16")
-            found[name] = file.get_tensor(name)
-    return found
+            if (dtype := file.get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
+                raise unusable_base(f"{path} holds {name[:80]!r} as {dtype}", "weights in F32, F16 or BF16")
+            tensors[name] = file.get_tensor(name)
+    return tensors
 
 
 def check_count(state: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
-    """The tensors.
+    """Returns the tensors unchanged.
 
     Raises:
-        ImagicError: there are far too many weights.
+        ImagicError: there are more than 2**32 weights.
     """
-    if (count := sum(tensor.numel() for tensor in state.values())) > _MOST:
-        raise unusable_base(f"{where} holds {count:,} weights", f"at most {_MOST:,}")
+    if (count := sum(tensor.numel() for tensor in state.values())) > _MAX_WEIGHTS:
+        raise unusable_base(f"{where} holds {count:,} weights", f"at most {_MAX_WEIGHTS:,}")
     return state
 
 
 def cast_finite(state: dict[str, Tensor], dtype: torch.dtype, where: Path) -> dict[str, Tensor]:
-    """The tensors in another precision.
+    """Converts tensors to another precision.
 
     Raises:
-        ImagicError: a value is not finite, or is no longer: it would paint black pictures.
+        ImagicError: a converted value is NaN or infinity, which would turn every image black.
     """
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
     for name, tensor in state.items():
-        if tensor.numel() and not all(math.isfinite(end) for end in torch.aminmax(tensor)):
+        if tensor.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
             got = f"{name[:80]!r} in {where} holds NaN or infinity in {str(dtype).removeprefix('torch.')}"
             raise ImagicError(got, "finite weights", "try --dtype fp32, or download the base again")
     return state
 
 
 def fingerprint(files: Files, components: Iterable[str], prediction: str) -> str:
-    """A hash over names, shapes and sampled values of every tensor, the values rounded to half precision, and what they predict.
+    """SHA-256 over the prediction type and the name, shape and 16 sampled values of every tensor, the values rounded to half precision.
 
-    So the same weights have the same fingerprint in fp16, in fp32 and in a single file. Only the first row of a tensor is read, which keeps
-    it fast at any size.
+    The same weights have the same fingerprint in fp16, in fp32 and in a single file. Only the first row of each tensor is read, so that it
+    takes little time at any size.
+
+    Args:
+        files: files of the base.
+        components: names of the components to include, in a fixed order.
+        prediction: prediction type; ``epsilon`` adds nothing to the hash.
     """
     digest = hashlib.sha256(b"" if prediction == "epsilon" else prediction.encode())
     for component in components:
-        rows = {name.removeprefix("text_model."): tensor for name, tensor in files.tensors(component).items()}  # older libraries say so
+        # older versions of transformers write the prefix
+        rows = {name.removeprefix("text_model."): tensor for name, tensor in files.tensors(component).items()}
         for name in sorted(rows):
             flat = (rows[name][0:1] if rows[name].ndim else rows[name]).flatten()
-            picked = flat[torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel())).long()]
+            sampled = flat[torch.linspace(0, flat.numel() - 1, min(_FINGERPRINT_VALUES, flat.numel())).long()]
             digest.update(f"{component}.{name}{list(rows[name].shape)}".encode())
-            digest.update(picked.half().numpy().tobytes())
+            digest.update(sampled.half().numpy().tobytes())
     return digest.hexdigest()

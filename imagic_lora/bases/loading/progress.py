@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 def hide_progress_bars() -> None:
-    """No bars for reading files; downloads keep theirs."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
+    """Hides the progress bars of diffusers and transformers for reading files. Download progress bars stay visible."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    of_diffusers.disable_progress_bar()
-    of_transformers.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What bases are made of, without torch: the published sizes of the named ones, and the configs of a folder."""
+"""The published component configs of the built-in bases. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ _SCHEDULER = {"clip_sample": False, "steps_offset": 1, "beta_start": 0.00085, "b
 
 _CLIP_L = _TEXT | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
 
+# sample_size of a U-Net is the side of its latents, sample_size of a VAE is the side of its images in pixels
 PUBLISHED: dict[str, Architecture] = {
-    # Stable Diffusion 1.5: an 860M U-Net at 64x64 latents, CLIP ViT-L/14's text encoder (arXiv 2112.10752, its model card)
+    # Stable Diffusion 1.5: U-Net of 860M parameters, 64x64 latents, text encoder of CLIP ViT-L/14 (arXiv 2112.10752 and the model card)
     "sd15": Architecture(
         _UNET | {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
         _VAE | {"sample_size": 512, "scaling_factor": 0.18215},
         _CLIP_L,
         _SCHEDULER | {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "prediction_type": "epsilon"},
     ),
-    # Stable Diffusion 2.1: heads of 64 channels, linear projections, 23 layers of OpenCLIP ViT-H, 768x768, v-prediction
+    # Stable Diffusion 2.1: attention heads of 64 channels, linear projections, 23 layers of OpenCLIP ViT-H, 768x768 pixels, v-prediction
     "sd21": Architecture(
         _UNET | {"sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
         _VAE | {"sample_size": 768, "scaling_factor": 0.18215},
@@ -45,7 +46,7 @@ PUBLISHED: dict[str, Architecture] = {
         | {"projection_dim": 512, "pad_token_id": 1},
         _SCHEDULER | {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, "prediction_type": "v_prediction"},
     ),
-    # Stable Diffusion XL 1.0: a 2.6B U-Net at 128x128 latents, CLIP ViT-L and OpenCLIP ViT-bigG, size ids (arXiv 2307.01952)
+    # Stable Diffusion XL 1.0: U-Net of 2.6B parameters, 128x128 latents, CLIP ViT-L and OpenCLIP ViT-bigG, size ids (arXiv 2307.01952)
     "sdxl": Architecture(
         _UNET
         | {
@@ -71,8 +72,7 @@ PUBLISHED: dict[str, Architecture] = {
     ),
 }
 
-
-PUBLISHED["sdxl-turbo"] = replace(  # arXiv 2311.17042
+PUBLISHED["sdxl-turbo"] = replace(  # distilled from SDXL (arXiv 2311.17042)
     PUBLISHED["sdxl"],
     unet=PUBLISHED["sdxl"].unet | {"sample_size": 64},
     scheduler=_SCHEDULER | {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing", "prediction_type": "epsilon"},

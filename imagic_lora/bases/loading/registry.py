@@ -1,4 +1,4 @@
-"""From what a user calls a base to the base itself."""
+"""Loads a base by name, folder, single file or hub id."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from .published import PUBLISHED
 from .single import SingleFile
 from .tokenizers import TOKENIZER_FILES
 
-_CONFIGS = [  # of a hub id; nothing of it is run, or even read, on the way
+_CONFIGS = [  # files to download from a hub repository; downloading neither parses nor executes them
     "model_index.json",
     "scheduler/scheduler_config.json",
     *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in TOKENIZER_FILES),
     *(f"{part}/config.json" for part in STEMS),
 ]
 
-_ENDS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files; no hub id ends so
+_FILE_EXTENSIONS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # a name with one of these is a file, not a hub id
 
 
-def _weights(variant: str) -> list[str]:
+def _weight_patterns(variant: str) -> list[str]:
+    """Patterns of the weight files to download: whole files and shards of a variant ("" or ".fp16")."""
     return [f"{part}/{stem}{variant}{shard}.safetensors" for part, stem in STEMS.items() for shard in ("", "-?????-of-?????")]
 
 
 def architecture_of(name: str, revision: str | None = None) -> Architecture:
-    """The architecture of any base; of a hub id without published sizes, by fetching its configs.
+    """The architecture of any base. Only the configs of a hub id are downloaded, and none of a built-in base.
 
     Raises:
-        ImagicError: as :func:`locate`; a family without support.
+        ImagicError: as :func:`locate`; the family of the base is not supported.
     """
     if name in PUBLISHED:
         return PUBLISHED[name]
@@ -49,63 +50,70 @@ def files_of(name: str, revision: str | None = None, configs: bool = False) -> F
     """The files of any base.
 
     Args:
-        configs: nothing else is fetched.
+        name: name of a base, folder, single file, or hub id.
+        revision: branch, tag or commit of a hub id; None for that of the base's entry, otherwise the default branch.
+        configs: True to download only the configs of a hub id.
 
     Raises:
         ImagicError: as :func:`locate`.
     """
-    place = locate(name, revision, configs)
-    return (SingleFile if place.is_file() else Folder)(place, named_base(name))
+    path = locate(name, revision, configs)
+    return (SingleFile if path.is_file() else Folder)(path, named_base(name))
 
 
 def family_of(architecture: Architecture) -> type[StableDiffusion]:
-    """The class of bases that are built so."""
+    """The class of the family that an architecture belongs to."""
     return StableDiffusionXL if architecture.text_encoder_2 else StableDiffusion
 
 
 def locate(name: str, revision: str | None = None, configs: bool = False) -> Path:
-    """Where a base is: a folder in diffusers' format or a single file; a hub id is downloaded unless it is in the cache already.
+    """Path of a base: a folder in diffusers' format or a single file. A hub id is downloaded unless it is in the cache.
 
     Args:
-        configs: without the weights.
+        name, revision, configs: as in :func:`files_of`.
 
     Raises:
-        ImagicError: nothing of that name, not such a folder, or it cannot be fetched.
+        ImagicError: nothing has this name; the path is no such folder, or is an adapter; a revision is given for a local path; the download
+            fails.
     """
-    known = named_base(name)
-    source = known.source if known else name
-    if place := local_path(source):
-        if named := revision or (known.revision if known else None):
-            raise ImagicError(f"revision {named} of {place}", "a revision of a hub id", "leave it out")
-        if place.is_dir() and (place / "adapter.json").is_file():
-            raise ImagicError(f"{place} is an adapter", "the base that it was made on", "to use it: imagic-lora edit")
-        if place.is_dir() and not (place / "model_index.json").is_file():
-            raise ImagicError(
-                f"{place} has no model_index.json", "a folder in diffusers' format", "give the folder that holds unet/, vae/, ..."
-            )
-        return place
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.lower().endswith(_ENDS):
-        whose = f", which {bases_file()} gives as base {name}" if known else ""
-        raise ImagicError(f"no file or folder {source}{whose}", "a base that is there", "check the path")
+    entry = named_base(name)
+    source = entry.source if entry else name
+    revision = revision or (entry.revision if entry else None)
+    if path := local_path(source):
+        return _checked_local(path, revision)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.lower().endswith(_FILE_EXTENSIONS):
+        origin = f", the source of base {name} in {bases_file()}" if entry else ""
+        raise ImagicError(f"no file or folder {source}{origin}", "the path of an existing base", "check the path")
     if "/" not in source:
         names = ", ".join(sorted(named_bases()))
         raise ImagicError(
             f"no base called {name!r}", f"one of {names}, a folder, a file, or a hub id like owner/name", "check the spelling"
         )
-    return _fetched(source, revision or (known.revision if known else None), configs)
+    return _downloaded(source, revision, configs)
 
 
-def _fetched(source: str, revision: str | None, configs: bool) -> Path:
-    """A hub id, in half precision where it comes in nothing else."""
+def _checked_local(path: Path, revision: str | None) -> Path:
+    """Returns the path unchanged; raises ImagicError for a revision, an adapter, or a folder without ``model_index.json``."""
+    if revision:
+        raise ImagicError(f"revision {revision} for the local path {path}", "a revision only for a hub id", "remove the revision")
+    if path.is_dir() and (path / "adapter.json").is_file():
+        raise ImagicError(f"{path} is an adapter", "the base that the adapter was trained on", "to use the adapter, run imagic-lora edit")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise ImagicError(f"{path} has no model_index.json", "a folder in diffusers' format", "give the folder that holds unet/, vae/, ...")
+    return path
+
+
+def _downloaded(source: str, revision: str | None, configs: bool) -> Path:
+    """Folder of a downloaded hub id. The fp16 variant is downloaded only if there are no other weights."""
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_CONFIGS, *([] if configs else _weights(""))]))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_CONFIGS, *([] if configs else _weight_patterns(""))]))
         if not configs and not weight_files(folder, "unet"):
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_CONFIGS, *_weights(".fp16")]))
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_CONFIGS, *_weight_patterns(".fp16")]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ImagicError(
-            f"base {source} cannot be fetched ({first})", "a hub id with safetensors files, or a network to reach it",
-            "check name and network, or download it elsewhere and give its folder with --base",
+            f"base {source} cannot be downloaded ({first})", "a reachable hub id with safetensors files",
+            "check the name and the network, or download the base on another machine and give its folder with --base",
         ) from error  # fmt: skip
     return folder
 
@@ -114,15 +122,18 @@ def load_base(name: str, runtime: Runtime, revision: str | None = None, master_w
     """Loads a base.
 
     Args:
-        name: a known name, a folder, a single file, or a hub id.
-        master_weights: loads the denoiser as what full fine-tuning trains: in fp32, unless the runtime asks for bf16 weights.
+        name: name of a base, folder, single file, or hub id.
+        runtime: device, precision and memory levers.
+        revision: branch, tag or commit of a hub id.
+        master_weights: True for full fine-tuning: the denoiser is loaded in fp32, unless the runtime's ``master_weights`` is
+            ``bf16-stochastic``.
 
     Raises:
-        ImagicError: as :func:`locate`; a family without support; files that are not those of such a base. Nothing in them is run.
+        ImagicError: as :func:`locate`; the family is not supported; the files are invalid. No code in them is executed.
     """
     files = files_of(name, revision)
     if named_base(name) is None and local_path(name):
-        name = str(files.path.resolve())  # so that an adapter finds its base again from any folder
-    elif revision is None and (known := named_base(name)):
-        revision = known.revision
+        name = str(files.path.resolve())  # an adapter records this name, and must find its base from any working directory
+    elif revision is None and (entry := named_base(name)):
+        revision = entry.revision
     return family_of(files.architecture).load(files, name, revision, runtime, master_weights)

@@ -1,4 +1,4 @@
-"""A checkpoint in the original layout, one ``.safetensors`` file, read as the components that diffusers makes of it."""
+"""Single files: ``.safetensors`` checkpoints in the original layout, converted to diffusers' components by diffusers' functions."""
 
 from __future__ import annotations
 
@@ -26,47 +26,50 @@ _PREFIXES = {
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
     "text_encoder_2": ("conditioner.embedders.1.",),
 }
-_MOST = 4000  # tensors of a component; the U-Net of Stable Diffusion XL has 1,680
+_MAX_TENSORS = 4000  # of one component; the U-Net of Stable Diffusion XL has 1,680
 _OPEN_CLIP = {"text_encoder": "cond_stage_model.model.", "text_encoder_2": "conditioner.embedders.1.model."}
 
 
 class SingleFile(Files):
-    """A base in one file. diffusers knows its names; configs and tokenizer come along with this package, or are given."""
+    """A base in one file. Its configs and tokenizer come from this package, or from the ``config`` of its entry."""
 
-    def place(self, part: str) -> Path:
+    def component_path(self, part: str) -> Path:
         return self.path
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """Those of a component, as diffusers names them.
+        """Tensors of a component by diffusers' names.
 
         Raises:
-            ImagicError: the file is not whole, or holds none of it.
+            ImagicError: the file is incomplete; it holds no tensor of the component, or more than 4000; diffusers cannot convert them.
         """
-        held = check_count(weights(self.path, _PREFIXES[part]), self.path)
-        if not 0 < len(held) <= _MOST:
-            raise unusable_base(f"{self.path} holds {len(held)} tensors of a {part}", "a whole checkpoint: U-Net, VAE and text encoders")
+        original = check_count(weights(self.path, _PREFIXES[part]), self.path)
+        if not 0 < len(original) <= _MAX_TENSORS:
+            raise unusable_base(
+                f"{self.path} holds {len(original)} tensors of a {part}", "a complete checkpoint with U-Net, VAE and text encoders"
+            )
         with library_errors(self.path):
-            found = self._converted(part, held)
-        if missing := [name for name, tensor in found.items() if tensor is None]:
-            raise unusable_base(f"{self.path} lacks {missing[0][:80]!r} of its {part}", "a whole checkpoint")
-        return found
+            converted = self._converted(part, original)
+        if missing := [name for name, tensor in converted.items() if tensor is None]:
+            raise unusable_base(f"{self.path} lacks {missing[0][:80]!r} of its {part}", "a complete checkpoint")
+        return converted
 
-    def _converted(self, part: str, held: dict[str, Tensor]) -> dict[str, Tensor]:
-        built = self.architecture
+    def _converted(self, part: str, original: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Renames the tensors of a component from the original layout to diffusers' layout."""
         if part == "unet":
-            return convert_ldm_unet_checkpoint(held, built.unet)
+            return convert_ldm_unet_checkpoint(original, self.architecture.unet)
         if part == "vae":
-            return convert_ldm_vae_checkpoint(held, built.vae)
+            return convert_ldm_vae_checkpoint(original, self.architecture.vae)
         prefix = _OPEN_CLIP[part]
-        if not any(name.startswith(prefix) for name in held):
-            return convert_ldm_clip_checkpoint(held)
-        model: Any = SimpleNamespace(config=SimpleNamespace(hidden_size=built.text_encoders[part]["hidden_size"]))
-        return convert_open_clip_checkpoint(model, held, prefix)
+        if not any(name.startswith(prefix) for name in original):
+            return convert_ldm_clip_checkpoint(original)
+        model: Any = SimpleNamespace(config=SimpleNamespace(hidden_size=self.architecture.text_encoders[part]["hidden_size"]))
+        return convert_open_clip_checkpoint(model, original, prefix)
 
     def tokenizer(self, part: str) -> dict[str, str]:
         config = self.entry.config if self.entry else None
-        given = local_path(config) if config and config not in PUBLISHED else None
-        if given:
-            return tokenizer_files(given / part)
+        folder = local_path(config) if config and config not in PUBLISHED else None
+        if folder:
+            return tokenizer_files(folder / part)
         encoder = self.architecture.text_encoders[part.replace("tokenizer", "text_encoder")]
-        return shipped_tokenizer("!" if encoder.get("hidden_act") == "gelu" else "<|endoftext|>")  # OpenCLIP pads with its first token
+        is_open_clip = encoder.get("hidden_act") == "gelu"
+        return shipped_tokenizer("!" if is_open_clip else "<|endoftext|>")  # OpenCLIP pads with token 0, "!"

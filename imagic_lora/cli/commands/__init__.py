@@ -1,6 +1,6 @@
-"""The commands, one file a group. Each imports torch and diffusers only when it runs, if it needs them at all.
+"""The commands, one file for each group. A command imports torch and diffusers inside its function, and only if it needs them.
 
-May import: everything. Only ``cli/app.py`` imports it.
+May import: every room. Only ``cli/app.py`` and the tests import it.
 
 - ``fit.py``: fit
 - ``edit.py``: edit

@@ -1,4 +1,4 @@
-"""The command that lists bases."""
+"""The command ``bases``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from ..options import Json
 
 
 def bases(*, as_json: Json = False) -> None:
-    """The bases that have a name; your own are added in a YAML file, see docs/bases.md."""
+    """List the bases that have a name.
+
+    --base takes one of these names, a folder, a single .safetensors file or a hub id. You can define names of your own in a YAML file. The
+    path of that file is printed below the table; docs/guide/bases.md describes it.
+    """
     from ...bases.loading.known import SHIPPED, bases_file, named_bases
 
     known = named_bases()
     if as_json:
-        print_json({"file": str(bases_file()), "bases": {name: one.model_dump(mode="json") for name, one in known.items()}})
+        print_json({"file": str(bases_file()), "bases": {name: base.model_dump(mode="json") for name, base in known.items()}})
         return
     table = Table("name", "pixels", "predicts", "steps", "source")
-    for name, one in known.items():
-        pixels, steps = (str(value) if value else "" for value in (one.resolution, one.few_steps))
-        source = "in this package" if name == "critters" else f"{one.source}{f' at {one.revision}' if one.revision else ''}"
-        table.add_row(*map(plain, (name if name in SHIPPED else f"{name} (yours)", pixels, one.prediction or "", steps, source)))
+    for name, base in known.items():
+        pixels, steps = (str(value) if value else "" for value in (base.resolution, base.few_steps))
+        source = "in this package" if name == "critters" else f"{base.source}{f' at {base.revision}' if base.revision else ''}"
+        table.add_row(*map(plain, (name if name in SHIPPED else f"{name} (yours)", pixels, base.prediction or "", steps, source)))
     out.print(table)
-    err.print(f"Your own: {plain(bases_file())}", highlight=False)
+    err.print(f"Add your own in {plain(bases_file())}", highlight=False)

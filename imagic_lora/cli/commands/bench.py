@@ -1,4 +1,4 @@
-"""The commands that measure."""
+"""The benchmark commands."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from rich.table import Table
 
 from ...core.errors import ImagicError
 from ..console import err, out, plain, print_json, progress
+from ..libraries import import_libraries
 from ..options import Json
 
 if TYPE_CHECKING:
     from ...bench.page import Table as Cells
 
-bench = App(name="bench", help="Measure editing where the true edit is known.")
+bench = App(name="bench", help="Benchmark editing methods on images whose true edit is known.")
 
 
 @bench.command
@@ -30,22 +31,26 @@ def critters(
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
     as_json: Json = False,
 ) -> None:
-    """CritterBench: edits of pictures whose true edit is known, scored by a judge that no method has seen.
+    """Run CritterBench: edit rendered images whose true edit is known, and score the results.
 
-    What an earlier run with the same folder did is not done again. Writes summary.json and index.html.
+    The scores come from a separate network that no method uses. The run writes summary.json and index.html. Results that are already in the
+    folder are reused: after an interruption, start the same command again.
+
+        imagic-lora bench critters --methods imagic-lora,sdedit --cases 8
 
     Parameters
     ----------
     cases
-        Number of edits; half of them change the pose.
+        Number of edits. Half of them change the pose.
     seed
-        Of the cases. Figures are claimed on seed 7; defaults were chosen on others.
+        Seed of the cases. The published results use seed 7; the defaults were chosen on other seeds.
     methods
-        Some of bounds, prompt-only, sdedit, imagic-lora, imagic-full, reference, reference-retuned, with commas; all where not given.
+        Methods to run, separated by commas. Default: all of bounds, prompt-only, sdedit, imagic-lora, imagic-full, reference,
+        reference-retuned.
     workers
-        Processes that share the CPU.
+        Number of processes. They share the CPU cores.
     out_dir
-        Folder for pictures and results; outputs/bench/critters-SEED where not given.
+        Folder for images and results. Default: outputs/bench/critters-SEED.
     """
     from ...bench.catalogue import chosen
     from ...bench.critters import Bench
@@ -54,10 +59,9 @@ def critters(
 
     for name, value, least in (("--cases", cases, 1), ("--seed", seed, 0), ("--workers", workers, 1)):
         if value < least:
-            raise ImagicError(f"{name} {value}", f"a whole number from {least}", f"choose another {name}")
-    from ...bases.loading.progress import hide_progress_bars
+            raise ImagicError(f"{name} {value}", f"an integer from {least}", f"choose another value for {name}")
 
-    hide_progress_bars()
+    import_libraries()
     run = Bench(seed, cases, chosen(methods), out_dir or Path("outputs/bench") / f"critters-{seed}")
     run.out.mkdir(parents=True, exist_ok=True)
     results = list(progress(run.results(workers), cases * len(run.methods), "cases x methods"))
@@ -70,14 +74,14 @@ def critters(
     for title, cells in tables(summary).items():
         out.print(_table(title, cells))
     if summary["failed"]:
-        err.print(f"[yellow]{summary['failed']} failed[/]; why is in {plain(page)}")
-    err.print(f"[green]Look at[/] {plain(page)}")
+        err.print(f"[yellow]{summary['failed']} failed[/]; the tracebacks are in {plain(page)}")
+    err.print(f"[green]Wrote[/] {plain(page)}")
 
 
 def _table(title: str, cells: Cells) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for k, name in enumerate(cells.columns):
-        table.add_column(name, justify="right" if k else "left", no_wrap=k == 0)
+    for index, name in enumerate(cells.columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
     for row in cells.rows:
         table.add_row(*map(plain, row))
     return table

@@ -1,4 +1,4 @@
-"""The commands that make something else of a stored adapter."""
+"""The commands ``compress`` and ``export``, which convert a stored adapter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from ..console import err, plain, print_json, progress
+from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, suggested_etas
 from .store import summary
 
@@ -23,52 +24,54 @@ def compress(
     overwrite: Flag = False,
     as_json: Json = False,
 ) -> None:
-    """Make a small LoRA adapter of a full one: the nearest to it at a rank, and how far that is.
+    """Compress a full adapter into a small LoRA adapter.
 
-    Works on the CPU, minutes for a base of the size of Stable Diffusion.
+    The new adapter is the best approximation of the given rank. It runs on the CPU and takes some minutes for Stable Diffusion.
+
+        imagic-lora compress rex --rank 16
 
     Parameters
     ----------
     adapter
-        An adapter of mode full, see: imagic-lora list
+        Name of an adapter of mode full, as imagic-lora list prints it.
     rank
-        Of the LoRA matrices, on every linear and convolutional layer.
+        Rank of the LoRA matrices. Every linear and convolutional layer gets LoRA matrices.
     name
-        Name of the new adapter; ADAPTER-rRANK where not given.
+        Name of the new adapter. Default: ADAPTER-rRANK.
     base
-        Load the base from here instead of where the adapter says; it must be the same weights.
+        Load the base from this name, folder, file or hub id instead of the one in the adapter. The weights must be the same.
     overwrite
-        Replace an adapter of the same name.
+        Replace an existing adapter of the same name.
     """
     from ...adapters.compress import check_compression
-    from ...adapters.compress import compress as compressed
+    from ...adapters.compress import compress as compress_adapter
     from ...adapters.store import Store
-    from ...bases.loading.progress import hide_progress_bars
     from ...bases.loading.registry import load_base
     from ...core.config import MemoryConfig
     from ...core.runtime import resolve_runtime
 
-    hide_progress_bars()
+    import_libraries()
     adapters = Store(store)
     full = adapters.read(adapter)
-    named = name or f"{full.name}-r{rank}"
+    new_name = name or f"{full.name}-r{rank}"
     check_compression(full, rank)
-    adapters.check_free(named, overwrite)
-    source = (base, None) if base else (full.record.base.name, full.record.base.revision)
-    runtime = resolve_runtime(MemoryConfig(device="cpu", dtype="fp32", idle="release"))
-    opened = load_base(source[0], runtime, source[1])
-    made = compressed(full, opened, rank, adapters, named, overwrite, lambda names: progress(names, len(names), "tensors"))
-    assert made.record.compressed is not None
-    lost = made.record.compressed.error
+    adapters.check_free(new_name, overwrite)
+    source, revision = (base, None) if base else (full.record.base.name, full.record.base.revision)
+    loaded = load_base(source, resolve_runtime(MemoryConfig(device="cpu", dtype="fp32", idle="release")), revision)
+    small = compress_adapter(full, loaded, rank, adapters, new_name, overwrite, lambda names: progress(names, len(names), "tensors"))
+    assert small.record.compressed is not None
+    error = small.record.compressed.error
     if as_json:
-        print_json({"name": made.name, "folder": str(made.folder), "bytes": made.size, "error": lost, **summary(made)})
+        print_json({"name": small.name, "folder": str(small.folder), "bytes": small.size, "error": error, **summary(small)})
         return
-    sizes = f"{made.size / 1e6:.2f} MB of {full.size / 1e6:.2f}"
-    told = f"lost: {lost:.1%} of the norm of what was changed, of which pictures show little (docs/adapters.md)."
-    err.print(f"[green]Stored[/] {plain(made.folder)} ({sizes}); {told}", highlight=False)
-    if made.size > full.size:
-        err.print("[yellow]Warning:[/] it is larger than the full adapter; choose a lower --rank")
-    err.print(f"  imagic-lora edit {made.name} --eta {suggested_etas(made.record.config.eta)}", highlight=False)
+    sizes = f"{small.size / 1e6:.2f} MB instead of {full.size / 1e6:.2f} MB"
+    err.print(f"[green]Stored[/] {plain(small.folder)} ({sizes})", highlight=False)
+    err.print(
+        f"Relative error of the weight change: {error:.1%}. It has little effect on images (docs/guide/adapters.md).", highlight=False
+    )
+    if small.size > full.size:
+        err.print("[yellow]Warning:[/] the new adapter is larger than the full adapter; choose a lower --rank")
+    err.print(f"  imagic-lora edit {small.name} --eta {suggested_etas(small.record.config.eta)}", highlight=False)
 
 
 def export(
@@ -80,23 +83,25 @@ def export(
     overwrite: Flag = False,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter for other programs, with its embeddings and a page on how to use them.
+    """Export an adapter for other programs, with its embeddings and a page of instructions.
+
+        imagic-lora export rex --format kohya
 
     Parameters
     ----------
     name
-        The adapter, see: imagic-lora list
+        Name of the adapter, as imagic-lora list prints it.
     kind
-        kohya is one file that ComfyUI and A1111 read (mode lora), diffusers a folder that diffusers reads (either mode).
+        kohya: one file for ComfyUI and A1111, for adapters of mode lora. diffusers: a folder for diffusers, for both modes.
     out
-        Folder to write into.
+        Output folder.
     overwrite
-        Replace files of the same names.
+        Replace existing files of the same names.
     """
-    from ...adapters.export import export as exported
+    from ...adapters.export import export as export_adapter
     from ...adapters.store import Store
 
-    files = exported(Store(store).read(name), kind, out, overwrite)
+    files = export_adapter(Store(store).read(name), kind, out, overwrite)
     if as_json:
         print_json({"name": name, "format": kind, "files": [str(file) for file in files]})
         return

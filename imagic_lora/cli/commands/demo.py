@@ -1,27 +1,29 @@
-"""The demo command."""
+"""The command ``demo``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..console import err, plain, print_json, show_progress
+from ..libraries import import_libraries
 from ..options import Json
 
 
 def demo(*, out: Path = Path("outputs/demo"), as_json: Json = False) -> None:
-    """Fit and edit one shipped picture on the embedded base, and show it beside the true edit.
+    """Fit and edit an example image on the embedded base.
+
+    The demo needs no photo, no download and no GPU. It writes a sheet with the edits at several etas and the true edit.
 
     Parameters
     ----------
     out
-        Folder for the sheet, the pictures and the adapter.
+        Folder for the sheet, the images and the adapter.
     """
-    from ...bases.loading.progress import hide_progress_bars
     from ..demo import run_demo
 
-    hide_progress_bars()
-    page = run_demo(out, show_progress)
+    import_libraries()
+    sheet = run_demo(out, show_progress)
     if as_json:
-        print_json({"sheet": str(page)})
+        print_json({"sheet": str(sheet)})
     else:
-        err.print(f"[green]Look at[/] {plain(page)}")
+        err.print(f"[green]Wrote[/] {plain(sheet)}")

@@ -1,4 +1,4 @@
-"""The command ``doctor``: what this machine has."""
+"""The command ``doctor``."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ...core.machine import find_card, free_host_memory
 from ..console import out, plain, print_json
 from ..options import Json
 
-_NEEDED = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
+_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
 
 
 def doctor(*, as_json: Json = False) -> None:
-    """Device, libraries, free memory, and what is missing."""
-    facts = examine()
+    """Report on this machine: device, precision, free memory, versions of the libraries, and what is missing."""
+    report = examine()
     if as_json:
-        print_json(facts)
+        print_json(report)
         return
     table = Table(show_header=False, box=None, padding=(0, 2))
-    for group, values in facts.items():
+    for group, values in report.items():
         for key, value in values.items():
             table.add_row(f"[dim]{group}[/]", key, plain(value))
     out.print(table)
 
 
 def examine() -> dict[str, dict[str, str]]:
-    """Facts by group: ``system``, ``choices`` (with reasons), ``libraries``, ``missing``."""
+    """Returns the report by group: ``system``, ``choices`` (with their reasons), ``libraries`` and ``missing``."""
     card = find_card()
     system = {
         "python": platform.python_version(),
@@ -45,11 +45,11 @@ def examine() -> dict[str, dict[str, str]]:
     if card:
         system["free memory on the card"] = f"{card.free / 2**30:.1f} GiB"
     else:
-        missing["CUDA"] = "a photo on Stable Diffusion takes hours on a CPU; the critters base takes seconds"
+        missing["CUDA"] = "a fit with Stable Diffusion takes hours on a CPU; a fit with the base critters takes seconds"
     if importlib.util.find_spec("xformers") is None:
         missing["xformers"] = "optional: pip install 'imagic-lora[xformers]' for --attention xformers (CUDA)"
     choices = choose_runtime(MemoryConfig(), card).reasons
-    return {"system": system, "choices": choices, "libraries": {name: _version(name) for name in _NEEDED}, "missing": missing}
+    return {"system": system, "choices": choices, "libraries": {name: _version(name) for name in _LIBRARIES}, "missing": missing}
 
 
 def _version(name: str) -> str:

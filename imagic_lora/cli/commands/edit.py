@@ -1,4 +1,4 @@
-"""The command that makes pictures."""
+"""The command ``edit``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ...adapters.atomic import writable
 from ...core.config import DeviceConfig, EditConfig, PresetOrAuto
 from ...core.errors import ImagicWarning
 from ..console import err, plain, print_json, progress
+from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from ...core.config import RunConfig
     from ...sampling.editor import Edit
 
+SamplingFlags = Annotated[
+    EditConfig | None, Parameter(name="*", group="Sampling (default: the settings stored in the adapter)", show_default=False)
+]
+
 
 def edit(
     name: str,
@@ -30,9 +35,7 @@ def edit(
     eta: str | None = None,
     seed: str = "0",
     prompt: str | None = None,
-    settings: Annotated[
-        EditConfig | None, Parameter(name="*", group="Sampling (the adapter's own settings where not given)", show_default=False)
-    ] = None,
+    settings: SamplingFlags = None,
     device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device and memory")] = None,
     preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
     base: str | None = None,
@@ -41,36 +44,39 @@ def edit(
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make pictures from a stored adapter.
+    """Generate images from a stored adapter.
+
+    One image is written for every eta and seed, and sheet.png shows them side by side. Look at the sheet first, then choose an eta.
+
+        imagic-lora edit rex --eta 0.4:1:0.1 --seed 0:2
 
     Parameters
     ----------
     name
-        The adapter, see: imagic-lora list
+        Name of the adapter, as imagic-lora list prints it.
     eta
-        How far from the photo (0) to the text (1): one value, several (0.5,0.7), or a range with its end (0.3:1:0.1). The adapter's own
-        default where not given.
+        0: the photo. 1: the target prompt alone. One (0.7), several (0.5,0.7), or a range with its end (0.3:1:0.1). Default: the adapter's.
     seed
-        Seed of the starting noise: one, several (0,3), or a range without its end (0:4).
+        Seed of the starting noise. One (0), several (0,3), or a range without its end (0:4).
     prompt
-        Another target text than the one the adapter was fitted for.
+        Target prompt. Default: the one that the adapter was fitted with.
     preset
-        Memory levers for a size of card; auto takes the fastest that fits 90% of the free memory.
+        Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory.
     base
-        Load the base from here instead of where the adapter says; it must be the same weights, as a folder, a single file or in fp16.
+        Load the base from this name, folder, file or hub id instead. The weights must be the same; format and precision may differ.
     force
-        Use the adapter on other weights of the same shapes as well; the pictures' metadata say so.
+        Allow a base with other weights of the same shapes. The metadata of the images record it.
     out_dir
-        Folder for the pictures; outputs/NAME where not given.
+        Folder for the images. Default: outputs/NAME.
     """
     from ...adapters.store import Store
-    from ...bases.loading.progress import hide_progress_bars
+
+    adapter = Store(store).read(name)
+    record = adapter.record
+    import_libraries(bitsandbytes=record.config.memory.quantize != "none")
     from ...bases.loading.registry import architecture_of
     from ...memory.presets import choose_preset_for_edit
 
-    hide_progress_bars()
-    adapter = Store(store).read(name)
-    record = adapter.record
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     levers = device.model_dump(exclude_unset=True) if device else {}
     source = (base, None) if base else (record.base.name, record.base.revision)
@@ -82,7 +88,7 @@ def edit(
         print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / "sheet.png")})
     else:
         plural = "" if len(written) == 1 else "s"
-        err.print(f"[green]Wrote[/] {len(written)} picture{plural} and {plain(folder / 'sheet.png')}")
+        err.print(f"[green]Wrote[/] {len(written)} image{plural} and {plain(folder / 'sheet.png')}")
 
 
 def _edit(
@@ -95,7 +101,21 @@ def _edit(
     force: bool,
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """Opens the base (name and revision) and writes the images of all etas and seeds into a folder; gives their files."""
+    """Generates the images of all etas and seeds, and writes them into a folder.
+
+    Args:
+        adapter: the stored adapter.
+        source: base and revision.
+        run: settings of stage 3 and memory levers.
+        etas: interpolation values, each in [0, 2].
+        seeds: seeds of the starting noise.
+        prompt: target prompt; None is that of the adapter.
+        force: whether other weights of the same shapes are allowed.
+        folder: output folder.
+
+    Returns:
+        ``file``, ``eta`` and ``seed`` of every image.
+    """
     from ...adapters.contents import read_canvas
     from ...bases.loading.registry import load_base
     from ...core.runtime import resolve_runtime
@@ -105,39 +125,48 @@ def _edit(
     from ...sampling.editor import Editor
 
     config, record = run.edit, adapter.record
-    text = record.prompt if prompt is None else prompt
-    check_edit(etas, seeds, config, text)
+    target_prompt = record.prompt if prompt is None else prompt
+    check_edit(etas, seeds, config, target_prompt)
     with writable(folder):
         pass
     editor = Editor(load_base(source[0], resolve_runtime(run.memory), source[1]), force)
-    edits = progress(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "pictures")
-    foreign = editor.base.fingerprint != record.base.fingerprint
-    if foreign and force:
-        warnings.warn(
-            f"{adapter.name} was made for base {record.base.name}, and is used on {editor.base.name}", ImagicWarning, stacklevel=1
-        )
-    how = {"adapter": adapter.name, "base": editor.base.name, "prompt": text, "edit": config.model_dump()}
-    how |= {"forced": record.base.name} if foreign else {}
-    so_far = f"the pictures made so far are in {folder}"
-    with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", lambda: so_far, EDIT_LEVERS):
-        return _write_edits(edits, folder, how, read_canvas(adapter).photo())
+    edits = progress(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "images")
+    other_weights = editor.base.fingerprint != record.base.fingerprint
+    if other_weights and force:
+        message = f"adapter {adapter.name} was made for base {record.base.name} and is applied to base {editor.base.name}"
+        warnings.warn(message, ImagicWarning, stacklevel=1)
+    metadata = {"adapter": adapter.name, "base": editor.base.name, "prompt": target_prompt, "edit": config.model_dump()}
+    metadata |= {"forced": record.base.name} if other_weights else {}
+    written = f"the images written so far are in {folder}"
+    with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", lambda: written, EDIT_LEVERS):
+        return _write_edits(edits, folder, metadata, read_canvas(adapter).photo())
 
 
-def _write_edits(edits: Iterable[Edit], folder: Path, how: dict[str, Any], photo: Image) -> list[dict[str, Any]]:
-    """Writes every picture as it comes and the sheet at the end, a row for each seed; gives the files of the pictures."""
+def _write_edits(edits: Iterable[Edit], folder: Path, metadata: dict[str, Any], photo: Image) -> list[dict[str, Any]]:
+    """Writes every image as soon as it is generated, and the sheet at the end.
+
+    Args:
+        edits: the images.
+        folder: output folder.
+        metadata: written into every image, with its eta and seed.
+        photo: first image of every row of the sheet. The sheet has one row for each seed.
+
+    Returns:
+        ``file``, ``eta`` and ``seed`` of every image.
+    """
     from ...photos.png import write_png
     from ...photos.sheet import sheet
 
     written: list[dict[str, Any]] = []
     rows: dict[int, list[tuple[str, Image]]] = {}
-    for one in edits:
-        path = folder / f"eta{one.eta:g}-seed{one.seed}.png"
-        write_png(one.image, path, how | {"eta": one.eta, "seed": one.seed})
-        written.append({"file": str(path), "eta": one.eta, "seed": one.seed})
-        rows.setdefault(one.seed, [("photo", photo)]).append((f"eta {one.eta:g} seed {one.seed}", one.image))
+    for result in edits:
+        path = folder / f"eta{result.eta:g}-seed{result.seed}.png"
+        write_png(result.image, path, metadata | {"eta": result.eta, "seed": result.seed})
+        written.append({"file": str(path), "eta": result.eta, "seed": result.seed})
+        rows.setdefault(result.seed, [("photo", photo)]).append((f"eta {result.eta:g} seed {result.seed}", result.image))
     write_png(
-        sheet(list(rows.values()), how["prompt"]),
+        sheet(list(rows.values()), metadata["prompt"]),
         folder / "sheet.png",
-        {name: how[name] for name in ("adapter", "base", "forced") if name in how},
+        {name: metadata[name] for name in ("adapter", "base", "forced") if name in metadata},
     )
     return written

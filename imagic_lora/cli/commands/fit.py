@@ -1,4 +1,4 @@
-"""The command that learns a photo."""
+"""The command ``fit``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ...core.config import RunConfig
 from ...core.errors import ImagicError, Stopped
 from ...core.settings import merged, read_yaml
 from ..console import err, plain, print_active_settings, print_json, show_progress
+from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, suggested_etas
 from .store import summary
 
@@ -38,55 +39,69 @@ def fit(
     overwrite: Flag = False,
     as_json: Json = False,
 ) -> None:
-    """Learn a photo: optimise the text embedding on it, tune the denoiser on it, store the adapter.
+    """Train an adapter on a photo and store it.
 
-    The defaults shown are the built-in ones; a base and a preset may have others, and the run prints what is active.
+    Stage 1 optimises the embedding of the target prompt on the photo. Stage 2 trains the denoiser on the photo. Afterwards imagic-lora edit
+    generates images from the adapter.
+
+        imagic-lora fit dog.jpg "a dog jumping" --base sd15 --name rex
+
+    The defaults below are the built-in ones. A base and a preset may have other defaults; the run prints the active settings.
 
     Parameters
     ----------
     image
-        The photo: JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF; HEIC with the extra heic.
+        The photo: JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF; HEIC needs the extra heic.
     prompt
-        What the edited photo shows, as one sentence: "a dog jumping".
+        Target prompt: describes the edited image, for example "a dog jumping".
     config
-        YAML file of settings, laid over the preset; flags are laid over both.
+        YAML file of settings. It overrides the preset, and flags override the file.
     name
-        Name of the adapter; made from the photo's file name where not given.
+        Name of the adapter. Default: the file name of the photo.
     resume
-        Go on from where the same command was interrupted (Ctrl-C, a kill, a power cut): the same photo, sentence, base and settings.
+        Resume an interrupted fit (Ctrl-C, a crash, a power cut). Photo, prompt, base and settings must be those of the interrupted command.
     overwrite
-        Replace an adapter of the same name, and begin an interrupted fit anew.
+        Replace an existing adapter of the same name, and discard the checkpoints of an interrupted fit.
     """
     from ...adapters.store import Store
-    from ...bases.loading.progress import hide_progress_bars
 
-    hide_progress_bars()
-    run, why, built = configured(settings, config)
-    adapter = _fit(image, prompt, run, why, built, Store(store), name or _slug(image.stem), overwrite, resume)
+    run, why, architecture = configured(settings, config)
+    adapter = _fit(image, prompt, run, why, architecture, Store(store), name or _slug(image.stem), overwrite, resume)
     if adapter is None:
         return
     if as_json:
         print_json({"name": adapter.name, "folder": str(adapter.folder), "bytes": adapter.size, **summary(adapter)})
     else:
         folder = plain(adapter.folder)
-        err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB). Look at {folder}/preview.png, then:")
+        err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB). See {folder}/preview.png, then run:")
         err.print(f"  imagic-lora edit {adapter.name} --eta {suggested_etas(run.eta)}", highlight=False)
 
 
 def configured(settings: RunConfig | None, config: Path | None) -> Configured:
-    """The settings of a run from flags, file and the environment that ``accelerate launch`` sets."""
-    from ...training.configure import configure_run
+    """Returns the settings of a run.
 
+    They come from the flags, the configuration file and the environment variables that ``accelerate launch`` sets.
+
+    Args:
+        settings: the flags that were given.
+        config: path of the configuration file.
+    """
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         flags = merged({"memory": {"device": "cpu"}}, flags)
-    started = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    return configure_run(flags, read_yaml(config) if config else {}, started)
+    processes = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    file = read_yaml(config) if config else {}
+    memory = merged(file, flags).get("memory")
+    import_libraries(bitsandbytes=isinstance(memory, dict) and ("quantize" in memory or "optimizer" in memory))
+    from ...training.configure import configure_run
+
+    return configure_run(flags, file, processes)
 
 
 def _fit(
-    image: Path, prompt: str, run: RunConfig, why: str, built: Architecture, store: Store, name: str, overwrite: bool, resume: bool
+    image: Path, prompt: str, run: RunConfig, why: str, architecture: Architecture, store: Store, name: str, overwrite: bool, resume: bool
 ) -> Adapter | None:
+    """Runs the fit with its progress. A signal stops it after the current step."""
     from ...core.runtime import resolve_runtime
     from ...memory.limits import adapter_bytes
     from ...training.fit import fit as fit_steps
@@ -97,38 +112,39 @@ def _fit(
     with Interrupts() as interrupts:
         steps = fit_steps(image, prompt, run, store, name, overwrite=overwrite, resume=resume, stop=interrupts.stop, processes=processes)
 
-        def announced() -> Generator[StepReport, None, Adapter | None]:
+        def print_settings_first() -> Generator[StepReport, None, Adapter | None]:
             try:
-                first = next(steps)  # by then everything that can be refused has been
+                first = next(steps)  # every check of the inputs has passed once this returns
             except StopIteration as done:  # resumed after the last step
                 return done.value
-            interrupts.gentle = True
+            interrupts.finish_step = True
             if processes.main:
-                print_active_settings(resolve_runtime(run.memory), run, why, processes.count, adapter_bytes(built, run))
+                print_active_settings(resolve_runtime(run.memory), run, why, processes.count, adapter_bytes(architecture, run))
             yield first
             return (yield from steps)
 
         try:
-            return show_progress(announced(), run) if processes.main else result(announced())
+            reports = print_settings_first()
+            return show_progress(reports, run) if processes.main else result(reports)
         except KeyboardInterrupt:
             if name in store.unfinished():
-                raise Stopped("what was saved before is as it was") from None
+                raise Stopped("the previous checkpoint is unchanged") from None
             raise
 
 
 def _processes(run: RunConfig) -> Any:
+    """The processes that ``accelerate launch`` started, or this one alone."""
     from ...core.runtime import Processes, resolve_runtime
 
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started == 1:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == 1:
         return Processes()
     from accelerate import PartialState
 
     processes = Processes(PartialState(cpu=resolve_runtime(run.memory).device.type == "cpu"))
-    if processes.count != started:
-        raise ImagicError(
-            f"{started} processes that cannot talk to each other", "one device for each", "start fewer with accelerate launch"
-        )
+    if processes.count != launched:
+        got = f"{launched} processes were launched, but {processes.count} can communicate"
+        raise ImagicError(got, "one device for each process", "use a lower --num_processes of accelerate launch")
     return processes
 
 

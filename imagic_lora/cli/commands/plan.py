@@ -1,4 +1,4 @@
-"""The command that predicts memory."""
+"""The command ``plan``."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ def plan(
     exact: Flag = False,
     as_json: Json = False,
 ) -> None:
-    """Predict the peak memory of a fit, and where it goes; needs neither a GPU nor weights.
+    """Predict the peak memory of a fit.
 
-    Takes every setting of fit, but neither photo, sentence nor name; those that do not touch memory change nothing here.
+    The prediction needs neither a GPU nor weights. It takes the same settings as fit, but no photo, prompt or name. Settings that do not
+    affect memory do not change the result.
+
+        imagic-lora plan --base sdxl --preset 12gb
 
     Parameters
     ----------
     batch
-        Sets --embed.batch-size and --tune.batch-size at once, where they are not given.
+        Sets both --embed.batch-size and --tune.batch-size, unless they are given.
     config
         YAML file of settings, as for fit.
     exact
-        Run the real code on tensors without values instead of drawing the models in sizes; some ten seconds.
+        Run the training code on tensors without data instead of computing the sizes; takes about ten seconds.
     """
     from ...bases.loading.configs import architecture
     from ...memory.plan import predict
@@ -42,20 +45,20 @@ def plan(
     if batch is not None:
         flags = merged({"embed": {"batch_size": batch}, "tune": {"batch_size": batch}}, flags)
     file = read_yaml(config) if config else {}
-    base = validated(merged(file, flags)).base
-    built = architecture(base)
-    run, why = choose_preset(lambda: built, flags, file, recipe_of(base, built.few_steps, built.embeds_guidance))
-    card = None if why == "asked for" else card_and_free_memory(run.memory.device)[0]
+    given = validated(merged(file, flags))
+    built = architecture(given.base)
+    run, why = choose_preset(lambda: built, flags, file, recipe_of(given.base, built.few_steps, built.embeds_guidance))
+    card = card_and_free_memory(run.memory.device)[0] if given.preset == "auto" else None
     assumed = assumed_for(run, card)
     if exact:
         from ...bases.loading.progress import hide_progress_bars
         from ...training.rehearsal import rehearse
 
         hide_progress_bars()
-        found = rehearse(built, run, assumed)
+        prediction = rehearse(built, run, assumed)
     else:
-        found = predict(built, run, assumed)
+        prediction = predict(built, run, assumed)
     if as_json:
-        print_json({"base": base, "mode": run.tune.mode, "preset": run.preset, "fits": found.fits(run.preset), **found.to_json()})
+        print_json({"base": given.base, "mode": run.tune.mode, "preset": run.preset, "fits": prediction.fits(run.preset), **prediction.to_json()})
     else:
-        print_plan(found, run, why)
+        print_plan(prediction, run, why)

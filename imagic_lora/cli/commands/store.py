@@ -1,4 +1,4 @@
-"""The commands that only look: at the store, and at the bases that have a name."""
+"""The commands on the store: ``list``, ``show``, ``verify`` and ``rm``."""
 
 from __future__ import annotations
 
@@ -9,46 +9,47 @@ from rich.table import Table
 
 from ...core.errors import ImagicError
 from ..console import err, out, plain, print_json
-from ..options import DEFAULT_STORE, Json, StoreDir
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
 
 
 def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
-    """The stored adapters."""
+    """List the stored adapters and the unfinished fits."""
     from ...adapters.store import Store
 
-    found = Store(store)
+    folder = Store(store)
     adapters: list[Adapter] = []
-    for name in found.names():
+    for name in folder.names():
         try:
-            adapters.append(found.read(name, verify=False))
+            adapters.append(folder.read(name, verify=False))
         except ImagicError as error:
-            err.print(f"[yellow]Passed over:[/] {plain(error.got)}")
-    unfinished = found.unfinished()
+            err.print(f"[yellow]Skipped:[/] {plain(error.got)}")
+    unfinished = folder.unfinished()
     if as_json:
-        print_json({"adapters": [{"name": a.name, "bytes": a.size, **summary(a)} for a in adapters], "unfinished": unfinished})
+        rows = [{"name": adapter.name, "bytes": adapter.size, **summary(adapter)} for adapter in adapters]
+        print_json({"adapters": rows, "unfinished": unfinished})
         return
     for name in unfinished:
-        err.print(f"[yellow]Unfinished:[/] {plain(name)}; the same fit command with --resume goes on with it", highlight=False)
+        err.print(f"[yellow]Unfinished:[/] {plain(name)}; repeat its fit command with --resume to continue", highlight=False)
     if not adapters:
-        err.print(f"No adapters in {plain(store)} yet. Make one: imagic-lora fit PHOTO PROMPT")
+        err.print(f"No adapters in {plain(store)} yet. Create one: imagic-lora fit PHOTO PROMPT")
         return
-    table = Table("name", "base", "mode", "prompt", "MB", "made")
-    for a in adapters:
-        r = a.record
-        table.add_row(*map(plain, (a.name, r.base.name, r.config.tune.mode, r.prompt, f"{a.size / 1e6:.2f}", r.created[:10])))
+    table = Table("name", "base", "mode", "prompt", "MB", "created")
+    for adapter in adapters:
+        record, size = adapter.record, f"{adapter.size / 1e6:.2f}"
+        table.add_row(*map(plain, (adapter.name, record.base.name, record.config.tune.mode, record.prompt, size, record.created[:10])))
     out.print(table)
 
 
 def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
-    """How an adapter was made.
+    """Show the record of an adapter: prompt, base, settings, losses, time, memory.
 
     Parameters
     ----------
     name
-        The adapter, see: imagic-lora list
+        Name of the adapter, as imagic-lora list prints it.
     """
     from ...adapters.store import Store
 
@@ -63,28 +64,44 @@ def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -
     out.print(table)
 
 
-def verify(name: str | None = None, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
-    """Check every byte of an adapter, or of all of them, against its hashes; exit code 2 if one has changed.
+def verify(name: str | None = None, *, verbose: Flag = False, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
+    """Check that no file of the stored adapters has changed.
+
+    Every byte is compared with the hashes that were stored with the adapter. The exit code is 2 if an adapter has changed.
+
+        imagic-lora verify          # all adapters
+        imagic-lora verify rex
 
     Parameters
     ----------
     name
-        The adapter; all where not given.
+        Name of the adapter. Default: all adapters.
+    verbose
+        Print the names of unchanged adapters too.
     """
     from ...adapters.store import Store
 
     adapters = Store(store)
-    names, wrong = [name] if name else adapters.names(), {}
-    for one in names:
+    stored = adapters.names()
+    if name and name not in stored:
+        adapters.read(name)  # raises the error for a name that does not exist
+    names, changed = [name] if name else stored, dict[str, ImagicError]()
+    for checked in names:
         try:
-            adapters.read(one)
+            adapters.read(checked)
         except ImagicError as error:
-            wrong[one] = error
-        else:
-            err.print(f"[green]Unchanged:[/] {plain(one)}", highlight=False)
-    if wrong:
-        got = "; ".join(error.got for error in wrong.values())
-        raise ImagicError(got, "adapters as they were written", next(iter(wrong.values())).remedy)
+            changed[checked] = error
+            continue
+        if verbose:
+            err.print(f"[green]Unchanged:[/] {plain(checked)}", highlight=False)
+    if names:
+        counted = f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
+        err.print(f"Verified {counted}: {len(names) - len(changed)} unchanged, {len(changed)} changed", highlight=False)
+    for changed_name, error in changed.items():
+        err.print(f"[red]Changed:[/] {plain(changed_name)}: {plain(error.got)}", highlight=False)
+    if changed:
+        got = "; ".join(error.got for error in changed.values())
+        raise ImagicError(got, "adapters as they were written", next(iter(changed.values())).remedy)
     if as_json:
         print_json({"unchanged": names})
     elif not names:
@@ -92,12 +109,12 @@ def verify(name: str | None = None, *, store: StoreDir = DEFAULT_STORE, as_json:
 
 
 def remove(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
-    """Remove an adapter, and what an unfinished fit of that name has saved.
+    """Delete an adapter, and the checkpoints of an unfinished fit of that name.
 
     Parameters
     ----------
     name
-        The adapter, see: imagic-lora list
+        Name of the adapter, as imagic-lora list prints it.
     """
     from ...adapters.store import Store
 
@@ -109,7 +126,7 @@ def remove(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False)
 
 
 def summary(adapter: Adapter) -> dict[str, Any]:
-    """What people ask of an adapter first."""
+    """Returns the main facts of an adapter as JSON values, for ``list``, ``show``, ``fit`` and ``compress``."""
     record = adapter.record
     return {
         "prompt": record.prompt,
@@ -118,7 +135,7 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         "eta": record.config.eta,
         "seed": record.config.seed,
         "photo": f"{record.source.size[0]}x{record.source.size[1]}",
-        "losses": {stage: list(ends) for stage, ends in record.losses.items()},
+        "losses": {stage: list(values) for stage, values in record.losses.items()},
         "seconds": record.seconds,
         "peak_memory": record.peak_memory,
         "created": record.created,

@@ -1,9 +1,9 @@
-"""A U-Net and a VAE as tensors that have sizes only: the memory of a forward and a backward pass in milliseconds. No torch here.
+"""A U-Net and a VAE on tensors that have a size and no values: the peak memory of a pass in milliseconds. No torch here.
 
 May import: core, bases. Must not know: training, sampling, commands.
 
-- ``tape.py``: a tensor with a size only, and a tape that keeps and frees as autograd does
+- ``tape.py``: a symbolic tensor, and a tape that saves and frees tensors as autograd does
 - ``layers.py``: the layers of the models
-- ``unet.py``: a U-Net
-- ``vae.py``: half a VAE
+- ``unet.py``: the U-Net
+- ``vae.py``: encoder and decoder of the VAE
 """

@@ -9,49 +9,54 @@ from ...core.errors import ImagicError
 from ..optimizer_states import states_8bit
 from .tape import SymbolicTensor, Tape
 
+_FP32 = 4  # bytes of an element
+
 
 class NotPlanned(ImagicError):
-    """A model that cannot be planned without running it."""
+    """The memory of a model cannot be predicted: it has parts that have no symbolic counterpart."""
 
 
 @dataclass
 class LayerOptions:
-    """How the layers compute and what of them is trained.
+    """Precision of the layers, and what is trained.
 
     Args:
-        width: bytes of an element in the arithmetic.
-        weights: bytes of a weight of the denoiser; other than ``width`` means autocast.
-        trained: the weights themselves are trained.
-        rank: of LoRA layers, 0 for none.
-        targets: layers that have them.
-        four_bit: linear layers hold half a byte a weight.
-        wide_norms: autocast normalises in fp32, as it does on a card.
+        itemsize: bytes of an element in the arithmetic.
+        weight_itemsize: bytes of an element of a weight; if it differs from ``itemsize``, autocast is on.
+        trained: the weights are trained.
+        rank: of LoRA layers; 0 for none.
+        targets: names of the layers that LoRA adapts.
+        four_bit: the weights of linear layers are quantized to 4 bits.
+        fp32_norms: autocast runs normalization layers in fp32, as it does on CUDA and not on the CPU.
     """
 
-    width: int
-    weights: int
+    itemsize: int
+    weight_itemsize: int
     trained: bool = False
     rank: int = 0
     targets: tuple[str, ...] = ()
     four_bit: bool = False
-    wide_norms: bool = True
+    fp32_norms: bool = True
 
     @property
-    def mixed(self) -> bool:
-        """Whether autocast is at work."""
-        return self.weights != self.width
+    def autocast(self) -> bool:
+        """Whether autocast is on."""
+        return self.weight_itemsize != self.itemsize
 
 
 @dataclass
 class Layers:
-    """The layers that the models are made of; what it draws, it counts, so read the counts before the backward pass draws parts again.
+    """Runs layers on a tape, and counts their weights. A call counts the weights of its layer once more, a recomputation included.
 
     Attributes:
-        parameters: of the model so far.
-        bytes: of its weights.
-        lora: parameters of LoRA layers.
-        states, lora_states: bytes of Adam's 8-bit states for either.
-        cache: where autocast's cache of cast weights is kept, if it is.
+        tape: records the operations.
+        options: precision of the layers, and what is trained.
+        parameters: number of parameters of the model so far.
+        bytes: of the weights.
+        lora: number of parameters of LoRA layers.
+        states: bytes of Adam's 8-bit states for the weights.
+        lora_states: bytes of Adam's 8-bit states for the LoRA layers.
+        cache: the weights that autocast has cast and cached; None if its cache is off.
     """
 
     tape: Tape
@@ -63,110 +68,143 @@ class Layers:
     lora_states: int = 0
     cache: list[SymbolicTensor] | None = None
 
-    def _own(self, *sizes: int, four_bit: bool = False) -> list[tuple[int, int]]:
-        """Counts parameters; gives the gradients they get."""
+    def count_weights(self, *sizes: int, four_bit: bool = False) -> list[tuple[int, int]]:
+        """Counts the weights of a layer.
+
+        Args:
+            sizes: number of elements of each weight, the matrix first.
+            four_bit: the matrix is quantized.
+
+        Returns:
+            Numel and itemsize of the gradients of these weights; empty if they are not trained.
+        """
+        itemsize = self.options.weight_itemsize
         self.parameters += sum(sizes)
         self.states += sum(states_8bit(size) for size in sizes)
         if four_bit:
-            self.bytes += sizes[0] // 2 + sizes[0] // BLOCK_4BIT * 4 + sum(sizes[1:]) * self.options.weights
+            self.bytes += sizes[0] // 2 + sizes[0] // BLOCK_4BIT * _FP32 + sum(sizes[1:]) * itemsize
         else:
-            self.bytes += sum(sizes) * self.options.weights
-        return [(size, self.options.weights) for size in sizes] if self.options.trained else []
+            self.bytes += sum(sizes) * itemsize
+        return [(size, itemsize) for size in sizes] if self.options.trained else []
 
-    def _packs(self, inside: int) -> bool:
-        """Whether a linear layer is held in 4 bits (:mod:`imagic_lora.bases.quantization`)."""
-        return self.options.four_bit and inside % BLOCK_4BIT == 0
+    def _is_quantized(self, in_features: int) -> bool:
+        """Whether a linear layer is quantized to 4 bits (:mod:`imagic_lora.bases.quantization`)."""
+        return self.options.four_bit and in_features % BLOCK_4BIT == 0
 
-    def cast(self, x: SymbolicTensor, width: int) -> SymbolicTensor:
-        """The same elements in another width."""
-        return x if x.width == width else self.tape.op([x], x.count, width)
+    def cast(self, x: SymbolicTensor, itemsize: int) -> SymbolicTensor:
+        """Casts a tensor to another itemsize; a tensor of that itemsize is returned as it is."""
+        return x if x.itemsize == itemsize else self.tape.op([x], x.numel, itemsize)
 
-    def _product(self, x: SymbolicTensor, out: int, sizes: tuple[int, ...], four_bit: bool = False) -> SymbolicTensor:
-        options, width = self.options, self.options.width
-        trained = self._own(*sizes, four_bit=four_bit)
-        x = self.cast(x, width)
-        kept, scratch = ([x] if trained else []), 0
-        if options.mixed:  # each use casts its weight, and keeps the cast for the backward pass
-            kept.append(self.tape.tensor(sum(sizes), width))
-            if self.cache is not None:
-                self.cache.append(kept[-1])
-            scratch = sum(sizes) * width if trained else 0
-        if four_bit:
-            scratch = sizes[0] * width
-            self.tape.meter.touch(scratch)
-        return self.tape.op([x], out, width, kept, trained=trained, scratch=scratch)
-
-    def _adapted(self, x: SymbolicTensor, result: SymbolicTensor, down: int, up: int, ranked: int) -> SymbolicTensor:
-        """What PEFT adds to a layer: fp32 matrices on an fp32 copy of the input.
+    def _matmul(self, x: SymbolicTensor, numel: int, sizes: tuple[int, ...], four_bit: bool = False) -> SymbolicTensor:
+        """A linear or convolution layer.
 
         Args:
-            down, up: parameters of the two matrices.
-            ranked: elements between them.
+            numel: number of elements of the output.
+            sizes: number of elements of each weight, the matrix first.
+            four_bit: the matrix is quantized.
+        """
+        options, itemsize = self.options, self.options.itemsize
+        gradients = self.count_weights(*sizes, four_bit=four_bit)
+        x = self.cast(x, itemsize)
+        saved, scratch = ([x] if gradients else []), 0
+        if options.autocast:  # each use casts the weight, and saves the cast for the backward pass
+            saved.append(self.tape.tensor(sum(sizes), itemsize))
+            if self.cache is not None:
+                self.cache.append(saved[-1])
+            scratch = sum(sizes) * itemsize if gradients else 0
+        if four_bit:  # each use dequantizes the weight
+            scratch = sizes[0] * itemsize
+            self.tape.counter.add_temporarily(scratch)
+        return self.tape.op([x], numel, itemsize, saved, weight_gradients=gradients, scratch=scratch)
+
+    def _add_lora(self, x: SymbolicTensor, result: SymbolicTensor, down: int, up: int, inner_numel: int) -> SymbolicTensor:
+        """Adds the output of a PEFT LoRA layer, which has fp32 matrices and casts its input to fp32.
+
+        Args:
+            x: the input of the adapted layer.
+            result: the output of the adapted layer.
+            down: number of parameters of matrix A.
+            up: number of parameters of matrix B.
+            inner_numel: number of elements between the two matrices.
         """
         self.lora += down + up
         self.lora_states += states_8bit(down) + states_8bit(up)
-        wide = self.cast(x, 4)
-        inner = self.tape.op([wide], ranked, 4, [wide], trained=[(down, 4)])
-        outer = self.tape.op([inner], result.count, 4, [inner], trained=[(up, 4)])
-        scaled = self.tape.op([outer], result.count, 4)
+        wide = self.cast(x, _FP32)
+        inner = self.tape.op([wide], inner_numel, _FP32, [wide], weight_gradients=[(down, _FP32)])
+        outer = self.tape.op([inner], result.numel, _FP32, [inner], weight_gradients=[(up, _FP32)])
+        scaled = self.tape.op([outer], result.numel, _FP32)
         del outer
-        return self.cast(self.tape.op([result, scaled], result.count, 4, passes=result.width == 4), result.width)
+        total = self.tape.op([result, scaled], result.numel, _FP32, passes_gradient=result.itemsize == _FP32)
+        return self.cast(total, result.itemsize)
 
-    def linear(self, x: SymbolicTensor, inside: int, outside: int, bias: bool = True, name: str = "") -> SymbolicTensor:
-        """``[.., inside] -> [.., outside]``."""
-        rows = x.count // inside
-        result = self._product(x, rows * outside, (inside * outside, *([outside] if bias else [])), self._packs(inside))
+    def linear(self, x: SymbolicTensor, in_features: int, out_features: int, bias: bool = True, name: str = "") -> SymbolicTensor:
+        """A linear layer, ``[..., in_features] -> [..., out_features]``.
+
+        Args:
+            name: end of the layer's name, as in the LoRA targets.
+        """
+        rows = x.numel // in_features
+        sizes = (in_features * out_features, *([out_features] if bias else []))
+        result = self._matmul(x, rows * out_features, sizes, self._is_quantized(in_features))
         rank = self.options.rank
         if rank and name in self.options.targets:
-            return self._adapted(x, result, inside * rank, outside * rank, rows * rank)
+            return self._add_lora(x, result, in_features * rank, out_features * rank, rows * rank)
         return result
 
-    def conv(self, x: SymbolicTensor, inside: int, outside: int, kernel: int = 3, shrink: int = 1, name: str = "") -> SymbolicTensor:
-        """``[B, inside, h, w] -> [B, outside, h / shrink, w / shrink]``."""
-        pixels = x.count // inside // shrink**2
-        result = self._product(x, pixels * outside, (inside * outside * kernel**2, outside))
+    def conv(
+        self, x: SymbolicTensor, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, name: str = ""
+    ) -> SymbolicTensor:
+        """A convolution, ``[B, in_channels, h, w] -> [B, out_channels, h / stride, w / stride]``.
+
+        Args:
+            name: end of the layer's name, as in the LoRA targets.
+        """
+        pixels = x.numel // in_channels // stride**2
+        result = self._matmul(x, pixels * out_channels, (in_channels * out_channels * kernel**2, out_channels))
         rank = self.options.rank
         if rank and name in self.options.targets:
-            return self._adapted(x, result, inside * rank * kernel**2, outside * rank, pixels * rank)
+            return self._add_lora(x, result, in_channels * rank * kernel**2, out_channels * rank, pixels * rank)
         return result
 
     def norm(self, x: SymbolicTensor, channels: int) -> SymbolicTensor:
-        """Group or layer normalisation."""
-        trained = self._own(channels, channels)
-        x = self.cast(x, 4) if self.options.mixed and self.options.wide_norms else x
-        return self.tape.op([x], x.count, x.width, [x], trained=trained)
+        """Group or layer normalization with scale and shift."""
+        gradients = self.count_weights(channels, channels)
+        x = self.cast(x, _FP32) if self.options.autocast and self.options.fp32_norms else x
+        return self.tape.op([x], x.numel, x.itemsize, [x], weight_gradients=gradients)
 
     def silu(self, x: SymbolicTensor) -> SymbolicTensor:
-        """The nonlinearity of the residual blocks."""
-        return self.tape.op([x], x.count, x.width, [x])
+        """The activation function SiLU."""
+        return self.tape.op([x], x.numel, x.itemsize, [x])
 
     def add(self, x: SymbolicTensor, y: SymbolicTensor) -> SymbolicTensor:
-        """A residual sum; the wider number wins."""
-        return self.tape.op([x, y], x.count, max(x.width, y.width), passes=x.width == y.width)
+        """A sum of two tensors of one shape; the result has the larger itemsize."""
+        return self.tape.op([x, y], x.numel, max(x.itemsize, y.itemsize), passes_gradient=x.itemsize == y.itemsize)
 
-    def scaled(self, x: SymbolicTensor) -> SymbolicTensor:
-        """Division by a constant, which diffusers does even where it is one."""
-        return self.tape.op([x], x.count, x.width)
+    def rescale(self, x: SymbolicTensor) -> SymbolicTensor:
+        """Division by a constant, which diffusers computes even if the constant is 1."""
+        return self.tape.op([x], x.numel, x.itemsize)
 
-    def attend(self, q: SymbolicTensor, k: SymbolicTensor, v: SymbolicTensor) -> SymbolicTensor:
-        """Scaled dot-product attention that holds no matrix of scores (arXiv 2205.14135)."""
-        return self.tape.op([q, k, v], q.count, q.width, [q, k, v], keeps_output=True)
+    def attention(self, q: SymbolicTensor, k: SymbolicTensor, v: SymbolicTensor) -> SymbolicTensor:
+        """Scaled dot-product attention that does not store the attention matrix (arXiv 2205.14135)."""
+        return self.tape.op([q, k, v], q.numel, q.itemsize, [q, k, v], saves_output=True)
 
-    def resnet(self, x: SymbolicTensor, inside: int, outside: int, times: SymbolicTensor | None, embedding: int) -> SymbolicTensor:
+    def resnet(
+        self, x: SymbolicTensor, in_channels: int, out_channels: int, time_embedding: SymbolicTensor | None = None, time_channels: int = 0
+    ) -> SymbolicTensor:
         """A residual block.
 
         Args:
-            times: the time embedding, ``[B, embedding]``, where it is told one.
+            time_embedding: ``[B, time_channels]``; None for a block without one.
         """
-        h = self.norm(x, inside)
+        h = self.norm(x, in_channels)
         h = self.silu(h)
-        h = self.conv(h, inside, outside, name="conv1")
-        if times:
-            told = self.linear(self.silu(times), embedding, outside, name="time_emb_proj")
-            h = self.tape.op([h, told], h.count, h.width, passes=True)
-        h = self.norm(h, outside)
+        h = self.conv(h, in_channels, out_channels, name="conv1")
+        if time_embedding:
+            shift = self.linear(self.silu(time_embedding), time_channels, out_channels, name="time_emb_proj")
+            h = self.tape.op([h, shift], h.numel, h.itemsize, passes_gradient=True)
+        h = self.norm(h, out_channels)
         h = self.silu(h)
-        h = self.conv(h, outside, outside, name="conv2")
-        if inside != outside:
-            x = self.conv(x, inside, outside, kernel=1, name="conv_shortcut")
-        return self.scaled(self.add(x, h))
+        h = self.conv(h, out_channels, out_channels, name="conv2")
+        if in_channels != out_channels:
+            x = self.conv(x, in_channels, out_channels, kernel=1, name="conv_shortcut")
+        return self.rescale(self.add(x, h))

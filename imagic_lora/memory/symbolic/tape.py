@@ -1,154 +1,191 @@
-"""Tensors that are only sizes, with a tape that keeps and frees them as autograd does. No torch here.
+"""Tensors that have a size and no values, and a tape that saves and frees them as PyTorch's autograd does. No torch here.
 
-A forward pass written with these (:mod:`imagic_lora.memory.tracker.unet`) says in milliseconds what the real one would hold, at any size.
+A forward pass on these tensors (:mod:`imagic_lora.memory.symbolic.unet`) counts in milliseconds the bytes that the real pass holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count as counting
+from itertools import count
 
-_NAMES = counting()
+_NAMES = count()
 
 
-class Meter:
-    """Bytes held now, and at the most."""
+class ByteCounter:
+    """Counts bytes.
+
+    Attributes:
+        now: bytes held.
+        peak: the most bytes held so far.
+    """
 
     def __init__(self) -> None:
         self.now = self.peak = 0
 
-    def take(self, size: int) -> None:
-        """Counts bytes in; a negative size counts them out."""
+    def add(self, size: int) -> None:
+        """Adds bytes; a negative size subtracts them."""
         self.now += size
         self.peak = max(self.peak, self.now)
 
-    def touch(self, size: int) -> None:
-        """Counts bytes that are held for a moment."""
-        self.take(size)
-        self.take(-size)
+    def add_temporarily(self, size: int) -> None:
+        """Adds bytes and subtracts them again, so that they count for the peak alone."""
+        self.add(size)
+        self.add(-size)
 
 
 class SymbolicTensor:
-    """A tensor of ``count`` elements of ``width`` bytes, held as long as somebody refers to it."""
+    """A tensor without values. Its bytes count as long as a reference to it exists.
 
-    def __init__(self, meter: Meter, count: int, width: int, needs_grad: bool = False) -> None:
-        self.meter, self.count, self.width, self.needs_grad, self.name = meter, count, width, needs_grad, next(_NAMES)
-        meter.take(count * width)
+    Args:
+        counter: counts the bytes.
+        numel: number of elements.
+        itemsize: bytes of an element.
+        needs_grad: as ``requires_grad`` of a tensor in PyTorch.
+    """
+
+    def __init__(self, counter: ByteCounter, numel: int, itemsize: int, needs_grad: bool = False) -> None:
+        self.counter, self.numel, self.itemsize, self.needs_grad, self.name = counter, numel, itemsize, needs_grad, next(_NAMES)
+        counter.add(numel * itemsize)
 
     def __del__(self) -> None:
-        self.meter.take(-self.count * self.width)
+        self.counter.add(-self.numel * self.itemsize)
 
 
 @dataclass
 class _Node:
-    """One operation on the tape."""
+    """An operation on the tape.
+
+    Args:
+        out: name of the output.
+        inputs: name, numel and itemsize of every input that needs a gradient.
+        saved: tensors that the backward pass needs.
+        weight_gradients: numel and itemsize of every weight gradient that the backward pass creates.
+        scratch: bytes that the backward pass holds temporarily.
+        passes_gradient: the gradient of an input is the same tensor as the gradient of the output.
+        recompute: runs a checkpointed part again.
+    """
 
     out: int
-    inputs: list[tuple[int, int, int]]  # name, count and width of every input that needs a gradient
-    kept: list[SymbolicTensor]
-    trained: list[tuple[int, int]]
+    inputs: list[tuple[int, int, int]]
+    saved: list[SymbolicTensor]
+    weight_gradients: list[tuple[int, int]]
     scratch: int
-    passes: bool
-    again: Callable[[], SymbolicTensor] | None = None
+    passes_gradient: bool
+    recompute: Callable[[], SymbolicTensor] | None = None
 
 
 @dataclass
 class Tape:
-    """Runs symbolic forward and backward passes.
+    """Records a symbolic forward pass and runs its backward pass.
 
     Args:
-        gradients_on: False for a pass that nothing will be trained by.
-        frees_gradients: the optimiser steps inside the backward pass.
-        step_scratch: bytes that stepping takes for a moment, for each element of the weight.
+        gradients_on: False for a forward pass alone, as under ``torch.no_grad``.
+        frees_gradients: the optimizer steps inside the backward pass, and frees the gradient of a weight at once.
+        step_scratch: bytes that such a step holds temporarily for each element of the weight.
+        counter: counts the bytes of all tensors.
     """
 
     gradients_on: bool = True
     frees_gradients: bool = False
     step_scratch: int = 0
-    meter: Meter = field(default_factory=Meter)
+    counter: ByteCounter = field(default_factory=ByteCounter)
     _tape: list[_Node] | None = field(default_factory=list)  # None while a checkpointed part runs
-    _weights: list[SymbolicTensor] = field(default_factory=list)  # gradients of weights
+    _weight_gradients: list[SymbolicTensor] = field(default_factory=list)
 
-    def tensor(self, count: int, width: int, needs_grad: bool = False) -> SymbolicTensor:
-        """A tensor from outside."""
-        return SymbolicTensor(self.meter, count, width, needs_grad)
+    def tensor(self, numel: int, itemsize: int, needs_grad: bool = False) -> SymbolicTensor:
+        """Creates an input of the pass."""
+        return SymbolicTensor(self.counter, numel, itemsize, needs_grad)
 
     def op(
         self,
         inputs: Sequence[SymbolicTensor],
-        count: int,
-        width: int,
-        kept: Sequence[SymbolicTensor] = (),
-        keeps_output: bool = False,
-        trained: Sequence[tuple[int, int]] = (),
+        numel: int,
+        itemsize: int,
+        saved: Sequence[SymbolicTensor] = (),
+        saves_output: bool = False,
+        weight_gradients: Sequence[tuple[int, int]] = (),
         scratch: int = 0,
-        passes: bool = False,
+        passes_gradient: bool = False,
     ) -> SymbolicTensor:
-        """An operation with one output.
+        """Runs an operation with one output.
 
         Args:
-            count, width: of the output.
-            kept: tensors that its backward pass needs.
-            trained: count and width of each weight gradient that it makes.
-            scratch: bytes that its backward pass takes for a moment.
-            passes: the gradient of the output is that of the inputs, not a new tensor.
+            inputs: tensors that the output depends on.
+            numel: number of elements of the output.
+            itemsize: bytes of an element of the output.
+            saved: tensors that the backward pass needs.
+            saves_output: the backward pass needs the output.
+            weight_gradients: numel and itemsize of every weight gradient that the backward pass creates.
+            scratch: bytes that the backward pass holds temporarily.
+            passes_gradient: the gradient of an input is the same tensor as the gradient of the output, and not a new one.
         """
-        needs = self.gradients_on and (bool(trained) or any(one.needs_grad for one in inputs))
-        out = SymbolicTensor(self.meter, count, width, needs)
-        if needs and self._tape is not None:
-            wanted = [(one.name, one.count, one.width) for one in inputs if one.needs_grad]
-            held = [*kept, out] if keeps_output else list(kept)
-            self._tape.append(_Node(out.name, wanted, held, list(trained), scratch, passes))
+        needs_grad = self.gradients_on and (bool(weight_gradients) or any(x.needs_grad for x in inputs))
+        out = SymbolicTensor(self.counter, numel, itemsize, needs_grad)
+        if needs_grad and self._tape is not None:
+            differentiable = [(x.name, x.numel, x.itemsize) for x in inputs if x.needs_grad]
+            all_saved = [*saved, out] if saves_output else list(saved)
+            self._tape.append(_Node(out.name, differentiable, all_saved, list(weight_gradients), scratch, passes_gradient))
         return out
 
     def checkpoint(self, part: Callable[[SymbolicTensor], SymbolicTensor], x: SymbolicTensor) -> SymbolicTensor:
-        """A part whose intermediate tensors are made again in the backward pass (arXiv 1604.06174)."""
+        """Runs a part whose intermediate tensors are recomputed in the backward pass (gradient checkpointing, arXiv 1604.06174).
+
+        Args:
+            part: operations on this tape.
+            x: the input of the part, which is saved.
+        """
         if self._tape is None or not self.gradients_on:
             return part(x)
         tape, self._tape = self._tape, None
         out = part(x)
         self._tape = tape
         if out.needs_grad:
-            wanted = [(x.name, x.count, x.width)] if x.needs_grad else []
-            tape.append(_Node(out.name, wanted, [x], [], 0, False, lambda: part(x)))
+            differentiable = [(x.name, x.numel, x.itemsize)] if x.needs_grad else []
+            tape.append(_Node(out.name, differentiable, [x], [], 0, False, lambda: part(x)))
         return out
 
     def backward(self, loss: SymbolicTensor) -> None:
-        """The backward pass from a loss; the gradients of weights are left, unless the optimiser frees them."""
-        self._run({loss.name: SymbolicTensor(self.meter, loss.count, loss.width)})
+        """Runs the backward pass from a loss. The weight gradients stay held, unless ``frees_gradients``."""
+        self._run({loss.name: SymbolicTensor(self.counter, loss.numel, loss.itemsize)})
 
     def _run(self, gradients: dict[int, SymbolicTensor]) -> None:
+        """Runs the tape backward, and removes its nodes.
+
+        Args:
+            gradients: of tensors, by name; changed in place.
+        """
         assert self._tape is not None
         while self._tape:
             node = self._tape.pop()
             if node.out not in gradients:
                 continue
-            if node.again:
-                self._run_again(node, gradients)
+            if node.recompute:
+                self._run_checkpointed(node, gradients)
                 continue
             gradient = gradients.pop(node.out)
-            self.meter.touch(node.scratch)
-            for count, width in node.trained:
-                self._train(count, width)
-            for name, count, width in node.inputs:
-                new = gradient if node.passes and gradient.count == count else SymbolicTensor(self.meter, count, width)
+            self.counter.add_temporarily(node.scratch)
+            for numel, itemsize in node.weight_gradients:
+                self._add_weight_gradient(numel, itemsize)
+            for name, numel, itemsize in node.inputs:
+                shares = node.passes_gradient and gradient.numel == numel
+                new = gradient if shares else SymbolicTensor(self.counter, numel, itemsize)
                 gradients.setdefault(name, new)
                 del new
             del gradient
 
-    def _run_again(self, node: _Node, gradients: dict[int, SymbolicTensor]) -> None:
+    def _run_checkpointed(self, node: _Node, gradients: dict[int, SymbolicTensor]) -> None:
         tape, self._tape = self._tape, []
-        assert node.again is not None
-        inner = {node.again().name: gradients.pop(node.out)}
+        assert node.recompute is not None
+        inner = {node.recompute().name: gradients.pop(node.out)}
         self._run(inner)
-        for name, count, width in node.inputs:
-            gradients.setdefault(name, inner.pop(name, None) or SymbolicTensor(self.meter, count, width))
+        for name, numel, itemsize in node.inputs:
+            gradients.setdefault(name, inner.pop(name, None) or SymbolicTensor(self.counter, numel, itemsize))
         self._tape = tape
 
-    def _train(self, count: int, width: int) -> None:
-        gradient = SymbolicTensor(self.meter, count, width)
+    def _add_weight_gradient(self, numel: int, itemsize: int) -> None:
+        gradient = SymbolicTensor(self.counter, numel, itemsize)
         if self.frees_gradients:
-            self.meter.touch(count * self.step_scratch)
+            self.counter.add_temporarily(numel * self.step_scratch)
         else:
-            self._weights.append(gradient)
+            self._weight_gradients.append(gradient)

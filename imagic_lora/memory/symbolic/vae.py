@@ -1,4 +1,4 @@
-"""Half of an AutoencoderKL on symbolic tensors."""
+"""Encoder and decoder of an AutoencoderKL on symbolic tensors."""
 
 from __future__ import annotations
 
@@ -7,46 +7,52 @@ from typing import Any
 from .layers import Layers
 from .tape import SymbolicTensor
 
+_RGB = 3
 
-def vae_forward(config: dict[str, Any], layers: Layers, pixels: int, pictures: int, decode: bool) -> None:
-    """Half of an ``AutoencoderKL`` in sizes.
+
+def vae_forward(config: dict[str, Any], layers: Layers, pixels: int, images: int, decode: bool) -> None:
+    """Runs the encoder or the decoder of an ``AutoencoderKL``.
 
     Args:
-        pixels: of one picture.
-        decode: latents to picture; picture to latents otherwise.
+        config: of the VAE.
+        layers: runs and counts the layers.
+        pixels: number of pixels of one image.
+        images: number of images.
+        decode: True for the decoder (latents to images), False for the encoder.
     """
-    channels, width = config["block_out_channels"], layers.options.width
+    block_channels, itemsize = config["block_out_channels"], layers.options.itemsize
     latent = config["latent_channels"]
-    area = pictures * (pixels // 4 ** (len(channels) - 1) if decode else pixels)
-    ends = (latent, 3) if decode else (3, 2 * latent)
-    order = [*reversed(channels)] if decode else channels
+    in_pixels = images * (pixels // 4 ** (len(block_channels) - 1) if decode else pixels)
+    first, last = (latent, _RGB) if decode else (_RGB, 2 * latent)
+    order = [*reversed(block_channels)] if decode else block_channels
     if decode:
-        layers._own(latent * latent, latent)  # post_quant_conv
-    here = order[0]
-    h = layers.conv(layers.tape.tensor(area * ends[0], width), ends[0], here)
+        layers.count_weights(latent * latent, latent)  # post_quant_conv
+    channels = order[0]
+    h = layers.conv(layers.tape.tensor(in_pixels * first, itemsize), first, channels)
     if decode:
-        h = _middle(layers, h, here)
-    for k, outside in enumerate(order):
-        came = h  # the caller holds what it gave a block
+        h = _mid_block(layers, h, channels)
+    for level, out_channels in enumerate(order):
+        held = h  # diffusers' caller holds the input of a block until the block returns
         for _ in range(config["layers_per_block"] + (1 if decode else 0)):
-            h, here = layers.resnet(h, here, outside, None, 0), outside
-        if k + 1 < len(order):
-            h = layers.tape.op([h], h.count * 4, h.width) if decode else h
-            h = layers.conv(h, here, here, shrink=1 if decode else 2)
-    came = h  # noqa: F841
+            h, channels = layers.resnet(h, channels, out_channels), out_channels
+        if level + 1 < len(order):
+            h = layers.tape.op([h], h.numel * 4, h.itemsize) if decode else h
+            h = layers.conv(h, channels, channels, stride=1 if decode else 2)
+    held = h  # noqa: F841
     if not decode:
-        h = _middle(layers, h, here)
-    h = layers.silu(layers.norm(h, here))
-    layers.conv(h, here, ends[1])
+        h = _mid_block(layers, h, channels)
+    h = layers.silu(layers.norm(h, channels))
+    layers.conv(h, channels, last)
     if not decode:
-        layers._own(4 * latent * latent, 2 * latent)  # quant_conv
+        layers.count_weights(4 * latent * latent, 2 * latent)  # quant_conv
 
 
-def _middle(layers: Layers, h: SymbolicTensor, channels: int) -> SymbolicTensor:
-    h = layers.resnet(h, channels, channels, None, 0)
+def _mid_block(layers: Layers, h: SymbolicTensor, channels: int) -> SymbolicTensor:
+    """Two residual blocks with self-attention between them."""
+    h = layers.resnet(h, channels, channels)
     n = layers.norm(h, channels)
     q, k, v = (layers.linear(n, channels, channels) for _ in range(3))
-    out = layers.linear(layers.attend(q, k, v), channels, channels)
+    out = layers.linear(layers.attention(q, k, v), channels, channels)
     del q, k, v, n
-    h = layers.scaled(layers.add(out, h))
-    return layers.resnet(h, channels, channels, None, 0)
+    h = layers.rescale(layers.add(out, h))
+    return layers.resnet(h, channels, channels)

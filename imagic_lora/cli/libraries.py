@@ -1,0 +1,19 @@
+"""Imports of torch, diffusers, transformers and peft for the commands that run models."""
+
+from __future__ import annotations
+
+from ..core.environment import quick_imports
+from ..core.machine import find_card
+
+
+def import_libraries(bitsandbytes: bool = False) -> None:
+    """Imports what fit and edit need, as fast as possible, and hides the progress bars of loading.
+
+    Args:
+        bitsandbytes: whether the settings ask for it. On a CUDA device it is imported anyway, since ``auto`` uses it there.
+    """
+    with quick_imports(bitsandbytes or find_card() is not None):
+        from ..bases.loading.progress import hide_progress_bars
+        from ..training import configure, fit  # noqa: F401
+
+        hide_progress_bars()

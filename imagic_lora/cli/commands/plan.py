@@ -59,6 +59,7 @@ def plan(
     else:
         prediction = predict(built, run, assumed)
     if as_json:
-        print_json({"base": given.base, "mode": run.tune.mode, "preset": run.preset, "fits": prediction.fits(run.preset), **prediction.to_json()})
+        settings_used = {"base": given.base, "mode": run.tune.mode, "preset": run.preset, "fits": prediction.fits(run.preset)}
+        print_json({**settings_used, **prediction.to_json()})
     else:
         print_plan(prediction, run, why)

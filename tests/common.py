@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
@@ -23,6 +27,42 @@ from imagic_lora.core.settings import merged, validated
 KINDS: list[Literal["epsilon", "v_prediction"]] = ["epsilon", "v_prediction"]
 MODES: list[Mode] = ["lora", "full"]
 PROMPT = "a cat"
+
+
+def each(names: str, cases: Iterable[Any] | Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Runs a test's body for every case within one test, for many cheap cases of one behaviour; a failure is noted with its case.
+
+    A case has a tmp_path and a monkeypatch of its own; all cases share the other fixtures of the test.
+
+    Args:
+        names: the arguments that a case fills, separated by commas, as for pytest.mark.parametrize.
+        cases: a value or a tuple of values for each case; the keys of a mapping are the names that failures give.
+    """
+    arguments = [name.strip() for name in names.split(",")]
+    named = list(cases.items()) if isinstance(cases, Mapping) else [(repr(case), case) for case in cases]
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @wraps(test)
+        def run(**fixtures: Any) -> None:
+            for k, (name, case) in enumerate(named):
+                given = fixtures | dict(zip(arguments, case if len(arguments) > 1 else (case,), strict=True))
+                if "tmp_path" in given:
+                    given["tmp_path"] = given["tmp_path"] / str(k)
+                    given["tmp_path"].mkdir()
+                try:
+                    with pytest.MonkeyPatch.context() as patch:
+                        test(**(given | ({"monkeypatch": patch} if "monkeypatch" in given else {})))
+                except BaseException as error:
+                    error.add_note(f"in the case {names} = {name}")
+                    raise
+
+        signature = inspect.signature(test)
+        fixtures = [parameter for name, parameter in signature.parameters.items() if name not in arguments]
+        run.__signature__ = signature.replace(parameters=fixtures)  # pyright: ignore[reportAttributeAccessIssue]
+        return run
+
+    assert named, "no cases"
+    return decorate
 
 
 def opened(folder: Path, mode: Mode = "lora", **memory) -> Base:

@@ -67,10 +67,10 @@ class Store:
 
         Args:
             name: name of an adapter.
-            timeout: seconds to wait for another holder of the lock; a reader holds it briefly while it recovers an interrupted write.
+            timeout: seconds to wait for another holder of the lock; :meth:`names` may hold the lock briefly to clean up after a crash.
 
         Yields:
-            A store that owns the lock. While the lock is held, only this store can write, remove or lock the name.
+            A store that owns the lock. Only this store, and no other process, may write the name inside the ``with`` block.
 
         Raises:
             ImagicError: another process or another store of this process holds the lock, or the folder cannot be written to.
@@ -135,7 +135,7 @@ class Store:
         return adapter
 
     def write(self, record: Record, fill: Callable[[AtomicWriter], None], overwrite: bool = False) -> Adapter:
-        """Writes an adapter atomically. An adapter that it replaces is deleted last.
+        """Writes an adapter atomically. The replaced adapter is deleted only after the new one is in place.
 
         Args:
             record: its ``files`` are replaced.
@@ -160,7 +160,7 @@ class Store:
         """
         final = self.root / check_name(name)
         if not final.exists() and not self.checkpoints(name).exists():
-            self.read(name)  # raises ImagicError unless it recovers the adapter
+            self.read(name)  # raises if there is nothing of this name, even after recovery
         with self.locked(name), writable(self.root):
             for folder in (final, self.checkpoints(name)):
                 remove(folder)

@@ -30,7 +30,7 @@ class Base(ABC):
         fingerprint: hash of the weights and the prediction type. It is equal for the same weights in fp16, in fp32 and in a single file.
         runtime: device, precision and memory levers.
         scheduler_config: config of the base's own scheduler. That scheduler is used only for sampling. The training scheduler is a
-            DDPMScheduler with the same noise schedule, because ``add_noise`` of other scheduler classes follows other conventions.
+            DDPMScheduler with the same noise schedule, because other schedulers define ``add_noise`` differently.
 
     Raises:
         ImagicError: the prediction type is not ``epsilon``, ``v_prediction`` or ``sample``.
@@ -49,7 +49,8 @@ class Base(ABC):
     training_scheduler: Any
     """DDPMScheduler that defines the noise schedule of training: :meth:`noised`, :meth:`target` and :meth:`timesteps` use it."""
     trained_timesteps: Tensor | None = None
-    """Timesteps that a distilled base samples at, ascending, int64 ``[n]``. It is trained only at these. None: trained at all timesteps."""
+    """Timesteps that the distilled base was trained at, ascending, int64 ``[n]``; for LCM more than it samples at. A fit trains only at
+    these. None: the base is not distilled, and a fit trains at all timesteps."""
 
     def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, scheduler_config: dict[str, object]) -> None:
         self.name, self.revision, self.fingerprint, self.runtime = name, revision, fingerprint, runtime
@@ -74,8 +75,8 @@ class Base(ABC):
         Warns with an ImagicWarning that contains the removed text if the prompt is longer than the text encoder's maximum length.
 
         Returns:
-            Tokens ``[1, T, D]`` and, for families that have it, the pooled embedding ``[1, P]``; fp32, on the runtime's device. Added
-            conditions are absent: see :meth:`with_added_conditions`.
+            Tokens ``[1, T, D]`` and, for families that have it, the pooled embedding ``[1, P]``; fp32, on the runtime's device. The
+            result has no size ids or guidance input yet: :meth:`with_added_conditions` adds them.
         """
 
     @abstractmethod

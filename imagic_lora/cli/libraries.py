@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core.environment import quick_imports
+from ..core.environment import quick_imports, wait_passively_on_busy_machine
 from ..core.machine import find_card
 
 
@@ -12,6 +12,7 @@ def import_libraries(bitsandbytes: bool = False) -> None:
     Args:
         bitsandbytes: whether the settings ask for it. On a CUDA device it is imported anyway, since ``auto`` uses it there.
     """
+    wait_passively_on_busy_machine()
     with quick_imports(bitsandbytes or find_card() is not None):
         from ..bases.loading.progress import hide_progress_bars
         from ..training import configure, fit  # noqa: F401

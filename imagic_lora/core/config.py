@@ -1,4 +1,4 @@
-"""Every setting and its default, as pydantic models. No default is defined elsewhere.
+"""Every setting and its default, as pydantic models. Recipes of bases and presets of cards (``core/settings.py``) replace some defaults.
 
 The command line, YAML files, recipes and presets fill these models. Values are merged in the order built-in < recipe of the base <
 preset of the card < file < flags. Only explicitly given values are merged. The docstring of a field is its help text on the command line.
@@ -168,8 +168,8 @@ class RunConfig(Config):
     seed: Annotated[int, _flag("seed")] = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random: noise and timesteps of the training, the initial LoRA weights, and the noise of the preview."""
     eta: float = Field(default=0.7, ge=0, le=2)
-    """Interpolation between photo and edit, for the preview and for edits without an eta of their own. 0: the photo. 1: the target prompt
-    alone. Values above 1 extrapolate."""
+    """Interpolation between photo and edit, for the preview and for edits without an eta of their own. 0: the reconstruction of the photo.
+    1: the target prompt alone. Values above 1 extrapolate."""
     embed: Annotated[EmbedConfig, Parameter(group="Stage 1: embed")] = EmbedConfig()
     tune: Annotated[TuneConfig, Parameter(group="Stage 2: tune")] = TuneConfig()
     edit: Annotated[EditConfig, Parameter(group="Stage 3: the preview, and the defaults of later edits")] = EditConfig()

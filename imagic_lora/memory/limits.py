@@ -8,13 +8,16 @@ from pathlib import Path
 from ..bases.architecture import Architecture
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
-from .levers import FIT_LEVERS, Levers, next_lever
+from .levers import EDIT_LEVERS, FIT_LEVERS, Levers, next_lever
 from .plan import Assumed, assume, predict
 from .symbolic.layers import NotPlanned
 
 _SMALL_FILES = 2**25  # bytes allowed for photo, preview and records
 
 _OUT_OF_MEMORY = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")  # in messages of CUDA and PyTorch
+
+_OTHER_REMEDY = "use a lower --resolution, or a device with more memory"  # where no lever is left
+_OTHER_REMEDY_EDIT = "close other programs that use the device, or use one with more memory"  # the adapter determines the resolution
 
 
 class OutOfMemory(ImagicError):
@@ -81,7 +84,7 @@ def check_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Pat
 
 
 def out_of_memory_error(
-    base: Architecture, run: RunConfig, assumed: Assumed, stage: str, free: int, kept: str = "", levers: Levers = FIT_LEVERS
+    base: Architecture, run: RunConfig, assumed: Assumed, stage: str, free: int, note: str = "", levers: Levers = FIT_LEVERS
 ) -> OutOfMemory:
     """The error for a stage that does not fit: it names the stage, its need, the available memory and the next lever with its saving.
 
@@ -91,18 +94,19 @@ def out_of_memory_error(
         assumed: device, precision and optimizer of the run.
         stage: name of the stage.
         free: bytes that are available to the run.
-        kept: a statement of what is saved, without a full stop; "" if nothing is.
+        note: added to the message, without a full stop, such as what is saved; "" for none.
         levers: memory levers of the command.
     """
-    place, saved = "the card" if assumed.device == "cuda" else "this machine", f"; {kept}" if kept else ""
+    place, suffix = "the card" if assumed.device == "cuda" else "this machine", f"; {note}" if note else ""
+    other = _OTHER_REMEDY_EDIT if levers == EDIT_LEVERS else _OTHER_REMEDY
     try:
         plan = predict(base, run, assumed)
     except NotPlanned:
-        got = f"stage {stage} ran out of memory, with {gib(free)} available on {place}{saved}"
-        return OutOfMemory(got, "enough memory for every stage", "use --preset 8gb, or a lower --resolution")
+        got = f"stage {stage} ran out of memory, with {gib(free)} available on {place}{suffix}"
+        return OutOfMemory(got, "enough memory for every stage", f"use --preset 8gb; or {other}")
     lever = next_lever(base, run, assumed, stage, levers)
-    remedy = f"{lever[0]} saves about {gib(lever[1])} in this stage" if lever else "use a lower --resolution, or a device with more memory"
-    got = f"stage {stage} needs {gib(plan.needs(stage) - plan.context)} (predicted), and {gib(free)} is available on {place}{saved}"
+    remedy = f"{lever[0]} saves about {gib(lever[1])} in this stage" if lever else other
+    got = f"stage {stage} needs {gib(plan.needs(stage) - plan.context)} (predicted), and {gib(free)} is available on {place}{suffix}"
     return OutOfMemory(got, "enough memory for every stage", remedy)
 
 

@@ -87,7 +87,8 @@ def choose_preset(
         tightest = run, stage
     assert tightest is not None
     run, stage = tightest
-    raise out_of_memory_error(architecture, run, assumed_for(run, card), stage, free, levers=levers)
+    note = f"--preset auto uses at most {_SHARE:.0%} of it"
+    raise out_of_memory_error(architecture, run, assumed_for(run, card), stage, free, note, levers)
 
 
 def choose_preset_for_edit(base: Callable[[], Architecture], adapter_run: RunConfig, given: Mapping[str, Any]) -> RunConfig:

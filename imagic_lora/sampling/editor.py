@@ -74,8 +74,8 @@ class Editor:
         """Loads an adapter into the base.
 
         Raises:
-            ImagicError: as :func:`~imagic_lora.adapters.contents.applied`, or the folder now holds another adapter. The previous adapter
-                stays loaded, except after an error in full weights: then no adapter is loaded.
+            ImagicError: the adapter does not fit the base, or its folder was replaced since it was read. The previous adapter stays loaded.
+                If loading full weights fails, no adapter is loaded.
         """
         with self._lock:
             self._load(self._read(adapter))
@@ -87,7 +87,7 @@ class Editor:
 
         Args:
             adapter: the adapter to edit with.
-            etas: interpolation weights, each in [0, 2]; 0 is the photo, 1 the target prompt.
+            etas: interpolation weights, each in [0, 2]; 0 gives the reconstruction of the photo, 1 the target prompt alone.
             seeds: seeds of the starting noise.
             config: settings of the sampling.
             prompt: a target prompt that replaces the one of the adapter.
@@ -112,7 +112,7 @@ class Editor:
         images = generate(self.base, conditionings, [seed for _, seed in pairs], config, cached.canvas, stored.get("null"), sources)
         for start in range(0, len(pairs), config.batch_size):
             batch = pairs[start : start + config.batch_size]
-            with self._lock:  # not held across a yield: the caller may continue with another edit, or never resume this one
+            with self._lock:  # not held across a yield: a caller may switch between running edits
                 self._load(cached)
                 batch_images = list(islice(images, len(batch)))
             yield from (Edit(eta, seed, image) for (eta, seed), image in zip(batch, batch_images, strict=True))

@@ -5,12 +5,12 @@ May import: core, photos, bases, memory, adapters, sampling (for the preview). M
 - ``fit.py``: fit(), the whole sequence: check, open, encode, embed, tune, preview, store
 - ``configure.py``: merges flags, file, preset and recipe into the settings of a run
 - ``objective.py``: the denoising loss
-- ``stage.py``: the training stage and the one driver loop
+- ``stage.py``: the training stage, and the training loop of both stages
 - ``embed.py``: stage 1, optimises the text embedding
 - ``tune.py``: stage 2, trains the denoiser
 - ``optimizers.py``: Adam with 32-bit or 8-bit states, after or during the backward pass
 - ``run.py``: the encoded inputs of one fit, and the files it writes to the store
-- ``saving.py``: saves, stops and resumes the stages around the driver loop
+- ``saving.py``: saves, stops and resumes the stages around the training loop
 - ``checkpoints.py``: reads and writes checkpoints on disk
 - ``rehearsal.py``: the exact memory plan: runs the real code on fake tensors
 """

@@ -65,16 +65,14 @@ def fit(
 ) -> Generator[StepReport, None, Adapter | None]:
     """Runs both training stages, renders a preview, and stores the adapter (Imagic, arXiv 2210.09276).
 
-    This is a generator: it works while it is iterated, and :func:`result` runs it to its end. It saves checkpoints regularly, at the end
-    of each stage, when ``stop`` returns True, and when the generator is closed. If the preview does not fit the memory, the adapter is
-    stored without one, with a warning.
+    A generator that :func:`result` runs to its end. It saves checkpoints regularly, at the end of each stage, when ``stop`` returns True
+    and when it is closed. If the preview does not fit the memory, the adapter is stored without one, with a warning.
 
     Args:
         image: path of the photo.
         prompt: the target prompt, which describes the edited photo.
         config: the settings of the run.
-        store: the store that receives the adapter and the checkpoints.
-        name: name of the adapter in the store.
+        store, name: where the adapter and the checkpoints are written.
         base: a loaded base, which is bit-equal to before afterwards; by default the base of ``config`` is opened and released again.
         overwrite: replaces an adapter and an unfinished fit of the same name.
         resume: continues from the newest intact checkpoint of that name. On the CPU, with the same number of threads, the result is

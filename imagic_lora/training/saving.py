@@ -22,7 +22,7 @@ _LATENTS_TOLERANCE = 0.05  # relative error: memory levers and devices cause far
 
 @dataclass
 class ResumableStages:
-    """Wraps the driver loop of every stage of a run: saves checkpoints, stops, and resumes from a checkpoint.
+    """Wraps the training loop of every stage of a run: saves checkpoints, stops, and resumes from a checkpoint.
 
     Args:
         run: the run whose stages are driven.

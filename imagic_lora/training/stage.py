@@ -1,4 +1,4 @@
-"""The training stage and the one driver loop."""
+"""The training stage, and the training loop of both stages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Stage:
         base: the base; trainable layers may be attached to its denoiser.
         latents: latents of the photo, ``[1, C, h, w]``.
         conditioning: returns the conditioning of a step; it may depend on the trainables.
-        trainables: parameters by name, in fp32, or in bf16 with stochastic rounding.
+        trainables: by name: fp32 parameters, or bf16 parameters, which are updated with stochastic rounding.
         config: steps, learning rate, batch size per process and timestep sampling of the stage.
         seed: seed of noise and timesteps.
         processes: the processes that share the batch.
@@ -124,11 +124,12 @@ class Stage:
 
 
 def train(stage: Stage, start: int = 0, stop: Callable[[], bool] = lambda: False) -> Iterator[StepReport]:
-    """Runs a stage to its end; closing the iterator stops it.
+    """Runs a stage to its end; close the generator to stop early.
 
     Finiteness is checked after every step on the CPU, after every tenth on CUDA, and after the last step.
 
     Args:
+        stage: the stage to run.
         start: number of steps that are already finished.
         stop: called after every step; if it returns True in one process, all processes stop after the same step.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from common import MODES, opened, output, same, weights
+from common import MODES, each, opened, output, same, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -40,15 +41,17 @@ METADATA_KEY = "lora_adapter_metadata"
 def forge(tmp_path: Path, fitted: Callable[..., Adapter]) -> Forge:
     """Gives an adapter with other files, none where it is None, or with another record; the hashes are right."""
 
+    number = count()
+
     def make(mode: Mode = "lora", files: dict[str, bytes | None] | None = None, **changes: Any) -> Adapter:
-        real = fitted(mode)
+        real, root = fitted(mode), tmp_path / str(next(number))
         content = {name: (real.folder / name).read_bytes() for name in real.record.files} | (files or {})
-        with atomic_folder(tmp_path / "forged") as writer:
+        with atomic_folder(root / "forged") as writer:
             for name, data in content.items():
                 if data is not None:
                     writer.write(name, [data])
             writer.write_manifest(RECORD, real.record.model_copy(update=changes))
-        return Store(tmp_path).read("forged")
+        return Store(root).read("forged")
 
     return make
 
@@ -141,7 +144,7 @@ def test_size_counts_weights_and_embeddings(fitted: Callable[..., Adapter], mode
     assert adapter.size == sum(path.stat().st_size for path in kept)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 def test_an_adapter_holds_no_pickle(fitted: Callable[..., Adapter], mode: Mode) -> None:
     """Only formats that cannot run code, and every one as the design lists it."""
     files = {path.relative_to(fitted(mode).folder).as_posix() for path in fitted(mode).folder.rglob("*") if path.is_file()}
@@ -150,7 +153,7 @@ def test_an_adapter_holds_no_pickle(fitted: Callable[..., Adapter], mode: Mode) 
     assert files == common | (lora if mode == "lora" else full)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 def test_an_applied_adapter_is_removed(base: Base, fitted: Callable[..., Adapter], mode: Mode) -> None:
     """The output differs while it is applied, and is bit-equal afterwards."""
     before = output(base)
@@ -159,7 +162,7 @@ def test_an_applied_adapter_is_removed(base: Base, fitted: Callable[..., Adapter
     assert torch.equal(output(base), before)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 def test_a_forgery_of_nothing_is_as_good_as_the_real_one(base: Base, forge: Forge, fitted: Callable[..., Adapter], mode: Mode) -> None:
     """So that what is refused below is refused for what was changed: the same output, though every file was written anew."""
     real = fitted(mode)
@@ -193,7 +196,7 @@ EMBEDDED: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("change", EMBEDDED.values(), ids=EMBEDDED)
+@each("change", EMBEDDED)
 def test_embeddings_of_other_kinds_or_shapes_are_refused(
     forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], change: Change
 ) -> None:
@@ -204,8 +207,8 @@ def test_embeddings_of_other_kinds_or_shapes_are_refused(
     refused(adapter, "holds the embeddings: .*; their shapes are (not )?equal")
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("kind", KINDS)
+@each("value", [torch.nan, torch.inf])
+@each("kind", KINDS)
 def test_embeddings_that_are_not_finite_are_refused(
     forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], kind: str, value: float
 ) -> None:
@@ -217,7 +220,7 @@ def test_embeddings_that_are_not_finite_are_refused(
     refused(adapter, "not finite")
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 17), (1, 15, 16), (2, 16, 16), (16, 16), (0, 16, 16), ()], ids=str)
+@each("shape", [(1, 16, 17), (1, 15, 16), (2, 16, 16), (16, 16), (0, 16, 16), ()])
 def test_embeddings_that_the_base_cannot_use_are_refused(
     forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], shape: tuple[int, ...]
 ) -> None:
@@ -243,7 +246,7 @@ PLACED = {
 }
 
 
-@pytest.mark.parametrize("change", PLACED.values(), ids=PLACED)
+@each("change", PLACED)
 def test_a_photo_that_lies_elsewhere_is_refused(forge: Forge, fitted: Callable[..., Adapter], change: dict[str, Any]) -> None:
     """Its box is a part of the canvas, its size one that a photo can have."""
     source = fitted("lora").record.source
@@ -266,9 +269,7 @@ def test_a_photo_that_is_none_is_refused(forge: Forge, fitted: Callable[..., Ada
             read_canvas(forge(files={SOURCE: content}))
 
 
-@pytest.mark.parametrize(
-    ("mode", "name"), [("lora", EMBEDDINGS), ("lora", SOURCE), ("lora", LORA_FILE), ("full", FULL_FILE), ("full", "unet/config.json")]
-)
+@each("mode, name", [("lora", EMBEDDINGS), ("lora", SOURCE), ("lora", LORA_FILE), ("full", FULL_FILE), ("full", "unet/config.json")])
 def test_a_file_that_is_not_on_record_is_not_read(
     forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], mode: Mode, name: str
 ) -> None:
@@ -283,7 +284,7 @@ def test_a_file_that_is_not_on_record_is_not_read(
         refused(adapter, wanted)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 def test_an_adapter_of_another_base_is_refused(
     forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], mode: Mode
 ) -> None:
@@ -308,7 +309,7 @@ PARTS: dict[str, list[WeightsRecord]] = {
 }
 
 
-@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+@each("parts", PARTS)
 def test_weights_under_other_names_are_refused(forge: Forge, refused: Callable[[Adapter, str], None], parts: list[WeightsRecord]) -> None:
     """Each mode has its own, and no others."""
     refused(forge(parts=parts), "lists unexpected weight files")
@@ -398,7 +399,7 @@ LORA: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("change", LORA.values(), ids=LORA)
+@each("change", LORA)
 def test_layers_that_do_not_fit_the_base_are_refused(
     forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], change: Change
 ) -> None:
@@ -418,9 +419,7 @@ def added_elsewhere(tensors: Tensors) -> None:
     tensors |= {name.format("A"): torch.ones(4, 32), name.format("B"): torch.ones(32, 4)}
 
 
-@pytest.mark.parametrize(
-    "change", [without_prefix, renamed(lambda layer: layer.removeprefix("unet.")), added_elsewhere], ids=["all", "one", "not a target"]
-)
+@each("change", [without_prefix, renamed(lambda layer: layer.removeprefix("unet.")), added_elsewhere])
 def test_layers_that_would_not_be_loaded_are_refused(
     forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], change: Change
 ) -> None:
@@ -428,7 +427,7 @@ def test_layers_that_would_not_be_loaded_are_refused(
     refused(forge(files={LORA_FILE: changed(fitted("lora").folder / LORA_FILE, change)}), LORA_FILE)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@each("value", [torch.nan, torch.inf])
 def test_layers_that_are_not_finite_are_refused(
     forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], value: float
 ) -> None:
@@ -437,8 +436,8 @@ def test_layers_that_are_not_finite_are_refused(
     refused(forge(files={LORA_FILE: changed(fitted("lora").folder / LORA_FILE, wrong)}), r"to_k\.lora_B\.weight in .* not finite")
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.bool], ids=str)
-@pytest.mark.parametrize(("mode", "file", "end"), [("lora", LORA_FILE, "to_k.lora_B.weight"), ("full", FULL_FILE, "conv_in.weight"),
+@each("dtype", [torch.complex64, torch.float8_e4m3fn, torch.bool])
+@each("mode, file, end", [("lora", LORA_FILE, "to_k.lora_B.weight"), ("full", FULL_FILE, "conv_in.weight"),
                                                    ("lora", EMBEDDINGS, "target.tokens")])  # fmt: skip
 def test_numbers_of_odd_types_are_refused(
     forge: Forge,
@@ -454,8 +453,8 @@ def test_numbers_of_odd_types_are_refused(
     refused(forge(mode, {file: changed(fitted(mode).folder / file, wrong)}), file)
 
 
-@pytest.mark.parametrize("content", [b"", b"words" * 100, bytes(1000)], ids=["empty", "text", "zeros"])
-@pytest.mark.parametrize(("mode", "file"), [("lora", LORA_FILE), ("full", FULL_FILE), ("lora", EMBEDDINGS)])
+@each("content", [b"", b"words" * 100, bytes(1000)])
+@each("mode, file", [("lora", LORA_FILE), ("full", FULL_FILE), ("lora", EMBEDDINGS)])
 def test_weights_in_another_format_are_refused(
     forge: Forge, refused: Callable[[Adapter, str], None], mode: Mode, file: str, content: bytes
 ) -> None:
@@ -509,7 +508,7 @@ NOT_OURS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", NOT_OURS.values(), ids=NOT_OURS)
+@each("settings", NOT_OURS)
 def test_settings_of_peft_that_are_not_ours_are_refused(
     altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None], settings: dict[str, Any]
 ) -> None:
@@ -517,7 +516,7 @@ def test_settings_of_peft_that_are_not_ours_are_refused(
     refused(altered({f"unet.{key}": value for key, value in settings.items()}), rf"unsupported PEFT settings \(.*'{next(iter(settings))}'")
 
 
-@pytest.mark.parametrize("name", ["dora", "rslora", "pissa", "megatron", "rank pattern"])
+@each("name", ["dora", "rslora", "pissa", "megatron", "rank pattern"])
 def test_settings_that_are_not_ours_cannot_be_hidden(
     altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None], fitted: Callable[..., Adapter], name: str
 ) -> None:
@@ -554,7 +553,7 @@ OUT_OF_RANGE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
+@each("settings", OUT_OF_RANGE)
 def test_settings_out_of_range_are_refused(
     altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None], settings: dict[str, Any]
 ) -> None:
@@ -562,9 +561,7 @@ def test_settings_out_of_range_are_refused(
     refused(altered({f"unet.{key}": value for key, value in settings.items()}), "unsupported PEFT settings")
 
 
-@pytest.mark.parametrize(
-    "settings", [{"lora_alpha": "2.0"}, {"lora_alpha": True}, {"target_modules": []}, {"target_modules": {"to_q": 1}}], ids=str
-)
+@each("settings", [{"lora_alpha": "2.0"}, {"lora_alpha": True}, {"target_modules": []}, {"target_modules": {"to_q": 1}}])
 def test_settings_of_another_type_are_refused(
     altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None], settings: dict[str, Any]
 ) -> None:
@@ -577,7 +574,7 @@ def test_another_rank_than_that_of_the_layers_is_refused(altered: Callable[..., 
     refused(altered({"unet.r": 5}), "tensors of other names or shapes.*LoRA layers of rank 5")
 
 
-@pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules"])
+@each("key", ["r", "lora_alpha", "target_modules"])
 def test_a_setting_that_is_missing_is_refused(altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None], key: str) -> None:
     """Without it diffusers would guess."""
     refused(altered(without=f"unet.{key}"), "unsupported PEFT settings")
@@ -596,7 +593,7 @@ SETTINGS_BROKEN = {
 }
 
 
-@pytest.mark.parametrize("metadata", SETTINGS_BROKEN.values(), ids=SETTINGS_BROKEN)
+@each("metadata", SETTINGS_BROKEN)
 def test_settings_that_cannot_be_read_are_refused(
     altered: Callable[..., Adapter], refused: Callable[[Adapter, str], None], metadata: dict[str, str]
 ) -> None:
@@ -604,7 +601,7 @@ def test_settings_that_cannot_be_read_are_refused(
     refused(altered(instead=metadata), "unsupported PEFT settings")
 
 
-@pytest.mark.parametrize("settings", [{"peft_version": "99.0"}, {"peft_version": None}, {"lora_alpha": 2}], ids=str)
+@each("settings", [{"peft_version": "99.0"}, {"peft_version": None}, {"lora_alpha": 2}])
 def test_settings_of_another_version_of_peft_are_fine(
     base: Base, altered: Callable[..., Adapter], fitted: Callable[..., Adapter], settings: dict[str, Any]
 ) -> None:
@@ -628,7 +625,7 @@ FULL: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("change", FULL.values(), ids=FULL)
+@each("change", FULL)
 def test_full_weights_that_do_not_fit_the_base_are_refused(
     forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], change: Change
 ) -> None:
@@ -637,7 +634,7 @@ def test_full_weights_that_do_not_fit_the_base_are_refused(
     refused(forge("full", {FULL_FILE: wrong}), rf"{WEIGHTS} holds tensors of other names or shapes")
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@each("value", [torch.nan, torch.inf])
 def test_full_weights_that_are_not_finite_are_refused(
     forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], value: float
 ) -> None:

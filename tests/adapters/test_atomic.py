@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common import each
 from files import failing, manifest_bytes
 
 from imagic_lora.adapters.atomic import (
@@ -57,13 +58,18 @@ def final(tmp_path: Path) -> Path:
     return tmp_path / "root" / "one"
 
 
-@pytest.fixture
-def record(tmp_path: Path) -> Path:
-    """The path of a record, as good as can be."""
+def written_record(tmp_path: Path) -> Path:
+    """The path of a valid record."""
     writer = AtomicWriter(tmp_path)
     writer.write("card.md", [b"words"])
     writer.write_manifest(RECORD, Note())
     return tmp_path / RECORD
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """The path of a valid record."""
+    return written_record(tmp_path)
 
 
 def test_what_is_written_is_read(final: Path) -> None:
@@ -114,9 +120,10 @@ REWRITTEN: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("rewrite", REWRITTEN.values(), ids=REWRITTEN)
-def test_the_same_record_written_another_way_is_refused(record: Path, rewrite: Callable[[bytes], bytes]) -> None:
+@each("rewrite", REWRITTEN)
+def test_the_same_record_written_another_way_is_refused(tmp_path: Path, rewrite: Callable[[bytes], bytes]) -> None:
     """Though it says the same, its own hash included: there is one way to write a record."""
+    record = written_record(tmp_path)
     good = record.read_bytes()
     record.write_bytes(rewrite(good))
     assert record.read_bytes() != good
@@ -143,9 +150,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
-def test_what_is_no_record_is_refused(record: Path, text: bytes) -> None:
+@each("text", BROKEN)
+def test_what_is_no_record_is_refused(tmp_path: Path, text: bytes) -> None:
     """In words that name the file."""
+    record = written_record(tmp_path)
     record.write_bytes(text)
     with pytest.raises(ImagicError, match=f"{RECORD} is not a valid manifest"):
         read_manifest(record.parent, RECORD, Note)
@@ -189,9 +197,10 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("change", ODD.values(), ids=ODD)
-def test_a_record_of_another_shape_is_refused(record: Path, change: dict[str, Any]) -> None:
+@each("change", ODD)
+def test_a_record_of_another_shape_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     """Though its hash is right."""
+    record = written_record(tmp_path)
     fields = {"files": {"card.md": HEX}, "words": "new"}
     record.write_bytes(manifest_bytes(fields))
     read_manifest(record.parent, RECORD, Note)
@@ -214,17 +223,19 @@ BAD_NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD_NAMES)
-def test_a_record_that_names_a_file_elsewhere_is_refused(record: Path, name: str) -> None:
+@each("name", BAD_NAMES)
+def test_a_record_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     """In a parent or sibling folder, hidden, or by a path of any system: rejected before the file is read."""
+    record = written_record(tmp_path)
     record.write_bytes(manifest_bytes({"files": {name: HEX}, "words": "new"}))
     with pytest.raises(ImagicError, match="is not a valid manifest"):
         read_manifest(record.parent, RECORD, Note)
 
 
-@pytest.mark.parametrize("name", GOOD_NAMES)
-def test_a_record_names_files_in_its_folder_and_one_below(record: Path, name: str) -> None:
+@each("name", GOOD_NAMES)
+def test_a_record_names_files_in_its_folder_and_one_below(tmp_path: Path, name: str) -> None:
     """Letters, digits, dot, underscore and hyphen."""
+    record = written_record(tmp_path)
     record.write_bytes(manifest_bytes({"files": {name: HEX}, "words": "new"}))
     assert set(read_manifest(record.parent, RECORD, Note).files) == {name}
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import PROMPT, array, opened, output, same, tiny_config, weights
+from common import PROMPT, array, each, opened, output, same, tiny_config, weights
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, save_tiny_sdxl
@@ -103,8 +103,8 @@ def independent_error(before: State, after: State, names: set[str], rank: int) -
 # The decomposition
 
 
-@pytest.mark.parametrize("rank", [1, 3, 8, 12])
-@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (9, 9)], ids=str)
+@each("rank", [1, 3, 8, 12])
+@each("shape", [(8, 20), (20, 8), (9, 9)])
 def test_no_matrices_of_that_rank_come_nearer(shape: tuple[int, int], rank: int) -> None:
     """The product is the truncated singular value decomposition (Eckart and Young), by PyTorch's own in fp64; beyond it there are zeros."""
     change = torch.randn(shape, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import MODES, PROMPT, opened, output, tiny_config
+from common import MODES, PROMPT, each, opened, output, tiny_config
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers, _maybe_map_sgm_blocks_to_diffusers
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
@@ -168,7 +168,7 @@ def test_original_names_are_those_of_a_checkpoint(name: str) -> None:
         assert original_names(modules(name, preset)) == {layer: found[layer] for layer in modules(name, preset)}
 
 
-@pytest.mark.parametrize(("name", "count"), [("sd15", 128), ("sd21", 128), ("sdxl", 560)])
+@each("name, count", [("sd15", 128), ("sd21", 128), ("sdxl", 560)])
 def test_attention_alone_has_the_known_number_of_layers(fitted: Fitted, tmp_path: Path, name: str, count: int) -> None:
     """16 or 70 transformer blocks of eight projections; three tensors for each."""
     layers = modules(name, "attention")
@@ -225,7 +225,7 @@ def test_names_are_the_published_ones(fitted: Fitted, tmp_path: Path) -> None:
         assert expected <= {key.partition(".")[0] for key in made}
 
 
-@pytest.mark.parametrize("layer", ["down_blocks.0.resnets.0.conv3", "down_blocks.0.motion_modules.0.to_q", "class_embedding.linear_1", ""])
+@each("layer", ["down_blocks.0.resnets.0.conv3", "down_blocks.0.motion_modules.0.to_q", "class_embedding.linear_1", ""])
 def test_a_layer_without_such_a_name_is_refused(layer: str) -> None:
     """Rather than written under a name that nobody reads."""
     with pytest.raises(ImagicError, match="a LoRA layer on"):
@@ -250,8 +250,8 @@ def test_the_scale_is_in_the_second_matrix(fitted: Fitted, tmp_path: Path) -> No
             assert torch.equal(found[f"{key}.lora_up.weight"], value * 0.5)
 
 
-@pytest.mark.parametrize(
-    ("width", "pooled", "expected"),
+@each(
+    "width, pooled, expected",
     [
         (768, False, ("stable-diffusion-v1/lora", "diffusers", "sd_v1", "False")),
         (1024, False, ("stable-diffusion-v2-512/lora", "diffusers", "sd_v2", "True")),
@@ -313,7 +313,7 @@ def test_full_weights_have_no_kohya_layout(fitted: Fitted, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each("kind", KINDS)
 def test_files_are_replaced_only_if_asked_for(fitted: Fitted, tmp_path: Path, kind: Format) -> None:
     """One that is there is enough to refuse all; what else lies in the folder stays in any case."""
     adapter = fitted("lora")
@@ -332,8 +332,8 @@ def test_files_are_replaced_only_if_asked_for(fitted: Fitted, tmp_path: Path, ki
     assert listing(tmp_path) == expected | {other: b"mine too"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("broken", [1, 2, 3])
+@each("kind", KINDS)
+@each("broken", [1, 2, 3])
 def test_a_full_disk_leaves_what_was_there(
     fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Format, broken: int
 ) -> None:
@@ -378,7 +378,7 @@ SPOILED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("change", SPOILED.values(), ids=SPOILED)
+@each("change", SPOILED)
 def test_layers_that_are_not_ours_are_refused(fitted: Fitted, tmp_path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     """Rather than written under names that mean something else."""
     tensors = as_lora(["mid_block.attentions.0.proj_in", "conv_in"])

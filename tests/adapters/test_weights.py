@@ -98,8 +98,7 @@ def test_lora_starts_from_its_seed_alone(folder: Path) -> None:
     assert not torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("alpha", [None, 1.0, 10.0])
+@pytest.mark.parametrize(("targets", "alpha"), list(zip(TARGETS, [10.0, None, 1.0], strict=True)))
 def test_saved_lora_is_exact_in_plain_diffusers(folder: Path, tmp_path: Path, targets: str, alpha: float | None) -> None:
     """load_lora_weights gives the output it had in training, at whatever scale alpha / rank."""
     base = opened(folder)
@@ -218,8 +217,7 @@ def in_diffusers(folder: Path, path: Path, dtype: str) -> Tensor:
     return output(base)
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("targets", "dtype"), list(zip(TARGETS, ["fp32", "bf16", "fp32"], strict=True)))
 def test_swapped_layers_are_those_of_plain_diffusers(folder: Path, tmp_path: Path, targets: str, dtype: str) -> None:
     """Whatever rank and alpha they take the place of, and when they come back; the base is bit-equal in the end."""
     base = opened(folder, dtype=dtype)

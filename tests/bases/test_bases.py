@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import KINDS, opened, same, weights
+from common import KINDS, each, opened, same, weights
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -215,7 +215,7 @@ def test_the_architecture_is_the_same_before_and_after_loading(folder: Path) -> 
         assert {name: ours[name] for name in theirs} == theirs
 
 
-@pytest.mark.parametrize("name", ["no-such-base", "/no/such"])
+@each("name", ["no-such-base", "/no/such"])
 def test_an_unknown_base_has_no_architecture(name: str) -> None:
     """It is refused as it would be on opening."""
     with pytest.raises(ImagicError, match=r"no base called|no file or folder /no/such"):
@@ -260,7 +260,7 @@ def test_other_weights_have_another_fingerprint(folder: Path, tmp_path: Path) ->
     assert opened(save_tiny(tmp_path, seed=1)).fingerprint != opened(folder).fingerprint
 
 
-@pytest.mark.parametrize("name", ["no-such-base", "./no/such/folder", "/no/such", "a/b/c", "models/mine.safetensors", "models/mine.CKPT"])
+@each("name", ["no-such-base", "./no/such/folder", "/no/such", "a/b/c", "models/mine.safetensors", "models/mine.CKPT"])
 def test_an_unknown_base_is_refused(name: str) -> None:
     """A name that is neither known nor a folder nor shaped like a hub id is never looked for on the network."""
     with pytest.raises(ImagicError, match="no file or folder" if "/" in name else "no base called"):
@@ -273,9 +273,7 @@ def test_a_folder_that_is_no_base_is_refused(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("index", "message"), [('{"_class_name": "FluxPipeline"}', "FluxPipeline"), ("{", "cannot be read"), ("[]", "cannot be read")]
-)
+@each("index, message", [('{"_class_name": "FluxPipeline"}', "FluxPipeline"), ("{", "cannot be read"), ("[]", "cannot be read")])
 def test_an_unsupported_family_is_refused(tmp_path: Path, index: str, message: str) -> None:
     """Named by its class; an index that is no index is refused as such."""
     (tmp_path / "model_index.json").write_text(index)
@@ -321,10 +319,15 @@ def test_a_base_remembers_where_it_is(folder: Path, monkeypatch: pytest.MonkeyPa
     assert opened(Path(folder.name)).name == str(folder.resolve())
 
 
+def copied(folder: Path, tmp_path: Path) -> Path:
+    """A copy of a base, to change."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
 @pytest.fixture
 def copy(folder: Path, tmp_path: Path) -> Path:
-    """A base to spoil."""
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
+    """A copy of the base, to change."""
+    return copied(folder, tmp_path)
 
 
 def said(copy: Path, file: str, **values: Any) -> Path:
@@ -345,9 +348,7 @@ def held(copy: Path, file: str, change: Callable[[dict[str, Tensor]], object]) -
 UNET, VAE, TEXT = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 
 
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
+@each("text, why", [
         ("[]", "a list, not an object"),
         ('{"a": ', "Expecting value"),
         ('{"a": 1, "a": 1}', "a duplicate key"),
@@ -359,9 +360,7 @@ UNET, VAE, TEXT = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pyt
         ('{"a": [' + "[]," * 140_000 + "1]}", "140,002 lists and objects, more than 131,072"),
         ('{"a": "' + "x" * 2**20 + '"}', "over 1,048,576 bytes"),
         ("\udc80", "can't decode byte 0x80"),
-    ],
-    ids=lambda text: text[:12],
-)  # fmt: skip
+    ])  # fmt: skip
 def test_json_is_read_strictly(tmp_path: Path, text: str, why: str) -> None:
     """As diffusers writes it, and of a size that a config may have."""
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
@@ -369,7 +368,7 @@ def test_json_is_read_strictly(tmp_path: Path, text: str, why: str) -> None:
         read_json(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)])
+@each("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)])
 def test_json_is_a_file(tmp_path: Path, make) -> None:
     """Nothing that never ends, or waits."""
     make(tmp_path / "config.json")
@@ -386,26 +385,29 @@ def test_a_base_may_be_links(folder: Path, tmp_path: Path) -> None:
     assert opened(tmp_path).fingerprint == opened(folder).fingerprint
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
-@pytest.mark.parametrize("named", [["own", "X"], ["os", "system"], ["diffusers", 1], ["diffusers"], [None, None], "x", None])
-def test_a_component_has_the_class_that_is_supported(copy: Path, part: str, named: object) -> None:
+@each("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+@each("named", [["own", "X"], ["os", "system"], ["diffusers", 1], ["diffusers"], [None, None], "x", None])
+def test_a_component_has_the_class_that_is_supported(tmp_path: Path, folder: Path, part: str, named: object) -> None:
     """Whatever else the index names is not looked for."""
+    copy = copied(folder, tmp_path)
     said(copy, "model_index.json", **{part: named})
     for open_it in (opened, lambda path: architecture_of(str(path))):
         with pytest.raises(ImagicError, match=rf"model_index.json has .* as {part}"):
             open_it(copy)
 
 
-@pytest.mark.parametrize("name", ["FlowMatchSchedulerOfNobody", "utils", "SchedulerMixin", "AutoencoderKL"])
-def test_a_scheduler_is_one_of_diffusers(copy: Path, name: str) -> None:
+@each("name", ["FlowMatchSchedulerOfNobody", "utils", "SchedulerMixin", "AutoencoderKL"])
+def test_a_scheduler_is_one_of_diffusers(tmp_path: Path, folder: Path, name: str) -> None:
     """A class that diffusers has among its schedulers, and that makes one."""
+    copy = copied(folder, tmp_path)
     with pytest.raises(ImagicError, match=r"scheduler"):
         opened(said(copy, "model_index.json", scheduler=["diffusers", name]))
 
 
-@pytest.mark.parametrize("family", [["own", "X"], None, 3, {}, "os"])
-def test_a_family_is_a_name(copy: Path, family: object) -> None:
+@each("family", [["own", "X"], None, 3, {}, "os"])
+def test_a_family_is_a_name(tmp_path: Path, folder: Path, family: object) -> None:
     """diffusers would look for code where it is a list."""
+    copy = copied(folder, tmp_path)
     with pytest.raises(ImagicError, match="one of StableDiffusionPipeline"):
         opened(said(copy, "model_index.json", _class_name=family))
 
@@ -427,8 +429,8 @@ def test_the_published_index_is_read(copy: Path, folder: Path) -> None:
     assert opened(copy).fingerprint == opened(folder).fingerprint
 
 
-@pytest.mark.parametrize(
-    ("file", "name", "value"),
+@each(
+    "file, name, value",
     [
         ("unet", "block_out_channels", [10**9, 10**9]),
         ("unet", "layers_per_block", 10**6),
@@ -446,17 +448,16 @@ def test_the_published_index_is_read(copy: Path, folder: Path) -> None:
         ("scheduler", "num_train_timesteps", 10**12),
     ],
 )
-def test_sizes_are_plausible(copy: Path, file: str, name: str, value: object) -> None:
+def test_sizes_are_plausible(tmp_path: Path, folder: Path, file: str, name: str, value: object) -> None:
     """Before anything of that size is made, or planned."""
+    copy = copied(folder, tmp_path)
     said(copy, f"{file}/{'scheduler_config' if file == 'scheduler' else 'config'}.json", **{name: value})
     for open_it in (opened, lambda path: architecture_of(str(path))):
         with pytest.raises(ImagicError, match=rf"missing or implausible settings: '{file}\.{name}'"):
             open_it(copy)
 
 
-@pytest.mark.parametrize(
-    ("file", "values", "why"),
-    [
+@each("file, values, why", [
         ("unet", {"in_channels": 9}, "out_channels and in_channels of the U-Net, 4 and 9"),
         ("unet", {"cross_attention_dim": 24}, "hidden_size of the text encoders and cross_attention_dim, 16 and 24"),
         ("unet", {"down_block_types": ["DownBlock2D"]}, "numbers of down_block_types and block_out_channels, 1 and 2"),
@@ -471,16 +472,16 @@ def test_sizes_are_plausible(copy: Path, file: str, name: str, value: object) ->
         ("vae", {"mid_block_add_attention": False}, r"tensors of .*vae are not in its config"),
         ("text_encoder", {"num_hidden_layers": 3}, r"text_encoder holds .* weights.*that its config describes"),
         ("text_encoder", {"hidden_act": "system"}, "text_encoder cannot be loaded"),
-    ],
-)  # fmt: skip
-def test_parts_fit_each_other_and_their_weights(copy: Path, file: str, values: dict[str, Any], why: str) -> None:
+    ])  # fmt: skip
+def test_parts_fit_each_other_and_their_weights(tmp_path: Path, folder: Path, file: str, values: dict[str, Any], why: str) -> None:
     """Rather than being cut, or filled up at random."""
+    copy = copied(folder, tmp_path)
     with pytest.raises(ImagicError, match=why):
         opened(said(copy, f"{file}/config.json", **values))
 
 
-@pytest.mark.parametrize(
-    ("values", "why"),
+@each(
+    "values, why",
     [
         ({"beta_schedule": "x"}, "scheduler cannot be loaded"),
         ({"timestep_spacing": "x"}, "scheduler cannot be loaded"),
@@ -490,15 +491,17 @@ def test_parts_fit_each_other_and_their_weights(copy: Path, file: str, values: d
         ({"timestep_type": "continuous"}, "noise process is not that of DDPM"),
     ],
 )
-def test_a_scheduler_makes_a_schedule(copy: Path, values: dict[str, Any], why: str) -> None:
+def test_a_scheduler_makes_a_schedule(tmp_path: Path, folder: Path, values: dict[str, Any], why: str) -> None:
     """Before the training, not after it."""
+    copy = copied(folder, tmp_path)
     with pytest.raises(ImagicError, match=why):
         opened(said(copy, "scheduler/scheduler_config.json", **values))
 
 
-@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
-def test_a_sampler_of_another_noise_is_refused(copy: Path, name: str) -> None:
+@each("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_sampler_of_another_noise_is_refused(tmp_path: Path, folder: Path, name: str) -> None:
     """Its base was made with noise that training here would not give it."""
+    copy = copied(folder, tmp_path)
     index = json.loads((copy / "model_index.json").read_text()) | {"scheduler": ["diffusers", name]}
     (copy / "model_index.json").write_text(json.dumps(index))
     (copy / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": name, "prediction_type": "epsilon"}))
@@ -506,9 +509,10 @@ def test_a_sampler_of_another_noise_is_refused(copy: Path, name: str) -> None:
         opened(copy)
 
 
-@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
-def test_latents_that_are_scaled_by_channel_are_refused(copy: Path, name: str) -> None:
+@each("name", ["latents_mean", "latents_std"])
+def test_latents_that_are_scaled_by_channel_are_refused(tmp_path: Path, folder: Path, name: str) -> None:
     """They would be trained at another scale."""
+    copy = copied(folder, tmp_path)
     with pytest.raises(ImagicError, match="latents_mean or latents_std"):
         opened(said(copy, "vae/config.json", **{name: [0.0, 0.0, 0.0, 0.0]}))
 
@@ -526,9 +530,9 @@ def test_the_same_weights_that_predict_another_thing_are_another_base(folder: Pa
     assert opened(said(tmp_path / "base", "scheduler/scheduler_config.json", prediction_type="v_prediction")).fingerprint != before
 
 
-@pytest.mark.parametrize(("file", "name"), [(UNET, "conv_in.weight"), (VAE, "encoder.conv_in.bias"), (TEXT, "final_layer_norm.bias")])
-@pytest.mark.parametrize(
-    ("spoil", "why"),
+@each("file, name", [(UNET, "conv_in.weight"), (VAE, "encoder.conv_in.bias"), (TEXT, "final_layer_norm.bias")])
+@each(
+    "spoil, why",
     [
         (lambda found, name: found.pop(name), "are missing, for example '{name}'|holds .* weights"),
         (lambda found, name: found.update(more=torch.ones(1)), "are not in its config, for example 'more'|holds .* weights"),
@@ -539,10 +543,10 @@ def test_the_same_weights_that_predict_another_thing_are_another_base(folder: Pa
         (lambda found, name: found[name].view(-1)[-1:].fill_(torch.nan), "'{name}' in .* holds NaN or infinity in float32"),
         (lambda found, name: found[name].view(-1)[:1].fill_(-torch.inf), "'{name}' in .* holds NaN or infinity in float32"),
     ],
-    ids=["missing", "more", "shape", "float64", "int8", "fp8", "nan", "inf"],
 )
-def test_weights_are_those_of_the_config_and_finite(copy: Path, file: str, name: str, spoil, why: str) -> None:
+def test_weights_are_those_of_the_config_and_finite(tmp_path: Path, folder: Path, file: str, name: str, spoil, why: str) -> None:
     """Every tensor that it asks for and no other, of its shape, in a precision for weights."""
+    copy = copied(folder, tmp_path)
     held(copy, file, lambda found: spoil(found, name))
     with pytest.raises(ImagicError, match=why.replace("{name}", name)):
         opened(copy)
@@ -556,18 +560,18 @@ def test_weights_that_a_precision_cannot_hold_are_refused(tmp_path: Path) -> Non
         cast_finite(weights, torch.float16, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "why"),
+@each(
+    "spoil, why",
     [
         (lambda content: content[:-1], "is not a whole safetensors file"),
         (lambda content: content + b"\0", "is not a whole safetensors file"),
         (lambda content: (2**63).to_bytes(8, "little") + content[8:], "a header of 9,223,372,036,854,775,808 bytes"),
         (lambda content: b"", "is not a whole safetensors file"),
     ],
-    ids=["cut", "longer", "header", "empty"],
 )
-def test_a_file_of_weights_is_whole(copy: Path, spoil: Callable[[bytes], bytes], why: str) -> None:
+def test_a_file_of_weights_is_whole(tmp_path: Path, folder: Path, spoil: Callable[[bytes], bytes], why: str) -> None:
     """And its header is none to fill the memory with."""
+    copy = copied(folder, tmp_path)
     (copy / UNET).write_bytes(spoil((copy / UNET).read_bytes()))
     with pytest.raises(ImagicError, match=why):
         opened(copy)
@@ -583,9 +587,10 @@ def sharded(copy: Path, file: str) -> list[Path]:
     return shards
 
 
-@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
-def test_shards_are_found_by_their_names(copy: Path, folder: Path, file: str) -> None:
+@each("file", [UNET, VAE, TEXT])
+def test_shards_are_found_by_their_names(tmp_path: Path, folder: Path, file: str) -> None:
     """Bit-equal to the whole; their index, which may name any file there is, is not read."""
+    copy = copied(folder, tmp_path)
     sharded(copy, file)
     (copy / f"{file}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": "../../../../etc/passwd"}}))
     one, whole = opened(copy), opened(folder)
@@ -650,8 +655,8 @@ def test_what_configs_say_to_libraries_is_not_heard(copy: Path, folder: Path) ->
     assert same(weights(one.denoiser), weights(other.denoiser))
 
 
-@pytest.mark.parametrize(
-    ("values", "why"),
+@each(
+    "values, why",
     [
         ({"model_max_length": 2}, "the model_max_length 2.*at least 16, the max_position_embeddings of the text encoder"),
         ({"model_max_length": 15}, "the model_max_length 15"),
@@ -661,8 +666,9 @@ def test_what_configs_say_to_libraries_is_not_heard(copy: Path, folder: Path) ->
         ({"unk_token": "<unk>"}, "tokenizer cannot be loaded"),
     ],
 )
-def test_a_tokenizer_fits_the_text_encoder(copy: Path, values: dict[str, Any], why: str) -> None:
+def test_a_tokenizer_fits_the_text_encoder(tmp_path: Path, folder: Path, values: dict[str, Any], why: str) -> None:
     """It encodes prompts of the full length, with token ids that the text encoder knows."""
+    copy = copied(folder, tmp_path)
     with pytest.raises(ImagicError, match=why):
         opened(said(copy, "tokenizer/tokenizer_config.json", **values))
 
@@ -698,7 +704,7 @@ def test_of_a_hub_id_nothing_is_fetched_that_is_not_read(folder: Path, monkeypat
     assert not [name for name in asked if "*" in name]
 
 
-@pytest.mark.parametrize("error", [OSError(), OSError("no network\nat all"), ValueError("no such id")])
+@each("error", [OSError(), OSError("no network\nat all"), ValueError("no such id")])
 def test_a_hub_id_that_cannot_be_fetched_is_refused(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """With the first line of the reason."""
 
@@ -711,7 +717,7 @@ def test_a_hub_id_that_cannot_be_fetched_is_refused(monkeypatch: pytest.MonkeyPa
         locate("own/base")
 
 
-@pytest.mark.parametrize("name", ["~no-such-user/x/y", "a" * 5000, "\0"])
+@each("name", ["~no-such-user/x/y", "a" * 5000, "\0"])
 def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
     """Whatever the system says of it."""
     with pytest.raises(ImagicError, match=r"no base called|no file or folder ~no-such-user"):

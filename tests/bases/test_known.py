@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from common import PROMPT, opened, tiny_config
+from common import PROMPT, each, opened, tiny_config
 from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
 from tiny import save_tiny
 
+from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.contents import read_embeddings
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading import registry
@@ -88,8 +89,8 @@ def test_without_a_list_there_are_the_built_in_ones(monkeypatch: pytest.MonkeyPa
     assert bases_file() == Path.home() / ".config/imagic-lora/bases.yaml"
 
 
-@pytest.mark.parametrize(
-    ("content", "why"),
+@each(
+    "content, why",
     [
         ({"mine": {"path": "x"}}, "mine.source"),
         ({"mine": {"source": "x", "colour": 1}}, "mine.colour"),
@@ -140,26 +141,32 @@ def test_a_resumed_fit_has_the_same_guidance_scale(lcm: Path, photo_file: Path, 
             result(again)
 
 
-@pytest.mark.parametrize("start", ["noise", "inverted"])
-def test_more_steps_than_a_sampler_has_are_refused_before_the_training(lcm: Path, photo_file: Path, tmp_path: Path, start: Any) -> None:
-    """And in an edit; nothing is lost."""
-    store = Store(tmp_path)
-    with pytest.raises(ImagicError, match="60 steps with scheduler LCMScheduler"):
-        next(fit(photo_file, PROMPT, tiny_config(lcm, edit={"steps": 60, "start": start}), store, "cat"))
-    adapter = result(fit(photo_file, PROMPT, tiny_config(lcm), store, "cat", overwrite=True))
+@pytest.fixture(scope="module")
+def of_lcm(lcm: Path, photo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    """An adapter of that model, fitted at guidance scale 8."""
+    config = tiny_config(lcm, edit={"guidance_scale": 8.0})
+    adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path_factory.mktemp("of_lcm")), "cat"))
     assert adapter is not None
+    return adapter
+
+
+@each("start", ["noise", "inverted"])
+def test_more_steps_than_a_sampler_has_are_refused_before_the_training(
+    lcm: Path, of_lcm: Adapter, photo_file: Path, tmp_path: Path, start: Any
+) -> None:
+    """And in an edit; nothing is lost."""
+    with pytest.raises(ImagicError, match="60 steps with scheduler LCMScheduler"):
+        next(fit(photo_file, PROMPT, tiny_config(lcm, edit={"steps": 60, "start": start}), Store(tmp_path), "cat"))
     with pytest.raises(ImagicError, match="60 steps with scheduler"):
-        next(Editor(opened(lcm)).edit(adapter, [0.5], [0], adapter.record.config.edit.model_copy(update={"steps": 60, "start": start})))
+        next(Editor(opened(lcm)).edit(of_lcm, [0.5], [0], of_lcm.record.config.edit.model_copy(update={"steps": 60, "start": start})))
 
 
-def test_the_noise_of_the_photo_is_found_at_the_guidance_that_it_is_used_at(lcm: Path, photo_file: Path, tmp_path: Path) -> None:
+def test_the_noise_of_the_photo_is_found_at_the_guidance_that_it_is_used_at(lcm: Path, of_lcm: Adapter) -> None:
     """A base whose denoiser takes the guidance scale gets the same scale in every pass of inversion and sampling."""
     config = tiny_config(lcm, edit={"guidance_scale": 8.0, "start": "inverted", "steps": 4})
     base, embedded = opened(lcm), []
-    adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), "cat", base=base))
-    assert adapter is not None
     base.denoiser.register_forward_pre_hook(lambda _, args, more: embedded.append(more["timestep_cond"]), with_kwargs=True)
-    next(Editor(base).edit(adapter, [0.5], [0], config.edit))
+    next(Editor(base).edit(of_lcm, [0.5], [0], config.edit))
     assert len(embedded) == 8
     assert all(torch.equal(one, embedded[0]) for one in embedded)
 
@@ -276,11 +283,9 @@ def test_a_consistency_model_takes_the_guidance_scale(lcm: Path) -> None:
     assert not torch.allclose(found, other)
 
 
-def test_the_guidance_scale_changes_an_edit_without_an_unconditional_pass(lcm: Path, photo_file: Path, tmp_path: Path) -> None:
+def test_the_guidance_scale_changes_an_edit_without_an_unconditional_pass(lcm: Path, of_lcm: Adapter) -> None:
     """Another scale, another picture."""
-    config = tiny_config(lcm, edit={"guidance_scale": 8.0})
-    adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), "cat"))
-    assert adapter is not None
+    config, adapter = tiny_config(lcm, edit={"guidance_scale": 8.0}), of_lcm
     assert read_embeddings(adapter)["target"].extra["guidance"].tolist() == [8.0]
     assert "null" not in read_embeddings(adapter)
     with_scale = [config.edit.model_copy(update={"guidance_scale": scale}) for scale in (8.0, 2.0)]
@@ -288,8 +293,8 @@ def test_the_guidance_scale_changes_an_edit_without_an_unconditional_pass(lcm: P
     assert one.tobytes() != other.tobytes()
 
 
-@pytest.mark.parametrize(("steps", "embeds", "expected"), [(4, False, (4, 0.0)), (8, True, (8, 8.0))])
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@each("steps, embeds, expected", [(4, False, (4, 0.0)), (8, True, (8, 8.0))])
+@each("mode", ["lora", "full"])
 def test_the_recipe_of_a_distilled_base(mode: Any, steps: int, embeds: bool, expected: tuple[int, float]) -> None:
     """Few steps; guided through its input or not at all; all else as ever."""
     found, plain = recipe_of("x", steps, embeds)[mode], recipe_of("x")[mode]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from common import array
+from common import array, each
 from PIL import Image
 from rich.console import Console
 
@@ -51,7 +51,7 @@ PHRASES = {
     "place": {"grass": "on the grass", "sand": "on the sand", "snow": "in the snow", "night": "at night"},
     "thing": {"hat": "wearing a hat", "ball": "with a ball"},
 }
-some_cases = pytest.mark.parametrize("case", SOME, ids=lambda case: f"{case.index}-{case.kind}")
+some_cases = each("case", SOME)
 
 
 # cases
@@ -77,7 +77,7 @@ def test_no_two_seeds_or_numbers_share_a_photo() -> None:
     assert len({case_at(seed, index).source for seed in (0, 1, 7, 8, 70) for index in range(40)}) == 200
 
 
-@pytest.mark.parametrize("cases", [8, 60, 80, 240])
+@each("cases", [8, 60, 80, 240])
 def test_half_of_the_cases_change_the_pose_and_the_others_take_turns(cases: int) -> None:
     """Exactly half, for an even number of cases; of the other kinds none has more than one case more than another."""
     count = Counter(case.kind for case in MANY[:cases])
@@ -210,7 +210,7 @@ class Pretending(Judge):
         return [self.sight] * len(pictures)
 
 
-@pytest.mark.parametrize(("share", "kept"), [(0.99, True), (1.01, False)])
+@each("share, kept", [(0.99, True), (1.01, False)])
 def test_the_identity_is_kept_up_to_its_limit(clip: CritterAlignment, share: float, kept: bool) -> None:
     """Just within it is the same animal, just beyond it is another; the distance is reported either way."""
     case = SOME[0]
@@ -277,8 +277,8 @@ def worth(aligned: bool = True, changed: Sequence[str] = (), **values: Any) -> S
     return Score(aligned=aligned, kept=not changed, changed=list(changed), **plain)
 
 
-@pytest.mark.parametrize(
-    ("aligned", "changed", "attributes", "success"),
+@each(
+    "aligned, changed, attributes, success",
     [
         (True, [], True, True),
         (True, ["identity"], True, False),
@@ -401,7 +401,7 @@ def test_a_second_run_does_nothing_again(painter: Painter, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("cheap")
-@pytest.mark.parametrize("change", ["settings", "seed", "rows", "weights", "limit"])
+@each("change", ["settings", "seed", "rows", "weights", "limit"])
 def test_what_a_result_depends_on_makes_it_run_again(
     painter: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -449,7 +449,7 @@ def test_a_case_that_fails_is_recorded_and_tried_again(painter: Painter, tmp_pat
 
 
 @pytest.mark.usefixtures("cheap")
-@pytest.mark.parametrize(
+@each(
     "damage",
     [
         lambda text: text[: len(text) // 2],
@@ -462,7 +462,6 @@ def test_a_case_that_fails_is_recorded_and_tried_again(painter: Painter, tmp_pat
         lambda text: text.replace('"error"', '"err"'),
         lambda text: text.replace("painter", "\udcff"),
     ],
-    ids=["half", "empty", "null", "list", "nothing", "score", "cost", "error", "bytes"],
 )
 def test_a_damaged_file_is_run_again(painter: Painter, tmp_path: Path, damage: Callable[[str], str]) -> None:
     """Whatever is wrong with it, that case alone is done again, and gives what it gave."""
@@ -783,7 +782,7 @@ def test_methods_come_in_the_order_of_the_list() -> None:
     assert [method.name for method in chosen("sdedit, bounds ,sdedit")] == ["sdedit", "bounds"]
 
 
-@pytest.mark.parametrize("names", ["nonsense", "bounds,nonsense", "", "bounds,", "Bounds"])
+@each("names", ["nonsense", "bounds,nonsense", "", "bounds,", "Bounds"])
 def test_an_unknown_method_is_refused(names: str) -> None:
     """The error says which there are."""
     with pytest.raises(ImagicError, match="Expected") as caught:
@@ -792,7 +791,7 @@ def test_an_unknown_method_is_refused(names: str) -> None:
     assert names.split(",")[-1] in caught.value.got
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@each("mode", ["lora", "full"])
 def test_ours_takes_a_tenth_of_the_reference(mode: Mode) -> None:
     """Of its passes through the denoiser, the edit included."""
     (theirs,) = chosen("reference")
@@ -854,8 +853,8 @@ def test_the_retuned_reference_is_what_its_file_gives_the_command() -> None:
 # the command
 
 
-@pytest.mark.parametrize(
-    ("flags", "word"),
+@each(
+    "flags, word",
     [
         (["--cases", "0"], "--cases 0"),
         (["--cases", "-3"], "--cases -3"),
@@ -864,7 +863,6 @@ def test_the_retuned_reference_is_what_its_file_gives_the_command() -> None:
         (["--methods", "nonsense"], "nonsense"),
         (["--methods", "bounds,"], "--methods"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_bad_flag_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], word: str

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from common import MODES
+from common import MODES, each
 from cyclopts import CycloptsError
 from PIL import Image
 from pydantic import BaseModel
@@ -34,7 +34,7 @@ import imagic_lora.training.run as run_module
 from imagic_lora.adapters.store import Store
 from imagic_lora.cli.options import suggested_etas
 from imagic_lora.core.config import Config, DeviceConfig, EditConfig, MemoryConfig, Mode, RunConfig
-from imagic_lora.core.settings import PRESETS, RECIPES, validated
+from imagic_lora.core.settings import PRESETS, RECIPES, merged, validated
 from imagic_lora.photos.reading import read_metadata, read_photo
 from imagic_lora.training.stage import Stage, StepReport
 
@@ -127,7 +127,7 @@ def test_doctor_names_every_library(run: Run) -> None:
     assert run("doctor")[0] == 0
 
 
-def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
+def bad_input(base: Path, photo: Path, store: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
     """Bad input of every kind, with a word that the message must hold."""
     text, empty, unknown = tmp / "text.png", tmp / "empty.png", tmp / "unknown.yaml"
     text.write_text("not an image")
@@ -179,28 +179,16 @@ def refused_commands(base: Path, photo: Path, store: Path, tmp: Path) -> dict[st
     }
 
 
-BAD = [
-    "not an image", "empty file", "missing file", "empty prompt", "unknown base", "not a base", "unknown config key", "unknown preset",
-    "eta out of range", "eta not a number", "seed not a number", "adapter of another base", "no such adapter",
-    "empty prompt for an edit", "no step to take", "strength without a start", "a path in a name",
-    "a path in an edit", "existing name", "unknown command", "unknown flag", "value out of range", "wrong type", "clash",
-    "xformers without CUDA", "unknown preset for an edit", "clash of levers", "clash in a plan", "no architecture to plan",
-    "plain master weights", "stochastic without bf16", "offload without CUDA", "offload without CUDA in an edit",
-    "strength with inverted noise", "source eta without inverted noise", "seeds of inverted noise",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_clear_error(case: str, run: Run, base: Path, photo: Path, store: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_clear_error(run: Run, base: Path, photo: Path, store: Path, tmp_path: Path) -> None:
     """Exit code 2, what was got, what to do, no traceback; JSON where it was asked for."""
-    command, word = refused_commands(base, photo, store, tmp_path)[case]
-    code, _, err = run(*command)
-    assert code == 2
-    assert word in err
-    assert "Traceback" not in err
-    code, out, _ = run(*command, "--json")
-    assert code == 2
-    assert word in json.loads(out)["error"]["got"] + json.loads(out)["error"]["expected"] + json.loads(out)["error"]["remedy"]
+    for case, (command, word) in bad_input(base, photo, store, tmp_path).items():
+        code, _, err = run(*command)
+        assert code == 2, case
+        assert word in err, case
+        assert "Traceback" not in err, case
+        code, out, _ = run(*command, "--json")
+        assert code == 2, case
+        assert word in json.loads(out)["error"]["got"] + json.loads(out)["error"]["expected"] + json.loads(out)["error"]["remedy"], case
 
 
 def test_an_error_is_shown_as_it_was_typed(run: Run, store: Path) -> None:
@@ -242,8 +230,11 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return at_step
 
 
-@pytest.mark.parametrize(("stage", "k"), [("embed", 1), ("embed", 2), ("tune", 0), ("tune", 2)])
-@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT,) * 3], ids=["int", "term", "thrice"])
+@pytest.mark.parametrize(
+    ("stage", "k", "signals"),
+    [("embed", 1, (signal.SIGINT,)), ("embed", 2, (signal.SIGTERM,)), ("tune", 0, (signal.SIGINT,) * 3), ("tune", 2, (signal.SIGINT,))],
+    ids=["in embed", "terminated at the end of embed", "thrice in tune", "at the end of tune"],
+)
 def test_an_interrupted_fit_goes_on_by_the_command_it_prints(
     stage: str, k: int, signals: tuple[signal.Signals, ...], run: Run, base: Path, photo: Path, signalled: Callable[..., None]
 ) -> None:
@@ -409,7 +400,11 @@ COMPANIONS = {
 LEVELS = ("built-in", "recipe", "preset", "file", "flag")
 CHOOSING = (("preset",), ("tune", "mode"))
 """What chooses a preset, or the half of a recipe or preset, cannot come from one."""
-CASES = [(path, level) for path in leaves() for level in LEVELS if path not in CHOOSING or level not in ("recipe", "preset")]
+ALONE = [path for path in leaves() if path in CHOOSING or path[-1] in COMPANIONS]
+"""Settings whose other value clashes with that of another one."""
+CASES = [(path, "flag") for path in leaves()] + [
+    (path, level) for path in ALONE for level in LEVELS[:-1] if path not in CHOOSING or level not in ("recipe", "preset")
+]
 
 
 def token(path: tuple[str, ...]) -> str:
@@ -426,39 +421,63 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     return found
 
 
-@pytest.mark.parametrize(("path", "level"), CASES, ids=lambda value: value if isinstance(value, str) else ".".join(value))
-def test_every_setting_reaches_the_fit_from_every_level(
-    path: tuple[str, ...], level: str, run: Run, photo: Path, given: list[RunConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Set on the real command line, in a real file, in a preset, in a recipe or as the default, it is what fit() is given."""
-    value = other_value(path)
-    nested: Any = value
-    for name in reversed(path):
-        nested = {name: nested}
-    monkeypatch.setitem(RECIPES, "sd", {mode: nested if level == "recipe" else {} for mode in MODES})
-    monkeypatch.setitem(PRESETS, "8gb", {mode: nested if level == "preset" else {} for mode in MODES})
-    tokens: list[object] = ["fit", photo, "a dog", *COMPANIONS.get(path[-1], ())]
-    if path != ("preset",):
+def arrived(
+    level: str, settings: dict[str, Any], run: Run, photo: Path, given: list[RunConfig], monkeypatch: pytest.MonkeyPatch, *flags: object
+) -> RunConfig:
+    """What fit() is given when the real command line, a real file, a preset or a recipe holds these settings."""
+    monkeypatch.setitem(RECIPES, "sd", {mode: settings if level == "recipe" else {} for mode in MODES})
+    monkeypatch.setitem(PRESETS, "8gb", {mode: settings if level == "preset" else {} for mode in MODES})
+    tokens: list[object] = ["fit", photo, "a dog", *flags]
+    if "--preset" not in flags and "preset" not in settings:
         tokens += ["--preset", "8gb"]
     if level == "file":
-        Path("settings.yaml").write_text(json.dumps(nested))
+        Path("settings.yaml").write_text(json.dumps(settings))
         tokens += ["--config", "settings.yaml"]
-    if level == "flag":
-        tokens += [f"--{token(path)}"] if value is True else [f"--{token(path)}", value]
-    if level == "built-in":
-        value = "cpu" if path == ("preset",) else at(RunConfig(), path)  # what auto comes to without a card
     code, _, err = run(*tokens)
     assert code == 0, err
-    assert at(given[0], path) == value
+    return given.pop()
 
 
-@pytest.mark.parametrize("path", [path for path in leaves() if at(RunConfig(), path) is False], ids=".".join)
+def nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """Settings that hold one value."""
+    return {path[0]: nested(path[1:], value) if path[1:] else value}
+
+
+@each("path, level", CASES)
+def test_every_setting_reaches_the_fit(
+    path: tuple[str, ...], level: str, run: Run, photo: Path, given: list[RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by its flag; those that cannot be set along with all others by every other level, too."""
+    value, flags = other_value(path), list(COMPANIONS.get(path[-1], ()))
+    if level == "flag":
+        flags += [f"--{token(path)}"] if value is True else [f"--{token(path)}", value]
+    if level == "built-in":
+        value = "cpu" if path == ("preset",) else at(RunConfig(), path)  # what auto comes to without a card
+        flags += ["--preset", "auto"] if path == ("preset",) else []
+    settings = nested(path, value) if level in ("recipe", "preset", "file") else {}
+    assert at(arrived(level, settings, run, photo, given, monkeypatch, *flags), path) == value
+
+
+@each("level", ["built-in", "recipe", "preset", "file"])
+def test_all_settings_reach_the_fit_from_every_level(
+    level: str, run: Run, photo: Path, given: list[RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All those that do not clash at once, from a real file, in a preset, in a recipe or as the defaults."""
+    paths = [path for path in leaves() if path not in ALONE]
+    wanted = {path: at(RunConfig(), path) if level == "built-in" else other_value(path) for path in paths}
+    settings = {} if level == "built-in" else merged(*(nested(path, value) for path, value in wanted.items()))
+    found = arrived(level, settings, run, photo, given, monkeypatch)
+    assert {path: at(found, path) for path in paths} == wanted
+
+
+@each("path", [path for path in leaves() if at(RunConfig(), path) is False])
 def test_every_switch_can_be_turned_off_again(path: tuple[str, ...], run: Run, photo: Path, given: list[RunConfig]) -> None:
     """A flag takes back what a file turned on."""
     Path("settings.yaml").write_text(json.dumps({path[0]: {path[1]: True}}))
     tokens = ["fit", photo, "a dog", "--config", "settings.yaml", *COMPANIONS.get(path[-1], ())]
     assert run(*tokens)[0] == run(*tokens, f"--no-{token(path)}")[0] == 0
     assert [at(config, path) for config in given] == [True, False]
+    given.clear()
 
 
 class Watched:
@@ -501,7 +520,7 @@ def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Pa
 STARTS = ({"start": "image", "strength": 0.9}, {"start": "inverted", "source_eta": 0.3})
 
 
-@pytest.mark.parametrize("start", STARTS, ids=lambda way: way["start"])
+@each("start", STARTS)
 def test_edit_flags_override_what_the_adapter_stored(start: dict[str, Any], run: Run, store: Path) -> None:
     """Each setting of stage 3, from its flag to the metadata of the picture it made."""
     values = {"guidance_scale": 2.0, "steps": 3, "ddim_eta": 0.5, "batch_size": 2, **start}
@@ -512,7 +531,7 @@ def test_edit_flags_override_what_the_adapter_stored(start: dict[str, Any], run:
     assert read_metadata(Path(json.loads(out)["pictures"][0]["file"]))["edit"] == {"strength": 0.8, "source_eta": 0.0} | values
 
 
-@pytest.mark.parametrize(("flags", "taken"), [((), 4), (("--preset", "8gb"), 1), (("--preset", "8gb", "--batch-size", "3"), 3)])
+@each("flags, taken", [((), 4), (("--preset", "8gb"), 1), (("--preset", "8gb", "--batch-size", "3"), 3)])
 def test_the_batch_of_an_edit_is_that_of_the_machine(flags: tuple[str, ...], taken: int, run: Run, store: Path) -> None:
     """A preset takes the place of what the adapter stored, and a flag that of the preset."""
     code, out, _ = run("edit", "rex", "--store", store, "--device", "cpu", *flags, "--json")
@@ -523,8 +542,8 @@ def test_the_batch_of_an_edit_is_that_of_the_machine(flags: tuple[str, ...], tak
 DEVICE = {"device": "cpu", "dtype": "bf16", "attention": "xformers", "idle": "release", "vae_tiling": True, "vae_slicing": True}
 
 
-@pytest.mark.parametrize("level", ["built-in", "preset", "flag"])
-@pytest.mark.parametrize("name", DeviceConfig.model_fields)
+@each("level", ["built-in", "preset", "flag"])
+@each("name", list(DeviceConfig.model_fields))
 def test_every_device_setting_of_an_edit_reaches_its_runtime(
     name: str, level: str, run: Run, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -544,7 +563,7 @@ def test_every_device_setting_of_an_edit_reaches_its_runtime(
     assert getattr(asked[0], name) == (default if level == "built-in" else value)
 
 
-@pytest.mark.parametrize(
+@each(
     "command",
     ["", "fit", "edit", "list", "show", "verify", "rm", "compress", "export", "plan", "bases", "bench critters", "demo", "doctor"],
 )
@@ -604,7 +623,7 @@ def test_another_base_of_the_same_shapes_can_be_forced(run: Run, store: Path, ba
     assert run(*edit, "--base", other)[0] == 2
 
 
-@pytest.mark.parametrize(("rank", "code"), [("1.5", 2), ("0", 2), ("x", 2)])
+@each("rank, code", [("1.5", 2), ("0", 2), ("x", 2)])
 def test_a_rank_is_a_whole_number(run: Run, store: Path, rank: str, code: int) -> None:
     """Not rounded to one."""
     assert run("compress", "rex", "--store", store, "--rank", rank)[0] == code

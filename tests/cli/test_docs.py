@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
+from common import each
 
 from imagic_lora.core.settings import read_yaml, recipe_of, resolve
 
@@ -16,7 +16,7 @@ CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "imagic_lora" / "
 ROOMS = sorted(path for path in (ROOT / "imagic_lora").iterdir() if (path / "__init__.py").is_file())
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
+@each("room", ROOMS)
 def test_the_map_names_every_room_and_a_room_its_files(room: Path) -> None:
     """One line each: a newcomer finds any file in two hops."""
     lines = (ROOT / "README.md").read_text().split("## Map")[1].splitlines()
@@ -26,11 +26,7 @@ def test_the_map_names_every_room_and_a_room_its_files(room: Path) -> None:
         assert [file.name for file in folder.glob("*.py") if file.name != "__init__.py" and f"``{file.name}``" not in about] == []
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "imagic_lora" / "bench").glob("*.yaml"))],
-    ids=lambda path: path.name,
-)
+@each("path", [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "imagic_lora" / "bench").glob("*.yaml"))])
 def test_a_config_is_valid_and_headed_by_its_command(path: Path) -> None:
     """Every setting is known, the file names the command that uses it, and its own name is its base, its preset and its mode."""
     settings = read_yaml(path)
@@ -42,9 +38,7 @@ def test_a_config_is_valid_and_headed_by_its_command(path: Path) -> None:
         assert (base, preset or ["auto"], mode) == (config.base, [config.preset], config.tune.mode)
 
 
-@pytest.mark.parametrize(
-    "name", ["docs/demo.png", "docs/critters-samples.png", "docs/critterbench.png", "docs/internals/embedded-base.md", "docs/log.md"]
-)
+@each("name", ["docs/demo.png", "docs/critters-samples.png", "docs/critterbench.png", "docs/internals/embedded-base.md", "docs/log.md"])
 def test_what_the_documents_show_is_there(name: str) -> None:
     """Pictures and pages that the documents link."""
     assert (ROOT / name).stat().st_size > 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from common import each
 
 from imagic_lora.cli.options import parse_etas, parse_seeds
 from imagic_lora.core.errors import ImagicError
 
 
-@pytest.mark.parametrize(
-    ("text", "etas"),
+@each(
+    "text, etas",
     [
         ("0.7", [0.7]),
         ("1", [1.0]),
@@ -26,7 +27,7 @@ def test_etas_are_one_several_or_a_range_with_its_end(text: str, etas: list[floa
     assert parse_etas(text) == etas
 
 
-@pytest.mark.parametrize("text", ["", "a", "0.5,", "0:1", "0:1:0", "0:1:-0.1", "1:0:0.1", "0:1:1e-9", "0:inf:0.1", "0:1:nan", "0:1:0.1:2"])
+@each("text", ["", "a", "0.5,", "0:1", "0:1:0", "0:1:-0.1", "1:0:0.1", "0:1:1e-9", "0:inf:0.1", "0:1:nan", "0:1:0.1:2"])
 def test_other_etas_are_refused(text: str) -> None:
     """The error repeats what was got."""
     with pytest.raises(ImagicError) as caught:
@@ -34,8 +35,8 @@ def test_other_etas_are_refused(text: str) -> None:
     assert caught.value.got == f"--eta {text}"
 
 
-@pytest.mark.parametrize(
-    ("text", "seeds"),
+@each(
+    "text, seeds",
     [
         ("0", [0]),
         (str(2**63 - 1), [2**63 - 1]),
@@ -51,7 +52,7 @@ def test_seeds_are_one_several_or_a_range_without_its_end(text: str, seeds: list
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "a", "1.5", "-1", "0,", "0:", "4:4", "4:0", "-2:2", "0:4:1", str(2**63), "0:10001", "0:99999999999"])
+@each("text", ["", "a", "1.5", "-1", "0,", "0:", "4:4", "4:0", "-2:2", "0:4:1", str(2**63), "0:10001", "0:99999999999"])
 def test_other_seeds_are_refused(text: str) -> None:
     """The error repeats what was got; nothing is cut short in silence."""
     with pytest.raises(ImagicError) as caught:

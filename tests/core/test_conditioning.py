@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from common import each
 
 from imagic_lora.core.conditioning import Conditioning, concatenate, interpolate, source_conditionings
 
@@ -21,8 +22,8 @@ def same(a: Conditioning, b: Conditioning) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("eta", [0.1, 0.5, 0.7, 1.2, 2.0])
-@pytest.mark.parametrize("part", ["tokens", "pooled"])
+@each("eta", [0.1, 0.5, 0.7, 1.2, 2.0])
+@each("part", ["tokens", "pooled"])
 def test_interpolation_is_equation_3_in_float64(eta: float, part: str) -> None:
     """``eta * e_tgt + (1 - eta) * e_opt``, element by element, beyond 1 too."""
     target, optimised = conditioning(0), conditioning(1)
@@ -30,8 +31,8 @@ def test_interpolation_is_equation_3_in_float64(eta: float, part: str) -> None:
     torch.testing.assert_close(getattr(interpolate(target, optimised, eta), part).double(), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("eta", "end"), [(0, 1), (0.0, 1), (1, 0), (1.0, 0)])
+@each("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@each("eta, end", [(0, 1), (0.0, 1), (1, 0), (1.0, 0)])
 def test_the_ends_of_an_interpolation_are_exact(dtype: torch.dtype, eta: float, end: int) -> None:
     """0 is the optimised embedding and 1 the target, bit for bit."""
     pair = [conditioning(seed).to("cpu", dtype) for seed in (0, 1)]
@@ -54,14 +55,14 @@ def test_without_a_pooled_embedding_there_is_none_after_interpolation() -> None:
     assert interpolate(conditioning(0, pooled=False), conditioning(1, pooled=False), 0.5).pooled is None
 
 
-@pytest.mark.parametrize("eta", [0, 0.5, 1])
+@each("eta", [0, 0.5, 1])
 def test_extra_inputs_are_the_targets(eta: float) -> None:
     """Sizes are carried from the target, never mixed."""
     target = conditioning(0)
     assert torch.equal(interpolate(target, conditioning(1), eta).extra["sizes"], target.extra["sizes"])
 
 
-@pytest.mark.parametrize("pooled", [True, False])
+@each("pooled", [True, False])
 def test_tensors_and_from_tensors_are_inverse(pooled: bool) -> None:
     """Names and values survive the way to a file and back."""
     made = conditioning(0, pooled=pooled)
@@ -72,7 +73,7 @@ def test_tensors_and_from_tensors_are_inverse(pooled: bool) -> None:
     assert set(back.extra) == {"sizes"}
 
 
-@pytest.mark.parametrize("pooled", [True, False])
+@each("pooled", [True, False])
 def test_a_single_one_is_expanded_by_repeating_it(pooled: bool) -> None:
     """Every sample of the batch has the same conditioning."""
     one = conditioning(0, pooled=pooled)
@@ -87,7 +88,7 @@ def test_a_whole_batch_is_kept_and_another_size_refused() -> None:
         three.expand(4)
 
 
-@pytest.mark.parametrize("pooled", [True, False])
+@each("pooled", [True, False])
 def test_concatenation_keeps_the_order(pooled: bool) -> None:
     """Each part of the batch is the conditioning it came from."""
     parts = [conditioning(seed, batch=seed + 1, pooled=pooled) for seed in range(3)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+from common import each
 from pydantic import BaseModel, ValidationError
 
 from imagic_lora.core.config import Preset, RunConfig
@@ -45,7 +46,7 @@ COMPANIONS: dict[Leaf, dict[str, Any]] = {
     ("edit", "source_eta"): {"edit": {"start": "inverted"}},
 }
 """What has to be given along with a setting for it to be valid."""
-each_setting = pytest.mark.parametrize("path", SETTINGS, ids=".".join)
+each_setting = each("path", list(SETTINGS))
 
 
 def reach(path: Leaf) -> tuple[str, ...]:
@@ -91,7 +92,7 @@ def test_nothing_given_is_the_default(path: Leaf, resolved: Resolved) -> None:
     assert at(resolved(), path) == default == at(resolved(flags=given), path)
 
 
-@pytest.mark.parametrize(("path", "level"), [(path, level) for path in SETTINGS for level in reach(path)], ids=named)
+@each("path, level", [(path, level) for path in SETTINGS for level in reach(path)])
 def test_a_level_alone_beats_the_default_and_touches_nothing_else(path: Leaf, level: str, resolved: Resolved) -> None:
     """A setting given once arrives from wherever it was given."""
     given, companion = nested(path, SETTINGS[path][1]), COMPANIONS.get(path, {})
@@ -101,10 +102,8 @@ def test_a_level_alone_beats_the_default_and_touches_nothing_else(path: Leaf, le
     assert config.model_dump() == merged(RunConfig().model_dump(), given, companion, chosen)
 
 
-@pytest.mark.parametrize(
-    ("path", "lower", "higher"), [(path, *pair) for path in SETTINGS for pair in combinations(reach(path), 2)], ids=named
-)
-@pytest.mark.parametrize("explicit", [0, 1], ids=["default", "other"])
+@each("path, lower, higher", [(path, *pair) for path in SETTINGS for pair in combinations(reach(path), 2)])
+@each("explicit", [0, 1])
 def test_a_higher_level_beats_a_lower_one(path: Leaf, explicit: int, higher: str, lower: str, resolved: Resolved) -> None:
     """What is given higher up wins, be it the default given explicitly."""
     values, companion = SETTINGS[path], COMPANIONS.get(path, {})
@@ -112,9 +111,9 @@ def test_a_higher_level_beats_a_lower_one(path: Leaf, explicit: int, higher: str
     assert at(resolved(**(given | {"flags": merged(given.get("flags", {}), companion)})), path) == values[explicit]
 
 
-@pytest.mark.parametrize("level", ["file", "flags"])
-@pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("halved", ["recipe", "preset"])
+@each("level", ["file", "flags"])
+@each("mode", ["lora", "full"])
+@each("halved", ["recipe", "preset"])
 def test_the_mode_chooses_its_half(halved: str, level: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """File and flags can both ask for a mode, and get what recipe and preset have for it."""
     given: dict[str, Any] = {"file": {}, "flags": {}, "recipe": {}} | {level: {"tune": {"mode": mode}}}
@@ -126,17 +125,17 @@ def test_the_mode_chooses_its_half(halved: str, level: str, mode: str, monkeypat
     assert resolve(**given, preset="12gb").tune.steps == {"lora": 11, "full": 22}[mode]
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("name", RECIPES)
+@each("mode", ["lora", "full"])
+@each("name", list(RECIPES))
 def test_every_recipe_is_valid_and_arrives_whole(name: str, mode: Any) -> None:
     """A recipe laid over the defaults is the run, in both modes."""
     flags = {"tune": {"mode": mode}}
     assert resolve(flags, {}, RECIPES[name]).model_dump() == merged(RunConfig().model_dump(), RECIPES[name][mode], flags)
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("name", get_args(Preset))
-@pytest.mark.parametrize("level", ["file", "flags", "auto"])
+@each("mode", ["lora", "full"])
+@each("name", get_args(Preset))
+@each("level", ["file", "flags", "auto"])
 def test_every_preset_is_valid_and_arrives_whole(level: str, name: Any, mode: Any) -> None:
     """Laid over the recipe it is the run, in both modes, whether asked for or taken for auto."""
     levels = {"file": {}, "flags": {"tune": {"mode": mode}}}
@@ -154,14 +153,14 @@ def test_the_preset_of_the_flags_takes_the_place_of_that_of_the_file() -> None:
     assert resolve({"preset": "auto"}, file, {}).model_dump() == merged(RunConfig().model_dump(), file, {"preset": "auto"})
 
 
-@pytest.mark.parametrize(("base", "kind"), [("critters", "critters"), ("sd15", "sd"), ("sd21", "sd"), ("./critters", "sd")])
+@each("base, kind", [("critters", "critters"), ("sd15", "sd"), ("sd21", "sd"), ("./critters", "sd")])
 def test_a_base_has_its_own_recipe_or_that_of_stable_diffusion(base: str, kind: str) -> None:
     """By its name alone."""
     assert recipe_of(base) is RECIPES[kind]
 
 
-@pytest.mark.parametrize("path", [("rnak",), ("embed", "rank"), ("tune", "rnak"), ("edit", "eta"), ("memory", "rank")], ids=".".join)
-@pytest.mark.parametrize("level", ["file", "flags"])
+@each("path", [("rnak",), ("embed", "rank"), ("tune", "rnak"), ("edit", "eta"), ("memory", "rank")])
+@each("level", ["file", "flags"])
 def test_an_unknown_name_is_refused_with_the_known_ones(path: Leaf, level: str) -> None:
     """The error names the setting that was got and every one that its group knows."""
     given = {"file": {}, "flags": {}} | {level: nested(path, 1)}
@@ -172,8 +171,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones(path: Leaf, level: str) 
     assert caught.value.expected == "one of " + ", ".join(type(group).model_fields)
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
+@each(
+    "path, value",
     [
         (("base",), ""),
         (("seed",), -1),
@@ -213,8 +212,8 @@ def test_a_value_out_of_range_is_refused_by_name(path: Leaf, value: Any) -> None
     assert caught.value.got == f"{'.'.join(path)} = {value!r}"
 
 
-@pytest.mark.parametrize(("name", "value"), [("rank", 8), ("alpha", 4.0), ("targets", "attention")])
-@pytest.mark.parametrize("level", ["file", "flags"])
+@each("name, value", [("rank", 8), ("alpha", 4.0), ("targets", "attention")])
+@each("level", ["file", "flags"])
 def test_a_lora_setting_clashes_with_mode_full(name: str, value: Any, level: str) -> None:
     """Both flags are named, wherever the LoRA setting came from."""
     given = {"file": {}, "flags": {}} | {level: {"tune": {name: value}}}
@@ -236,9 +235,9 @@ CLASHES = {
 }
 
 
-@pytest.mark.parametrize("clash", CLASHES)
-@pytest.mark.parametrize("other_level", ["file", "flags"])
-@pytest.mark.parametrize("level", ["file", "flags"])
+@each("clash", list(CLASHES))
+@each("other_level", ["file", "flags"])
+@each("level", ["file", "flags"])
 def test_levers_that_rule_each_other_out_are_refused(clash: str, level: str, other_level: str) -> None:
     """Both flags are named in what was got and in what to do, wherever each of them came from; alone the others are fine."""
     (setting, others), (flag, other) = CLASHES[clash], clash.split(" and ")
@@ -251,17 +250,17 @@ def test_levers_that_rule_each_other_out_are_refused(clash: str, level: str, oth
     assert caught.value.remedy == f"change {other} or leave out {flag}"
 
 
-@pytest.mark.parametrize("settings", [{"memory": {"quantize": "nf4"}}, merged(FULL, STOCHASTIC, {"memory": {"dtype": "bf16"}}),
+@each("settings", [{"memory": {"quantize": "nf4"}}, merged(FULL, STOCHASTIC, {"memory": {"dtype": "bf16"}}),
                                       merged(FULL, {"memory": {"autocast_cache": True, "dtype": "bf16"}})])  # fmt: skip
-@pytest.mark.parametrize("preset", PRESETS)
+@each("preset", list(PRESETS))
 def test_levers_that_agree_are_taken_over_any_preset(settings: dict[str, Any], preset: Any) -> None:
     """Each arrives, and none is taken for a clash."""
     found = resolve(settings, {}, RECIPES["sd"], preset).model_dump()
     assert merged(found, settings) == found
 
 
-@pytest.mark.parametrize("value", ["bf16", "fp16"])
-@pytest.mark.parametrize("level", ["file", "flags"])
+@each("value", ["bf16", "fp16"])
+@each("level", ["file", "flags"])
 def test_master_weights_in_plain_half_precision_are_refused_with_the_reason(level: str, value: str) -> None:
     """The error says what is right, and why this is not."""
     given = {"file": {}, "flags": {}} | {level: merged(FULL, {"memory": {"master_weights": value}})}
@@ -272,7 +271,7 @@ def test_master_weights_in_plain_half_precision_are_refused_with_the_reason(leve
     assert f"updates round to zero in plain {value}" in caught.value.expected
 
 
-@pytest.mark.parametrize("group", ["embed", "tune", "edit", "memory", None])
+@each("group", ["embed", "tune", "edit", "memory", None])
 def test_settings_are_frozen(group: str | None) -> None:
     """No setting changes after it was resolved."""
     config = getattr(RunConfig(), group) if group else RunConfig()
@@ -288,9 +287,7 @@ def test_merging_lays_groups_over_each_other_and_leaves_them_alone() -> None:
     assert (below, above) == ({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 4}, "c": {"z": 5}})
 
 
-@pytest.mark.parametrize(
-    "content", [None, b"a: [1", b"- 1\n- 2", b"text", b"\xff\xfe\xfa"], ids=["missing", "broken", "list", "text", "bytes"]
-)
+@each("content", [None, b"a: [1", b"- 1\n- 2", b"text", b"\xff\xfe\xfa"])
 def test_a_file_that_holds_no_settings_is_refused(content: bytes | None, tmp_path: Path) -> None:
     """The error names the file."""
     path = tmp_path / "run.yaml"
@@ -300,7 +297,7 @@ def test_a_file_that_holds_no_settings_is_refused(content: bytes | None, tmp_pat
         read_yaml(path)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("", {}), ("# nothing\n", {}), ("tune:\n  steps: 5\n", {"tune": {"steps": 5}})])
+@each("text, expected", [("", {}), ("# nothing\n", {}), ("tune:\n  steps: 5\n", {"tune": {"steps": 5}})])
 def test_a_file_is_read_as_a_mapping(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
     """An empty file gives no settings, another gives its own."""
     path = tmp_path / "run.yaml"
@@ -308,8 +305,8 @@ def test_a_file_is_read_as_a_mapping(text: str, expected: dict[str, Any], tmp_pa
     assert read_yaml(path) == expected
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("recipe", RECIPES)
+@each("path", CONFIGS)
+@each("recipe", list(RECIPES))
 def test_every_shipped_config_resolves(path: Path, recipe: str) -> None:
     """Each of its values arrives, over either recipe."""
     found = resolve({}, read_yaml(path), RECIPES[recipe]).model_dump()

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import each
 
 import imagic_lora.core.machine as machine
 from imagic_lora.core.choices import choose_runtime
@@ -118,7 +119,7 @@ SELECTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("selection", "expected"), SELECTIONS)
+@each("selection, expected", SELECTIONS)
 def test_the_selection_of_cards_is_pytorchs(monkeypatch: pytest.MonkeyPatch, selection: str | None, expected: list[int]) -> None:
     """Order, indices, starts of UUIDs, and the end at the first invalid entry; PyTorch's own parser of the variable agrees."""
     if selection is not None:
@@ -142,16 +143,14 @@ def test_the_driver_lists_cards(driver: Driver, tmp_path: Path) -> None:
     assert asked == ["--query-gpu=index,uuid,name,memory.free,compute_cap", "--format=csv,noheader,nounits"]
 
 
-@pytest.mark.parametrize(
-    ("capability", "native"), [("6.1", False), ("7.5", False), ("8.0", True), ("8.6", True), ("9.0", True), ("12.0", True)]
-)
+@each("capability, native", [("6.1", False), ("7.5", False), ("8.0", True), ("8.6", True), ("9.0", True), ("12.0", True)])
 def test_bf16_is_native_from_compute_capability_8(driver: Driver, capability: str, native: bool) -> None:
     """Compared as a number, so that 12.0 is above 8.0."""
     driver(f"0, GPU-1, A card, 8000, {capability}\n")
     assert [card.native_bf16 for card in machine._nvidia_cards()] == [native]
 
 
-@pytest.mark.parametrize("selection", ["1,0", f"{UUIDS[2]},{UUIDS[0]}"])
+@each("selection", ["1,0", f"{UUIDS[2]},{UUIDS[0]}"])
 def test_cards_are_numbered_as_they_are_selected(driver: Driver, monkeypatch: pytest.MonkeyPatch, selection: str) -> None:
     """The first of the selection is PyTorch's device 0."""
     driver(TWO)
@@ -160,7 +159,7 @@ def test_cards_are_numbered_as_they_are_selected(driver: Driver, monkeypatch: py
     assert [(card.index, card.name) for card in found] == [(0, ADA.name), (1, TURING.name)]
 
 
-@pytest.mark.parametrize(
+@each(
     "answer",
     [
         "",
@@ -173,7 +172,6 @@ def test_cards_are_numbered_as_they_are_selected(driver: Driver, monkeypatch: py
         "0, GPU-1, A card, 8000, 8.9, 1\n",
         "x" * 200_000 + "\n",
     ],
-    ids=lambda answer: repr(answer[:40]),
 )
 def test_an_answer_that_cannot_be_read_is_no_card(driver: Driver, answer: str) -> None:
     """Whatever the driver prints, no exception leaves the query."""
@@ -212,7 +210,7 @@ def test_a_driver_that_hangs_is_given_up(driver: Driver, monkeypatch: pytest.Mon
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize(("build", "backend"), [("cuda", "cuda"), ("hip", "hip"), ("cpu", None)])
+@each("build, backend", [("cuda", "cuda"), ("hip", "hip"), ("cpu", None)])
 def test_the_backend_is_read_from_the_version_file(tmp_path: Path, build: str, backend: str | None) -> None:
     """Without importing the package, which would fail."""
     code = "from imagic_lora.core.machine import _torch_backend; print(json.dumps(_torch_backend()))"
@@ -235,7 +233,7 @@ def test_without_pytorch_there_is_no_backend(tmp_path: Path, monkeypatch: pytest
     assert without_torch(code, folder) is None
 
 
-@pytest.mark.parametrize(("index", "card"), [("", TURING), ("0", TURING), ("1", ADA), ("2", None)])
+@each("index, card", [("", TURING), ("0", TURING), ("1", ADA), ("2", None)])
 def test_without_pytorch_loaded_the_driver_is_asked(driver: Driver, tmp_path: Path, index: str, card: Card | None) -> None:
     """Device 0 by default; None for an index beyond the last."""
     driver(TWO)
@@ -300,8 +298,8 @@ def test_cards_of_amd_are_those_of_the_kernel(sysfs: Path) -> None:
     assert [card.free for card in machine._amd_cards()] == [15000, 20000]
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
+@each(
+    "variables, expected",
     [
         ({"CUDA_VISIBLE_DEVICES": ""}, []),
         ({"CUDA_VISIBLE_DEVICES": "2,0"}, [20000, 7500]),
@@ -310,7 +308,6 @@ def test_cards_of_amd_are_those_of_the_kernel(sysfs: Path) -> None:
         ({"ROCR_VISIBLE_DEVICES": "2,1"}, [20000, 15000]),
         ({"ROCR_VISIBLE_DEVICES": "2,1", "HIP_VISIBLE_DEVICES": "1"}, [15000]),
     ],
-    ids=str,
 )
 def test_cards_of_amd_can_be_hidden(sysfs: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: list[int]) -> None:
     """By ROCm's variables, and numbered anew."""
@@ -344,8 +341,8 @@ def test_bitsandbytes_without_pytorch_is_looked_up_alone(tmp_path: Path) -> None
     assert without_torch(hidden, path) == "it is not installed"
 
 
-@pytest.mark.parametrize(
-    ("card", "memory", "expected"),
+@each(
+    "card, memory, expected",
     [
         (None, {}, ("cpu", "fp32", "no CUDA device found")),
         (ADA, {}, ("cuda:1", "bf16", ADA.name)),
@@ -353,7 +350,6 @@ def test_bitsandbytes_without_pytorch_is_looked_up_alone(tmp_path: Path) -> None
         (ADA, {"device": "cpu"}, ("cpu", "fp32", "asked for")),
         (TURING, {"dtype": "fp32"}, ("cuda:0", "fp32", TURING.name)),
     ],
-    ids=str,
 )
 def test_auto_follows_the_card(
     monkeypatch: pytest.MonkeyPatch, card: Card | None, memory: dict[str, Any], expected: tuple[str, str, str]
@@ -374,7 +370,7 @@ def test_a_card_that_was_asked_for_has_to_be_there() -> None:
         choose_runtime(MemoryConfig(device="cuda"), None)
 
 
-@pytest.mark.parametrize(("command", "group"), [("doctor", "choices"), ("plan", None)])
+@each("command, group", [("doctor", "choices"), ("plan", None)])
 def test_commands_that_only_look_use_the_drivers_card(driver: Driver, tmp_path: Path, command: str, group: str | None) -> None:
     """``doctor`` and ``plan`` with preset ``auto`` plan for the card of the driver, in its precision, without loading PyTorch."""
     driver(TWO)

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from common import each
 
 from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
@@ -49,7 +50,7 @@ def test_noise_is_a_function_of_its_key_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+@each("change", CHANGES)
 def test_noise_differs_with_every_part_of_its_key(change: dict[str, Any]) -> None:
     """No part of the key is ignored: not one element agrees."""
     assert not (noise(**change) == noise()).any()
@@ -73,8 +74,8 @@ def test_noise_of_neighbouring_keys_is_uncorrelated() -> None:
     assert (torch.corrcoef(drawn) - torch.eye(32)).abs().max() < 5 / 4096**0.5
 
 
-@pytest.mark.parametrize("total", [1, 4, 7])
-@pytest.mark.parametrize("step", [0, 1, 123])
+@each("total", [1, 4, 7])
+@each("step", [0, 1, 123])
 def test_stratified_times_have_one_in_each_part(total: int, step: int) -> None:
     """Sample k of the batch is in the k-th of ``total`` equal parts of [0, 1)."""
     times = times_at(0, "tune", step, range(total), total, "stratified")
@@ -82,8 +83,8 @@ def test_stratified_times_have_one_in_each_part(total: int, step: int) -> None:
     assert (times * total).floor().tolist() == list(range(total))
 
 
-@pytest.mark.parametrize("steps", [8, 21, 54, 300])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@each("steps", [8, 21, 54, 300])
+@each("seed", [0, 1, 2])
 def test_stratified_times_of_a_batch_of_one_cover_the_range(steps: int, seed: int) -> None:
     """N steps hit every one of N/2 equal bins: the widest gap of a golden rotation is below 2/N."""
     times = torch.cat([times_at(seed, "embed", step, [0], 1, "stratified") for step in range(steps)])
@@ -99,8 +100,8 @@ def test_uniform_times_are_uniform() -> None:
     assert (times - empirical).abs().max() < 1.95 / 4096**0.5
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
-@pytest.mark.parametrize("kind", ["stratified", "uniform"])
+@each("change", CHANGES)
+@each("kind", ["stratified", "uniform"])
 def test_times_are_a_function_of_their_key_and_of_all_of_it(kind: Any, change: dict[str, Any]) -> None:
     """The same key gives the same times, another key others."""
     first = times_at(**KEY, total=4, kind=kind)
@@ -108,7 +109,7 @@ def test_times_are_a_function_of_their_key_and_of_all_of_it(kind: Any, change: d
     assert not torch.equal(times_at(**(KEY | change), total=4, kind=kind), first)
 
 
-@pytest.mark.parametrize("kind", ["stratified", "uniform"])
+@each("kind", ["stratified", "uniform"])
 def test_two_processes_draw_what_one_would(kind: Any) -> None:
     """Samples, noise and times of two processes with 2 each are those of one with 4."""
     two: list[Any] = [SimpleNamespace(num_processes=2, process_index=rank) for rank in (0, 1)]
@@ -158,9 +159,9 @@ def test_auto_with_cuda_takes_the_precision_that_the_card_has(with_cuda: None, d
 
 
 @pytest.mark.usefixtures("with_cuda")
-@pytest.mark.parametrize(("asked", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
-@pytest.mark.parametrize("optimizer", ["adam", "adam8bit"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@each("asked, dtype", [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
+@each("optimizer", ["adam", "adam8bit"])
+@each("device", ["cpu", "cuda"])
 def test_what_is_asked_for_is_done_and_said(device: Any, asked: Any, dtype: torch.dtype, optimizer: Any) -> None:
     """An explicit setting beats whatever auto would have chosen, on either device."""
     runtime = resolve_runtime(MemoryConfig(device=device, dtype=asked, optimizer=optimizer))
@@ -187,7 +188,7 @@ PULLED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.usefixtures("with_cuda")
-@pytest.mark.parametrize(("levers", "said"), PULLED, ids=[said for _, said in PULLED])
+@each("levers, said", PULLED)
 def test_every_lever_that_is_pulled_is_kept_and_said(levers: dict[str, Any], said: str) -> None:
     """By its own words, and no other lever with it."""
     runtime = resolve_runtime(MemoryConfig(**levers))
@@ -202,7 +203,7 @@ def test_every_lever_has_its_words() -> None:
 
 
 @pytest.mark.usefixtures("without_cuda")
-@pytest.mark.parametrize("flag", [{"device": "cuda"}, {"attention": "xformers"}, {"idle": "offload"}])
+@each("flag", [{"device": "cuda"}, {"attention": "xformers"}, {"idle": "offload"}])
 def test_what_needs_cuda_is_refused_without_it(flag: dict[str, Any]) -> None:
     """The error names the flag and CUDA."""
     with pytest.raises(ImagicError, match=rf"--{next(iter(flag))} {next(iter(flag.values()))}.*CUDA"):
@@ -210,7 +211,7 @@ def test_what_needs_cuda_is_refused_without_it(flag: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("with_cuda")
-@pytest.mark.parametrize("flag", [{"attention": "xformers"}, {"idle": "offload"}])
+@each("flag", [{"attention": "xformers"}, {"idle": "offload"}])
 def test_what_needs_cuda_is_refused_on_a_cpu_of_a_machine_with_a_card(flag: dict[str, Any]) -> None:
     """It comes down to the device that is used."""
     with pytest.raises(ImagicError, match="without CUDA"):
@@ -218,7 +219,7 @@ def test_what_needs_cuda_is_refused_on_a_cpu_of_a_machine_with_a_card(flag: dict
 
 
 @pytest.mark.usefixtures("with_cuda")
-@pytest.mark.parametrize("there", [True, False])
+@each("there", [True, False])
 def test_xformers_is_taken_only_where_it_is_installed(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With CUDA it comes down to the package."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if there else None)
@@ -242,7 +243,7 @@ def test_stochastic_weights_are_refused_without_bf16_arithmetic(with_cuda: None,
 
 
 @pytest.mark.usefixtures("with_cuda")
-@pytest.mark.parametrize("asked", [{}, {"device": "cpu", "dtype": "bf16"}])
+@each("asked", [{}, {"device": "cpu", "dtype": "bf16"}])
 def test_stochastic_weights_are_taken_with_bf16_arithmetic(asked: dict[str, Any]) -> None:
     """On a card that has it without asking, on a CPU by asking."""
     runtime = resolve_runtime(MemoryConfig(master_weights="bf16-stochastic", **asked))
@@ -250,8 +251,8 @@ def test_stochastic_weights_are_taken_with_bf16_arithmetic(asked: dict[str, Any]
 
 
 @pytest.mark.usefixtures("with_cuda")
-@pytest.mark.parametrize(
-    ("device", "asked", "taken"),
+@each(
+    "device, asked, taken",
     [("cuda", "auto", "adam8bit"), ("cpu", "auto", "adam"), ("cuda", "adam", "adam"), ("cpu", "adam8bit", "adam8bit")],
 )
 def test_the_automatic_optimiser_has_8_bits_on_cuda_only(device: Any, asked: Any, taken: str) -> None:
@@ -260,8 +261,8 @@ def test_the_automatic_optimiser_has_8_bits_on_cuda_only(device: Any, asked: Any
 
 
 @pytest.mark.usefixtures("with_cuda")
-@pytest.mark.parametrize(
-    ("asked", "remedy"),
+@each(
+    "asked, remedy",
     [
         ({"optimizer": "adam8bit"}, "--optimizer adam"),
         ({"device": "cpu", "optimizer": "adam8bit"}, "--optimizer adam"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import same
+from common import each, same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -57,7 +57,7 @@ def bits(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: given[name].detach().contiguous().reshape(-1).view(torch.uint8) for name in sorted(given)}
 
 
-@pytest.mark.parametrize("metadata", [None, {}, METADATA], ids=["none", "empty", "some"])
+@each("metadata", [None, {}, METADATA])
 def test_safetensors_reads_what_was_written(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     """Names, dtypes, shapes, bits and metadata."""
     given, path = tensors(), tmp_path / "file"
@@ -119,9 +119,9 @@ PLACES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@each("dtype", FLOATS)
+@each("value", [torch.nan, torch.inf, -torch.inf])
+@each("place", PLACES)
 def test_what_is_not_finite_does_not_go_out(dtype: torch.dtype, value: float, place: Callable[[Tensor], Tensor]) -> None:
     """The error names the tensor, and comes before the first byte."""
     wrong = place(torch.tensor([value, *range(5)], dtype=dtype))
@@ -131,8 +131,8 @@ def test_what_is_not_finite_does_not_go_out(dtype: torch.dtype, value: float, pl
     assert not all_finite([given["fine"], wrong])
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@each("dtype", FLOATS)
+@each("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_does_not_come_in(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
     """The error names the tensor and the file."""
     save_file({"fine": torch.ones(3), "wrong": torch.tensor([1, value], dtype=dtype)}, tmp_path / "file")
@@ -140,7 +140,7 @@ def test_what_is_not_finite_does_not_come_in(tmp_path: Path, dtype: torch.dtype,
         read(tmp_path / "file")
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@each("dtype", FLOATS)
 def test_a_finite_tensor_whose_norm_overflows_is_finite(tmp_path: Path, dtype: torch.dtype) -> None:
     """The largest numbers of each type; NaN among them is still found."""
     large = torch.full((100,), torch.finfo(dtype).max, dtype=dtype)
@@ -208,7 +208,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+@each("content", BROKEN)
 def test_what_is_no_such_file_is_refused(tmp_path: Path, content: bytes) -> None:
     """In words that name it, whatever lies there."""
     (tmp_path / "file").write_bytes(content)
@@ -237,7 +237,7 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
 BITS = {"F4": 4, "F6_E2M3": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "BOOL": 8, "U64": 64, "C64": 64}
 
 
-@pytest.mark.parametrize("dtype", BITS)
+@each("dtype", list(BITS))
 def test_types_that_are_never_written_do_not_come_in(tmp_path: Path, dtype: str) -> None:
     """A stranger's file may hold numbers of few bits, or complex ones."""
     (tmp_path / "file").write_bytes(raw({"a": {"dtype": dtype, "shape": [192 // BITS[dtype]], "data_offsets": [0, 24]}}, bytes(24)))
@@ -245,7 +245,7 @@ def test_types_that_are_never_written_do_not_come_in(tmp_path: Path, dtype: str)
         read(tmp_path / "file")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(28, "the disk is full"), FileNotFoundError("another file")], ids=repr)
+@each("error", [RuntimeError("a bug"), OSError(28, "the disk is full"), FileNotFoundError("another file")])
 def test_an_error_inside_is_not_the_files(tmp_path: Path, error: Exception) -> None:
     """What else goes wrong while a file is open passes as it is."""
     with pytest.raises(type(error)) as caught, open_safetensors(write(tmp_path / "file", {"a": torch.ones(1)})):

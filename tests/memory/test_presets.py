@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from common import MODES, PROMPT, opened, output, same, tiny_config, weights
+from common import MODES, PROMPT, each, opened, output, same, tiny_config, weights
 from PIL import Image
 
 import imagic_lora.cli.app as cli
@@ -90,7 +91,7 @@ LARGE: dict[str, Any] = {"resolution": 1024}
 BATCHES: dict[str, Any] = {"tune": {"batch_size": 4}, "embed": {"batch_size": 4}}
 
 
-@pytest.mark.parametrize("flags", [{}, FULL, LARGE | BATCHES], ids=str)
+@each("flags", [{}, FULL, LARGE | BATCHES])
 def test_auto_is_the_fastest_preset_that_fits(chosen: Chosen, flags: dict[str, Any]) -> None:
     """At each step of the free memory: 90 percent of it is enough for the chosen preset, and not for any faster one."""
     needs = {preset: need(preset, **flags) for preset in PRESETS}
@@ -108,8 +109,8 @@ def test_auto_is_the_fastest_preset_that_fits(chosen: Chosen, flags: dict[str, A
             assert f"{needs[fitting[0]] / GIB:.1f} GiB predicted" in why
 
 
-@pytest.mark.parametrize(
-    ("flags", "free", "preset"),
+@each(
+    "flags, free, preset",
     [
         ({}, 22, "24gb"),
         ({}, 3.5, "16gb"),
@@ -120,7 +121,6 @@ def test_auto_is_the_fastest_preset_that_fits(chosen: Chosen, flags: dict[str, A
         (LARGE, 22, "24gb"),
         (LARGE, 3.55, "8gb"),
     ],
-    ids=str,
 )
 def test_auto_on_cards_of_these_sizes(chosen: Chosen, flags: dict[str, Any], free: float, preset: str) -> None:
     """GiB that are free, and what is taken."""
@@ -157,7 +157,7 @@ def test_a_preset_that_was_asked_for_is_not_weighed(chosen: Chosen) -> None:
     assert (run.preset, run.memory, why) == ("24gb", resolve({}, {}, {}, "24gb").memory, "asked for")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 def test_too_little_memory_is_an_error_that_says_what_to_do(chosen: Chosen, mode: Mode) -> None:
     """The stage of the tightest preset, what it needs, what is free, and the next lever."""
     flags = {"tune": {"mode": mode}}
@@ -166,6 +166,7 @@ def test_too_little_memory_is_an_error_that_says_what_to_do(chosen: Chosen, mode
     worst, lever = planned("8gb", **flags).worst, {"lora": "--quantize nf4", "full": "--master-weights bf16-stochastic"}[mode]
     assert worst == {"lora": "decode", "full": "tune"}[mode]
     assert f"stage {worst} needs {need('8gb', **flags) / GIB:.1f} GiB (predicted), and 1.2 GiB is available on the card" in caught.value.got
+    assert caught.value.got.endswith("; --preset auto uses at most 90% of it")
     assert caught.value.remedy.startswith(f"{lever} saves about ")
     assert isinstance(caught.value, ImagicError)
 
@@ -174,6 +175,19 @@ def test_without_a_lever_the_picture_has_to_shrink(chosen: Chosen) -> None:
     """When all are active."""
     with pytest.raises(OutOfMemory, match="lower --resolution"):
         chosen(1 * GIB, memory={"quantize": "nf4"})
+
+
+def test_without_a_lever_an_edit_needs_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command ``edit`` has no ``--resolution``: the adapter determines it."""
+    monkeypatch.setattr(fits, "card_and_free_memory", lambda *_: (CARD, 2**20))
+    with pytest.raises(OutOfMemory) as planned_error:
+        choose_preset_for_edit(lambda: SD15, resolve({}, {}, {}), {"preset": "auto"})
+    odd = replace(SD15, unet=SD15.unet | {"down_block_types": ["Odd"] * 4})  # cannot be planned
+    unplanned_error = out_of_memory_error(odd, resolve({}, {}, {}), CARD, "decode", 1, levers=levers.EDIT_LEVERS)
+    assert "(predicted)" not in unplanned_error.got
+    for error in (planned_error.value, unplanned_error):
+        assert error.remedy.endswith("close other programs that use the device, or use one with more memory")
+        assert "--resolution" not in error.remedy
 
 
 def test_the_memory_limit_is_exact(folder: Path) -> None:
@@ -248,8 +262,8 @@ def test_a_lever_saves_what_it_promises(
     assert len(used) >= 4
 
 
-@pytest.mark.parametrize("stage", fits.STAGES)
-@pytest.mark.parametrize("mode", MODES)
+@each("stage", fits.STAGES)
+@each("mode", MODES)
 def test_no_lever_of_the_other_mode_is_named(mode: Mode, stage: str) -> None:
     """Master weights are for full, 4 bits for LoRA; LoRA itself is the last way out of full."""
     run = resolve({"tune": {"mode": mode}, "preset": "8gb", "edit": {"batch_size": 1}}, {}, recipe_of("sd15"))
@@ -265,7 +279,7 @@ def test_no_lever_of_the_other_mode_is_named(mode: Mode, stage: str) -> None:
     assert not wrong & set(found)
 
 
-@pytest.mark.parametrize("assumed", [Assumed("cuda", "fp16", "adam8bit"), Assumed("cpu", "fp32", "adam")], ids=str)
+@each("assumed", [Assumed("cuda", "fp16", "adam8bit"), Assumed("cpu", "fp32", "adam")])
 def test_no_lever_is_named_that_the_device_cannot_use(assumed: Assumed) -> None:
     """Without bf16 arithmetic there are no bf16 master weights."""
     run = resolve({"tune": {"mode": "full"}, "preset": "8gb"}, {}, recipe_of("sd15"))
@@ -278,8 +292,8 @@ def test_no_lever_is_named_that_the_device_cannot_use(assumed: Assumed) -> None:
 OWN = {"steps": 30, "guidance_scale": 3.0, "ddim_eta": 0.5, "start": "image", "strength": 0.6, "source_eta": 0.2}
 
 
-@pytest.mark.parametrize(
-    ("free", "given", "batch"),
+@each(
+    "free, given, batch",
     [
         (22, {}, 4),
         (4, {}, 2),
@@ -289,7 +303,6 @@ OWN = {"steps": 30, "guidance_scale": 3.0, "ddim_eta": 0.5, "start": "image", "s
         (None, {}, 6),
         (22, {"memory": {"device": "cpu", "vae_tiling": True}}, 6),
     ],
-    ids=str,
 )
 def test_an_edit_keeps_the_adapters_own_sampling(
     monkeypatch: pytest.MonkeyPatch, free: float | None, given: dict[str, Any], batch: int
@@ -405,9 +418,10 @@ MORE = {"gradient_checkpointing": True, "optimizer_in_backward": True, "idle": "
 
 
 @pytest.mark.parametrize(
-    ("mode", "error", "at"), [("lora", CUDA, 0), ("full", HOST, 2), ("lora", MemoryError(), 3)], ids=["card", "host", "python"]
+    ("mode", "error", "at", "levers"),
+    [("lora", CUDA, 0, {}), ("full", HOST, 2, MORE), ("lora", MemoryError(), 3, MORE)],
+    ids=["card", "host, more levers", "python, more levers"],
 )
-@pytest.mark.parametrize("levers", [{}, MORE], ids=["the same", "more levers"])
 def test_the_embedding_outlasts_a_lack_of_memory(
     folder: Path,
     photo_file: Path,
@@ -537,13 +551,12 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 SHORT = ("--device", "cpu", "--embed.steps", "2", "--tune.steps", "2", "--edit.steps", "2", "--rank", "2", "--name", "one")
 
 
-@pytest.mark.parametrize("error", [CUDA, HOST], ids=["card", "host"])
 def test_a_fit_without_memory_on_the_command_line(
-    command: Callable[..., tuple[int, str, str]], folder: Path, photo_file: Path, starve: Starve, error: BaseException
+    command: Callable[..., tuple[int, str, str]], folder: Path, photo_file: Path, starve: Starve
 ) -> None:
     """Exit code 2 and no traceback; the same command goes on with --resume, and says so without."""
     tokens = ["fit", photo_file, PROMPT, "--base", folder, *SHORT]
-    with starve("tune", error):
+    with starve("tune", HOST):
         code, _, err = command(*tokens)
     assert code == 2
     assert "stage tune needs" in err
@@ -552,7 +565,7 @@ def test_a_fit_without_memory_on_the_command_line(
     code, _, err = command(*tokens)
     assert code == 2
     assert "an unfinished fit of one" in err
-    with starve("tune", error):
+    with starve("tune", HOST):
         code, out, _ = command(*tokens, "--resume", "--json")
     assert code == 2
     assert set(json.loads(out)["error"]) == {"got", "expected", "remedy"}

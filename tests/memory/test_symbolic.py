@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bitsandbytes.optim import Adam8bit
-from common import opened
+from common import each, opened
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def test_an_output_may_be_kept() -> None:
     assert held(tape) == (40, 120)
 
 
-@pytest.mark.parametrize(("passes", "peak"), [(True, 40), (False, 60)])
+@each("passes, peak", [(True, 40), (False, 60)])
 def test_a_sum_passes_its_gradient_on(passes: bool, peak: int) -> None:
     """No copy for either of its inputs; without that, two."""
     tape = Tape()
@@ -129,7 +129,7 @@ def test_a_gradient_of_another_size_is_not_passed_on() -> None:
     assert held(tape) == (30, 30 + 30 + 30 + 30)
 
 
-@pytest.mark.parametrize(("scratch", "peak"), [(0, 60), (15, 60), (200, 240)])
+@each("scratch, peak", [(0, 60), (15, 60), (200, 240)])
 def test_scratch_is_held_for_a_moment(scratch: int, peak: int) -> None:
     """In the backward pass, in addition to a tensor and its gradient of 20 each, before the next gradient of 20 exists."""
     tape = Tape()
@@ -140,9 +140,7 @@ def test_scratch_is_held_for_a_moment(scratch: int, peak: int) -> None:
     assert held(tape) == (20, peak)
 
 
-@pytest.mark.parametrize(
-    ("frees", "scratch", "left", "peak"), [(False, 0, 1200, 1280), (False, 8, 1200, 1280), (True, 0, 0, 480), (True, 8, 0, 1280)]
-)
+@each("frees, scratch, left, peak", [(False, 0, 1200, 1280), (False, 8, 1200, 1280), (True, 0, 0, 480), (True, 8, 0, 1280)])
 def test_gradients_of_weights_are_held_or_freed(frees: bool, scratch: int, left: int, peak: int) -> None:
     """Three weights of 400 bytes: all at the end, or one at a time with what its step takes of 8 bytes an element."""
     tape = Tape(frees_gradients=frees, step_scratch=scratch)
@@ -234,9 +232,9 @@ def symbolic_peak(sizes: list[int], rows: int, trained: bool, spared: bool) -> i
     return tape.counter.peak
 
 
-@pytest.mark.parametrize("spared", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("sizes", [[64] * 7, [16, 64, 256, 64, 16], [512, 64, 8]], ids=str)
+@each("spared", [False, True])
+@each("trained", [False, True])
+@each("sizes", [[64] * 7, [16, 64, 256, 64, 16], [512, 64, 8]])
 def test_the_tape_is_autograds(sizes: list[int], trained: bool, spared: bool) -> None:
     """But for two scalars, whatever the widths of the layers."""
     assert symbolic_peak(sizes, 100, trained, spared) == pytest.approx(torch_peak(sizes, 100, trained, spared), abs=8)
@@ -265,7 +263,7 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("name", BASES)
+@each("name", BASES)
 def test_every_parameter_is_counted(known: Callable[[str], Architecture], name: str) -> None:
     """As many as diffusers and transformers make from the same configs."""
     base = known(name)
@@ -293,8 +291,8 @@ def test_the_published_sizes_are_the_published_ones() -> None:
     }
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("name", BASES)
+@each("targets", list(TARGETS))
+@each("name", BASES)
 def test_every_lora_parameter_is_counted(known: Callable[[str], Architecture], name: str, targets: str) -> None:
     """As many as PEFT attaches."""
     base = known(name)
@@ -320,13 +318,13 @@ def test_checkpointing_counts_nothing_twice(known: Callable[[str], Architecture]
     assert spared.tape.counter.peak < 0.4 * plain.tape.counter.peak
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
+@each("itemsize", [2, 4])
 def test_bytes_are_those_of_the_precision(known: Callable[[str], Architecture], itemsize: int) -> None:
     """In fp16 half of fp32."""
     assert planned_unet(known("sd15"), weight_itemsize=itemsize).bytes == itemsize * 859_520_964
 
 
-@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 65_536, 100_000])
+@each("size", [1, 4095, 4096, 4097, 65_536, 100_000])
 def test_8bit_states_are_bitsandbytes_own(size: int) -> None:
     """Both states and their scales; the tables that all parameters share are left out."""
     parameter = nn.Parameter(torch.zeros(size))
@@ -338,7 +336,7 @@ def test_8bit_states_are_bitsandbytes_own(size: int) -> None:
     assert sum(value.numel() * value.element_size() for value in own) == states_8bit(size)
 
 
-@pytest.mark.parametrize(("inside", "outside"), [(320, 1280), (64, 8), (40, 64)])
+@each("inside, outside", [(320, 1280), (64, 8), (40, 64)])
 def test_4bit_weights_are_bitsandbytes_own(inside: int, outside: int) -> None:
     """Half a byte a weight, a scale for every 64 and the bias as it is; layers that are not quantised in whole."""
     model = nn.Sequential(nn.Linear(inside, outside, dtype=torch.bfloat16))

@@ -261,31 +261,28 @@ def saved_for_backward(folder: Path, side: int, batch: int, **memory) -> tuple[i
     return sizes[0], max(sizes[1:])
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_gradient_checkpointing_saves_the_activations(folder: Path, mode: Mode) -> None:
+def test_gradient_checkpointing_saves_the_activations(folder: Path) -> None:
     """All that the blocks save for the backward pass, less what the largest of them saves again."""
     everything, largest = saved_for_backward(folder, 16, 4)
     remaining, _ = saved_for_backward(folder, 16, 4, gradient_checkpointing=True)
     expected = everything - remaining - largest
     assert expected > 0.5 * everything
-    plain, spared = (measured(folder, mode, side=16, batch=4, gradient_checkpointing=on) for on in (False, True))
+    plain, spared = (measured(folder, "full", side=16, batch=4, gradient_checkpointing=on) for on in (False, True))
     assert spared.before == plain.before
     assert plain.peak - spared.peak >= 0.9 * expected
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_8bit_states_save_three_quarters_of_the_large_ones(folder: Path, mode: Mode) -> None:
+def test_8bit_states_save_three_quarters_of_the_large_ones(folder: Path) -> None:
     """To the byte: two states of four bytes a weight become two of one byte and a scale for 256, and PyTorch's counts of steps go."""
-    wide, narrow = (measured(folder, mode, optimizer=name) for name in ("adam", "adam8bit"))
+    wide, narrow = (measured(folder, "lora", optimizer=name) for name in ("adam", "adam8bit"))
     counts = [nbytes // 4 for nbytes in wide.trained.values()]
     expected = sum(2 * (3 * count - 4 * ceil(count / 256)) for count in counts if count >= 4096) + 4 * len(counts)
     assert wide.after - narrow.after == wide.peak - narrow.peak == expected > 0
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_the_optimiser_inside_the_backward_pass_saves_the_gradients(folder: Path, mode: Mode) -> None:
+def test_the_optimiser_inside_the_backward_pass_saves_the_gradients(folder: Path) -> None:
     """All but the largest of them."""
-    plain, spared = (measured(folder, mode, optimizer_in_backward=inside) for inside in (False, True))
+    plain, spared = (measured(folder, optimizer_in_backward=inside) for inside in (False, True))
     assert spared.before == plain.before
     assert plain.peak - spared.peak >= 0.9 * plain.all_but_one
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common import each
 from PIL import Image, ImageCms, features
 from torture.photos import _chunk, _directory, _endless, _exif, _of_inks, _of_lightness, _png, _scans, _segment, _tiff, _with_segments
 
@@ -87,7 +88,7 @@ def linear_profile() -> bytes:
     return bytes(profile)
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "ppm"])
+@each("suffix", ["png", "bmp", "tiff", "ppm"])
 def test_an_rgb_picture_is_read_as_it_is(suffix: str, tmp_path: Path) -> None:
     """Lossless formats give back the very pixels."""
     pixels = noise(9, 13, 3)
@@ -169,8 +170,8 @@ def test_cmyk_inks_are_subtracted(tmp_path: Path) -> None:
     assert [tuple(pixel) for pixel in read(image, tmp_path / "cmyk.tiff")[0].tolist()] == list(inks.values())
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("I;16B", "tiff")])
-@pytest.mark.parametrize("top", [65535, 240])
+@each("mode, suffix", [("I;16", "png"), ("I;16B", "tiff")])
+@each("top", [65535, 240])
 def test_16_bits_are_scaled_by_their_full_range(mode: str, suffix: str, top: int, tmp_path: Path) -> None:
     """65535 is white however dark the picture is, in either byte order."""
     values = np.linspace(0, top, 12).round().reshape(3, 4)
@@ -196,7 +197,7 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("orientation", STORED)
+@each("orientation", list(STORED))
 def test_every_exif_orientation_comes_in_upright(orientation: int, tmp_path: Path) -> None:
     """A picture stored as the EXIF standard says for its orientation is read as it looked."""
     upright, exif = noise(5, 9, 3), Image.Exif()
@@ -220,7 +221,7 @@ def test_a_linear_profile_is_converted(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, curve * 255, atol=1.5)
 
 
-@pytest.mark.parametrize("profile", [ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(), b"not a profile"])
+@each("profile", [ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(), b"not a profile"])
 def test_a_profile_that_does_not_fit_is_passed_over(profile: bytes, tmp_path: Path) -> None:
     """A profile of another colour space, or none at all, leaves the pixels alone."""
     pixels = noise(9, 13, 3)
@@ -262,7 +263,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
+@each("case", list(BROKEN))
 def test_a_file_that_is_no_photo_is_refused(case: str, tmp_path: Path) -> None:
     """The error names the file and what is wrong with it."""
     make, words = BROKEN[case]
@@ -273,7 +274,7 @@ def test_a_file_that_is_no_photo_is_refused(case: str, tmp_path: Path) -> None:
         read_photo(path)
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800"])
+@each("name", ["x" * 300, "a\0b", "\ud800"])
 def test_a_path_that_cannot_be_is_refused(name: str, tmp_path: Path) -> None:
     """Too long, with a NUL, beyond UTF-8."""
     with pytest.raises(ImagicError, match="cannot be read"):
@@ -293,7 +294,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pyt
         read_photo(path)
 
 
-@pytest.mark.parametrize("name", ["狗 🐕.png", "--help", " ", "a\nb\x1b[31m", "\udcff\udc80.jpg", "'\"{}%s.png"])
+@each("name", ["狗 🐕.png", "--help", " ", "a\nb\x1b[31m", "\udcff\udc80.jpg", "'\"{}%s.png"])
 def test_any_name_is_read_and_can_be_shown(name: str, tmp_path: Path) -> None:
     """Line ends, escapes and bytes that are no UTF-8 are escaped in messages; everything else stays as it is."""
     pixels, path = noise(3, 4, 3), tmp_path / name
@@ -306,7 +307,7 @@ def test_any_name_is_read_and_can_be_shown(name: str, tmp_path: Path) -> None:
     assert not name.isprintable() or str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "txt", "heic", ""])
+@each("suffix", ["jpg", "txt", "heic", ""])
 def test_the_format_is_detected_from_content(suffix: str, tmp_path: Path) -> None:
     """Whatever the name says."""
     pixels = noise(5, 9, 3)
@@ -325,7 +326,7 @@ RAISED = [
 ]
 
 
-@pytest.mark.parametrize("error", [*RAISED, MemoryError()], ids=lambda error: type(error).__name__)
+@each("error", [*RAISED, MemoryError()])
 def test_whatever_a_decoder_raises_is_a_refusal(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Broken; or too large, where there is no memory for it."""
 
@@ -393,7 +394,7 @@ def test_much_exif_of_a_jpeg_is_refused(tmp_path: Path) -> None:
     slow(_with_segments(jpeg, exif * 17), tmp_path)
 
 
-@pytest.mark.parametrize("chunk", [b"zTXt", b"iCCP"])
+@each("chunk", [b"zTXt", b"iCCP"])
 def test_many_compressed_chunks_of_a_png_are_refused(chunk: bytes, tmp_path: Path) -> None:
     """Pillow unpacks a megabyte of each, and counts only those with a name."""
     chunks, rows = _chunk(chunk, b"\0\0" + zlib.compress(b"x")), [bytes(3)]
@@ -461,7 +462,7 @@ def test_12_bits_are_scaled_by_their_full_range(tmp_path: Path) -> None:
     assert found[0, :, 0].tolist() == [0, 255, 128, 0]
 
 
-@pytest.mark.parametrize(("bits", "dtype", "top"), [(16, "<u2", 65535), (32, "<f4", 1.0)])
+@each("bits, dtype, top", [(16, "<u2", 65535), (32, "<f4", 1.0)])
 def test_white_may_be_zero(bits: int, dtype: str, top: float, tmp_path: Path) -> None:
     """A TIFF may count from white to black."""
     gray = noise(9, 9)
@@ -469,7 +470,7 @@ def test_white_may_be_zero(bits: int, dtype: str, top: float, tmp_path: Path) ->
     assert np.array_equal(read_bytes(_tiff(9, 9, tags, (top - gray * (top / 255)).astype(dtype).tobytes()), tmp_path)[..., 1], gray)
 
 
-@pytest.mark.parametrize("most", [200, 65535])
+@each("most", [200, 65535])
 def test_a_dark_pgm_of_16_bits_stays_dark(most: int, tmp_path: Path) -> None:
     """Its header says the range."""
     values = np.linspace(0, most, 12).round()
@@ -483,8 +484,8 @@ def test_highlights_of_floats_are_clipped(tmp_path: Path) -> None:
     assert found[0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
-@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, 1e30, -1e30])
-@pytest.mark.parametrize("place", [0, 5])
+@each("odd", [np.nan, np.inf, -np.inf, 1e30, -1e30])
+@each("place", [0, 5])
 def test_floats_that_are_no_picture_are_refused(odd: float, place: int, tmp_path: Path) -> None:
     """Not finite, or beyond every range."""
     values = np.linspace(0, 1, 9, dtype=np.float32)
@@ -521,7 +522,7 @@ def test_a_profile_of_inks_is_converted(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+@each("mode", ["L", "LA", "I;16"])
 def test_a_gray_profile_is_converted(mode: str, tmp_path: Path) -> None:
     """Also of a gray with opacity, and of one of 16 bits."""
     gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -555,7 +556,7 @@ def test_exif_that_points_at_itself_is_read(tmp_path: Path) -> None:
     assert np.array_equal(read_bytes(_png(5, 9, 8, 2, rows, _chunk(b"eXIf", exif)), tmp_path), upright)
 
 
-@pytest.mark.parametrize("exif", [b"", b"II", b"XX*\0\x08\0\0\0", b"II*\0\xff\xff\xff\xff", _exif(9), _exif(0), _exif(6)[:14]])
+@each("exif", [b"", b"II", b"XX*\0\x08\0\0\0", b"II*\0\xff\xff\xff\xff", _exif(9), _exif(0), _exif(6)[:14]])
 def test_exif_that_says_nothing_leaves_the_picture_as_it_is(exif: bytes, tmp_path: Path) -> None:
     """Broken, cut off, or of an orientation that there is not."""
     upright = noise(5, 9, 3)
@@ -569,8 +570,8 @@ def test_exif_of_megabytes_is_refused(tmp_path: Path) -> None:
         read_bytes(_png(1, 1, 8, 2, [bytes(3)], _chunk(b"eXIf", _exif(6, {ORIENTATION: (3, [6] * 600_000)}))), tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "I;16", "P"])
-@pytest.mark.parametrize("size", [(40, 30), (1000, 1), (1, 1000)])
+@each("mode", ["RGB", "RGBA", "CMYK", "I;16", "P"])
+@each("size", [(40, 30), (1000, 1), (1, 1000)])
 def test_a_picture_in_pieces_is_the_same(mode: str, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, and parts of rows where these are long."""
     image = Image.frombytes(
@@ -582,7 +583,7 @@ def test_a_picture_in_pieces_is_the_same(mode: str, size: tuple[int, int], tmp_p
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
-@pytest.mark.parametrize("orientation", STORED)
+@each("orientation", list(STORED))
 def test_every_turn_of_an_avif_comes_in_upright(orientation: int, tmp_path: Path) -> None:
     """Its boxes turn it, once."""
     upright, exif = np.asarray(Image.fromarray(noise(2, 3, 3)).resize((48, 32), Image.Resampling.NEAREST)), Image.Exif()
@@ -609,7 +610,7 @@ def heic(pixels: np.ndarray, **info: Any) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("orientation", STORED)
+@each("orientation", list(STORED))
 def test_every_turn_of_a_heic_comes_in_upright(orientation: int, tmp_path: Path) -> None:
     """Its boxes turn it; the same in its EXIF must not turn it again."""
     upright = np.asarray(Image.fromarray(noise(2, 3, 3)).resize((48, 32), Image.Resampling.NEAREST))
@@ -670,8 +671,8 @@ def test_a_photo_over_the_cap_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         read_photo(path)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("resolution", "multiple"), CANVASES)
+@each("size", SIZES)
+@each("resolution, multiple", CANVASES)
 def test_a_canvas_has_whole_multiples_within_its_area(size: tuple[int, int], resolution: int, multiple: int) -> None:
     """Both sides are multiples and the area is at most the resolution squared."""
     height, width = to_canvas(Image.new("RGB", size), resolution, multiple).pixels.shape[2:]
@@ -684,8 +685,8 @@ def test_a_canvas_is_never_smaller_than_one_multiple() -> None:
     assert to_canvas(Image.new("RGB", (30, 20)), 8, 32).pixels.shape == (1, 3, 32, 32)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("resolution", "multiple"), CANVASES)
+@each("size", SIZES)
+@each("resolution, multiple", CANVASES)
 def test_a_photo_is_never_squashed(size: tuple[int, int], resolution: int, multiple: int) -> None:
     """The photo's shape is kept to within a pixel, and it spans its canvas from side to side or from top to bottom."""
     canvas = to_canvas(Image.new("RGB", size), resolution, multiple)
@@ -695,7 +696,7 @@ def test_a_photo_is_never_squashed(size: tuple[int, int], resolution: int, multi
     assert wide == canvas.pixels.shape[3] or high == canvas.pixels.shape[2]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@each("size", SIZES)
 def test_a_picture_is_restored_to_the_size_of_the_photo(size: tuple[int, int]) -> None:
     """Whatever the canvas, the edit comes back at the photo's size, and of one colour stays of one colour."""
     canvas = to_canvas(Image.new("RGB", size, (200, 30, 90)), 64, 8)
@@ -703,7 +704,7 @@ def test_a_picture_is_restored_to_the_size_of_the_photo(size: tuple[int, int]) -
     assert canvas.photo().getcolors() == [(size[0] * size[1], (200, 30, 90))]
 
 
-@pytest.mark.parametrize("size", [(64, 64), (128, 32), (56, 72)])
+@each("size", [(64, 64), (128, 32), (56, 72)])
 def test_a_picture_of_the_right_size_is_untouched(size: tuple[int, int]) -> None:
     """What needs no scaling and no padding comes back bit for bit."""
     pixels = noise(size[1], size[0], 3)
@@ -761,7 +762,7 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("case", FOREIGN)
+@each("case", list(FOREIGN))
 def test_metadata_of_strangers_is_refused(case: str, tmp_path: Path) -> None:
     """The error names the file."""
     path = tmp_path / "edit.png"
@@ -770,16 +771,14 @@ def test_metadata_of_strangers_is_refused(case: str, tmp_path: Path) -> None:
         read_metadata(path)
 
 
-@pytest.mark.parametrize(("title", "top"), [("", 8), ("a dog jumping, and a title far too long for a page this narrow", 34)])
+@each("title, top", [("", 8), ("a dog jumping, and a title far too long for a page this narrow", 34)])
 def test_a_sheet_has_a_cell_for_every_picture(title: str, top: int) -> None:
     """Cells of 100 with gaps of 8 and labels of 24, as many columns as the longest row."""
     one = ("label", Image.new("RGB", (10, 10)))
     assert sheet([[one], [one, one, one]], title, cell=100).size == (8 + 3 * 108, top + 2 * 132)
 
 
-@pytest.mark.parametrize(
-    ("size", "shown"), [((40, 20), (100, 50)), ((20, 40), (50, 100)), ((400, 100), (100, 25)), ((100, 100), (100, 100))]
-)
+@each("size, shown", [((40, 20), (100, 50)), ((20, 40), (50, 100)), ((400, 100), (100, 25)), ((100, 100), (100, 100))])
 def test_a_sheet_keeps_the_shape_of_a_picture(size: tuple[int, int], shown: tuple[int, int]) -> None:
     """A picture fills its cell as far as its shape allows."""
     page = np.asarray(sheet([[("", Image.new("RGB", size, (255, 0, 0)))]], cell=100))

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from bench_swaps import measured, random_adapter
-from common import KINDS, MODES, PROMPT, array, opened, output, same, tiny_config, weights
+from common import KINDS, MODES, PROMPT, array, each, opened, output, same, tiny_config, weights
 from diffusers import DDIMScheduler
 from tiny import save_tiny
 from torch import Tensor
@@ -52,17 +52,18 @@ def pictures(editor: Editor, adapter: Adapter, config: EditConfig = CONFIG, etas
     return np.stack([array(edit.image) for edit in editor.edit(adapter, etas, config=config, **given)])
 
 
-@pytest.mark.parametrize(("first", "second"), [(("lora", 0), ("lora", 1)), (("lora", 0), ("full", 0)), (("full", 0), ("full", 1))])
-def test_swapped_adapters_do_not_mix(folder: Path, fitted: Fitted, first: tuple, second: tuple) -> None:
-    """A, B, A in one editor are bit for bit A, A and B, each in an editor of its own; and A is not B."""
-    a, b = fitted(*first), fitted(*second)
-    editor = Editor(opened(folder))
-    swapped = [pictures(editor, adapter) for adapter in (a, b, a)]
-    alone_a, alone_b = (pictures(Editor(opened(folder)), adapter) for adapter in (a, b))
-    assert np.array_equal(swapped[0], alone_a)
-    assert np.array_equal(swapped[1], alone_b)
-    assert np.array_equal(swapped[2], alone_a)
-    assert not np.array_equal(alone_a, alone_b)
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Callable[..., np.ndarray]:
+    """Gives the edits of an adapter in an editor and a base of its own, made once; tests must not change them."""
+    known: dict[str, np.ndarray] = {}
+
+    def make(adapter: Adapter, config: EditConfig = CONFIG, etas: Sequence[float] = (0.6,), **more) -> np.ndarray:
+        key = repr((adapter.folder, config, tuple(etas), more))
+        if key not in known:
+            known[key] = pictures(Editor(opened(folder)), adapter, config, etas, **more)
+        return known[key]
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +80,16 @@ def narrow(folder: Path, photo_file: Path, tmp_path_factory: pytest.TempPathFact
     return make
 
 
-@pytest.mark.parametrize("tune", [{"rank": 1}, {"rank": 9}, {"targets": "attention"}], ids=str)
-def test_swapped_adapters_may_have_other_ranks_and_layers(folder: Path, fitted: Fitted, narrow: Fitted, tune: dict) -> None:
-    """A, B, A in one editor are bit for bit what each is alone."""
-    a, b, editor = fitted("lora"), narrow("b", **tune), Editor(opened(folder))
-    alone_a, alone_b = (pictures(Editor(opened(folder)), adapter) for adapter in (a, b))
-    for adapter, alone in ((a, alone_a), (b, alone_b), (a, alone_a), (b, alone_b)):
-        assert np.array_equal(pictures(editor, adapter), alone)
-    assert not np.array_equal(alone_a, alone_b)
+def test_swapped_adapters_do_not_mix(folder: Path, fitted: Fitted, narrow: Fitted, alone: Fitted) -> None:
+    """Adapters of either mode, of other ranks and other layers, loaded in turn into one editor, give bit for bit what each gives alone."""
+    lora, other, full, full_too = fitted("lora"), fitted("lora", 1), fitted("full"), fitted("full", 1)
+    low, high, fewer = narrow("low", rank=1), narrow("high", rank=9), narrow("fewer", targets="attention")
+    order = [lora, other, lora, full, lora, full, full_too, full, low, lora, low, high, lora, high, fewer, lora, fewer]
+    editor = Editor(opened(folder))
+    for k, adapter in enumerate(order):
+        assert np.array_equal(pictures(editor, adapter), alone(adapter)), f"load {k}: {adapter.folder.name}"
+    found = [alone(adapter).tobytes() for adapter in (lora, other, full, full_too, low, high, fewer)]
+    assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -118,17 +121,16 @@ def test_an_adapter_of_another_base_is_refused(fitted: Fitted, tmp_path: Path) -
     assert same(weights(base.denoiser), before)
 
 
-@pytest.mark.parametrize("eta", [-0.01, 2.01, float("nan"), float("inf")])
+@each("eta", [-0.01, 2.01, float("nan"), float("inf")])
 def test_an_eta_out_of_range_is_refused(folder: Path, fitted: Fitted, eta: float) -> None:
     """Before any picture is made, wherever it stands in the list."""
     with pytest.raises(ImagicError, match="eta"):
         next(Editor(opened(folder)).edit(fitted("lora"), [0.5, eta], [0], CONFIG))
 
 
-@pytest.mark.parametrize("start", ["noise", "image", "inverted"])
-@pytest.mark.parametrize("batch_size", [2, 5])
+@pytest.mark.parametrize(("start", "batch_size"), [("noise", 2), ("image", 5), ("inverted", 5)])
 def test_pictures_do_not_depend_on_the_batch_size(folder: Path, fitted: Fitted, start: str, batch_size: int) -> None:
-    """Six pictures in batches of 2, or of 5 and 1, are those made one at a time, to rounding; and they differ among themselves."""
+    """Six pictures in batches of 2, or of 5 and then 1, are those made one at a time, to rounding; and they differ among themselves."""
     editor, adapter = Editor(opened(folder)), fitted("lora")
     config = CONFIG.model_copy(update={"start": start, "ddim_eta": 0.5})
     sizes = [config.model_copy(update={"batch_size": size}) for size in (1, batch_size)]
@@ -205,8 +207,7 @@ def recorded_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int
     return found
 
 
-@pytest.mark.parametrize("ddim_eta", [0.5, 1.0])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "ddim_eta"), [("epsilon", 0.5), ("v_prediction", 1.0)])
 def test_the_recorded_noise_is_what_the_steps_lack(folders: dict[str, Path], fitted: Fitted, kind: str, ddim_eta: float) -> None:
     """As the equations have it."""
     base, adapter = opened(folders[kind]), fitted("lora", 0, kind)
@@ -228,11 +229,11 @@ def test_recorded_noise_reproduces_the_photo(folder: Path, fitted: Fitted) -> No
     assert np.abs(back[2] - back[3]).max() > 1
 
 
-@pytest.mark.parametrize("ddim_eta", [0.0, 1.0])
-def test_a_photo_inverted_on_the_way_comes_back_from_there(folder: Path, fitted: Fitted, ddim_eta: float) -> None:
+@pytest.mark.parametrize(("ddim_eta", "steps"), [(0.0, 50), (1.0, 20)])
+def test_a_photo_inverted_on_the_way_comes_back_from_there(folder: Path, fitted: Fitted, ddim_eta: float, steps: int) -> None:
     """With a source eta of 0.4: the photo at it and below it, which without one there is at eta 0 alone."""
     editor, adapter = Editor(opened(folder)), fitted("lora")
-    plain = CONFIG.model_copy(update={"start": "inverted", "ddim_eta": ddim_eta, "guidance_scale": 1.0, "steps": 50})
+    plain = CONFIG.model_copy(update={"start": "inverted", "ddim_eta": ddim_eta, "guidance_scale": 1.0, "steps": steps})
     on_the_way = pictures(editor, adapter, plain.model_copy(update={"source_eta": 0.4}), [0.0, 0.2, 0.4, 1.0])
     usual = pictures(editor, adapter, plain, [0.0, 0.2, 0.4, 1.0])  # as many: a batch of another size rounds otherwise on some CPUs
     photo = usual[0].astype(float)
@@ -259,7 +260,7 @@ def test_several_seeds_of_inverted_noise_are_refused(folder: Path, fitted: Fitte
     assert not np.array_equal(noisy[0], noisy[1])
 
 
-@pytest.mark.parametrize(("steps", "strength"), [(2, 0.3), (1, 0.8), (10, 0.05)])
+@each("steps, strength", [(2, 0.3), (1, 0.8), (10, 0.05)])
 def test_a_strength_of_less_than_a_step_is_refused(folder: Path, fitted: Fitted, steps: int, strength: float) -> None:
     """Too little noise for one step of the sampler is said, with both settings."""
     config = CONFIG.model_copy(update={"start": "image", "steps": steps, "strength": strength})
@@ -267,7 +268,7 @@ def test_a_strength_of_less_than_a_step_is_refused(folder: Path, fitted: Fitted,
         pictures(Editor(opened(folder)), fitted("lora"), config)
 
 
-@pytest.mark.parametrize("start", ["noise", "image", "inverted"])
+@each("start", ["noise", "image", "inverted"])
 def test_a_picture_has_the_size_of_the_photo(folder: Path, fitted: Fitted, start: str) -> None:
     """50 x 37, though it was worked on at 32 x 24."""
     edits = Editor(opened(folder)).edit(fitted("lora"), [0.5], [0], CONFIG.model_copy(update={"start": start}))
@@ -286,11 +287,10 @@ def test_another_prompt_takes_the_place_of_the_target(folder: Path, fitted: Fitt
     assert np.array_equal(pictures(editor, adapter, prompt="a cat"), pictures(editor, adapter))
 
 
-@pytest.mark.parametrize("change", [{"ddim_eta": 1.0}, {"guidance_scale": 8.0}, {"guidance_scale": 1.0}, {"steps": 3}])
-def test_settings_of_the_sampler_change_the_picture(folder: Path, fitted: Fitted, change: dict) -> None:
+@each("change", [{"ddim_eta": 1.0}, {"guidance_scale": 8.0}, {"guidance_scale": 1.0}, {"steps": 3}])
+def test_settings_of_the_sampler_change_the_picture(fitted: Fitted, alone: Fitted, change: dict) -> None:
     """Each of them reaches it."""
-    editor, adapter = Editor(opened(folder)), fitted("lora")
-    assert not np.array_equal(pictures(editor, adapter), pictures(editor, adapter, CONFIG.model_copy(update=change)))
+    assert not np.array_equal(alone(fitted("lora")), alone(fitted("lora"), CONFIG.model_copy(update=change)))
 
 
 def test_no_guidance_needs_no_null(folder: Path, fitted: Fitted) -> None:
@@ -303,9 +303,9 @@ def test_no_guidance_needs_no_null(folder: Path, fitted: Fitted) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_edit_in_bf16_is_near_that_in_fp32(folder: Path, fitted: Fitted, mode: Mode) -> None:
+def test_an_edit_in_bf16_is_near_that_in_fp32(folder: Path, fitted: Fitted, alone: Fitted, mode: Mode) -> None:
     """On a base in half precision, and on one with fp32 master weights."""
-    exact = pictures(Editor(opened(folder)), fitted(mode))
+    exact = alone(fitted(mode))
     for kind in MODES:
         rounded = pictures(Editor(opened(folder, kind, dtype="bf16")), fitted(mode))
         assert np.abs(exact - rounded).mean() < 3
@@ -320,22 +320,23 @@ def test_pictures_that_are_not_finite_are_refused(folder: Path, fitted: Fitted) 
         next(generate(base, [broken], [0], CONFIG, read_canvas(adapter), stored["null"], [stored["optimised"]]))
 
 
-@pytest.mark.parametrize("place", ["cpu", "meta"])
-def test_pictures_are_made_wherever_the_text_encoder_is(folder: Path, fitted: Fitted, place: str) -> None:
+@each("place", ["cpu", "meta"])
+def test_pictures_are_made_wherever_the_text_encoder_is(folder: Path, fitted: Fitted, alone: Fitted, place: str) -> None:
     """One that was offloaded, here to the device that cannot compute, does not draw the sampling after it."""
     base, adapter = opened(folder), fitted("lora")
-    expected = pictures(Editor(opened(folder)), adapter)
+    expected = alone(adapter)
     base._helpers["text_encoder"].to(place)  # pyright: ignore[reportAttributeAccessIssue]
     assert np.array_equal(pictures(Editor(base), adapter), expected)
 
 
-@pytest.mark.parametrize("prompt", [None, "a dog"])
-@pytest.mark.parametrize("idle", ["keep", "release"])
-def test_the_text_encoder_is_offloaded_while_pictures_are_made(folder: Path, fitted: Fitted, idle: str, prompt: str | None) -> None:
+@each("prompt, idle", [(None, "release"), ("a dog", "release"), ("a dog", "keep")])
+def test_the_text_encoder_is_offloaded_while_pictures_are_made(
+    folder: Path, fitted: Fitted, alone: Fitted, idle: str, prompt: str | None
+) -> None:
     """Released by the first picture if asked, be there a text to encode or not; the pictures are the same, and the editor can go on."""
     base, adapter = opened(folder, idle=idle), fitted("lora")
     editor, text_encoder = Editor(base), weakref.ref(base._helpers["text_encoder"])
-    expected = pictures(Editor(opened(folder)), adapter, prompt=prompt)
+    expected = alone(adapter, prompt=prompt)
     edits = editor.edit(adapter, [0.6], [5], CONFIG, prompt)
     assert np.array_equal(array(next(edits).image), expected[0])
     gc.collect()
@@ -362,45 +363,44 @@ FIVE = (0.0, 0.3, 0.5, 0.7, 1.0)
 INVERTED = CONFIG.model_copy(update={"batch_size": 2, "start": "inverted"})
 
 
-@pytest.mark.parametrize("others", [("lora", 1), ("full", 0)], ids=str)
-def test_interleaved_edits_do_not_mix(folder: Path, fitted: Fitted, others: tuple) -> None:
-    """Two edits of five pictures in batches of two, taken by turns, are what each is alone; one left early disturbs nobody."""
-    adapters = fitted("lora"), fitted(*others)
-    alone = [pictures(Editor(opened(folder)), adapter, INVERTED, FIVE) for adapter in adapters]
+def test_interleaved_edits_do_not_mix(folder: Path, fitted: Fitted, alone: Fitted) -> None:
+    """Three edits of five pictures in batches of two, taken by turns, are what each is alone; one left early disturbs nobody."""
+    adapters = fitted("lora"), fitted("full"), fitted("lora", 1)
+    expected = [alone(adapter, INVERTED, FIVE) for adapter in adapters]
     editor = Editor(opened(folder))
     left = editor.edit(adapters[1], FIVE, [5], INVERTED, "a dog")
     next(left)
     by_turns = zip_longest(*(editor.edit(adapter, FIVE, [5], INVERTED) for adapter in adapters))
     for k, edits in enumerate(by_turns):
-        assert all(np.array_equal(array(edit.image), alone[which][k]) for which, edit in enumerate(edits))
+        assert all(np.array_equal(array(edit.image), expected[which][k]) for which, edit in enumerate(edits))
         if k == 1:
             left.close()
-    assert not np.array_equal(*alone)
+    assert len({one.tobytes() for one in expected}) == 3
 
 
-def test_an_edit_goes_on_after_close(folder: Path, fitted: Fitted) -> None:
+def test_an_edit_goes_on_after_close(folder: Path, fitted: Fitted, alone: Fitted) -> None:
     """Its adapter is loaded again for the next batch."""
     adapter, editor = fitted("lora"), Editor(opened(folder))
-    before, alone = weights(editor.base.denoiser), pictures(editor, adapter, INVERTED, FIVE)
+    before = weights(editor.base.denoiser)
     edits = editor.edit(adapter, FIVE, [5], INVERTED)
     first = [next(edits) for _ in range(3)]
     editor.close()
     assert same(weights(editor.base.denoiser), before)
-    assert np.array_equal(np.stack([array(edit.image) for edit in (*first, *edits)]), alone)
+    assert np.array_equal(np.stack([array(edit.image) for edit in (*first, *edits)]), alone(adapter, INVERTED, FIVE))
 
 
-def test_threads_share_an_editor(folder: Path, fitted: Fitted, narrow: Fitted) -> None:
+def test_threads_share_an_editor(folder: Path, fitted: Fitted, narrow: Fitted, alone: Fitted) -> None:
     """Three threads, each with its adapters, get what they would get alone, whatever they put in and take out of it meanwhile."""
     adapters = fitted("lora"), fitted("full"), fitted("lora", 1), narrow("threads", rank=2)
-    alone = [pictures(Editor(opened(folder)), adapter, INVERTED, FIVE) for adapter in adapters]
-    editor, before, often = Editor(opened(folder)), sys.getswitchinterval(), 4
+    expected = [alone(adapter, INVERTED, FIVE) for adapter in adapters]
+    editor, before, often = Editor(opened(folder)), sys.getswitchinterval(), 3
 
     def work(which: int) -> bool:
         if which % 5 == 4:
             editor.close()
         which %= len(adapters)
         prompt = PROMPT if which == 0 else None  # encoded while others sample
-        return np.array_equal(pictures(editor, adapters[which], INVERTED, FIVE, prompt=prompt), alone[which])
+        return np.array_equal(pictures(editor, adapters[which], INVERTED, FIVE, prompt=prompt), expected[which])
 
     sys.setswitchinterval(1e-5)
     try:
@@ -446,11 +446,11 @@ def test_those_used_last_are_kept(folder: Path, fitted: Fitted, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_adapter_that_was_written_anew_is_read_anew(folder: Path, fitted: Fitted, tmp_path: Path, mode: Mode) -> None:
+def test_an_adapter_that_was_written_anew_is_read_anew(folder: Path, fitted: Fitted, alone: Fitted, tmp_path: Path, mode: Mode) -> None:
     """Read from its store again it gives the new pictures; the old record never stands for the new files."""
     old, base = copied(fitted(mode), tmp_path, "one"), opened(folder)
     editor, before = Editor(base), weights(base.denoiser)
-    expected_old, expected_new = (pictures(Editor(opened(folder)), fitted(mode, seed)) for seed in (0, 1))
+    expected_old, expected_new = (alone(fitted(mode, seed)) for seed in (0, 1))
     assert np.array_equal(pictures(editor, old), expected_old)
     new = copied(fitted(mode, 1), tmp_path, "one")
     assert np.array_equal(pictures(editor, old), expected_old)  # it is in
@@ -528,19 +528,19 @@ def counted(base: Base) -> tuple[int, int]:
 
 
 def test_swaps_are_fast_and_memory_does_not_grow() -> None:
-    """On the embedded base: 200 swaps of its two examples take at most 20 ms in the median, and leave no tensor, module or megabyte."""
+    """On the embedded base: 100 swaps of its two examples take at most 20 ms in the median, and leave no tensor, module or megabyte."""
     store, editor = Store(EXAMPLES), Editor(opened(Path("critters")))
     adapters, before = [store.read(name) for name in ("rex-jumps", "mia-wears-a-hat")], weights(editor.base.denoiser)
     for adapter in adapters:
         editor.load(adapter)
     found, memory, seconds = counted(editor.base), psutil.Process().memory_info().rss, []
-    for k in range(200):
+    for k in range(100):
         start = time.perf_counter()
         editor.load(adapters[k % 2])
         seconds.append(time.perf_counter() - start)
     assert statistics.median(seconds) <= 0.02
     assert counted(editor.base) == found
-    assert psutil.Process().memory_info().rss - memory < 32 * 2**20
+    assert psutil.Process().memory_info().rss - memory < 16 * 2**20
     editor.close()
     assert same(weights(editor.base.denoiser), before)
 
@@ -563,7 +563,7 @@ def test_memory_does_not_grow_when_layers_are_replaced(
     monkeypatch.setattr(module, "CACHED", 2)
     several = fitted("lora"), narrow("grow", targets="attention"), fitted("full"), fitted("lora", 1), fitted("full", 1)
     editor, found = Editor(opened(folder)), []
-    for _ in range(4):
+    for _ in range(3):
         for adapter in several:
             editor.load(adapter)
         found.append(counted(editor.base))

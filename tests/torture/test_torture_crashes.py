@@ -14,7 +14,7 @@ Torture = Callable[[int, int, Path], Iterator[str]]
 
 
 @pytest.mark.parametrize(
-    ("torture", "cases"), [(kills.torture, 6), (power.torture, 120), (disk.torture, 10)], ids=["kills", "power", "disk"]
+    ("torture", "cases"), [(kills.torture, 4), (power.torture, 120), (disk.torture, 7)], ids=["kills", "power", "disk"]
 )
 def test_nothing_is_lost(torture: Torture, cases: int, tmp_path: Path) -> None:
     """Either the previous or the new version is complete."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import same
+from common import each, same
 from files import failing
 from safetensors.torch import save
 from torch import Tensor
@@ -116,9 +116,10 @@ def test_the_same_step_may_be_saved_again(saved: Checkpoints) -> None:
     assert there(saved) == ["embed-000001"]
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_is_not_saved(saved: Checkpoints, value: float) -> None:
+@each("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, value: float) -> None:
     """The error names it; the older one is still there, and nothing else."""
+    saved = Checkpoints(tmp_path / "saved")
     saved.save(record(), state())
     with pytest.raises(NotFinite, match="trainables/tokens holds numbers that are not finite"):
         saved.save(record(step=2), state(value))
@@ -126,9 +127,10 @@ def test_what_is_not_finite_is_not_saved(saved: Checkpoints, value: float) -> No
     assert found(saved) == ("embed", 1)
 
 
-@pytest.mark.parametrize("call", ["open", "write", "fsync", "mkdir", "rename"])
-def test_a_full_disk_leaves_the_older_one(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+@each("call", ["open", "write", "fsync", "mkdir", "rename"])
+def test_a_full_disk_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """Whichever call it is that fails."""
+    saved = Checkpoints(tmp_path / "saved")
     saved.save(record(), state())
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing(errno.ENOSPC))
@@ -196,10 +198,11 @@ BREAK: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("breaking", BREAK.values(), ids=BREAK)
+@each("breaking", BREAK)
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
-def test_a_broken_one_is_renamed_and_the_older_one_used(saved: Checkpoints, breaking: Callable[[Path], object]) -> None:
+def test_a_broken_one_is_renamed_and_the_older_one_used(tmp_path: Path, breaking: Callable[[Path], object]) -> None:
     """Once, with a warning that names it and says where it is now; nothing of it is lost."""
+    saved = Checkpoints(tmp_path / "saved")
     saved.save(record(step=20), state())
     path = saved.save(record("tune", 5), state())
     breaking(path)
@@ -314,7 +317,7 @@ DIFFERENT: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("was", "now", "expected"), DIFFERENT, ids=range(len(DIFFERENT)))
+@each("was, now, expected", DIFFERENT)
 def test_differences_have_both_values(was: dict[str, Any], now: dict[str, Any], expected: list[str]) -> None:
     """By the full name, in order, those that are new last."""
     assert differences(was, now) == expected

@@ -36,12 +36,12 @@ ROUNDED = {"memory": {"master_weights": "bf16-stochastic"}}
 NF4 = {"memory": {"quantize": "nf4"}}
 
 FAST: list[Case] = [
-    ("sd15", "full", "8gb", {}),
-    ("sd15", "lora", "24gb", NF4 | FOUR),
-    ("sd21", "lora", "24gb", {"resolution": 384}),
     ("critters", "full", "24gb", {}),
+    ("small", "lora", "24gb", NF4 | FOUR | {"resolution": 24}),
 ]
 SLOW: list[Case] = [
+    ("sd15", "lora", "24gb", NF4 | FOUR),
+    ("sd21", "lora", "24gb", {"resolution": 384}),
     *(("sd15", "lora", preset, {}) for preset in ("24gb", "16gb", "12gb", "8gb", "cpu")),
     *(("sd15", "full", preset, {}) for preset in ("24gb", "16gb", "12gb", "cpu")),
     *(("sd15", "full", preset, ROUNDED) for preset in ("24gb", "8gb")),
@@ -69,11 +69,11 @@ SLOW: list[Case] = [
 ]
 PROMISED = [  # GiB at the base's own resolution and batch 1
     ("sd15", "full", "8gb", {}, 6.5),
-    pytest.param("sd15", "full", "12gb", {}, 6.5, marks=pytest.mark.slow),
-    pytest.param("sd15", "full", "8gb", ROUNDED, 4.5, marks=pytest.mark.slow),
-    pytest.param("sd15", "lora", "8gb", {}, 3.5, marks=pytest.mark.slow),
-    pytest.param("sdxl", "lora", "8gb", {}, 8, marks=pytest.mark.slow),
-    pytest.param("sdxl", "lora", "8gb", NF4, 6, marks=pytest.mark.slow),
+    ("sd15", "full", "12gb", {}, 6.5),
+    ("sd15", "full", "8gb", ROUNDED, 4.5),
+    ("sd15", "lora", "8gb", {}, 3.5),
+    ("sdxl", "lora", "8gb", {}, 8),
+    ("sdxl", "lora", "8gb", NF4, 6),
 ]
 
 
@@ -96,26 +96,35 @@ def _exact(base: str, mode: str, preset: str, changes: str) -> Plan:
     return rehearse(architecture(base), run, assume(run))
 
 
-@pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=named)
-def test_the_analytic_plan_is_near_the_exact_one(case: Case) -> None:
-    """Every stage within a tenth, allowances left out; what is stored does not differ."""
-    base, mode, preset, changes = case
-    found, right = predict(architecture(base), run_of(base, mode, preset, changes)), exact(*case)
+def assert_near(base: str, mode: str, preset: str, changes: dict[str, Any]) -> None:
+    """Every stage of the analytic plan is within a tenth, allowances left out; what is stored does not differ."""
+    found, right = predict(architecture(base), run_of(base, mode, preset, changes)), exact(base, mode, preset, changes)
     ratios = {name: round(peak.total / right.stages[name].total, 3) for name, peak in found.stages.items()}
     assert list(ratios) == list(right.stages) == ["encode", "embed", "tune", "sample", "decode"]
     assert {name: ratio for name, ratio in ratios.items() if not 0.9 <= ratio <= 1.1} == {}
     assert (found.adapter, found.checkpoint, found.context) == (right.adapter, right.checkpoint, right.context)
 
 
+@pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=named)
+def test_the_analytic_plan_is_near_the_exact_one(case: Case, wide: Path) -> None:
+    """For the published sizes, and "small", the tiny base with the widest layers."""
+    base, *others = case
+    assert_near(str(wide) if base == "small" else base, *others)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "mode", "preset", "changes", "most"), PROMISED, ids=str)
 def test_promised_peaks(base: str, mode: str, preset: str, changes: dict[str, Any], most: float) -> None:
     """Counted from every tensor, allowances and all."""
     assert exact(base, mode, preset, changes).peak_bytes <= most * GIB
 
 
-def test_a_rehearsal_holds_next_to_nothing() -> None:
-    """This process, libraries and all, has never held half of what it has rehearsed."""
-    plan = exact("sd15", "full", "8gb", {})
+def test_sd15_in_full_at_its_true_size() -> None:
+    """One rehearsal: the analytic plan is near, the promised peak is kept, and this process never held half of what it rehearsed."""
+    case = base, mode, preset, changes = "sd15", "full", "8gb", {}
+    assert_near(base, mode, preset, changes)
+    plan = exact(*case)
+    assert plan.peak_bytes <= 6.5 * GIB
     assert peak_memory(torch.device("cpu")) < plan.stages["tune"].total / 2
 
 
@@ -167,8 +176,8 @@ def _tensors(module: Module) -> list[torch.Tensor]:
 SPARING = {"gradient_checkpointing": True, "optimizer_in_backward": True, "idle": "release", "vae_slicing": True}
 REAL: list[Any] = [
     ("lora", {}),
-    ("full", {}),
     ("full", SPARING | {"dtype": "bf16"}),
+    pytest.param("full", {}, marks=pytest.mark.slow),
     pytest.param("lora", SPARING | {"dtype": "bf16"}, marks=pytest.mark.slow),
     *(
         pytest.param("full", memory, marks=pytest.mark.slow)

@@ -28,6 +28,11 @@ STAGES: list[tuple[str, Mode]] = [("embed", "lora"), ("tune", "lora"), ("tune", 
 every_stage = pytest.mark.parametrize(("name", "mode"), STAGES)
 
 
+def every_stage_with(name: str, *values: object) -> pytest.MarkDecorator:
+    """Every stage, each with one of some values: what is tested differs with the value and the stage, not with the pair."""
+    return pytest.mark.parametrize(("name", "mode", name), [(*stage, value) for stage, value in zip(STAGES, values, strict=True)])
+
+
 @contextmanager
 def staged(base: Base, name: str, mode: Mode = "lora", processes: Processes | None = None, seed: int = 0, **settings) -> Iterator[Stage]:
     """A stage on fixed latents."""
@@ -118,8 +123,7 @@ def test_trainables_are_fp32_on_a_bf16_base(folder: Path, name: str, mode: Mode)
         assert not same(trained(stage), before)
 
 
-@every_stage
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@every_stage_with("dtype", "fp16", "bf16", "fp16")
 def test_half_precision_gradients_point_where_fp32_gradients_point(folder: Path, name: str, mode: Mode, dtype: str) -> None:
     """The same direction and length to the precision's few digits, the loss scale of fp16 taken out again."""
     with staged(opened(folder, mode), name, mode) as stage:
@@ -142,8 +146,7 @@ def test_the_same_seed_is_the_same_run(folder: Path, name: str, mode: Mode) -> N
     assert not same(runs[0][2], runs[2][2])
 
 
-@every_stage
-@pytest.mark.parametrize("optimizer", ["adam", "adam8bit"])
+@every_stage_with("optimizer", "adam", "adam8bit", "adam")
 def test_a_resumed_run_is_the_uninterrupted_run(folder: Path, name: str, mode: Mode, optimizer: str) -> None:
     """A state taken after two steps, loaded into a new stage on a new base, comes to the same bits, and can be loaded again."""
     with staged(opened(folder, mode, optimizer=optimizer), name, mode) as stage:
@@ -214,8 +217,7 @@ def test_nan_latents_stop_the_first_step(folder: Path, name: str, mode: Mode) ->
             next(train(stage))
 
 
-@every_stage
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@every_stage_with("value", torch.inf, torch.nan, torch.inf)
 def test_a_weight_that_is_not_finite_stops_the_step_where_it_occurs(folder: Path, name: str, mode: Mode, value: float) -> None:
     """Two good steps, then the error."""
     with staged(opened(folder, mode), name, mode) as stage:
@@ -238,8 +240,7 @@ def test_closing_the_iterator_stops(folder: Path) -> None:
         assert same(trained(stage), before)
 
 
-@every_stage
-@pytest.mark.parametrize("kind", KINDS)
+@every_stage_with("kind", KINDS[0], KINDS[1], KINDS[0])
 def test_learning_lowers_the_loss(folders: dict[str, Path], kind: str, name: str, mode: Mode) -> None:
     """On noise and times that are not those of the training."""
     base = opened(folders[kind], mode)
@@ -253,8 +254,7 @@ def test_learning_lowers_the_loss(folders: dict[str, Path], kind: str, name: str
     assert after < before
 
 
-@every_stage
-@pytest.mark.parametrize("timesteps", ["stratified", "uniform"])
+@every_stage_with("timesteps", "stratified", "uniform", "stratified")
 def test_two_processes_are_one_with_twice_the_batch(folder: Path, name: str, mode: Mode, timesteps: str) -> None:
     """Loss and gradients of a batch of 2 are the mean of those of its halves, samples being numbered over all processes."""
 

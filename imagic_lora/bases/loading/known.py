@@ -37,7 +37,7 @@ class BaseEntry(BaseModel):
             diffusers' format. None: the published configs of the model family, which is detected from the file's tensor names.
         resolution: side of the square images that the base was trained on, in pixels. None: as its config says.
         prediction: prediction type of the denoiser. None: as its scheduler config says.
-        few_steps: number of sampling steps of a distilled base, which is trained only at the timesteps of these steps.
+        few_steps: number of sampling steps of a distilled base. A fit trains only at their timesteps; for LCM at those of its distillation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

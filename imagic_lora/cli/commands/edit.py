@@ -55,7 +55,8 @@ def edit(
     name
         Name of the adapter, as imagic-lora list prints it.
     eta
-        0: the photo. 1: the target prompt alone. One (0.7), several (0.5,0.7), or a range with its end (0.3:1:0.1). Default: the adapter's.
+        0: the reconstruction of the photo. 1: the target prompt alone. One (0.7), several (0.5,0.7), or a range with its end (0.3:1:0.1).
+        Default: the adapter's.
     seed
         Seed of the starting noise. One (0), several (0,3), or a range without its end (0:4).
     prompt

@@ -1,0 +1,62 @@
+"""The commands that only look answer at once: they import neither torch nor diffusers. The public names are imported when they are used."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str) -> str:
+    """The output of a fresh Python."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def test_commands_that_only_look_import_no_torch(tmp_path: Path) -> None:
+    """Each of them in one process; to list two hundred adapters takes less than a second of a core."""
+    for index in range(200):
+        shutil.copytree(ROOT / "adapters" / "rex-jumps", tmp_path / f"rex-{index:03d}")
+    found = python(f"""
+import sys, time
+from imagic_lora.cli.app import main
+store = ["--store", {str(tmp_path)!r}]
+start = time.process_time()
+assert main(["list", *store]) == 0
+assert time.process_time() - start < 1, time.process_time() - start
+of_store = (["show", "rex-007", *store], ["verify", *store], ["rm", "rex-007", *store])
+for command in (*of_store, ["bases"], ["plan", "--base", "sd15"], ["doctor"], ["--help"]):
+    assert main(command) == 0, command
+loaded = [name for name in ("torch", "diffusers", "transformers", "peft", "accelerate") if name in sys.modules]
+assert not loaded, loaded
+""")
+    assert "rex-199" in found
+    assert not (tmp_path / "rex-007").exists()
+
+
+def test_public_names_are_imported_when_they_are_used() -> None:
+    """Importing the package imports nothing heavy; every name it promises is there; any other is an AttributeError."""
+    python("import sys, imagic_lora; imagic_lora.Store; imagic_lora.RunConfig; imagic_lora.plan; assert 'torch' not in sys.modules")
+    python("import imagic_lora as lib; assert all(getattr(lib, name) for name in lib.__all__); assert dir(lib) == sorted(lib.__all__)")
+    with pytest.raises(subprocess.CalledProcessError):
+        python("from imagic_lora import Studio")
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_bitsandbytes_is_imported_only_where_it_is_used(needed: bool) -> None:
+    """Hidden from the libraries' imports, and afterwards there for our own; garbage is collected again."""
+    found = python(f"""
+import gc, sys
+from imagic_lora.core.environment import quick_imports
+with quick_imports(bitsandbytes={needed}):
+    assert not gc.isenabled()
+    import peft, diffusers.models.unets
+print("bitsandbytes" in sys.modules)
+import bitsandbytes.optim
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+""")
+    assert found.strip().endswith(str(needed))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ...core.errors import ImagicError
-from ..console import err, out, plain, print_json
+from ..console import err, out, plain, print_columns, print_json
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> 
     if not adapters:
         err.print(f"No adapters in {plain(store)} yet. Create one: imagic-lora fit PHOTO PROMPT")
         return
-    table = Table("name", "base", "mode", "prompt", "MB", "created")
+    columns = [("NAME", "BASE", "MODE", "MB", "CREATED", "PROMPT")]
     for adapter in adapters:
         record, size = adapter.record, f"{adapter.size / 1e6:.2f}"
-        table.add_row(*map(plain, (adapter.name, record.base.name, record.config.tune.mode, record.prompt, size, record.created[:10])))
-    out.print(table)
+        columns.append((adapter.name, record.base.name, record.config.tune.mode, size, record.created[:10], record.prompt))
+    print_columns(columns)
 
 
 def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:

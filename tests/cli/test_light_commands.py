@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import imagic_lora.cli.commands.doctor as doctor
+import imagic_lora.cli.commands.fit as fit
+from imagic_lora.cli.app import main
+from imagic_lora.core.config import RunConfig
+from imagic_lora.core.machine import Card
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,3 +67,23 @@ import bitsandbytes.optim
 assert gc.isenabled() and gc.get_freeze_count() > 100_000
 """)
     assert found.strip().endswith(str(needed))
+
+
+def test_doctor_prints_memory_in_gib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes become GiB, of the host and of a card."""
+    monkeypatch.setattr(doctor, "free_host_memory", lambda: 3 * 2**30)
+    monkeypatch.setattr(doctor, "find_card", lambda: Card(0, "Test Card 9", 5 * 2**30, True))
+    assert main(["doctor", "--json"]) == 0
+    system = json.loads(capsys.readouterr().out)["system"]
+    assert (system["free memory"], system["free memory on the card"]) == ("3.0 GiB", "5.0 GiB")
+
+
+@pytest.mark.parametrize(
+    ("memory", "needed"), [({}, False), ({"dtype": "fp32"}, False), ({"quantize": "nf4"}, True), ({"optimizer": "adam8bit"}, True)]
+)
+def test_fit_imports_bitsandbytes_where_the_settings_name_it(monkeypatch: pytest.MonkeyPatch, memory: dict, needed: bool) -> None:
+    """A fit that quantizes or has 8-bit states needs it, and hides it from no library."""
+    asked = []
+    monkeypatch.setattr(fit, "import_libraries", lambda bitsandbytes: asked.append(bitsandbytes))
+    fit.configured(RunConfig.model_validate({"base": "critters", "memory": {"device": "cpu", **memory}}), None)
+    assert asked == [needed]

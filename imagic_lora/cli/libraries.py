@@ -14,7 +14,10 @@ def import_libraries(bitsandbytes: bool = False) -> None:
     """
     wait_passively_on_busy_machine()
     with quick_imports(bitsandbytes or find_card() is not None):
+        from peft.import_utils import is_bnb_4bit_available
+
         from ..bases.loading.progress import hide_progress_bars
         from ..training import configure, fit  # noqa: F401
 
+        is_bnb_4bit_available()  # PEFT asks once and remembers the answer: otherwise it imports bitsandbytes with the first LoRA layer
         hide_progress_bars()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from imagic_lora.adapters.store import Store
 
@@ -50,3 +54,17 @@ def rival(store: Store, name: str) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
+
+
+@contextmanager
+def interrupted_removal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C arrives as soon as a folder that exists is about to be removed; fails if it does not."""
+
+    def interrupt(path: Path, **_: object) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            yield

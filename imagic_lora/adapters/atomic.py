@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..bases.loading.vetting import unique_keys
 from ..core.errors import ImagicError
 
 _OWN_HASH = re.compile(rb',\n  "sha256": "[0-9a-f]{64}"\n}\n\Z')
@@ -195,7 +196,7 @@ def read_manifest(folder: Path, name: str, model: type[M]) -> M:
         if not path.is_file() or path.stat().st_size > _MAX_MANIFEST:
             raise ValueError(f"it is missing or larger than {_MAX_MANIFEST:,} bytes")
         content = path.read_bytes()
-        fields = json.loads(content)
+        fields = json.loads(content, object_pairs_hook=unique_keys)
         json.dumps(fields, ensure_ascii=False).encode()  # raises UnicodeError for a lone surrogate, which JSON can contain
         if not isinstance(fields, dict) or fields.pop("sha256", None) != _hash_without_its_own(content):
             raise ValueError("it does not match its hash")

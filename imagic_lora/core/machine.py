@@ -51,7 +51,8 @@ def find_card(index: int | None = None) -> Card | None:
     """
     torch: Any = sys.modules.get("torch")
     if torch is None:
-        cards = [] if _torch_backend() is None else _nvidia_cards() if _torch_backend() == "cuda" else _amd_cards()
+        list_cards = {"cuda": _nvidia_cards, "hip": _amd_cards, None: list}[_torch_backend()]
+        cards: list[Card] = list_cards()
         return next((card for card in cards if card.index == (index or 0)), None)
     if not torch.cuda.is_available():
         return None

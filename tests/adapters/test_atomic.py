@@ -502,3 +502,12 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
         with pytest.raises(type(error)) as caught, writable(tmp_path):
             raise error
         assert caught.value is error
+
+
+def test_a_manifest_with_a_duplicate_key_is_rejected(record: Path) -> None:
+    """Even if its own hash is right: readers of JSON disagree on which value counts."""
+    body = b'{\n  "files": {},\n  "words": "old",\n  "words": "new"'
+    digest = hashlib.sha256(body + b"\n}\n").hexdigest().encode()
+    record.write_bytes(body + b',\n  "sha256": "' + digest + b'"\n}\n')
+    with pytest.raises(ImagicError, match="duplicate key"):
+        read_manifest(record.parent, record.name, Note)

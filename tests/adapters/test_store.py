@@ -14,7 +14,7 @@ from time import perf_counter, sleep
 import pytest
 import torch
 from common import MODES
-from files import failing, manifest_bytes, rival
+from files import failing, interrupted_removal, manifest_bytes, rival
 
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import AtomicWriter
@@ -456,14 +456,8 @@ def test_an_adapter_with_an_invalid_record_can_be_removed(store: Store) -> None:
 def test_a_removal_that_is_cut_off_leaves_no_half(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name is gone first; the next look clears up."""
 
-    def interrupted(path: Path, **_: object) -> None:
-        if path.exists():
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            store.remove("one")
+    with interrupted_removal(monkeypatch):
+        store.remove("one")
     assert hidden(store.root) == [".one.part"]
     assert store.names() == []
     assert hidden(store.root) == []

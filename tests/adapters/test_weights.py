@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +45,28 @@ def shake(parameters: dict[str, Parameter]) -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
+@contextmanager
+def leaving_no_trace(base: Base, error: bool) -> Iterator[Tensor]:
+    """Gives the output before; afterwards names, values and output are as before. Ctrl-C is expected inside if ``error``, and only then."""
+    before, picture = weights(base.denoiser), output(base)
+    try:
+        yield picture
+    except KeyboardInterrupt:
+        assert error
+    assert same(weights(base.denoiser), before)
+    assert torch.equal(output(base), picture)
+
+
 @pytest.mark.parametrize(("mode", "targets"), [("lora", "attention"), ("lora", "attention+conv"), ("full", "")])
 @pytest.mark.parametrize("error", [False, True])
 def test_training_weights_leave_no_trace(folder: Path, mode: Mode, targets: str, error: bool) -> None:
     """Names, values, output and frozenness are as before, also after an exception."""
     base = opened(folder, mode)
-    before, picture = weights(base.denoiser), output(base)
-    try:
-        with trainable(base, mode, targets) as parameters:
-            shake(parameters)
-            assert not torch.equal(output(base), picture)
-            if error:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        assert error
-    assert same(weights(base.denoiser), before)
-    assert torch.equal(output(base), picture)
+    with leaving_no_trace(base, error) as picture, trainable(base, mode, targets) as parameters:
+        shake(parameters)
+        assert not torch.equal(output(base), picture)
+        if error:
+            raise KeyboardInterrupt
     assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
 
 
@@ -170,16 +176,11 @@ def test_weights_that_need_not_be_restored_stay_as_they_were_trained(folder: Pat
 def test_stored_weights_leave_no_trace(folder: Path, fitted: Callable[..., Adapter], mode: Mode, error: bool) -> None:
     """A loaded adapter changes the output; afterwards, also after an exception, names, values and output are as before."""
     base, stored = opened(folder), fitted(mode).folder
-    before, picture = weights(base.denoiser), output(base)
-    try:
-        with loaded_full(base, stored) if mode == "full" else loaded_lora(base, read_lora(base, stored / LORA_FILE)):
-            assert not torch.equal(output(base), picture)
-            if error:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        assert error
-    assert same(weights(base.denoiser), before)
-    assert torch.equal(output(base), picture)
+    loaded = loaded_full(base, stored) if mode == "full" else loaded_lora(base, read_lora(base, stored / LORA_FILE))
+    with leaving_no_trace(base, error) as picture, loaded:
+        assert not torch.equal(output(base), picture)
+        if error:
+            raise KeyboardInterrupt
 
 
 def test_loaded_full_weights_are_those_of_the_file(folder: Path, fitted: Callable[..., Adapter]) -> None:

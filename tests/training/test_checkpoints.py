@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from common import each, same
-from files import failing
+from files import failing, interrupted_removal
 from safetensors.torch import save
 from torch import Tensor
 
@@ -145,14 +145,8 @@ def test_the_older_one_goes_when_the_newer_is_there(saved: Checkpoints, monkeypa
     """Cut off in between, both are, and the newer is the one."""
     saved.save(record(), state())
 
-    def interrupted(path: Path, **_: object) -> None:
-        if path.exists():
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            saved.save(record(step=2), state())
+    with interrupted_removal(monkeypatch):
+        saved.save(record(step=2), state())
     assert there(saved) == ["embed-000001", "embed-000002"]
     assert found(saved) == ("embed", 2)
     saved.save(record(step=3), state())

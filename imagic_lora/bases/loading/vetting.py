@@ -118,13 +118,14 @@ def read_json(path: Path, limit: int = 2**20) -> dict[str, Any]:
 
 def _parsed(text: str | bytes) -> dict[str, Any]:
     """The object of a JSON text; raises ValueError or RecursionError for anything else."""
-    content = json.loads(text, object_pairs_hook=_unique_keys, parse_float=_finite_number, parse_constant=_finite_number)
+    content = json.loads(text, object_pairs_hook=unique_keys, parse_float=_finite_number, parse_constant=_finite_number)
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__}, not an object")
     return content
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The ``object_pairs_hook`` of ``json.loads`` that raises ValueError for a key that occurs twice."""
     if len(content := dict(pairs)) < len(pairs):
         raise ValueError("a duplicate key")
     return content

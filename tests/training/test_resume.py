@@ -71,15 +71,20 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("large") / "base", width=64)
 
 
-@pytest.fixture(scope="session")
-def bases(large: Path) -> Bases:
-    """Gives the base of a kind of training, opened once: a fit leaves it as it was."""
+def opened_bases(large: Path) -> Bases:
+    """Gives the base of a kind of training, opened once."""
 
     @cache
     def base(kind: Kind, levers: tuple[tuple[str, Any], ...] = ()) -> Base:
         return opened(large, kind.mode, **dict(kind.memory + levers))
 
     return base
+
+
+@pytest.fixture
+def bases(large: Path) -> Bases:
+    """Bases of one test: what it interrupts or patches reaches no other."""
+    return opened_bases(large)
 
 
 class Fitting:
@@ -155,12 +160,12 @@ def fitting(tmp_path: Path, large: Path, photo_file: Path, bases: Bases) -> Fitt
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, large: Path, photo_file: Path, bases: Bases) -> Undisturbed:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, large: Path, photo_file: Path) -> Undisturbed:
     """Gives the adapter of a kind of training that nothing disturbed."""
 
     @cache
     def make(kind: Kind = LORA) -> Adapter:
-        one = Fitting(tmp_path_factory.mktemp("undisturbed"), large, photo_file, bases)
+        one = Fitting(tmp_path_factory.mktemp("undisturbed"), large, photo_file, opened_bases(large))
         assert one.run(kind) == REPORTS
         assert one.there() == ["one"]
         return one.store.read("one")
@@ -409,12 +414,12 @@ def test_latents_may_differ_by_what_devices_differ(
 
 
 @pytest.fixture(scope="module")
-def half_way(tmp_path_factory: pytest.TempPathFactory, large: Path, photo_file: Path, bases: Bases) -> HalfWay:
+def half_way(tmp_path_factory: pytest.TempPathFactory, large: Path, photo_file: Path) -> HalfWay:
     """Gives a fit that was stopped after so many steps, to be refused only."""
 
     @cache
     def stopped(kind: Kind, steps: int) -> Fitting:
-        one = Fitting(tmp_path_factory.mktemp("half") / "store", large, photo_file, bases)
+        one = Fitting(tmp_path_factory.mktemp("half") / "store", large, photo_file, opened_bases(large))
         one.stop_after(steps, kind)
         return one
 

@@ -6,6 +6,7 @@ May import: core, bases; ``registry.py`` the families. Must not know: adapters, 
 - ``known.py``: the named bases, built-in and from the user's YAML file; without torch
 - ``published.py``: the published configs of the built-in bases; without torch
 - ``configs.py``: the architecture of a base: reads the configs of a folder; without torch
+- ``keys.py``: every key of these configs: honoured, harmless or refused; without torch
 - ``vetting.py``: checks JSON files and safetensors headers of untrusted bases; without torch
 - ``files.py``: weight files and fingerprints
 - ``components.py``: builds U-Net, VAE, text encoders, tokenizers and scheduler, and loads their weights

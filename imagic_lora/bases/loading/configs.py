@@ -8,6 +8,7 @@ from typing import Any
 
 from ...core.errors import ImagicError
 from ..architecture import Architecture
+from .keys import KEYS, check_keys
 from .known import SHIPPED, BaseEntry, bases_file, named_base
 from .original.architecture import single_architecture
 from .published import _TEXT, _UNET, PUBLISHED
@@ -15,11 +16,6 @@ from .vetting import check_sizes, read_index, read_json
 
 _CONSISTENCY_SCHEDULERS = ("LCMScheduler", "TCDScheduler")  # of latent consistency models (arXiv 2310.04378)
 _CONSISTENCY_STEPS = 4  # sampling steps of a consistency model whose entry names none
-
-_TEXT_SETTINGS = (  # the only settings kept of a text encoder's config: others concern training, or name code and files to load
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "hidden_act",
-    "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim",
-)  # fmt: skip
 
 _DEFAULTS: dict[str, dict[str, Any]] = {"unet": _UNET, "text_encoder": _TEXT, "text_encoder_2": _TEXT}
 
@@ -94,9 +90,13 @@ def read_architecture(folder: Path) -> Architecture:
     index = read_index(folder)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in index]
     files = {"unet": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"} | dict.fromkeys(encoders, "config.json")
-    parts = {part: _DEFAULTS.get(part, {}) | read_json(folder / part / file) for part, file in files.items()}
-    for part in encoders:
-        parts[part] = {name: parts[part][name] for name in _TEXT_SETTINGS if name in parts[part]}
+    parts: dict[str, dict[str, Any]] = {}
+    for part, file in files.items():
+        config, kind = read_json(folder / part / file), part.removesuffix("_2")
+        check_keys(folder / part / file, kind, config)
+        # transformers would read more of a text encoder's config: names of code and files to load
+        heard = {name: config[name] for name in config if name in KEYS[kind].honoured} if part in encoders else config
+        parts[part] = _DEFAULTS.get(part, {}) | heard
     parts["scheduler"]["_class_name"] = index["scheduler"][1]
     check_sizes(folder, parts)
     empty_is_zeros = index.get("force_zeros_for_empty_prompt", True) is True and "text_encoder_2" in index

@@ -29,7 +29,7 @@ def scheduler(config: dict[str, Any], files: Files, few_steps: int | None = None
     path, name = files.component_path("scheduler"), config.get("_class_name")
     with library_errors(path):
         scheduler_class: Any = getattr(schedulers, name, None) if isinstance(name, str) else None
-        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+        if not _is_scheduler(scheduler_class):
             raise unusable_base(
                 f"{path} names the scheduler {reprlib.repr(name)}", "a scheduler of diffusers whose dependencies are installed"
             )
@@ -97,3 +97,7 @@ def distilled_timesteps(own: Any, few_steps: int | None) -> torch.Tensor | None:
     copy = copied(own)
     copy.set_timesteps(copy.config.get("original_inference_steps", few_steps))
     return copy.timesteps.round().long().sort().values
+
+
+def _is_scheduler(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, SchedulerMixin)

@@ -335,7 +335,7 @@ class Copier(Method):
 def cheap(monkeypatch: pytest.MonkeyPatch, scorer: Scorer, clip: CritterAlignment) -> None:
     """No base is loaded: these methods need none."""
     nothing: Any = None
-    monkeypatch.setattr(critters, "_context", lambda: (Context(nothing, clip.best), scorer))
+    monkeypatch.setattr(critters, "_context", lambda folder: (Context(nothing, clip.best), scorer))
 
 
 @pytest.fixture
@@ -412,7 +412,7 @@ def test_what_a_result_depends_on_makes_it_run_again(
     if change == "rows":
         monkeypatch.setattr(Painter, "rows", ("bright", "plain"))
     if change == "weights":
-        monkeypatch.setattr(critters, "_weights", lambda: "other")
+        monkeypatch.setattr(critters, "_weights", lambda folder: "other")
     if change == "limit":
         monkeypatch.setattr(critters, "IDENTITY_LIMIT", IDENTITY_LIMIT + 0.01)
     changed = Painter(painter.log, levels)
@@ -529,7 +529,7 @@ def test_means_are_those_of_the_cases() -> None:
     summary = table({"one": list(zip([YES, NO, HALF, YES], costs, strict=True))})
     assert {"seed": 3, "cases": 4, "failed": 0, "errors": []}.items() <= summary.items()
     found = summary["methods"]["one"]
-    means = {name: value["mean"] for name, value in found.items() if name not in ("failed", "kinds", "cost")}
+    means = {name: value["mean"] for name, value in found.items() if name not in ("failed", "kinds", "curve", "cost")}
     expected = {"success": 0.5, "attributes": 0.75, "aligned": 0.75, "kept": 0.5, "identity": 0.4, "background": 6.0}
     assert means == pytest.approx(expected | {"psnr": 16.25, "ssim": 0.4375, "clip": 0.175})
     assert found["cost"] == {"forward": 10, "backward": 2, "evaluations": 12, "seconds": 3, "adapter_bytes": 200}
@@ -586,6 +586,17 @@ def test_a_failure_is_no_success() -> None:
     assert all(set(error) == {"case", "method", "error"} for error in summary["errors"])
 
 
+def test_the_curve_is_the_success_at_each_limit() -> None:
+    """It never falls, has the interval of a share, and is the strict figure at the limit of the benchmark; a failure stays one."""
+    scores = [worth(identity=0.22), worth(True, ["identity"], identity=0.55), worth(True, ["facing"], identity=None)]
+    scores += [worth(True, ["place"], identity=0.1), worth(False, identity=0.1)]
+    found = table({"one": [*((score, Cost()) for score in scores), None]})["methods"]["one"]
+    curve = {point["limit"]: point for point in found["curve"]}
+    assert [curve[limit]["mean"] for limit in (0.2, 0.25, 0.5, 0.6, 1.5)] == pytest.approx([0, 1 / 6, 1 / 6, 2 / 6, 2 / 6])
+    assert curve[IDENTITY_LIMIT]["mean"] == found["success"]["mean"] == pytest.approx(1 / 6)
+    assert curve[0.6]["low"] < curve[0.6]["mean"] < curve[0.6]["high"]
+
+
 def test_kinds_partition_the_cases() -> None:
     """The mean over all is that over the kinds by their numbers of cases, and each is that of its own cases."""
     scores = [random.Random(7 * case).choice([YES, NO, HALF]) for case in range(24)]
@@ -613,6 +624,7 @@ def test_ours_is_compared_case_by_case() -> None:
     assert "against" not in summary["imagic-lora"]
     against = summary["other"]["against"]
     assert against["success"]["mean"] == pytest.approx(0.6)
+    assert against["psnr"]["mean"] == pytest.approx((10 + 0 + 0 + 5) / 4)
     assert against["evaluations"] == pytest.approx((2 + 4 + 1 + 5) / 4)
     assert against["seconds"] == pytest.approx(2.5)
 
@@ -656,8 +668,8 @@ def test_a_summary_is_json() -> None:
 def test_tables_show_the_summary() -> None:
     """Shares in percent with their interval, costs, and a dash where there is nothing."""
     made = table({"imagic-lora": [(YES, Cost(1500, 500, 2.0, 870_000))] * 4, "broken": [None] * 4})
-    main, kinds, distances, costs, against = tables(made).values()
-    for cells in (main, kinds, distances, costs, against):
+    main, kinds, curves, distances, costs, against = tables(made).values()
+    for cells in (main, kinds, curves, distances, costs, against):
         assert {len(row) for row in cells.rows} == {len(cells.columns)}
     assert [list(row) for row in main.rows] == [["imagic-lora", *["100"] * 4], ["broken", *["0"] * 4]]
     assert list(distances.rows[0]) == ["imagic-lora", "0.20", "5.0", "20.0", "0.500", "0.100"]
@@ -665,7 +677,8 @@ def test_tables_show_the_summary() -> None:
     assert list(costs.rows[0]) == ["imagic-lora", "1,500", "500", "2,000", "2.0", "0.87"]
     assert list(costs.rows[1]) == ["broken", "-", "-", "-", "-", "-"]
     assert dict(zip(kinds.columns, kinds.rows[0], strict=True))["animal"] == "-"
-    assert [list(row) for row in against.rows] == [["broken", "+100", "+100", "-", "-"]]
+    assert [list(row) for row in against.rows] == [["broken", "+100", "+100", "-", "-", "-"]]
+    assert [list(row) for row in curves.rows] == [["imagic-lora", *["100"] * 10], ["broken", *["0"] * 10]]
 
 
 def test_a_share_has_its_interval() -> None:
@@ -741,6 +754,15 @@ def test_the_page_loads_and_runs_nothing(written: tuple[Bench, str]) -> None:
     assert not reader.tags & {"script", "link", "iframe", "object", "embed", "base", "form", "a"}
     assert not {name for name in reader.attributes if name.startswith("on") or name in ("href", "srcset")}
     assert not re.search(r"https?:|url\(|@import", html)
+
+
+def test_the_page_plots_the_curve_of_every_row(written: tuple[Bench, str]) -> None:
+    """One line a row from the left edge to the right, at the height of its success."""
+    lines = re.findall(r'<polyline points="([^"]+)"', written[1])
+    ends = [[tuple(float(part) for part in point.split(",")) for point in line.split()] for line in lines]
+    width, height = page.PLOT
+    assert [(line[0][0], line[-1][0]) for line in ends] == [(0, width)] * 2
+    assert [[y for _, y in line] for line in ends] == [[height] * 10, [height / 2] * 10]
 
 
 def test_every_picture_is_on_the_page_with_its_frame(written: tuple[Bench, str]) -> None:

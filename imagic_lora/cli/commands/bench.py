@@ -27,6 +27,7 @@ def critters(
     cases: int = 60,
     seed: int = 7,
     methods: str | None = None,
+    base: Path | None = None,
     workers: int = 1,
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
     as_json: Json = False,
@@ -47,11 +48,15 @@ def critters(
     methods
         Methods to run, separated by commas. Default: all of bounds, prompt-only, sdedit, imagic-lora, imagic-full, reference,
         reference-retuned.
+    base
+        Folder of another training of the embedded base, in diffusers' format. CLIP and the judge are always those of the package. Default:
+        the embedded base.
     workers
         Number of processes. They share the CPU cores.
     out_dir
-        Folder for images and results. Default: outputs/bench/critters-SEED.
+        Folder for images and results. Default: outputs/bench/critters-SEED, with the name of the folder of --base.
     """
+    from ...bases.loading.known import CRITTERS
     from ...bench.catalogue import chosen
     from ...bench.critters import Bench
     from ...bench.page import tables, write_page
@@ -62,7 +67,10 @@ def critters(
             raise ImagicError(f"{name} {value}", f"an integer from {least}", f"choose another value for {name}")
 
     import_libraries()
-    run = Bench(seed, cases, chosen(methods), out_dir or Path("outputs/bench") / f"critters-{seed}")
+    if base is not None and not (base / "model_index.json").is_file():
+        raise ImagicError(f"--base {base}", "a folder in diffusers' format, with a model_index.json", "choose another folder for --base")
+    name = f"critters-{seed}" if base is None else f"critters-{seed}-{base.resolve().name}"
+    run = Bench(seed, cases, chosen(methods), out_dir or Path("outputs/bench") / name, base or CRITTERS)
     run.out.mkdir(parents=True, exist_ok=True)
     results = list(progress(run.results(workers), cases * len(run.methods), "cases x methods"))
     summary = summarise(run, results)

@@ -1,91 +1,146 @@
-"""The training loop of every part of the embedded base, and the images of its training set."""
+"""What every part of the embedded base is trained with: the training loop, the training images and the tokenizer."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing import Pool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from critters_lessons import neighbour
 from diffusers.training_utils import EMAModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import CLIPTokenizer
 
-from imagic_lora.critters import SIZE, render, scene_at
+from imagic_lora.critters import SIZE, render, sample_caption, scene_at
+
+SAVE_SECONDS = 120
+WARMUP = 200  # steps
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where and from what a base is trained.
+
+    Args:
+        work: folder of the training images, the states and the logs.
+        seed: seed of the initial weights and of everything that a step draws.
+        pictures: number of images in the training set.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    work: Path
+    seed: int
+    pictures: int
+    device: str
+
+    @property
+    def out(self) -> Path:
+        """Folder of the finished base, with the layout of ``imagic_lora/critters/data``."""
+        return self.work / "data"
 
 
 def drawn(index: int) -> np.ndarray:
-    """Training image number ``index``; the name of this function is part of a file name."""
+    """Training image number ``index``, ``[64, 64, 3]`` uint8."""
     return np.asarray(render(scene_at("train", index)))
 
 
-def drawn_neighbour(index: int) -> np.ndarray:
-    """Training image number ``index`` of the U-Net; the name of this function is part of a file name."""
-    return np.asarray(render(neighbour(index)))
-
-
-def pictures(work: Path, count: int, draw: Callable[[int], np.ndarray] = drawn) -> np.ndarray:
-    """The first ``count`` training images, ``[count, 64, 64, 3]`` uint8; rendered once and cached in a file.
-
-    Args:
-        work: folder of the file.
-        draw: renders the image of an index; its name is part of the file name.
-    """
-    path = work / f"{draw.__name__}-{count}.npy"
+def pictures(settings: Settings) -> np.ndarray:
+    """The training images, ``[pictures, 64, 64, 3]`` uint8; rendered once and cached in a file."""
+    path = settings.work / f"pictures-{settings.pictures}.npy"
     if not path.exists():
-        array = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", np.uint8, (count, SIZE, SIZE, 3))
+        array = np.lib.format.open_memmap(path.with_suffix(".part"), "w+", np.uint8, (settings.pictures, SIZE, SIZE, 3))
         with Pool() as pool:
-            for k, image in enumerate(pool.imap(draw, range(count), chunksize=256)):
+            images = pool.imap(drawn, range(settings.pictures), chunksize=256)
+            for k, image in enumerate(tqdm(images, "render", settings.pictures, unit="images")):
                 array[k] = image
         array.flush()
         path.with_suffix(".part").rename(path)
     return np.load(path, mmap_mode="r")
 
 
+def tensor(batch: np.ndarray, device: str) -> torch.Tensor:
+    """Images as ``[B, 3, 64, 64]`` in [-1, 1]."""
+    return torch.from_numpy(batch.copy()).permute(0, 3, 1, 2).to(device).float().div(127.5).sub(1)
+
+
+def tokenizer(out: Path) -> CLIPTokenizer:
+    """The byte-pair tokenizer of a base; it is trained on captions if the folder has none.
+
+    Words that occur in no caption are split into letters, so every prompt can be encoded.
+    """
+    path = out / "tokenizer"
+    if not path.exists():
+        rng = random.Random(0)
+        bpe = Tokenizer(models.BPE(unk_token=None, end_of_word_suffix="</w>"))
+        bpe.normalizer = normalizers.Lowercase()
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=1000, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+        bpe.train_from_iterator((sample_caption(scene_at("train", k), rng) for k in range(5000)), trainer)
+        model = json.loads(bpe.to_str())["model"]
+        words = [*sorted(alphabet), *(f"{c}</w>" for c in sorted(alphabet)), *("".join(m) for m in model["merges"])]
+        words += ["<|startoftext|>", "<|endoftext|>"]
+        vocab = {word: k for k, word in enumerate(dict.fromkeys(words))}
+        merges: Any = [tuple(m) for m in model["merges"]]
+        CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=32).save_pretrained(path)
+    return CLIPTokenizer.from_pretrained(path)
+
+
+def tokens(words: CLIPTokenizer, texts: list[str], device: torch.device | str) -> torch.Tensor:
+    """Token ids of texts, padded to the tokenizer's maximum length, ``[B, T]``."""
+    return words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+
+
 class Run:
-    """One training run: loop, learning rate schedule, exponential moving average of the weights, saved state; resumes from that state.
+    """The training of one part: loop, learning rate schedule, moving average of the weights, saved state; resumes from that state.
 
     Args:
-        args: the command's arguments: ``work``, ``part``, ``device``, ``steps``, ``seed``.
+        settings: where and from what.
+        part: name of the part; the state is saved as ``PART.pt`` in ``settings.work``, the log as ``PART.jsonl``.
         module: the module to train.
-        lr: peak learning rate. It rises linearly over 200 steps and then falls as a cosine to 2%.
+        steps: number of steps.
+        lr: peak learning rate. It rises linearly over 200 steps and falls as a cosine to 2%.
         held: share of the steps before the cosine begins, in [0, 1).
     """
 
-    def __init__(self, args: argparse.Namespace, module: torch.nn.Module, lr: float, held: float = 0.0) -> None:
-        self.args, self.module, self.held = args, module.to(args.device), held
-        self.path = args.work / f"{args.part}.pt"
+    def __init__(self, settings: Settings, part: str, module: torch.nn.Module, steps: int, lr: float, held: float = 0.0) -> None:
+        self.settings, self.part, self.module, self.steps, self.held = settings, part, module.to(settings.device), steps, held
+        self.path = settings.work / f"{part}.pt"
         self.optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.ema = EMAModel(module.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-        self.ema.to(args.device)
-        self.step = 0
+        self.ema.to(settings.device)
+        self.step, self.seconds = 0, 0.0
         if self.path.exists():
-            state = torch.load(self.path, map_location=args.device, weights_only=True)
+            state = torch.load(self.path, map_location=settings.device, weights_only=True)
             module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.ema.load_state_dict(state["ema"])
-            self.step = state["step"]
+            self.step, self.seconds = state["step"], state["seconds"]
 
     def _rate(self, step: int) -> float:
         """The learning rate of a step, as a factor of the peak."""
-        done = min(1.0, max(0.0, step / self.args.steps - self.held) / (1 - self.held))
-        return min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
+        done = min(1.0, max(0.0, step / self.steps - self.held) / (1 - self.held))
+        return min(1.0, (step + 1) / WARMUP) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
 
     def save(self) -> None:
         """Writes the state of module, optimizer, schedule and average atomically."""
         parts = {"module": self.module, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.ema}
-        state = {name: part.state_dict() for name, part in parts.items()} | {"step": self.step}
+        state = {name: part.state_dict() for name, part in parts.items()} | {"step": self.step, "seconds": self.seconds}
         torch.save(state, self.path.with_suffix(".part"))
         self.path.with_suffix(".part").rename(self.path)
 
     def train(self, loss_of: Callable[[np.random.Generator], torch.Tensor]) -> Iterator[int]:
-        """Trains until ``args.steps``, logs every 100 steps and saves every two minutes.
+        """Trains to the last step, logs every 100 steps and saves every two minutes and at the end.
 
         Args:
             loss_of: the loss of one step. Its generator and PyTorch's global one are seeded from ``(seed, step)``.
@@ -93,12 +148,12 @@ class Run:
         Yields:
             The number of steps done, after each step.
         """
-        saved = logged = time.time()
+        begun, before, saved = time.time(), self.seconds, time.time()
         sums: list[torch.Tensor] = []
-        for step in range(self.step, self.args.steps):
-            torch.manual_seed(self.args.seed * 1_000_003 + step)
-            rng = np.random.default_rng((self.args.seed, step))
-            with torch.autocast(self.args.device, torch.bfloat16):
+        for step in tqdm(range(self.step, self.steps), self.part, self.steps, initial=self.step, unit="steps", mininterval=5):
+            torch.manual_seed(self.settings.seed * 1_000_003 + step)
+            rng = np.random.default_rng((self.settings.seed, step))
+            with torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.device == "cuda"):
                 loss = loss_of(rng)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
@@ -106,15 +161,14 @@ class Run:
             self.schedule.step()
             self.optimizer.zero_grad()
             self.ema.step(self.module.parameters())
-            self.step = step + 1
             sums.append(loss.detach())
+            self.step, self.seconds = step + 1, before + time.time() - begun
             if self.step % 100 == 0:
-                now = time.time()
-                line = {"step": self.step, "loss": round(torch.stack(sums).mean().item(), 5), "s": round((now - logged) / 100, 3)}
-                with (self.args.work / f"{self.args.part}.jsonl").open("a") as log:
+                line = {"step": self.step, "loss": round(torch.stack(sums).mean().item(), 5), "seconds": round(self.seconds)}
+                with (self.settings.work / f"{self.part}.jsonl").open("a") as log:
                     log.write(json.dumps(line) + "\n")
-                logged, sums = now, []
-            if time.time() - saved > 120:
+                sums = []
+            if time.time() - saved > SAVE_SECONDS:
                 self.save()
                 saved = time.time()
             yield self.step

@@ -24,9 +24,9 @@ from PIL import Image, ImageCms, features
 from torture.photos import _chunk, _directory, _endless, _exif, _of_inks, _of_lightness, _png, _scans, _segment, _tiff, _with_segments
 
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.photos import colour
-from imagic_lora.photos import reading as photos
 from imagic_lora.photos.canvas import to_canvas, to_image, to_pixels
+from imagic_lora.photos.colour import conversion
+from imagic_lora.photos.files import opening
 from imagic_lora.photos.png import write_png
 from imagic_lora.photos.reading import read_metadata, read_photo
 from imagic_lora.photos.sheet import sheet
@@ -372,7 +372,7 @@ def slow(data: bytes, folder: Path) -> None:
 
 def test_many_pieces_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each chunk of a PNG takes some reads; a good file of some chunks takes few."""
-    monkeypatch.setattr(photos._LimitedReads, "reads_left", 1000)
+    monkeypatch.setattr(opening._LimitedReads, "reads_left", 1000)
     rows = [bytes(3)]
     assert read_bytes(_png(1, 1, 8, 2, rows, _chunk(b"prVt") * 200), tmp_path).shape == (1, 1, 3)
     slow(_png(1, 1, 8, 2, rows, _chunk(b"prVt") * 1000), tmp_path)
@@ -404,11 +404,11 @@ def test_many_compressed_chunks_of_a_png_are_refused(chunk: bytes, tmp_path: Pat
 
 def test_slow_decoders_get_fewer_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A PPM of 254 values is read by a loop in Python, one of 255 is not."""
-    monkeypatch.setattr(photos, "MAX_PIXELS", 800)
+    monkeypatch.setattr(opening, "MAX_PIXELS", 800)
     data = b" 11 10 254\n" + bytes(range(254)) + bytes(76)
     slow(b"P6" + data, tmp_path)
     assert read_bytes(b"P6" + data.replace(b"254\n", b"255\n", 1), tmp_path).shape == (10, 11, 3)
-    monkeypatch.setattr(photos, "MAX_PIXELS", 880)
+    monkeypatch.setattr(opening, "MAX_PIXELS", 880)
     assert read_bytes(b"P6" + data, tmp_path)[0, 1].tolist() == [3, 4, 5]
 
 
@@ -578,7 +578,7 @@ def test_a_picture_in_pieces_is_the_same(mode: str, size: tuple[int, int], tmp_p
         mode, size, noise(size[0] * size[1] * (2 if mode == "I;16" else len(Image.new(mode, (1, 1)).getbands()))).tobytes()
     )
     whole = read(image, tmp_path / "photo.tiff")
-    monkeypatch.setattr(colour, "TILE_PIXELS", 70)
+    monkeypatch.setattr(conversion, "TILE_PIXELS", 70)
     assert np.array_equal(read(image, tmp_path / "photo.tiff"), whole)
 
 
@@ -640,7 +640,7 @@ def test_the_profile_of_a_heic_is_converted(tmp_path: Path) -> None:
 def test_a_heic_over_the_cap_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what its boxes say."""
     data = heic(noise(32, 48, 3))
-    monkeypatch.setattr(photos, "MAX_PIXELS", 32 * 48 - 1)
+    monkeypatch.setattr(opening, "MAX_PIXELS", 32 * 48 - 1)
     with pytest.raises(ImagicError, match="has 48x32 pixels"):
         read_bytes(data, tmp_path)
 
@@ -664,9 +664,9 @@ def test_a_photo_over_the_cap_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     """The cap itself passes; one pixel less of it does not, and the error says the size."""
     path = tmp_path / "photo.png"
     Image.fromarray(noise(5, 8, 3)).save(path)
-    monkeypatch.setattr(photos, "MAX_PIXELS", 40)
+    monkeypatch.setattr(opening, "MAX_PIXELS", 40)
     assert read_photo(path).image.size == (8, 5)
-    monkeypatch.setattr(photos, "MAX_PIXELS", 39)
+    monkeypatch.setattr(opening, "MAX_PIXELS", 39)
     with pytest.raises(ImagicError, match="8x5 pixels"):
         read_photo(path)
 

@@ -26,7 +26,8 @@ from PIL import Image, ImageCms, features
 
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.photos.canvas import to_canvas
-from imagic_lora.photos.reading import MAX_PIXELS, read_metadata, read_photo
+from imagic_lora.photos.files.opening import MAX_PIXELS
+from imagic_lora.photos.reading import read_metadata, read_photo
 
 try:
     import pillow_heif

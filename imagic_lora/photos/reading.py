@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ..core.errors import ImagicError
 from .colour.conversion import srgb_on_white
-from .files.formats import detect_format
+from .files.formats import REMEDY, detect_format
 from .files.opening import MAX_PIXELS, open_image
 from .png import METADATA_KEY
 
@@ -28,7 +28,6 @@ _MAX_CODED = {
     "HEIF": 2**25,
 }  # bytes; slow decoders, or ones that copy the data
 _MAX_EXIF = 2**20  # bytes
-_REMEDY = "give a JPEG, PNG, WebP, AVIF, HEIC, TIFF, BMP or GIF file that other programs can open"
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,13 @@ class Photo:
 
 
 def read_photo(path: Path) -> Photo:
-    """Reads a photo, rotates it by its EXIF orientation, converts it to sRGB by its colour profile and composites it on white.
+    """Reads a photo, rotates it by its orientation, converts it to sRGB from the colour space it declares and composites it on white.
 
     The format is detected from the file's content. An animation or a file of several pages gives its first image.
 
     Raises:
-        ImagicError: the file does not exist, is not a regular file, is empty, is not in a supported format, is broken, or has more than
-            :data:`~imagic_lora.photos.files.opening.MAX_PIXELS` pixels.
+        ImagicError: the file does not exist, is not a regular file, is empty, is not in a supported format, is broken, says what is not
+            supported, shows nothing, or has more than :data:`~imagic_lora.photos.files.opening.MAX_PIXELS` pixels.
     """
     with _imagic_errors(path):
         image_format, data = _read_bytes(path)
@@ -77,7 +76,14 @@ def _imagic_errors(path: Path) -> Iterator[None]:
         why = str(error) or "not enough memory"
         raise ImagicError(f"{name} is too large ({why})", f"at most {MAX_PIXELS // 10**6} megapixels", "scale it down first") from error
     except Exception as error:  # decoders raise anything: struct.error, KeyError, ZeroDivisionError, RecursionError
-        raise ImagicError(f"{name} is broken ({str(error) or type(error).__name__})", "a complete image file", _REMEDY) from error
+        raise ImagicError(f"{name} is broken ({_reason(error)})", "a complete image file", REMEDY) from error
+
+
+def _reason(error: Exception) -> str:
+    """What a decoder says in words. Other exceptions name parts of its code."""
+    cause = error.__cause__ if isinstance(error, SyntaxError) and error.__cause__ else error  # Pillow wraps some in a SyntaxError
+    in_words = isinstance(cause, (OSError, RuntimeError, SyntaxError, ValueError)) and not isinstance(cause, RecursionError)
+    return (in_words and str(cause)) or "its structure is invalid"
 
 
 def _read_bytes(path: Path) -> tuple[str, bytes]:
@@ -89,10 +95,8 @@ def _read_bytes(path: Path) -> tuple[str, bytes]:
         with path.open("rb") as file:
             head = file.read(256)
             if not head:
-                raise ImagicError("is empty", "an image file", _REMEDY)
+                raise ImagicError("is empty", "an image file", REMEDY)
             image_format = detect_format(head)
-            if image_format is None:
-                raise ImagicError("is not an image in a supported format", "an image file", _REMEDY)
             limit = _MAX_CODED.get(image_format, MAX_BYTES)
             data = head + file.read(limit + 1 - len(head)) if status.st_size <= limit else b""
     except (OSError, ValueError) as error:  # ValueError: the path is invalid

@@ -3,7 +3,7 @@
 May import: core. No diffusers. Must not know: models, adapters, commands.
 
 - ``reading.py``: reading a photo of any format, in bounded time and memory, or rejecting it
-- ``files/``: formats of image files, and opening them within limits
+- ``files/``: formats, opening within limits, and the colour space that a file declares
 - ``colour/``: conversion to 8-bit sRGB on a white background
 - ``canvas.py``: scaling and padding a photo to a tensor in [-1, 1] for a model, and the inverse
 - ``png.py``: PNG files with metadata

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ..core.errors import ImagicError
 from .colour.conversion import srgb_on_white
+from .files.declared import declared_colours
 from .files.formats import REMEDY, detect_format
 from .files.opening import MAX_PIXELS, open_image
 from .png import METADATA_KEY
@@ -56,8 +57,11 @@ def read_photo(path: Path) -> Photo:
         image_format, data = _read_bytes(path)
         image = open_image(image_format, data)
         image.load()
+        declared = declared_colours(image_format, data, image)
+        if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getbbox() is None:
+            image = image.convert("RGB")  # like browsers: programs that fill no alpha channel declare one
         orientation = _orientation(image)
-        converted = srgb_on_white(image)
+        converted = srgb_on_white(image, declared)
         del image  # rotating needs as much memory again
         return Photo(_upright(converted, orientation), hashlib.sha256(data).hexdigest())
 

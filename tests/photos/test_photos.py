@@ -468,7 +468,7 @@ def test_floats_that_are_no_picture_are_refused(odd: float, place: int, tmp_path
     """Not finite, or beyond every range."""
     values = np.linspace(0, 1, 9, dtype=np.float32)
     values[place] = odd
-    with pytest.raises(ImagicError, match=r"its values go from|not all its values are finite"):
+    with pytest.raises(ImagicError, match=r"of an unknown range|not all its values are finite"):
         read(Image.fromarray(values.reshape(3, 3)), tmp_path / "float.tiff")
 
 

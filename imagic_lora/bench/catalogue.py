@@ -8,7 +8,8 @@ from typing import Any
 
 from ..core.config import EditConfig, Mode, RunConfig
 from ..core.errors import ImagicError
-from ..core.settings import RECIPES, read_yaml, resolve
+from ..core.settings import RECIPES, resolve
+from ..core.yaml_files import read_yaml
 from ..methods.bounds import Bounds
 from ..methods.imagic import Imagic
 from ..methods.method import Method

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from .config import Mode, Preset, RunConfig
 from .errors import ImagicError
+from .validation import first_problem
 
 Recipe = Mapping[Mode, Mapping[str, Any]]
 
@@ -79,25 +78,6 @@ def recipe_of(base: str, few_steps: int | None = None, embeds_guidance: bool = F
         return recipe
     sampling = {"edit": {"steps": few_steps, "guidance_scale": _EMBEDDED_GUIDANCE if embeds_guidance else 0.0}}
     return {mode: merged(settings, sampling) for mode, settings in recipe.items()}
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads the settings of a YAML file; an empty file has none.
-
-    Raises:
-        ImagicError: the file is missing, is not YAML, or is not a mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ImagicError(
-            f"{path} cannot be read as YAML: {' '.join(str(error).split())}", "a YAML file of settings", "see configs/ for examples"
-        ) from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ImagicError(f"{path} holds a {type(content).__name__}", "a mapping of settings", "see configs/ for examples")
-    return content
 
 
 def mode_of(given: Mapping[str, Any]) -> Mode:
@@ -173,13 +153,10 @@ def validated(values: Mapping[str, Any]) -> RunConfig:
 
 def settings_error(error: ValidationError) -> ImagicError:
     """Converts the first error of a pydantic validation into an ImagicError."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return ImagicError(f"unknown setting {where}", _known(first["loc"]), "correct its name or remove it")
-    return ImagicError(
-        f"{where} = {first['input']!r}", first["msg"].removeprefix("Input should be ").removeprefix("Value error, "), "change that setting"
-    )
+    problem = first_problem(error)
+    if problem.kind == "extra_forbidden":
+        return ImagicError(f"unknown setting {'.'.join(map(str, problem.place))}", _known(problem.place), "correct its name or remove it")
+    return ImagicError(problem.got, problem.expected, "change that setting")
 
 
 def _known(location: tuple[int | str, ...]) -> str:

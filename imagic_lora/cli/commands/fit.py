@@ -11,7 +11,8 @@ from cyclopts import Parameter
 
 from ...core.config import RunConfig
 from ...core.errors import ImagicError, Stopped
-from ...core.settings import merged, read_yaml
+from ...core.settings import merged
+from ...core.yaml_files import read_yaml
 from ..console import err, plain, print_active_settings, print_json, show_progress
 from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, suggested_etas

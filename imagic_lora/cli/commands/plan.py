@@ -8,7 +8,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ...core.config import RunConfig
-from ...core.settings import merged, read_yaml, recipe_of, validated
+from ...core.settings import merged, recipe_of, validated
+from ...core.yaml_files import read_yaml
 from ..console import print_json, print_plan
 from ..options import Flag, Json
 

@@ -89,8 +89,6 @@ def main(tokens: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (KeyboardInterrupt, Stopped) as error:
-            if os.environ.get("RANK", "0") != "0":
-                return 130
             if isinstance(error, KeyboardInterrupt):
                 return print_interrupted("nothing was stored", None, tokens)
             return print_interrupted(

@@ -9,6 +9,7 @@ May import: no other room, and no diffusers, transformers or peft. Must not know
 - ``validation.py``: the errors of pydantic in plain words
 - ``machine.py``: the card, the free memory and bitsandbytes of this machine, without importing torch
 - ``choices.py``: the values that ``auto`` stands for on a machine, with reasons, without importing torch
+- ``launch.py``: the environment variables of ``accelerate launch``
 - ``environment.py``: log levels of the libraries, set before they are imported
 - ``runtime.py``: device and dtype as torch types, memory of a device, the processes of a distributed run
 - ``noise.py``: noise and times as pure functions of seed, stage, step and sample

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from .config import Mode, Preset, RunConfig
 from .errors import ImagicError
 from .validation import first_problem
+from .yaml_files import read_yaml
 
 Recipe = Mapping[Mode, Mapping[str, Any]]
 
@@ -78,6 +80,21 @@ def recipe_of(base: str, few_steps: int | None = None, embeds_guidance: bool = F
         return recipe
     sampling = {"edit": {"steps": few_steps, "guidance_scale": _EMBEDDED_GUIDANCE if embeds_guidance else 0.0}}
     return {mode: merged(settings, sampling) for mode, settings in recipe.items()}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Reads and validates the settings of a YAML file, as nested mappings. An empty file has none.
+
+    Raises:
+        ImagicError: as :func:`~imagic_lora.core.yaml_files.read_yaml`; an unknown name or a value out of range.
+    """
+    settings = read_yaml(path)
+    try:
+        RunConfig.model_validate(settings)
+    except ValidationError as error:
+        found = settings_error(error)
+        raise ImagicError(f"{path}: {found.got}", found.expected, found.remedy) from error
+    return settings
 
 
 def mode_of(given: Mapping[str, Any]) -> Mode:

@@ -14,6 +14,7 @@ import imagic_lora.cli.commands.doctor as doctor
 import imagic_lora.cli.commands.fit as fit
 from imagic_lora.cli.app import main
 from imagic_lora.core.config import RunConfig
+from imagic_lora.core.launch import Launch
 from imagic_lora.core.machine import Card
 
 ROOT = Path(__file__).parents[2]
@@ -84,5 +85,5 @@ def test_fit_imports_bitsandbytes_where_the_settings_name_it(monkeypatch: pytest
     """A fit that quantizes or has 8-bit states needs it, and hides it from no library."""
     asked = []
     monkeypatch.setattr(fit, "import_libraries", lambda bitsandbytes: asked.append(bitsandbytes))
-    fit.configured(RunConfig.model_validate({"base": "critters", "memory": {"device": "cpu", **memory}}), None)
+    fit.configured(RunConfig.model_validate({"base": "critters", "memory": {"device": "cpu", **memory}}), None, Launch())
     assert asked == [needed]

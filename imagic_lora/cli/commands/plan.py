@@ -8,8 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ...core.config import RunConfig
-from ...core.settings import merged, recipe_of, validated
-from ...core.yaml_files import read_yaml
+from ...core.settings import merged, read_settings, recipe_of, validated
 from ..console import print_json, print_plan
 from ..options import Flag, Json
 
@@ -45,7 +44,7 @@ def plan(
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     if batch is not None:
         flags = merged({"embed": {"batch_size": batch}, "tune": {"batch_size": batch}}, flags)
-    file = read_yaml(config) if config else {}
+    file = read_settings(config) if config else {}
     given = validated(merged(file, flags))
     built = architecture(given.base)
     run, why = choose_preset(lambda: built, flags, file, recipe_of(given.base, built.few_steps, built.embeds_guidance))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 from ..core.environment import quick_imports, wait_passively_on_busy_machine
 from ..core.errors import ImagicError
@@ -18,8 +20,9 @@ def import_libraries(bitsandbytes: bool = False) -> None:
         bitsandbytes: whether the settings ask for it. On a CUDA device it is imported anyway, since ``auto`` uses it there.
 
     Raises:
-        ImagicError: a library does not accept an environment variable.
+        ImagicError: a library does not accept an environment variable; the current folder is deleted; no temporary file can be written.
     """
+    _check_folders()
     wait_passively_on_busy_machine()
     with quick_imports(bitsandbytes or find_card() is not None):
         try:
@@ -34,3 +37,16 @@ def import_libraries(bitsandbytes: bool = False) -> None:
 
         is_bnb_4bit_available()  # PEFT asks once and remembers the answer: otherwise it imports bitsandbytes with the first LoRA layer
         hide_progress_bars()
+
+
+def _check_folders() -> None:
+    """Raises ImagicError for folders that the libraries need when they are imported, where they would raise FileNotFoundError."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise ImagicError("the current folder has been deleted", "a current folder that exists", "change to another folder") from error
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        got = f"no folder for temporary files can be written to ({error.strerror})"
+        raise ImagicError(got, "a writable folder", "set TMPDIR to one") from error

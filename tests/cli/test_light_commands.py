@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,28 @@ def test_doctor_prints_memory_in_gib(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["doctor", "--json"]) == 0
     system = json.loads(capsys.readouterr().out)["system"]
     assert (system["free memory"], system["free memory on the card"]) == ("3.0 GiB", "5.0 GiB")
+
+
+def test_a_deleted_folder_stops_only_what_needs_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The libraries cannot be imported in a current folder that is gone, so a fit and a demo are refused."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["list", "--store", str(ROOT / "adapters")]) == main(["doctor"]) == main(["plan"]) == 0
+    assert main(["demo"]) == main(["fit", "photo.png", "a dog"]) == 2
+    assert "the current folder has been deleted" in capsys.readouterr().err
+
+
+def test_without_a_folder_for_temporary_files_nothing_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PyTorch asks for one when it is imported."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    assert main(["demo"]) == 2
+    assert "set TMPDIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,13 @@ _Named = TypeAdapter(dict[Annotated[str, Field(pattern=_NAME)], BaseEntry])
 def bases_file() -> Path:
     """Path of the user's file of bases.
 
-    It is ``$IMAGIC_LORA_BASES`` if that is set, otherwise ``imagic-lora/bases.yaml`` in ``$XDG_CONFIG_HOME`` or ``~/.config``.
+    It is ``$IMAGIC_LORA_BASES`` if that is set, otherwise ``imagic-lora/bases.yaml`` in ``$XDG_CONFIG_HOME`` or ``~/.config``. A user
+    without a home directory, as in some containers, has no such file: its path starts with ``~``.
     """
     if given := os.environ.get(VARIABLE):
         return Path(given)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "imagic-lora" / "bases.yaml"
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111  # pathlib raises without a home
+    return Path(folder) / "imagic-lora" / "bases.yaml"
 
 
 def named_bases() -> dict[str, BaseEntry]:
@@ -76,7 +78,12 @@ def named_bases() -> dict[str, BaseEntry]:
         ImagicError: the user's file cannot be read, is invalid, or redefines a built-in base.
     """
     path = bases_file()
-    if not path.is_file():
+    try:
+        exists = path.is_file()
+    except OSError as error:
+        got = f"{path} cannot be read ({error.strerror})"
+        raise ImagicError(got, "a readable list of bases", f"change its permissions, or set {VARIABLE} to another file") from error
+    if not exists:
         if os.environ.get(VARIABLE):
             raise ImagicError(f"{VARIABLE} is {path}, which is not a file", "a YAML file of bases", f"correct or unset {VARIABLE}")
         return SHIPPED

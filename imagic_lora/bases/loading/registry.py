@@ -115,6 +115,9 @@ def _downloaded(source: str, revision: str | None, configs: bool) -> Path:
             f"base {source} cannot be downloaded ({first})", "a reachable hub id with safetensors files",
             "check the name and the network, or download the base on another machine and give its folder with --base",
         ) from error  # fmt: skip
+    except RuntimeError as error:  # from pathlib, for a user without a home directory
+        got = f"there is no folder to download base {source} to ({error})"
+        raise ImagicError(got, "a home directory, or HF_HOME", "set HF_HOME to a folder for downloads") from error
     return folder
 
 

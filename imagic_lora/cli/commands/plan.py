@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from ...core.config import RunConfig
 from ...core.settings import merged, read_settings, recipe_of, validated
 from ..console import print_json, print_plan
+from ..libraries import import_libraries
 from ..options import Flag, Json
 
 
@@ -51,10 +52,9 @@ def plan(
     card = card_and_free_memory(run.memory.device)[0] if given.preset == "auto" else None
     assumed = assumed_for(run, card)
     if exact:
-        from ...bases.loading.progress import hide_progress_bars
+        import_libraries()
         from ...training.rehearsal import rehearse
 
-        hide_progress_bars()
         prediction = rehearse(built, run, assumed)
     else:
         prediction = predict(built, run, assumed)

@@ -91,6 +91,18 @@ def test_without_a_list_there_are_the_built_in_ones(monkeypatch: pytest.MonkeyPa
     assert bases_file() == Path.home() / ".config/imagic-lora/bases.yaml"
 
 
+def test_a_base_in_a_folder_that_is_not_utf8_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even by a relative path: an adapter records the absolute one, and its record could not be read again."""
+    place = tmp_path / "caf\udce9"
+    try:
+        shutil.copytree(folder, place / "base")
+    except OSError:
+        pytest.skip("the file system accepts UTF-8 only")
+    monkeypatch.chdir(place)
+    with pytest.raises(ImagicError, match=r"the path of the base .* is not UTF-8"):
+        on_cpu("./base")
+
+
 def no_such_user(_: int) -> None:
     raise KeyError("uid not found")
 

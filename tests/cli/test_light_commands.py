@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,14 @@ assert not loaded, loaded
 """)
     assert "rex-199" in found
     assert not (tmp_path / "rex-007").exists()
+
+
+def test_a_terminal_without_unicode_shows_escapes() -> None:
+    """Instead of a traceback for the first character that it lacks."""
+    command = [sys.executable, "-m", "imagic_lora", "bases"]
+    variables = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, check=True)
+    assert b"\\u2026" in done.stdout  # an ellipsis
 
 
 def test_public_names_are_imported_when_they_are_used() -> None:

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ...core.errors import ImagicError
 from ...core.runtime import Runtime
+from ...core.text import check_utf8
 from ..architecture import Architecture
 from ..base import Base
 from ..families.sd import StableDiffusion
@@ -139,4 +140,5 @@ def load_base(name: str, runtime: Runtime, revision: str | None = None, master_w
         name = str(files.path.resolve())  # an adapter records this name, and must find its base from any working directory
     elif revision is None and (entry := named_base(name)):
         revision = entry.revision
+    check_utf8(name, "the path of the base")  # an adapter records it
     return family_of(files.architecture).load(files, name, revision, runtime, master_weights)

@@ -12,6 +12,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from ..core.errors import ImagicError
+from ..core.text import check_utf8
 from .adapter import Adapter
 from .atomic import AtomicWriter, atomic_folder, changed_file, interrupted_writes, read_manifest, recover, remove, writable
 from .record import NAME, RECORD, REMEDY, Record
@@ -103,8 +104,10 @@ class Store:
         """Checks that an adapter of this name can be written. A fit calls it before training.
 
         Raises:
-            ImagicError: the name is invalid, exists and ``overwrite`` is False, or is locked; or the folder cannot be written to.
+            ImagicError: the name is invalid, exists and ``overwrite`` is False, or is locked; or the folder cannot be written to, or its
+                path is not UTF-8, so that no adapter in it could be read.
         """
+        check_utf8(str(self.root), "the path of the store")
         with self.locked(name):
             if (self.root / name).exists() and not overwrite:
                 raise ImagicError(f"{self.root / name} exists", "an unused name", "choose another --name, or use --overwrite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -75,6 +76,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
     """
     tokens = sys.argv[1:] if tokens is None else list(tokens)
     with warnings.catch_warnings():
+        if isinstance(sys.stdout, io.TextIOWrapper):  # stderr does so by default: what a terminal of another encoding lacks is escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
         prepare_environment()
         print_warnings()
         try:
@@ -89,8 +92,6 @@ def main(tokens: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (KeyboardInterrupt, Stopped) as error:
-            if os.environ.get("RANK", "0") != "0":
-                return 130
             if isinstance(error, KeyboardInterrupt):
                 return print_interrupted("nothing was stored", None, tokens)
             return print_interrupted(

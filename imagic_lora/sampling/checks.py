@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from ..bases.base import Base
 from ..core.config import EditConfig
 from ..core.errors import ImagicError
+from ..core.text import check_utf8
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises ImagicError if a prompt is empty or consists of whitespace."""
+    """Raises ImagicError if a prompt is empty, consists of whitespace, or is not UTF-8."""
     if not prompt.strip():
         raise ImagicError("an empty prompt", "a prompt that describes the edited photo", 'for example "a dog jumping"')
+    check_utf8(prompt, "the prompt")
 
 
 def check_strength(config: EditConfig) -> None:

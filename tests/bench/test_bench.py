@@ -36,7 +36,8 @@ from imagic_lora.bench.summary import bootstrapped, summarise
 from imagic_lora.cli import app as cli
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import RECIPES, read_yaml, resolve
+from imagic_lora.core.settings import RECIPES, resolve
+from imagic_lora.core.yaml_files import read_yaml
 from imagic_lora.critters import ATTRIBUTES, backdrop, render
 from imagic_lora.critters.judge import Judge, Reading
 from imagic_lora.critters.scene import IDENTITY, Scene

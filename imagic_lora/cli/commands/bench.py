@@ -56,6 +56,7 @@ def critters(
     out_dir
         Folder for images and results. Default: outputs/bench/critters-SEED, with the name of the folder of --base.
     """
+    import_libraries()
     from ...bases.loading.known import CRITTERS
     from ...bench.catalogue import chosen
     from ...bench.critters import Bench
@@ -66,7 +67,6 @@ def critters(
         if value < least:
             raise ImagicError(f"{name} {value}", f"an integer from {least}", f"choose another value for {name}")
 
-    import_libraries()
     if base is not None and not (base / "model_index.json").is_file():
         raise ImagicError(f"--base {base}", "a folder in diffusers' format, with a model_index.json", "choose another folder for --base")
     name = f"critters-{seed}" if base is None else f"critters-{seed}-{base.resolve().name}"

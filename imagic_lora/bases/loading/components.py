@@ -135,7 +135,7 @@ def scheduler(config: dict[str, Any], files: Files, few_steps: int | None = None
         few_steps: number of sampling steps of a distilled base.
 
     Raises:
-        ImagicError: diffusers has no scheduler class of this name; the config is invalid; the noise process is not that of DDPM.
+        ImagicError: diffusers has no scheduler class of this name; the config is invalid.
     """
     path, name = files.component_path("scheduler"), config.get("_class_name")
     with library_errors(path):
@@ -144,8 +144,6 @@ def scheduler(config: dict[str, Any], files: Files, few_steps: int | None = None
             raise unusable_base(
                 f"{path} names the scheduler {reprlib.repr(name)}", "a scheduler of diffusers whose dependencies are installed"
             )
-        if _has_other_noise_process(str(name), scheduler_class, config):
-            raise unusable_base(f"{path} has a {name} whose noise process is not that of DDPM", "a scheduler of Stable Diffusion")
         trial = scheduler_class.from_config(config)
         trial.set_timesteps(min(10, trial.config.num_train_timesteps))
         distilled_timesteps(trial, few_steps)
@@ -169,12 +167,6 @@ def distilled_timesteps(scheduler: Any, few_steps: int | None) -> torch.Tensor |
     copy = type(scheduler).from_config(scheduler.config)
     copy.set_timesteps(copy.config.get("original_inference_steps", few_steps))
     return copy.timesteps.round().long().sort().values
-
-
-def _has_other_noise_process(name: str, scheduler_class: Any, config: dict[str, Any]) -> bool:
-    """Whether the scheduler belongs to another noise process than DDPM's: that of EDM (arXiv 2206.00364) or of flow matching."""
-    other = name.startswith(("EDM", "FlowMatch")) or config.get("timestep_type", "discrete") != "discrete" or config.get("use_flow_sigmas")
-    return bool(other) or not hasattr(scheduler_class, "add_noise")
 
 
 def _is_scheduler(candidate: Any) -> bool:

@@ -17,8 +17,8 @@ from ..families.sdxl import StableDiffusionXL
 from .configs import local_path
 from .files import STEMS, Files, Folder, weight_files
 from .known import bases_file, named_base, named_bases
+from .original.files import SingleFile
 from .published import PUBLISHED
-from .single import SingleFile
 from .tokenizers import TOKENIZER_FILES
 
 _CONFIGS = [  # files to download from a hub repository; downloading neither parses nor executes them

@@ -99,6 +99,51 @@ def tokens(words: CLIPTokenizer, texts: list[str], device: torch.device | str) -
     return words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
 
 
+def orthogonalised(update: torch.Tensor) -> torch.Tensor:
+    """The nearest semi-orthogonal matrix to a matrix, about: all singular values between 0.68 and 1.14.
+
+    Five Newton-Schulz iterations with the coefficients of Muon, on the Gram matrix: it is the smaller one, and all factors commute.
+    """
+    x = update if update.shape[0] <= update.shape[1] else update.T
+    x = x / (x.norm() + 1e-7)
+    gram, identity = x @ x.T, torch.eye(len(x), device=x.device)
+    product = identity
+    for _ in range(5):
+        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        product, gram = factor @ product, factor @ gram @ factor
+    x = product @ x
+    return x if update.shape[0] <= update.shape[1] else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (K. Jordan 2024) with Nesterov momentum of 0.95, and updates scaled to the size of Adam's (arXiv 2502.16982).
+
+    Args:
+        parameters: weights of linear layers and convolutions; a convolution counts as a matrix of its outputs.
+        lr: learning rate, in Adam's range.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # without a closure
+        """Updates every parameter."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 0.05)
+                update = parameter.grad.lerp(momentum, 0.95).flatten(1)
+                scale = 0.2 * math.sqrt(max(update.shape))
+                parameter.add_(orthogonalised(update).view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def is_hidden(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether Muon may train a parameter: a matrix or convolution that is neither an embedding nor the first or last layer."""
+    return parameter.ndim >= 2 and not any(part in name for part in ("embedding", "conv_in", "conv_out", "quant_conv"))
+
+
 class Run:
     """The training of one part: loop, learning rate schedule, moving average of the weights, saved state; resumes from that state.
 
@@ -107,23 +152,30 @@ class Run:
         part: name of the part; the state is saved as ``PART.pt`` in ``settings.work``, the log as ``PART.jsonl``.
         module: the module to train.
         steps: number of steps.
-        lr: peak learning rate. It rises linearly over 200 steps and falls as a cosine to 2%.
+        lr: peak learning rate of AdamW. It rises linearly over 200 steps and falls as a cosine to 2%.
+        muon: peak learning rate of Muon, which trains the hidden matrices and convolutions; None: AdamW trains all.
         held: share of the steps before the cosine begins, in [0, 1).
     """
 
-    def __init__(self, settings: Settings, part: str, module: torch.nn.Module, steps: int, lr: float, held: float = 0.0) -> None:
+    def __init__(
+        self, settings: Settings, part: str, module: torch.nn.Module, steps: int, lr: float, muon: float | None = None, held: float = 0.0
+    ) -> None:
         self.settings, self.part, self.module, self.steps, self.held = settings, part, module.to(settings.device), steps, held
         self.path = settings.work / f"{part}.pt"
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        hidden = [parameter for name, parameter in module.named_parameters() if muon is not None and is_hidden(name, parameter)]
+        others = [parameter for name, parameter in module.named_parameters() if muon is None or not is_hidden(name, parameter)]
+        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+        self.optimizers += [Muon(hidden, muon)] if muon is not None else []
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate) for optimizer in self.optimizers]
         self.ema = EMAModel(module.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
         self.ema.to(settings.device)
         self.step, self.seconds = 0, 0.0
         if self.path.exists():
             state = torch.load(self.path, map_location=settings.device, weights_only=True)
             module.load_state_dict(state["module"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
+            for name in ("optimizers", "schedules"):
+                for one, saved in zip(getattr(self, name), state[name], strict=True):
+                    one.load_state_dict(saved)
             self.ema.load_state_dict(state["ema"])
             self.step, self.seconds = state["step"], state["seconds"]
 
@@ -133,9 +185,10 @@ class Run:
         return min(1.0, (step + 1) / WARMUP) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
 
     def save(self) -> None:
-        """Writes the state of module, optimizer, schedule and average atomically."""
-        parts = {"module": self.module, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.ema}
-        state = {name: part.state_dict() for name, part in parts.items()} | {"step": self.step, "seconds": self.seconds}
+        """Writes the state of module, optimizers, schedules and average atomically."""
+        state: dict[str, Any] = {"module": self.module.state_dict(), "ema": self.ema.state_dict()}
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        state |= {"schedules": [schedule.state_dict() for schedule in self.schedules], "step": self.step, "seconds": self.seconds}
         torch.save(state, self.path.with_suffix(".part"))
         self.path.with_suffix(".part").rename(self.path)
 
@@ -157,9 +210,10 @@ class Run:
                 loss = loss_of(rng)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-            self.optimizer.step()
-            self.schedule.step()
-            self.optimizer.zero_grad()
+            for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
             self.ema.step(self.module.parameters())
             sums.append(loss.detach())
             self.step, self.seconds = step + 1, before + time.time() - begun

@@ -95,7 +95,7 @@ def train_vae(settings: Settings, steps: int) -> None:
     """Trains the VAE with L1 and MSE, a penalty on the size of latents, and noise of a fixed standard deviation on them."""
     vae: Any = AutoencoderKL(**VAE)
     data = pictures(settings)
-    run = Run(settings, "vae", vae, steps, lr=1.5e-3)
+    run = Run(settings, "vae", vae, steps, lr=1.5e-3, muon=4e-3)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         x = tensor(data[rng.integers(0, len(data), BATCH["vae"])], settings.device)
@@ -191,7 +191,7 @@ def train_unet(settings: Settings, steps: int) -> None:
     scheduler: Any = DDIMScheduler(**SCHEDULE)
     alphas = scheduler.alphas_cumprod.to(settings.device)
     vae_noise = VAE_NOISE * finished_vae(settings).config.scaling_factor
-    run = Run(settings, "unet", parts, steps, lr=6e-4, held=0.4)
+    run = Run(settings, "unet", parts, steps, lr=6e-4, muon=2e-3, held=0.4)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:
         indices, draw = rng.integers(0, len(data), BATCH["unet"]), random.Random(int(rng.integers(2**62)))
@@ -225,7 +225,7 @@ def export_pipeline(settings: Settings, parts: Any, words: CLIPTokenizer, schedu
 
 
 PARTS: dict[str, tuple[Callable[[Settings, int], None], int, str]] = {
-    "vae": (train_vae, 8000, "vae/diffusion_pytorch_model.safetensors"),
+    "vae": (train_vae, 6000, "vae/diffusion_pytorch_model.safetensors"),
     "judge": (train_judge, 5000, "judge.safetensors"),
     "clip": (train_clip, 1000, "clip/model.safetensors"),
     "unet": (train_unet, 8000, "unet/diffusion_pytorch_model.safetensors"),

@@ -159,7 +159,7 @@ def _context(folder: Path) -> tuple[Context, Scorer]:
     hide_progress_bars()
     clip = CritterAlignment.load()
     base = load_base("critters" if folder == CRITTERS else str(folder), resolve_runtime(MemoryConfig(dtype="fp32", optimizer="adam")))
-    return Context(base, clip.best), Scorer(Judge.load(), clip)
+    return Context(base), Scorer(Judge.load(), clip)
 
 
 @cache

@@ -67,7 +67,3 @@ class CritterAlignment:
         """Returns the normalised CLIP embeddings of images, ``[B, D]``."""
         output: Any = self.clip.get_image_features(pixels(images))
         return F.normalize(output.pooler_output, dim=-1)
-
-    def best(self, images: Sequence[Image.Image], text: str, photo: Image.Image) -> int:
-        """Returns the index of the image with the greatest sum of its cosine similarities to the text and to the photo."""
-        return int((self.scores(images, [text]) + self.likeness(images, [photo])).argmax())

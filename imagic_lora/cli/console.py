@@ -58,7 +58,11 @@ def print_active_settings(runtime: Runtime, run: RunConfig, why: str, processes:
         size: predicted size of the adapter in bytes; None if it is not known.
     """
     tune = run.tune
-    tuning = f"LoRA, rank {tune.rank}, {tune.targets}" if tune.mode == "lora" else f"full, {run.memory.master_weights} master weights"
+    tuning = {
+        "lora": f"LoRA, rank {tune.rank}, {tune.targets}",
+        "full": f"full, {run.memory.master_weights} master weights",
+        "embedding": "none, the embedding alone is trained",
+    }[tune.mode]
     resolution = f"{run.resolution} x {run.resolution} pixels" if run.resolution else "that of the base"
     rows = {
         "preset": f"{run.preset} ({why})",
@@ -69,7 +73,7 @@ def print_active_settings(runtime: Runtime, run: RunConfig, why: str, processes:
         **({"adapter": f"about {size / 1e6:.2f} MB"} if size else {}),
         "processes": str(processes),
     }
-    for name, stage in {"embed": run.embed, "tune": tune}.items():
+    for name, stage in run.stages.items():
         rows[name] = f"{stage.steps} steps, batch size {stage.batch_size}, learning rate {stage.learning_rate:g}"
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
@@ -126,8 +130,7 @@ def show_progress(steps: Generator[StepReport, None, Adapter | None], run: RunCo
     with Progress(
         *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err, disable=not err.is_terminal
     ) as bar:
-        totals = {"embed": run.embed.steps, "tune": run.tune.steps}
-        tasks = {stage: bar.add_task(stage, total=total, loss="", start=False) for stage, total in totals.items()}
+        tasks = {name: bar.add_task(name, total=stage.steps, loss="", start=False) for name, stage in run.stages.items()}
         started: set[str] = set()
         while True:
             try:

@@ -333,10 +333,10 @@ class Copier(Method):
 
 
 @pytest.fixture
-def cheap(monkeypatch: pytest.MonkeyPatch, scorer: Scorer, clip: CritterAlignment) -> None:
+def cheap(monkeypatch: pytest.MonkeyPatch, scorer: Scorer) -> None:
     """No base is loaded: these methods need none."""
     nothing: Any = None
-    monkeypatch.setattr(critters, "_context", lambda folder: (Context(nothing, clip.best), scorer))
+    monkeypatch.setattr(critters, "_context", lambda folder: (Context(nothing), scorer))
 
 
 @pytest.fixture
@@ -791,12 +791,23 @@ SHIPPED = [name for name in CATALOGUE if name != "reference-retuned"]
 
 def test_the_catalogue_has_these_methods() -> None:
     """Each under its own name, no two with a row in common, their settings JSON."""
-    assert list(CATALOGUE) == ["bounds", "prompt-only", "sdedit", "imagic-lora", "imagic-full", "reference", "reference-retuned"]
+    assert list(CATALOGUE) == [
+        "bounds",
+        "prompt-only",
+        "sdedit",
+        "imagic-lora",
+        "imagic-full",
+        "embedding-only",
+        "reference",
+        "reference-retuned",
+    ]
     methods = chosen(",".join(SHIPPED))
     assert [method.name for method in methods] == SHIPPED
     rows = [row for method in methods for row in method.rows]
     assert len(rows) == len(set(rows))
-    assert {"copy", "oracle", "prompt-only", "sdedit-0.5", "sdedit-0.9", "imagic-lora", "imagic-lora-best", "embedding-only"} < set(rows)
+    assert {"copy", "oracle", "prompt-only", "sdedit-0.5", "sdedit-0.9", "imagic-lora", "imagic-lora-noise", "embedding-only-image"} < set(
+        rows
+    )
     json.dumps([method.settings for method in methods], allow_nan=False)
 
 
@@ -963,10 +974,10 @@ def test_edits_really_happen(tmp_path: Path) -> None:
 def test_a_narrow_terminal_loses_no_figure() -> None:
     """At 80 columns the longest intervals go on in a second line, the names of methods stay whole."""
     wide = ["+100 [+100 to +100]"] * 4
-    cells = Table(("method", "success, ahead by", "attributes, ahead by", "evals, times", "s, times"), [["reference-retuned-best", *wide]])
+    cells = Table(("method", "success, ahead by", "attributes, ahead by", "evals, times", "s, times"), [["embedding-only-inverted", *wide]])
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(benching._table("Each against each", cells))
     shown = console.export_text()
     assert "…" not in shown
-    assert "reference-retuned-best" in shown
+    assert "embedding-only-inverted" in shown
     assert shown.count("+100") == 12

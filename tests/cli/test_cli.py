@@ -98,6 +98,26 @@ def test_fit_then_edit_writes_pictures_a_sheet_and_json(run: Run, base: Path, ph
     assert read_photo(Path(answer["sheet"])).image.width > 3 * 192
 
 
+def test_mode_embedding_from_the_fit_to_the_list(run: Run, base: Path, photo: Path) -> None:
+    """The settings and the progress show stage 1 alone; list, show and verify know the adapter; rm removes it."""
+    code, out, err = run(
+        "fit", photo, "a dog jumping", "--base", base, "--mode", "embedding", "--embed.steps", 2, "--edit.steps", 2, "--json"
+    )
+    assert code == 0, err
+    said = " ".join(err.split())
+    assert "tuning none, the embedding alone is trained" in said
+    assert "embed 2/2 loss" in said
+    assert not re.search(r"\btune\b", said)
+    made = json.loads(out)
+    assert (made["mode"], list(made["losses"]), list(made["seconds"])) == ("embedding", ["embed"], ["embed"])
+    assert made["bytes"] == Path(made["folder"], "embeddings.safetensors").stat().st_size
+    assert json.loads(run("list", "--json")[1])["adapters"][0]["mode"] == "embedding"
+    assert "embedding" in run("list")[1]
+    assert json.loads(run("show", "my-dog", "--json")[1])["parts"] == []
+    assert run("verify", "my-dog")[0] == run("edit", "my-dog", "--eta", "0.5", "--steps", "2")[0] == run("rm", "my-dog")[0] == 0
+    assert json.loads(run("list", "--json")[1])["adapters"] == []
+
+
 def test_list_and_show_print_text_from_outside_as_it_is(run: Run, store: Path) -> None:
     """A prompt with console markup is printed, not obeyed."""
     assert "[b]" in run("list", "--store", store)[1]
@@ -196,6 +216,8 @@ def bad_input(base: Path, photo: Path, store: Path, tmp: Path) -> dict[str, tupl
         "wrong type": ([*fit, "--seed", "x"], "seed"),
         "clash": ([*fit, "--mode", "full"], "--rank"),
         "clash of levers": ([*full, "--quantize", "nf4"], "--quantize"),
+        "clash with mode embedding": ([*fit, "--mode", "embedding"], "mode embedding has no stage 2"),
+        "clash with mode embedding in a plan": (["plan", "--mode", "embedding", "--tune.steps", "9"], "--tune.steps"),
         "clash in a plan": (["plan", "--master-weights", "bf16-stochastic"], "--mode lora"),
         "no architecture to plan": (["plan", "--base", "nobody"], "critters"),
         "plain master weights": ([*fit, "--master-weights", "bf16"], "round to zero in plain bf16"),
@@ -522,7 +544,7 @@ class Watched:
 
 
 def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting is accepted and ignored: over both modes fit reads each of them, but for the preset, which resolve() has read by then.
+    """No setting is accepted and ignored: over all modes fit reads each of them, but for the preset, which resolve() has read by then.
 
     What only plans, refuses or describes a run does not count here, and of the memory levers what the base's runtime was not asked for.
     """
@@ -537,7 +559,7 @@ def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Pa
     monkeypatch.setattr(run_module.Run, "record", lambda self, name: None)
     monkeypatch.setattr(run_module.Run, "inputs", lambda *_: {})
     for mode in MODES:
-        tune = {"steps": 1, "mode": mode}
+        tune = {"mode": mode} if mode == "embedding" else {"steps": 1, "mode": mode}
         config = validated({"base": str(base), "embed": {"steps": 2}, "tune": tune, "edit": {"steps": 2, "start": "image"}})
         steps = imagic.fit(photo, "a dog", Watched(config, by_fit), Store(tmp_path), "x")  # pyright: ignore[reportArgumentType]
         assert imagic.result(steps) == "stored"
@@ -624,7 +646,7 @@ def test_the_bases_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize("mode", MODES)
 def test_a_fit_says_how_large_its_adapter_will_be(run: Run, photo: Path, mode: Mode) -> None:
     """Within a tenth of what it comes to, before the first step is shown."""
-    steps = ("--embed.steps", 1, "--tune.steps", 1, "--edit.steps", 1)
+    steps = ("--embed.steps", 1, "--edit.steps", 1, *(() if mode == "embedding" else ("--tune.steps", 1)))
     code, out, err = run("fit", photo, "a cat", "--base", "critters", "--mode", mode, "--preset", "cpu", *steps, "--name", "cat", "--json")
     assert code == 0, err
     said = re.search(r"adapter about ([0-9.]+) MB", err)

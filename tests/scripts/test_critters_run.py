@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from critters_run import Run, Settings, drawn, pictures, tokenizer
+from critters_run import Run, Settings, drawn, orthogonalised, pictures, tokenizer
 from diffusers import StableDiffusionPipeline
 from train_critters import PARTS, main, text_config
 
@@ -26,10 +26,10 @@ def settings_of(work: Path, pictures: int = 8) -> Settings:
 def run_of(work: Path, steps: int = STEPS, held: float = 0.0) -> Run:
     """A run that trains a 3 x 3 linear layer to reproduce noise."""
     torch.manual_seed(0)
-    return Run(settings_of(work), "toy", torch.nn.Linear(3, 3), steps, lr=0.1, held=held)
+    return Run(settings_of(work), "toy", torch.nn.Linear(3, 3), steps, lr=0.1, muon=0.01, held=held)
 
 
-def trained(run: Run, steps: int = STEPS) -> list[np.ndarray]:
+def trained(run: Run, steps: int | None = None) -> list[np.ndarray]:
     """The numbers that each step drew."""
     seen: list[np.ndarray] = []
 
@@ -58,7 +58,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None
     second = run_of(tmp_path / "halves")
     assert second.step == 4
     np.testing.assert_array_equal(before + trained(second), drawn)
-    assert second.schedule.get_last_lr() == whole.schedule.get_last_lr()
+    assert [one.get_last_lr() for one in second.schedules] == [one.get_last_lr() for one in whole.schedules]
     assert torch.equal(weights(second.module), weights(whole.module))
     last = weights(whole.module)
     assert torch.equal(weights(second.averaged()), weights(whole.averaged()))
@@ -66,8 +66,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None
 
 
 def test_a_run_that_is_done_does_nothing_more(tmp_path: Path) -> None:
-    for _ in run_of(tmp_path).train(lambda _: torch.zeros((), requires_grad=True)):
-        pass
+    trained(run_of(tmp_path))
     assert trained(run_of(tmp_path)) == []
 
 
@@ -90,6 +89,29 @@ def test_the_rate_rises_is_held_and_falls(tmp_path: Path, held: float, half: int
     assert all(one == pytest.approx(1) for one in rate[200 : round(1000 * held)])
     assert rate[half] == pytest.approx(0.51)
     assert rate[1000] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 30), (30, 4)])
+def test_an_update_of_muon_has_nearly_equal_singular_values(shape: tuple[int, int]) -> None:
+    """Its singular vectors are those of the gradient."""
+    torch.manual_seed(0)
+    gradient = torch.randn(shape)
+    left, values, right = torch.linalg.svd(gradient, full_matrices=False)
+    found = left.T @ orthogonalised(gradient) @ right.T
+    assert values.max() / values.min() > 1.3
+    assert ((found.diagonal() > 0.6) & (found.diagonal() < 1.2)).all()
+    assert torch.allclose(found, torch.diag(found.diagonal()), atol=1e-4)
+
+
+def test_muon_trains_the_hidden_layers_and_adam_the_others(tmp_path: Path) -> None:
+    """A first step moves a hidden matrix by its scale times a semi-orthogonal one, and a bias by the rate of Adam."""
+    run = run_of(tmp_path)
+    before = {name: value.detach().clone() for name, value in run.module.named_parameters()}
+    trained(run, 1)
+    moved = {name: value.detach() - before[name] for name, value in run.module.named_parameters()}
+    assert torch.allclose(moved["bias"].abs(), torch.full((3,), 0.1 / 200), rtol=1e-3)
+    sizes = torch.linalg.svdvals(moved["weight"]) / (0.01 / 200 * 0.2 * 3**0.5)
+    assert 0.5 < sizes.min() <= sizes.max() < 1.3
 
 
 def test_pictures_are_drawn_once(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def export(
     name
         Name of the adapter, as imagic-lora list prints it.
     kind
-        kohya: one file for ComfyUI and A1111, for adapters of mode lora. diffusers: a folder for diffusers, for both modes.
+        kohya: one file for ComfyUI and A1111, for adapters of mode lora. diffusers: a folder for diffusers, for every mode.
     out
         Output folder.
     overwrite

@@ -43,8 +43,8 @@ def fit(
 ) -> None:
     """Train an adapter on a photo and store it.
 
-    Stage 1 optimises the embedding of the target prompt on the photo. Stage 2 trains the denoiser on the photo. Afterwards imagic-lora edit
-    generates images from the adapter.
+    Stage 1 optimises the embedding of the target prompt on the photo. Stage 2 trains the denoiser on the photo; --mode embedding leaves it
+    out. Afterwards imagic-lora edit generates images from the adapter.
 
         imagic-lora fit dog.jpg "a dog jumping" --base sd15 --name rex
 

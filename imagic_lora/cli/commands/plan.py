@@ -32,7 +32,7 @@ def plan(
     Parameters
     ----------
     batch
-        Sets both --embed.batch-size and --tune.batch-size, unless they are given.
+        Sets --embed.batch-size and, unless --mode is embedding, --tune.batch-size, where they are not given.
     config
         YAML file of settings, as for fit.
     exact
@@ -43,9 +43,9 @@ def plan(
     from ...memory.presets import assumed_for, card_and_free_memory, choose_preset
 
     flags = settings.model_dump(exclude_unset=True) if settings else {}
-    if batch is not None:
-        flags = merged({"embed": {"batch_size": batch}, "tune": {"batch_size": batch}}, flags)
     file = read_settings(config) if config else {}
+    if batch is not None:
+        flags = merged({stage: {"batch_size": batch} for stage in validated(merged(file, flags)).stages}, flags)
     given = validated(merged(file, flags))
     built = architecture(given.base)
     run, why = choose_preset(lambda: built, flags, file, recipe_of(given.base, built.few_steps, built.embeds_guidance))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -18,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..bases.loading.vetting import parsed_json
 from ..core.errors import ImagicError, unreadable
 from ..core.validation import first_problem
+from .writing import flush_folder, writable
 
 _OWN_HASH = re.compile(rb',\n  "sha256": "[0-9a-f]{64}"\n}\n\Z')
 _MAX_MANIFEST = 2**20  # bytes; a larger manifest is not read
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -106,13 +105,13 @@ def atomic_folder(final: Path) -> Iterator[AtomicWriter]:
             writer = AtomicWriter(hidden)
             yield writer
             for folder in [*(path for path in hidden.iterdir() if path.is_dir()), hidden]:
-                _flush(folder)
+                flush_folder(folder)
             if final.exists():
                 final.rename(old)
-                _flush(final.parent)
+                flush_folder(final.parent)
             hidden.rename(final)
             renamed = True
-            _flush(final.parent)
+            flush_folder(final.parent)
         except BaseException:
             if renamed:
                 final.rename(hidden)
@@ -130,7 +129,7 @@ def remove(final: Path) -> None:
     recover(final)
     if final.exists():
         final.rename(hidden)
-        _flush(final.parent)
+        flush_folder(final.parent)
         shutil.rmtree(hidden, ignore_errors=True)
 
 
@@ -139,7 +138,7 @@ def recover(final: Path) -> None:
     hidden, old = _hidden_paths(final)
     if old.exists() and not final.exists():
         old.rename(final)
-        _flush(final.parent)
+        flush_folder(final.parent)
     for leftover in (hidden, old):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -153,32 +152,6 @@ def interrupted_writes(root: Path) -> list[str]:
 def _hidden_paths(final: Path) -> tuple[Path, Path]:
     """The path of the folder that is being written, and the path of the old folder while it is replaced."""
     return final.with_name(f".{final.name}.part"), final.with_name(f".{final.name}.old")
-
-
-@contextmanager
-def writable(root: Path) -> Iterator[None]:
-    """Creates a folder if necessary and converts errors of writing to it into ImagicError.
-
-    Args:
-        root: the folder; parents are created too.
-
-    Raises:
-        ImagicError: the disk is full or the folder cannot be written to.
-    """
-    try:
-        if not root.is_dir():
-            root.mkdir(parents=True, exist_ok=True)
-            _flush(root.parent)
-        yield
-    except (OSError, UnicodeError) as error:  # UnicodeError: the file system cannot encode the name
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-            got = f"the disk of {root} is full or over its quota ({shutil.disk_usage(existing).free / 2**20:,.0f} MiB free)"
-            remedy = "free some space and run the command again, with --resume for an interrupted fit; everything stored before is intact"
-            raise ImagicError(got, "free space for the files", remedy) from error
-        raise ImagicError(
-            f"{root} cannot be written to ({getattr(error, 'strerror', None) or error})", "a writable folder", "choose another folder"
-        ) from error
 
 
 def read_manifest(folder: Path, name: str, model: type[M]) -> M:
@@ -246,14 +219,3 @@ def _hash_without_its_own(content: bytes) -> str:
 
 def _own_hash(fields: dict[str, Any]) -> str:
     return hashlib.sha256(_serialised(fields)).hexdigest()
-
-
-def _flush(folder: Path) -> None:
-    """Flushes the directory entries of a folder to the disk."""
-    if os.name == "nt":
-        return  # Windows cannot flush a directory; NTFS journals its entries
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,8 +14,9 @@ from filelock import FileLock, Timeout
 from ..core.errors import ImagicError, unreadable
 from ..core.text import check_utf8
 from .adapter import Adapter
-from .atomic import AtomicWriter, atomic_folder, changed_file, interrupted_writes, read_manifest, recover, remove, writable
+from .atomic import AtomicWriter, atomic_folder, changed_file, interrupted_writes, read_manifest, recover, remove
 from .record import NAME, RECORD, REMEDY, Record
+from .writing import writable
 
 _RECOVERY_SECONDS = 0.5  # longer than the recovery of an interrupted write takes
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError
 from pydantic import ValidationError
 
-from ..adapters.atomic import DISK_FULL
+from ..adapters.writing import DISK_FULL
 from ..core.environment import prepare_environment
 from ..core.errors import ImagicError, Stopped
 from ..core.settings import settings_error

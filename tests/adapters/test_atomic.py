@@ -27,8 +27,8 @@ from imagic_lora.adapters.atomic import (
     interrupted_writes,
     read_manifest,
     recover,
-    writable,
 )
+from imagic_lora.adapters.writing import writable
 from imagic_lora.core.errors import ImagicError
 
 RECORD = "note.json"

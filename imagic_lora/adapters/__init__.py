@@ -6,6 +6,7 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``adapter.py``: a stored adapter: its folder, its record and its files
 - ``record.py``: the schema of ``adapter.json``
 - ``atomic.py``: folders that are written atomically and verified with a manifest of hashes
+- ``writing.py``: folders that files are written to, and the errors of writing
 - ``contents.py``: embeddings, photo and weights of a stored adapter, checked before use
 - ``lora.py``: LoRA layers: attach, save, load, swap
 - ``full.py``: full weights: train, save, load

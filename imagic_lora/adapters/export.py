@@ -16,10 +16,11 @@ from ..core.config import Mode
 from ..core.errors import ImagicError
 from ..core.tensors import read, safetensors_pieces
 from .adapter import Adapter
-from .atomic import AtomicWriter, writable
+from .atomic import AtomicWriter
 from .contents import read_canvas, read_embeddings
 from .lora import LORA_FILE
 from .record import CARD, EMBEDDINGS, RECORD, REMEDY
+from .writing import writable
 
 Format = Literal["kohya", "diffusers"]
 Files = Mapping[str, Iterable[bytes | memoryview]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shlex
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError
 from pydantic import ValidationError
 
-from ..adapters.atomic import DISK_FULL
+from ..adapters.writing import DISK_FULL
 from ..core.environment import prepare_environment
 from ..core.errors import ImagicError, Stopped
 from ..core.settings import settings_error
@@ -42,6 +43,8 @@ COMMANDS: dict[str, Callable[..., None] | App] = {
     "demo": demo,
     "doctor": doctor,
 }
+
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 app = App(
     name="imagic-lora",
@@ -98,10 +101,14 @@ def main(tokens: Sequence[str] | None = None) -> int:
                 str(error), shlex.join(["imagic-lora", *tokens, *(["--resume"] if "--resume" not in tokens else [])]), tokens
             )
         except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            got = f"the disk is full{f' ({error.filename})' if error.filename else ''}"
-            return print_error(ImagicError(got, "enough free disk space", "delete files that are no longer needed"), tokens)
+            if error.errno in DISK_FULL:
+                got = f"the disk is full{f' ({error.filename})' if error.filename else ''}"
+                return print_error(ImagicError(got, "enough free disk space", "delete files that are no longer needed"), tokens)
+            if error.errno in _DENIED and error.filename:
+                got = f"{error.filename} cannot be accessed ({error.strerror})"
+                remedy = "check its permissions, or run the command as its owner"
+                return print_error(ImagicError(got, "a path that this user may read and write", remedy), tokens)
+            raise
         except (MemoryError, RuntimeError) as error:
             from ..memory.limits import is_out_of_memory
 

@@ -173,8 +173,8 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Prints one JSON object on stdout."""
-    print(json.dumps(value, indent=2))
+    """Prints one JSON object on stdout. Numbers are finite: JSON has no other."""
+    print(json.dumps(value, indent=2, allow_nan=False))
 
 
 def print_warnings() -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import ImagicError, NotFinite
+from .errors import ImagicError, NotFinite, unreadable
 from .text import check_utf8
 
 _MAX_HEADER = 2**22  # bytes; the header of Stable Diffusion's U-Net has a fiftieth of that
@@ -87,8 +87,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
                 raise SafetensorError(f"a header of {size:,} bytes")
         file = safe_open(path, "pt")
     except OSError as error:
-        got = f"{path} cannot be read ({error.strerror or error})"
-        raise ImagicError(got, "a readable file", "check the path and its permissions") from error
+        raise unreadable(path, error) from error
     except SafetensorError as error:
         raise _not_whole(path, error) from error
     try:

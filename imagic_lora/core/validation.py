@@ -31,8 +31,8 @@ class Problem(NamedTuple):
 
     Args:
         kind: pydantic's type of the error, such as ``missing``.
-        place: the names from the outermost field to the wrong one.
-        got: ``tune.steps = 0``, or ``tune.steps is missing``.
+        place: the names from the outermost field to the wrong one; empty if fields contradict each other.
+        got: ``tune.steps = 0``, or ``tune.steps is missing``; for a contradiction the message.
         expected: what would be valid.
     """
 
@@ -47,7 +47,7 @@ def first_problem(error: ValidationError) -> Problem:
     first = error.errors()[0]
     kind, place = first["type"], tuple(part for part in first["loc"] if part != "[key]")
     message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    got = f"{'.'.join(map(str, place))} {_found(kind, first['input'])}"
+    got = f"{'.'.join(map(str, place))} {_found(kind, first['input'])}" if place else message
     return Problem(kind, place, got, _EXPECTED.get(kind, message))
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..adapters.adapter import Adapter
-from ..adapters.atomic import writable
 from ..adapters.full import check_master_weights
 from ..adapters.modes import MODES
 from ..adapters.store import Store
+from ..adapters.writing import writable
 from ..bases.base import Base
 from ..bases.loading.registry import architecture_of, load_base
 from ..core.config import RunConfig

@@ -14,7 +14,7 @@ from time import perf_counter, sleep
 import pytest
 import torch
 from common import MODES
-from files import failing, interrupted_removal, manifest_bytes, rival
+from files import failing, forbid, interrupted_removal, manifest_bytes, rival
 
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import AtomicWriter
@@ -143,6 +143,7 @@ ODD = {
     "config": {"surprise": 1},
     "parts": [{"component": "vae", "mode": "lora", "files": []}],
     "source": {"sha256": "0", "size": [3, 2], "box": [0, 0, 3, 2]},
+    "losses": {"embed": ["1", None]},
 }
 
 
@@ -154,12 +155,12 @@ def test_a_record_of_another_shape_is_refused(store: Store, key: str, value: obj
     del fields["sha256"]
     path.write_bytes(manifest_bytes(fields))
     store.read("one")
-    for changed in (
-        fields | {key: value},
-        {name: one for name, one in fields.items() if name != key} if key == "prompt" else fields | {key: value},
-    ):
-        path.write_bytes(manifest_bytes(changed))
-        with pytest.raises(ImagicError, match="is not a valid manifest"):
+    path.write_bytes(manifest_bytes(fields | {key: value}))
+    with pytest.raises(ImagicError, match=rf"is not a valid manifest \({key}"):
+        store.read("one")
+    if key == "prompt":
+        path.write_bytes(manifest_bytes({name: one for name, one in fields.items() if name != key}))
+        with pytest.raises(ImagicError, match=r"is not a valid manifest \(prompt is missing"):
             store.read("one")
 
 
@@ -264,6 +265,29 @@ def test_names_are_those_of_whole_adapters(store: Store) -> None:
     shutil.copy(store.root / "one" / RECORD, store.root / "fo ur")
     (store.root / "loose.txt").write_text("")
     assert store.names() == ["B", "one"]
+
+
+def test_what_may_not_be_read_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter of another user is among the names, and reading it says why not; an unfinished fit of theirs is unfinished."""
+    store.write(record("two"), fill())
+    store.checkpoints("three").mkdir()
+    forbid(monkeypatch, store.root / "one", store.checkpoints("three"))
+    assert (store.names(), store.unfinished()) == (["one", "two"], ["three"])
+    assert store.read("two").name == "two"
+    with pytest.raises(ImagicError, match=r"one/adapter\.json cannot be read \(Permission denied\)"):
+        store.read("one")
+
+
+@pytest.mark.parametrize("look", [Store.names, Store.unfinished])
+def test_a_store_that_may_not_be_read_is_not_called_empty(
+    store: Store, look: Callable[[Store], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is a file in place of a store."""
+    with pytest.raises(ImagicError, match=r"adapter\.json cannot be read \(Not a directory\)"):
+        look(Store(store.root / "one" / RECORD))
+    forbid(monkeypatch, store.root)
+    with pytest.raises(ImagicError, match=r"adapters cannot be read \(Permission denied\)"):
+        look(store)
 
 
 def test_a_store_that_is_not_there_is_empty(tmp_path: Path) -> None:

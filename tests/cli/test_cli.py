@@ -18,6 +18,7 @@ import pytest
 import torch
 from common import MODES, each
 from cyclopts import CycloptsError
+from files import forbid
 from PIL import Image
 from pydantic import BaseModel
 from tiny import save_tiny
@@ -136,7 +137,27 @@ def test_a_broken_adapter_does_not_hide_the_others(run: Run, store: Path, tmp_pa
     code, out, err = run("list", "--store", tmp_path / "store", "--json")
     assert code == 0
     assert [a["name"] for a in json.loads(out)["adapters"]] == ["rex"]
+    assert "max/adapter.json" in json.loads(out)["skipped"]["max"]
     assert "max" in err
+    shutil.rmtree(tmp_path / "store" / "rex")
+    code, out, err = run("list", "--store", tmp_path / "store")
+    assert (code, out, "Skipped: " in err, "No adapters" in err) == (0, "", True, False)
+
+
+def test_what_belongs_to_another_user_is_an_error(run: Run, store: Path, base: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter, the store, a base, a photo or a file of settings that may not be read: exit code 2, with its path."""
+    for place, commands in {
+        store / "rex": (["show", "rex"], ["verify"], ["verify", "rex"], ["edit", "rex"], ["export", "rex", "--format", "kohya"]),
+        store: (["list"], ["show", "rex"], ["verify"], ["edit", "rex"], ["rm", "rex"]),
+        base: (["edit", "rex"], ["fit", photo, "a dog", "--base", base, "--name", "new"]),
+        base.parent: (["edit", "rex"], ["fit", photo, "a dog", "--base", base, "--name", "new"]),
+        photo: (["fit", photo, "a dog", "--base", base, "--name", "new"],),
+    }.items():
+        for command in commands:
+            with monkeypatch.context() as patch:
+                forbid(patch, place)
+                code, _, err = run(*command, "--store", store)
+            assert (code, "Permission denied" in err, str(place) in err) == (2, True, True), (command, err)
 
 
 def test_doctor_names_every_library(run: Run) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ...core.config import Config
-from ...core.errors import ImagicError
+from ...core.errors import ImagicError, unreadable
 from ...core.validation import first_problem
 from ...core.yaml_files import read_yaml
 
@@ -81,8 +81,7 @@ def named_bases() -> dict[str, BaseEntry]:
     try:
         exists = path.is_file()
     except OSError as error:
-        got = f"{path} cannot be read ({error.strerror})"
-        raise ImagicError(got, "a readable list of bases", f"change its permissions, or set {VARIABLE} to another file") from error
+        raise unreadable(path, error) from error
     if not exists:
         if os.environ.get(VARIABLE):
             raise ImagicError(f"{VARIABLE} is {path}, which is not a file", "a YAML file of bases", f"correct or unset {VARIABLE}")

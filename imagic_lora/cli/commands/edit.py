@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ...adapters.atomic import writable
+from ...adapters.writing import writable
 from ...core.config import DeviceConfig, EditConfig, PresetOrAuto
 from ...core.errors import ImagicWarning
 from ..console import err, plain, print_json, progress

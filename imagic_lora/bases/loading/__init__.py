@@ -9,7 +9,8 @@ May import: core, bases; ``registry.py`` the families. Must not know: adapters, 
 - ``keys.py``: every key of these configs: honoured, harmless or refused; without torch
 - ``vetting.py``: checks JSON files and safetensors headers of untrusted bases; without torch
 - ``files.py``: weight files and fingerprints
-- ``components.py``: builds U-Net, VAE, text encoders, tokenizers and scheduler, and loads their weights
+- ``components.py``: builds U-Net, VAE, text encoders and tokenizers, and loads their weights
+- ``schedulers.py``: the scheduler that samples and the one that trains
 - ``tokenizers.py``: the files of a CLIP tokenizer; without torch
 - ``progress.py``: hides the progress bars of diffusers and transformers
 - ``original/``: single files in the original layout

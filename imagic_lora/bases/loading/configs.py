@@ -12,11 +12,12 @@ from .keys import KEYS, check_keys
 from .known import SHIPPED, BaseEntry, bases_file, named_base
 from .original.architecture import single_architecture
 from .published import _TEXT, _UNET, PUBLISHED
-from .vetting import check_sizes, read_index, read_json
+from .vetting import check_sizes, read_index, read_json, unusable_base
 
 _CONSISTENCY_SCHEDULERS = ("LCMScheduler", "TCDScheduler")  # of latent consistency models (arXiv 2310.04378)
 _CONSISTENCY_STEPS = 4  # sampling steps of a consistency model whose entry names none
 
+_CORRECTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # pipelines that correct outdated configs when they are loaded
 _DEFAULTS: dict[str, dict[str, Any]] = {"unet": _UNET, "text_encoder": _TEXT, "text_encoder_2": _TEXT}
 
 
@@ -105,9 +106,30 @@ def read_architecture(folder: Path) -> Architecture:
         parts[part] = _DEFAULTS.get(part, {}) | heard
     parts["scheduler"]["_class_name"] = index["scheduler"][1]
     check_sizes(folder, parts)
+    corrects = index["_class_name"] in _CORRECTING
+    parts["unet"] = _corrected(parts["unet"], corrects)
+    if parts["scheduler"].get("clip_sample") and not corrects and "text_encoder_2" not in index:
+        raise unusable_base(f"{folder} has a {index['_class_name']} with clip_sample", "clip_sample = false")
     empty_is_zeros = index.get("force_zeros_for_empty_prompt", True) is True and "text_encoder_2" in index
     steps = _CONSISTENCY_STEPS if index["scheduler"][1] in _CONSISTENCY_SCHEDULERS else None
     return Architecture(**parts, empty_is_zeros=empty_is_zeros, few_steps=steps)
+
+
+def _corrected(unet: dict[str, Any], corrects: bool) -> dict[str, Any]:
+    """The config of a U-Net after the correction of its size by diffusers' pipelines of Stable Diffusion 1 and 2.
+
+    Versions of diffusers before 0.9 stored the size of another model; the pipelines replace it by 64 when they are loaded. The version is
+    removed from the config, so that a resolution that the user's list states is not corrected too.
+
+    Args:
+        unet: the config as it is stored.
+        corrects: whether the pipeline that the base names corrects it.
+    """
+    version = str(unet.get("_diffusers_version", "")).split(".")[:2]
+    outdated = len(version) == 2 and all(part.isdecimal() for part in version) and [int(part) for part in version] < [0, 9]
+    if outdated and corrects and unet["sample_size"] < 64:
+        unet = unet | {"sample_size": 64}
+    return {name: value for name, value in unet.items() if name != "_diffusers_version"}
 
 
 def _given_architecture(path: Path, config: str) -> Architecture:

@@ -35,5 +35,7 @@ class Stopped(Exception):
 
 def unreadable(path: Path | str, error: OSError) -> ImagicError:
     """Returns the error for a file or folder that cannot be read, with the reason that the operating system gives."""
-    remedy = "check the path and its permissions, or run the command as its owner"
-    return ImagicError(f"{path} cannot be read ({error.strerror or error})", "a path that this user may read", remedy)
+    got = f"{path} cannot be read ({error.strerror or error})"
+    if isinstance(error, FileNotFoundError):
+        return ImagicError(got, "a path that exists", "check the path")
+    return ImagicError(got, "a path that this user may read", "check its permissions, or run the command as its owner")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from ..core.errors import ImagicError
 
@@ -49,3 +50,25 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_outputs(folder: Path, names: Iterable[str]) -> None:
+    """Creates a folder and checks that files can be written to it, before any work is done for them.
+
+    Args:
+        folder: the output folder.
+        names: paths of the files, relative to the folder. A file of that name may exist; it would be replaced.
+
+    Raises:
+        ImagicError: the disk is full; the folder cannot be written to; a name belongs to something else than a writable file.
+    """
+    with writable(folder):
+        with TemporaryFile(dir=folder):
+            pass
+        for path in (folder / name for name in names):
+            if path.parent != folder and path.parent.exists() and not path.parent.is_dir():
+                raise ImagicError(f"{path.parent} is not a folder", "a folder, or an unused name", "choose another folder, or move it")
+            if path.exists() and not path.is_file():
+                raise ImagicError(f"{path} is not a file", "a file, or an unused name", "choose another folder, or move it")
+            if path.exists() and not os.access(path, os.W_OK):
+                raise ImagicError(f"{path} cannot be written to", "a writable file", "choose another folder, or change its permissions")

@@ -1,4 +1,4 @@
-"""Text that files and libraries accept: whole UTF-8 characters."""
+"""Text that files and libraries accept, whole UTF-8 characters; and numbers as text."""
 
 from __future__ import annotations
 
@@ -24,3 +24,9 @@ def check_utf8(text: str, what: str) -> None:
         got = f"{what} {text!r}, which is not UTF-8"
         remedy = "type it again in a terminal that uses UTF-8; a file with another encoding can be converted by iconv, or renamed"
         raise ImagicError(got, "text of whole UTF-8 characters", remedy) from error
+
+
+def exact(number: float) -> str:
+    """Returns the shortest text that reads back as the same number, for names and labels: two numbers never share one."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)

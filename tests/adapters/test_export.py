@@ -344,6 +344,23 @@ def test_files_are_replaced_only_if_asked_for(fitted: Fitted, tmp_path: Path, ki
     assert listing(tmp_path) == expected | {other: b"mine too"}
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(fitted: Fitted, tmp_path: Path) -> None:
+    """A folder in place of the second file: the first one is not replaced."""
+    adapter = fitted("lora")
+    weights, embeddings, _ = export(adapter, "kohya", tmp_path)
+    weights.write_bytes(b"old")
+    embeddings.unlink()
+    embeddings.mkdir()
+    with pytest.raises(ImagicError, match="is not a file"):
+        export(adapter, "kohya", tmp_path, overwrite=True)
+    assert weights.read_bytes() == b"old"
+    full = fitted("full")
+    (tmp_path / full.name).mkdir()
+    (tmp_path / full.name / "unet").touch()
+    with pytest.raises(ImagicError, match="unet is not a folder"):
+        export(full, "diffusers", tmp_path)
+
+
 @each("kind", KINDS)
 @each("broken", [1, 2, 3])
 def test_a_full_disk_leaves_what_was_there(

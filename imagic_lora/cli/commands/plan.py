@@ -11,13 +11,13 @@ from ...core.config import RunConfig
 from ...core.settings import merged, read_settings, recipe_of, validated
 from ..console import print_json, print_plan
 from ..libraries import import_libraries
-from ..options import Flag, Json
+from ..options import Flag, Json, Whole
 
 
 def plan(
     *,
     settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
-    batch: Annotated[int | None, Parameter(name="--batch")] = None,
+    batch: Whole | None = None,
     config: Path | None = None,
     exact: Flag = False,
     as_json: Json = False,

@@ -6,18 +6,18 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..bases.loading.vetting import parsed_json
-from ..core.errors import ImagicError, unreadable
+from ..core.errors import ImagicError, ImagicWarning, unreadable
 from ..core.validation import first_problem
-from .writing import flush_folder, writable
+from .writing import delete, exists, flush_folder, writable
 
 _OWN_HASH = re.compile(rb',\n  "sha256": "[0-9a-f]{64}"\n}\n\Z')
 _MAX_MANIFEST = 2**20  # bytes; a larger manifest is not read
@@ -106,7 +106,7 @@ def atomic_folder(final: Path) -> Iterator[AtomicWriter]:
             yield writer
             for folder in [*(path for path in hidden.iterdir() if path.is_dir()), hidden]:
                 flush_folder(folder)
-            if final.exists():
+            if exists(final):
                 final.rename(old)
                 flush_folder(final.parent)
             hidden.rename(final)
@@ -115,32 +115,43 @@ def atomic_folder(final: Path) -> Iterator[AtomicWriter]:
         except BaseException:
             if renamed:
                 final.rename(hidden)
-            recover(final)
+            with suppress(ImagicError):  # the error of the write is the one to report; the next writer cleans up
+                recover(final)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            delete(old)
+        except ImagicError as error:  # the new folder is in place
+            warnings.warn(f"the folder that was replaced remains: {error}", ImagicWarning, stacklevel=3)
 
 
 def remove(final: Path) -> None:
-    """Removes a folder if it exists.
+    """Removes a folder if it exists; of a link, the link only.
 
     The folder is renamed first, so that no incomplete folder has its name. :func:`recover` completes an interrupted removal.
+
+    Raises:
+        ImagicError: something in it cannot be deleted.
     """
     hidden, _ = _hidden_paths(final)
     recover(final)
-    if final.exists():
+    if exists(final):
         final.rename(hidden)
         flush_folder(final.parent)
-        shutil.rmtree(hidden, ignore_errors=True)
+        delete(hidden)
 
 
 def recover(final: Path) -> None:
-    """Cleans up after an interrupted writer: restores the old folder and removes the incomplete one."""
+    """Cleans up after an interrupted writer: restores the old folder and removes the incomplete one.
+
+    Raises:
+        ImagicError: something cannot be deleted, so that the folder cannot be written.
+    """
     hidden, old = _hidden_paths(final)
-    if old.exists() and not final.exists():
+    if exists(old) and not exists(final):
         old.rename(final)
         flush_folder(final.parent)
     for leftover in (hidden, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+        delete(leftover)
 
 
 def interrupted_writes(root: Path) -> list[str]:

@@ -16,14 +16,14 @@ from ..core.text import check_utf8
 from .adapter import Adapter
 from .atomic import AtomicWriter, atomic_folder, changed_file, interrupted_writes, read_manifest, recover, remove
 from .record import NAME, RECORD, REMEDY, Record
-from .writing import writable
+from .writing import exists, writable
 
 _RECOVERY_SECONDS = 0.5  # longer than the recovery of an interrupted write takes
 
 
 def _write_pid(handle: int) -> None:
     """Writes the id of this process into a lock file, unless the disk is full."""
-    with suppress(OSError):
+    with suppress(OSError):  # the id is only for the message of another process
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
 
@@ -126,7 +126,7 @@ class Store:
         """
         check_utf8(str(self.root), "the path of the store")
         with self.locked(name):
-            if (self.root / name).exists() and not overwrite:
+            if exists(self.root / name) and not overwrite:
                 raise ImagicError(f"{self.root / name} exists", "an unused name", "choose another --name, or use --overwrite")
 
     def names(self) -> list[str]:
@@ -180,10 +180,10 @@ class Store:
         """Removes an adapter and the checkpoints of an unfinished fit of that name.
 
         Raises:
-            ImagicError: neither exists, or the name is being written.
+            ImagicError: neither exists, the name is being written, or something cannot be deleted.
         """
         final = self.root / check_name(name)
-        if not final.exists() and not self.checkpoints(name).exists():
+        if not exists(final) and not exists(self.checkpoints(name)):
             self.read(name)  # raises if there is nothing of this name, even after recovery
         with self.locked(name), writable(self.root):
             for folder in (final, self.checkpoints(name)):

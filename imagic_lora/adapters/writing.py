@@ -72,3 +72,24 @@ def check_outputs(folder: Path, names: Iterable[str]) -> None:
                 raise ImagicError(f"{path} is not a file", "a file, or an unused name", "choose another folder, or move it")
             if path.exists() and not os.access(path, os.W_OK):
                 raise ImagicError(f"{path} cannot be written to", "a writable file", "choose another folder, or change its permissions")
+
+
+def exists(path: Path) -> bool:
+    """Returns whether something has this name: a folder, a file, or a link, also one that leads nowhere."""
+    return path.is_symlink() or path.exists()
+
+
+def delete(path: Path) -> None:
+    """Deletes a folder with its content, a file, or a link, but not what a link leads to. Nothing happens if there is none.
+
+    Raises:
+        ImagicError: something in it cannot be deleted.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif exists(path):
+            path.unlink()
+    except OSError as error:
+        got = f"{error.filename or path} cannot be deleted ({error.strerror})"
+        raise ImagicError(got, "files that this user may delete", f"delete {path} by hand, or change its permissions") from error

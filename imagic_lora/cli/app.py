@@ -85,6 +85,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
         print_warnings()
         try:
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+            if sys.stdout:
+                sys.stdout.flush()  # an error at the exit of Python would have neither a message nor an exit code of its own
         except CycloptsError as error:
             if isinstance(error.__cause__, ValidationError):
                 return print_error(settings_error(error.__cause__), tokens)
@@ -92,7 +94,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
         except ImagicError as error:
             return print_error(error, tokens)
         except BrokenPipeError:  # the reader of the output, such as head, has closed the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             return 0
         except (KeyboardInterrupt, Stopped) as error:
             if isinstance(error, KeyboardInterrupt):
@@ -103,7 +105,10 @@ def main(tokens: Sequence[str] | None = None) -> int:
         except OSError as error:
             if error.errno in DISK_FULL:
                 got = f"the disk is full{f' ({error.filename})' if error.filename else ''}"
-                return print_error(ImagicError(got, "enough free disk space", "delete files that are no longer needed"), tokens)
+                code = print_error(ImagicError(got, "enough free disk space", "delete files that are no longer needed"), tokens)
+                if not error.filename:
+                    _discard_output()  # it may be what is full
+                return code
             if error.errno in _DENIED and error.filename:
                 got = f"{error.filename} cannot be accessed ({error.strerror})"
                 remedy = "check its permissions, or run the command as its owner"
@@ -117,3 +122,11 @@ def main(tokens: Sequence[str] | None = None) -> int:
             remedy = "use --preset 8gb, or fit the photo at a lower --resolution"
             return print_error(ImagicError("out of memory", "more free memory", remedy), tokens)
     return 0
+
+
+def _discard_output() -> None:
+    """Lets stdout lead nowhere if it cannot be written to, so that Python does not fail to write the rest of it at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -117,7 +117,7 @@ def _orientation(image: Image.Image) -> Any:
         raise ValueError("its EXIF is too large")
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:
+    except Exception:  # Pillow raises anything for broken EXIF: struct.error, SyntaxError, KeyError
         return None
 
 

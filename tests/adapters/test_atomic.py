@@ -403,6 +403,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) -> li
     return left
 
 
+@pytest.mark.filterwarnings("ignore:the folder that was replaced remains")
 @pytest.mark.parametrize("error", [PowerCut(), OSError(errno.EIO, "a bad disk")], ids=["power", "disk"])
 @pytest.mark.parametrize("there", [True, False])
 def test_whichever_call_is_the_last_it_is_old_or_new(

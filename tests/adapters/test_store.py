@@ -21,7 +21,7 @@ from imagic_lora.adapters.atomic import AtomicWriter
 from imagic_lora.adapters.record import RECORD, BaseRecord, Record, SourceRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.config import Mode, RunConfig
-from imagic_lora.core.errors import ImagicError, NotFinite
+from imagic_lora.core.errors import ImagicError, ImagicWarning, NotFinite
 from imagic_lora.core.tensors import safetensors_pieces
 
 BAD_NAMES = ["", ".", "..", ".hidden", "a/b", "../a", "/a", "a\\b", "a b", "-a", "a\n", "a" * 101, "é"]
@@ -475,6 +475,58 @@ def test_an_adapter_with_an_invalid_record_can_be_removed(store: Store) -> None:
     (store.root / "two").mkdir()
     store.remove("two")
     assert not list(store.root.iterdir())
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(store: Store, tmp_path: Path) -> None:
+    """Even one that leads nowhere; a plain file of that name goes too, and the name is free again."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(store.root / "one", elsewhere)
+    for target in (elsewhere, tmp_path / "nowhere"):
+        (store.root / "one").symlink_to(target)
+        with pytest.raises(ImagicError, match="one exists"):
+            store.check_free("one", overwrite=False)
+        store.remove("one")
+        assert hidden(store.root) == []
+    (store.root / "one").write_text("")
+    store.remove("one")
+    assert list(store.root.iterdir()) == []
+    assert (elsewhere / "card.md").read_text() == "words"
+    (store.root / "one").symlink_to(elsewhere)
+    store.write(record(), fill("new"), overwrite=True)
+    assert ((store.root / "one" / "card.md").read_text(), (elsewhere / "card.md").read_text()) == ("new", "words")
+    assert hidden(store.root) == []
+
+
+def undeletable(folder: Path) -> Callable[..., None]:
+    """A replacement for shutil.rmtree that cannot delete one folder, which another user has written into."""
+    real = shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        if path == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path / "card.md"))
+        real(path)
+
+    return rmtree
+
+
+def test_what_cannot_be_removed_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a fit of that name is refused before it trains, as long as the rest is there."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", undeletable(store.root / ".one.part"))
+        for look in (lambda: store.remove("one"), lambda: store.check_free("one", overwrite=True)):
+            with pytest.raises(ImagicError, match=r"card\.md cannot be deleted \(Permission denied\)"):
+                look()
+        assert store.names() == []
+    store.check_free("one", overwrite=False)
+    assert hidden(store.root) == []
+
+
+def test_an_adapter_whose_former_self_cannot_be_removed_is_stored(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning that names what remains: nothing that was trained is lost."""
+    monkeypatch.setattr(shutil, "rmtree", undeletable(store.root / ".one.old"))
+    with pytest.warns(ImagicWarning, match=r"the folder that was replaced remains: .*card\.md cannot be deleted"):
+        store.write(record(), fill("new"), overwrite=True)
+    assert (store.root / "one" / "card.md").read_text() == "new"
 
 
 def test_a_removal_that_is_cut_off_leaves_no_half(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,16 @@ assert not loaded, loaded
     assert not (tmp_path / "rex-007").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_an_output_that_is_full_is_an_error(flags: tuple[str, ...]) -> None:
+    """Also where the output is so short that it is written when the command ends."""
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "imagic_lora", "list", *flags]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, "Error: the disk is full")
+
+
 def test_a_terminal_without_unicode_shows_escapes() -> None:
     """Instead of a traceback for the first character that it lacks."""
     command = [sys.executable, "-m", "imagic_lora", "bases"]

@@ -72,7 +72,7 @@ def library_errors(path: Path) -> Iterator[None]:
         yield
     except ImagicError:
         raise
-    except Exception as error:
+    except Exception as error:  # the libraries raise anything for a broken file
         first_line = next(iter(str(error).splitlines()), "")[:300]
         raise unusable_base(
             f"{path} cannot be loaded ({type(error).__name__}: {first_line!r})", "files as diffusers writes them"

@@ -397,12 +397,18 @@ def _without(end: str) -> Callable[[dict[str, Tensor]], Any]:
     return lambda tensors: tensors.pop(next(name for name in tensors if name.endswith(end)))
 
 
+def _twin(tensors: dict[str, Tensor]) -> None:
+    """Adds a layer whose name differs in a dot only, which kohya's layout writes as an underscore."""
+    tensors.update({name.replace("conv_in", "conv.in"): value.clone() for name, value in tensors.items() if "conv_in" in name})
+
+
 SPOILED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "no first matrix": _without("lora_A.weight"),
     "no second matrix": _without("lora_B.weight"),
     "another rank": lambda tensors: tensors.update({name: value[:2] for name, value in tensors.items() if "lora_A" in name}),
     "another tensor": lambda tensors: tensors.update({"unet.conv_in.magnitude": torch.zeros(1)}),
     "another part": lambda tensors: tensors.update({"text_encoder.x.lora_A.weight": torch.zeros(4, 1)}),
+    "two layers of one name": _twin,
     "a number": lambda tensors: tensors.update({"unet.x.lora_A.weight": torch.tensor(1.0), "unet.x.lora_B.weight": torch.tensor(1.0)}),
 }
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from imagic_lora.cli.app import app
 from imagic_lora.core.config import Preset, RunConfig, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import PRESETS, RECIPES, merged, recipe_of, resolve
+from imagic_lora.core.settings import PRESETS, RECIPES, merged, read_settings, recipe_of, resolve
 from imagic_lora.core.yaml_files import read_yaml
 
 Leaf = tuple[str, ...]
@@ -315,6 +315,13 @@ def test_merging_lays_groups_over_each_other_and_leaves_them_alone() -> None:
     below, above = {"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 4}, "c": {"z": 5}}
     assert merged(below, above) == {"a": {"x": 1, "y": 4}, "b": 3, "c": {"z": 5}}
     assert (below, above) == ({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 4}, "c": {"z": 5}})
+
+
+def test_a_file_is_valid_by_itself(tmp_path: Path) -> None:
+    """What is wrong in it is refused with its path, before a flag could take its place."""
+    (tmp_path / "run.yaml").write_text("memory: 5")
+    with pytest.raises(ImagicError, match=r"run\.yaml: memory = 5"):
+        read_settings(tmp_path / "run.yaml")
 
 
 @each("path", CONFIGS)

@@ -40,6 +40,9 @@ check: lint test ## lint and test
 docs-settings: $(READY) ## write docs/reference/settings.md from the config models
 	$(BIN)/python scripts/settings_reference.py
 
+critters: $(READY) ## make the embedded base from nothing: outputs/critters/data; hours on two cores, resumes
+	$(BIN)/python scripts/train_critters.py
+
 critters-report: $(READY) ## measure the embedded base and draw its sample sheet
 	$(BIN)/python scripts/critters_report.py
 
@@ -63,4 +66,4 @@ clean: ## remove outputs, caches and .venv
 	rm -rf outputs dist $(VENV) .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test test-slow test-gpu torture lint check docs-settings critters-report bench-critters bench-memory bench-speed bench-swaps dist clean
+.PHONY: help setup demo test test-slow test-gpu torture lint check docs-settings critters critters-report bench-critters bench-memory bench-speed bench-swaps dist clean

@@ -8,14 +8,12 @@ responds to the words for each factor of the identity, and how often CLIP finds 
 from __future__ import annotations
 
 import argparse
-import random
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from critters_lessons import changed, edit_prompt
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
@@ -24,10 +22,9 @@ from torch import Tensor
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.known import CRITTERS
 from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.bench.catalogue import defaults
 from imagic_lora.bench.metrics import CritterAlignment, pixels
 from imagic_lora.bench.scores import IDENTITY_LIMIT
-from imagic_lora.core.conditioning import Conditioning, concatenate, interpolate
+from imagic_lora.core.conditioning import Conditioning, concatenate
 from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
@@ -46,9 +43,9 @@ def batches(values: Tensor, size: int = 50) -> list[Tensor]:
 
 
 @torch.no_grad()
-def reconstructed(images: Tensor) -> tuple[float, Tensor]:
+def reconstructed(folder: Path, images: Tensor) -> tuple[float, Tensor]:
     """Mean PSNR in dB of the VAE round trip of images, and the reconstructed images; ``[B, 3, 64, 64]`` in [-1, 1]."""
-    vae: Any = AutoencoderKL.from_pretrained(CRITTERS / "vae").float().eval()
+    vae: Any = AutoencoderKL.from_pretrained(folder / "vae").float().eval()
     back = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in batches(images)])
     error = (back - images).square().flatten(1).mean(1)
     return (10 * torch.log10(4 / error)).mean().item(), back
@@ -82,10 +79,10 @@ def with_other_identities(scenes: list[Scene]) -> list[Scene]:
     return [replace(scene, **{name: getattr(other, name) for name in IDENTITY}) for scene, other in zip(scenes, others, strict=True)]
 
 
-def samples(scenes: list[Scene], guidance: float) -> list[Image.Image]:
+def samples(folder: Path, scenes: list[Scene], guidance: float) -> list[Image.Image]:
     """One sample for the caption of each scene, by diffusers alone."""
     logging.disable_progress_bar()
-    pipe = StableDiffusionPipeline.from_pretrained(CRITTERS, dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
     for start in range(0, len(scenes), 50):
@@ -103,43 +100,40 @@ def encoded(base: Base, scenes: list[Scene]) -> Tensor:
 
 
 @torch.no_grad()
-def gains(scenes: list[Scene], timesteps: tuple[int, ...]) -> dict[str, tuple[list[float], list[float]]]:
+def gains(base: Base, scenes: list[Scene], timesteps: tuple[int, ...]) -> dict[str, list[float]]:
     """Response of the U-Net to the words for each factor of the identity.
 
     Two predictions of the clean latents, from the same noisy latents, have captions of scenes that differ in that factor by half its range.
     Their difference is projected on the true difference: 1 is all of it, 0 nothing. The noisy latents are half way between both scenes.
 
     Args:
+        base: with epsilon or v prediction.
+        scenes: what the captions describe before a factor is moved.
         timesteps: of 1,000.
 
     Returns:
-        For each factor, the response at each timestep: to captions that name the whole scene; and to captions of the scene before an edit,
-        interpolated at the default eta with the prompt that asks for the edit.
+        For each factor, the response at each timestep.
     """
-    base, eta = load_base("critters", resolve_runtime(MemoryConfig(dtype="fp32"))), defaults("lora").eta
-    alphas = base.training_scheduler.alphas_cumprod
-    edits = [changed(scene, random.Random(k)) for k, scene in enumerate(scenes)]
-    before = [scene for scene, _ in edits]
-    prompts = [edit_prompt(scene, name, random.Random(k)) for k, (scene, (_, name)) in enumerate(zip(scenes, edits, strict=True))]
-    clean, target = encoded(base, scenes), concatenate([base.encode_prompt(text) for text in prompts])
+    alphas, velocity = base.training_scheduler.alphas_cumprod, base.training_scheduler.config["prediction_type"] == "v_prediction"
+    clean = encoded(base, scenes)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
-    described = (scenes, 0.0), (before, eta)
 
-    def conditioning(some: list[Scene], eta: float) -> Conditioning:
-        return interpolate(target, concatenate([base.encode_prompt(longest_caption(scene)) for scene in some]), eta)
+    def conditioning(some: list[Scene]) -> Conditioning:
+        return concatenate([base.encode_prompt(longest_caption(scene)) for scene in some])
 
-    def response(name: str) -> tuple[list[float], list[float]]:
-        difference = encoded(base, [displaced(scene, name) for scene in scenes]) - clean
+    def response(name: str) -> list[float]:
+        moved = [displaced(scene, name) for scene in scenes]
+        difference, first, second = encoded(base, moved) - clean, conditioning(scenes), conditioning(moved)
         half_way, size = clean + difference / 2, difference.square().sum()
 
-        def gain(timestep: int, first: Conditioning, second: Conditioning) -> float:
-            times = torch.full((len(scenes),), timestep)
+        def gain(timestep: int) -> float:
+            times, alpha = torch.full((len(scenes),), timestep), alphas[timestep]
             noised = base.noised(half_way, noise, times)
             predicted = base.predict(noised, times, first) - base.predict(noised, times, second)
-            return ((predicted * difference).sum() / size * ((1 - alphas[timestep]) / alphas[timestep]).sqrt()).item()
+            to_clean = (1 - alpha).sqrt() if velocity else ((1 - alpha) / alpha).sqrt()
+            return ((predicted * difference).sum() / size * to_clean).item()
 
-        whole, mixed = ([conditioning(each, at) for each in (some, [displaced(scene, name) for scene in some])] for some, at in described)
-        return [gain(timestep, *whole) for timestep in timesteps], [gain(timestep, *mixed) for timestep in timesteps]
+        return [gain(timestep) for timestep in timesteps]
 
     return {name: response(name) for name in ("facing", *IDENTITY)}
 
@@ -151,6 +145,7 @@ def show(title: str, figures: dict[str, float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=CRITTERS, help="folder of the base, its judge and its CLIP")
     parser.add_argument("--pictures", type=int, default=500, help="number of held-out renders")
     parser.add_argument("--samples", type=int, default=500, help="number of samples from prompts")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale of the samples")
@@ -158,9 +153,9 @@ def main() -> None:
     args = parser.parse_args()
     held_out = [scene_at("heldout", k) for k in range(args.pictures)]
     renders = pixels([render(scene) for scene in held_out])
-    decibels, back = reconstructed(renders)
+    decibels, back = reconstructed(args.base, renders)
     print(f"VAE round trip of {args.pictures} held-out images: {decibels:.2f} dB PSNR")
-    judge = Judge.load()
+    judge = Judge.load(args.base / "judge.safetensors")
     read, read_back = readings(judge, renders), readings(judge, back)
     show("judge on held-out renders", agreement(read, held_out))
     show("judge on their VAE round trips", agreement(read_back, held_out))
@@ -168,14 +163,14 @@ def main() -> None:
     show_identity("identity on round trips, errors", read_back, held_out)
     show_identity("against another one's identity", read, with_other_identities(held_out))
     scenes = [scene_at("heldout", 10_000 + k) for k in range(args.samples)]
-    images = samples(scenes, args.guidance)
+    images = samples(args.base, scenes, args.guidance)
     read_samples = readings(judge, pixels(images))
     show(f"{args.samples} samples at guidance {args.guidance:g}, by the judge", agreement(read_samples, scenes))
-    for name, (whole, mixed) in gains(held_out[:64], TIMESTEPS).items():
-        parts = [" ".join(f"{value:5.2f}" for value in some) for some in (whole, mixed)]
-        print(f"{'response to ' + name + ', at ' + ', '.join(map(str, TIMESTEPS)):46}whole caption {parts[0]}   mixed {parts[1]}")
+    base = load_base(str(args.base), resolve_runtime(MemoryConfig(device="cpu", dtype="fp32")))
+    for name, shares in gains(base, held_out[:64], TIMESTEPS).items():
+        print(f"{'response to ' + name + ', at ' + ', '.join(map(str, TIMESTEPS)):46}{' '.join(f'{share:5.2f}' for share in shares)}")
     texts = [caption(scene) for scene in held_out[:100]]
-    scores = CritterAlignment.load().scores([to_image(render_) for render_ in renders[:100]], texts)
+    scores = CritterAlignment.load(args.base).scores([to_image(render_) for render_ in renders[:100]], texts)
     right = [texts[int(scores[k].argmax())] == texts[k] for k in range(100)]
     print(f"CLIP finds the caption of an image among 100: {sum(right)}%")
     cells = [(caption(scene).removeprefix("a ").removeprefix("an "), image) for scene, image in zip(scenes, images, strict=True)][:64]

@@ -20,12 +20,13 @@ from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.contents import read_canvas
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.core.config import EditConfig, MemoryConfig, Mode, RunConfig
+from imagic_lora.core.config import EditConfig, MemoryConfig, Mode, RunConfig, TunedMode
 from imagic_lora.core.runtime import Processes, resolve_runtime
 from imagic_lora.core.settings import merged, validated
 
 KINDS: list[Literal["epsilon", "v_prediction"]] = ["epsilon", "v_prediction"]
-MODES: list[Mode] = ["lora", "full"]
+MODES: list[Mode] = ["lora", "full", "embedding"]
+TUNED: list[TunedMode] = ["lora", "full"]
 PROMPT = "a cat"
 
 
@@ -71,12 +72,13 @@ def opened(folder: Path, mode: Mode = "lora", **memory) -> Base:
 
 
 def tiny_config(folder: Path, mode: Mode = "lora", **changes) -> RunConfig:
-    """A run of 3 + 4 steps whose edits visibly differ from the photo; alpha differs from the rank."""
+    """A run of 3 + 4 steps, or 3 in mode embedding, whose edits visibly differ from the photo; alpha differs from the rank."""
     lora = {"rank": 4, "alpha": 2.0, "targets": "attention+conv"} if mode == "lora" else {}
+    steps = {} if mode == "embedding" else {"steps": 4, "learning_rate": 0.01, "batch_size": 2}
     settings = {
         "base": str(folder),
         "embed": {"steps": 3, "learning_rate": 0.05, "batch_size": 2},
-        "tune": {"mode": mode, "steps": 4, "learning_rate": 0.01, "batch_size": 2} | lora,
+        "tune": {"mode": mode} | steps | lora,
         "edit": {"steps": 2, "guidance_scale": 3.0},
         "memory": {"device": "cpu"},
     }
@@ -106,9 +108,10 @@ def by_diffusers(pipe: Any, adapter: Adapter, eta: float, seed: int, config: Edi
     Args:
         pipe: diffusers' pipeline of the base; its weights are changed.
     """
-    if adapter.record.parts[0].mode == "lora":
+    mode = adapter.record.config.tune.mode
+    if mode == "lora":
         pipe.load_lora_weights(adapter.folder)
-    else:
+    elif mode == "full":
         pipe.unet = UNet2DConditionModel.from_pretrained(adapter.folder / "unet")
     stored = load_file(adapter.folder / "embeddings.safetensors")
     names = [name for name in ("tokens", "pooled") if f"target.{name}" in stored]

@@ -1,4 +1,4 @@
-"""Adapters on disk: LoRA or full weights, both embeddings, and a record of the fit.
+"""Adapters on disk: LoRA weights, full weights or none, both embeddings, and a record of the fit.
 
 May import: core, photos, bases. Must not know: training, sampling, commands. No torch in ``atomic``, ``record``, ``adapter``, ``store``.
 
@@ -6,9 +6,11 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``adapter.py``: a stored adapter: its folder, its record and its files
 - ``record.py``: the schema of ``adapter.json``
 - ``atomic.py``: folders that are written atomically and verified with a manifest of hashes
+- ``writing.py``: folders that files are written to, and the errors of writing
 - ``contents.py``: embeddings, photo and weights of a stored adapter, checked before use
 - ``lora.py``: LoRA layers: attach, save, load, swap
 - ``full.py``: full weights: train, save, load
+- ``modes.py``: what each mode trains, and which files hold it
 - ``card.py``: the ``README.md`` of an adapter
 - ``compress.py``: converts a full adapter to a LoRA adapter
 - ``export.py``: writes an adapter in the formats of ComfyUI, A1111 and diffusers

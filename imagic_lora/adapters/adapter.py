@@ -23,7 +23,7 @@ class Adapter:
     @property
     def size(self) -> int:
         """Size of the trained weights and the embeddings in bytes."""
-        files = [self.folder / file for part in self.record.parts for file in (*part.files, EMBEDDINGS)]
+        files = [self.folder / file for file in (*self.record.weight_files, EMBEDDINGS)]
         return sum(file.stat().st_size for file in files if file.is_file())
 
     def listed(self, file: str) -> Path:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
-import shutil
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..bases.loading.vetting import unique_keys
-from ..core.errors import ImagicError
+from ..bases.loading.vetting import parsed_json
+from ..core.errors import ImagicError, ImagicWarning, unreadable
+from ..core.validation import first_problem
+from .writing import delete, exists, flush_folder, writable
 
 _OWN_HASH = re.compile(rb',\n  "sha256": "[0-9a-f]{64}"\n}\n\Z')
 _MAX_MANIFEST = 2**20  # bytes; a larger manifest is not read
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -28,7 +28,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Manifest(BaseModel):
     """The fields of a folder's manifest, except its own hash. ``files`` maps every other file of the folder to its hash."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     files: dict[FileName, Sha256] = {}
 
 
@@ -105,42 +105,53 @@ def atomic_folder(final: Path) -> Iterator[AtomicWriter]:
             writer = AtomicWriter(hidden)
             yield writer
             for folder in [*(path for path in hidden.iterdir() if path.is_dir()), hidden]:
-                _flush(folder)
-            if final.exists():
+                flush_folder(folder)
+            if exists(final):
                 final.rename(old)
-                _flush(final.parent)
+                flush_folder(final.parent)
             hidden.rename(final)
             renamed = True
-            _flush(final.parent)
+            flush_folder(final.parent)
         except BaseException:
             if renamed:
                 final.rename(hidden)
-            recover(final)
+            with suppress(ImagicError):  # the error of the write is the one to report; the next writer cleans up
+                recover(final)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            delete(old)
+        except ImagicError as error:  # the new folder is in place
+            warnings.warn(f"the folder that was replaced remains: {error}", ImagicWarning, stacklevel=3)
 
 
 def remove(final: Path) -> None:
-    """Removes a folder if it exists.
+    """Removes a folder if it exists; of a link, the link only.
 
     The folder is renamed first, so that no incomplete folder has its name. :func:`recover` completes an interrupted removal.
+
+    Raises:
+        ImagicError: something in it cannot be deleted.
     """
     hidden, _ = _hidden_paths(final)
     recover(final)
-    if final.exists():
+    if exists(final):
         final.rename(hidden)
-        _flush(final.parent)
-        shutil.rmtree(hidden, ignore_errors=True)
+        flush_folder(final.parent)
+        delete(hidden)
 
 
 def recover(final: Path) -> None:
-    """Cleans up after an interrupted writer: restores the old folder and removes the incomplete one."""
+    """Cleans up after an interrupted writer: restores the old folder and removes the incomplete one.
+
+    Raises:
+        ImagicError: something cannot be deleted, so that the folder cannot be written.
+    """
     hidden, old = _hidden_paths(final)
-    if old.exists() and not final.exists():
+    if exists(old) and not exists(final):
         old.rename(final)
-        _flush(final.parent)
+        flush_folder(final.parent)
     for leftover in (hidden, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+        delete(leftover)
 
 
 def interrupted_writes(root: Path) -> list[str]:
@@ -154,32 +165,6 @@ def _hidden_paths(final: Path) -> tuple[Path, Path]:
     return final.with_name(f".{final.name}.part"), final.with_name(f".{final.name}.old")
 
 
-@contextmanager
-def writable(root: Path) -> Iterator[None]:
-    """Creates a folder if necessary and converts errors of writing to it into ImagicError.
-
-    Args:
-        root: the folder; parents are created too.
-
-    Raises:
-        ImagicError: the disk is full or the folder cannot be written to.
-    """
-    try:
-        if not root.is_dir():
-            root.mkdir(parents=True, exist_ok=True)
-            _flush(root.parent)
-        yield
-    except (OSError, UnicodeError) as error:  # UnicodeError: the file system cannot encode the name
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-            got = f"the disk of {root} is full or over its quota ({shutil.disk_usage(existing).free / 2**20:,.0f} MiB free)"
-            remedy = "free some space and run the command again, with --resume for an interrupted fit; everything stored before is intact"
-            raise ImagicError(got, "free space for the files", remedy) from error
-        raise ImagicError(
-            f"{root} cannot be written to ({getattr(error, 'strerror', None) or error})", "a writable folder", "choose another folder"
-        ) from error
-
-
 def read_manifest(folder: Path, name: str, model: type[M]) -> M:
     """Reads a manifest and verifies it against its own hash.
 
@@ -189,32 +174,42 @@ def read_manifest(folder: Path, name: str, model: type[M]) -> M:
         model: the pydantic model of its fields.
 
     Raises:
-        ImagicError: the file is missing, does not match its hash, or does not fit the model.
+        ImagicError: the file is missing or cannot be read, does not match its hash, holds NaN or infinity, or does not fit the model.
     """
     path = folder / name
     try:
         if not path.is_file() or path.stat().st_size > _MAX_MANIFEST:
             raise ValueError(f"it is missing or larger than {_MAX_MANIFEST:,} bytes")
         content = path.read_bytes()
-        fields = json.loads(content, object_pairs_hook=unique_keys)
+        fields = parsed_json(content)
         json.dumps(fields, ensure_ascii=False).encode()  # raises UnicodeError for a lone surrogate, which JSON can contain
-        if not isinstance(fields, dict) or fields.pop("sha256", None) != _hash_without_its_own(content):
+        if fields.pop("sha256", None) != _hash_without_its_own(content):
             raise ValueError("it does not match its hash")
         return model.model_validate(fields)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ValidationError):
+            problem = first_problem(error)
+            reason = f"{problem.got}, expected {problem.expected}" if problem.place else problem.got
+        else:
+            reason = str(error).splitlines()[0]
         raise ImagicError(f"{path} is not a valid manifest ({reason})", "an unchanged manifest", "create or copy it again") from error
 
 
 def changed_file(folder: Path, manifest: Manifest) -> Path | None:
-    """Returns the path of the first file that is missing, cannot be read, or does not match its hash; None if every file matches."""
+    """Returns the path of the first file that is missing or does not match its hash; None if every file matches.
+
+    Raises:
+        ImagicError: a file cannot be read.
+    """
     for name, digest in manifest.files.items():
         path = folder / name
         try:
             if not path.is_file() or _sha256(path) != digest:
                 return path
-        except OSError:
-            return path
+        except OSError as error:
+            raise unreadable(path, error) from error
     return None
 
 
@@ -224,7 +219,7 @@ def _sha256(path: Path) -> str:
 
 
 def _serialised(fields: dict[str, Any]) -> bytes:
-    return (json.dumps(fields, indent=2) + "\n").encode()
+    return (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _hash_without_its_own(content: bytes) -> str:
@@ -235,14 +230,3 @@ def _hash_without_its_own(content: bytes) -> str:
 
 def _own_hash(fields: dict[str, Any]) -> str:
     return hashlib.sha256(_serialised(fields)).hexdigest()
-
-
-def _flush(folder: Path) -> None:
-    """Flushes the directory entries of a folder to the disk."""
-    if os.name == "nt":
-        return  # Windows cannot flush a directory; NTFS journals its entries
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 
-from ..core.config import RunConfig
+from ..core.config import Mode, RunConfig
+
+_WEIGHTS: dict[Mode, str] = {
+    "lora": "The weights load with plain diffusers: `load_lora_weights` on this folder.",
+    "full": "The weights load with plain diffusers: `UNet2DConditionModel.from_pretrained` on `unet/`.",
+    "embedding": "There are no weights: the denoiser is that of the base, unchanged.",
+}
 
 
 def card(prompt: str, base: str, config: RunConfig) -> str:
@@ -15,12 +21,11 @@ def card(prompt: str, base: str, config: RunConfig) -> str:
         base: name of the base.
         config: settings of the fit.
     """
-    mode = config.tune.mode
     return "\n".join(
         [
             "# An imagic-lora adapter",
             "",
-            f"Made by imagic-lora (Imagic, arXiv 2210.09276), mode {mode}, for this target prompt:",
+            f"Made by imagic-lora (Imagic, arXiv 2210.09276), mode {config.tune.mode}, for this target prompt:",
             "",
             f"    {json.dumps(prompt)}",
             "",
@@ -29,8 +34,8 @@ def card(prompt: str, base: str, config: RunConfig) -> str:
             f"    {json.dumps(base)}",
             "",
             "`embeddings.safetensors` holds the embeddings of the target prompt (`target.tokens`) and of the photo (`optimised.tokens`).",
-            "Interpolate them with eta and pass the result as `prompt_embeds`. The weights load with plain diffusers:",
-            "`load_lora_weights` on this folder." if mode == "lora" else "`UNet2DConditionModel.from_pretrained` on `unet/`.",
+            "Interpolate them with eta and pass the result as `prompt_embeds`.",
+            _WEIGHTS[config.tune.mode],
             "`adapter.json` records the settings of the fit.",
             "",
         ]

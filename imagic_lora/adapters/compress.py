@@ -35,7 +35,8 @@ def check_compression(adapter: Adapter, rank: int) -> None:
         raise ImagicError(f"--rank {rank}", f"a whole number from 1 to {_MAX_RANK}", "choose another --rank")
     tune = adapter.record.config.tune
     if tune.mode != "full":
-        got = f"adapter {adapter.name} is already a LoRA adapter of rank {tune.rank}"
+        holds = f"is already a LoRA adapter of rank {tune.rank}" if tune.mode == "lora" else "is of mode embedding and holds no weights"
+        got = f"adapter {adapter.name} {holds}"
         raise ImagicError(got, "an adapter of mode full", "use it unchanged, or fit an adapter with --mode full")
 
 

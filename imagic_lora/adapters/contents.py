@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
 from ..bases.base import Base
 from ..core.conditioning import Conditioning
-from ..core.config import Mode
+from ..core.config import Mode, TunedMode
 from ..core.errors import ImagicError
 from ..core.tensors import read, safetensors_pieces
 from ..photos.canvas import Canvas, to_pixels
-from ..photos.reading import MAX_PIXELS, read_photo
+from ..photos.files.opening import MAX_PIXELS
+from ..photos.reading import read_photo
 from .adapter import Adapter
 from .atomic import AtomicWriter
-from .full import full_files, loaded_full
-from .lora import LoraLayers, loaded_lora, lora_files, read_lora
+from .full import FullWeights, loaded_full
+from .lora import LORA_FILE, LoraLayers, loaded_lora, read_lora
+from .modes import MODES
 from .record import EMBEDDINGS, REMEDY, SOURCE, WeightsRecord
+
+StoredWeights = LoraLayers | FullWeights | None
+"""The weights of an adapter; None in mode embedding, whose edits use the denoiser of the base."""
 
 
 def read_embeddings(adapter: Adapter) -> dict[str, Conditioning]:
@@ -71,7 +76,7 @@ def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
         ImagicError: the adapter was made for another base, replaces the weights of a quantised base, or has a photo or embeddings of
             unexpected shapes.
     """
-    made_for = adapter.record.base
+    made_for, mode = adapter.record.base, adapter.record.config.tune.mode
     shapes = {name: tuple(value.shape) for name, value in read_embeddings(adapter)["target"].tensors().items()}
     same = shapes == base.architecture.conditioning
     if made_for.fingerprint != base.fingerprint and not (force and same):
@@ -81,9 +86,9 @@ def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
             "the base that it was made for" if same else "the base that it was made for; this one has embeddings of other shapes",
             f"{remedy}, or edit with --force" if same else remedy,
         )
-    if adapter.record.parts != [weights_record(base, adapter.record.config.tune.mode)]:
+    if adapter.record.parts != record_parts(base, mode):
         raise ImagicError(f"adapter {adapter.name} lists unexpected weight files", "the files of its mode and base", REMEDY)
-    if base.runtime.memory.quantize != "none" and adapter.record.config.tune.mode == "full":
+    if base.runtime.memory.quantize != "none" and MODES[mode].in_base:
         raise ImagicError(
             f"adapter {adapter.name} replaces every weight of a quantised base", "a base without quantization", "use --quantize none"
         )
@@ -99,32 +104,40 @@ def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
         raise ImagicError(f"adapter {adapter.name} has embeddings of shapes {shapes}", f"{base.architecture.conditioning}", REMEDY)
 
 
-def read_layers(adapter: Adapter, base: Base, force: bool = False) -> LoraLayers | None:
-    """Reads the LoRA layers of an adapter into host memory.
+def read_weights(adapter: Adapter, base: Base, force: bool = False) -> StoredWeights:
+    """Checks an adapter and reads its LoRA layers into host memory. Full weights stay on disk.
 
     Args:
         force: as for :func:`check_base`.
 
-    Returns:
-        The layers, or None for full weights: they are large, and :func:`~imagic_lora.adapters.full.loaded_full` reads them from disk.
-
     Raises:
-        ImagicError: as :func:`check_base`; the layers do not fit the base or are not finite.
+        ImagicError: as :func:`check_base`; a file of the weights is not listed; the layers do not fit the base or are not finite.
     """
     check_base(adapter, base, force)
-    (part,) = adapter.record.parts
-    paths = [adapter.listed(file) for file in part.files]
-    return read_lora(base, paths[0]) if part.mode == "lora" else None
+    for file in adapter.record.weight_files:
+        adapter.listed(file)
+    match adapter.record.config.tune.mode:
+        case "lora":
+            return read_lora(base, adapter.listed(LORA_FILE))
+        case "full":
+            return FullWeights(adapter.folder)
+        case "embedding":
+            return None
 
 
 def applied(adapter: Adapter, base: Base) -> AbstractContextManager[object]:
     """Applies an adapter's weights to the base while the context is open. Afterwards the base is bit-equal to before.
 
     Raises:
-        ImagicError: as :func:`read_layers`; full weights do not fit the base or are not finite.
+        ImagicError: as :func:`read_weights`; full weights do not fit the base or are not finite.
     """
-    layers = read_layers(adapter, base)
-    return loaded_full(base, adapter.folder) if layers is None else loaded_lora(base, layers)
+    match read_weights(adapter, base):
+        case LoraLayers() as layers:
+            return loaded_lora(base, layers)
+        case FullWeights(folder):
+            return loaded_full(base, folder)
+        case None:
+            return nullcontext()
 
 
 def save_embeddings(writer: AtomicWriter, named: Mapping[str, Conditioning]) -> None:
@@ -142,6 +155,11 @@ def save_embeddings(writer: AtomicWriter, named: Mapping[str, Conditioning]) -> 
     writer.write(EMBEDDINGS, safetensors_pieces(tensors))
 
 
-def weights_record(base: Base, mode: Mode) -> WeightsRecord:
+def weights_record(base: Base, mode: TunedMode) -> WeightsRecord:
     """Returns the component, the mode and the files of a base's trained weights."""
-    return WeightsRecord(component=base.component, mode=mode, files=list((lora_files if mode == "lora" else full_files)(base)))
+    return WeightsRecord(component=base.component, mode=mode, files=list(MODES[mode].files(base)))
+
+
+def record_parts(base: Base, mode: Mode) -> list[WeightsRecord]:
+    """Returns the ``parts`` of the record of an adapter; none in mode embedding."""
+    return [] if mode == "embedding" else [weights_record(base, mode)]

@@ -12,13 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..core.config import Mode
 from ..core.errors import ImagicError
 from ..core.tensors import read, safetensors_pieces
 from .adapter import Adapter
-from .atomic import AtomicWriter, writable
+from .atomic import AtomicWriter
 from .contents import read_canvas, read_embeddings
 from .lora import LORA_FILE
 from .record import CARD, EMBEDDINGS, RECORD, REMEDY
+from .writing import check_outputs, writable
 
 Format = Literal["kohya", "diffusers"]
 Files = Mapping[str, Iterable[bytes | memoryview]]
@@ -42,11 +44,21 @@ _OUTSIDE = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-_USE = {
-    "kohya": "Copy `{name}.safetensors` to the LoRA folder of ComfyUI or A1111 and use it at strength 1.",
+_KOHYA_USE = "Copy `{name}.safetensors` to the LoRA folder of ComfyUI or A1111 and use it at strength 1."
+_DIFFUSERS_USE: dict[Mode, str] = {
     "lora": "Load them with `pipe.load_lora_weights` on this folder.",
     "full": "Load them with `UNet2DConditionModel.from_pretrained` on the folder `unet`.",
+    "embedding": "There are none. The edit uses the denoiser of the base, unchanged.",
 }
+_WITH_WEIGHTS = (
+    "The weights are one half of the edit. The embeddings in `{embeddings}` are the other half.",
+    "Eta 0 reproduces the photo. Eta 1 is the target prompt itself: a program that\n"
+    "accepts no embeddings can use the target prompt as its prompt.",
+)
+_WITHOUT_WEIGHTS = (
+    "The embeddings in `{embeddings}` are the whole edit.",
+    "Eta 0 comes nearest to the photo. Eta 1 is the target prompt itself.",
+)
 _PAGE = """# {name}, an edit of one photo
 
 Made by imagic-lora (Imagic, arXiv 2210.09276) for this target prompt:
@@ -63,7 +75,7 @@ with this base:
 
 ## The embeddings
 
-The weights are one half of the edit. The embeddings in `{embeddings}` are the other half. The file holds these tensors:
+{role} The file holds these tensors:
 
 {tensors}
 
@@ -72,8 +84,7 @@ In place of a prompt, the denoiser gets
 
     eta * target + (1 - eta) * optimised
 
-computed for `tokens` and, if present, for `pooled`. Eta 0 reproduces the photo. Eta 1 is the target prompt itself: a program that
-accepts no embeddings can use the target prompt as its prompt. The default eta of this edit is {eta:g}.
+computed for `tokens` and, if present, for `pooled`. {ends} The default eta of this edit is {eta:g}.
 
 In diffusers, pass the interpolated `tokens` as `prompt_embeds` and `null` as `negative_prompt_embeds`. SDXL also needs `pooled` as
 `pooled_prompt_embeds`, and the six numbers of `time_ids` as `original_size`, `crops_coords_top_left` and `target_size`.
@@ -93,15 +104,16 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
         overwrite: whether existing files of the same names are replaced.
 
     Returns:
-        The paths of the files, the weights first.
+        The paths of the files: those of the weights, if there are any, then the embeddings and the page.
 
     Raises:
-        ImagicError: full weights are exported in kohya's format, which has only LoRA layers; a file exists already or cannot be written;
-            the adapter is invalid.
+        ImagicError: an adapter without LoRA layers is exported in kohya's format, which has nothing else; a file exists already or cannot
+            be written; the adapter is invalid.
     """
     files = _for_kohya(adapter) if layout == "kohya" else _for_diffusers(adapter)
     folder = folder if layout == "kohya" else folder / adapter.name
     paths = [folder / name for name in files]
+    check_outputs(folder, files)
     if (folder / RECORD).exists():
         raise ImagicError(f"{folder} is a stored adapter", "another folder for the exported files", "choose another --out")
     if (taken := [path for path in paths if path.exists()]) and not overwrite:
@@ -117,23 +129,23 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
 
 
 def _for_kohya(adapter: Adapter) -> Files:
-    name = adapter.name
-    if adapter.record.config.tune.mode == "full":
-        got = f"adapter {name} holds full weights, and the kohya format stores LoRA layers only"
-        remedy = f"convert it with: imagic-lora compress {name} --rank 16; or use --format diffusers"
-        raise ImagicError(got, "a LoRA adapter", remedy)
+    name, mode = adapter.name, adapter.record.config.tune.mode
+    if mode != "lora":
+        holds = "full weights" if mode == "full" else "no weights (mode embedding)"
+        other = f"convert it with: imagic-lora compress {name} --rank 16" if mode == "full" else "fit it with --mode lora"
+        got = f"adapter {name} holds {holds}, and the kohya format stores LoRA layers only"
+        raise ImagicError(got, "a LoRA adapter", f"{other}; or use --format diffusers")
     embeddings = f"{name}.embeddings.safetensors"
     return {
         f"{name}.safetensors": safetensors_pieces(kohya(adapter), _metadata(adapter)),
         embeddings: _pieces(adapter.listed(EMBEDDINGS)),
-        f"{name}.md": [_page(adapter, _USE["kohya"].format(name=name), embeddings)],
+        f"{name}.md": [_page(adapter, _KOHYA_USE.format(name=name), embeddings)],
     }
 
 
 def _for_diffusers(adapter: Adapter) -> Files:
-    files = [file for part in adapter.record.parts for file in part.files]
-    page = _page(adapter, _USE[adapter.record.config.tune.mode], EMBEDDINGS)
-    return {file: _pieces(adapter.listed(file)) for file in (*files, EMBEDDINGS)} | {CARD: [page]}
+    page = _page(adapter, _DIFFUSERS_USE[adapter.record.config.tune.mode], EMBEDDINGS)
+    return {file: _pieces(adapter.listed(file)) for file in (*adapter.record.weight_files, EMBEDDINGS)} | {CARD: [page]}
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
@@ -145,6 +157,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
 def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
     """Returns the page that explains the files. User text is placed in indented code blocks, where Markdown has no effect."""
     record = adapter.record
+    role, ends = _WITH_WEIGHTS if record.parts else _WITHOUT_WEIGHTS
     shapes = {
         f"{name}.{tensor_name}": list(value.shape)
         for name, conditioning in read_embeddings(adapter).items()
@@ -155,7 +168,8 @@ def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
         prompt=json.dumps(record.prompt),
         base=json.dumps(record.base.name),
         use=use,
-        embeddings=embeddings,
+        role=role.format(embeddings=embeddings),
+        ends=ends,
         tensors="\n".join(f"- `{name}` {shape}" for name, shape in sorted(shapes.items())),
         eta=record.config.eta,
         steps=record.config.edit.steps,
@@ -187,6 +201,8 @@ def kohya(adapter: Adapter) -> dict[str, Tensor]:
                 f"{path} holds no pair of matrices of rank {tune.rank} for {layer[:80]!r}", "a LoRA file written by fit", REMEDY
             )
         key = f"lora_unet_{name.replace('.', '_')}"
+        if f"{key}.alpha" in tensors:
+            raise ImagicError(f"{path} holds two layers that are {key} in this format", "a LoRA file written by fit", REMEDY)
         tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up * scale, f"{key}.alpha": torch.tensor(float(tune.rank))}
     if stored:
         raise ImagicError(f"{path} holds the unexpected tensor {next(iter(stored))[:80]!r}", "LoRA layers only", REMEDY)

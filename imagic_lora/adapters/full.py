@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,17 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 Weights = dict[str, Tensor]
 """The weights of a denoiser by name."""
+
+
+@dataclass(frozen=True)
+class FullWeights:
+    """Stored full weights. They are large and stay on disk until :func:`loaded_full` reads them.
+
+    Args:
+        folder: of the adapter.
+    """
+
+    folder: Path
 
 
 @contextmanager

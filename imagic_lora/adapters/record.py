@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.config import Mode, RunConfig
+from ..core.config import RunConfig, TunedMode
 from .atomic import FileName, Manifest, Sha256
 
 RECORD, EMBEDDINGS, SOURCE, PREVIEW, STEPS, CARD = (
@@ -21,7 +21,7 @@ Name = Annotated[str, Field(pattern=NAME.replace(r"\Z", "$"))]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BaseRecord(_Part):
@@ -36,7 +36,7 @@ class WeightsRecord(_Part):
     """The trained component of the base, the mode, and the files of the weights."""
 
     component: Literal["unet", "transformer"]
-    mode: Mode
+    mode: TunedMode
     files: list[FileName]
 
 
@@ -52,12 +52,13 @@ class CompressedRecord(_Part):
     """The full adapter that was compressed, and the norm of the lost weight change divided by the norm of the whole weight change."""
 
     name: Name
-    error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    error: Annotated[float, Field(ge=0)]
 
 
 class Record(Manifest):
     """``adapter.json``, version 1: the settings and results of the fit, and the hash of every other file.
 
+    ``parts`` is empty in mode embedding, which trains no weights.
     ``losses`` holds the mean over the first and over the last tenth of each stage's steps. ``seconds`` holds the duration of each stage.
     ``runtime`` holds the values that were chosen for ``auto`` settings. ``peak_memory`` is in bytes. ``compressed`` is present only in
     compressed adapters.
@@ -77,3 +78,8 @@ class Record(Manifest):
     peak_memory: int
     versions: dict[str, str]
     compressed: Annotated[CompressedRecord | None, Field(exclude_if=lambda value: value is None)] = None
+
+    @property
+    def weight_files(self) -> list[str]:
+        """The files of the trained weights; none in mode embedding."""
+        return [file for part in self.parts for file in part.files]

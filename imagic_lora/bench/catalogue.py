@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.config import EditConfig, Mode, RunConfig
 from ..core.errors import ImagicError
-from ..core.settings import RECIPES, read_yaml, resolve
+from ..core.settings import RECIPES, read_settings, resolve
 from ..methods.bounds import Bounds
 from ..methods.imagic import Imagic
 from ..methods.method import Method
@@ -16,13 +16,18 @@ from ..methods.untuned import prompt_only, sdedit
 
 RECIPE_FILES = Path(__file__).parent
 STRENGTHS = (0.5, 0.65, 0.8, 0.9)
+STARTS: dict[str, dict[str, Any]] = {
+    "noise": {"edit": {"start": "noise"}},
+    "image": {"edit": {"start": "image"}},
+}
+"""Settings of the starts that are not the default of the embedded base."""
 
 
 def defaults(mode: Mode, changes: Mapping[str, Any] | None = None) -> RunConfig:
     """Returns the settings of a run on the embedded base: the recipe of a mode with some changes.
 
     Args:
-        mode: lora or full.
+        mode: lora, full or embedding.
         changes: settings that override the recipe, as nested mappings.
     """
     return resolve({"base": "critters", "tune": {"mode": mode}}, changes or {}, RECIPES["critters"])
@@ -34,15 +39,24 @@ def budgeted(mode: Mode, times: float) -> RunConfig:
     The number of steps of both stages is multiplied by a factor and their learning rates are divided by it, so their product is constant.
 
     Args:
-        mode: lora or full.
+        mode: lora, full or embedding.
         times: the factor, above 0.
     """
     config = defaults(mode)
     changes: dict[str, Any] = {}
-    for stage in ("embed", "tune"):
+    for stage in config.stages:
         default = getattr(config, stage)
         changes[stage] = {"steps": max(1, round(default.steps * times)), "learning_rate": default.learning_rate / times}
     return defaults(mode, changes)
+
+
+def other_starts(mode: Mode) -> dict[str, tuple[float, EditConfig]]:
+    """Returns eta and settings for an edit that starts from noise, and for one that starts from the noised photo.
+
+    Edit-friendly inversion, the default, reproduces the photo by itself. These starts show what the fit alone keeps.
+    """
+    configs = {start: defaults(mode, changes) for start, changes in STARTS.items()}
+    return {start: (config.eta, config.edit) for start, config in configs.items()}
 
 
 def untuned() -> EditConfig:
@@ -57,15 +71,16 @@ def reference(name: str, file: str) -> Imagic:
         name: name of the method.
         file: name of the YAML file.
     """
-    return Imagic(name, resolve({"base": "critters", "resolution": None}, read_yaml(RECIPE_FILES / file), {}))
+    return Imagic(name, resolve({"base": "critters", "resolution": None}, read_settings(RECIPE_FILES / file), {}))
 
 
 CATALOGUE: dict[str, Callable[[], Method]] = {
     "bounds": Bounds,
     "prompt-only": lambda: prompt_only(untuned()),
     "sdedit": lambda: sdedit(untuned(), STRENGTHS),
-    "imagic-lora": lambda: Imagic("imagic-lora", defaults("lora"), embedding=True),
+    "imagic-lora": lambda: Imagic("imagic-lora", defaults("lora"), other_starts("lora")),
     "imagic-full": lambda: Imagic("imagic-full", defaults("full")),
+    "embedding-only": lambda: Imagic("embedding-only", defaults("embedding"), other_starts("embedding")),
     "reference": lambda: reference("reference", "reference-imagic.yaml"),
     "reference-retuned": lambda: reference("reference-retuned", "reference-imagic-retuned.yaml"),
 }

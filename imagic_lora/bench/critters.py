@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -14,10 +15,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ..adapters.writing import check_outputs
+from ..bases.loading.known import CRITTERS
 from ..bases.loading.progress import hide_progress_bars
 from ..bases.loading.registry import load_base
 from ..core.config import MemoryConfig
 from ..core.environment import prepare_environment
+from ..core.errors import ImagicError
 from ..core.runtime import resolve_runtime
 from ..critters import render
 from ..critters.judge import WEIGHTS, Judge
@@ -55,12 +59,15 @@ class Bench:
         cases: number of cases.
         methods: the methods to run on each case.
         out: output folder. It holds one folder of images and results for each case.
+        base: folder of the base that the methods edit with: the embedded base, or one that was trained with another seed. CLIP and the
+            judge are always those of the package.
     """
 
     seed: int
     cases: int
     methods: Sequence[Method]
     out: Path
+    base: Path = CRITTERS
 
     def results(self, workers: int = 1) -> Iterator[Result]:
         """Runs every method on every case.
@@ -73,7 +80,11 @@ class Bench:
 
         Yields:
             Each result as soon as it is available: first the stored ones, then the others in the order of completion.
+
+        Raises:
+            ImagicError: two rows have one name, or a file cannot be written.
         """
+        self._check_files()
         jobs = [(method, index) for index in range(self.cases) for method in self.methods]
         missing = []
         for method, index in jobs:
@@ -102,7 +113,7 @@ class Bench:
         case, folder = case_at(self.seed, index), self.folder(index)
         folder.mkdir(parents=True, exist_ok=True)
         request = _write_case(case, folder)
-        context, scorer = _context()
+        context, scorer = _context(self.base)
         rows: dict[str, tuple[Score, Cost]] = {}
         error = None
         try:
@@ -115,9 +126,22 @@ class Bench:
         _write(folder / f"{method.name}.json", {"key": self._key(method, index), **asdict(result)})
         return result
 
+    def _check_files(self) -> None:
+        """Checks that every row has a file of its own, also where names differ only in case, and that all files can be written."""
+        images = ["source", "truth", *(row for method in self.methods for row in method.rows)]
+        for name, times in Counter(map(str.casefold, images)).items():
+            if times > 1:
+                got = f"{times} rows of the benchmark have the name {name}"
+                raise ImagicError(got, "a name for each row", "rename or leave out a method")
+        check_outputs(self.out, ("summary.json", "index.html"))
+        check_outputs(self.out / "cases", ())
+        files = [*(f"{name}.png" for name in images), *(f"{method.name}.json" for method in self.methods)]
+        for folder in filter(Path.exists, map(self.folder, range(self.cases))):
+            check_outputs(folder, files)
+
     def _key(self, method: Method, index: int) -> str:
         """Returns a digest of everything that a result depends on."""
-        inputs = [self.seed, index, method.settings, method.rows, _weights(), IDENTITY_LIMIT]
+        inputs = [self.seed, index, method.settings, method.rows, _weights(self.base), IDENTITY_LIMIT]
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def _stored(self, method: Method, index: int) -> Result | None:
@@ -149,17 +173,17 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 @cache
-def _context() -> tuple[Context, Scorer]:
-    """Loads the embedded base, CLIP and the judge once per process. The base runs in fp32, so that scores do not depend on the device."""
+def _context(folder: Path) -> tuple[Context, Scorer]:
+    """Loads a base, CLIP and the judge once per process. The base runs in fp32, so that scores do not depend on the device."""
     prepare_environment()
     hide_progress_bars()
     clip = CritterAlignment.load()
-    base = load_base("critters", resolve_runtime(MemoryConfig(dtype="fp32", optimizer="adam")))
-    return Context(base, clip.best), Scorer(Judge.load(), clip)
+    base = load_base("critters" if folder == CRITTERS else str(folder), resolve_runtime(MemoryConfig(dtype="fp32", optimizer="adam")))
+    return Context(base), Scorer(Judge.load(), clip)
 
 
 @cache
-def _weights() -> str:
-    """Returns a digest of the weights of the base, CLIP and the judge."""
-    files = sorted(WEIGHTS.parent.rglob("*.safetensors"))
+def _weights(folder: Path) -> str:
+    """Returns a digest of the weights of a base, and of CLIP and the judge of the package."""
+    files = sorted({*WEIGHTS.parent.rglob("*.safetensors"), *folder.rglob("*.safetensors")})
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()

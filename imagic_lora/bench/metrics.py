@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -46,9 +47,9 @@ class CritterAlignment:
         self.clip, self.tokenizer = clip.eval(), tokenizer
 
     @classmethod
-    def load(cls) -> Self:
-        """Loads the CLIP model that is part of the package."""
-        return cls(CLIPModel.from_pretrained(CRITTERS / "clip", dtype=torch.float32), CLIPTokenizer.from_pretrained(CRITTERS / "tokenizer"))
+    def load(cls, folder: Path = CRITTERS) -> Self:
+        """Loads the CLIP model of an embedded base, by default the one in the package."""
+        return cls(CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32), CLIPTokenizer.from_pretrained(folder / "tokenizer"))
 
     @torch.no_grad()
     def scores(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
@@ -66,7 +67,3 @@ class CritterAlignment:
         """Returns the normalised CLIP embeddings of images, ``[B, D]``."""
         output: Any = self.clip.get_image_features(pixels(images))
         return F.normalize(output.pooler_output, dim=-1)
-
-    def best(self, images: Sequence[Image.Image], text: str, photo: Image.Image) -> int:
-        """Returns the index of the image with the greatest sum of its cosine similarities to the text and to the photo."""
-        return int((self.scores(images, [text]) + self.likeness(images, [photo])).argmax())

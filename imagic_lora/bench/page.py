@@ -12,9 +12,11 @@ from jinja2 import Environment, FileSystemLoader
 
 from .cases import KINDS, case_at
 from .critters import Bench, Result
-from .summary import SHARES
+from .summary import IDENTITY_LIMITS, SHARES
 
 TEMPLATES = Path(__file__).parent
+PLOT = (640, 300)
+"""Width and height of the plot of success over the identity limit, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ def tables(summary: Mapping[str, Any]) -> dict[str, Table]:
     return {
         "Success and its parts, %": _shares(summary),
         "Success by kind, %": _kinds(summary),
+        "Success at other limits of the identity, %": _curves(summary),
         "Distance to the true edit": _distances(summary),
         "Cost of an image": _costs(summary),
         "imagic-lora compared with each row, case by case": _against(summary),
@@ -67,6 +70,11 @@ def _kinds(summary: Mapping[str, Any]) -> Table:
     return Table(("method", *KINDS), rows)
 
 
+def _curves(summary: Mapping[str, Any]) -> Table:
+    rows = [[name, *(f"{100 * point['mean']:.0f}" for point in row["curve"])] for name, row in summary["methods"].items()]
+    return Table(("method", *(f"{limit:g}" for limit in IDENTITY_LIMITS)), rows)
+
+
 def _against(summary: Mapping[str, Any]) -> Table:
     rows = []
     for name, row in summary["methods"].items():
@@ -75,8 +83,9 @@ def _against(summary: Mapping[str, Any]) -> Table:
             continue
         multiples = [f"{against[measure]:.2f}" if against[measure] is not None else "-" for measure in ("evaluations", "seconds")]
         differences = [_share(against[measure], "+") for measure in ("success", "attributes")]
-        rows.append([name, *differences, *multiples])
-    return Table(("method", "success, ahead by", "attributes, ahead by", "evals, times", "s, times"), rows)
+        decibels = _decibels(against["psnr"])
+        rows.append([name, *differences, decibels, *multiples])
+    return Table(("method", "success, ahead by", "attributes, ahead by", "dB, ahead by", "evals, times", "s, times"), rows)
 
 
 def _share(mean: Mapping[str, float] | None, sign: str = "") -> str:
@@ -87,6 +96,11 @@ def _share(mean: Mapping[str, float] | None, sign: str = "") -> str:
     if low == high:
         return value
     return f"{value} [{low} to {high}]" if sign else f"{value} [{low}-{high}]"
+
+
+def _decibels(mean: Mapping[str, float] | None) -> str:
+    """A difference in dB and its interval."""
+    return "-" if mean is None else f"{mean['mean']:+.1f} [{mean['low']:+.1f} to {mean['high']:+.1f}]"
 
 
 def _number(mean: Mapping[str, float] | None, form: str) -> str:
@@ -111,12 +125,28 @@ def write_page(bench: Bench, results: Sequence[Result], summary: Mapping[str, An
     page = templates.get_template("page.html").render(
         summary=summary,
         tables=tables(summary),
+        plot={"size": PLOT, "limits": [(_x(limit), f"{limit:g}") for limit in IDENTITY_LIMITS], "lines": _lines(summary)},
         columns=rows,
         cases=[_case_row(bench, index, results, rows) for index in range(bench.cases)],
     )
     path = bench.out / "index.html"
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def _x(limit: float) -> float:
+    """Position of an identity limit in the plot, in pixels."""
+    return round(PLOT[0] * (limit - IDENTITY_LIMITS[0]) / (IDENTITY_LIMITS[-1] - IDENTITY_LIMITS[0]), 1)
+
+
+def _lines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The curve of every row of the plot: its name, its colour, and its points in pixels."""
+    rows = summary["methods"]
+    lines = []
+    for k, (name, row) in enumerate(rows.items()):
+        points = " ".join(f"{_x(point['limit'])},{PLOT[1] * (1 - point['mean']):.1f}" for point in row["curve"])
+        lines.append({"name": name, "colour": f"hsl({360 * k // len(rows)} 75% {35 + 15 * (k % 2)}%)", "points": points})
+    return lines
 
 
 def _case_row(bench: Bench, index: int, results: Sequence[Result], rows: Sequence[str]) -> dict[str, Any]:

@@ -52,6 +52,14 @@ class Score:
         """Whether the edit happened and everything else is kept."""
         return self.aligned and self.kept
 
+    def success_within(self, limit: float) -> bool:
+        """Whether the edit happened, the attributes and the facing are kept, and the identity is kept within another limit.
+
+        Args:
+            limit: greatest distance of identities, in standard deviations over scenes; :data:`IDENTITY_LIMIT` gives :attr:`success`.
+        """
+        return self.attributes and self.identity is not None and self.identity <= limit
+
 
 class Scorer:
     """Scores the edited images of a case.

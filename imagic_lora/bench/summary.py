@@ -11,10 +11,12 @@ import numpy as np
 from ..methods.method import Cost
 from .cases import KINDS, case_at
 from .critters import Bench, Result
-from .scores import Score
+from .scores import IDENTITY_LIMIT, Score
 
 SHARES = ("success", "attributes", "aligned", "kept")
 MEASURES = (*SHARES, "identity", "background", "psnr", "ssim", "clip")
+IDENTITY_LIMITS = (0.2, 0.25, 0.3, IDENTITY_LIMIT, 0.4, 0.5, 0.6, 0.75, 1.0, 1.5)
+"""Limits of the curve of success over the identity, in standard deviations over scenes."""
 RESAMPLES = 4000
 OURS = "imagic-lora"
 """The row that every other row is compared with."""
@@ -65,6 +67,14 @@ class Row:
             values += [] if value is None else [float(value)]
         return values
 
+    def curve(self) -> list[dict[str, float]]:
+        """Returns the success over all cases at each of :data:`IDENTITY_LIMITS`: its mean and interval, and the ``limit``."""
+        points = []
+        for limit in IDENTITY_LIMITS:
+            values = [float(result is not None and result[0].success_within(limit)) for result in self.results.values()]
+            points.append({"limit": limit, **(_interval(values) or {})})
+        return points
+
     def costs(self) -> list[Cost]:
         """Returns the cost of every case that did not fail."""
         return [result[1] for result in self.results.values() if result is not None]
@@ -73,11 +83,12 @@ class Row:
 def summarise(bench: Bench, results: Sequence[Result]) -> dict[str, Any]:
     """Returns the summary of a run as JSON values.
 
-    ``methods.ROW.MEASURE`` has the keys ``mean``, ``low`` and ``high``, as has ``methods.ROW.kinds.KIND.MEASURE``.
+    ``methods.ROW.MEASURE`` has the keys ``mean``, ``low`` and ``high``, as has ``methods.ROW.kinds.KIND.MEASURE``. ``methods.ROW.curve`` is
+    the success at other limits of the identity.
 
-    ``methods.ROW.against`` compares the row with ``imagic-lora`` on the cases that both have: ``success`` and ``attributes`` are the paired
-    differences, positive where ``imagic-lora`` is better. ``evaluations`` and ``seconds`` are the cost of the row as a multiple of the cost
-    of ``imagic-lora`` (mean and median over the pairs).
+    ``methods.ROW.against`` compares the row with ``imagic-lora`` on the cases that both have: ``success``, ``attributes`` and ``psnr`` are
+    the paired differences, positive where ``imagic-lora`` is better. ``evaluations`` and ``seconds`` are the cost of the row as a multiple
+    of the cost of ``imagic-lora`` (mean and median over the pairs).
 
     Args:
         bench: the run.
@@ -90,6 +101,7 @@ def summarise(bench: Bench, results: Sequence[Result]) -> dict[str, Any]:
         by_kind = {kind: [case for case in row.results if kinds[case] == kind] for kind in KINDS}
         methods[name] = {
             **_measured(row, row.results),
+            "curve": row.curve(),
             "failed": sum(result is None for result in row.results.values()),
             "kinds": {kind: _measured(row, cases) for kind, cases in by_kind.items() if cases},
             "cost": _cost(row.costs()),
@@ -132,11 +144,12 @@ def _cost(costs: Sequence[Cost]) -> dict[str, float]:
 
 def _against(ours: Row, other: Row) -> dict[str, Any]:
     both = [case for case in ours.results if case in other.results]
-    differences = {}
+    completed = [(a, b) for case in both if (a := ours.results[case]) and (b := other.results[case])]
+    differences = {"psnr": _interval([a[0].psnr - b[0].psnr for a, b in completed])}
     for measure in ("success", "attributes"):
         pairs = zip(ours.measure(measure, both), other.measure(measure, both), strict=True)
         differences[measure] = _interval([a - b for a, b in pairs])
-    costs = [(a[1], b[1]) for case in both if (a := ours.results[case]) and (b := other.results[case])]
+    costs = [(a[1], b[1]) for a, b in completed]
     return {
         **differences,
         "evaluations": _ratio([(b.forward + b.backward, a.forward + a.backward) for a, b in costs], np.mean),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.cells import cell_len, set_cell_size
@@ -58,7 +59,11 @@ def print_active_settings(runtime: Runtime, run: RunConfig, why: str, processes:
         size: predicted size of the adapter in bytes; None if it is not known.
     """
     tune = run.tune
-    tuning = f"LoRA, rank {tune.rank}, {tune.targets}" if tune.mode == "lora" else f"full, {run.memory.master_weights} master weights"
+    tuning = {
+        "lora": f"LoRA, rank {tune.rank}, {tune.targets}",
+        "full": f"full, {run.memory.master_weights} master weights",
+        "embedding": "none, the embedding alone is trained",
+    }[tune.mode]
     resolution = f"{run.resolution} x {run.resolution} pixels" if run.resolution else "that of the base"
     rows = {
         "preset": f"{run.preset} ({why})",
@@ -69,7 +74,7 @@ def print_active_settings(runtime: Runtime, run: RunConfig, why: str, processes:
         **({"adapter": f"about {size / 1e6:.2f} MB"} if size else {}),
         "processes": str(processes),
     }
-    for name, stage in {"embed": run.embed, "tune": tune}.items():
+    for name, stage in run.stages.items():
         rows[name] = f"{stage.steps} steps, batch size {stage.batch_size}, learning rate {stage.learning_rate:g}"
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():
@@ -126,8 +131,7 @@ def show_progress(steps: Generator[StepReport, None, Adapter | None], run: RunCo
     with Progress(
         *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err, disable=not err.is_terminal
     ) as bar:
-        totals = {"embed": run.embed.steps, "tune": run.tune.steps}
-        tasks = {stage: bar.add_task(stage, total=total, loss="", start=False) for stage, total in totals.items()}
+        tasks = {name: bar.add_task(name, total=stage.steps, loss="", start=False) for name, stage in run.stages.items()}
         started: set[str] = set()
         while True:
             try:
@@ -170,8 +174,8 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Prints one JSON object on stdout."""
-    print(json.dumps(value, indent=2))
+    """Prints one JSON object on stdout. Numbers are finite: JSON has no other."""
+    print(json.dumps(value, indent=2, allow_nan=False))
 
 
 def print_warnings() -> None:
@@ -215,8 +219,10 @@ def print_error(error: ImagicError, tokens: Sequence[str]) -> int:
         The exit code.
     """
     if "--json" in tokens:
-        print_json({"error": {"got": error.got, "expected": error.expected, "remedy": error.remedy}})
-    err.print(f"[red]Error:[/] {plain(error.got)}", highlight=False)
-    err.print(f"  expected: {plain(error.expected)}", highlight=False)
-    err.print(f"  what to do: {plain(error.remedy)}", highlight=False)
+        with suppress(OSError):  # stdout may be what is full
+            print_json({"error": {"got": error.got, "expected": error.expected, "remedy": error.remedy}})
+    with suppress(OSError):  # or stderr
+        err.print(f"[red]Error:[/] {plain(error.got)}", highlight=False)
+        err.print(f"  expected: {plain(error.expected)}", highlight=False)
+        err.print(f"  what to do: {plain(error.remedy)}", highlight=False)
     return 2

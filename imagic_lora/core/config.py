@@ -6,12 +6,13 @@ preset of the card < file < flags. Only explicitly given values are merged. The 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-Mode = Literal["lora", "full"]
+Mode = Literal["lora", "full", "embedding"]
+TunedMode = Literal["lora", "full"]  # the modes with a stage 2
 OptimizerName = Literal["auto", "adam8bit", "adam"]
 Timesteps = Literal["stratified", "uniform"]
 Preset = Literal["8gb", "12gb", "16gb", "24gb", "cpu"]
@@ -27,6 +28,14 @@ class Config(BaseModel):
     """A frozen group of settings that rejects unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
+            raise ValueError("a number")  # pydantic would read true as 1
+        return value
 
 
 class EmbedConfig(Config):
@@ -44,10 +53,12 @@ class EmbedConfig(Config):
 
 
 class TuneConfig(Config):
-    """Stage 2: trains the denoiser on the photo. The optimised embedding is fixed."""
+    """Stage 2: trains the denoiser on the photo. The optimised embedding is fixed. Mode embedding has no stage 2: the other settings of
+    this group are errors there."""
 
     mode: Annotated[Mode, _flag("mode")] = "lora"
-    """What is trained. lora: a small PEFT adapter (LoRA). full: the whole denoiser, which needs more memory and disk space."""
+    """What is trained after the embedding. lora: a small PEFT adapter (LoRA). full: the whole denoiser, which needs more memory and disk
+    space. embedding: nothing; there is no stage 2, and edits use the denoiser of the base."""
     steps: int = Field(default=300, ge=1, le=100_000)
     """Number of training steps of the denoiser."""
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
@@ -130,7 +141,7 @@ class MemoryConfig(DeviceConfig):
     2010.06192), in half the memory. Only for mode full."""
     quantize: Annotated[Literal["none", "nf4"], _flag("quantize")] = "none"
     """Quantization of the frozen denoiser. nf4: its linear layers are stored in 4 bits, in the fit and in later edits (arXiv 2305.14314);
-    needs bitsandbytes. Only for mode lora."""
+    needs bitsandbytes. Only for modes lora and embedding."""
 
     @field_validator("master_weights", mode="before")
     @classmethod
@@ -175,3 +186,9 @@ class RunConfig(Config):
     edit: Annotated[EditConfig, Parameter(group="Stage 3: the preview, and the defaults of later edits")] = EditConfig()
     memory: Annotated[MemoryConfig, Parameter(group="Device and memory")] = MemoryConfig()
     checkpoint: Annotated[CheckpointConfig, Parameter(group="Checkpoints, for --resume after an interruption")] = CheckpointConfig()
+
+    @property
+    def stages(self) -> dict[str, EmbedConfig | TuneConfig]:
+        """The training stages that run, by name, in their order."""
+        embed: dict[str, EmbedConfig | TuneConfig] = {"embed": self.embed}
+        return embed if self.tune.mode == "embedding" else embed | {"tune": self.tune}

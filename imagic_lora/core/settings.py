@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
-import yaml
+from cyclopts import Parameter
 from pydantic import BaseModel, ValidationError
 
-from .config import Mode, Preset, RunConfig
+from .config import Mode, Preset, RunConfig, TuneConfig
 from .errors import ImagicError
+from .validation import first_problem
+from .yaml_files import read_yaml
 
 Recipe = Mapping[Mode, Mapping[str, Any]]
 
@@ -24,6 +26,7 @@ RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
     "sd": {
         "lora": {},
         "full": {"embed": {"steps": 1000, "learning_rate": 2e-3}, "tune": {"steps": 1500, "learning_rate": 5e-7}},
+        "embedding": {},
     },
     "critters": {
         "lora": {
@@ -31,6 +34,7 @@ RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
             "tune": {"steps": 60, "learning_rate": 1e-3, "rank": 4, "targets": "attention+conv"},
         },
         "full": {**_CRITTERS, "tune": {"steps": 60, "learning_rate": 4e-5}},
+        "embedding": _CRITTERS,
     },
 }
 """Learning rates, steps and sampling settings for a kind of base, by mode."""
@@ -43,15 +47,25 @@ _MORE_LEVERS = {**_SOME_LEVERS, "gradient_checkpointing": True}
 
 _MOST_LEVERS = {**_MORE_LEVERS, "optimizer_in_backward": True}
 
+
+def _by_mode(frozen: dict[str, Any], trained: dict[str, Any], **others: Any) -> dict[Mode, dict[str, Any]]:
+    """The settings of a preset by mode.
+
+    Args:
+        frozen: memory levers for the modes that freeze the weights of the base.
+        trained: memory levers for mode full, which trains them.
+        others: groups of settings that all modes have in common.
+    """
+    frozen_base, trained_base = ({**({"memory": levers} if levers else {}), **others} for levers in (frozen, trained))
+    return {"lora": frozen_base, "full": trained_base, "embedding": frozen_base}
+
+
 PRESETS: dict[Preset, dict[Mode, dict[str, Any]]] = {
-    "24gb": {"lora": {"edit": {"batch_size": 4}}, "full": {"edit": {"batch_size": 4}}},
-    "16gb": {"lora": {"memory": _SOME_LEVERS, "edit": {"batch_size": 4}}, "full": {"memory": _MORE_LEVERS, "edit": {"batch_size": 4}}},
-    "12gb": {"lora": {"memory": _MORE_LEVERS, "edit": {"batch_size": 2}}, "full": {"memory": _MOST_LEVERS, "edit": {"batch_size": 2}}},
-    "8gb": {
-        "lora": {"memory": {**_MORE_LEVERS, "vae_tiling": True}, "edit": {"batch_size": 1}},
-        "full": {"memory": {**_MOST_LEVERS, "vae_tiling": True}, "edit": {"batch_size": 1}},
-    },
-    "cpu": {"lora": {"memory": {"device": "cpu"}}, "full": {"memory": {"device": "cpu"}}},
+    "24gb": _by_mode({}, {}, edit={"batch_size": 4}),
+    "16gb": _by_mode(_SOME_LEVERS, _MORE_LEVERS, edit={"batch_size": 4}),
+    "12gb": _by_mode(_MORE_LEVERS, _MOST_LEVERS, edit={"batch_size": 2}),
+    "8gb": _by_mode({**_MORE_LEVERS, "vae_tiling": True}, {**_MOST_LEVERS, "vae_tiling": True}, edit={"batch_size": 1}),
+    "cpu": _by_mode({"device": "cpu"}, {"device": "cpu"}),
 }
 """Memory levers for a size of card, by mode; the fastest preset comes first."""
 
@@ -81,29 +95,26 @@ def recipe_of(base: str, few_steps: int | None = None, embeds_guidance: bool = F
     return {mode: merged(settings, sampling) for mode, settings in recipe.items()}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads the settings of a YAML file; an empty file has none.
+def read_settings(path: Path) -> dict[str, Any]:
+    """Reads and validates the settings of a YAML file, as nested mappings. An empty file has none.
 
     Raises:
-        ImagicError: the file is missing, is not YAML, or is not a mapping.
+        ImagicError: as :func:`~imagic_lora.core.yaml_files.read_yaml`; an unknown name or a value out of range.
     """
+    settings = read_yaml(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ImagicError(
-            f"{path} cannot be read as YAML: {' '.join(str(error).split())}", "a YAML file of settings", "see configs/ for examples"
-        ) from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ImagicError(f"{path} holds a {type(content).__name__}", "a mapping of settings", "see configs/ for examples")
-    return content
+        RunConfig.model_validate(settings)
+    except ValidationError as error:
+        found = settings_error(error)
+        raise ImagicError(f"{path}: {found.got}", found.expected, found.remedy) from error
+    return settings
 
 
 def mode_of(given: Mapping[str, Any]) -> Mode:
-    """The mode that nested settings select."""
+    """The mode that nested settings select: the default where they name none, or one that does not exist."""
     tune = given.get("tune")
-    return "full" if isinstance(tune, Mapping) and tune.get("mode") == "full" else "lora"
+    named = tune.get("mode") if isinstance(tune, Mapping) else None
+    return cast(Mode, named) if named in get_args(Mode) else TuneConfig().mode
 
 
 def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, preset: Preset | None = None) -> RunConfig:
@@ -124,39 +135,49 @@ def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, p
     levers = PRESETS[preset_name][mode] if preset_name in PRESETS else {}
     override = {"preset": preset} if preset else {}
     run = validated(merged(recipe.get(mode, {}), levers, given, override))
-    for name, other, expected in _clashes(run, given):
-        source = "the flags" if name in _named(flags) else "the file"
-        flag = "--" + name.replace("_", "-")
+    for flag, other, expected in _clashes(run, given):
+        source = "the flags" if flag in _flags(flags) else "the file"
         raise ImagicError(f"{flag} (from {source}) together with {other}", expected, f"change {other} or leave out {flag}")
     return run
 
 
 def _clashes(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yields settings that would have no effect: the name, the flag that excludes it, and the valid combination."""
-    memory, full = run.memory, run.tune.mode == "full"
-    mode = f"--mode {run.tune.mode}"
-    for name in ("rank", "alpha", "targets"):
-        if full and name in _named(given):
-            yield name, mode, "LoRA settings only with --mode lora"
-    if full and memory.quantize == "nf4":
-        yield "quantize", mode, "a quantized denoiser only with --mode lora: 4-bit weights cannot be trained"
-    if not full and memory.master_weights != "fp32":
-        yield "master_weights", mode, "master weights only with --mode full: LoRA layers are always fp32"
-    if not full and memory.autocast_cache:
-        yield "autocast_cache", mode, "the autocast cache only with --mode full"
+    """Yields settings that would have no effect: the flag, the flag that excludes it, and the valid combination."""
+    memory, mode, named = run.memory, f"--mode {run.tune.mode}", _flags(given)
+    for flag in named:
+        if run.tune.mode == "embedding" and flag in _STAGE_2:
+            yield flag, mode, "settings of stage 2 only with --mode lora or --mode full: mode embedding has no stage 2"
+        if run.tune.mode == "full" and flag in ("--rank", "--alpha", "--targets"):
+            yield flag, mode, "LoRA settings only with --mode lora"
+    if run.tune.mode == "full" and memory.quantize == "nf4":
+        yield "--quantize", mode, "a quantized denoiser only with --mode lora or --mode embedding: 4-bit weights cannot be trained"
+    if run.tune.mode != "full" and memory.master_weights != "fp32":
+        yield "--master-weights", mode, "master weights only with --mode full: the other modes freeze the weights of the base"
+    if run.tune.mode != "full" and memory.autocast_cache:
+        yield "--autocast-cache", mode, "the autocast cache only with --mode full"
     if memory.master_weights != "fp32" and memory.autocast_cache:
-        yield "autocast_cache", "--master-weights bf16-stochastic", "the autocast cache only with fp32 master weights"
+        yield "--autocast-cache", "--master-weights bf16-stochastic", "the autocast cache only with fp32 master weights"
     if memory.master_weights != "fp32" and memory.dtype in ("fp16", "fp32"):
-        yield "master_weights", f"--dtype {memory.dtype}", "bf16 master weights only with bf16 arithmetic"
-    for name, start in (("strength", "image"), ("source_eta", "inverted")):
-        if name in _named(given) and run.edit.start != start:
-            yield name, f"--start {run.edit.start}", f"this setting only with --start {start}"
+        yield "--master-weights", f"--dtype {memory.dtype}", "bf16 master weights only with bf16 arithmetic"
+    for flag, start in (("--strength", "image"), ("--source-eta", "inverted")):
+        if flag in named and run.edit.start != start:
+            yield flag, f"--start {run.edit.start}", f"this setting only with --start {start}"
 
 
-def _named(given: Mapping[str, Any]) -> set[str]:
-    """Names of the settings given in the groups tune, memory and edit."""
-    groups = [given.get(group) for group in ("tune", "memory", "edit")]
-    return {name for group in groups if isinstance(group, Mapping) for name in group}
+def _tune_flag(name: str) -> str:
+    """The flag of a setting of stage 2, such as ``--rank`` or ``--tune.steps``."""
+    parameters = [entry for entry in TuneConfig.model_fields[name].metadata if isinstance(entry, Parameter)]
+    own = [flag for parameter in parameters for flag in parameter.name or ()]
+    return own[0] if own else f"--tune.{name.replace('_', '-')}"
+
+
+_STAGE_2 = tuple(_tune_flag(name) for name in TuneConfig.model_fields if name != "mode")
+
+
+def _flags(given: Mapping[str, Any]) -> list[str]:
+    """The flags of the settings given in the groups tune, memory and edit; those of edit as the command ``edit`` has them."""
+    groups = {group: given[group] for group in ("tune", "memory", "edit") if isinstance(given.get(group), Mapping)}
+    return [_tune_flag(name) if group == "tune" else f"--{name.replace('_', '-')}" for group, names in groups.items() for name in names]
 
 
 def validated(values: Mapping[str, Any]) -> RunConfig:
@@ -173,13 +194,10 @@ def validated(values: Mapping[str, Any]) -> RunConfig:
 
 def settings_error(error: ValidationError) -> ImagicError:
     """Converts the first error of a pydantic validation into an ImagicError."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return ImagicError(f"unknown setting {where}", _known(first["loc"]), "correct its name or remove it")
-    return ImagicError(
-        f"{where} = {first['input']!r}", first["msg"].removeprefix("Input should be ").removeprefix("Value error, "), "change that setting"
-    )
+    problem = first_problem(error)
+    if problem.kind == "extra_forbidden":
+        return ImagicError(f"unknown setting {'.'.join(map(str, problem.place))}", _known(problem.place), "correct its name or remove it")
+    return ImagicError(problem.got, problem.expected, "change that setting")
 
 
 def _known(location: tuple[int | str, ...]) -> str:

@@ -8,6 +8,7 @@ May import: core, bases. Must not know: training, sampling, commands. Only ``tra
 - ``limits.py``: checks that a run fits the memory and the disk
 - ``out_of_memory.py``: converts an out-of-memory exception into an error that names the stage and the next lever
 - ``symbolic/``: models on tensors that have a size and no values
+- ``trained.py``: bytes of what a mode trains
 - ``optimizer_states.py``: bytes of Adam's 8-bit states
 - ``tracker.py``: counts the bytes of all tensors while code runs
 """

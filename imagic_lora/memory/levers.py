@@ -26,6 +26,7 @@ FIT_LEVERS: Levers = [
     ("--optimizer-in-backward", {"memory": {"optimizer_in_backward": True}}),
     ("--gradient-checkpointing", {"memory": {"gradient_checkpointing": True}}),
     ("--embed.batch-size 1 --tune.batch-size 1", {"embed": {"batch_size": 1}, "tune": {"batch_size": 1}}),
+    ("--embed.batch-size 1", {"embed": {"batch_size": 1}}),  # mode embedding excludes the one before
     ("--vae-tiling", {"memory": {"vae_tiling": True}}),
     (_STOCHASTIC, {"memory": {"master_weights": "bf16-stochastic"}}),
     ("--quantize nf4", {"memory": {"quantize": "nf4"}}),

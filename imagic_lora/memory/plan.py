@@ -13,14 +13,13 @@ from .symbolic.layers import LayerOptions, Layers
 from .symbolic.tape import Tape
 from .symbolic.unet import UNet
 from .symbolic.vae import vae_forward
+from .trained import trained
 
 _ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _CUDA_CONTEXT = 500 * 2**20  # bytes of a CUDA context and the kernels of its libraries, before any tensor exists
 _LIBRARIES = 700 * 2**20  # bytes of Python, PyTorch and diffusers in host memory
 _FRAGMENTATION = 0.05  # of everything but the weights, which are allocated once
 _ROUNDING = 8  # bytes an element: stochastic rounding updates bf16 weights on fp32 copies of weight and gradient
-_ADAM_STATES = 8  # bytes an element: two fp32 moments
-_LORA_ITEMSIZE = 4  # LoRA weights are fp32
 _STORED_EMBEDDINGS = 3  # target, optimised, unconditional; each stored in fp32
 
 
@@ -181,24 +180,19 @@ class _Planner:
         self.vae = self._vae_pass(decode=True)[0] + self._vae_pass(decode=False)[0]
         texts = architecture.text_encoders.items()
         self.encoders = self.vae + self.itemsize * sum(text_parameters(config, name == "text_encoder_2") for name, config in texts)
-        trained = self.unet.parameters if self.full else self.unet.lora
-        states_8bit = self.unet.states if self.full else self.unet.lora_states
-        self.states = states_8bit if assumed.optimizer == "adam8bit" else _ADAM_STATES * trained
+        self.trained = trained(architecture, run.tune.mode, self.unet, assumed.optimizer)
 
     def plan(self, stages: dict[str, Peak]) -> Plan:
         """The plan with these peaks."""
         embeddings = _STORED_EMBEDDINGS * 4 * sum(prod(shape) for shape in self.architecture.conditioning.values())
-        lora = _LORA_ITEMSIZE * self.unet.lora
-        stored = 2 * self.unet.parameters if self.full else lora  # a full adapter is stored in half precision
-        trained = self.unet.bytes if self.full else lora
         cuda = self.assumed.device == "cuda"
         return Plan(
             self.assumed,
             stages,
             context=_CUDA_CONTEXT if cuda else _LIBRARIES,
             host=_LIBRARIES + (self.unet.bytes + self.encoders if cuda else max(peak.total for peak in stages.values())),
-            adapter=stored + embeddings,
-            checkpoint=trained + self.states + embeddings,
+            adapter=self.trained.stored + embeddings,
+            checkpoint=self.trained.weights + self.trained.states + embeddings,
         )
 
     def stages(self) -> dict[str, Peak]:
@@ -206,24 +200,22 @@ class _Planner:
         run, unet = self.run, self.unet
         keeps_encoders = run.memory.idle == "keep"
         training = unet.bytes + (self.encoders if keeps_encoders else 0)
-        lora = 0 if self.full else _LORA_ITEMSIZE * unet.lora
-        sampling = training + lora + (0 if keeps_encoders else self.vae)
+        tuned = training + self.trained.added
+        sampling = tuned + (0 if keeps_encoders else self.vae)
         encoding = self.encoders + (0 if denoiser_waits_in_host_memory(run, self.assumed) else unet.bytes)
         batch = run.edit.batch_size * passes_per_step(self.architecture, run)
         return {
             "encode": Peak(encoding, 0, 0, self._vae_pass(decode=False)[1]),
             "embed": Peak(training, 0, 0, self._denoiser_pass(batch=run.embed.batch_size, trains="embed")[1]),
-            "tune": self._tune(training + lora),
+            **({"tune": self._tune(tuned)} if "tune" in run.stages else {}),
             "sample": Peak(sampling, 0, 0, self._denoiser_pass(tuned=True, batch=batch)[1]),
             "decode": Peak(sampling, 0, 0, self._vae_pass(decode=True, images=run.edit.batch_size)[1]),
         }
 
     def _tune(self, weights: int) -> Peak:
         held = self._denoiser_pass(tuned=True, batch=self.run.tune.batch_size, trains="tune")[1]
-        gradients = self.unet.bytes if self.full else _LORA_ITEMSIZE * self.unet.lora
-        if self.run.memory.optimizer_in_backward:
-            gradients = 0
-        return Peak(weights, gradients, self.states, max(held, gradients) - gradients)
+        gradients = 0 if self.run.memory.optimizer_in_backward else self.trained.weights
+        return Peak(weights, gradients, self.trained.states, max(held, gradients) - gradients)
 
     def _denoiser_pass(self, tuned: bool = False, batch: int = 1, trains: Literal["embed", "tune"] | None = None) -> tuple[Layers, int]:
         """Runs the symbolic denoiser once.
@@ -256,7 +248,7 @@ class _Planner:
         return counts, tape.counter.peak
 
     def _layer_options(self, tuned: bool, trains: Literal["embed", "tune"] | None, stochastic: bool) -> LayerOptions:
-        run, lora = self.run, tuned and not self.full
+        run, lora = self.run, tuned and self.run.tune.mode == "lora"
         return LayerOptions(
             itemsize=self.itemsize,
             weight_itemsize=4 if self.full and not stochastic else self.itemsize,

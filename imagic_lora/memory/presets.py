@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..bases.architecture import Architecture
-from ..core.config import Preset, RunConfig
+from ..core.config import Mode, Preset, RunConfig
 from ..core.errors import ImagicError
 from ..core.machine import bitsandbytes_error, find_card, free_host_memory
 from ..core.settings import Recipe, resolve
@@ -15,7 +15,6 @@ from .limits import gib, out_of_memory_error
 from .plan import Assumed, assume, predict
 from .symbolic.layers import NotPlanned
 
-STAGES = ("encode", "embed", "tune", "sample", "decode")
 _FASTEST_FIRST: tuple[Preset, ...] = ("24gb", "16gb", "12gb", "8gb")
 _SHARE = 0.9  # of the free memory that a plan may use
 
@@ -41,7 +40,7 @@ def choose_preset(
     flags: Mapping[str, Any],
     file: Mapping[str, Any],
     recipe: Recipe,
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] | None = None,
     levers: Levers = FIT_LEVERS,
     processes: tuple[int, int] = (1, 0),
 ) -> tuple[RunConfig, str]:
@@ -52,7 +51,7 @@ def choose_preset(
         flags: settings from the command line.
         file: settings from a YAML file.
         recipe: settings that the base recommends.
-        stages: the stages that have to fit.
+        stages: the stages that have to fit; None for all of the plan.
         levers: memory levers of the command, for the error message.
         processes: number of processes, and the index of this one's card. Several processes exclude presets with the optimizer inside the
             backward pass.
@@ -78,7 +77,7 @@ def choose_preset(
             plan = predict(architecture, run, assumed_for(run, card))
         except NotPlanned as error:
             return resolve(flags, file, recipe, "8gb"), f"the lowest peak, since the memory of {error.got} cannot be predicted"
-        stage = max(stages, key=plan.needs)
+        stage = max(stages or plan.stages, key=plan.needs)
         need = plan.needs(stage) - plan.context  # the free memory was read with the context in place
         if processes[0] > 1 and run.memory.optimizer_in_backward:
             continue
@@ -102,8 +101,10 @@ def choose_preset_for_edit(base: Callable[[], Architecture], adapter_run: RunCon
     Raises:
         ImagicError: as :func:`choose_preset`.
     """
-    recipe: Recipe = {"lora": {"resolution": adapter_run.resolution, "edit": adapter_run.edit.model_dump()}}
-    file = {"memory": {"quantize": adapter_run.memory.quantize}}
+    # an edit opens the base without master weights, so full weights take the memory of the base's own, and are planned as LoRA
+    mode: Mode = "embedding" if adapter_run.tune.mode == "embedding" else "lora"
+    recipe: Recipe = {mode: {"resolution": adapter_run.resolution, "edit": adapter_run.edit.model_dump()}}
+    file = {"tune": {"mode": mode}, "memory": {"quantize": adapter_run.memory.quantize}}
     return choose_preset(base, given, file, recipe, ("encode", "sample", "decode"), EDIT_LEVERS)[0]
 
 

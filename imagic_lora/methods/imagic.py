@@ -1,43 +1,37 @@
-"""Imagic (arXiv 2210.09276) as a method, in either mode and with any settings."""
+"""Imagic (arXiv 2210.09276) as a method, in any mode and with any settings."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
 from ..adapters.adapter import Adapter
-from ..adapters.contents import read_canvas, read_embeddings
 from ..adapters.store import Store
-from ..core.conditioning import interpolate, source_conditionings
-from ..core.config import RunConfig
+from ..core.config import EditConfig, RunConfig
 from ..photos.png import write_png
 from ..sampling.editor import Editor
-from ..sampling.generate import generate
 from ..training.fit import fit
 from ..training.stage import StepReport
 from .method import Context, Cost, CostMeter, EditRequest, EditResult, Method, metered
 
-ETAS = (-0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
-"""Offsets to the eta of the settings. The row ``NAME-best`` is chosen from the edits at these etas."""
-
 
 class Imagic(Method):
-    """Fits the photo and yields the edit at one eta, then the best of the edits at eight etas.
-
-    The best edit is chosen by :attr:`Context.best`, which uses neither the judge of the benchmark nor the true edit.
+    """Fits the photo, and yields one edit for each way to sample it.
 
     Args:
-        name: name of the method and of its row at the eta of the settings. The row of the best edit is ``NAME-best``.
+        name: name of the method, and of its row with the sampling settings of the run.
         config: settings of the run. The seed of the request replaces their seed.
-        embedding: whether to yield a row ``embedding-only`` as well: the same interpolated embedding on the untuned base.
+        others: other ways to sample the same fit: eta and settings of stage 3. Their rows are ``NAME-OTHER``.
     """
 
-    def __init__(self, name: str, config: RunConfig, embedding: bool = False) -> None:
-        self.name, self.config, self.embedding = name, config, embedding
-        self.rows = (name, f"{name}-best", *(("embedding-only",) if embedding else ()))
-        self.settings = config.model_dump(mode="json")
+    def __init__(self, name: str, config: RunConfig, others: Mapping[str, tuple[float, EditConfig]] | None = None) -> None:
+        self.name, self.config = name, config
+        self.ways = {name: (config.eta, config.edit)} | {f"{name}-{other}": way for other, way in (others or {}).items()}
+        self.rows = tuple(self.ways)
+        sampled = {row: {"eta": eta, "edit": edit.model_dump(mode="json")} for row, (eta, edit) in self.ways.items()}
+        self.settings = {"run": config.model_dump(mode="json"), "rows": sampled}
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         base, config = context.base, self.config.model_copy(update={"seed": request.seed})
@@ -45,28 +39,15 @@ class Imagic(Method):
             photo = Path(folder) / "photo.png"
             write_png(request.photo, photo, {})
             with metered(base) as meter:
-                adapter, costs = _run_fit(fit(photo, request.target_prompt, config, Store(Path(folder)), "case", base=base), meter)
-            trained = costs["tune"] + Cost(adapter=adapter.size)
-            with metered(base) as meter:
-                (single,) = editor.edit(adapter, [config.eta], [request.seed], config.edit)
-                yield EditResult(self.name, single.image, trained + meter.cost())
-            with metered(base) as meter:
-                etas = [min(max(config.eta + offset, 0.0), 2.0) for offset in ETAS]
-                images = [result.image for result in editor.edit(adapter, etas, [request.seed], config.edit)]
-                best = images[context.best(images, request.target_prompt, request.photo)]
-                yield EditResult(f"{self.name}-best", best, trained + meter.cost())
-            if self.embedding:
-                editor.close()
+                adapter, cost = _run_fit(fit(photo, request.target_prompt, config, Store(Path(folder)), "case", base=base), meter)
+            trained = cost + Cost(adapter=adapter.size)
+            for row, (eta, sampling) in self.ways.items():
                 with metered(base) as meter:
-                    stored = read_embeddings(adapter)
-                    embeddings = stored["target"], stored["optimised"]
-                    mixed = interpolate(*embeddings, config.eta)
-                    source = source_conditionings(*embeddings, [config.eta], config.edit.source_eta)
-                    (image,) = generate(base, [mixed], [request.seed], config.edit, read_canvas(adapter), stored.get("null"), source)
-                    yield EditResult("embedding-only", image, costs["embed"] + meter.cost())
+                    (result,) = editor.edit(adapter, [eta], [request.seed], sampling)
+                    yield EditResult(row, result.image, trained + meter.cost())
 
 
-def _run_fit(steps: Generator[StepReport, None, Adapter | None], meter: CostMeter) -> tuple[Adapter, dict[str, Cost]]:
+def _run_fit(steps: Generator[StepReport, None, Adapter | None], meter: CostMeter) -> tuple[Adapter, Cost]:
     """Runs a fit to its end.
 
     Args:
@@ -74,16 +55,15 @@ def _run_fit(steps: Generator[StepReport, None, Adapter | None], meter: CostMete
         meter: a meter on the denoiser of its base.
 
     Returns:
-        The adapter, and the cost from the start of the fit to the end of each stage, by the name of the stage. The cost of the preview is
-        not included.
+        The adapter, and the cost of its training. The cost of the preview is not included.
     """
-    costs: dict[str, Cost] = {}
+    cost = Cost()
     while True:
         try:
-            report = next(steps)
+            next(steps)
         except StopIteration as done:
             adapter = done.value
             break
-        costs[report.stage] = meter.cost()
+        cost = meter.cost()
     assert adapter is not None
-    return adapter, costs
+    return adapter, cost

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -73,12 +73,9 @@ class Context:
 
     Args:
         base: the loaded base, frozen.
-        best: returns the index of the best of several images for a target prompt and a photo. It uses neither the judge of the benchmark
-            nor the true edit.
     """
 
     base: Base
-    best: Callable[[Sequence[Image.Image], str, Image.Image], int]
 
 
 class Method(ABC):

@@ -12,8 +12,8 @@ from threading import Lock
 from PIL import Image
 
 from ..adapters.adapter import Adapter
-from ..adapters.contents import read_canvas, read_embeddings, read_layers
-from ..adapters.full import Weights, loaded_full
+from ..adapters.contents import StoredWeights, read_canvas, read_embeddings, read_weights
+from ..adapters.full import FullWeights, Weights, loaded_full
 from ..adapters.lora import LoraLayers, loaded_lora, swap_lora
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, interpolate, source_conditionings
@@ -39,13 +39,13 @@ class _CachedAdapter:
     """The cached content of an adapter.
 
     Args:
-        layers: the LoRA layers in host memory, or None for an adapter with full weights.
+        weights: LoRA layers in host memory, full weights on disk, or None for an adapter without weights.
         canvas: the photo that the adapter was trained on.
         embeddings: ``target``, ``optimised`` and, if the base has one, ``null``.
     """
 
     adapter: Adapter
-    layers: LoraLayers | None
+    weights: StoredWeights
     canvas: Canvas
     embeddings: dict[str, Conditioning]
 
@@ -128,7 +128,7 @@ class Editor:
         key = adapter.folder, adapter.record.model_dump_json()  # the record holds the hash of every file
         cached = self._cached.pop(key, None)
         if cached is None:
-            cached = _CachedAdapter(adapter, read_layers(adapter, self.base, self.force), read_canvas(adapter), read_embeddings(adapter))
+            cached = _CachedAdapter(adapter, read_weights(adapter, self.base, self.force), read_canvas(adapter), read_embeddings(adapter))
             adapter.check_unchanged()
         self._cached[key] = cached
         if len(self._cached) > CACHED:
@@ -141,7 +141,7 @@ class Editor:
             return
         self._loaded = None
         try:
-            if cached.layers is None or not swap_lora(self.base, cached.layers):
+            if not (isinstance(cached.weights, LoraLayers) and swap_lora(self.base, cached.weights)):
                 self._stack.close()
                 self._apply(cached)
         except BaseException:
@@ -150,8 +150,10 @@ class Editor:
         self._loaded = cached
 
     def _apply(self, cached: _CachedAdapter) -> None:
-        if cached.layers is not None:
-            self._stack.enter_context(loaded_lora(self.base, cached.layers))
-        else:
-            self._base_weights = self._stack.enter_context(loaded_full(self.base, cached.adapter.folder, self._base_weights))
-            cached.adapter.check_unchanged()
+        """Applies the weights of an adapter, if it has any, to a base without an adapter."""
+        match cached.weights:
+            case LoraLayers() as layers:
+                self._stack.enter_context(loaded_lora(self.base, layers))
+            case FullWeights(folder):
+                self._base_weights = self._stack.enter_context(loaded_full(self.base, folder, self._base_weights))
+                cached.adapter.check_unchanged()

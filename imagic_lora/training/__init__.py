@@ -1,4 +1,4 @@
-"""Stages 1 and 2: from a photo and a target prompt to a stored adapter.
+"""Stages 1 and 2, or stage 1 alone in mode embedding: from a photo and a target prompt to a stored adapter.
 
 May import: core, photos, bases, memory, adapters, sampling (for the preview). Must not know: methods, benchmarks, commands.
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
-from torch.nn import Parameter
-
 from ..adapters.adapter import Adapter
-from ..adapters.atomic import writable
-from ..adapters.full import check_master_weights, unfrozen
-from ..adapters.lora import attached
+from ..adapters.full import check_master_weights
+from ..adapters.modes import MODES
 from ..adapters.store import Store
+from ..adapters.writing import writable
 from ..bases.base import Base
 from ..bases.loading.registry import architecture_of, load_base
 from ..core.config import RunConfig
-from ..core.errors import ImagicError, Stopped
+from ..core.errors import ImagicError, ImagicWarning, Stopped
 from ..core.noise import key
 from ..core.runtime import Processes, Runtime, free_memory, reset_peak_memory, resolve_runtime
 from ..memory.limits import check_disk, check_memory
@@ -27,7 +26,7 @@ from ..sampling.checks import check_prompt, check_strength
 from .checkpoints import START_OVER, Checkpoint, Checkpoints
 from .embed import embed_stage, optimised
 from .optimizers import check_single_process
-from .run import Run, encode_run
+from .run import encode_run
 from .saving import ResumableStages
 from .stage import StepReport
 from .tune import tune_stage
@@ -47,7 +46,7 @@ def open_base(config: RunConfig, runtime: Runtime | None = None) -> Base:
     """
     runtime = runtime or resolve_runtime(config.memory)
     check_memory(architecture_of(config.base, config.revision), config, free_memory(runtime.device), assumed_from(runtime))
-    return load_base(config.base, runtime, config.revision, master_weights=config.tune.mode == "full")
+    return load_base(config.base, runtime, config.revision, master_weights=MODES[config.tune.mode].in_base)
 
 
 def fit(
@@ -63,7 +62,7 @@ def fit(
     stop: Callable[[], bool] = lambda: False,
     processes: Processes | None = None,
 ) -> Generator[StepReport, None, Adapter | None]:
-    """Runs both training stages, renders a preview, and stores the adapter (Imagic, arXiv 2210.09276).
+    """Runs the training stages, renders a preview, and stores the adapter (Imagic, arXiv 2210.09276). Mode embedding has no stage 2.
 
     A generator that :func:`result` runs to its end. It saves checkpoints regularly, at the end of each stage, when ``stop`` returns True
     and when it is closed. If the preview does not fit the memory, the adapter is stored without one, with a warning.
@@ -107,8 +106,10 @@ def fit(
         stages = ResumableStages(run, saved, stop)
         adapter = yield from _train_and_store(stages, checkpoint, store, name, overwrite, restore=base is not None)
         if processes.main:
-            with suppress(OSError):  # remaining checkpoints are harmless
+            try:
                 saved.clear()
+            except (OSError, ImagicError) as error:  # the adapter is stored
+                warnings.warn(f"the checkpoints of {name} remain: {error}", ImagicWarning, stacklevel=2)
     return adapter
 
 
@@ -120,7 +121,7 @@ def _open_checked(base: Base | None, config: RunConfig, processes: Processes, st
         config = config.model_copy(update={"memory": base.runtime.memory})
     if config.memory.optimizer_in_backward:
         check_single_process(processes)
-    if config.tune.mode == "full":
+    if MODES[config.tune.mode].in_base:
         check_master_weights(base)
     if processes.main:
         check_disk(base.architecture, config, assumed_from(base.runtime), store.root, saved.size)
@@ -131,7 +132,7 @@ def _open_checked(base: Base | None, config: RunConfig, processes: Processes, st
 def _train_and_store(
     stages: ResumableStages, checkpoint: Checkpoint | None, store: Store, name: str, overwrite: bool, restore: bool
 ) -> Generator[StepReport, None, Adapter | None]:
-    """Runs both stages, resuming from the checkpoint if there is one; the main process renders the preview and stores the adapter."""
+    """Runs the stages, resuming from the checkpoint if there is one; the main process renders the preview and stores the adapter."""
     run = stages.run
     base, config, processes = run.base, run.config, run.processes
     e_opt, start = stages.resume(checkpoint) if checkpoint else (None, 0)
@@ -140,11 +141,12 @@ def _train_and_store(
         yield from stages.run_stage(embed, start, checkpoint)
         e_opt, start, checkpoint = optimised(embed), 0, None
         del embed
-    with _trainables(run, restore) as parameters:
-        tune = tune_stage(base, run.latents, e_opt, parameters, config.tune, config.seed, processes)
-        optimised_tensors = {f"optimised/{name}": value for name, value in e_opt.tensors().items()}
-        yield from stages.run_stage(tune, start, checkpoint, optimised_tensors)
-        del tune, checkpoint  # frees the optimizer states before the preview needs memory
+    with MODES[config.tune.mode].trainables(base, config.tune, key(config.seed, "lora"), restore) as parameters:
+        if "tune" in config.stages:
+            tune = tune_stage(base, run.latents, e_opt, parameters, config.tune, config.seed, processes)
+            optimised_tensors = {f"optimised/{name}": value for name, value in e_opt.tensors().items()}
+            yield from stages.run_stage(tune, start, checkpoint, optimised_tensors)
+            del tune, checkpoint  # frees the optimizer states before the preview needs memory
         if not processes.main:
             return None
         with _stop_during_sampling(base, stages.stop, stages.saved_message):
@@ -167,12 +169,6 @@ def _checkpoint_to_resume(saved: Checkpoints, name: str, processes: Processes) -
     if saved.any():
         raise ImagicError(f"there is no intact checkpoint of {name} to resume", "at least one intact checkpoint", START_OVER)
     raise ImagicError(f"there is no checkpoint of {name} to resume", "an interrupted fit", "leave out --resume to start a new fit")
-
-
-def _trainables(run: Run, restore: bool) -> AbstractContextManager[dict[str, Parameter]]:
-    if run.config.tune.mode == "full":
-        return unfrozen(run.base, restore)
-    return attached(run.base, run.config.tune, key(run.config.seed, "lora"))
 
 
 @contextmanager

@@ -16,8 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module, Parameter
 from transformers import CLIPTextConfig
 
-from ..adapters.full import unfrozen
-from ..adapters.lora import attached
+from ..adapters.modes import MODES
 from ..bases.architecture import Architecture
 from ..bases.families.sd import TOKENIZERS, StableDiffusion, vae_dtype
 from ..bases.loading.components import TEXT_ENCODERS
@@ -100,7 +99,7 @@ def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) ->
         run: settings of the run.
         runtime: device and precision of the base.
     """
-    fp32_weights = run.tune.mode == "full" and run.memory.master_weights == "fp32"
+    fp32_weights = MODES[run.tune.mode].in_base and run.memory.master_weights == "fp32"
 
     def load(name: str) -> Any:
         with _default_dtype(vae_dtype(architecture, runtime.dtype) if name == "vae" else runtime.dtype):
@@ -150,10 +149,11 @@ def _stages(base: StableDiffusion, run: RunConfig, tracker: Tracker) -> Iterator
     stage = embed_stage(base, latents, conditioning, _two_steps(run.embed), 0, Processes())
     yield "embed", _training_peak(stage, tracker)
     del stage
-    with attached(base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(base, restore=False) as trainables:
-        stage = tune_stage(base, latents, conditioning, trainables, _two_steps(run.tune), 0, Processes())
-        yield "tune", _training_peak(stage, tracker)
-        del stage
+    with MODES[run.tune.mode].trainables(base, run.tune, 0, False) as trainables:
+        if "tune" in run.stages:
+            stage = tune_stage(base, latents, conditioning, trainables, _two_steps(run.tune), 0, Processes())
+            yield "tune", _training_peak(stage, tracker)
+            del stage
         yield from _sampling_peaks(base, run, latents, conditioning, tracker)
 
 

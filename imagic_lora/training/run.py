@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..adapters.atomic import AtomicWriter
 from ..adapters.card import card
-from ..adapters.contents import save_embeddings, weights_record
-from ..adapters.full import save_full
-from ..adapters.lora import save_lora
+from ..adapters.contents import record_parts, save_embeddings
+from ..adapters.modes import MODES
 from ..adapters.record import CARD, PREVIEW, SOURCE, STEPS, BaseRecord, Record, SourceRecord
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, interpolate, source_conditionings
@@ -119,8 +118,7 @@ class Run:
             e_opt: the optimised embedding.
             preview: the preview sheet.
         """
-        save_weights = save_full if self.config.tune.mode == "full" else save_lora
-        save_weights(self.base, writer)
+        MODES[self.config.tune.mode].save(self.base, writer)
         embeddings = {"target": self.target, "optimised": e_opt}
         save_embeddings(writer, embeddings if self.null is None else {**embeddings, "null": self.null})
         writer.write(SOURCE, [png(to_image(self.canvas.pixels[0]), {})])
@@ -144,7 +142,7 @@ class Run:
             name=name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             base=BaseRecord(name=base.name, revision=base.revision, fingerprint=base.fingerprint),
-            parts=[weights_record(base, config.tune.mode)],
+            parts=record_parts(base, config.tune.mode),
             prompt=self.prompt,
             config=config,
             source=SourceRecord(sha256=self.photo.sha256, size=self.canvas.size, box=self.canvas.box),

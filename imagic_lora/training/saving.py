@@ -115,6 +115,8 @@ class ResumableStages:
         """Raises ImagicError if a checkpoint, or the latents in it, belong to another run."""
         run, record = self.run, checkpoint.record
         mismatches = differences(record.inputs, run.inputs(record.stage, finished=record.step == record.steps))
+        if record.stage not in run.config.stages:
+            mismatches = [f"it was in stage {record.stage}, which --mode {run.config.tune.mode} does not have"]
         if not mismatches and not self._has_expected_tensors(checkpoint):
             mismatches = ["the checkpoint holds other tensors than this run saves"]
         if not mismatches and (latents - run.latents).norm() > _LATENTS_TOLERANCE * latents.norm():

@@ -20,7 +20,7 @@ from imagic_lora.adapters.atomic import atomic_folder, read_manifest
 from imagic_lora.adapters.contents import applied, check_base, read_canvas, read_embeddings, save_embeddings
 from imagic_lora.adapters.full import WEIGHTS
 from imagic_lora.adapters.lora import LORA_FILE
-from imagic_lora.adapters.record import EMBEDDINGS, RECORD, SOURCE, BaseRecord, Record, SourceRecord, WeightsRecord
+from imagic_lora.adapters.record import CARD, EMBEDDINGS, RECORD, SOURCE, BaseRecord, Record, SourceRecord, WeightsRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.core.conditioning import Conditioning
@@ -148,17 +148,30 @@ def test_size_counts_weights_and_embeddings(fitted: Callable[..., Adapter], mode
 def test_an_adapter_holds_no_pickle(fitted: Callable[..., Adapter], mode: Mode) -> None:
     """Only formats that cannot run code, and every one as the design lists it."""
     files = {path.relative_to(fitted(mode).folder).as_posix() for path in fitted(mode).folder.rglob("*") if path.is_file()}
-    lora, full = {"pytorch_lora_weights.safetensors"}, {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    own: dict[Mode, set[str]] = {
+        "lora": {"pytorch_lora_weights.safetensors"},
+        "full": {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"},
+        "embedding": set(),
+    }
     common = {"adapter.json", "embeddings.safetensors", "source.png", "preview.png", "steps.jsonl", "README.md"}
-    assert files == common | (lora if mode == "lora" else full)
+    assert files == common | own[mode]
+
+
+@each("mode", MODES)
+def test_the_card_says_what_loads_the_weights(fitted: Callable[..., Adapter], mode: Mode) -> None:
+    """Its own class or call of diffusers, or that there are none."""
+    words: dict[Mode, str] = {"lora": "load_lora_weights", "full": "from_pretrained", "embedding": "There are no weights"}
+    card = (fitted(mode).folder / CARD).read_text()
+    assert f"mode {mode}," in card
+    assert [name for name, word in words.items() if word in card] == [mode]
 
 
 @each("mode", MODES)
 def test_an_applied_adapter_is_removed(base: Base, fitted: Callable[..., Adapter], mode: Mode) -> None:
-    """The output differs while it is applied, and is bit-equal afterwards."""
+    """The output differs while it is applied, but in mode embedding, and is bit-equal afterwards."""
     before = output(base)
     with applied(fitted(mode), base):
-        assert not torch.equal(output(base), before)
+        assert torch.equal(output(base), before) == (mode == "embedding")
     assert torch.equal(output(base), before)
 
 
@@ -313,6 +326,12 @@ PARTS: dict[str, list[WeightsRecord]] = {
 def test_weights_under_other_names_are_refused(forge: Forge, refused: Callable[[Adapter, str], None], parts: list[WeightsRecord]) -> None:
     """Each mode has its own, and no others."""
     refused(forge(parts=parts), "lists unexpected weight files")
+
+
+@each("parts", [[LORA_PART], [FULL_PART]])
+def test_weights_in_mode_embedding_are_refused(forge: Forge, refused: Callable[[Adapter, str], None], parts: list[WeightsRecord]) -> None:
+    """Nobody would load them."""
+    refused(forge("embedding", parts=parts), "lists unexpected weight files")
 
 
 def test_full_weights_are_not_applied_to_a_quantised_base(wide: Path, fitted: Callable[..., Adapter], forge: Forge) -> None:

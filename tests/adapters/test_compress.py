@@ -265,8 +265,9 @@ def test_a_rank_out_of_range_is_refused(folder: Path, fitted: Fitted, tmp_path: 
 
 
 def test_there_must_be_something_to_compress(folder: Path, fitted: Fitted, tmp_path: Path) -> None:
-    """A LoRA adapter is small already."""
+    """A LoRA adapter is small already, and one of mode embedding has no weights."""
     refused(fitted("lora"), opened(folder), 2, Store(tmp_path), "small", "is already a LoRA adapter of rank 4")
+    refused(fitted("embedding"), opened(folder), 2, Store(tmp_path), "small", "is of mode embedding and holds no weights")
 
 
 def test_an_adapter_of_another_base_is_refused(fitted: Fitted, tmp_path: Path) -> None:

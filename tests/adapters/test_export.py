@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import MODES, PROMPT, each, opened, output, tiny_config
+from common import PROMPT, TUNED, each, opened, output, tiny_config
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers, _maybe_map_sgm_blocks_to_diffusers
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
@@ -45,7 +45,7 @@ def xl(photo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     """A tiny SDXL base, and an adapter of each mode that was fitted on it."""
     root = tmp_path_factory.mktemp("xl")
     folder, made = save_tiny_sdxl(root / "base"), {}
-    for mode in MODES:
+    for mode in TUNED:
         made[mode] = result(fit(photo_file, PROMPT, tiny_config(folder, mode), Store(root), mode))
     return folder, made
 
@@ -136,7 +136,7 @@ def test_diffusers_reads_sdxl_s_names_back(xl: tuple[Path, dict[Mode, Adapter]],
     assert (bare - expected).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", TUNED)
 def test_diffusers_reads_its_own_layout(folder: Path, fitted: Fitted, tmp_path: Path, mode: Mode) -> None:
     """By the call that the page names: the very output of the adapter."""
     base, adapter = opened(folder), fitted(mode)
@@ -150,6 +150,18 @@ def test_diffusers_reads_its_own_layout(folder: Path, fitted: Fitted, tmp_path: 
     else:
         base._unet = UNet2DConditionModel.from_pretrained(made)  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.equal(output(base), expected)
+
+
+def test_an_adapter_without_weights_is_its_embeddings_and_a_page(fitted: Fitted, tmp_path: Path) -> None:
+    """In a folder for diffusers, which holds nothing else; the page does not speak of weights that are to be loaded."""
+    adapter = fitted("embedding")
+    embeddings, page = export(adapter, "diffusers", tmp_path)
+    assert sorted((tmp_path / adapter.name).iterdir()) == sorted([embeddings, page])
+    assert embeddings.read_bytes() == (adapter.folder / EMBEDDINGS).read_bytes()
+    text = page.read_text()
+    assert "There are none. The edit uses the denoiser of the base" in text
+    assert f"The embeddings in `{EMBEDDINGS}` are the whole edit." in text
+    assert not [word for word in ("load_lora_weights", "from_pretrained", "other half", "accepts no embeddings") if word in text]
 
 
 # Names
@@ -332,6 +344,23 @@ def test_files_are_replaced_only_if_asked_for(fitted: Fitted, tmp_path: Path, ki
     assert listing(tmp_path) == expected | {other: b"mine too"}
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(fitted: Fitted, tmp_path: Path) -> None:
+    """A folder in place of the second file: the first one is not replaced."""
+    adapter = fitted("lora")
+    weights, embeddings, _ = export(adapter, "kohya", tmp_path)
+    weights.write_bytes(b"old")
+    embeddings.unlink()
+    embeddings.mkdir()
+    with pytest.raises(ImagicError, match="is not a file"):
+        export(adapter, "kohya", tmp_path, overwrite=True)
+    assert weights.read_bytes() == b"old"
+    full = fitted("full")
+    (tmp_path / full.name).mkdir()
+    (tmp_path / full.name / "unet").touch()
+    with pytest.raises(ImagicError, match="unet is not a folder"):
+        export(full, "diffusers", tmp_path)
+
+
 @each("kind", KINDS)
 @each("broken", [1, 2, 3])
 def test_a_full_disk_leaves_what_was_there(
@@ -368,12 +397,18 @@ def _without(end: str) -> Callable[[dict[str, Tensor]], Any]:
     return lambda tensors: tensors.pop(next(name for name in tensors if name.endswith(end)))
 
 
+def _twin(tensors: dict[str, Tensor]) -> None:
+    """Adds a layer whose name differs in a dot only, which kohya's layout writes as an underscore."""
+    tensors.update({name.replace("conv_in", "conv.in"): value.clone() for name, value in tensors.items() if "conv_in" in name})
+
+
 SPOILED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "no first matrix": _without("lora_A.weight"),
     "no second matrix": _without("lora_B.weight"),
     "another rank": lambda tensors: tensors.update({name: value[:2] for name, value in tensors.items() if "lora_A" in name}),
     "another tensor": lambda tensors: tensors.update({"unet.conv_in.magnitude": torch.zeros(1)}),
     "another part": lambda tensors: tensors.update({"text_encoder.x.lora_A.weight": torch.zeros(4, 1)}),
+    "two layers of one name": _twin,
     "a number": lambda tensors: tensors.update({"unet.x.lora_A.weight": torch.tensor(1.0), "unet.x.lora_B.weight": torch.tensor(1.0)}),
 }
 
@@ -409,7 +444,10 @@ def test_the_command_says_what_it_wrote(
     assert f"there/{adapter.name}.safetensors" in "".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize(("mode", "kind", "match"), [("full", "kohya", "imagic-lora compress"), ("lora", "pickle", "pickle")])
+@pytest.mark.parametrize(
+    ("mode", "kind", "match"),
+    [("full", "kohya", "imagic-lora compress"), ("embedding", "kohya", "holds no weights (mode embedding)"), ("lora", "pickle", "pickle")],
+)
 def test_the_command_refuses_with_exit_code_2(
     fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: Mode, kind: str, match: str
 ) -> None:

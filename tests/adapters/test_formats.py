@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common import MODES, array, tiny_config
+from common import TUNED, array, tiny_config
 from PIL import Image
 from tiny import save_tiny
 
@@ -44,7 +44,7 @@ def test_the_store_lists_adapters_of_version_0_1() -> None:
     assert Store(FIXTURES).names() == ["full-0.1", "lora-0.1"]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", TUNED)
 def test_a_record_of_version_0_1_keeps_its_fields(mode: Mode) -> None:
     """Every hash matches; the parsed record, written as JSON again, has the keys and values of the file."""
     adapter = Store(FIXTURES).read(f"{mode}-0.1", verify=True)
@@ -59,7 +59,7 @@ def test_a_record_of_version_0_1_keeps_its_fields(mode: Mode) -> None:
     assert {*record.losses} == {*record.seconds} == {"embed", "tune"}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", TUNED)
 def test_the_files_of_version_0_1_are_read(mode: Mode) -> None:
     """Three embeddings of the tiny base, and the photo on its canvas."""
     adapter = Store(FIXTURES).read(f"{mode}-0.1")
@@ -71,7 +71,7 @@ def test_the_files_of_version_0_1_are_read(mode: Mode) -> None:
     assert tuple(canvas.pixels.shape) == (1, 3, 24, 32)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", TUNED)
 def test_an_adapter_of_version_0_1_gives_the_same_images(base: Base, mode: Mode) -> None:
     """At eta 0 and 0.7, to rounding; the images of the two etas differ by more."""
     adapter = Store(FIXTURES).read(f"{mode}-0.1")

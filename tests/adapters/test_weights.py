@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import MODES, opened, output, same, weights
+from common import TUNED, opened, output, same, weights
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -171,7 +171,7 @@ def test_weights_that_need_not_be_restored_stay_as_they_were_trained(folder: Pat
     assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", TUNED)
 @pytest.mark.parametrize("error", [False, True])
 def test_stored_weights_leave_no_trace(folder: Path, fitted: Callable[..., Adapter], mode: Mode, error: bool) -> None:
     """A loaded adapter changes the output; afterwards, also after an exception, names, values and output are as before."""

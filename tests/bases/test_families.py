@@ -1,4 +1,4 @@
-"""Every family and every kind of file: fit and edit in both modes, and plain diffusers makes the same picture from what was stored."""
+"""Every family and every kind of file: fit and edit in every mode, and plain diffusers makes the same picture from what was stored."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def fit_on(place: Place, photo_file: Path, tmp_path_factory: pytest.TempPathFact
     return make
 
 
-@pytest.mark.parametrize(("family", "mode"), [*((family, "lora") for family in BASES), ("sd2", "full"), ("sdxl", "full")])
+@pytest.mark.parametrize(
+    ("family", "mode"), [*((family, "lora") for family in BASES), ("sd2", "full"), ("sdxl", "full"), ("sdxl", "embedding")]
+)
 def test_plain_diffusers_makes_the_same_picture(place: Place, fit_on: Fit, family: str, mode: Mode) -> None:
     """To 1 of 255, from the adapter's files alone."""
     adapter, config = fit_on(family, mode), EditConfig(steps=4, guidance_scale=3.0)

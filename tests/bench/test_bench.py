@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -36,7 +37,8 @@ from imagic_lora.bench.summary import bootstrapped, summarise
 from imagic_lora.cli import app as cli
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import RECIPES, read_yaml, resolve
+from imagic_lora.core.settings import RECIPES, resolve
+from imagic_lora.core.yaml_files import read_yaml
 from imagic_lora.critters import ATTRIBUTES, backdrop, render
 from imagic_lora.critters.judge import Judge, Reading
 from imagic_lora.critters.scene import IDENTITY, Scene
@@ -332,10 +334,10 @@ class Copier(Method):
 
 
 @pytest.fixture
-def cheap(monkeypatch: pytest.MonkeyPatch, scorer: Scorer, clip: CritterAlignment) -> None:
+def cheap(monkeypatch: pytest.MonkeyPatch, scorer: Scorer) -> None:
     """No base is loaded: these methods need none."""
     nothing: Any = None
-    monkeypatch.setattr(critters, "_context", lambda: (Context(nothing, clip.best), scorer))
+    monkeypatch.setattr(critters, "_context", lambda folder: (Context(nothing), scorer))
 
 
 @pytest.fixture
@@ -355,6 +357,34 @@ def test_a_result_without_its_picture_is_made_again(painter: Painter, tmp_path: 
     (bench.folder(0) / "bright.png").unlink()
     list(bench.results())
     assert (bench.folder(0) / "bright.png").is_file()
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("row", ["copied", "Bright", "source"])
+def test_two_rows_never_share_a_picture(row: str, painter: Painter, tmp_path: Path) -> None:
+    """Nor one of the photo, also on a file system that does not tell upper from lower case."""
+
+    class Other(Copier):
+        name, rows = "other", (row,)
+
+    with pytest.raises(ImagicError, match=f"2 rows of the benchmark have the name {row.lower()}"):
+        list(Bench(5, 1, [painter, Copier(), Other()], tmp_path / "out").results())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(painter: Painter, tmp_path: Path) -> None:
+    """In a case of an earlier run, or in place of the folder of the cases."""
+    bench = Bench(5, 2, [painter], tmp_path / "out")
+    (bench.folder(1) / "bright.png").mkdir(parents=True)
+    with pytest.raises(ImagicError, match=r"bright\.png is not a file"):
+        list(bench.results())
+    assert not bench.folder(0).exists()
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cases").touch()
+    with pytest.raises(ImagicError, match="cases cannot be written to"):
+        list(bench.results())
 
 
 @pytest.mark.usefixtures("cheap")
@@ -412,7 +442,7 @@ def test_what_a_result_depends_on_makes_it_run_again(
     if change == "rows":
         monkeypatch.setattr(Painter, "rows", ("bright", "plain"))
     if change == "weights":
-        monkeypatch.setattr(critters, "_weights", lambda: "other")
+        monkeypatch.setattr(critters, "_weights", lambda folder: "other")
     if change == "limit":
         monkeypatch.setattr(critters, "IDENTITY_LIMIT", IDENTITY_LIMIT + 0.01)
     changed = Painter(painter.log, levels)
@@ -529,7 +559,7 @@ def test_means_are_those_of_the_cases() -> None:
     summary = table({"one": list(zip([YES, NO, HALF, YES], costs, strict=True))})
     assert {"seed": 3, "cases": 4, "failed": 0, "errors": []}.items() <= summary.items()
     found = summary["methods"]["one"]
-    means = {name: value["mean"] for name, value in found.items() if name not in ("failed", "kinds", "cost")}
+    means = {name: value["mean"] for name, value in found.items() if name not in ("failed", "kinds", "curve", "cost")}
     expected = {"success": 0.5, "attributes": 0.75, "aligned": 0.75, "kept": 0.5, "identity": 0.4, "background": 6.0}
     assert means == pytest.approx(expected | {"psnr": 16.25, "ssim": 0.4375, "clip": 0.175})
     assert found["cost"] == {"forward": 10, "backward": 2, "evaluations": 12, "seconds": 3, "adapter_bytes": 200}
@@ -586,6 +616,17 @@ def test_a_failure_is_no_success() -> None:
     assert all(set(error) == {"case", "method", "error"} for error in summary["errors"])
 
 
+def test_the_curve_is_the_success_at_each_limit() -> None:
+    """It never falls, has the interval of a share, and is the strict figure at the limit of the benchmark; a failure stays one."""
+    scores = [worth(identity=0.22), worth(True, ["identity"], identity=0.55), worth(True, ["facing"], identity=None)]
+    scores += [worth(True, ["place"], identity=0.1), worth(False, identity=0.1)]
+    found = table({"one": [*((score, Cost()) for score in scores), None]})["methods"]["one"]
+    curve = {point["limit"]: point for point in found["curve"]}
+    assert [curve[limit]["mean"] for limit in (0.2, 0.25, 0.5, 0.6, 1.5)] == pytest.approx([0, 1 / 6, 1 / 6, 2 / 6, 2 / 6])
+    assert curve[IDENTITY_LIMIT]["mean"] == found["success"]["mean"] == pytest.approx(1 / 6)
+    assert curve[0.6]["low"] < curve[0.6]["mean"] < curve[0.6]["high"]
+
+
 def test_kinds_partition_the_cases() -> None:
     """The mean over all is that over the kinds by their numbers of cases, and each is that of its own cases."""
     scores = [random.Random(7 * case).choice([YES, NO, HALF]) for case in range(24)]
@@ -613,6 +654,7 @@ def test_ours_is_compared_case_by_case() -> None:
     assert "against" not in summary["imagic-lora"]
     against = summary["other"]["against"]
     assert against["success"]["mean"] == pytest.approx(0.6)
+    assert against["psnr"]["mean"] == pytest.approx((10 + 0 + 0 + 5) / 4)
     assert against["evaluations"] == pytest.approx((2 + 4 + 1 + 5) / 4)
     assert against["seconds"] == pytest.approx(2.5)
 
@@ -656,8 +698,8 @@ def test_a_summary_is_json() -> None:
 def test_tables_show_the_summary() -> None:
     """Shares in percent with their interval, costs, and a dash where there is nothing."""
     made = table({"imagic-lora": [(YES, Cost(1500, 500, 2.0, 870_000))] * 4, "broken": [None] * 4})
-    main, kinds, distances, costs, against = tables(made).values()
-    for cells in (main, kinds, distances, costs, against):
+    main, kinds, curves, distances, costs, against = tables(made).values()
+    for cells in (main, kinds, curves, distances, costs, against):
         assert {len(row) for row in cells.rows} == {len(cells.columns)}
     assert [list(row) for row in main.rows] == [["imagic-lora", *["100"] * 4], ["broken", *["0"] * 4]]
     assert list(distances.rows[0]) == ["imagic-lora", "0.20", "5.0", "20.0", "0.500", "0.100"]
@@ -665,7 +707,8 @@ def test_tables_show_the_summary() -> None:
     assert list(costs.rows[0]) == ["imagic-lora", "1,500", "500", "2,000", "2.0", "0.87"]
     assert list(costs.rows[1]) == ["broken", "-", "-", "-", "-", "-"]
     assert dict(zip(kinds.columns, kinds.rows[0], strict=True))["animal"] == "-"
-    assert [list(row) for row in against.rows] == [["broken", "+100", "+100", "-", "-"]]
+    assert [list(row) for row in against.rows] == [["broken", "+100", "+100", "-", "-", "-"]]
+    assert [list(row) for row in curves.rows] == [["imagic-lora", *["100"] * 10], ["broken", *["0"] * 10]]
 
 
 def test_a_share_has_its_interval() -> None:
@@ -743,6 +786,15 @@ def test_the_page_loads_and_runs_nothing(written: tuple[Bench, str]) -> None:
     assert not re.search(r"https?:|url\(|@import", html)
 
 
+def test_the_page_plots_the_curve_of_every_row(written: tuple[Bench, str]) -> None:
+    """One line a row from the left edge to the right, at the height of its success."""
+    lines = re.findall(r'<polyline points="([^"]+)"', written[1])
+    ends = [[tuple(float(part) for part in point.split(",")) for point in line.split()] for line in lines]
+    width, height = page.PLOT
+    assert [(line[0][0], line[-1][0]) for line in ends] == [(0, width)] * 2
+    assert [[y for _, y in line] for line in ends] == [[height] * 10, [height / 2] * 10]
+
+
 def test_every_picture_is_on_the_page_with_its_frame(written: tuple[Bench, str]) -> None:
     """The photo, the true edit and one for each row that did not fail, bit for bit, with a frame in the colour of its score."""
     bench, html = written
@@ -768,12 +820,23 @@ SHIPPED = [name for name in CATALOGUE if name != "reference-retuned"]
 
 def test_the_catalogue_has_these_methods() -> None:
     """Each under its own name, no two with a row in common, their settings JSON."""
-    assert list(CATALOGUE) == ["bounds", "prompt-only", "sdedit", "imagic-lora", "imagic-full", "reference", "reference-retuned"]
+    assert list(CATALOGUE) == [
+        "bounds",
+        "prompt-only",
+        "sdedit",
+        "imagic-lora",
+        "imagic-full",
+        "embedding-only",
+        "reference",
+        "reference-retuned",
+    ]
     methods = chosen(",".join(SHIPPED))
     assert [method.name for method in methods] == SHIPPED
     rows = [row for method in methods for row in method.rows]
     assert len(rows) == len(set(rows))
-    assert {"copy", "oracle", "prompt-only", "sdedit-0.5", "sdedit-0.9", "imagic-lora", "imagic-lora-best", "embedding-only"} < set(rows)
+    assert {"copy", "oracle", "prompt-only", "sdedit-0.5", "sdedit-0.9", "imagic-lora", "imagic-lora-noise", "embedding-only-image"} < set(
+        rows
+    )
     json.dumps([method.settings for method in methods], allow_nan=False)
 
 
@@ -940,10 +1003,10 @@ def test_edits_really_happen(tmp_path: Path) -> None:
 def test_a_narrow_terminal_loses_no_figure() -> None:
     """At 80 columns the longest intervals go on in a second line, the names of methods stay whole."""
     wide = ["+100 [+100 to +100]"] * 4
-    cells = Table(("method", "success, ahead by", "attributes, ahead by", "evals, times", "s, times"), [["reference-retuned-best", *wide]])
+    cells = Table(("method", "success, ahead by", "attributes, ahead by", "evals, times", "s, times"), [["embedding-only-inverted", *wide]])
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(benching._table("Each against each", cells))
     shown = console.export_text()
     assert "…" not in shown
-    assert "reference-retuned-best" in shown
+    assert "embedding-only-inverted" in shown
     assert shown.count("+100") == 12

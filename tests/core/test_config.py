@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from common import each
+from common import MODES, each
 from pydantic import BaseModel, ValidationError
 
-from imagic_lora.core.config import Preset, RunConfig
+from imagic_lora.cli.app import app
+from imagic_lora.core.config import Preset, RunConfig, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import PRESETS, RECIPES, merged, read_yaml, recipe_of, resolve
+from imagic_lora.core.settings import PRESETS, RECIPES, merged, read_settings, recipe_of, resolve
+from imagic_lora.core.yaml_files import read_yaml
 
 Leaf = tuple[str, ...]
 LEVELS = ("recipe", "preset", "file", "flags")
@@ -74,12 +76,12 @@ Resolved = Callable[..., RunConfig]
 
 @pytest.fixture
 def resolved(monkeypatch: pytest.MonkeyPatch) -> Resolved:
-    """Resolves a run whose recipe and preset are the same in both modes; its preset is 16gb where the preset level is given."""
+    """Resolves a run whose recipe and preset are the same in all modes; its preset is 16gb where the preset level is given."""
 
     def run(recipe: Any = (), preset: Any = None, file: Any = (), flags: Any = ()) -> RunConfig:
         for name in PRESETS:
-            monkeypatch.setitem(PRESETS, name, {"lora": dict(preset or {}), "full": dict(preset or {})})
-        return resolve(dict(flags), dict(file), {"lora": dict(recipe), "full": dict(recipe)}, "16gb" if preset else None)
+            monkeypatch.setitem(PRESETS, name, {mode: dict(preset or {}) for mode in MODES})
+        return resolve(dict(flags), dict(file), {mode: dict(recipe) for mode in MODES}, "16gb" if preset else None)
 
     return run
 
@@ -112,32 +114,32 @@ def test_a_higher_level_beats_a_lower_one(path: Leaf, explicit: int, higher: str
 
 
 @each("level", ["file", "flags"])
-@each("mode", ["lora", "full"])
-@each("halved", ["recipe", "preset"])
-def test_the_mode_chooses_its_half(halved: str, level: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@each("mode", MODES)
+@each("divided", ["recipe", "preset"])
+def test_the_mode_chooses_its_part(divided: str, level: str, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """File and flags can both ask for a mode, and get what recipe and preset have for it."""
     given: dict[str, Any] = {"file": {}, "flags": {}, "recipe": {}} | {level: {"tune": {"mode": mode}}}
-    halves: Any = {"lora": {"tune": {"steps": 11}}, "full": {"tune": {"steps": 22}}}
-    if halved == "recipe":
-        given["recipe"] = halves
+    parts: Any = {mode: {"embed": {"steps": 11 + k}} for k, mode in enumerate(MODES)}
+    if divided == "recipe":
+        given["recipe"] = parts
     else:
-        monkeypatch.setitem(PRESETS, "12gb", halves)
-    assert resolve(**given, preset="12gb").tune.steps == {"lora": 11, "full": 22}[mode]
+        monkeypatch.setitem(PRESETS, "12gb", parts)
+    assert resolve(**given, preset="12gb").embed.steps == 11 + MODES.index(mode)
 
 
-@each("mode", ["lora", "full"])
+@each("mode", MODES)
 @each("name", list(RECIPES))
 def test_every_recipe_is_valid_and_arrives_whole(name: str, mode: Any) -> None:
-    """A recipe laid over the defaults is the run, in both modes."""
+    """A recipe laid over the defaults is the run, in every mode."""
     flags = {"tune": {"mode": mode}}
     assert resolve(flags, {}, RECIPES[name]).model_dump() == merged(RunConfig().model_dump(), RECIPES[name][mode], flags)
 
 
-@each("mode", ["lora", "full"])
+@each("mode", MODES)
 @each("name", get_args(Preset))
 @each("level", ["file", "flags", "auto"])
 def test_every_preset_is_valid_and_arrives_whole(level: str, name: Any, mode: Any) -> None:
-    """Laid over the recipe it is the run, in both modes, whether asked for or taken for auto."""
+    """Laid over the recipe it is the run, in every mode, whether asked for or taken for auto."""
     levels = {"file": {}, "flags": {"tune": {"mode": mode}}}
     given = levels | ({level: merged(levels[level], {"preset": name})} if level in levels else {})
     found = resolve(**given, recipe=RECIPES["sd"], preset=name if level == "auto" else None)
@@ -221,11 +223,38 @@ def test_a_lora_setting_clashes_with_mode_full(name: str, value: Any, level: str
         resolve(merged(given["flags"], {"tune": {"mode": "full"}}), given["file"], RECIPES["sd"])
 
 
+EXPLICIT = {"steps": 300, "learning_rate": 2e-4, "batch_size": 1, "timesteps": "stratified", "rank": 16, "alpha": None, "targets": "all"}
+
+
+@each("name", [name for name in TuneConfig.model_fields if name != "mode"])
+@each("level", ["file", "flags"])
+def test_a_setting_of_stage_2_clashes_with_mode_embedding(name: str, level: str) -> None:
+    """Every one, were it only its default given explicitly; the error has its flag on the command line. One of the recipe does not."""
+    flag = f"--{name}" if name in ("rank", "alpha", "targets") else f"--tune.{name.replace('_', '-')}"
+    assert app["fit"].assemble_argument_collection().get(flag) is not None
+    given = {"file": {}, "flags": {}} | {level: {"tune": {name: EXPLICIT[name]}}}
+    with pytest.raises(ImagicError) as caught:
+        resolve(merged(given["flags"], {"tune": {"mode": "embedding"}}), given["file"], {})
+    assert caught.value.got == f"{flag} (from the {level}) together with --mode embedding"
+    assert "--mode lora or --mode full" in caught.value.expected
+    assert resolve({"tune": {"mode": "embedding"}}, {}, {"embedding": {"tune": {name: EXPLICIT[name]}}}).tune.mode == "embedding"
+
+
+@each("mode", MODES)
+def test_mode_embedding_has_no_stage_2(mode: Any) -> None:
+    """The stages that run, in their order, with their settings."""
+    run = resolve({"tune": {"mode": mode}}, {}, RECIPES["critters"])
+    assert list(run.stages.items()) == [("embed", run.embed)] + ([] if mode == "embedding" else [("tune", run.tune)])
+
+
 FULL, STOCHASTIC = {"tune": {"mode": "full"}}, {"memory": {"master_weights": "bf16-stochastic"}}
+EMBEDDING = {"tune": {"mode": "embedding"}}
 CLASHES = {
     "--quantize and --mode full": ({"memory": {"quantize": "nf4"}}, FULL),
     "--master-weights and --mode lora": (STOCHASTIC, {}),
     "--autocast-cache and --mode lora": ({"memory": {"autocast_cache": True}}, {}),
+    "--master-weights and --mode embedding": (STOCHASTIC, EMBEDDING),
+    "--autocast-cache and --mode embedding": ({"memory": {"autocast_cache": True}}, EMBEDDING),
     "--autocast-cache and --master-weights bf16-stochastic": ({"memory": {"autocast_cache": True}}, merged(FULL, STOCHASTIC)),
     "--master-weights and --dtype fp16": (STOCHASTIC, merged(FULL, {"memory": {"dtype": "fp16"}})),
     "--master-weights and --dtype fp32": (STOCHASTIC, merged(FULL, {"memory": {"dtype": "fp32"}})),
@@ -250,7 +279,8 @@ def test_levers_that_rule_each_other_out_are_refused(clash: str, level: str, oth
     assert caught.value.remedy == f"change {other} or leave out {flag}"
 
 
-@each("settings", [{"memory": {"quantize": "nf4"}}, merged(FULL, STOCHASTIC, {"memory": {"dtype": "bf16"}}),
+@each("settings", [{"memory": {"quantize": "nf4"}}, merged(EMBEDDING, {"memory": {"quantize": "nf4"}}),
+                                      merged(FULL, STOCHASTIC, {"memory": {"dtype": "bf16"}}),
                                       merged(FULL, {"memory": {"autocast_cache": True, "dtype": "bf16"}})])  # fmt: skip
 @each("preset", list(PRESETS))
 def test_levers_that_agree_are_taken_over_any_preset(settings: dict[str, Any], preset: Any) -> None:
@@ -287,22 +317,11 @@ def test_merging_lays_groups_over_each_other_and_leaves_them_alone() -> None:
     assert (below, above) == ({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 4}, "c": {"z": 5}})
 
 
-@each("content", [None, b"a: [1", b"- 1\n- 2", b"text", b"\xff\xfe\xfa"])
-def test_a_file_that_holds_no_settings_is_refused(content: bytes | None, tmp_path: Path) -> None:
-    """The error names the file."""
-    path = tmp_path / "run.yaml"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ImagicError, match=r"run\.yaml"):
-        read_yaml(path)
-
-
-@each("text, expected", [("", {}), ("# nothing\n", {}), ("tune:\n  steps: 5\n", {"tune": {"steps": 5}})])
-def test_a_file_is_read_as_a_mapping(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
-    """An empty file gives no settings, another gives its own."""
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    assert read_yaml(path) == expected
+def test_a_file_is_valid_by_itself(tmp_path: Path) -> None:
+    """What is wrong in it is refused with its path, before a flag could take its place."""
+    (tmp_path / "run.yaml").write_text("memory: 5")
+    with pytest.raises(ImagicError, match=r"run\.yaml: memory = 5"):
+        read_settings(tmp_path / "run.yaml")
 
 
 @each("path", CONFIGS)

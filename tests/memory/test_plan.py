@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common import MODES, each, tiny_config
+from common import MODES, PROMPT, each, tiny_config
 from safetensors.torch import load_file
 
 import imagic_lora.cli.app as cli
 from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.settings import merged, recipe_of, resolve
 from imagic_lora.memory.plan import Assumed, Peak, Plan, assume, predict
+from imagic_lora.training.fit import fit
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "fragmentation", "context")
 STAGES = ["encode", "embed", "tune", "sample", "decode"]
+UNTUNED = ["encode", "embed", "sample", "decode"]
 GIB = 2**30
 Planned = Callable[..., dict[str, Any]]
 
@@ -74,14 +77,15 @@ def test_help_needs_no_torch(command: str) -> None:
 def test_the_parts_add_up(planned: Planned, base: str, preset: str, mode: Mode) -> None:
     """Those of every stage to its peak, and the highest is that of the run."""
     found = planned("--base", base, "--preset", preset, "--mode", mode)
-    assert list(found["stages"]) == STAGES
+    assert list(found["stages"]) == (UNTUNED if mode == "embedding" else STAGES)
     for stage in found["stages"].values():
         assert all(stage[part] >= 0 for part in PARTS)
         assert sum(stage[part] for part in PARTS) == stage["peak_bytes"]
     peaks = {name: stage["peak_bytes"] for name, stage in found["stages"].items()}
     assert found["peak_bytes"] == peaks[found["worst_stage"]] == max(peaks.values())
     assert (found["base"], found["mode"], found["preset"]) == (base, mode, preset)
-    assert found["stages"]["tune"]["optimizer"] > 0 == found["stages"]["embed"]["gradients"]
+    assert found["stages"]["embed"]["gradients"] == 0
+    assert mode == "embedding" or found["stages"]["tune"]["optimizer"] > 0
 
 
 def test_allowances_are_the_stated_ones() -> None:
@@ -146,6 +150,22 @@ def test_batch_sets_both_batches(planned: Planned) -> None:
     assert all(four["stages"][stage]["activations"] > 3 * one["stages"][stage]["activations"] for stage in changed)
 
 
+def test_batch_sets_the_one_batch_of_mode_embedding(planned: Planned) -> None:
+    """There, and where the mode is in a file, it does not clash with a stage that does not run."""
+    base = ("--base", "sd15", "--preset", "24gb", "--mode", "embedding")
+    assert planned(*base, "--batch", 4) == planned(*base, "--embed.batch-size", 4) != planned(*base)
+
+
+def test_mode_embedding_is_planned_like_lora_without_its_layers() -> None:
+    """Both stages that the modes share are equal; sampling takes just the LoRA weights less."""
+    lora, embedding = plan_of("lora", "8gb"), plan_of("embedding", "8gb")
+    assert list(embedding.stages) == UNTUNED
+    assert [embedding.stages[name] for name in ("encode", "embed")] == [lora.stages[name] for name in ("encode", "embed")]
+    stored = 3 * 77 * 768 * 4
+    assert lora.stages["decode"].weights - embedding.stages["decode"].weights == lora.adapter - stored
+    assert embedding.adapter == stored
+
+
 def test_flags_and_files_matter(planned: Planned, tmp_path: Path) -> None:
     """A lower resolution, the other mode, and settings from a file, below the flags."""
     base = ("--base", "sd15", "--preset", "12gb")
@@ -191,6 +211,7 @@ LEVERS: list[tuple[str, str, dict[str, Any]]] = [  # mode, the stage that it low
     ("lora", "decode", {"edit": {"batch_size": 1}}),
     ("lora", "sample", {"edit": {"batch_size": 1}}),
     ("lora", "sample", {"edit": {"guidance_scale": 1.0}}),
+    ("embedding", "embed", {"memory": {"quantize": "nf4"}}),
 ]
 
 
@@ -201,7 +222,7 @@ def test_every_lever_lowers_its_stage(mode: Mode, stage: str, lever: dict[str, A
     before = plan_of(mode, "cpu", **merged(plain, {"memory": {"device": "cuda"}}))
     after = plan_of(mode, "cpu", **merged(plain, {"memory": {"device": "cuda"}}, lever))
     assert after.stages[stage].total < before.stages[stage].total
-    assert all(after.stages[name].total <= before.stages[name].total for name in STAGES)
+    assert all(after.stages[name].total <= before.stages[name].total for name in before.stages)
 
 
 @each("stage", ["encode", "decode"])
@@ -248,7 +269,7 @@ def test_presets_take_less_from_one_to_the_next(mode: Mode) -> None:
     """No stage of a smaller preset takes more than that of a larger one."""
     plans = [plan_of(mode, preset) for preset in ("24gb", "16gb", "12gb", "8gb")]
     for stage in STAGES:
-        sizes = [plan.needs(stage) for plan in plans]
+        sizes = [plan.needs(stage) for plan in plans if stage in plan.stages]
         assert sizes == sorted(sizes, reverse=True)
 
 
@@ -265,6 +286,19 @@ def test_a_checkpoint_is_weights_and_states(memory: dict[str, str], share: float
     """Of a full fine-tuning: 4 bytes a weight, and 8 or little over 2 of Adam's states."""
     size = plan_of("full", "8gb", memory=memory).checkpoint - 3 * 77 * 768 * 4
     assert size == pytest.approx(share * 4 * 859_520_964, rel=0.001)
+
+
+@each("optimizer", ["adam", "adam8bit"])
+def test_the_checkpoint_of_an_embedding_has_room(folder: Path, photo_file: Path, tmp_path: Path, optimizer: str) -> None:
+    """What is planned is at least what a stopped fit saves, and at most twice the three embeddings more."""
+    config = tiny_config(folder, "embedding", memory={"optimizer": optimizer})
+    run = fit(photo_file, PROMPT, config, Store(tmp_path), "one")
+    next(run)
+    run.close()
+    (saved,) = tmp_path.rglob("state.safetensors")
+    tensors = sum(value.nbytes for value in load_file(saved).values())
+    planned = predict(architecture(str(folder)), config, Assumed("cpu", "fp32", optimizer)).checkpoint
+    assert tensors <= planned <= tensors + 3 * 16 * 16 * 4
 
 
 def test_host_memory_of_a_cpu_is_its_peak() -> None:

@@ -109,6 +109,16 @@ def test_auto_is_the_fastest_preset_that_fits(chosen: Chosen, flags: dict[str, A
             assert f"{needs[fitting[0]] / GIB:.1f} GiB predicted" in why
 
 
+@each("flags", [{"tune": {"mode": "embedding"}}, {"tune": {"mode": "embedding"}, "embed": {"batch_size": 8}}])
+def test_auto_does_not_weigh_a_stage_that_does_not_run(chosen: Chosen, flags: dict[str, Any]) -> None:
+    """A card whose memory is just enough for the other stages is enough for mode embedding; a byte less is not."""
+    for preset in PRESETS:
+        assert "tune" not in planned(preset, **flags).stages
+    size = need("24gb", **flags)
+    assert chosen(size / 0.9 + 1, **flags)[0].preset == "24gb"
+    assert chosen(size / 0.9 - 1, **flags)[0].preset != "24gb"
+
+
 @each(
     "flags, free, preset",
     [
@@ -163,8 +173,8 @@ def test_too_little_memory_is_an_error_that_says_what_to_do(chosen: Chosen, mode
     flags = {"tune": {"mode": mode}}
     with pytest.raises(OutOfMemory) as caught:
         chosen(1.25 * GIB, **flags)
-    worst, lever = planned("8gb", **flags).worst, {"lora": "--quantize nf4", "full": "--master-weights bf16-stochastic"}[mode]
-    assert worst == {"lora": "decode", "full": "tune"}[mode]
+    worst, lever = planned("8gb", **flags).worst, "--master-weights bf16-stochastic" if mode == "full" else "--quantize nf4"
+    assert worst == ("tune" if mode == "full" else "decode")
     assert f"stage {worst} needs {need('8gb', **flags) / GIB:.1f} GiB (predicted), and 1.2 GiB is available on the card" in caught.value.got
     assert caught.value.got.endswith("; --preset auto uses at most 90% of it")
     assert caught.value.remedy.startswith(f"{lever} saves about ")
@@ -239,6 +249,7 @@ def with_lever(flags: Flags, lever: str) -> Flags:
         ({"--mode": "lora", "--resolution": "768"}, "--quantize nf4"),
         ({"--mode": "full", "--optimizer": "adam", "--embed.batch-size": "2", "--tune.batch-size": "2"}, "--quantize nf4"),
         ({"--mode": "full", "--dtype": "fp16"}, "--quantize nf4"),
+        ({"--mode": "embedding", "--embed.batch-size": "8"}, "--quantize nf4"),
     ],
     ids=str,
 )
@@ -262,10 +273,10 @@ def test_a_lever_saves_what_it_promises(
     assert len(used) >= 4
 
 
-@each("stage", fits.STAGES)
-@each("mode", MODES)
+@each("mode, stage", [(mode, stage) for mode in MODES for stage in ("encode", "embed", "tune", "sample", "decode")
+                                      if (mode, stage) != ("embedding", "tune")])  # fmt: skip
 def test_no_lever_of_the_other_mode_is_named(mode: Mode, stage: str) -> None:
-    """Master weights are for full, 4 bits for LoRA; LoRA itself is the last way out of full."""
+    """Master weights are for full, 4 bits for a frozen denoiser; LoRA is the last way out of full; mode embedding has no batch to tune."""
     run = resolve({"tune": {"mode": mode}, "preset": "8gb", "edit": {"batch_size": 1}}, {}, recipe_of("sd15"))
     found: list[str] = []
     while lever := next_lever(SD15, run, CARD, stage):
@@ -275,7 +286,8 @@ def test_no_lever_of_the_other_mode_is_named(mode: Mode, stage: str) -> None:
         run = levers.with_lever(run, change)
         if lever[0] == "--mode lora":
             break
-    wrong = {"lora": {"--master-weights bf16-stochastic", "--mode lora"}, "full": {"--quantize nf4"}}[mode]
+    frozen = {"--master-weights bf16-stochastic", "--mode lora"}
+    wrong = {"lora": frozen, "full": {"--quantize nf4"}, "embedding": frozen | {"--embed.batch-size 1 --tune.batch-size 1"}}[mode]
     assert not wrong & set(found)
 
 
@@ -331,6 +343,17 @@ def test_an_edit_does_not_weigh_the_training(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fits, "card_and_free_memory", lambda *_: (CARD, GIB))
     with pytest.raises(OutOfMemory, match=r"stage (encode|sample|decode) needs"):
         choose_preset_for_edit(lambda: SD15, made, given)
+
+
+def test_an_edit_without_weights_is_planned_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that is just enough for the base itself takes an adapter of mode embedding, and not one with LoRA layers."""
+    modes: list[Mode] = ["lora", "embedding"]
+    runs = {mode: resolve({"tune": {"mode": mode}, "edit": {"batch_size": 1}}, {}, {}, "24gb") for mode in modes}
+    most = max(predicted(runs["embedding"], CARD).needs(stage) for stage in ("encode", "sample", "decode"))
+    free = (most - predicted(runs["embedding"], CARD).context) / 0.9 + 1
+    monkeypatch.setattr(fits, "card_and_free_memory", lambda *_: (CARD, int(free)))
+    given = {"preset": "auto", "edit": {"batch_size": 1}}
+    assert [choose_preset_for_edit(lambda: SD15, runs[mode], given).preset == "24gb" for mode in modes] == [False, True]
 
 
 def test_what_running_out_of_memory_looks_like() -> None:

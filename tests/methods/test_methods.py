@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import MODES, PROMPT, array, opened, same, tiny_config, weights
+from common import MODES, PROMPT, TUNED, array, opened, same, tiny_config, weights
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -22,6 +22,7 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EditConfig, Mode
+from imagic_lora.core.errors import ImagicError
 from imagic_lora.methods.bounds import Bounds
 from imagic_lora.methods.imagic import Imagic
 from imagic_lora.methods.method import Context, Cost, EditRequest, EditResult, Method, metered
@@ -34,22 +35,6 @@ from imagic_lora.training.fit import fit, result
 
 CONFIG = EditConfig(steps=5, guidance_scale=3.0)
 SEED = 11
-
-
-class Picky:
-    """Stands for CLIP: chooses a fixed one, and keeps what it was shown."""
-
-    def __init__(self, choice: int = 5) -> None:
-        self.choice = choice
-        self.shown: list[tuple[list[Image.Image], str, Image.Image]] = []
-
-    def best(self, images: Sequence[Image.Image], text: str, photo: Image.Image) -> int:
-        self.shown.append((list(images), text, photo))
-        return self.choice
-
-
-def context_of(base: Base, clip: Any = None) -> Context:
-    return Context(base, (clip or Picky()).best)
 
 
 @pytest.fixture
@@ -65,8 +50,8 @@ def wanted(photo_file: Path) -> EditRequest:
     return EditRequest(photo, PROMPT, SEED, Image.fromarray(truth))
 
 
-def run(method: Method, base: Base, wanted: EditRequest, clip: Any = None) -> list[EditResult]:
-    return list(method.edit(context_of(base, clip), wanted))
+def run(method: Method, base: Base, wanted: EditRequest) -> list[EditResult]:
+    return list(method.edit(Context(base), wanted))
 
 
 def counts(cost: Cost) -> tuple[int, int]:
@@ -221,19 +206,19 @@ def test_what_needs_no_fit_leaves_the_base_alone(base: Base, wanted: EditRequest
 # Imagic
 
 
-Fitting = Callable[..., tuple[list[EditResult], Picky, Base]]
+Fitting = Callable[[Mode], tuple[list[EditResult], Base]]
+OTHER = 0.4, CONFIG.model_copy(update={"steps": 3, "start": "image"})
+"""Another way to sample a fit."""
 
 
 @pytest.fixture(scope="module")
 def fitting(folder: Path, wanted: EditRequest) -> Fitting:
-    """The rows of Imagic in a mode, what it chose from, and its base; each made once."""
-    known: dict[str, tuple[list[EditResult], Picky, Base]] = {}
+    """The rows of Imagic in a mode, and its base; each made once."""
 
-    def make(mode: Mode) -> tuple[list[EditResult], Picky, Base]:
-        if mode not in known:
-            base, clip = opened(folder, mode), Picky()
-            known[mode] = (run(Imagic("ours", tiny_config(folder, mode), embedding=True), base, wanted, clip), clip, base)
-        return known[mode]
+    @cache
+    def make(mode: Mode) -> tuple[list[EditResult], Base]:
+        base = opened(folder, mode)
+        return run(Imagic("ours", tiny_config(folder, mode), {"image": OTHER}), base, wanted), base
 
     return make
 
@@ -253,60 +238,39 @@ def apart(folder: Path, photo_file: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_imagic_yields_its_rows_in_order(fitting: Fitting, folder: Path, mode: Mode) -> None:
-    """One eta, the best of eight, and the embedding alone where it is asked for; pictures of the photo's size."""
-    made, _, _ = fitting(mode)
-    assert [one.row for one in made] == ["ours", "ours-best", "embedding-only"]
-    assert Imagic("ours", tiny_config(folder), embedding=True).rows == ("ours", "ours-best", "embedding-only")
-    assert Imagic("ours", tiny_config(folder)).rows == ("ours", "ours-best")
-    assert {one.image.size for one in made} == {(50, 37)}
-
-
-@pytest.mark.parametrize("mode", MODES)
 def test_imagic_is_a_fit_and_its_edits(
     fitting: Fitting, folder: Path, photo_file: Path, apart: Callable[[Mode], Adapter], mode: Mode
 ) -> None:
-    """Bit for bit those of the library at the seed of the task, which is not that of the settings.
-
-    One eta, then eight etas, of which CLIP's choice is given.
-    """
-    (one, best, _), clip, _ = fitting(mode)
+    """Bit for bit those of the library at the seed of the task, which is not that of the settings: with the settings of the run, then in
+    every other way; pictures of the photo's size."""
+    made, _ = fitting(mode)
+    assert [one.row for one in made] == ["ours", "ours-image"]
+    assert {one.image.size for one in made} == {(50, 37)}
     adapter, editor = apart(mode), Editor(opened(folder, mode))
     assert tiny_config(folder, mode).seed != SEED
-    config = tiny_config(folder, mode).edit
-    (expected,) = editor.edit(adapter, [0.7], [SEED], config)
-    assert np.array_equal(array(one.image), array(expected.image))
-    expected = list(editor.edit(adapter, [0.7 + more for more in (-0.4, -0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)], [SEED], config))
-    ((images, text, photo),) = clip.shown
-    assert len(images) == len(expected) == 8
-    assert all(np.array_equal(array(a), array(b.image)) for a, b in zip(images, expected, strict=True))
-    assert len({image.tobytes() for image in images}) == 8
-    assert best.image is images[clip.choice]
-    assert text == PROMPT
-    with Image.open(photo_file) as shown:
-        assert np.array_equal(array(photo), array(shown))
+    for one, (eta, sampling) in zip(made, ((0.7, tiny_config(folder, mode).edit), OTHER), strict=True):
+        (expected,) = editor.edit(adapter, [eta], [SEED], sampling)
+        assert np.array_equal(array(one.image), array(expected.image))
 
 
-@pytest.mark.parametrize("eta", [0.1, 1.9])
-def test_the_etas_of_the_best_stay_in_range(base: Base, folder: Path, wanted: EditRequest, eta: float) -> None:
-    """Near either end of what an edit takes. Without the embedding there are two rows, those that are declared."""
-    method = Imagic("ours", tiny_config(folder, eta=eta))
-    assert tuple(one.row for one in run(method, base, wanted)) == method.rows == ("ours", "ours-best")
+def test_rows_of_imagic_are_its_ways_to_sample(folder: Path) -> None:
+    """Without others there is one."""
+    assert Imagic("ours", tiny_config(folder), {"image": OTHER}).rows == ("ours", "ours-image")
+    assert Imagic("ours", tiny_config(folder)).rows == ("ours",)
 
 
 def test_imagic_can_start_from_inverted_noise(base: Base, folder: Path, wanted: EditRequest, fitting: Fitting) -> None:
     """The inversion is paid for: a pass a step more than from noise."""
     noise = fitting("lora")[0][0].cost
-    rows = Imagic("ours", tiny_config(folder, edit={"start": "inverted"})).edit(context_of(base), wanted)
+    rows = Imagic("ours", tiny_config(folder, edit={"start": "inverted"})).edit(Context(base), wanted)
     inverted = next(rows).cost
     rows.close()
     assert inverted.forward - noise.forward == tiny_config(folder).edit.steps
 
 
-def test_the_embedding_alone_is_on_the_untuned_base(fitting: Fitting, folder: Path, apart: Callable[[Mode], Adapter]) -> None:
+def test_imagic_without_stage_2_samples_from_the_untuned_base(fitting: Fitting, folder: Path, apart: Callable[[Mode], Adapter]) -> None:
     """The interpolated embedding, eta times that of the target prompt, on a base that was never fitted."""
-    (_, _, made), _, _ = fitting("lora")
-    adapter = apart("lora")
+    made, adapter = fitting("embedding")[0][0], apart("embedding")
     stored, base, config = read_embeddings(adapter), opened(folder), tiny_config(folder).edit
     mixed = Conditioning(0.7 * stored["target"].tokens + (1 - 0.7) * stored["optimised"].tokens)
     (expected,) = generate(base, [mixed], [SEED], config, read_canvas(adapter), stored["null"], [stored["optimised"]])
@@ -316,27 +280,18 @@ def test_the_embedding_alone_is_on_the_untuned_base(fitting: Fitting, folder: Pa
 
 @pytest.mark.parametrize("mode", MODES)
 def test_imagic_pays_for_training_and_sampling_and_not_for_the_preview(fitting: Fitting, mode: Mode) -> None:
-    """Steps times batch, forward and backward, in each stage that it needed; then two a step and picture with guidance."""
-    made, _, _ = fitting(mode)
-    embed, tune, sample = 3 * 2, 4 * 2, 2 * 2
-    one, best, alone = (counts(each.cost) for each in made)
-    assert one == (embed + tune + sample, embed + tune)
-    assert best == (embed + tune + 8 * sample, embed + tune)
-    assert alone == (embed + sample, embed)
-    assert sum(alone) < sum(one) < sum(best)
-
-
-def test_time_grows_with_the_work(fitting: Fitting) -> None:
-    """The embedding alone takes less than the whole method; all take some."""
-    one, best, alone = (each.cost.seconds for each in fitting("lora")[0])
-    assert 0 < alone < one
-    assert best > 0
+    """Steps times batch, forward and backward, in each stage that runs; then two a step and picture with guidance; all take time."""
+    trained = 3 * 2 + (0 if mode == "embedding" else 4 * 2)
+    one, other = fitting(mode)[0]
+    assert counts(one.cost) == (trained + 2 * 2, trained)
+    assert counts(other.cost) == (trained + 2 * 2, trained)
+    assert one.cost.seconds > 0
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_imagic_leaves_the_base_bit_equal(fitting: Fitting, folder: Path, mode: Mode) -> None:
     """Weights, names and hooks are those of a base that was just opened."""
-    _, _, base = fitting(mode)
+    _, base = fitting(mode)
     assert same(weights(base.denoiser), weights(opened(folder, mode).denoiser))
     assert not base.denoiser._forward_hooks
     assert base.denoiser.training == opened(folder, mode).denoiser.training
@@ -344,8 +299,7 @@ def test_imagic_leaves_the_base_bit_equal(fitting: Fitting, folder: Path, mode: 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_imagic_reports_the_bytes_that_are_kept(folder: Path, wanted: EditRequest, monkeypatch: pytest.MonkeyPatch, mode: Mode) -> None:
-    """Those of weights and embeddings in the adapter's folder, while it is there; nothing of it is left afterwards; the embedding alone
-    keeps no adapter."""
+    """Those of weights and embeddings in the adapter's folder, while it is there; nothing of it is left afterwards."""
     stores: list[Path] = []
 
     def spied(photo: Path, text: str, config: Any, store: Store, name: str, **more: Any) -> Any:
@@ -353,28 +307,29 @@ def test_imagic_reports_the_bytes_that_are_kept(folder: Path, wanted: EditReques
         return fit(photo, text, config, store, name, **more)
 
     monkeypatch.setattr(imagic, "fit", spied)
-    rows = Imagic("ours", tiny_config(folder, mode), embedding=True).edit(context_of(opened(folder, mode)), wanted)
+    rows = Imagic("ours", tiny_config(folder, mode), {"image": OTHER}).edit(Context(opened(folder, mode)), wanted)
     one = next(rows)
     (store,) = stores
     kept = sum(path.stat().st_size for path in store.rglob("*.safetensors"))
     assert kept <= one.cost.adapter <= kept + (5000 if mode == "full" else 0)  # full keeps the shape of the network as well
-    best, alone = rows
-    assert (best.cost.adapter, alone.cost.adapter) == (one.cost.adapter, 0)
+    (other,) = rows
+    assert other.cost.adapter == one.cost.adapter
     assert not store.exists()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", TUNED)
 def test_a_method_that_is_stopped_leaves_the_base_bit_equal(folder: Path, wanted: EditRequest, mode: Mode) -> None:
-    """After its first picture was taken, and after CLIP has failed."""
+    """After its first picture was taken, and after sampling has failed."""
     base = opened(folder, mode)
     before = weights(base.denoiser)
-    rows: Any = Imagic("ours", tiny_config(folder, mode)).edit(context_of(base), wanted)
+    rows: Any = Imagic("ours", tiny_config(folder, mode)).edit(Context(base), wanted)
     next(rows)
     rows.close()
     del rows
     assert same(weights(base.denoiser), before)
-    with pytest.raises(IndexError):
-        run(Imagic("ours", tiny_config(folder, mode)), base, wanted, Picky(choice=8))
+    broken = 0.7, CONFIG.model_copy(update={"start": "image", "strength": 0.01})  # leaves no step
+    with pytest.raises(ImagicError):
+        run(Imagic("ours", tiny_config(folder, mode), {"broken": broken}), base, wanted)
     assert same(weights(base.denoiser), before)
     assert not base.denoiser._forward_hooks
 
@@ -384,7 +339,8 @@ def test_settings_of_imagic_are_its_run(folder: Path) -> None:
     config = tiny_config(folder)
     settings = Imagic("ours", config).settings
     assert json.loads(json.dumps(settings)) == settings
-    assert type(config).model_validate(settings) == config
+    assert type(config).model_validate(settings["run"]) == config
+    assert Imagic("ours", config, {"image": OTHER}).settings != settings
     assert Imagic("ours", tiny_config(folder, eta=0.8)).settings != settings
 
 

@@ -1,31 +1,35 @@
 """The training loop of the embedded base, and its tokenizer."""
 
-import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from critters_run import Run, drawn_neighbour, pictures
-from critters_words import adopt, text_config, tokenizer
-from transformers import CLIPTextModel, CLIPTokenizer
+from critters_run import Run, Settings, drawn, orthogonalised, pictures, tokenizer
+from diffusers import StableDiffusionPipeline
+from train_critters import PARTS, main, text_config
 
-from imagic_lora.bases.loading.known import CRITTERS
+from imagic_lora.bench.metrics import CritterAlignment
 from imagic_lora.critters import longest_caption, scene_at
+from imagic_lora.critters.judge import Judge
 
 STEPS = 6
 
 
-def run_of(work: Path, steps: int = STEPS, held: float = 0.0) -> Run:
-    """A run that trains a 3 x 3 linear layer to reproduce noise, under bfloat16 autocast."""
+def settings_of(work: Path, pictures: int = 8) -> Settings:
     work.mkdir(exist_ok=True)
+    return Settings(work, seed=3, pictures=pictures, device="cpu")
+
+
+def run_of(work: Path, steps: int = STEPS, held: float = 0.0) -> Run:
+    """A run that trains a 3 x 3 linear layer to reproduce noise."""
     torch.manual_seed(0)
-    args = argparse.Namespace(work=work, part="toy", device="cpu", steps=steps, seed=3)
-    return Run(args, torch.nn.Linear(3, 3), lr=0.1, held=held)
+    return Run(settings_of(work), "toy", torch.nn.Linear(3, 3), steps, lr=0.1, muon=0.01, held=held)
 
 
-def trained(run: Run, steps: int = STEPS) -> list[np.ndarray]:
+def trained(run: Run, steps: int | None = None) -> list[np.ndarray]:
     """The numbers that each step drew."""
     seen: list[np.ndarray] = []
 
@@ -54,7 +58,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None
     second = run_of(tmp_path / "halves")
     assert second.step == 4
     np.testing.assert_array_equal(before + trained(second), drawn)
-    assert second.schedule.get_last_lr() == whole.schedule.get_last_lr()
+    assert [one.get_last_lr() for one in second.schedules] == [one.get_last_lr() for one in whole.schedules]
     assert torch.equal(weights(second.module), weights(whole.module))
     last = weights(whole.module)
     assert torch.equal(weights(second.averaged()), weights(whole.averaged()))
@@ -62,8 +66,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None
 
 
 def test_a_run_that_is_done_does_nothing_more(tmp_path: Path) -> None:
-    for _ in run_of(tmp_path).train(lambda _: torch.zeros((), requires_grad=True)):
-        pass
+    trained(run_of(tmp_path))
     assert trained(run_of(tmp_path)) == []
 
 
@@ -88,37 +91,76 @@ def test_the_rate_rises_is_held_and_falls(tmp_path: Path, held: float, half: int
     assert rate[1000] == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (4, 30), (30, 4)])
+def test_an_update_of_muon_has_nearly_equal_singular_values(shape: tuple[int, int]) -> None:
+    """Its singular vectors are those of the gradient."""
+    torch.manual_seed(0)
+    gradient = torch.randn(shape)
+    left, values, right = torch.linalg.svd(gradient, full_matrices=False)
+    found = left.T @ orthogonalised(gradient) @ right.T
+    assert values.max() / values.min() > 1.3
+    assert ((found.diagonal() > 0.6) & (found.diagonal() < 1.2)).all()
+    assert torch.allclose(found, torch.diag(found.diagonal()), atol=1e-4)
+
+
+def test_muon_trains_the_hidden_layers_and_adam_the_others(tmp_path: Path) -> None:
+    """A first step moves a hidden matrix by its scale times a semi-orthogonal one, and a bias by the rate of Adam."""
+    run = run_of(tmp_path)
+    before = {name: value.detach().clone() for name, value in run.module.named_parameters()}
+    trained(run, 1)
+    moved = {name: value.detach() - before[name] for name, value in run.module.named_parameters()}
+    assert torch.allclose(moved["bias"].abs(), torch.full((3,), 0.1 / 200), rtol=1e-3)
+    sizes = torch.linalg.svdvals(moved["weight"]) / (0.01 / 200 * 0.2 * 3**0.5)
+    assert 0.5 < sizes.min() <= sizes.max() < 1.3
+
+
 def test_pictures_are_drawn_once(tmp_path: Path) -> None:
-    first = pictures(tmp_path, 5, drawn_neighbour)
-    assert first.shape == (5, 64, 64, 3)
-    np.testing.assert_array_equal(first[3], drawn_neighbour(3))
+    settings = settings_of(tmp_path)
+    first = pictures(settings)
+    assert first.shape == (8, 64, 64, 3)
+    np.testing.assert_array_equal(first[3], drawn(3))
     (file,) = tmp_path.iterdir()
     changed = file.stat().st_mtime_ns
-    np.testing.assert_array_equal(pictures(tmp_path, 5, drawn_neighbour), first)
+    np.testing.assert_array_equal(pictures(settings), first)
     assert file.stat().st_mtime_ns == changed
 
 
-def test_the_words_are_those_of_the_package() -> None:
-    """A new training uses the tokenizer of the package; no caption exceeds the encoder's length."""
-    words = tokenizer()
-    assert words.get_vocab() == CLIPTokenizer.from_pretrained(CRITTERS / "tokenizer").get_vocab()
+def test_no_caption_exceeds_the_text_encoder(tmp_path: Path) -> None:
+    """A tokenizer is trained once, and whole words of captions are single tokens."""
+    words = tokenizer(tmp_path)
+    assert tokenizer(tmp_path).get_vocab() == words.get_vocab()
     assert words.model_max_length == text_config(words).max_position_embeddings
     assert all(len(words(longest_caption(scene_at("train", k))).input_ids) <= words.model_max_length for k in range(100))
+    assert words.tokenize("a brown dog") == ["a</w>", "brown</w>", "dog</w>"]
 
 
-def test_another_base_is_adopted_token_by_token(tmp_path: Path) -> None:
-    """The embeddings of common tokens are copied to their own rows, all other weights too; the row of a token that only one has stays."""
-    theirs = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1, "cat</w>": 2, "dog</w>": 3}, merges=[])
-    mine = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1, "dog</w>": 2, "cow</w>": 3}, merges=[])
-    theirs.save_pretrained(tmp_path / "tokenizer")
+def command(work: Path, *arguments: str) -> None:
+    """Runs the whole command with two steps of each part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["train_critters.py", "--work", str(work), "--pictures", "16", "--device", "cpu", *arguments])
+        patch.setattr("train_critters.PARTS", {name: (train, 2, weights) for name, (train, _, weights) in PARTS.items()})
+        main()
 
-    def model(words: CLIPTokenizer) -> CLIPTextModel:
-        return CLIPTextModel(text_config(words))
 
-    other, own = model(theirs), model(mine)
-    cow = own.get_input_embeddings().weight[3].clone()
-    adopt(own, mine, other, tmp_path)
-    assert torch.equal(own.get_input_embeddings().weight[2], other.get_input_embeddings().weight[3])
-    assert torch.equal(own.get_input_embeddings().weight[3], cow)
-    others = {name: value for name, value in other.state_dict().items() if not name.endswith("token_embedding.weight")}
-    assert all(torch.equal(own.state_dict()[name], value) for name, value in others.items())
+def test_one_command_makes_a_base_that_plain_diffusers_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From an empty folder: every part of the package, and the digests of its weights. Again it does nothing; another seed is refused."""
+    command(tmp_path)
+    data = tmp_path / "data"
+    first = capsys.readouterr().out
+    assert re.findall(r"^[0-9a-f]{64}  (\S+)$", first, re.MULTILINE) == [
+        "clip/model.safetensors",
+        "judge.safetensors",
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    Judge.load(data / "judge.safetensors")
+    CritterAlignment.load(data)
+    pipe = StableDiffusionPipeline.from_pretrained(data)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.config["prediction_type"] == "v_prediction"
+    pipe("a dog", height=64, width=64, num_inference_steps=2)
+    command(tmp_path)
+    assert capsys.readouterr().out == first
+    with pytest.raises(SystemExit):
+        command(tmp_path, "--seed", "1")

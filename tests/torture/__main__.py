@@ -16,7 +16,7 @@ from rich.table import Table
 
 TORTURES = {  # number of cases and description; the longest first
     "kills": (200, "killed at any time, every fourth while saving; resumed, equal to an uninterrupted run"),
-    "numbers": (10_000, "NaN and infinity in latents, losses, gradients, weights; both stages, both modes"),
+    "numbers": (10_000, "NaN and infinity in latents, losses, gradients, weights; both stages, modes lora and full"),
     "disk": (10_000, "a full disk at every write of an adapter, of a checkpoint, of a whole fit"),
     "photos": (500, "malformed and unusual images: read correctly, or rejected"),
     "power": (1_000_000, "power failure after every file operation of a save; unflushed data is lost"),

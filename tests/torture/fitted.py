@@ -41,7 +41,7 @@ class Fitted:
         folder: of a tiny base.
         photo: a file.
         base: the tiny base, loaded.
-        store: adapters ``lora`` and ``full``, and a fit ``unfinished`` with a checkpoint of each stage.
+        store: adapters ``lora``, ``full`` and ``embedding``, and a fit ``unfinished`` with a checkpoint of each stage.
     """
 
     folder: Path
@@ -51,7 +51,8 @@ class Fitted:
 
     def config(self, mode: Mode = "lora", **changes: Any) -> RunConfig:
         """A run of 3 + 3 steps with a checkpoint after each."""
-        tune = {"steps": STEPS, "batch_size": 1} | ({"rank": 2, "targets": "attention"} if mode == "lora" else {})
+        tune = {} if mode == "embedding" else {"steps": STEPS, "batch_size": 1}
+        tune |= {"rank": 2, "targets": "attention"} if mode == "lora" else {}
         quick = {"embed": {"steps": STEPS, "batch_size": 1}, "edit": {"steps": 1, "guidance_scale": 1.0}, "checkpoint": {"steps": 1}}
         return tiny_config(self.folder, mode, **merged(quick, {"tune": tune}, changes))
 

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from common import MODES, opened, same, weights
+from common import TUNED, opened, same, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -50,7 +50,7 @@ def torture(cases: int, seed: int, folder: Path) -> Iterator[str]:
 
 
 def _steps(made: Fitted, work: Path) -> Iterator[Case]:
-    for (place, value), mode, stage, k in product([*product(PLACES, VALUES), ("optimiser", math.nan)], MODES, STAGES, range(STEPS)):
+    for (place, value), mode, stage, k in product([*product(PLACES, VALUES), ("optimiser", math.nan)], TUNED, STAGES, range(STEPS)):
         last = place == "optimiser" and k == STEPS - 1  # its states are not used any more
         bad = None if last else STAGES.index(stage) * STEPS + k
         yield (
@@ -62,7 +62,7 @@ def _steps(made: Fitted, work: Path) -> Iterator[Case]:
 
 
 def _saves(made: Fitted, work: Path) -> Iterator[Case]:
-    for value, mode in product(VALUES, MODES):
+    for value, mode in product(VALUES, TUNED):
         for place, inside in {"saved weights": _in_weights("write_files", value), "saved embedding": _in_embedding(value)}.items():
             yield f"{value} in the {place} of {mode}", partial(_fitted, made, work, mode, inside, len(ALL))
         yield f"{value} in the pictured weights of {mode}", partial(_fitted, made, work, mode, _in_weights("preview", value), len(ALL))

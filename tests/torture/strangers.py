@@ -225,6 +225,7 @@ def _records(outside: Path) -> Iterator[Case]:
         "a component": {"parts": [layers | {"component": "transformer", "files": [LORA_FILE]}]},
         "the other mode": {"parts": [layers | {"mode": "full", "files": [f"unet/{WEIGHTS}"]}]},
         "the other mode in the settings": {"config": {"tune": {"mode": "full"}}},
+        "no mode with weights in the settings": {"config": {"tune": {"mode": "embedding"}}},
         "no weights": {"parts": []},
         "many weights": {"parts": [layers | {"files": [LORA_FILE]}] * 1000},
         "the same weights twice": {"parts": [layers | {"files": [LORA_FILE] * 2}]},

@@ -290,7 +290,7 @@ def _page(made: Fitted, work: Path, text: str) -> None:
 def _parsed(work: Path, text: str) -> Parsed:
     means = dict.fromkeys((*page.SHARES, "identity", "background", "psnr", "ssim", "clip"))
     summary = {
-        "seed": text, "cases": 1, "failed": 1, "methods": {text: {**means, "kinds": {}, "cost": None}},
+        "seed": text, "cases": 1, "failed": 1, "methods": {text: {**means, "kinds": {}, "curve": [], "cost": None}},
         "errors": [{"case": text, "method": text, "error": text}],
     }  # fmt: skip
     bench = Bench(1, 1, [], work)

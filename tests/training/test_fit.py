@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import MODES, PROMPT, SimulatedProcess, array, each, opened, output, same, tiny_config, weights
+from common import MODES, PROMPT, TUNED, SimulatedProcess, array, each, opened, output, same, tiny_config, weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -27,6 +27,7 @@ from imagic_lora.memory.plan import predict
 from imagic_lora.training.fit import fit, result
 
 REPORTS = [("embed", k, 3) for k in (1, 2, 3)] + [("tune", k, 4) for k in (1, 2, 3, 4)]
+STEPS: dict[Mode, int] = {"lora": len(REPORTS), "full": len(REPORTS), "embedding": 3}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -37,7 +38,7 @@ def test_the_same_fit_twice_is_the_same_bytes(
     again = result(fit(photo_file, PROMPT, tiny_config(folder, mode), Store(tmp_path), "again", base=opened(folder)))
     assert again is not None
     first, second = ({p.relative_to(a.folder): p.read_bytes() for p in a.folder.rglob("*.safetensors")} for a in (fitted(mode), again))
-    assert len(first) == 2
+    assert len(first) == (1 if mode == "embedding" else 2)
     assert first == second
 
 
@@ -55,20 +56,20 @@ def test_levers_that_do_not_change_the_arithmetic_leave_the_bytes_as_they_are(
     assert np.abs(previews[0] - previews[1]).max() <= 1
 
 
-@pytest.mark.parametrize(("mode", "steps"), [("lora", 1), ("lora", 5), ("full", 5), ("full", 7)])
+@pytest.mark.parametrize(("mode", "steps"), [("lora", 1), ("lora", 5), ("full", 5), ("full", 7), ("embedding", 2), ("embedding", 3)])
 def test_a_shared_base_is_given_back(folder: Path, photo_file: Path, tmp_path: Path, mode: Mode, steps: int) -> None:
     """Bit-equal and frozen after the whole of a fit, and after one closed in either stage, which leaves no adapter."""
     base, store = opened(folder), Store(tmp_path / "store")
     before, picture = weights(base.denoiser), output(base)
     run = fit(photo_file, PROMPT, tiny_config(folder, mode), store, "one", base=base)
     assert len(list(islice(run, steps))) == steps
-    if steps == len(REPORTS):
+    if steps == STEPS[mode]:
         assert list(run) == []
     run.close()
     assert same(weights(base.denoiser), before)
     assert torch.equal(output(base), picture)
     assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
-    assert store.names() == (["one"] if steps == len(REPORTS) else [])
+    assert store.names() == (["one"] if steps == STEPS[mode] else [])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -85,7 +86,7 @@ def test_a_base_that_a_fit_opens_is_let_go(
     monkeypatch.setattr(imagic, "load_base", opened_here)
     result(fit(photo_file, PROMPT, tiny_config(folder, mode), Store(tmp_path), "one"))
     assert len(held) == 1
-    assert same(weights(held[0].denoiser), before) == (mode == "lora")
+    assert same(weights(held[0].denoiser), before) == (mode != "full")
     assert not any(parameter.requires_grad for parameter in held[0].denoiser.parameters())
 
 
@@ -150,7 +151,7 @@ def test_another_process_writes_nothing(folder: Path, photo_file: Path, tmp_path
     def driven():
         done.append((yield from run))
 
-    assert len(list(driven())) == len(REPORTS)
+    assert len(list(driven())) == STEPS[mode]
     assert done == [None]
     assert not store.root.exists()
     assert same(weights(base.denoiser), before)
@@ -181,7 +182,19 @@ def test_the_stored_embeddings_are_target_optimised_and_null(folder: Path, fitte
     assert {value.dtype for value in stored.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("mode", MODES)
+def test_mode_embedding_is_stage_1_alone(folder: Path, photo_file: Path, fitted: Callable[..., Adapter], tmp_path: Path) -> None:
+    """The embedding is that of any other mode, bit for bit; no weights are listed, and losses and times are those of stage 1."""
+    run = fit(photo_file, PROMPT, tiny_config(folder, "embedding"), Store(tmp_path), "one")
+    assert [(report.stage, report.step, report.steps) for report in run] == REPORTS[:3]
+    record = Store(tmp_path).read("one").record
+    assert (record.parts, record.weight_files) == ([], [])
+    assert list(record.losses) == list(record.seconds) == ["embed"]
+    assert record.losses["embed"] == fitted("lora").record.losses["embed"]
+    stored = [load_file(path / "embeddings.safetensors") for path in (tmp_path / "one", fitted("lora").folder)]
+    assert same(*stored)
+
+
+@pytest.mark.parametrize("mode", TUNED)
 def test_a_fit_in_bf16(folder: Path, photo_file: Path, tmp_path: Path, mode: Mode) -> None:
     """Opens the base itself, with master weights where it must, and is near the fit in fp32."""
     losses = []

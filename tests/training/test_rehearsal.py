@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import MODES, opened, tiny_config
-from torch.nn import Module
+from common import TUNED, opened, tiny_config
+from torch.nn import Module, Parameter
 
 from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
+from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import Mode, RunConfig
@@ -38,6 +40,7 @@ NF4 = {"memory": {"quantize": "nf4"}}
 FAST: list[Case] = [
     ("critters", "full", "24gb", {}),
     ("small", "lora", "24gb", NF4 | FOUR | {"resolution": 24}),
+    ("small", "embedding", "12gb", {"resolution": 24}),
 ]
 SLOW: list[Case] = [
     ("sd15", "lora", "24gb", NF4 | FOUR),
@@ -46,16 +49,18 @@ SLOW: list[Case] = [
     *(("sd15", "full", preset, {}) for preset in ("24gb", "16gb", "12gb", "cpu")),
     *(("sd15", "full", preset, ROUNDED) for preset in ("24gb", "8gb")),
     ("sd15", "lora", "8gb", NF4),
-    *(("sd21", mode, preset, {}) for mode in MODES for preset in ("24gb", "8gb")),
-    *(("critters", mode, preset, {}) for mode in MODES for preset in ("24gb", "8gb", "cpu") if (mode, preset) != ("full", "24gb")),
+    *(("sd21", mode, preset, {}) for mode in TUNED for preset in ("24gb", "8gb")),
+    *(("critters", mode, preset, {}) for mode in TUNED for preset in ("24gb", "8gb", "cpu") if (mode, preset) != ("full", "24gb")),
     ("sdxl", "lora", "8gb", {}),
     ("sdxl", "lora", "8gb", {"tune": {"targets": "all"}}),
-    *(("sdxl", mode, preset, {}) for mode in MODES for preset in ("24gb", "12gb")),
+    *(("sdxl", mode, preset, {}) for mode in TUNED for preset in ("24gb", "12gb")),
     ("sdxl", "lora", "8gb", NF4),
     ("sdxl", "full", "8gb", ROUNDED),
+    *((base, "embedding", preset, {}) for base in ("sd15", "sdxl") for preset in ("24gb", "8gb", "cpu")),
+    ("sdxl", "embedding", "8gb", NF4),
     ("sdxl", "lora", "16gb", {"memory": {"dtype": "fp16"}}),
-    *(("sd15", mode, preset, FOUR) for mode in MODES for preset in ("24gb", "8gb")),
-    *(("sd15", mode, preset, {"resolution": side}) for side in (384, 768) for mode in MODES for preset in ("24gb", "8gb")),
+    *(("sd15", mode, preset, FOUR) for mode in TUNED for preset in ("24gb", "8gb")),
+    *(("sd15", mode, preset, {"resolution": side}) for side in (384, 768) for mode in TUNED for preset in ("24gb", "8gb")),
     ("sd15", "lora", "8gb", {"tune": {"targets": "attention+conv", "rank": 64}}),
     ("sd15", "lora", "24gb", {"memory": {"dtype": "fp32"}}),
     ("sd15", "full", "24gb", {"memory": {"gradient_checkpointing": False}}),
@@ -100,7 +105,8 @@ def assert_near(base: str, mode: str, preset: str, changes: dict[str, Any]) -> N
     """Every stage of the analytic plan is within a tenth, allowances left out; what is stored does not differ."""
     found, right = predict(architecture(base), run_of(base, mode, preset, changes)), exact(base, mode, preset, changes)
     ratios = {name: round(peak.total / right.stages[name].total, 3) for name, peak in found.stages.items()}
-    assert list(ratios) == list(right.stages) == ["encode", "embed", "tune", "sample", "decode"]
+    tune = [] if mode == "embedding" else ["tune"]
+    assert list(ratios) == list(right.stages) == ["encode", "embed", *tune, "sample", "decode"]
     assert {name: ratio for name, ratio in ratios.items() if not 0.9 <= ratio <= 1.1} == {}
     assert (found.adapter, found.checkpoint, found.context) == (right.adapter, right.checkpoint, right.context)
 
@@ -128,6 +134,13 @@ def test_sd15_in_full_at_its_true_size() -> None:
     assert peak_memory(torch.device("cpu")) < plan.stages["tune"].total / 2
 
 
+def trained_weights(base: Base, run: RunConfig) -> AbstractContextManager[dict[str, Parameter]]:
+    """What stage tune trains; nothing in mode embedding."""
+    if run.tune.mode == "lora":
+        return attached(base, run.tune, 0)
+    return unfrozen(base, restore=False) if run.tune.mode == "full" else nullcontext({})
+
+
 def real_peaks(folder: Path, run: RunConfig) -> dict[str, int]:
     """The most bytes that each stage of a run takes on the CPU, counted in tensors with values.
 
@@ -152,8 +165,9 @@ def real_peaks(folder: Path, run: RunConfig) -> dict[str, int]:
         base.offload_encoders()
         text = Conditioning(torch.randn(1, 16, 16, generator=noise))
         peaks["embed"] = trained(embed_stage(base, latents, text, run.embed, 0, Processes()))
-        with attached(base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(base, restore=False) as weights:
-            peaks["tune"] = trained(tune_stage(base, latents, text, weights, run.tune, 0, Processes()))
+        with trained_weights(base, run) as weights:
+            if weights:
+                peaks["tune"] = trained(tune_stage(base, latents, text, weights, run.tune, 0, Processes()))
             del weights
             base.pipeline("text2image")
             with torch.no_grad():
@@ -177,6 +191,7 @@ SPARING = {"gradient_checkpointing": True, "optimizer_in_backward": True, "idle"
 REAL: list[Any] = [
     ("lora", {}),
     ("full", SPARING | {"dtype": "bf16"}),
+    ("embedding", {"gradient_checkpointing": True, "idle": "release"}),
     pytest.param("full", {}, marks=pytest.mark.slow),
     pytest.param("lora", SPARING | {"dtype": "bf16"}, marks=pytest.mark.slow),
     *(

@@ -57,9 +57,17 @@ KINDS = {
     "full": Kind("full"),
     "lora in 8 bits": Kind("lora", (("optimizer", "adam8bit"),)),
     "full in 8 bits": Kind("full", (("optimizer", "adam8bit"),)),
+    "embedding": Kind("embedding"),
     "stochastic": Kind("full", (("dtype", "bf16"), ("master_weights", "bf16-stochastic"), ("optimizer_in_backward", True))),
 }
-LORA, FULL = KINDS["lora"], KINDS["full"]
+LORA, FULL, EMBEDDING = KINDS["lora"], KINDS["full"], KINDS["embedding"]
+
+
+def reports(kind: Kind) -> list[tuple[str, int]]:
+    """The steps of a whole fit."""
+    return REPORTS[:EMBED] if kind == EMBEDDING else REPORTS
+
+
 Bases = Callable[..., Base]
 Undisturbed = Callable[..., Adapter]
 HalfWay = Callable[[Kind, int], "Fitting"]
@@ -97,7 +105,7 @@ class Fitting:
 
     def config(self, kind: Kind = LORA, **changes: Any) -> RunConfig:
         """Some steps of each stage; in mode lora of a rank that 8 bits are for."""
-        tune = {"steps": TUNE} | ({"rank": 64, "targets": "attention"} if kind.mode == "lora" else {})
+        tune = {} if kind == EMBEDDING else {"steps": TUNE} | ({"rank": 64, "targets": "attention"} if kind.mode == "lora" else {})
         return tiny_config(self.folder, kind.mode, **merged({"embed": {"steps": EMBED}, "tune": tune}, changes))
 
     def start(self, kind: Kind = LORA, changes: dict[str, Any] | None = None, prompt: str = PROMPT, **options: Any) -> Iterator[StepReport]:
@@ -166,7 +174,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, large: Path, photo_fil
     @cache
     def make(kind: Kind = LORA) -> Adapter:
         one = Fitting(tmp_path_factory.mktemp("undisturbed"), large, photo_file, opened_bases(large))
-        assert one.run(kind) == REPORTS
+        assert one.run(kind) == reports(kind)
         assert one.there() == ["one"]
         return one.store.read("one")
 
@@ -185,6 +193,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, large: Path, photo_fil
         ("lora in 8 bits", EMBED + 1),
         ("full in 8 bits", EMBED + 2),
         ("stochastic", EMBED + 1),
+        ("embedding", 1),
+        ("embedding", EMBED),
     ],
 )
 def test_resume_after_a_stop_gives_the_same_bytes(fitting: Fitting, undisturbed: Undisturbed, kind: Any, steps: int) -> None:
@@ -196,12 +206,12 @@ def test_resume_after_a_stop_gives_the_same_bytes(fitting: Fitting, undisturbed:
         f"{step} of {EMBED if stage == 'embed' else TUNE} steps of stage {stage} are saved; run the same command with --resume to continue"
     )
     assert fitting.store.unfinished() == ["one"]
-    assert fitting.run(kind, resume=True) == REPORTS[steps:]
+    assert fitting.run(kind, resume=True) == reports(kind)[steps:]
     assert fitting.files() == files(undisturbed(kind))
     assert fitting.there() == ["one"]
     found, expected = fitting.store.read("one").record, undisturbed(kind).record
     assert found.losses == expected.losses
-    assert set(found.seconds) == set(expected.seconds) == {"embed", "tune"}
+    assert set(found.seconds) == set(expected.seconds) == {stage for stage, _ in reports(kind)}
 
 
 @pytest.mark.parametrize("kind", [kind for name, kind in KINDS.items() if "8 bits" in name], ids=["lora", "full"])
@@ -507,6 +517,27 @@ def test_another_mode_is_refused_when_it_is_being_tuned(half_way: HalfWay) -> No
         half_way(LORA, EMBED + 1).run(FULL, resume=True)
 
 
+def test_from_the_embedding_a_fit_may_end_or_go_on(fitting: Fitting, undisturbed: Undisturbed) -> None:
+    """With stage embed done, mode embedding has nothing left to train; one that was stopped inside it goes on to a LoRA adapter."""
+    fitting.stop_after(EMBED)
+    assert fitting.run(EMBEDDING, resume=True) == []
+    assert fitting.files() == files(undisturbed(EMBEDDING))
+    fitting.store.remove("one")
+    fitting.stop_after(1, EMBEDDING)
+    assert fitting.run(resume=True) == REPORTS[1:]
+    assert fitting.files() == files(undisturbed())
+
+
+@each("kind", [LORA, FULL])
+def test_mode_embedding_does_not_resume_stage_tune(half_way: HalfWay, kind: Kind) -> None:
+    """It has none; nothing is lost."""
+    one = half_way(kind, EMBED + 1)
+    before = content(one.store.root)
+    with pytest.raises(ImagicError, match=r"it was in stage tune, which --mode embedding does not have\. "):
+        one.run(EMBEDDING, base=one.bases(kind), resume=True)
+    assert content(one.store.root) == before
+
+
 def test_another_number_of_processes_is_refused(half_way: HalfWay) -> None:
     """They share the noise in another way."""
     with pytest.raises(ImagicError, match="processes was 1, is 2"):
@@ -697,7 +728,7 @@ def needed(fitting: Fitting, kind: Kind) -> int:
     return plan.adapter + 2 * plan.checkpoint + 2**25
 
 
-@pytest.mark.parametrize(("kind", "resume"), [(FULL, False), (LORA, True)], ids=["full", "resumed lora"])
+@pytest.mark.parametrize(("kind", "resume"), [(FULL, False), (LORA, True), (EMBEDDING, False)], ids=["full", "resumed lora", "embedding"])
 def test_a_disk_that_is_too_small_is_refused_before_the_training(
     fitting: Fitting, monkeypatch: pytest.MonkeyPatch, kind: Kind, resume: bool
 ) -> None:
@@ -713,7 +744,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_training(
         fitting.run(kind, resume=resume)
     assert fitting.done == []
     free[0] = need
-    assert fitting.run(kind, resume=resume)[-1] == REPORTS[-1]
+    assert fitting.run(kind, resume=resume)[-1] == reports(kind)[-1]
 
 
 def test_a_disk_that_is_too_small_is_seen_by_the_process_that_writes(fitting: Fitting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import ImagicError
+from ...core.errors import ImagicError, unreadable
 from ..architecture import Architecture
 from .keys import KEYS, check_keys
 from .known import SHIPPED, BaseEntry, bases_file, named_base
@@ -22,10 +22,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"unet": _UNET, "text_encoder": _TEXT, "t
 
 
 def local_path(name: str) -> Path | None:
-    """The path ``name``, with ``~`` expanded, if it is an existing folder or file; otherwise None."""
+    """The path ``name``, with ``~`` expanded, if it is an existing folder or file; otherwise None.
+
+    Raises:
+        ImagicError: a folder on the way to it may not be read.
+    """
     try:
         path = Path(name).expanduser()
         return path if path.is_dir() or path.is_file() else None
+    except PermissionError as error:
+        raise unreadable(name, error) from error
     except (OSError, RuntimeError, ValueError):  # a name that is too long; "~" of an unknown user; a null byte
         return None
 

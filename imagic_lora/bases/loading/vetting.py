@@ -76,7 +76,7 @@ def library_errors(path: Path) -> Iterator[None]:
         yield
     except ImagicError:
         raise
-    except Exception as error:
+    except Exception as error:  # the libraries raise anything for a broken file
         first_line = next(iter(str(error).splitlines()), "")[:300]
         raise unusable_base(
             f"{path} cannot be loaded ({type(error).__name__}: {first_line!r})", "files as diffusers writes them"
@@ -120,21 +120,21 @@ def read_json(path: Path, limit: int = 2**20) -> dict[str, Any]:
     try:
         if (containers := text.count("[") + text.count("{")) > _MAX_CONTAINERS:
             raise ValueError(f"{containers:,} lists and objects, more than {_MAX_CONTAINERS:,}")
-        content = _parsed(text)
+        content = parsed_json(text)
     except (ValueError, RecursionError) as error:
         raise unusable_base(f"{path} cannot be read ({error})", "JSON as diffusers writes it") from error
     return content
 
 
-def _parsed(text: str | bytes) -> dict[str, Any]:
-    """The object of a JSON text; raises ValueError or RecursionError for anything else."""
-    content = json.loads(text, object_pairs_hook=unique_keys, parse_float=_finite_number, parse_constant=_finite_number)
+def parsed_json(text: str | bytes) -> dict[str, Any]:
+    """The object of a JSON text; raises ValueError or RecursionError for anything else, and for duplicate keys, NaN and infinity."""
+    content = json.loads(text, object_pairs_hook=_unique_keys, parse_float=_finite_number, parse_constant=_finite_number)
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__}, not an object")
     return content
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The ``object_pairs_hook`` of ``json.loads`` that raises ValueError for a key that occurs twice."""
     if len(content := dict(pairs)) < len(pairs):
         raise ValueError("a duplicate key")
@@ -164,7 +164,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 )  # fmt: skip
             if not 2 <= length <= MAX_HEADER:
                 raise ValueError(f"a header of {length:,} bytes")
-            tensors = _parsed(file.read(length))
+            tensors = parsed_json(file.read(length))
         metadata = tensors.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that are not strings")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +15,7 @@ from rich.table import Table
 from ...core.errors import ImagicError
 from ..console import err, out, plain, print_json, progress
 from ..libraries import import_libraries
-from ..options import Json
+from ..options import Json, Whole
 
 if TYPE_CHECKING:
     from ...bench.page import Table as Cells
@@ -24,10 +26,11 @@ bench = App(name="bench", help="Benchmark editing methods on images whose true e
 @bench.command
 def critters(
     *,
-    cases: int = 60,
-    seed: int = 7,
+    cases: Whole = 60,
+    seed: Whole = 7,
     methods: str | None = None,
-    workers: int = 1,
+    base: Path | None = None,
+    workers: Whole = 1,
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
     as_json: Json = False,
 ) -> None:
@@ -45,13 +48,19 @@ def critters(
     seed
         Seed of the cases. The published results use seed 7; the defaults were chosen on other seeds.
     methods
-        Methods to run, separated by commas. Default: all of bounds, prompt-only, sdedit, imagic-lora, imagic-full, reference,
-        reference-retuned.
+        Methods to run, separated by commas. Default: all of bounds, prompt-only, sdedit, imagic-lora, imagic-full, embedding-only,
+        reference, reference-retuned.
+    base
+        Folder of another training of the embedded base, in diffusers' format. CLIP and the judge are always those of the package. Default:
+        the embedded base.
     workers
         Number of processes. They share the CPU cores.
     out_dir
-        Folder for images and results. Default: outputs/bench/critters-SEED.
+        Folder for images and results. Default: outputs/bench/critters-SEED, with the name of the folder of --base
+        and a hash of its path.
     """
+    import_libraries()
+    from ...bases.loading.known import CRITTERS
     from ...bench.catalogue import chosen
     from ...bench.critters import Bench
     from ...bench.page import tables, write_page
@@ -61,9 +70,13 @@ def critters(
         if value < least:
             raise ImagicError(f"{name} {value}", f"an integer from {least}", f"choose another value for {name}")
 
-    import_libraries()
-    run = Bench(seed, cases, chosen(methods), out_dir or Path("outputs/bench") / f"critters-{seed}")
-    run.out.mkdir(parents=True, exist_ok=True)
+    if base is not None and not (base / "model_index.json").is_file():
+        raise ImagicError(f"--base {base}", "a folder in diffusers' format, with a model_index.json", "choose another folder for --base")
+    name = f"critters-{seed}"
+    if base is not None:
+        path = base.resolve()
+        name += f"-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"  # two bases may have folders of one name
+    run = Bench(seed, cases, chosen(methods), out_dir or Path("outputs/bench") / name, base or CRITTERS)
     results = list(progress(run.results(workers), cases * len(run.methods), "cases x methods"))
     summary = summarise(run, results)
     page = write_page(run, results, summary)

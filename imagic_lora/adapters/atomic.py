@@ -1,38 +1,19 @@
-"""Folders that are written atomically: written under a hidden name, hashed, flushed, renamed. A manifest of hashes verifies them."""
+"""Folders that are written atomically: written under a hidden name, hashed, flushed, renamed."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from ..bases.loading.vetting import unique_keys
 from ..core.errors import ImagicError
+from .manifest import Manifest, manifest_bytes
 
-_OWN_HASH = re.compile(rb',\n  "sha256": "[0-9a-f]{64}"\n}\n\Z')
-_MAX_MANIFEST = 2**20  # bytes; a larger manifest is not read
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?$")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Manifest(BaseModel):
-    """The fields of a folder's manifest, except its own hash. ``files`` maps every other file of the folder to its hash."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    files: dict[FileName, Sha256] = {}
-
-
-M = TypeVar("M", bound=Manifest)
 
 
 class AtomicWriter:
@@ -75,8 +56,7 @@ class AtomicWriter:
             name: file name of the manifest.
             manifest: its ``files`` are replaced.
         """
-        fields = manifest.model_dump(mode="json") | {"files": dict(sorted(self.files.items()))}
-        self.write(name, [_serialised(fields | {"sha256": _own_hash(fields)})])
+        self.write(name, [manifest_bytes(manifest, self.files)])
 
 
 @contextmanager
@@ -178,63 +158,6 @@ def writable(root: Path) -> Iterator[None]:
         raise ImagicError(
             f"{root} cannot be written to ({getattr(error, 'strerror', None) or error})", "a writable folder", "choose another folder"
         ) from error
-
-
-def read_manifest(folder: Path, name: str, model: type[M]) -> M:
-    """Reads a manifest and verifies it against its own hash.
-
-    Args:
-        folder: the folder that the manifest describes.
-        name: file name of the manifest.
-        model: the pydantic model of its fields.
-
-    Raises:
-        ImagicError: the file is missing, does not match its hash, or does not fit the model.
-    """
-    path = folder / name
-    try:
-        if not path.is_file() or path.stat().st_size > _MAX_MANIFEST:
-            raise ValueError(f"it is missing or larger than {_MAX_MANIFEST:,} bytes")
-        content = path.read_bytes()
-        fields = json.loads(content, object_pairs_hook=unique_keys)
-        json.dumps(fields, ensure_ascii=False).encode()  # raises UnicodeError for a lone surrogate, which JSON can contain
-        if not isinstance(fields, dict) or fields.pop("sha256", None) != _hash_without_its_own(content):
-            raise ValueError("it does not match its hash")
-        return model.model_validate(fields)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ImagicError(f"{path} is not a valid manifest ({reason})", "an unchanged manifest", "create or copy it again") from error
-
-
-def changed_file(folder: Path, manifest: Manifest) -> Path | None:
-    """Returns the path of the first file that is missing, cannot be read, or does not match its hash; None if every file matches."""
-    for name, digest in manifest.files.items():
-        path = folder / name
-        try:
-            if not path.is_file() or _sha256(path) != digest:
-                return path
-        except OSError:
-            return path
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _serialised(fields: dict[str, Any]) -> bytes:
-    return (json.dumps(fields, indent=2) + "\n").encode()
-
-
-def _hash_without_its_own(content: bytes) -> str:
-    """The hash of what a manifest was before its own hash was added as the last key; much cheaper than serialising it again."""
-    last_key = _OWN_HASH.search(content)
-    return hashlib.sha256(content[: last_key.start()] + b"\n}\n").hexdigest() if last_key else ""
-
-
-def _own_hash(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(_serialised(fields)).hexdigest()
 
 
 def _flush(folder: Path) -> None:

@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 
 from ..core.errors import ImagicError
 from .adapter import Adapter
-from .atomic import AtomicWriter, atomic_folder, changed_file, interrupted_writes, read_manifest, recover, remove, writable
+from .atomic import AtomicWriter, atomic_folder, interrupted_writes, recover, remove, writable
+from .manifest import changed_file, read_manifest
 from .record import NAME, RECORD, REMEDY, Record
 
 _RECOVERY_SECONDS = 0.5  # longer than the recovery of an interrupted write takes

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..adapters.atomic import Manifest, atomic_folder, changed_file, read_manifest, remove, writable
+from ..adapters.atomic import atomic_folder, remove, writable
+from ..adapters.manifest import Manifest, changed_file, read_manifest
 from ..core.errors import ImagicError, ImagicWarning
 from ..core.tensors import read, safetensors_pieces
 

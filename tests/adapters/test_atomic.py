@@ -17,16 +17,8 @@ import pytest
 from common import each
 from files import failing, manifest_bytes
 
-from imagic_lora.adapters.atomic import (
-    AtomicWriter,
-    Manifest,
-    atomic_folder,
-    changed_file,
-    interrupted_writes,
-    read_manifest,
-    recover,
-    writable,
-)
+from imagic_lora.adapters.atomic import AtomicWriter, atomic_folder, interrupted_writes, recover, writable
+from imagic_lora.adapters.manifest import Manifest, changed_file, read_manifest
 from imagic_lora.core.errors import ImagicError
 
 RECORD = "note.json"

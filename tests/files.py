@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -31,6 +33,24 @@ def failing(number: int) -> Callable[..., Any]:
         raise OSError(number, os.strerror(number))
 
     return fail
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *places: Path) -> None:
+    """Makes files unreadable, and folders as those of another user with mode 0700: they cannot be listed or entered. For root too."""
+
+    def refusing(call: Callable[..., Any], inside_only: bool) -> Callable[..., Any]:
+        def guarded(path: Any, *arguments: Any, **options: Any) -> Any:
+            for place in places if isinstance(path, (str, Path)) else ():
+                entered = place in Path(path).parents or (Path(path) == place and not inside_only)
+                if entered:
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return call(path, *arguments, **options)
+
+        return guarded
+
+    monkeypatch.setattr(os, "stat", refusing(os.stat, inside_only=True))
+    for module, name in ((os, "listdir"), (os, "scandir"), (os, "open"), (io, "open")):
+        monkeypatch.setattr(module, name, refusing(getattr(module, name), inside_only=False))
 
 
 HOLD = """

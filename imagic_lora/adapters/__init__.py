@@ -8,6 +8,7 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``record.py``: the schema of ``adapter.json``
 - ``atomic.py``: folders that are written atomically
 - ``manifest.py``: manifests of hashes, which verify the files of a folder
+- ``writing.py``: folders that files are written to, and the errors of writing
 - ``contents.py``: embeddings, photo and weights of a stored adapter, checked before use
 - ``lora.py``: LoRA layers: attach, save, load, swap
 - ``full.py``: full weights: train, save, load

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import shutil
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..core.errors import ImagicError
+from ..core.errors import ImagicError, ImagicWarning
 from .manifest import Manifest, manifest_bytes
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from .writing import delete, exists, flush_folder, writable
 
 
 class AtomicWriter:
@@ -85,42 +83,53 @@ def atomic_folder(final: Path) -> Iterator[AtomicWriter]:
             writer = AtomicWriter(hidden)
             yield writer
             for folder in [*(path for path in hidden.iterdir() if path.is_dir()), hidden]:
-                _flush(folder)
-            if final.exists():
+                flush_folder(folder)
+            if exists(final):
                 final.rename(old)
-                _flush(final.parent)
+                flush_folder(final.parent)
             hidden.rename(final)
             renamed = True
-            _flush(final.parent)
+            flush_folder(final.parent)
         except BaseException:
             if renamed:
                 final.rename(hidden)
-            recover(final)
+            with suppress(ImagicError):  # the error of the write is the one to report; the next writer cleans up
+                recover(final)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            delete(old)
+        except ImagicError as error:  # the new folder is in place
+            warnings.warn(f"the folder that was replaced remains: {error}", ImagicWarning, stacklevel=3)
 
 
 def remove(final: Path) -> None:
-    """Removes a folder if it exists.
+    """Removes a folder if it exists; of a link, the link only.
 
     The folder is renamed first, so that no incomplete folder has its name. :func:`recover` completes an interrupted removal.
+
+    Raises:
+        ImagicError: something in it cannot be deleted.
     """
     hidden, _ = _hidden_paths(final)
     recover(final)
-    if final.exists():
+    if exists(final):
         final.rename(hidden)
-        _flush(final.parent)
-        shutil.rmtree(hidden, ignore_errors=True)
+        flush_folder(final.parent)
+        delete(hidden)
 
 
 def recover(final: Path) -> None:
-    """Cleans up after an interrupted writer: restores the old folder and removes the incomplete one."""
+    """Cleans up after an interrupted writer: restores the old folder and removes the incomplete one.
+
+    Raises:
+        ImagicError: something cannot be deleted, so that the folder cannot be written.
+    """
     hidden, old = _hidden_paths(final)
-    if old.exists() and not final.exists():
+    if exists(old) and not exists(final):
         old.rename(final)
-        _flush(final.parent)
+        flush_folder(final.parent)
     for leftover in (hidden, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+        delete(leftover)
 
 
 def interrupted_writes(root: Path) -> list[str]:
@@ -132,40 +141,3 @@ def interrupted_writes(root: Path) -> list[str]:
 def _hidden_paths(final: Path) -> tuple[Path, Path]:
     """The path of the folder that is being written, and the path of the old folder while it is replaced."""
     return final.with_name(f".{final.name}.part"), final.with_name(f".{final.name}.old")
-
-
-@contextmanager
-def writable(root: Path) -> Iterator[None]:
-    """Creates a folder if necessary and converts errors of writing to it into ImagicError.
-
-    Args:
-        root: the folder; parents are created too.
-
-    Raises:
-        ImagicError: the disk is full or the folder cannot be written to.
-    """
-    try:
-        if not root.is_dir():
-            root.mkdir(parents=True, exist_ok=True)
-            _flush(root.parent)
-        yield
-    except (OSError, UnicodeError) as error:  # UnicodeError: the file system cannot encode the name
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-            got = f"the disk of {root} is full or over its quota ({shutil.disk_usage(existing).free / 2**20:,.0f} MiB free)"
-            remedy = "free some space and run the command again, with --resume for an interrupted fit; everything stored before is intact"
-            raise ImagicError(got, "free space for the files", remedy) from error
-        raise ImagicError(
-            f"{root} cannot be written to ({getattr(error, 'strerror', None) or error})", "a writable folder", "choose another folder"
-        ) from error
-
-
-def _flush(folder: Path) -> None:
-    """Flushes the directory entries of a folder to the disk."""
-    if os.name == "nt":
-        return  # Windows cannot flush a directory; NTFS journals its entries
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,7 +13,8 @@ from ..core.config import Mode, TunedMode
 from ..core.errors import ImagicError
 from ..core.tensors import read, safetensors_pieces
 from ..photos.canvas import Canvas, to_pixels
-from ..photos.reading import MAX_PIXELS, read_photo
+from ..photos.files.opening import MAX_PIXELS
+from ..photos.reading import read_photo
 from .adapter import Adapter
 from .atomic import AtomicWriter
 from .full import FullWeights, loaded_full

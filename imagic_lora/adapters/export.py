@@ -16,10 +16,11 @@ from ..core.config import Mode
 from ..core.errors import ImagicError
 from ..core.tensors import read, safetensors_pieces
 from .adapter import Adapter
-from .atomic import AtomicWriter, writable
+from .atomic import AtomicWriter
 from .contents import read_canvas, read_embeddings
 from .lora import LORA_FILE
 from .record import CARD, EMBEDDINGS, RECORD, REMEDY
+from .writing import check_outputs, writable
 
 Format = Literal["kohya", "diffusers"]
 Files = Mapping[str, Iterable[bytes | memoryview]]
@@ -112,6 +113,7 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
     files = _for_kohya(adapter) if layout == "kohya" else _for_diffusers(adapter)
     folder = folder if layout == "kohya" else folder / adapter.name
     paths = [folder / name for name in files]
+    check_outputs(folder, files)
     if (folder / RECORD).exists():
         raise ImagicError(f"{folder} is a stored adapter", "another folder for the exported files", "choose another --out")
     if (taken := [path for path in paths if path.exists()]) and not overwrite:
@@ -199,6 +201,8 @@ def kohya(adapter: Adapter) -> dict[str, Tensor]:
                 f"{path} holds no pair of matrices of rank {tune.rank} for {layer[:80]!r}", "a LoRA file written by fit", REMEDY
             )
         key = f"lora_unet_{name.replace('.', '_')}"
+        if f"{key}.alpha" in tensors:
+            raise ImagicError(f"{path} holds two layers that are {key} in this format", "a LoRA file written by fit", REMEDY)
         tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up * scale, f"{key}.alpha": torch.tensor(float(tune.rank))}
     if stored:
         raise ImagicError(f"{path} holds the unexpected tensor {next(iter(stored))[:80]!r}", "LoRA layers only", REMEDY)

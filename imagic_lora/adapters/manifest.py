@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..bases.loading.vetting import unique_keys
-from ..core.errors import ImagicError
+from ..bases.loading.vetting import parsed_json
+from ..core.errors import ImagicError, unreadable
+from ..core.validation import first_problem
 
 _OWN_HASH = re.compile(rb',\n  "sha256": "[0-9a-f]{64}"\n}\n\Z')
 _MAX_MANIFEST = 2**20  # bytes; a larger manifest is not read
@@ -23,7 +24,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Manifest(BaseModel):
     """The fields of a folder's manifest, except its own hash. ``files`` maps every other file of the folder to its hash."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     files: dict[FileName, Sha256] = {}
 
 
@@ -50,32 +51,42 @@ def read_manifest(folder: Path, name: str, model: type[M]) -> M:
         model: the pydantic model of its fields.
 
     Raises:
-        ImagicError: the file is missing, does not match its hash, or does not fit the model.
+        ImagicError: the file is missing or cannot be read, does not match its hash, holds NaN or infinity, or does not fit the model.
     """
     path = folder / name
     try:
         if not path.is_file() or path.stat().st_size > _MAX_MANIFEST:
             raise ValueError(f"it is missing or larger than {_MAX_MANIFEST:,} bytes")
         content = path.read_bytes()
-        fields = json.loads(content, object_pairs_hook=unique_keys)
+        fields = parsed_json(content)
         json.dumps(fields, ensure_ascii=False).encode()  # raises UnicodeError for a lone surrogate, which JSON can contain
-        if not isinstance(fields, dict) or fields.pop("sha256", None) != _hash_without_its_own(content):
+        if fields.pop("sha256", None) != _hash_without_its_own(content):
             raise ValueError("it does not match its hash")
         return model.model_validate(fields)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ValidationError):
+            problem = first_problem(error)
+            reason = f"{problem.got}, expected {problem.expected}" if problem.place else problem.got
+        else:
+            reason = str(error).splitlines()[0]
         raise ImagicError(f"{path} is not a valid manifest ({reason})", "an unchanged manifest", "create or copy it again") from error
 
 
 def changed_file(folder: Path, manifest: Manifest) -> Path | None:
-    """Returns the path of the first file that is missing, cannot be read, or does not match its hash; None if every file matches."""
+    """Returns the path of the first file that is missing or does not match its hash; None if every file matches.
+
+    Raises:
+        ImagicError: a file cannot be read.
+    """
     for name, digest in manifest.files.items():
         path = folder / name
         try:
             if not path.is_file() or _sha256(path) != digest:
                 return path
-        except OSError:
-            return path
+        except OSError as error:
+            raise unreadable(path, error) from error
     return None
 
 
@@ -85,7 +96,7 @@ def _sha256(path: Path) -> str:
 
 
 def _serialised(fields: dict[str, Any]) -> bytes:
-    return (json.dumps(fields, indent=2) + "\n").encode()
+    return (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _hash_without_its_own(content: bytes) -> str:

@@ -21,7 +21,7 @@ Name = Annotated[str, Field(pattern=NAME.replace(r"\Z", "$"))]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BaseRecord(_Part):
@@ -52,7 +52,7 @@ class CompressedRecord(_Part):
     """The full adapter that was compressed, and the norm of the lost weight change divided by the norm of the whole weight change."""
 
     name: Name
-    error: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    error: Annotated[float, Field(ge=0)]
 
 
 class Record(Manifest):

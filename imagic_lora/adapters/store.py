@@ -11,18 +11,20 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from ..core.errors import ImagicError
+from ..core.errors import ImagicError, unreadable
+from ..core.text import check_utf8
 from .adapter import Adapter
-from .atomic import AtomicWriter, atomic_folder, interrupted_writes, recover, remove, writable
+from .atomic import AtomicWriter, atomic_folder, interrupted_writes, recover, remove
 from .manifest import changed_file, read_manifest
 from .record import NAME, RECORD, REMEDY, Record
+from .writing import exists, writable
 
 _RECOVERY_SECONDS = 0.5  # longer than the recovery of an interrupted write takes
 
 
 def _write_pid(handle: int) -> None:
     """Writes the id of this process into a lock file, unless the disk is full."""
-    with suppress(OSError):
+    with suppress(OSError):  # the id is only for the message of another process
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
 
@@ -49,6 +51,22 @@ def check_name(name: str) -> str:
             "choose another name",
         )
     return name
+
+
+def _may_hold(file: Path) -> bool:
+    """Returns whether a file exists, or may exist in a folder that cannot be read."""
+    try:
+        return file.is_file()
+    except OSError:
+        return True
+
+
+def _may_hold_checkpoints(folder: Path) -> bool:
+    """Returns whether a folder holds checkpoints, or may hold some because it cannot be read."""
+    try:
+        return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    except OSError:
+        return True
 
 
 class Store:
@@ -104,16 +122,22 @@ class Store:
         """Checks that an adapter of this name can be written. A fit calls it before training.
 
         Raises:
-            ImagicError: the name is invalid, exists and ``overwrite`` is False, or is locked; or the folder cannot be written to.
+            ImagicError: the name is invalid, exists and ``overwrite`` is False, or is locked; or the folder cannot be written to, or its
+                path is not UTF-8, so that no adapter in it could be read.
         """
+        check_utf8(str(self.root), "the path of the store")
         with self.locked(name):
-            if (self.root / name).exists() and not overwrite:
+            if exists(self.root / name) and not overwrite:
                 raise ImagicError(f"{self.root / name} exists", "an unused name", "choose another --name, or use --overwrite")
 
     def names(self) -> list[str]:
-        """Returns the names of the adapters, sorted."""
+        """Returns the names of the adapters, sorted, with those of folders that may not be read: :meth:`read` gives the reason.
+
+        Raises:
+            ImagicError: the store is no folder or cannot be read.
+        """
         self._recover_all()
-        return sorted(path.parent.name for path in self.root.glob(f"[!.]*/{RECORD}") if re.match(NAME, path.parent.name))
+        return [name for name in self._entries() if re.match(NAME, name) and _may_hold(self.root / name / RECORD)]
 
     def read(self, name: str, verify: bool = True) -> Adapter:
         """Reads an adapter and verifies the hash of every file.
@@ -126,9 +150,9 @@ class Store:
             ImagicError: there is no such adapter, its record is invalid or of another version, or a file is missing or has changed.
         """
         folder = self.root / check_name(name)
-        if not (folder / RECORD).is_file():
+        if not _may_hold(folder / RECORD):
             existing = ", ".join(self.names()) or "none"
-            if not (folder / RECORD).is_file():  # names() can have recovered it
+            if not _may_hold(folder / RECORD):  # names() can have recovered it
                 raise ImagicError(f"no adapter {name!r} in {self.root}", f"the name of an adapter ({existing})", "see imagic-lora list")
         adapter = Adapter(folder, read_manifest(folder, RECORD, Record))
         if verify and (path := changed_file(folder, adapter.record)):
@@ -157,10 +181,10 @@ class Store:
         """Removes an adapter and the checkpoints of an unfinished fit of that name.
 
         Raises:
-            ImagicError: neither exists, or the name is being written.
+            ImagicError: neither exists, the name is being written, or something cannot be deleted.
         """
         final = self.root / check_name(name)
-        if not final.exists() and not self.checkpoints(name).exists():
+        if not exists(final) and not exists(self.checkpoints(name)):
             self.read(name)  # raises if there is nothing of this name, even after recovery
         with self.locked(name), writable(self.root):
             for folder in (final, self.checkpoints(name)):
@@ -172,12 +196,22 @@ class Store:
 
     def unfinished(self) -> list[str]:
         """Returns the names whose fit was interrupted or is still running, sorted."""
-        return sorted({path.parent.name[1:].removesuffix(".checkpoints") for path in self.root.glob(".*.checkpoints/[!.]*")})
+        folders = [name for name in self._entries() if name.startswith(".") and name.endswith(".checkpoints")]
+        return sorted(name[1:].removesuffix(".checkpoints") for name in folders if _may_hold_checkpoints(self.root / name))
+
+    def _entries(self) -> list[str]:
+        """Returns the names of everything in the folder of the store, sorted; nothing if there is no such folder yet."""
+        try:
+            return sorted(path.name for path in self.root.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise unreadable(self.root, error) from error
 
     def _recover_all(self) -> None:
         """Recovers interrupted writes. Names that are being written and a store that cannot be written to are skipped."""
         for name in interrupted_writes(self.root):
             if name.startswith("."):  # the removal of a checkpoint folder was interrupted
                 name = name[1:].removesuffix(".checkpoints")
-            with suppress(ImagicError), self.locked(name, timeout=0):
+            with suppress(ImagicError), self.locked(name, timeout=0):  # the next writer of the name recovers it
                 pass

@@ -32,8 +32,8 @@ class Base(ABC):
         revision: branch, tag or commit of a hub id; None for the default branch, a folder or a file.
         fingerprint: hash of the weights and the prediction type. It is equal for the same weights in fp16, in fp32 and in a single file.
         runtime: device, precision and memory levers.
-        scheduler_config: config of the base's own scheduler. That scheduler is used only for sampling. The training scheduler is a
-            DDPMScheduler with the same noise schedule, because other schedulers define ``add_noise`` differently.
+        training_scheduler: DDPMScheduler with the noise schedule of the base's own scheduler. The own scheduler only samples, because other
+            classes define ``add_noise`` differently.
 
     Raises:
         ImagicError: the prediction type is not ``epsilon``, ``v_prediction`` or ``sample``.
@@ -57,9 +57,9 @@ class Base(ABC):
     alteration: Alteration | None = None
     """The present change of the denoiser, which :mod:`imagic_lora.bases.altered` undoes. None: the denoiser has its own weights."""
 
-    def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, scheduler_config: dict[str, object]) -> None:
+    def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, training_scheduler: DDPMScheduler) -> None:
         self.name, self.revision, self.fingerprint, self.runtime = name, revision, fingerprint, runtime
-        self.training_scheduler = DDPMScheduler.from_config(scheduler_config)
+        self.training_scheduler = training_scheduler
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ImagicError(f"{name} predicts {self.prediction_type!r}", "epsilon, v_prediction or sample", "choose another base")
 
@@ -168,14 +168,22 @@ class Base(ABC):
         """
 
     @abstractmethod
-    def scheduler(self) -> Any:
-        """Creates a sampling scheduler with the class and config of the base's own scheduler."""
+    def scheduler(self, scheduler_class: type | None = None) -> Any:
+        """Creates a sampling scheduler with the noise schedule of the base.
+
+        Args:
+            scheduler_class: class of diffusers. None: a copy of the base's own scheduler.
+        """
 
     @abstractmethod
-    def pipeline(self, kind: PipelineKind) -> DiffusionPipeline:
+    def pipeline(self, kind: PipelineKind, scheduler_class: type | None = None) -> DiffusionPipeline:
         """Creates a diffusers pipeline that shares the components in memory and has its own scheduler.
 
         The pipeline has no text encoders. Call it with the arguments of :meth:`pipeline_kwargs`.
+
+        Args:
+            kind: selects the pipeline's class.
+            scheduler_class: as for :meth:`scheduler`. The pipeline corrects the scheduler's config as it does when it is loaded.
         """
 
     def timesteps(self, times: Tensor) -> Tensor:

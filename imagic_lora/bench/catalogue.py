@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.config import EditConfig, Mode, RunConfig
 from ..core.errors import ImagicError
-from ..core.settings import RECIPES, read_yaml, resolve
+from ..core.settings import RECIPES, read_settings, resolve
 from ..methods.bounds import Bounds
 from ..methods.imagic import Imagic
 from ..methods.method import Method
@@ -71,7 +71,7 @@ def reference(name: str, file: str) -> Imagic:
         name: name of the method.
         file: name of the YAML file.
     """
-    return Imagic(name, resolve({"base": "critters", "resolution": None}, read_yaml(RECIPE_FILES / file), {}))
+    return Imagic(name, resolve({"base": "critters", "resolution": None}, read_settings(RECIPE_FILES / file), {}))
 
 
 CATALOGUE: dict[str, Callable[[], Method]] = {

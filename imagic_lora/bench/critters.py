@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -14,11 +15,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ..adapters.writing import check_outputs
 from ..bases.loading.known import CRITTERS
 from ..bases.loading.progress import hide_progress_bars
 from ..bases.loading.registry import load_base
 from ..core.config import MemoryConfig
 from ..core.environment import prepare_environment
+from ..core.errors import ImagicError
 from ..core.runtime import resolve_runtime
 from ..critters import render
 from ..critters.judge import WEIGHTS, Judge
@@ -77,7 +80,11 @@ class Bench:
 
         Yields:
             Each result as soon as it is available: first the stored ones, then the others in the order of completion.
+
+        Raises:
+            ImagicError: two rows have one name, or a file cannot be written.
         """
+        self._check_files()
         jobs = [(method, index) for index in range(self.cases) for method in self.methods]
         missing = []
         for method, index in jobs:
@@ -118,6 +125,19 @@ class Bench:
         result = Result(index, method.name, rows, error)
         _write(folder / f"{method.name}.json", {"key": self._key(method, index), **asdict(result)})
         return result
+
+    def _check_files(self) -> None:
+        """Checks that every row has a file of its own, also where names differ only in case, and that all files can be written."""
+        images = ["source", "truth", *(row for method in self.methods for row in method.rows)]
+        for name, times in Counter(map(str.casefold, images)).items():
+            if times > 1:
+                got = f"{times} rows of the benchmark have the name {name}"
+                raise ImagicError(got, "a name for each row", "rename or leave out a method")
+        check_outputs(self.out, ("summary.json", "index.html"))
+        check_outputs(self.out / "cases", ())
+        files = [*(f"{name}.png" for name in images), *(f"{method.name}.json" for method in self.methods)]
+        for folder in filter(Path.exists, map(self.folder, range(self.cases))):
+            check_outputs(folder, files)
 
     def _key(self, method: Method, index: int) -> str:
         """Returns a digest of everything that a result depends on."""

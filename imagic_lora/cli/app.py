@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shlex
 import sys
@@ -11,7 +13,7 @@ from collections.abc import Callable, Sequence
 from cyclopts import App, CycloptsError
 from pydantic import ValidationError
 
-from ..adapters.atomic import DISK_FULL
+from ..adapters.writing import DISK_FULL
 from ..core.environment import prepare_environment
 from ..core.errors import ImagicError, Stopped
 from ..core.settings import settings_error
@@ -41,6 +43,8 @@ COMMANDS: dict[str, Callable[..., None] | App] = {
     "demo": demo,
     "doctor": doctor,
 }
+
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 app = App(
     name="imagic-lora",
@@ -75,10 +79,14 @@ def main(tokens: Sequence[str] | None = None) -> int:
     """
     tokens = sys.argv[1:] if tokens is None else list(tokens)
     with warnings.catch_warnings():
+        if isinstance(sys.stdout, io.TextIOWrapper):  # stderr does so by default: what a terminal of another encoding lacks is escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
         prepare_environment()
         print_warnings()
         try:
             app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+            if sys.stdout:
+                sys.stdout.flush()  # an error at the exit of Python would have neither a message nor an exit code of its own
         except CycloptsError as error:
             if isinstance(error.__cause__, ValidationError):
                 return print_error(settings_error(error.__cause__), tokens)
@@ -86,21 +94,26 @@ def main(tokens: Sequence[str] | None = None) -> int:
         except ImagicError as error:
             return print_error(error, tokens)
         except BrokenPipeError:  # the reader of the output, such as head, has closed the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             return 0
         except (KeyboardInterrupt, Stopped) as error:
-            if os.environ.get("RANK", "0") != "0":
-                return 130
             if isinstance(error, KeyboardInterrupt):
                 return print_interrupted("nothing was stored", None, tokens)
             return print_interrupted(
                 str(error), shlex.join(["imagic-lora", *tokens, *(["--resume"] if "--resume" not in tokens else [])]), tokens
             )
         except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            got = f"the disk is full{f' ({error.filename})' if error.filename else ''}"
-            return print_error(ImagicError(got, "enough free disk space", "delete files that are no longer needed"), tokens)
+            if error.errno in DISK_FULL:
+                got = f"the disk is full{f' ({error.filename})' if error.filename else ''}"
+                code = print_error(ImagicError(got, "enough free disk space", "delete files that are no longer needed"), tokens)
+                if not error.filename:
+                    _discard_output()  # it may be what is full
+                return code
+            if error.errno in _DENIED and error.filename:
+                got = f"{error.filename} cannot be accessed ({error.strerror})"
+                remedy = "check its permissions, or run the command as its owner"
+                return print_error(ImagicError(got, "a path that this user may read and write", remedy), tokens)
+            raise
         except (MemoryError, RuntimeError) as error:
             from ..memory.limits import is_out_of_memory
 
@@ -109,3 +122,11 @@ def main(tokens: Sequence[str] | None = None) -> int:
             remedy = "use --preset 8gb, or fit the photo at a lower --resolution"
             return print_error(ImagicError("out of memory", "more free memory", remedy), tokens)
     return 0
+
+
+def _discard_output() -> None:
+    """Lets stdout lead nowhere if it cannot be written to, so that Python does not fail to write the rest of it at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

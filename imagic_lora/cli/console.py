@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.cells import cell_len, set_cell_size
@@ -173,8 +174,8 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Prints one JSON object on stdout."""
-    print(json.dumps(value, indent=2))
+    """Prints one JSON object on stdout. Numbers are finite: JSON has no other."""
+    print(json.dumps(value, indent=2, allow_nan=False))
 
 
 def print_warnings() -> None:
@@ -218,8 +219,10 @@ def print_error(error: ImagicError, tokens: Sequence[str]) -> int:
         The exit code.
     """
     if "--json" in tokens:
-        print_json({"error": {"got": error.got, "expected": error.expected, "remedy": error.remedy}})
-    err.print(f"[red]Error:[/] {plain(error.got)}", highlight=False)
-    err.print(f"  expected: {plain(error.expected)}", highlight=False)
-    err.print(f"  what to do: {plain(error.remedy)}", highlight=False)
+        with suppress(OSError):  # stdout may be what is full
+            print_json({"error": {"got": error.got, "expected": error.expected, "remedy": error.remedy}})
+    with suppress(OSError):  # or stderr
+        err.print(f"[red]Error:[/] {plain(error.got)}", highlight=False)
+        err.print(f"  expected: {plain(error.expected)}", highlight=False)
+        err.print(f"  what to do: {plain(error.remedy)}", highlight=False)
     return 2

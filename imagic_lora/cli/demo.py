@@ -10,8 +10,10 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..adapters.contents import read_canvas, read_embeddings
 from ..adapters.store import Store
+from ..adapters.writing import check_outputs
 from ..core.config import EditConfig, RunConfig
 from ..core.settings import RECIPES, resolve
+from ..core.text import exact
 from ..critters import render, scene_at
 from ..photos.png import write_png
 from ..photos.sheet import sheet
@@ -35,7 +37,7 @@ def run_demo(out: Path, run_fit: Callable[[Generator[StepReport, None, Adapter |
     Returns:
         The path of the sheet.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    check_outputs(out, ["photo.png", "sheet.png", *(_file_name(eta) for eta in ETAS)])
     scene = scene_at("demo", SCENE)
     prompt = f"a {scene.animal} {CHANGE['pose']}"
     photo = render(scene)
@@ -49,10 +51,14 @@ def run_demo(out: Path, run_fit: Callable[[Generator[StepReport, None, Adapter |
     untuned = _sample_untuned(editor, adapter, config.edit, config.seed)
     edits = list(editor.edit(adapter, ETAS, [config.seed], config.edit))
     for result in edits:
-        write_png(result.image, out / f"eta{result.eta:g}.png", {"prompt": prompt, "eta": result.eta, "seed": result.seed})
+        write_png(result.image, out / _file_name(result.eta), {"prompt": prompt, "eta": result.eta, "seed": result.seed})
     truth = render(scene.edited(**CHANGE))
     write_png(_demo_sheet(photo, untuned, edits, truth, prompt), out / "sheet.png", {"prompt": prompt})
     return out / "sheet.png"
+
+
+def _file_name(eta: float) -> str:
+    return f"eta{exact(eta)}.png"
 
 
 def _sample_untuned(editor: Editor, adapter: Adapter, config: EditConfig, seed: int) -> Image.Image:

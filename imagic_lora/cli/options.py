@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,10 @@ DEFAULT_STORE = Path("adapters")
 
 
 def _whole(_: object, tokens: Sequence[Token]) -> int:
-    return int(tokens[0].value)
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{tokens[0].value!r} is no whole number") from None
 
 
 Whole = Annotated[int, Parameter(converter=_whole)]
@@ -31,28 +35,30 @@ def suggested_etas(eta: float) -> str:
 
 
 def parse_etas(text: str) -> list[float]:
-    """Parses etas: ``0.7``, ``0.5,0.7``, or a range ``0.3:1:0.1`` that includes its end.
+    """Parses etas: ``0.7``, ``0.5,0.7``, or a range ``0.3:1:0.1`` that includes its end. One that occurs twice is returned once.
 
     Raises:
         ImagicError: the text is in none of these forms, or a range has more than 1001 values.
     """
     try:
         if ":" not in text:
-            return [float(part) for part in text.split(",")]
-        start, stop, step = (float(part) for part in text.split(":"))
-        if step <= 0 or stop < start or (stop - start) / step > 1000:
-            raise ValueError
-        return [round(start + k * step, 6) for k in range(int((stop - start) / step + 1e-6) + 1)]
-    except (ValueError, OverflowError) as error:
+            etas = [float(part) for part in text.split(",")]
+        else:
+            start, stop, step = (Decimal(part) for part in text.split(":"))
+            if step <= 0 or stop < start or (stop - start) / step > 1000:
+                raise ValueError
+            etas = [float(start + k * step) for k in range(int((stop - start) / step) + 1)]
+        return list(dict.fromkeys(eta + 0.0 for eta in etas))  # -0 becomes 0
+    except (ValueError, ArithmeticError) as error:
         expected = "a number, several numbers separated by commas, or start:end:step"
         raise ImagicError(f"--eta {text}", expected, "use for example --eta 0.3:1:0.1") from error
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Parses seeds: ``0``, ``0,3``, or a range ``0:4`` that excludes its end.
+    """Parses seeds: ``0``, ``0,3``, or a range ``0:4`` that excludes its end. One that occurs twice is returned once.
 
     Raises:
-        ImagicError: the text is in none of these forms, a seed is outside [0, 2^63), or a range is empty or has more than 10,000 values.
+        ImagicError: the text is in none of these forms, a seed is below 0, or a range is empty or has more than 10,000 values.
     """
     try:
         if ":" in text:
@@ -62,9 +68,9 @@ def parse_seeds(text: str) -> list[int]:
             seeds = list(range(start, stop))
         else:
             seeds = [int(part) for part in text.split(",")]
-        if not seeds or min(seeds) < 0 or max(seeds) >= 2**63:
+        if not seeds or min(seeds) < 0:
             raise ValueError
-        return seeds
+        return list(dict.fromkeys(seeds))
     except ValueError as error:
         expected = "an integer from 0, several integers separated by commas, or start:end with at most 10000 seeds"
         raise ImagicError(f"--seed {text}", expected, "use for example --seed 0:4") from error

@@ -6,10 +6,10 @@ preset of the card < file < flags. Only explicitly given values are merged. The 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Mode = Literal["lora", "full", "embedding"]
 TunedMode = Literal["lora", "full"]  # the modes with a stage 2
@@ -28,6 +28,14 @@ class Config(BaseModel):
     """A frozen group of settings that rejects unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
+            raise ValueError("a number")  # pydantic would read true as 1
+        return value
 
 
 class EmbedConfig(Config):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class ImagicError(Exception):
     """An error that the user can fix: what was got, what was expected, what to do.
@@ -29,3 +31,11 @@ class ImagicWarning(UserWarning):
 
 class Stopped(Exception):
     """A fit has stopped on request. Its progress is saved; the message says where it stopped."""
+
+
+def unreadable(path: Path | str, error: OSError) -> ImagicError:
+    """Returns the error for a file or folder that cannot be read, with the reason that the operating system gives."""
+    got = f"{path} cannot be read ({error.strerror or error})"
+    if isinstance(error, FileNotFoundError):
+        return ImagicError(got, "a path that exists", "check the path")
+    return ImagicError(got, "a path that this user may read", "check its permissions, or run the command as its owner")

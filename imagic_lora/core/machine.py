@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from .errors import ImagicError
+
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.free,compute_cap", "--format=csv,noheader,nounits")
 _AMD_DEVICES = Path("/sys/class/drm")
 _DRIVER_TIMEOUT = 5  # seconds after which a driver that does not answer counts as none
@@ -48,17 +50,28 @@ def find_card(index: int | None = None) -> Card | None:
 
     Args:
         index: number of the device; PyTorch's current device by default.
+
+    Raises:
+        ImagicError: there are cards, but none of this number.
     """
     torch: Any = sys.modules.get("torch")
     if torch is None:
         list_cards = {"cuda": _nvidia_cards, "hip": _amd_cards, None: list}[_torch_backend()]
         cards: list[Card] = list_cards()
-        return next((card for card in cards if card.index == (index or 0)), None)
+        return cards[_checked(index or 0, len(cards))] if cards else None
     if not torch.cuda.is_available():
         return None
-    device: int = torch.cuda.current_device() if index is None else index
+    device: int = torch.cuda.current_device() if index is None else _checked(index, torch.cuda.device_count())
     native_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
     return Card(device, torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0], native_bf16)
+
+
+def _checked(index: int, count: int) -> int:
+    """Returns the number of a card unchanged; raises ImagicError if it is not below the number of cards."""
+    if index >= count:
+        got = f"this process is number {index} on a machine with {count} CUDA device{'' if count == 1 else 's'}"
+        raise ImagicError(got, "one device for each process, numbered from 0", "use a lower --num_processes of accelerate launch")
+    return index
 
 
 def free_host_memory() -> int:

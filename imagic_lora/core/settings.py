@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import yaml
 from cyclopts import Parameter
 from pydantic import BaseModel, ValidationError
 
 from .config import Mode, Preset, RunConfig, TuneConfig
 from .errors import ImagicError
+from .validation import first_problem
+from .yaml_files import read_yaml
 
 Recipe = Mapping[Mode, Mapping[str, Any]]
 
@@ -94,23 +95,19 @@ def recipe_of(base: str, few_steps: int | None = None, embeds_guidance: bool = F
     return {mode: merged(settings, sampling) for mode, settings in recipe.items()}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads the settings of a YAML file; an empty file has none.
+def read_settings(path: Path) -> dict[str, Any]:
+    """Reads and validates the settings of a YAML file, as nested mappings. An empty file has none.
 
     Raises:
-        ImagicError: the file is missing, is not YAML, or is not a mapping.
+        ImagicError: as :func:`~imagic_lora.core.yaml_files.read_yaml`; an unknown name or a value out of range.
     """
+    settings = read_yaml(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ImagicError(
-            f"{path} cannot be read as YAML: {' '.join(str(error).split())}", "a YAML file of settings", "see configs/ for examples"
-        ) from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ImagicError(f"{path} holds a {type(content).__name__}", "a mapping of settings", "see configs/ for examples")
-    return content
+        RunConfig.model_validate(settings)
+    except ValidationError as error:
+        found = settings_error(error)
+        raise ImagicError(f"{path}: {found.got}", found.expected, found.remedy) from error
+    return settings
 
 
 def mode_of(given: Mapping[str, Any]) -> Mode:
@@ -197,13 +194,10 @@ def validated(values: Mapping[str, Any]) -> RunConfig:
 
 def settings_error(error: ValidationError) -> ImagicError:
     """Converts the first error of a pydantic validation into an ImagicError."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return ImagicError(f"unknown setting {where}", _known(first["loc"]), "correct its name or remove it")
-    return ImagicError(
-        f"{where} = {first['input']!r}", first["msg"].removeprefix("Input should be ").removeprefix("Value error, "), "change that setting"
-    )
+    problem = first_problem(error)
+    if problem.kind == "extra_forbidden":
+        return ImagicError(f"unknown setting {'.'.join(map(str, problem.place))}", _known(problem.place), "correct its name or remove it")
+    return ImagicError(problem.got, problem.expected, "change that setting")
 
 
 def _known(location: tuple[int | str, ...]) -> str:

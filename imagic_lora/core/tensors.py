@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import ImagicError, NotFinite
+from .errors import ImagicError, NotFinite, unreadable
+from .text import check_utf8
 
 _MAX_HEADER = 2**22  # bytes; the header of Stable Diffusion's U-Net has a fiftieth of that
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
@@ -77,14 +78,17 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     """Opens a safetensors file with :func:`safetensors.safe_open`, as a context manager.
 
     Raises:
-        ImagicError: the file cannot be read, is not a safetensors file, or is incomplete.
+        ImagicError: the file cannot be read, is not a safetensors file, or is incomplete; its path is not UTF-8.
     """
+    check_utf8(str(path), "the path")
     try:
         with path.open("rb") as raw:
             if (size := int.from_bytes(raw.read(8), "little")) > _MAX_HEADER:
                 raise SafetensorError(f"a header of {size:,} bytes")
         file = safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except SafetensorError as error:
         raise _not_whole(path, error) from error
     try:
         with file as handle:

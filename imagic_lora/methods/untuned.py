@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ..bases.altered import check_unaltered
 from ..core.config import EditConfig
+from ..core.text import exact
 from ..photos.canvas import to_canvas
 from ..sampling.generate import generate
 from .method import Context, EditRequest, EditResult, Method, metered
@@ -53,5 +54,5 @@ def sdedit(config: EditConfig, strengths: Sequence[float]) -> Untuned:
         config: settings of stage 3; the method sets their start and strength.
         strengths: share of the schedule that is noised and sampled again, in (0, 1].
     """
-    rows = {f"sdedit-{strength:g}": config.model_copy(update={"start": "image", "strength": strength}) for strength in strengths}
+    rows = {f"sdedit-{exact(strength)}": config.model_copy(update={"start": "image", "strength": strength}) for strength in strengths}
     return Untuned("sdedit", rows)

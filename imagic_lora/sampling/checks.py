@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from ..bases.base import Base
 from ..core.config import EditConfig
 from ..core.errors import ImagicError
+from ..core.text import check_utf8, exact
+
+SEEDS = 2**32
+"""Number of different seeds of an image: PyTorch's generator of the CPU, which draws its noise, uses the lower 32 bits of a seed."""
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises ImagicError if a prompt is empty or consists of whitespace."""
+    """Raises ImagicError if a prompt is empty, consists of whitespace, or is not UTF-8."""
     if not prompt.strip():
         raise ImagicError("an empty prompt", "a prompt that describes the edited photo", 'for example "a dog jumping"')
+    check_utf8(prompt, "the prompt")
 
 
 def check_strength(config: EditConfig) -> None:
@@ -38,17 +43,21 @@ def check_edit(etas: Sequence[float], seeds: Sequence[int], config: EditConfig, 
 
     Args:
         etas: interpolation weights, each in [0, 2].
-        seeds: seeds of the starting noise.
+        seeds: seeds of the starting noise, each in [0, 2^32).
         config: settings of the sampling.
         prompt: the target prompt.
 
     Raises:
-        ImagicError: an eta is out of range, the prompt is empty, the strength leaves no sampling step, or several seeds would give the
-            same image.
+        ImagicError: an eta or a seed is out of range, the prompt is empty or not UTF-8, the strength leaves no sampling step, or several
+            seeds would give the same image.
     """
     for eta in etas:
         if not 0 <= eta <= 2:
-            raise ImagicError(f"eta {eta:g}", "0 (the photo) to 1 (the target prompt), at most 2", "change --eta")
+            raise ImagicError(f"eta {exact(eta)}", "0 (the photo) to 1 (the target prompt), at most 2", "change --eta")
+    for seed in seeds:
+        if not 0 <= seed < SEEDS:
+            got = f"seed {seed}, whose noise is that of seed {seed % SEEDS}"
+            raise ImagicError(got, f"0 to {SEEDS - 1:,}, the seeds that PyTorch tells apart on the CPU", "change --seed")
     if len(seeds) > 1 and config.start == "inverted" and not config.ddim_eta:
         got = f"{len(seeds)} seeds with start inverted"
         raise ImagicError(

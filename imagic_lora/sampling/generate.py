@@ -19,7 +19,7 @@ from ..core.errors import ImagicError
 from ..photos.canvas import Canvas, to_image
 from .checks import check_strength
 from .inversion import NoiseReplayer, invert, record_noise
-from .pipelines import conditioning_kwargs, pipeline_guidance, pipeline_with_scheduler, sample_latents
+from .pipelines import conditioning_kwargs, pipeline_guidance, sample_latents
 
 
 def generate(
@@ -98,9 +98,9 @@ def _generate_batch(
             image = canvas.pixels / 2 + 0.5
         arguments |= {"image": image.expand(batch, -1, -1, -1), "strength": config.strength}
     else:
-        pipe, start_latents = base.pipeline("text2image"), None
+        ddim = NoiseReplayer if config.ddim_eta else DDIMScheduler
+        pipe, start_latents = base.pipeline("text2image", None if noise is None else ddim), None
         if noise is not None:
-            pipe = pipeline_with_scheduler(base, NoiseReplayer if config.ddim_eta else DDIMScheduler)
             start_latents, *pipe.scheduler.added = (torch.cat(parts) for parts in zip(*noise, strict=True))
         arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3], "latents": start_latents}
     if config.ddim_eta and "eta" not in inspect.signature(pipe.scheduler.step).parameters:  # pyright: ignore[reportAttributeAccessIssue]

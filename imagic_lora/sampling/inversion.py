@@ -12,7 +12,7 @@ from ..bases.base import Base
 from ..core.conditioning import Conditioning
 from ..core.config import EditConfig
 from ..photos.canvas import Canvas
-from .pipelines import conditioning_kwargs, pipeline_guidance, pipeline_with_scheduler, sample_latents
+from .pipelines import conditioning_kwargs, pipeline_guidance, sample_latents
 
 
 class NoiseRecorder(DDIMScheduler):
@@ -60,7 +60,7 @@ def invert(base: Base, canvas: Canvas, clean: Tensor, config: EditConfig, source
     Returns:
         The latents before the first step, ``[1, C, h, w]``, in a tuple of one; no step adds noise.
     """
-    pipe = pipeline_with_scheduler(base, DDIMInverseScheduler)
+    pipe = base.pipeline("text2image", DDIMInverseScheduler)
     return (sample_latents(base, pipe, _inversion_kwargs(base, canvas, source, config, clean.to(base.runtime.dtype))),)
 
 
@@ -81,8 +81,8 @@ def record_noise(base: Base, canvas: Canvas, clean: Tensor, config: EditConfig, 
     Returns:
         The latents before the first step, then the noise that each step adds, all ``[1, C, h, w]``.
     """
-    pipe = pipeline_with_scheduler(base, NoiseRecorder)
-    recorder: Any = pipe.scheduler
+    pipe: Any = base.pipeline("text2image", NoiseRecorder)
+    recorder = pipe.scheduler
     recorder.set_timesteps(config.steps)
     draws = torch.randn(config.steps, *clean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clean)
     noised = recorder.add_noise(clean.expand_as(draws), draws, recorder.timesteps)

@@ -17,13 +17,6 @@ def pipeline_guidance(base: Base, config: EditConfig, guided: bool) -> float:
     return config.guidance_scale if guided or base.architecture.embeds_guidance else 1.0
 
 
-def pipeline_with_scheduler(base: Base, scheduler_class: Any) -> Any:
-    """Returns the text-to-image pipeline with a scheduler of another class, built from the configuration of the base's scheduler."""
-    pipe: Any = base.pipeline("text2image")
-    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
-    return pipe
-
-
 def conditioning_kwargs(base: Base, conditioning: Conditioning, null: Conditioning | None) -> dict[str, Any]:
     """Returns the pipeline kwargs of a conditioning and of the unconditional one (None without guidance), on device in the base's dtype."""
     device, dtype = base.runtime.device, base.runtime.dtype

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..adapters.atomic import atomic_folder, remove, writable
+from ..adapters.atomic import atomic_folder, remove
 from ..adapters.manifest import Manifest, changed_file, read_manifest
+from ..adapters.writing import delete, writable
 from ..core.errors import ImagicError, ImagicWarning
 from ..core.tensors import read, safetensors_pieces
 
@@ -92,7 +93,8 @@ class Checkpoints:
             writer.write_manifest(CHECKPOINT, record)
         for path in self.folder.iterdir():
             if path != final and path.name.startswith((record.stage, ".")):  # interrupted writes leave folders that start with a dot
-                shutil.rmtree(path, ignore_errors=True)
+                with suppress(ImagicError):  # an older checkpoint that remains is not used
+                    delete(path)
         return final
 
     def newest(self, rename_broken: bool = True) -> Checkpoint | None:
@@ -112,7 +114,7 @@ class Checkpoints:
             except ImagicError as error:
                 if rename_broken:
                     renamed = path.with_name(f"{path.name}.broken")
-                    shutil.rmtree(renamed, ignore_errors=True)
+                    delete(renamed)
                     path.rename(renamed)
                     message = f"a broken checkpoint is skipped and renamed to {renamed}: {error.got}"
                     warnings.warn(message, ImagicWarning, stacklevel=2)

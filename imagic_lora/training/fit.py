@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 from ..adapters.adapter import Adapter
-from ..adapters.atomic import writable
 from ..adapters.full import check_master_weights
 from ..adapters.modes import MODES
 from ..adapters.store import Store
+from ..adapters.writing import writable
 from ..bases.altered import check_unaltered
 from ..bases.base import Base
 from ..bases.loading.registry import architecture_of, load_base
 from ..core.config import RunConfig
-from ..core.errors import ImagicError, Stopped
+from ..core.errors import ImagicError, ImagicWarning, Stopped
 from ..core.noise import key
 from ..core.runtime import Processes, Runtime, free_memory, reset_peak_memory, resolve_runtime
 from ..memory.limits import check_disk, check_memory
@@ -106,8 +107,10 @@ def fit(
         stages = ResumableStages(run, saved, stop)
         adapter = yield from _train_and_store(stages, checkpoint, store, name, overwrite, restore=base is not None)
         if processes.main:
-            with suppress(OSError):  # remaining checkpoints are harmless
+            try:
                 saved.clear()
+            except (OSError, ImagicError) as error:  # the adapter is stored
+                warnings.warn(f"the checkpoints of {name} remain: {error}", ImagicWarning, stacklevel=2)
     return adapter
 
 

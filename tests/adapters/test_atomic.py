@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,10 +16,12 @@ from typing import Any
 
 import pytest
 from common import each
-from files import failing, manifest_bytes
+from files import failing, forbid, manifest_bytes
+from pydantic import ValidationError
 
-from imagic_lora.adapters.atomic import AtomicWriter, atomic_folder, interrupted_writes, recover, writable
+from imagic_lora.adapters.atomic import AtomicWriter, atomic_folder, interrupted_writes, recover
 from imagic_lora.adapters.manifest import Manifest, changed_file, read_manifest
+from imagic_lora.adapters.writing import writable
 from imagic_lora.core.errors import ImagicError
 
 RECORD = "note.json"
@@ -250,12 +253,47 @@ def test_a_changed_file_is_found(final: Path, name: str) -> None:
     assert changed_file(final, found) is None
 
 
-def test_a_file_that_cannot_be_read_has_changed(final: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bad sector, or no right to read it."""
+def test_a_file_that_cannot_be_read_is_not_called_changed(final: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad sector, or no right to read it: the reason is given, for the manifest too."""
     write(final)
     found = read_manifest(final, RECORD, Note)
     monkeypatch.setattr(Path, "open", failing(errno.EIO))
-    assert changed_file(final, found) == final / "card.md"
+    with pytest.raises(ImagicError, match=r"card\.md cannot be read \(Input/output error\)"):
+        changed_file(final, found)
+    forbid(monkeypatch, final)
+    for look in (lambda: changed_file(final, found), lambda: read_manifest(final, RECORD, Note)):
+        with pytest.raises(ImagicError, match=r"cannot be read \(Permission denied\)"):
+            look()
+
+
+@each(
+    "fields, reason",
+    [
+        ({"words": 5}, "words = 5, expected text, in quotes if it consists of digits"),
+        ({"words": "new", "surprise": 1}, "surprise = 1, expected"),
+        ({"words": "new", "files": {"card.md": "0"}}, "files.card.md = '0', expected"),
+        ({"words": "new", "losses": float("nan")}, "the number NaN is not finite"),
+        ({"words": "new", "losses": float("-inf")}, "the number -Infinity is not finite"),
+    ],
+)
+def test_a_record_that_is_wrong_is_refused_by_its_field(fields: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    """In plain words. NaN and infinity are no JSON, though Python writes and reads them."""
+    (tmp_path / RECORD).write_bytes(manifest_bytes(fields))
+    with pytest.raises(ImagicError) as caught:
+        read_manifest(tmp_path, RECORD, Note)
+    assert caught.value.got.startswith(f"{tmp_path / RECORD} is not a valid manifest ({reason}")
+
+
+def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    """Neither by the model, nor where the model is copied without a check."""
+
+    class Measured(Note):
+        loss: float = 0.0
+
+    with pytest.raises(ValidationError, match="finite"):
+        Measured(loss=math.nan)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        AtomicWriter(tmp_path).write_manifest(RECORD, Measured().model_copy(update={"loss": math.inf}))
 
 
 def test_a_folder_is_replaced_as_a_whole(final: Path) -> None:
@@ -358,6 +396,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) -> li
     return left
 
 
+@pytest.mark.filterwarnings("ignore:the folder that was replaced remains")
 @pytest.mark.parametrize("error", [PowerCut(), OSError(errno.EIO, "a bad disk")], ids=["power", "disk"])
 @pytest.mark.parametrize("there", [True, False])
 def test_whichever_call_is_the_last_it_is_old_or_new(

@@ -344,6 +344,23 @@ def test_files_are_replaced_only_if_asked_for(fitted: Fitted, tmp_path: Path, ki
     assert listing(tmp_path) == expected | {other: b"mine too"}
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(fitted: Fitted, tmp_path: Path) -> None:
+    """A folder in place of the second file: the first one is not replaced."""
+    adapter = fitted("lora")
+    weights, embeddings, _ = export(adapter, "kohya", tmp_path)
+    weights.write_bytes(b"old")
+    embeddings.unlink()
+    embeddings.mkdir()
+    with pytest.raises(ImagicError, match="is not a file"):
+        export(adapter, "kohya", tmp_path, overwrite=True)
+    assert weights.read_bytes() == b"old"
+    full = fitted("full")
+    (tmp_path / full.name).mkdir()
+    (tmp_path / full.name / "unet").touch()
+    with pytest.raises(ImagicError, match="unet is not a folder"):
+        export(full, "diffusers", tmp_path)
+
+
 @each("kind", KINDS)
 @each("broken", [1, 2, 3])
 def test_a_full_disk_leaves_what_was_there(
@@ -380,12 +397,18 @@ def _without(end: str) -> Callable[[dict[str, Tensor]], Any]:
     return lambda tensors: tensors.pop(next(name for name in tensors if name.endswith(end)))
 
 
+def _twin(tensors: dict[str, Tensor]) -> None:
+    """Adds a layer whose name differs in a dot only, which kohya's layout writes as an underscore."""
+    tensors.update({name.replace("conv_in", "conv.in"): value.clone() for name, value in tensors.items() if "conv_in" in name})
+
+
 SPOILED: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "no first matrix": _without("lora_A.weight"),
     "no second matrix": _without("lora_B.weight"),
     "another rank": lambda tensors: tensors.update({name: value[:2] for name, value in tensors.items() if "lora_A" in name}),
     "another tensor": lambda tensors: tensors.update({"unet.conv_in.magnitude": torch.zeros(1)}),
     "another part": lambda tensors: tensors.update({"text_encoder.x.lora_A.weight": torch.zeros(4, 1)}),
+    "two layers of one name": _twin,
     "a number": lambda tensors: tensors.update({"unet.x.lora_A.weight": torch.tensor(1.0), "unet.x.lora_B.weight": torch.tensor(1.0)}),
 }
 

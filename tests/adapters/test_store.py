@@ -14,14 +14,14 @@ from time import perf_counter, sleep
 import pytest
 import torch
 from common import MODES
-from files import failing, interrupted_removal, manifest_bytes, rival
+from files import failing, forbid, interrupted_removal, manifest_bytes, rival
 
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import AtomicWriter
 from imagic_lora.adapters.record import RECORD, BaseRecord, Record, SourceRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.config import Mode, RunConfig
-from imagic_lora.core.errors import ImagicError, NotFinite
+from imagic_lora.core.errors import ImagicError, ImagicWarning, NotFinite
 from imagic_lora.core.tensors import safetensors_pieces
 
 BAD_NAMES = ["", ".", "..", ".hidden", "a/b", "../a", "/a", "a\\b", "a b", "-a", "a\n", "a" * 101, "é"]
@@ -143,6 +143,7 @@ ODD = {
     "config": {"surprise": 1},
     "parts": [{"component": "vae", "mode": "lora", "files": []}],
     "source": {"sha256": "0", "size": [3, 2], "box": [0, 0, 3, 2]},
+    "losses": {"embed": ["1", None]},
 }
 
 
@@ -154,12 +155,12 @@ def test_a_record_of_another_shape_is_refused(store: Store, key: str, value: obj
     del fields["sha256"]
     path.write_bytes(manifest_bytes(fields))
     store.read("one")
-    for changed in (
-        fields | {key: value},
-        {name: one for name, one in fields.items() if name != key} if key == "prompt" else fields | {key: value},
-    ):
-        path.write_bytes(manifest_bytes(changed))
-        with pytest.raises(ImagicError, match="is not a valid manifest"):
+    path.write_bytes(manifest_bytes(fields | {key: value}))
+    with pytest.raises(ImagicError, match=rf"is not a valid manifest \({key}"):
+        store.read("one")
+    if key == "prompt":
+        path.write_bytes(manifest_bytes({name: one for name, one in fields.items() if name != key}))
+        with pytest.raises(ImagicError, match=r"is not a valid manifest \(prompt is missing"):
             store.read("one")
 
 
@@ -264,6 +265,29 @@ def test_names_are_those_of_whole_adapters(store: Store) -> None:
     shutil.copy(store.root / "one" / RECORD, store.root / "fo ur")
     (store.root / "loose.txt").write_text("")
     assert store.names() == ["B", "one"]
+
+
+def test_what_may_not_be_read_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter of another user is among the names, and reading it says why not; an unfinished fit of theirs is unfinished."""
+    store.write(record("two"), fill())
+    store.checkpoints("three").mkdir()
+    forbid(monkeypatch, store.root / "one", store.checkpoints("three"))
+    assert (store.names(), store.unfinished()) == (["one", "two"], ["three"])
+    assert store.read("two").name == "two"
+    with pytest.raises(ImagicError, match=r"one/adapter\.json cannot be read \(Permission denied\)"):
+        store.read("one")
+
+
+@pytest.mark.parametrize("look", [Store.names, Store.unfinished])
+def test_a_store_that_may_not_be_read_is_not_called_empty(
+    store: Store, look: Callable[[Store], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is a file in place of a store."""
+    with pytest.raises(ImagicError, match=r"adapter\.json cannot be read \(Not a directory\)"):
+        look(Store(store.root / "one" / RECORD))
+    forbid(monkeypatch, store.root)
+    with pytest.raises(ImagicError, match=r"adapters cannot be read \(Permission denied\)"):
+        look(store)
 
 
 def test_a_store_that_is_not_there_is_empty(tmp_path: Path) -> None:
@@ -451,6 +475,58 @@ def test_an_adapter_with_an_invalid_record_can_be_removed(store: Store) -> None:
     (store.root / "two").mkdir()
     store.remove("two")
     assert not list(store.root.iterdir())
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(store: Store, tmp_path: Path) -> None:
+    """Even one that leads nowhere; a plain file of that name goes too, and the name is free again."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(store.root / "one", elsewhere)
+    for target in (elsewhere, tmp_path / "nowhere"):
+        (store.root / "one").symlink_to(target)
+        with pytest.raises(ImagicError, match="one exists"):
+            store.check_free("one", overwrite=False)
+        store.remove("one")
+        assert hidden(store.root) == []
+    (store.root / "one").write_text("")
+    store.remove("one")
+    assert list(store.root.iterdir()) == []
+    assert (elsewhere / "card.md").read_text() == "words"
+    (store.root / "one").symlink_to(elsewhere)
+    store.write(record(), fill("new"), overwrite=True)
+    assert ((store.root / "one" / "card.md").read_text(), (elsewhere / "card.md").read_text()) == ("new", "words")
+    assert hidden(store.root) == []
+
+
+def undeletable(folder: Path) -> Callable[..., None]:
+    """A replacement for shutil.rmtree that cannot delete one folder, which another user has written into."""
+    real = shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        if path == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path / "card.md"))
+        real(path)
+
+    return rmtree
+
+
+def test_what_cannot_be_removed_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a fit of that name is refused before it trains, as long as the rest is there."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", undeletable(store.root / ".one.part"))
+        for look in (lambda: store.remove("one"), lambda: store.check_free("one", overwrite=True)):
+            with pytest.raises(ImagicError, match=r"card\.md cannot be deleted \(Permission denied\)"):
+                look()
+        assert store.names() == []
+    store.check_free("one", overwrite=False)
+    assert hidden(store.root) == []
+
+
+def test_an_adapter_whose_former_self_cannot_be_removed_is_stored(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning that names what remains: nothing that was trained is lost."""
+    monkeypatch.setattr(shutil, "rmtree", undeletable(store.root / ".one.old"))
+    with pytest.warns(ImagicWarning, match=r"the folder that was replaced remains: .*card\.md cannot be deleted"):
+        store.write(record(), fill("new"), overwrite=True)
+    assert (store.root / "one" / "card.md").read_text() == "new"
 
 
 def test_a_removal_that_is_cut_off_leaves_no_half(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

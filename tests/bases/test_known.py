@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import pwd
 import shutil
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,59 @@ def test_without_a_list_there_are_the_built_in_ones(monkeypatch: pytest.MonkeyPa
     assert named_bases()["mine"] == BaseEntry(source="owner/name", revision="abc")
     monkeypatch.delenv("XDG_CONFIG_HOME")
     assert bases_file() == Path.home() / ".config/imagic-lora/bases.yaml"
+
+
+def test_a_base_in_a_folder_that_is_not_utf8_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even by a relative path: an adapter records the absolute one, and its record could not be read again."""
+    place = tmp_path / "caf\udce9"
+    try:
+        shutil.copytree(folder, place / "base")
+    except OSError:
+        pytest.skip("the file system accepts UTF-8 only")
+    monkeypatch.chdir(place)
+    with pytest.raises(ImagicError, match=r"the path of the base .* is not UTF-8"):
+        on_cpu("./base")
+
+
+def no_such_user(_: int) -> None:
+    raise KeyError("uid not found")
+
+
+def test_a_user_without_a_home_has_the_built_in_bases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container that runs as a user without passwd entry: no list is read, and a name that is unknown is an error."""
+    monkeypatch.chdir(tmp_path)
+    for name in (VARIABLE, "XDG_CONFIG_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_such_user)
+    assert named_bases() == SHIPPED
+    with pytest.raises(ImagicError, match="no base called 'dreams'"):
+        locate("dreams")
+
+
+def test_a_download_without_a_home_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the folder for downloads; huggingface_hub raises what pathlib does."""
+
+    def homeless(*_: object, **__: object) -> None:
+        Path("~").expanduser()
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_such_user)
+    monkeypatch.setattr(registry, "snapshot_download", homeless)
+    with pytest.raises(ImagicError, match="HF_HOME"):
+        locate("owner/name")
+
+
+def test_a_list_that_may_not_be_read_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where its folder belongs to somebody else; it is not taken for a list that does not exist."""
+
+    def denied(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(ImagicError, match=r"bases\.yaml cannot be read \(Permission denied\)"):
+        named_bases()
 
 
 @each(

@@ -23,11 +23,11 @@ from tiny import save_tiny, save_tiny_sdxl
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.families.sd import StableDiffusion
 from imagic_lora.bases.families.sdxl import StableDiffusionXL
-from imagic_lora.bases.loading.configs import architecture, single_architecture
+from imagic_lora.bases.loading.configs import architecture, architecture_at
 from imagic_lora.bases.loading.known import VARIABLE, BaseEntry
+from imagic_lora.bases.loading.original.files import SingleFile
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.bases.loading.single import SingleFile
 from imagic_lora.bases.loading.tokenizers import shipped_tokenizer
 from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
@@ -115,7 +115,7 @@ def test_what_a_file_predicts(
 ) -> None:
     """By a tensor or its metadata; Stable Diffusion 2 has to say it, or its user."""
     path = marked(tmp_path / "one.safetensors", MARKS[kind], *extra, said=said)
-    found = single_architecture(path, known).scheduler
+    found = architecture_at(path, known).scheduler
     assert expected is None or found["prediction_type"] == expected
     assert SingleFile(path, known).architecture.scheduler["prediction_type"] == (expected or "epsilon")
     assert "rescale_betas_zero_snr" not in found
@@ -124,7 +124,7 @@ def test_what_a_file_predicts(
 def test_a_schedule_without_signal_at_its_end_is_kept(tmp_path: Path) -> None:
     """A tensor says so (arXiv 2305.08891)."""
     path = marked(tmp_path / "one.safetensors", MARKS["sdxl"], "v_pred", "ztsnr")
-    assert single_architecture(path, None).scheduler["rescale_betas_zero_snr"] is True
+    assert architecture_at(path, None).scheduler["rescale_betas_zero_snr"] is True
 
 
 def test_a_file_that_does_not_say_what_it_predicts_is_refused(tmp_path: Path) -> None:
@@ -137,8 +137,8 @@ def test_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """By its name."""
     path = marked(tmp_path / "one.safetensors", MARKS["sd15"])
     with pytest.raises(ImagicError, match="config '/nowhere'"):
-        single_architecture(path, BaseEntry(source=str(path), config="/nowhere"))
-    assert single_architecture(path, BaseEntry(source=str(path), config="sdxl")) == PUBLISHED["sdxl"]
+        architecture_at(path, BaseEntry(source=str(path), config="/nowhere"))
+    assert architecture_at(path, BaseEntry(source=str(path), config="sdxl")) == PUBLISHED["sdxl"]
 
 
 def test_a_published_config_is_not_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

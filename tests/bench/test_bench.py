@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -36,7 +37,8 @@ from imagic_lora.bench.summary import bootstrapped, summarise
 from imagic_lora.cli import app as cli
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import RECIPES, read_yaml, resolve
+from imagic_lora.core.settings import RECIPES, resolve
+from imagic_lora.core.yaml_files import read_yaml
 from imagic_lora.critters import ATTRIBUTES, backdrop, render
 from imagic_lora.critters.judge import Judge, Reading
 from imagic_lora.critters.scene import IDENTITY, Scene
@@ -355,6 +357,34 @@ def test_a_result_without_its_picture_is_made_again(painter: Painter, tmp_path: 
     (bench.folder(0) / "bright.png").unlink()
     list(bench.results())
     assert (bench.folder(0) / "bright.png").is_file()
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("row", ["copied", "Bright", "source"])
+def test_two_rows_never_share_a_picture(row: str, painter: Painter, tmp_path: Path) -> None:
+    """Nor one of the photo, also on a file system that does not tell upper from lower case."""
+
+    class Other(Copier):
+        name, rows = "other", (row,)
+
+    with pytest.raises(ImagicError, match=f"2 rows of the benchmark have the name {row.lower()}"):
+        list(Bench(5, 1, [painter, Copier(), Other()], tmp_path / "out").results())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(painter: Painter, tmp_path: Path) -> None:
+    """In a case of an earlier run, or in place of the folder of the cases."""
+    bench = Bench(5, 2, [painter], tmp_path / "out")
+    (bench.folder(1) / "bright.png").mkdir(parents=True)
+    with pytest.raises(ImagicError, match=r"bright\.png is not a file"):
+        list(bench.results())
+    assert not bench.folder(0).exists()
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cases").touch()
+    with pytest.raises(ImagicError, match="cases cannot be written to"):
+        list(bench.results())
 
 
 @pytest.mark.usefixtures("cheap")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import psutil
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 import imagic_lora.cli.app as cli
+import imagic_lora.cli.commands.fit as fitting
 
 FIT = ("fit", "photo.png", "a dog jumping", "--base", "base", "--device", "cpu", "--embed.steps", "100", "--tune.steps", "3",
        "--edit.steps", "2", "--rank", "2")  # fmt: skip
@@ -91,3 +93,52 @@ def interrupted(place: Path, name: str) -> None:
     assert said.count("--resume") >= 1, said
     (saved,) = (place / f"adapters/.{name}.checkpoints").iterdir()
     assert saved.name.startswith("embed-")
+
+
+WAITING = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_processes_that_cannot_connect_are_an_error(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a port that is in use: exit code 2 with the first line of what torch.distributed says."""
+
+    def unreachable(cpu: bool) -> None:
+        raise torch.distributed.DistNetworkError("the port is in use\nat socket.cpp:1")
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(accelerate, "PartialState", unreachable)
+    for name, value in WAITING.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([*FIT, "--name", "alone"]) == 2
+    assert "the 2 processes cannot connect (the port is in use)" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("variables", "said"), [(WAITING, ""), ({"RANK": "1"}, "Interrupted: nothing was stored\n")])
+def test_only_the_main_process_of_a_launcher_reports_an_interruption(
+    variables: dict[str, str], said: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A RANK without a launcher, which a shell may set for other purposes, silences nothing."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(fitting, "configured", interrupt)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    try:
+        code = cli.main([*FIT, "--name", "alone"])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert (code, capsys.readouterr().err) == (130, said)
+
+
+def test_a_variable_that_a_library_rejects_is_an_error(place: Path) -> None:
+    """huggingface_hub reads it when it is imported, and raises ValueError; the value is not printed, since it could be a token."""
+    variables = surroundings() | {"HF_HUB_DOWNLOAD_TIMEOUT": "abc", "HF_TOKEN": "hf_secret"}
+    command = (sys.executable, "-m", "imagic_lora", "export", "rex", "--format", "kohya")
+    done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
+    said = " ".join(done.stderr.split())
+    assert (done.returncode, "Traceback" in said, "hf_secret" in said) == (2, False, False)
+    assert "HF_HUB_DOWNLOAD_TIMEOUT" in said

@@ -18,6 +18,7 @@ import pytest
 import torch
 from common import MODES, each
 from cyclopts import CycloptsError
+from files import forbid
 from PIL import Image
 from pydantic import BaseModel
 from tiny import save_tiny
@@ -117,6 +118,65 @@ def test_mode_embedding_from_the_fit_to_the_list(run: Run, base: Path, photo: Pa
     assert json.loads(run("list", "--json")[1])["adapters"] == []
 
 
+EDIT = ("edit", "rex", "--steps", 2)
+
+
+def test_two_edits_never_share_a_file(run: Run, store: Path) -> None:
+    """Etas that differ in the eighth digit have names of their own; one that is given twice is one image."""
+    code, out, _ = run(*EDIT, "--store", store, "--eta", "0.70000001,0.70000002,0.7,0.70", "--seed", "1,1", "--json")
+    assert code == 0
+    files = [Path(one["file"]).name for one in json.loads(out)["pictures"]]
+    assert files == ["eta0.70000001-seed1.png", "eta0.70000002-seed1.png", "eta0.7-seed1.png"]
+    assert sorted(path.name for path in Path("outputs/rex").iterdir()) == sorted([*files, "sheet.png"])
+    assert read_metadata(Path("outputs/rex", files[1]))["eta"] == 0.70000002
+
+
+def test_an_edit_replaces_no_other_edit_unasked(run: Run, store: Path) -> None:
+    """The same command runs again, with any batch size; another prompt, other settings and a stranger's file need --overwrite."""
+    image = Path("outputs/rex/eta0.7-seed0.png")
+    assert run(*EDIT, "--store", store)[0] == run(*EDIT, "--store", store, "--batch-size", 1, "--seed", "0:2")[0] == 0
+    first = image.read_bytes()
+    for flags, change in ((("--prompt", "a cat"), "prompt was 'a [b]dog', is 'a cat'"), (("--steps", 3), "edit.steps was 2, is 3")):
+        code, _, err = run(*EDIT[:2], *(flags if flags[0] == "--steps" else (*EDIT[2:], *flags)), "--store", store)
+        assert (code, f"{image} is another image: {change}" in err, "--overwrite" in err) == (2, True, True)
+    assert image.read_bytes() == first
+    assert run(*EDIT, "--prompt", "a cat", "--store", store, "--overwrite")[0] == 0
+    assert read_metadata(image)["prompt"] == "a cat"
+    image.write_text("mine")
+    code, _, err = run(*EDIT, "--store", store)
+    assert (code, "it was not written by imagic-lora edit" in err, image.read_text()) == (2, True, "mine")
+
+
+@each("name, make", {"folder": ("eta0.7-seed0.png", Path.mkdir), "fifo": ("sheet.png", os.mkfifo), "file": ("", Path.touch)})
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    name: str, make: Callable[[Path], None], run: Run, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder or a FIFO, whose writer would wait for ever, in place of an image, or a file in place of the folder."""
+    monkeypatch.setattr("imagic_lora.bases.loading.registry.load_base", lambda *_: pytest.fail("the base is loaded"))
+    place = Path("pictures") / name
+    place.parent.mkdir(exist_ok=True)
+    make(place)
+    code, _, err = run(*EDIT, "--store", store, "--out", "pictures")
+    assert (code, str(place) in err) == (2, True), err
+    shutil.rmtree("pictures", ignore_errors=True)
+    Path("pictures").unlink(missing_ok=True)
+
+
+def test_a_folder_without_the_right_to_write_is_refused_before_the_work(run: Run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By edit, demo, export and bench; so is a file in it that exists and cannot be replaced."""
+    Path("mine").mkdir()
+    with monkeypatch.context() as patch:
+        forbid(patch, Path("mine"))
+        export = ("export", "rex", "--store", store, "--format", "kohya")
+        for command in ((*EDIT, "--store", store), ("demo",), export, ("bench", "critters", "--cases", 1)):
+            code, _, err = run(*command, "--out", "mine")
+            assert (code, "mine cannot be written to (Permission denied)" in err) == (2, True), err
+    Path("mine/sheet.png").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "sheet.png")
+    code, _, err = run(*EDIT, "--store", store, "--out", "mine")
+    assert (code, "mine/sheet.png cannot be written to" in err) == (2, True)
+
+
 def test_list_and_show_print_text_from_outside_as_it_is(run: Run, store: Path) -> None:
     """A prompt with console markup is printed, not obeyed."""
     assert "[b]" in run("list", "--store", store)[1]
@@ -136,7 +196,27 @@ def test_a_broken_adapter_does_not_hide_the_others(run: Run, store: Path, tmp_pa
     code, out, err = run("list", "--store", tmp_path / "store", "--json")
     assert code == 0
     assert [a["name"] for a in json.loads(out)["adapters"]] == ["rex"]
+    assert "max/adapter.json" in json.loads(out)["skipped"]["max"]
     assert "max" in err
+    shutil.rmtree(tmp_path / "store" / "rex")
+    code, out, err = run("list", "--store", tmp_path / "store")
+    assert (code, out, "Skipped: " in err, "No adapters" in err) == (0, "", True, False)
+
+
+def test_what_belongs_to_another_user_is_an_error(run: Run, store: Path, base: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter, the store, a base, a photo or a file of settings that may not be read: exit code 2, with its path."""
+    for place, commands in {
+        store / "rex": (["show", "rex"], ["verify"], ["verify", "rex"], ["edit", "rex"], ["export", "rex", "--format", "kohya"]),
+        store: (["list"], ["show", "rex"], ["verify"], ["edit", "rex"], ["rm", "rex"]),
+        base: (["edit", "rex"], ["fit", photo, "a dog", "--base", base, "--name", "new"]),
+        base.parent: (["edit", "rex"], ["fit", photo, "a dog", "--base", base, "--name", "new"]),
+        photo: (["fit", photo, "a dog", "--base", base, "--name", "new"],),
+    }.items():
+        for command in commands:
+            with monkeypatch.context() as patch:
+                forbid(patch, place)
+                code, _, err = run(*command, "--store", store)
+            assert (code, "Permission denied" in err, str(place) in err) == (2, True, True), (command, err)
 
 
 def test_doctor_names_every_library(run: Run) -> None:
@@ -161,6 +241,12 @@ def bad_input(base: Path, photo: Path, store: Path, tmp: Path) -> dict[str, tupl
         "empty file": (["fit", empty, "a dog", "--base", base], "is empty"),
         "missing file": (["fit", tmp / "none.png", "a dog", "--base", base], "cannot be read"),
         "empty prompt": (["fit", photo, "  ", "--base", base], "empty prompt"),
+        "prompt that is not UTF-8": (["fit", photo, "a dog in a caf\udce9", "--base", base], "is not UTF-8"),
+        "prompt that is not UTF-8 for an edit": (["edit", "rex", "--store", store, "--prompt", "a caf\udce9"], "is not UTF-8"),
+        "store that is not UTF-8": (["fit", photo, "a dog", "--base", base, "--store", tmp / "caf\udce9"], "is not UTF-8"),
+        "base that is not UTF-8": (["fit", photo, "a dog", "--base", "caf\udce9"], "base = "),
+        "name that is not UTF-8": (["show", "caf\udce9", "--store", store], "not a valid name"),
+        "eta that is not UTF-8": (["edit", "rex", "--store", store, "--eta", "\udce9"], "--eta"),
         "unknown base": (["fit", photo, "a dog", "--base", "nobody"], "critters"),
         "not a base": (["fit", photo, "a dog", "--base", tmp], "model_index.json"),
         "unknown config key": ([*fit, "--config", unknown], "stepz"),
@@ -168,6 +254,9 @@ def bad_input(base: Path, photo: Path, store: Path, tmp: Path) -> dict[str, tupl
         "unknown preset for an edit": (["edit", "rex", "--store", store, "--preset", "nope"], "12gb"),
         "eta out of range": (["edit", "rex", "--store", store, "--eta", "3"], "eta 3"),
         "eta not a number": (["edit", "rex", "--store", store, "--eta", "much"], "--eta much"),
+        "seed with the noise of another": (["edit", "rex", "--store", store, "--seed", 2**32 + 5], "whose noise is that of seed 5"),
+        "half a case": (["bench", "critters", "--cases", "1.5"], "no whole number"),
+        "half a batch": (["plan", "--batch", "1.5"], "no whole number"),
         "seed not a number": (["edit", "rex", "--store", store, "--seed", "one"], "--seed one"),
         "adapter of another base": (["edit", "rex", "--store", store, "--base", other], "was made for base"),
         "no such adapter": (["edit", "max", "--store", store], "rex"),
@@ -336,7 +425,7 @@ def test_rm_removes_an_adapter_and_an_unfinished_fit(
 
 
 def test_a_full_disk_is_an_error_with_a_remedy(run: Run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of pictures too; another OSError keeps its traceback."""
+    """Of pictures too; an OSError elsewhere keeps its traceback."""
 
     def full(code: int) -> Callable[..., None]:
         def write(*_: object) -> None:
@@ -347,8 +436,12 @@ def test_a_full_disk_is_an_error_with_a_remedy(run: Run, store: Path, monkeypatc
     monkeypatch.setattr(images, "write_png", full(errno.ENOSPC))
     code, _, err = run("edit", "rex", "--store", store, "--steps", 2)
     assert code == 2
-    assert "the disk is full (eta.png)" in err
+    assert "the disk of outputs/rex is full" in err
     monkeypatch.setattr(images, "write_png", full(errno.EIO))
+    code, _, err = run("edit", "rex", "--store", store, "--steps", 2)
+    assert (code, "outputs/rex cannot be written to (Input/output error)" in err) == (2, True)
+    monkeypatch.setattr("imagic_lora.photos.sheet.sheet", full(errno.EIO))
+    monkeypatch.setattr(images, "write_png", lambda *_: None)
     with pytest.raises(OSError, match="Input/output"):
         run("edit", "rex", "--store", store, "--steps", 2)
 
@@ -548,7 +641,7 @@ def test_edit_flags_override_what_the_adapter_stored(start: dict[str, Any], run:
     values = {"guidance_scale": 2.0, "steps": 3, "ddim_eta": 0.5, "batch_size": 2, **start}
     assert set(values).union(*STARTS) == set(EditConfig.model_fields)
     flags = [token for name, value in values.items() for token in (f"--{name.replace('_', '-')}", value)]
-    code, out, _ = run("edit", "rex", "--store", store, *flags, "--json")
+    code, out, _ = run("edit", "rex", "--store", store, *flags, "--overwrite", "--json")
     assert code == 0
     assert read_metadata(Path(json.loads(out)["pictures"][0]["file"]))["edit"] == {"strength": 0.8, "source_eta": 0.0} | values
 
@@ -631,7 +724,7 @@ def test_a_fit_says_how_large_its_adapter_will_be(run: Run, photo: Path, mode: M
 def test_another_base_of_the_same_shapes_can_be_forced(run: Run, store: Path, base: Path, tmp_path: Path) -> None:
     """It is said, and the pictures say so; the right base needs no force and is not called forced; other shapes stay refused."""
     other, wider = save_tiny(tmp_path / "other", seed=1), save_tiny(tmp_path / "wider", width=32)
-    edit = ("edit", "rex", "--store", store, "--steps", 2, "--eta", "0.5", "--json")
+    edit = ("edit", "rex", "--store", store, "--steps", 2, "--eta", "0.5", "--overwrite", "--json")
     code, out, err = run(*edit, "--base", other, "--force")
     assert code == 0
     assert f"made for base {base}" in err

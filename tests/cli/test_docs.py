@@ -7,7 +7,8 @@ from pathlib import Path
 
 from common import each
 
-from imagic_lora.core.settings import read_yaml, recipe_of, resolve
+from imagic_lora.core.settings import recipe_of, resolve
+from imagic_lora.core.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[2]
 

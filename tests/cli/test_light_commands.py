@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import imagic_lora.cli.commands.doctor as doctor
 import imagic_lora.cli.commands.fit as fit
 from imagic_lora.cli.app import main
 from imagic_lora.core.config import RunConfig
+from imagic_lora.core.launch import Launch
 from imagic_lora.core.machine import Card
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +46,24 @@ assert not loaded, loaded
 """)
     assert "rex-199" in found
     assert not (tmp_path / "rex-007").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_an_output_that_is_full_is_an_error(flags: tuple[str, ...]) -> None:
+    """Also where the output is so short that it is written when the command ends."""
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "imagic_lora", "list", *flags]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, "Error: the disk is full")
+
+
+def test_a_terminal_without_unicode_shows_escapes() -> None:
+    """Instead of a traceback for the first character that it lacks."""
+    command = [sys.executable, "-m", "imagic_lora", "bases"]
+    variables = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, check=True)
+    assert b"\\u2026" in done.stdout  # an ellipsis
 
 
 def test_public_names_are_imported_when_they_are_used() -> None:
@@ -77,6 +98,28 @@ def test_doctor_prints_memory_in_gib(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (system["free memory"], system["free memory on the card"]) == ("3.0 GiB", "5.0 GiB")
 
 
+def test_a_deleted_folder_stops_only_what_needs_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The libraries cannot be imported in a current folder that is gone, so a fit and a demo are refused."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["list", "--store", str(ROOT / "adapters")]) == main(["doctor"]) == main(["plan"]) == 0
+    assert main(["demo"]) == main(["fit", "photo.png", "a dog"]) == 2
+    assert "the current folder has been deleted" in capsys.readouterr().err
+
+
+def test_without_a_folder_for_temporary_files_nothing_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PyTorch asks for one when it is imported."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    assert main(["demo"]) == 2
+    assert "set TMPDIR" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("memory", "needed"), [({}, False), ({"dtype": "fp32"}, False), ({"quantize": "nf4"}, True), ({"optimizer": "adam8bit"}, True)]
 )
@@ -84,5 +127,5 @@ def test_fit_imports_bitsandbytes_where_the_settings_name_it(monkeypatch: pytest
     """A fit that quantizes or has 8-bit states needs it, and hides it from no library."""
     asked = []
     monkeypatch.setattr(fit, "import_libraries", lambda bitsandbytes: asked.append(bitsandbytes))
-    fit.configured(RunConfig.model_validate({"base": "critters", "memory": {"device": "cpu", **memory}}), None)
+    fit.configured(RunConfig.model_validate({"base": "critters", "memory": {"device": "cpu", **memory}}), None, Launch())
     assert asked == [needed]

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 from imagic_lora.cli.app import app
 from imagic_lora.core.config import Preset, RunConfig, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import PRESETS, RECIPES, merged, read_yaml, recipe_of, resolve
+from imagic_lora.core.settings import PRESETS, RECIPES, merged, read_settings, recipe_of, resolve
+from imagic_lora.core.yaml_files import read_yaml
 
 Leaf = tuple[str, ...]
 LEVELS = ("recipe", "preset", "file", "flags")
@@ -316,22 +317,11 @@ def test_merging_lays_groups_over_each_other_and_leaves_them_alone() -> None:
     assert (below, above) == ({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 4}, "c": {"z": 5}})
 
 
-@each("content", [None, b"a: [1", b"- 1\n- 2", b"text", b"\xff\xfe\xfa"])
-def test_a_file_that_holds_no_settings_is_refused(content: bytes | None, tmp_path: Path) -> None:
-    """The error names the file."""
-    path = tmp_path / "run.yaml"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ImagicError, match=r"run\.yaml"):
-        read_yaml(path)
-
-
-@each("text, expected", [("", {}), ("# nothing\n", {}), ("tune:\n  steps: 5\n", {"tune": {"steps": 5}})])
-def test_a_file_is_read_as_a_mapping(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
-    """An empty file gives no settings, another gives its own."""
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    assert read_yaml(path) == expected
+def test_a_file_is_valid_by_itself(tmp_path: Path) -> None:
+    """What is wrong in it is refused with its path, before a flag could take its place."""
+    (tmp_path / "run.yaml").write_text("memory: 5")
+    with pytest.raises(ImagicError, match=r"run\.yaml: memory = 5"):
+        read_settings(tmp_path / "run.yaml")
 
 
 @each("path", CONFIGS)

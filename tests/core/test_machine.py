@@ -233,11 +233,20 @@ def test_without_pytorch_there_is_no_backend(tmp_path: Path, monkeypatch: pytest
     assert without_torch(code, folder) is None
 
 
-@each("index, card", [("", TURING), ("0", TURING), ("1", ADA), ("2", None)])
+@each("index, card", [("", TURING), ("0", TURING), ("1", ADA)])
 def test_without_pytorch_loaded_the_driver_is_asked(driver: Driver, tmp_path: Path, index: str, card: Card | None) -> None:
-    """Device 0 by default; None for an index beyond the last."""
+    """Device 0 by default."""
     driver(TWO)
     assert without_torch(FOUND.format(index), save_torch(tmp_path, "cuda")) == fields(card)
+
+
+def test_a_process_without_a_card_of_its_own_is_refused(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two cards and three processes, instead of the CPU for the third; the number of its card comes from the launcher."""
+    driver(TWO)
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(machine, "_torch_backend", lambda: "cuda")
+    with pytest.raises(ImagicError, match="this process is number 2 on a machine with 2 CUDA devices"):
+        find_card(2)
 
 
 def test_hidden_cards_are_not_found(driver: Driver, tmp_path: Path) -> None:
@@ -260,12 +269,15 @@ def test_with_pytorch_loaded_pytorch_is_asked(driver: Driver, monkeypatch: pytes
     driver(TWO)
     capabilities = [(7, 5), (8, 0)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 + device, 5000))
     assert find_card() == Card(1, "Card 1", 1001, True)
     assert find_card(0) == Card(0, "Card 0", 1000, False)
+    with pytest.raises(ImagicError, match="this process is number 2 on a machine with 2 CUDA devices"):
+        find_card(2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_card() is None
     assert not (tmp_path / "bin" / "asked").exists()

@@ -230,8 +230,14 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     """Nor is a folder a file."""
     (tmp_path / "folder").mkdir()
     for name in ("none", "folder"):
-        with pytest.raises(ImagicError, match=f"{name} is not a whole safetensors file"):
+        with pytest.raises(ImagicError, match=rf"{name} cannot be read \((No such file|Is a directory)"):
             read(tmp_path / name)
+
+
+def test_a_path_that_is_not_utf8_is_refused_as_one(tmp_path: Path) -> None:
+    """The library opens no such path; the file itself may be whole."""
+    with pytest.raises(ImagicError, match=r"the path '.*caf\\udce9', which is not UTF-8"):
+        read(tmp_path / "caf\udce9")
 
 
 BITS = {"F4": 4, "F6_E2M3": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "BOOL": 8, "U64": 64, "C64": 64}

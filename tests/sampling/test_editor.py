@@ -199,7 +199,7 @@ def test_start_from_the_image_by_strength(folder: Path, fitted: Fitted) -> None:
 
 def inverted_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int) -> Tensor:
     """DDIM backwards, in float64 but for the denoiser: x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) noise, both as they are predicted at x_t."""
-    scheduler = DDIMScheduler.from_config(base.training_scheduler.config)
+    scheduler = DDIMScheduler.from_config(base.scheduler().config)
     scheduler.set_timesteps(steps)
     alphas, x = scheduler.alphas_cumprod.double(), clean.double()
     now = scheduler.final_alpha_cumprod.double()
@@ -228,7 +228,7 @@ def test_the_inverted_noise_is_ddim_backwards(folders: dict[str, Path], fitted: 
 def recorded_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int, eta: float, seed: int) -> list[Tensor]:
     """The noised photo at the first step; then for each step the next noised photo less the mean that DDIM has for it (arXiv 2010.02502,
     equation 12), in float64 but for the denoiser."""
-    scheduler = DDIMScheduler.from_config(base.training_scheduler.config)
+    scheduler = DDIMScheduler.from_config(base.scheduler().config)
     scheduler.set_timesteps(steps)
     alphas = [scheduler.alphas_cumprod[t].double() for t in scheduler.timesteps] + [scheduler.final_alpha_cumprod.double()]
     draws = torch.randn(steps, *clean.shape[1:], generator=torch.Generator().manual_seed(seed)).double()
@@ -549,11 +549,11 @@ def test_a_swap_that_fails_half_way_leaves_the_base(
 def test_an_adapter_that_is_refused_leaves_the_one_before(folder: Path, fitted: Fitted, tmp_path: Path) -> None:
     """Its output is the same, and closing still gives the base back."""
     editor, broken = Editor(opened(folder)), copied(fitted("lora", 1), tmp_path, "broken")
-    (broken.folder / "pytorch_lora_weights.safetensors").unlink()
+    (broken.folder / "pytorch_lora_weights.safetensors").write_bytes(b"")
     before = weights(editor.base.denoiser)
     editor.load(fitted("lora"))
     loaded = output(editor.base)
-    with pytest.raises(ImagicError, match="not a whole safetensors file"):
+    with pytest.raises(ImagicError, match="cannot be read"):
         editor.load(broken)
     assert torch.equal(output(editor.base), loaded)
     editor.close()

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from common import PROMPT, array, opened, output, same, tiny_config, weights
-from faults import Clock, by_calls, by_signal, every_step
+from common import array, opened, same, weights
+from faults import Clock, by_calls, every_step
 
 from imagic_lora.adapters.adapter import Adapter
-from imagic_lora.adapters.compress import compress
-from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.core.config import EditConfig
-from imagic_lora.core.errors import ImagicError
-from imagic_lora.methods.method import Context, EditRequest
-from imagic_lora.methods.untuned import Untuned
 from imagic_lora.sampling.editor import Editor
-from imagic_lora.training.fit import fit, result
 
 CONFIG = EditConfig(steps=2, guidance_scale=3.0)
 CHANGES = [("lora", "lora"), ("lora", "full"), ("full", "lora"), ("full", "full"), ("lora", "embedding"), ("full", "embedding")]

@@ -26,7 +26,8 @@ from PIL import Image, ImageCms, features
 
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.photos.canvas import to_canvas
-from imagic_lora.photos.reading import MAX_PIXELS, read_metadata, read_photo
+from imagic_lora.photos.files.opening import MAX_PIXELS
+from imagic_lora.photos.reading import read_metadata, read_photo
 
 try:
     import pillow_heif
@@ -591,6 +592,41 @@ def profiles(chance: Chance) -> Case:
 
 
 @kind
+def declared_colours(chance: Chance) -> Case:
+    """Linear light, stated in every way, some of them twice."""
+    values = _noise(chance, *_size(chance), 3)
+    rows, linear = [row.tobytes() for row in values], _chunk(b"gAMA", struct.pack(">I", 100_000))
+    cicp, tags = _chunk(b"cICP", bytes([1, 8, 0, 1])), {258: (3, [8] * 3), 262: (3, [2]), 277: (3, [3])}
+    makes: Makes = {
+        "gAMA": lambda: _png(*values.shape[1::-1], 8, 2, rows, linear),
+        "cICP": lambda: _png(*values.shape[1::-1], 8, 2, rows, cicp),
+        "cICP before sRGB": lambda: _png(*values.shape[1::-1], 8, 2, rows, cicp + _chunk(b"sRGB", b"\0")),
+        "TransferFunction": lambda: _tiff(*values.shape[1::-1], tags | {301: (3, [value * 257 for value in range(256)])}, values.tobytes()),
+    }
+    return _one_of(chance, makes, pixels=_curve(values / 255))
+
+
+@kind
+def hostile_declarations(chance: Chance) -> Case:
+    """Counts and offsets beyond the file, in all that declares colours."""
+    image, wild = Image.new("RGB", (16, 16)), struct.pack(">I", chance.choice([2**31, 2**32 - 1, 2**24]))
+    junk = chance.randbytes(chance.choice([0, 3, 4, 32, 40]))
+    exif = _exif(1, {34665: (4, [chance.choice([8, 26, 2**32 - 1])]), 40965: (4, [8])})
+    profile = bytearray(ImageCms.ImageCmsProfile(SRGB).tobytes())
+    profile[128:132], profile[132:136] = wild, b"cicp"
+    bmp = b"BM" + struct.pack("<IHHI", 200, 0, 0, 138) + struct.pack("<IiiHHIIiiII", 124, 2, 2, 1, 24, *[0] * 6) + bytes(16) + b"DEBM"
+    makes: Makes = {
+        "chunks": lambda: _png(1, 1, 8, 2, [bytes(3)], _chunk(chance.choice([b"cICP", b"gAMA", b"cHRM", b"sRGB", b"iCCP"]), junk)),
+        "EXIF": lambda: _with_segments(_saved(image, "JPEG"), _segment(0xE1, b"Exif\0\0" + exif)),
+        "a profile": lambda: _saved(image, "PNG", icc_profile=bytes(profile)),
+        "BMP": lambda: bmp + bytes(52) + wild * 2 + bytes(100),
+        "BigTIFF": lambda: b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, chance.choice([2**60, 70_000, 9])) + chance.randbytes(500),
+        "associations": lambda: _saved(image, "AVIF").replace(b"ipma\0\0\0\0", b"ipma" + junk.ljust(4, b"\1")[:4]),
+    }
+    return _one_of(chance, makes)
+
+
+@kind
 def animations(chance: Chance) -> Case:
     """Two or thousands of frames: the first."""
     width, height, count = chance.randint(8, 40), chance.randint(8, 40), chance.choice([2, 30, 2000])
@@ -724,12 +760,16 @@ def at_the_cap(chance: Chance) -> Case:
     height, turn = MAX_PIXELS // side, chance.turn % 12
     if turn in (5, 6):
         return Case(f"PNG of {side}x{height + 1}", _png(side, height + 1, 8, 2, [b""]), refused=True)
+    if turn == 7:
+        data = _saved(Image.new("RGB", (side, height), (150, 140, 90)), "PNG", compress_level=1)
+        hdr = data[:33] + _chunk(b"cICP", bytes([9, 16, 0, 1])) + data[33:]
+        return Case(f"HDR in PNG of {side}x{height}", hdr, refused=False, memory=MEMORY_AT_THE_CAP)
     size = (side, height) if turn < 5 else (side // 4, height // 4)
     mode, format = [("RGBA", "PNG"), ("RGBA", "WEBP"), ("L", "JPEG"), ("CMYK", "JPEG"), ("F", "TIFF")][turn % 5]
     options: dict[str, Any] = (
         {"lossless": True, "quality": 0, "method": 0} if format == "WEBP" else {"compress_level": 1, "progressive": True}
     )
-    data = _saved(Image.new(mode, size), format, **options)
+    data = _saved(Image.new(mode, size, (9, 99, 199, 99) if mode == "RGBA" else 0), format, **options)
     return Case(f"{mode} in {format} of {size}", data, refused=False, memory=MEMORY_AT_THE_CAP)
 
 

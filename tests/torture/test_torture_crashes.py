@@ -25,5 +25,5 @@ def test_nothing_is_lost(torture: Torture, cases: int, tmp_path: Path) -> None:
 
 def test_a_writer_that_flushes_no_folder_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The power failures detect a missing flush."""
-    monkeypatch.setattr(durable, "_flush", lambda folder: None)
+    monkeypatch.setattr(durable, "flush_folder", lambda folder: None)
     assert any(power.torture(60, 0, tmp_path / "torture"))

@@ -20,7 +20,7 @@ from ...core.runtime import Runtime
 from ..architecture import Architecture
 from ..base import Base, PipelineKind
 from ..layers import LORA_TARGETS
-from ..loading import components
+from ..loading import components, schedulers
 from ..loading.files import Files, fingerprint
 from ..loading.vetting import library_errors
 from ..quantization import quantize_linear
@@ -57,14 +57,14 @@ class StableDiffusion(Base):
         runtime: Runtime,
         reload: Callable[[str], Any],
     ) -> None:
-        super().__init__(name, revision, fingerprint, runtime, dict(parts["scheduler"].config))
+        super().__init__(name, revision, fingerprint, runtime, schedulers.training_scheduler(parts["scheduler"]))
         self.architecture = architecture
         self._unet, self._scheduler = parts["unet"], parts["scheduler"]
         self._tokenizers = {TOKENIZERS[encoder]: parts[TOKENIZERS[encoder]] for encoder in architecture.text_encoders}
         self._helpers: dict[str, Any] = {helper: parts[helper] for helper in ("vae", *architecture.text_encoders)}
         self._reload = reload
         self._half_moved: WeakSet[Any] = WeakSet()  # modules whose move was interrupted: some of their tensors are elsewhere
-        self.trained_timesteps = components.distilled_timesteps(parts["scheduler"], architecture.few_steps)
+        self.trained_timesteps = schedulers.distilled_timesteps(parts["scheduler"], architecture.few_steps)
         self._scaling = parts["vae"].config.scaling_factor
         self.size_multiple = math.lcm(8, architecture.vae_scale_factor)  # diffusers' pipelines require multiples of 8
         self.resolution = architecture.resolution
@@ -113,7 +113,7 @@ class StableDiffusion(Base):
 
         parts = {
             "unet": components.model(UNet2DConditionModel, architecture.unet, files, "unet", unet_dtype),
-            "scheduler": components.scheduler(architecture.scheduler, files, architecture.few_steps),
+            "scheduler": schedulers.scheduler(architecture.scheduler, files, architecture.few_steps),
             "vae": helper("vae"),
         }
         for encoder, config in architecture.text_encoders.items():
@@ -225,17 +225,17 @@ class StableDiffusion(Base):
     def lora_targets(self, preset: str) -> list[str]:
         return list(LORA_TARGETS[preset])
 
-    def scheduler(self) -> Any:
-        return type(self._scheduler).from_config(self._scheduler.config)
+    def scheduler(self, scheduler_class: type | None = None) -> Any:
+        return schedulers.converted(self._scheduler, scheduler_class) if scheduler_class else schedulers.copied(self._scheduler)
 
-    def pipeline(self, kind: PipelineKind) -> Any:
+    def pipeline(self, kind: PipelineKind, scheduler_class: type | None = None) -> Any:
         self._move(self._unet)
         pipe = self.pipelines[kind](
             vae=self._on_device("vae"),
             **dict.fromkeys(self.architecture.text_encoders),  # None: a pipeline with text encoders would run on their device
             **self._tokenizers,
             unet=self._unet,
-            scheduler=self.scheduler(),
+            scheduler=self.scheduler(scheduler_class),
             **self.unused_components,
         )
         pipe.set_progress_bar_config(disable=True)

@@ -5,12 +5,14 @@ May import: core, bases; ``registry.py`` the families. Must not know: adapters, 
 - ``registry.py``: loads a base by name, folder, file or hub id
 - ``known.py``: the named bases, built-in and from the user's YAML file; without torch
 - ``published.py``: the published configs of the built-in bases; without torch
-- ``configs.py``: reads the configs of a folder or a single file; without torch
+- ``configs.py``: the architecture of a base: reads the configs of a folder; without torch
+- ``keys.py``: every key of these configs: honoured, harmless or refused; without torch
 - ``vetting.py``: checks JSON files and safetensors headers of untrusted bases; without torch
 - ``files.py``: weight files and fingerprints
-- ``single.py``: single files in the original layout
-- ``components.py``: builds U-Net, VAE, text encoders, tokenizers and scheduler, and loads their weights
+- ``components.py``: builds U-Net, VAE, text encoders and tokenizers, and loads their weights
+- ``schedulers.py``: the scheduler that samples and the one that trains
 - ``tokenizers.py``: the files of a CLIP tokenizer; without torch
 - ``progress.py``: hides the progress bars of diffusers and transformers
+- ``original/``: single files in the original layout
 - ``vocabulary/``: the merges of CLIP's vocabulary, for single files
 """

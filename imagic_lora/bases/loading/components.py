@@ -1,4 +1,4 @@
-"""Builds the components of a base from vetted JSON and safetensors files.
+"""Builds the models and tokenizers of a base from vetted JSON and safetensors files.
 
 The ``from_pretrained`` methods of diffusers and transformers never see the files of a base: they follow references in configs to other
 files, other repositories and other libraries. Here the classes are fixed, and no file of a base selects code to execute or files to read.
@@ -6,13 +6,12 @@ files, other repositories and other libraries. Here the classes are fixed, and n
 
 from __future__ import annotations
 
-import reprlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel, schedulers
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.modeling_utils import no_init_weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -124,58 +123,3 @@ def tokenizer(text: dict[str, Any], files: Files, part: str) -> CLIPTokenizer:
     if highest >= vocabulary_size:
         raise unusable_base(f"{path} has the token id {highest}", f"ids below {vocabulary_size}, the vocab_size of the text encoder")
     return clip
-
-
-def scheduler(config: dict[str, Any], files: Files, few_steps: int | None = None) -> Any:
-    """A scheduler of the class that its config names, after a check that it produces a valid noise schedule.
-
-    Args:
-        config: config of the scheduler; ``_class_name`` is its class.
-        files: files of the base.
-        few_steps: number of sampling steps of a distilled base.
-
-    Raises:
-        ImagicError: diffusers has no scheduler class of this name; the config is invalid; the noise process is not that of DDPM.
-    """
-    path, name = files.component_path("scheduler"), config.get("_class_name")
-    with library_errors(path):
-        scheduler_class: Any = getattr(schedulers, name, None) if isinstance(name, str) else None
-        if not _is_scheduler(scheduler_class):
-            raise unusable_base(
-                f"{path} names the scheduler {reprlib.repr(name)}", "a scheduler of diffusers whose dependencies are installed"
-            )
-        if _has_other_noise_process(str(name), scheduler_class, config):
-            raise unusable_base(f"{path} has a {name} whose noise process is not that of DDPM", "a scheduler of Stable Diffusion")
-        trial = scheduler_class.from_config(config)
-        trial.set_timesteps(min(10, trial.config.num_train_timesteps))
-        distilled_timesteps(trial, few_steps)
-        training: Any = DDPMScheduler.from_config(dict(trial.config))
-        alphas = training.alphas_cumprod
-        if len(alphas) != trial.config.num_train_timesteps or not bool(((alphas >= 0) & (alphas <= 1)).all()):
-            raise unusable_base(
-                f"{path} has betas that give no valid noise schedule", "betas between 0 and 1, one for each training timestep"
-            )
-        return scheduler_class.from_config(config)
-
-
-def distilled_timesteps(scheduler: Any, few_steps: int | None) -> torch.Tensor | None:
-    """Timesteps that a distilled base is trained at, ascending, int64; None for a base that is not distilled.
-
-    They are the ``few_steps`` sampling timesteps. A scheduler of a consistency model selects its sampling timesteps from the
-    ``original_inference_steps`` timesteps that the base was distilled at: for it, all of these are returned.
-    """
-    if few_steps is None:
-        return None
-    copy = type(scheduler).from_config(scheduler.config)
-    copy.set_timesteps(copy.config.get("original_inference_steps", few_steps))
-    return copy.timesteps.round().long().sort().values
-
-
-def _has_other_noise_process(name: str, scheduler_class: Any, config: dict[str, Any]) -> bool:
-    """Whether the scheduler belongs to another noise process than DDPM's: that of EDM (arXiv 2206.00364) or of flow matching."""
-    other = name.startswith(("EDM", "FlowMatch")) or config.get("timestep_type", "discrete") != "discrete" or config.get("use_flow_sigmas")
-    return bool(other) or not hasattr(scheduler_class, "add_noise")
-
-
-def _is_scheduler(candidate: Any) -> bool:
-    return isinstance(candidate, type) and issubclass(candidate, SchedulerMixin)

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import reprlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import ImagicError
+from ...core.errors import ImagicError, unreadable
 from ..architecture import Architecture
+from .keys import KEYS, check_keys
 from .known import SHIPPED, BaseEntry, bases_file, named_base
+from .original.architecture import single_architecture
 from .published import _TEXT, _UNET, PUBLISHED
-from .vetting import check_sizes, read_header, read_index, read_json, unusable_base
+from .vetting import check_sizes, read_index, read_json, unusable_base
 
 _CONSISTENCY_SCHEDULERS = ("LCMScheduler", "TCDScheduler")  # of latent consistency models (arXiv 2310.04378)
 _CONSISTENCY_STEPS = 4  # sampling steps of a consistency model whose entry names none
 
-_TEXT_SETTINGS = (  # the only settings kept of a text encoder's config: others concern training, or name code and files to load
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "hidden_act",
-    "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim",
-)  # fmt: skip
-
+_CORRECTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # pipelines that correct outdated configs when they are loaded
 _DEFAULTS: dict[str, dict[str, Any]] = {"unet": _UNET, "text_encoder": _TEXT, "text_encoder_2": _TEXT}
 
 
 def local_path(name: str) -> Path | None:
-    """The path ``name``, with ``~`` expanded, if it is an existing folder or file; otherwise None."""
+    """The path ``name``, with ``~`` expanded, if it is an existing folder or file; otherwise None.
+
+    Raises:
+        ImagicError: a folder on the way to it may not be read.
+    """
     try:
         path = Path(name).expanduser()
         return path if path.is_dir() or path.is_file() else None
+    except PermissionError as error:
+        raise unreadable(name, error) from error
     except (OSError, RuntimeError, ValueError):  # a name that is too long; "~" of an unknown user; a null byte
         return None
 
@@ -64,7 +67,10 @@ def architecture_at(path: Path, entry: BaseEntry | None) -> Architecture:
     if path.is_dir() and entry and entry.config:
         got = f"config = {entry.config!r} for the folder {path}"
         raise ImagicError(got, "config only for a single file", "remove config: a folder has its own configs")
-    return with_entry(single_architecture(path, entry) if path.is_file() else read_architecture(path), entry)
+    if path.is_dir():
+        return with_entry(read_architecture(path), entry)
+    given = _given_architecture(path, entry.config) if entry and entry.config else None
+    return with_entry(single_architecture(path, entry, given), entry)
 
 
 def with_entry(architecture: Architecture, entry: BaseEntry | None) -> Architecture:
@@ -91,53 +97,39 @@ def read_architecture(folder: Path) -> Architecture:
     index = read_index(folder)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in index]
     files = {"unet": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"} | dict.fromkeys(encoders, "config.json")
-    parts = {part: _DEFAULTS.get(part, {}) | read_json(folder / part / file) for part, file in files.items()}
-    for part in encoders:
-        parts[part] = {name: parts[part][name] for name in _TEXT_SETTINGS if name in parts[part]}
+    parts: dict[str, dict[str, Any]] = {}
+    for part, file in files.items():
+        config, kind = read_json(folder / part / file), part.removesuffix("_2")
+        check_keys(folder / part / file, kind, config)
+        # transformers would read more of a text encoder's config: names of code and files to load
+        heard = {name: config[name] for name in config if name in KEYS[kind].honoured} if part in encoders else config
+        parts[part] = _DEFAULTS.get(part, {}) | heard
     parts["scheduler"]["_class_name"] = index["scheduler"][1]
     check_sizes(folder, parts)
+    corrects = index["_class_name"] in _CORRECTING
+    parts["unet"] = _corrected(parts["unet"], corrects)
+    if parts["scheduler"].get("clip_sample") and not corrects and "text_encoder_2" not in index:
+        raise unusable_base(f"{folder} has a {index['_class_name']} with clip_sample", "clip_sample = false")
     empty_is_zeros = index.get("force_zeros_for_empty_prompt", True) is True and "text_encoder_2" in index
     steps = _CONSISTENCY_STEPS if index["scheduler"][1] in _CONSISTENCY_SCHEDULERS else None
     return Architecture(**parts, empty_is_zeros=empty_is_zeros, few_steps=steps)
 
 
-_FAMILY_TENSORS = {  # by name of a tensor that only checkpoints of this family have
-    "conditioner.embedders.1.model.ln_final.weight": "sdxl",
-    "cond_stage_model.model.ln_final.weight": "sd21",
-    "cond_stage_model.transformer.text_model.final_layer_norm.weight": "sd15",
-}
+def _corrected(unet: dict[str, Any], corrects: bool) -> dict[str, Any]:
+    """The config of a U-Net after the correction of its size by diffusers' pipelines of Stable Diffusion 1 and 2.
 
+    Versions of diffusers before 0.9 stored the size of another model; the pipelines replace it by 64 when they are loaded. The version is
+    removed from the config, so that a resolution that the user's list states is not corrected too.
 
-def single_architecture(path: Path, entry: BaseEntry | None) -> Architecture:
-    """The architecture of a single file in the original layout, which contains no configs.
-
-    The configs are those that the entry names, otherwise the published ones of the family, which is detected from the tensor names. The
-    prediction type is read from a tensor ``v_pred`` or from ``modelspec.prediction_type`` in the metadata. A tensor ``ztsnr`` means a
-    noise schedule with zero terminal signal-to-noise ratio (arXiv 2305.08891).
-
-    Raises:
-        ImagicError: the file is a pickle or no such checkpoint; it belongs to Stable Diffusion 2 and neither the file nor the entry states
-            the prediction type; the entry's config does not exist.
+    Args:
+        unet: the config as it is stored.
+        corrects: whether the pipeline that the base names corrects it.
     """
-    tensors, metadata = read_header(path)
-    if entry and entry.config:
-        family, architecture = None, _given_architecture(path, entry.config)
-    else:
-        family = _detected_family(path, tensors)
-        architecture = PUBLISHED[family]
-        _check_first_layer(path, family, tensors)
-    scheduler = dict(architecture.scheduler)
-    prediction = "v" if "v_pred" in tensors else metadata.get("modelspec.prediction_type", "")
-    if prediction.startswith(("v", "eps")):
-        scheduler["prediction_type"] = "v_prediction" if prediction.startswith("v") else "epsilon"
-    elif family == "sd21" and not (entry and entry.prediction):
-        raise ImagicError(
-            f"{path} does not state its prediction type, and Stable Diffusion 2 exists with both", "epsilon or v_prediction",
-            f"add the file to {bases_file()}, with its prediction: see docs/guide/bases.md",
-        )  # fmt: skip
-    if "ztsnr" in tensors:
-        scheduler["rescale_betas_zero_snr"] = True
-    return replace(architecture, scheduler=scheduler)
+    version = str(unet.get("_diffusers_version", "")).split(".")[:2]
+    outdated = len(version) == 2 and all(part.isdecimal() for part in version) and [int(part) for part in version] < [0, 9]
+    if outdated and corrects and unet["sample_size"] < 64:
+        unet = unet | {"sample_size": 64}
+    return {name: value for name, value in unet.items() if name != "_diffusers_version"}
 
 
 def _given_architecture(path: Path, config: str) -> Architecture:
@@ -148,26 +140,3 @@ def _given_architecture(path: Path, config: str) -> Architecture:
             f"config {config!r} of {path}", f"one of {', '.join(PUBLISHED)}, or a folder in diffusers' format", f"correct {bases_file()}"
         )
     return PUBLISHED.get(config) or read_architecture(folder or path)
-
-
-def _detected_family(path: Path, tensors: dict[str, Any]) -> str:
-    """The key in ``PUBLISHED`` of the family that the tensor names belong to."""
-    family = next((family for name, family in _FAMILY_TENSORS.items() if name in tensors), None)
-    if family is None and any("lora" in name for name in tensors):
-        raise ImagicError(f"{path} is a LoRA file", "the checkpoint of a base", "give the base that the LoRA belongs to")
-    if family is None:
-        raise unusable_base(
-            f"{path} holds {len(tensors)} tensors, which are of no known model",
-            "a checkpoint of Stable Diffusion 1.x, 2.x or XL in the original layout",
-        )
-    return family
-
-
-def _check_first_layer(path: Path, family: str, tensors: dict[str, Any]) -> None:
-    """Raises ImagicError if the first convolution of the U-Net has another shape than in the family, as in inpainting checkpoints."""
-    first, unet = tensors.get("model.diffusion_model.input_blocks.0.0.weight"), PUBLISHED[family].unet
-    expected = [unet["block_out_channels"][0], unet["in_channels"], 3, 3]
-    if isinstance(first, dict) and first.get("shape") != expected:
-        got = f"{path} looks like {family}, but the first layer of its U-Net has the shape {reprlib.repr(first.get('shape'))}"
-        remedy = f"use another checkpoint, or add this one to {bases_file()} with a matching config: see docs/guide/bases.md"
-        raise ImagicError(got, f"{expected}", remedy)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import reprlib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from ...core.errors import ImagicError
-from ...core.settings import read_yaml
+from ...core.config import Config
+from ...core.errors import ImagicError, unreadable
+from ...core.validation import first_problem
+from ...core.yaml_files import read_yaml
 
 CRITTERS = Path(__file__).parents[2] / "critters" / "data"
 """Folder of the embedded base."""
@@ -19,15 +20,13 @@ VARIABLE = "IMAGIC_LORA_BASES"
 """Environment variable with the path of the user's file of bases."""
 _REMEDY = "correct the file: docs/guide/bases.md has an example"
 _EXPECTED = {  # by the type of pydantic's error
-    "missing": "a value for this required setting",
     "extra_forbidden": "source, revision, config, resolution, prediction or few_steps",
-    "string_type": "a string, in quotes if it consists of digits",
     "string_pattern_mismatch": "a name of letters, digits, '.', '_' and '-'",
 }
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
-class BaseEntry(BaseModel):
+class BaseEntry(Config):
     """Source of a base, and settings that its files lack or state wrongly.
 
     Args:
@@ -39,8 +38,6 @@ class BaseEntry(BaseModel):
         prediction: prediction type of the denoiser. None: as its scheduler config says.
         few_steps: number of sampling steps of a distilled base. A fit trains only at their timesteps; for LCM at those of its distillation.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field(min_length=1)
     revision: str | None = None
@@ -65,11 +62,13 @@ _Named = TypeAdapter(dict[Annotated[str, Field(pattern=_NAME)], BaseEntry])
 def bases_file() -> Path:
     """Path of the user's file of bases.
 
-    It is ``$IMAGIC_LORA_BASES`` if that is set, otherwise ``imagic-lora/bases.yaml`` in ``$XDG_CONFIG_HOME`` or ``~/.config``.
+    It is ``$IMAGIC_LORA_BASES`` if that is set, otherwise ``imagic-lora/bases.yaml`` in ``$XDG_CONFIG_HOME`` or ``~/.config``. A user
+    without a home directory, as in some containers, has no such file: its path starts with ``~``.
     """
     if given := os.environ.get(VARIABLE):
         return Path(given)
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "imagic-lora" / "bases.yaml"
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111  # pathlib raises without a home
+    return Path(folder) / "imagic-lora" / "bases.yaml"
 
 
 def named_bases() -> dict[str, BaseEntry]:
@@ -79,19 +78,19 @@ def named_bases() -> dict[str, BaseEntry]:
         ImagicError: the user's file cannot be read, is invalid, or redefines a built-in base.
     """
     path = bases_file()
-    if not path.is_file():
+    try:
+        exists = path.is_file()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not exists:
         if os.environ.get(VARIABLE):
             raise ImagicError(f"{VARIABLE} is {path}, which is not a file", "a YAML file of bases", f"correct or unset {VARIABLE}")
         return SHIPPED
     try:
-        added = _Named.validate_python(read_yaml(path))
+        added = _Named.validate_python(read_yaml(path, example="docs/guide/bases.md"))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        expected = _EXPECTED.get(first["type"], first["msg"])
-        raise ImagicError(f"{path} has {where} = {reprlib.repr(first['input'])}", expected, _REMEDY) from error
-    except ImagicError as error:
-        raise ImagicError(error.got, "a mapping of names to bases", _REMEDY) from error
+        problem = first_problem(error)
+        raise ImagicError(f"{path} has {problem.got}", _EXPECTED.get(problem.kind, problem.expected), _REMEDY) from error
     if taken := sorted(added.keys() & SHIPPED.keys()):
         raise ImagicError(f"{path} defines {', '.join(taken)}", "names that no built-in base has", "choose other names")
     return SHIPPED | added

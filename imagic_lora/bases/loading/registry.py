@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ...core.errors import ImagicError
 from ...core.runtime import Runtime
+from ...core.text import check_utf8
 from ..architecture import Architecture
 from ..base import Base
 from ..families.sd import StableDiffusion
@@ -16,8 +17,8 @@ from ..families.sdxl import StableDiffusionXL
 from .configs import local_path
 from .files import STEMS, Files, Folder, weight_files
 from .known import bases_file, named_base, named_bases
+from .original.files import SingleFile
 from .published import PUBLISHED
-from .single import SingleFile
 from .tokenizers import TOKENIZER_FILES
 
 _CONFIGS = [  # files to download from a hub repository; downloading neither parses nor executes them
@@ -115,6 +116,9 @@ def _downloaded(source: str, revision: str | None, configs: bool) -> Path:
             f"base {source} cannot be downloaded ({first})", "a reachable hub id with safetensors files",
             "check the name and the network, or download the base on another machine and give its folder with --base",
         ) from error  # fmt: skip
+    except RuntimeError as error:  # from pathlib, for a user without a home directory
+        got = f"there is no folder to download base {source} to ({error})"
+        raise ImagicError(got, "a home directory, or HF_HOME", "set HF_HOME to a folder for downloads") from error
     return folder
 
 
@@ -136,4 +140,5 @@ def load_base(name: str, runtime: Runtime, revision: str | None = None, master_w
         name = str(files.path.resolve())  # an adapter records this name, and must find its base from any working directory
     elif revision is None and (entry := named_base(name)):
         revision = entry.revision
+    check_utf8(name, "the path of the base")  # an adapter records it
     return family_of(files.architecture).load(files, name, revision, runtime, master_weights)

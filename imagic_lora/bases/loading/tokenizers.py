@@ -6,13 +6,10 @@ import gzip
 import json
 from pathlib import Path
 
-from .vetting import read_json, read_text
+from .keys import KEYS, check_keys
+from .vetting import read_json, read_text, unusable_base
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "vocab.json", "added_tokens.json", "merges.txt")
-_TOKENIZER_SETTINGS = (  # the only settings kept of the first two files: others could name further files
-    "bos_token", "eos_token", "unk_token", "pad_token", "additional_special_tokens", "extra_special_tokens", "added_tokens_decoder",
-    "model_max_length", "clean_up_tokenization_spaces", "add_prefix_space", "do_lower_case", "errors",
-)  # fmt: skip
 _NULL_PARTS = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
 _MAX_BYTES = 2**23
 
@@ -21,7 +18,7 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
     """The files in a tokenizer's folder: vetted content by file name. Missing files are left out.
 
     Raises:
-        ImagicError: a file cannot be read, is not valid JSON, or is larger than 8 MiB.
+        ImagicError: a file cannot be read, is not valid JSON, or is larger than 8 MiB; a setting is not supported.
     """
     return {name: _vetted(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()}
 
@@ -57,10 +54,14 @@ def _vetted(path: Path) -> str:
     content = read_json(path, _MAX_BYTES)
     if path.name == "tokenizer.json":  # transformers rebuilds the other parts of a CLIP tokenizer, which are fixed
         model = content["model"]
+        for part in ("padding", "truncation"):
+            if (direction := (content.get(part) or {}).get("direction", "Right")) != "Right":
+                raise unusable_base(f"{path} has {part} with the direction {str(direction)[:20]!r}", "Right, as every CLIP tokenizer")
         content = _NULL_PARTS | {
             "added_tokens": content["added_tokens"],
             "model": {"type": "BPE", "vocab": model["vocab"], "merges": model["merges"]},
         }
     elif path.name in TOKENIZER_FILES[:2]:
-        content = {name: content[name] for name in _TOKENIZER_SETTINGS if name in content}
+        check_keys(path, "tokenizer", content)
+        content = {name: value for name, value in content.items() if name in KEYS["tokenizer"].honoured}
     return json.dumps(content)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ImagicError
+from .keys import check_keys
 
 _COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
@@ -28,6 +29,12 @@ FAMILIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # library and c
 }
 MAX_HEADER = 2**22  # bytes of a safetensors header; that of a Stable Diffusion XL single file has about a sixth of this
 TIME_IDS = 6  # original height and width, top and left of the crop, target height and width (arXiv 2307.01952)
+SCHEDULERS = (  # of diffusers, with the noise process of DDPM (arXiv 2006.11239)
+    "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
+    "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # never loaded, so any class is accepted
 _REQUIRED = {
     "unet": ("sample_size", "in_channels", "out_channels", "cross_attention_dim", "layers_per_block", "block_out_channels"),
@@ -42,7 +49,6 @@ _SIZES = {name for names in _REQUIRED.values() for name in names} | {*_LISTS, "n
 _SIZES |= {"addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim"}
 _NUMBERS = ("scaling_factor", "norm_eps", "layer_norm_eps", "mid_block_scale_factor", "resnet_out_scale_factor")
 _INTEGERS = ("freq_shift", "downsample_padding", "bos_token_id", "eos_token_id", "pad_token_id")
-_FOREIGN_INPUTS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type")  # inputs that no family here has
 _MAX_VALUES = {
     "layers_per_block": 4,
     "transformer_layers_per_block": 10,
@@ -66,7 +72,7 @@ def library_errors(path: Path) -> Iterator[None]:
         yield
     except ImagicError:
         raise
-    except Exception as error:
+    except Exception as error:  # the libraries raise anything for a broken file
         first_line = next(iter(str(error).splitlines()), "")[:300]
         raise unusable_base(
             f"{path} cannot be loaded ({type(error).__name__}: {first_line!r})", "files as diffusers writes them"
@@ -110,21 +116,21 @@ def read_json(path: Path, limit: int = 2**20) -> dict[str, Any]:
     try:
         if (containers := text.count("[") + text.count("{")) > _MAX_CONTAINERS:
             raise ValueError(f"{containers:,} lists and objects, more than {_MAX_CONTAINERS:,}")
-        content = _parsed(text)
+        content = parsed_json(text)
     except (ValueError, RecursionError) as error:
         raise unusable_base(f"{path} cannot be read ({error})", "JSON as diffusers writes it") from error
     return content
 
 
-def _parsed(text: str | bytes) -> dict[str, Any]:
-    """The object of a JSON text; raises ValueError or RecursionError for anything else."""
-    content = json.loads(text, object_pairs_hook=unique_keys, parse_float=_finite_number, parse_constant=_finite_number)
+def parsed_json(text: str | bytes) -> dict[str, Any]:
+    """The object of a JSON text; raises ValueError or RecursionError for anything else, and for duplicate keys, NaN and infinity."""
+    content = json.loads(text, object_pairs_hook=_unique_keys, parse_float=_finite_number, parse_constant=_finite_number)
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__}, not an object")
     return content
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The ``object_pairs_hook`` of ``json.loads`` that raises ValueError for a key that occurs twice."""
     if len(content := dict(pairs)) < len(pairs):
         raise ValueError("a duplicate key")
@@ -154,7 +160,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 )  # fmt: skip
             if not 2 <= length <= MAX_HEADER:
                 raise ValueError(f"a header of {length:,} bytes")
-            tensors = _parsed(file.read(length))
+            tensors = parsed_json(file.read(length))
         metadata = tensors.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that are not strings")
@@ -182,10 +188,16 @@ def read_index(folder: Path) -> dict[str, Any]:
     scheduler = index.get("scheduler")
     if not (isinstance(scheduler, list) and len(scheduler) == 2 and scheduler[0] == "diffusers" and isinstance(scheduler[1], str)):
         raise unusable_base(f"{path} has {reprlib.repr(scheduler)} as scheduler", "a scheduler of diffusers")
+    if scheduler[1] not in SCHEDULERS:
+        got = f"{path} has the scheduler {scheduler[1][:60]!r}, whose noise process is not known to be that of DDPM"
+        raise ImagicError(got, f"one of {', '.join(SCHEDULERS)}", "choose another base")
     known = {*components, "scheduler", *_UNUSED}
     for name, value in index.items():
         if name not in known and not name.startswith("_") and isinstance(value, (list, dict)):
             raise unusable_base(f"{path} has a component {reprlib.repr(name)}", f"only {', '.join(sorted(known))}")
+    check_keys(path, "model_index", index)
+    if not isinstance(zeros := index.get("force_zeros_for_empty_prompt"), (bool, type(None))):
+        raise unusable_base(f"{path} has force_zeros_for_empty_prompt = {reprlib.repr(zeros)}", "true or false")
     return index
 
 
@@ -199,8 +211,7 @@ def check_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
         parts: configs of ``unet``, ``vae``, ``text_encoder``, ``scheduler``, and ``text_encoder_2`` if there is one.
 
     Raises:
-        ImagicError: a required setting is missing; a setting is implausible; the U-Net has unsupported inputs; latents are normalised by
-            channel; sizes do not match.
+        ImagicError: a required setting is missing; a setting is implausible; the U-Net has unsupported inputs; sizes do not match.
     """
     unet, vae = parts["unet"], parts["vae"]
     problems = [f"{part}.{name}" for part in parts for name in _REQUIRED.get(part, ()) if parts[part].get(name) is None]
@@ -208,7 +219,7 @@ def check_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
     if problems:
         names = ", ".join(repr(name[:60]) for name in problems[:5])
         raise unusable_base(f"{folder} has missing or implausible settings: {names}", "the configs of a Stable Diffusion base")
-    _check_inputs(folder, unet, vae, has_second=parts.get("text_encoder_2") is not None)
+    _check_inputs(folder, unet, has_second=parts.get("text_encoder_2") is not None)
     block_lists = (
         (unet["block_out_channels"], int), (unet.get("down_block_types", ()), str),
         (unet.get("up_block_types", ()), str), (vae["block_out_channels"], int),
@@ -219,16 +230,12 @@ def check_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
     _check_matching(folder, unet, vae, parts["text_encoder"], parts.get("text_encoder_2"))
 
 
-def _check_inputs(folder: Path, unet: dict[str, Any], vae: dict[str, Any], has_second: bool) -> None:
-    """Raises ImagicError for a U-Net with inputs that no supported family has, and for latents that are normalised by channel."""
-    foreign = [name for name in _FOREIGN_INPUTS if unet.get(name) is not None]
-    if unet.get("addition_embed_type") != ("text_time" if has_second else None):
-        foreign.append("addition_embed_type")
-    if foreign:
-        expected = "a U-Net conditioned on text, pooled embedding and size ids" if has_second else "a U-Net conditioned on text only"
-        raise unusable_base(f"{folder} has a U-Net with {', '.join(foreign)}", expected)
-    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
-        raise unusable_base(f"{folder} has a VAE with latents_mean or latents_std", "a VAE with a single scaling_factor")
+def _check_inputs(folder: Path, unet: dict[str, Any], has_second: bool) -> None:
+    """Raises ImagicError if the U-Net has added conditions that its family does not have, or lacks those that it has."""
+    added = unet.get("addition_embed_type")
+    if added != ("text_time" if has_second else None):
+        expected = "text_time, for pooled embedding and size ids" if has_second else "none: the U-Net is conditioned on text only"
+        raise unusable_base(f"{folder} has a U-Net with the addition_embed_type {reprlib.repr(added)}", expected)
 
 
 def _check_matching(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], second: dict[str, Any] | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.table import Table
 
 from ..console import err, out, plain, print_json
@@ -14,7 +16,7 @@ def bases(*, as_json: Json = False) -> None:
     --base takes one of these names, a folder, a single .safetensors file or a hub id. You can define names of your own in a YAML file. The
     path of that file is printed below the table; docs/guide/bases.md describes it.
     """
-    from ...bases.loading.known import SHIPPED, bases_file, named_bases
+    from ...bases.loading.known import SHIPPED, VARIABLE, bases_file, named_bases
 
     known = named_bases()
     if as_json:
@@ -26,4 +28,5 @@ def bases(*, as_json: Json = False) -> None:
         source = "in this package" if name == "critters" else f"{base.source}{f' at {base.revision}' if base.revision else ''}"
         table.add_row(*map(plain, (name if name in SHIPPED else f"{name} (yours)", pixels, base.prediction or "", steps, source)))
     out.print(table)
-    err.print(f"Add your own in {plain(bases_file())}", highlight=False)
+    variable = "" if os.environ.get(VARIABLE) else f", or in the file that {VARIABLE} names"
+    err.print(f"Add your own in {plain(bases_file())}{variable}", highlight=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +15,7 @@ from rich.table import Table
 from ...core.errors import ImagicError
 from ..console import err, out, plain, print_json, progress
 from ..libraries import import_libraries
-from ..options import Json
+from ..options import Json, Whole
 
 if TYPE_CHECKING:
     from ...bench.page import Table as Cells
@@ -24,11 +26,11 @@ bench = App(name="bench", help="Benchmark editing methods on images whose true e
 @bench.command
 def critters(
     *,
-    cases: int = 60,
-    seed: int = 7,
+    cases: Whole = 60,
+    seed: Whole = 7,
     methods: str | None = None,
     base: Path | None = None,
-    workers: int = 1,
+    workers: Whole = 1,
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
     as_json: Json = False,
 ) -> None:
@@ -54,8 +56,10 @@ def critters(
     workers
         Number of processes. They share the CPU cores.
     out_dir
-        Folder for images and results. Default: outputs/bench/critters-SEED, with the name of the folder of --base.
+        Folder for images and results. Default: outputs/bench/critters-SEED, with the name of the folder of --base
+        and a hash of its path.
     """
+    import_libraries()
     from ...bases.loading.known import CRITTERS
     from ...bench.catalogue import chosen
     from ...bench.critters import Bench
@@ -66,12 +70,13 @@ def critters(
         if value < least:
             raise ImagicError(f"{name} {value}", f"an integer from {least}", f"choose another value for {name}")
 
-    import_libraries()
     if base is not None and not (base / "model_index.json").is_file():
         raise ImagicError(f"--base {base}", "a folder in diffusers' format, with a model_index.json", "choose another folder for --base")
-    name = f"critters-{seed}" if base is None else f"critters-{seed}-{base.resolve().name}"
+    name = f"critters-{seed}"
+    if base is not None:
+        path = base.resolve()
+        name += f"-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"  # two bases may have folders of one name
     run = Bench(seed, cases, chosen(methods), out_dir or Path("outputs/bench") / name, base or CRITTERS)
-    run.out.mkdir(parents=True, exist_ok=True)
     results = list(progress(run.results(workers), cases * len(run.methods), "cases x methods"))
     summary = summarise(run, results)
     page = write_page(run, results, summary)

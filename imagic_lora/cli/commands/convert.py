@@ -43,6 +43,7 @@ def compress(
     overwrite
         Replace an existing adapter of the same name.
     """
+    import_libraries()
     from ...adapters.compress import check_compression
     from ...adapters.compress import compress as compress_adapter
     from ...adapters.store import Store
@@ -50,7 +51,6 @@ def compress(
     from ...core.config import MemoryConfig
     from ...core.runtime import resolve_runtime
 
-    import_libraries()
     adapters = Store(store)
     full = adapters.read(adapter)
     new_name = name or f"{full.name}-r{rank}"
@@ -98,6 +98,7 @@ def export(
     overwrite
         Replace existing files of the same names.
     """
+    import_libraries()
     from ...adapters.export import export as export_adapter
     from ...adapters.store import Store
 

@@ -19,9 +19,9 @@ def demo(*, out: Path = Path("outputs/demo"), as_json: Json = False) -> None:
     out
         Folder for the sheet, the images and the adapter.
     """
+    import_libraries()
     from ..demo import run_demo
 
-    import_libraries()
     sheet = run_demo(out, show_progress)
     if as_json:
         print_json({"sheet": str(sheet)})

@@ -6,7 +6,6 @@ import importlib.util
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from rich.table import Table
 
@@ -39,7 +38,7 @@ def examine() -> dict[str, dict[str, str]]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "free memory": f"{free_host_memory() / 2**30:.1f} GiB",
-        "free disk here": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB",
+        "free disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
     }
     missing = {}
     if card:

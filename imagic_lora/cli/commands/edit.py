@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ...adapters.atomic import writable
+from ...adapters.writing import check_outputs, writable
 from ...core.config import DeviceConfig, EditConfig, PresetOrAuto
-from ...core.errors import ImagicWarning
+from ...core.errors import ImagicError, ImagicWarning
+from ...core.text import exact
 from ..console import err, plain, print_json, progress
 from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ...core.config import RunConfig
     from ...sampling.editor import Edit
 
+SHEET = "sheet.png"
 SamplingFlags = Annotated[
     EditConfig | None, Parameter(name="*", group="Sampling (default: the settings stored in the adapter)", show_default=False)
 ]
@@ -42,6 +44,7 @@ def edit(
     force: Flag = False,
     store: StoreDir = DEFAULT_STORE,
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
+    overwrite: Flag = False,
     as_json: Json = False,
 ) -> None:
     """Generate images from a stored adapter.
@@ -69,6 +72,8 @@ def edit(
         Allow a base with other weights of the same shapes. The metadata of the images record it.
     out_dir
         Folder for the images. Default: outputs/NAME.
+    overwrite
+        Replace images of the same eta and seed in the folder that were made with another prompt, base or other settings.
     """
     from ...adapters.store import Store
 
@@ -84,12 +89,12 @@ def edit(
     run = choose_preset_for_edit(lambda: architecture_of(*source), record.config, {"edit": flags, "memory": levers, "preset": preset})
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
     folder = out_dir or Path("outputs") / adapter.name
-    written = _edit(adapter, source, run, etas, seeds, prompt, force, folder)
+    written = _edit(adapter, source, run, etas, seeds, prompt, force, folder, overwrite)
     if as_json:
-        print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / "sheet.png")})
+        print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / SHEET)})
     else:
         plural = "" if len(written) == 1 else "s"
-        err.print(f"[green]Wrote[/] {len(written)} image{plural} and {plain(folder / 'sheet.png')}")
+        err.print(f"[green]Wrote[/] {len(written)} image{plural} and {plain(folder / SHEET)}")
 
 
 def _edit(
@@ -101,6 +106,7 @@ def _edit(
     prompt: str | None,
     force: bool,
     folder: Path,
+    overwrite: bool,
 ) -> list[dict[str, Any]]:
     """Generates the images of all etas and seeds, and writes them into a folder.
 
@@ -113,6 +119,7 @@ def _edit(
         prompt: target prompt; None is that of the adapter.
         force: whether other weights of the same shapes are allowed.
         folder: output folder.
+        overwrite: whether images that were made in another way are replaced.
 
     Returns:
         ``file``, ``eta`` and ``seed`` of every image.
@@ -128,8 +135,8 @@ def _edit(
     config, record = run.edit, adapter.record
     target_prompt = record.prompt if prompt is None else prompt
     check_edit(etas, seeds, config, target_prompt)
-    with writable(folder):
-        pass
+    names = [_file_name(eta, seed) for eta in etas for seed in seeds]
+    check_outputs(folder, [*names, SHEET])
     editor = Editor(load_base(source[0], resolve_runtime(run.memory), source[1]), force)
     edits = progress(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "images")
     other_weights = editor.base.fingerprint != record.base.fingerprint
@@ -138,6 +145,8 @@ def _edit(
         warnings.warn(message, ImagicWarning, stacklevel=1)
     metadata = {"adapter": adapter.name, "base": editor.base.name, "prompt": target_prompt, "edit": config.model_dump()}
     metadata |= {"forced": record.base.name} if other_weights else {}
+    if not overwrite:
+        _check_same_edits([folder / name for name in names], metadata)
     written = f"the images written so far are in {folder}"
     with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", lambda: written, EDIT_LEVERS):
         return _write_edits(edits, folder, metadata, read_canvas(adapter).photo())
@@ -160,14 +169,49 @@ def _write_edits(edits: Iterable[Edit], folder: Path, metadata: dict[str, Any], 
 
     written: list[dict[str, Any]] = []
     rows: dict[int, list[tuple[str, Image]]] = {}
+
+    def save(image: Image, path: Path, values: dict[str, Any]) -> None:
+        with writable(folder):
+            write_png(image, path, values)
+
     for result in edits:
-        path = folder / f"eta{result.eta:g}-seed{result.seed}.png"
-        write_png(result.image, path, metadata | {"eta": result.eta, "seed": result.seed})
+        path = folder / _file_name(result.eta, result.seed)
+        save(result.image, path, metadata | {"eta": result.eta, "seed": result.seed})
         written.append({"file": str(path), "eta": result.eta, "seed": result.seed})
-        rows.setdefault(result.seed, [("photo", photo)]).append((f"eta {result.eta:g} seed {result.seed}", result.image))
-    write_png(
-        sheet(list(rows.values()), metadata["prompt"]),
-        folder / "sheet.png",
-        {name: metadata[name] for name in ("adapter", "base", "forced") if name in metadata},
-    )
+        rows.setdefault(result.seed, [("photo", photo)]).append((f"eta {exact(result.eta)} seed {result.seed}", result.image))
+    named = {name: metadata[name] for name in ("adapter", "base", "forced") if name in metadata}
+    save(sheet(list(rows.values()), metadata["prompt"]), folder / SHEET, named)
     return written
+
+
+def _file_name(eta: float, seed: int) -> str:
+    return f"eta{exact(eta)}-seed{seed}.png"
+
+
+def _check_same_edits(paths: Iterable[Path], metadata: dict[str, Any]) -> None:
+    """Raises ImagicError for a file that exists and is not the same edit, so that no image replaces another one unasked.
+
+    Args:
+        paths: files of the images.
+        metadata: what the metadata of the images will be, without eta and seed.
+    """
+    from ...photos.reading import read_metadata
+    from ...training.checkpoints import differences
+
+    for path in paths:
+        if not path.exists():
+            continue
+        try:
+            changes = "; ".join(differences(_comparable(read_metadata(path)), _comparable(metadata)))
+        except ImagicError:
+            changes = "it was not written by imagic-lora edit"
+        if changes:
+            got = f"{path} is another image: {changes}"
+            raise ImagicError(got, "an unused name, or the same edit", "choose another --out, or use --overwrite")
+
+
+def _comparable(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns the metadata of an image without what its file name says, and without the batch size, which does not change it."""
+    edit = metadata.get("edit")
+    settings = {name: value for name, value in edit.items() if name != "batch_size"} if isinstance(edit, dict) else edit
+    return metadata | {"edit": settings, "eta": None, "seed": None}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from ...core.config import RunConfig
 from ...core.errors import ImagicError, Stopped
-from ...core.settings import merged, read_yaml
+from ...core.launch import Launch, launched_settings, read_launch
+from ...core.settings import merged, read_settings
 from ..console import err, plain, print_active_settings, print_json, show_progress
 from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, suggested_etas
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
     from ...adapters.store import Store
     from ...bases.architecture import Architecture
+    from ...core.runtime import Processes
     from ...training.configure import Configured
     from ...training.stage import StepReport
 
@@ -65,8 +67,16 @@ def fit(
     """
     from ...adapters.store import Store
 
-    run, why, architecture = configured(settings, config)
-    adapter = _fit(image, prompt, run, why, architecture, Store(store), name or _slug(image.stem), overwrite, resume)
+    launch = read_launch()
+    try:
+        run, why, architecture = configured(settings, config, launch)
+        adapter = _fit(
+            image, prompt, run, why, architecture, Store(store), name or _slug(image.stem), overwrite, resume, _processes(run, launch)
+        )
+    except (KeyboardInterrupt, Stopped):
+        if launch.rank:
+            sys.exit(130)  # the main process reports it
+        raise
     if adapter is None:
         return
     if as_json:
@@ -77,7 +87,7 @@ def fit(
         err.print(f"  imagic-lora edit {adapter.name} --eta {suggested_etas(run.eta)}", highlight=False)
 
 
-def configured(settings: RunConfig | None, config: Path | None) -> Configured:
+def configured(settings: RunConfig | None, config: Path | None, launch: Launch) -> Configured:
     """Returns the settings of a run.
 
     They come from the flags, the configuration file and the environment variables that ``accelerate launch`` sets.
@@ -85,21 +95,28 @@ def configured(settings: RunConfig | None, config: Path | None) -> Configured:
     Args:
         settings: the flags that were given.
         config: path of the configuration file.
+        launch: the processes that a launcher started.
     """
-    flags = settings.model_dump(exclude_unset=True) if settings else {}
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        flags = merged({"memory": {"device": "cpu"}}, flags)
-    processes = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    file = read_yaml(config) if config else {}
-    memory = merged(file, flags).get("memory")
-    import_libraries(bitsandbytes=isinstance(memory, dict) and ("quantize" in memory or "optimizer" in memory))
+    flags = merged({"memory": launched_settings()}, settings.model_dump(exclude_unset=True) if settings else {})
+    file = read_settings(config) if config else {}
+    memory = merged(file, flags)["memory"]  # both are valid
+    import_libraries(bitsandbytes="quantize" in memory or "optimizer" in memory)
     from ...training.configure import configure_run
 
-    return configure_run(flags, file, processes)
+    return configure_run(flags, file, (launch.count, launch.local_rank))
 
 
 def _fit(
-    image: Path, prompt: str, run: RunConfig, why: str, architecture: Architecture, store: Store, name: str, overwrite: bool, resume: bool
+    image: Path,
+    prompt: str,
+    run: RunConfig,
+    why: str,
+    architecture: Architecture,
+    store: Store,
+    name: str,
+    overwrite: bool,
+    resume: bool,
+    processes: Processes,
 ) -> Adapter | None:
     """Runs the fit with its progress. A signal stops it after the current step."""
     from ...core.runtime import resolve_runtime
@@ -108,7 +125,6 @@ def _fit(
     from ...training.fit import result
     from ..interrupts import Interrupts
 
-    processes = _processes(run)
     with Interrupts() as interrupts:
         steps = fit_steps(image, prompt, run, store, name, overwrite=overwrite, resume=resume, stop=interrupts.stop, processes=processes)
 
@@ -132,18 +148,25 @@ def _fit(
             raise
 
 
-def _processes(run: RunConfig) -> Any:
-    """The processes that ``accelerate launch`` started, or this one alone."""
+def _processes(run: RunConfig, launch: Launch) -> Processes:
+    """Connects this process with the others that a launcher started."""
     from ...core.runtime import Processes, resolve_runtime
 
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched == 1:
+    if launch.count == 1:
         return Processes()
     from accelerate import PartialState
 
-    processes = Processes(PartialState(cpu=resolve_runtime(run.memory).device.type == "cpu"))
-    if processes.count != launched:
-        got = f"{launched} processes were launched, but {processes.count} can communicate"
+    cpu = resolve_runtime(run.memory).device.type == "cpu"
+    if launch.rank == 0:
+        err.print(f"Waiting for {launch.count} processes to connect", highlight=False)
+    try:
+        processes = Processes(PartialState(cpu=cpu))
+    except (RuntimeError, ValueError, OSError, ImportError) as error:  # from torch.distributed and its backends
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        remedy = "start them with accelerate launch, and check MASTER_ADDR and MASTER_PORT"
+        raise ImagicError(f"the {launch.count} processes cannot connect ({reason})", "processes of one launcher", remedy) from error
+    if processes.count != launch.count:
+        got = f"{launch.count} processes were launched, but {processes.count} can communicate"
         raise ImagicError(got, "one device for each process", "use a lower --num_processes of accelerate launch")
     return processes
 

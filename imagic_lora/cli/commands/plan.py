@@ -8,15 +8,16 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ...core.config import RunConfig
-from ...core.settings import merged, read_yaml, recipe_of, validated
+from ...core.settings import merged, read_settings, recipe_of, validated
 from ..console import print_json, print_plan
-from ..options import Flag, Json
+from ..libraries import import_libraries
+from ..options import Flag, Json, Whole
 
 
 def plan(
     *,
     settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
-    batch: Annotated[int | None, Parameter(name="--batch")] = None,
+    batch: Whole | None = None,
     config: Path | None = None,
     exact: Flag = False,
     as_json: Json = False,
@@ -42,7 +43,7 @@ def plan(
     from ...memory.presets import assumed_for, card_and_free_memory, choose_preset
 
     flags = settings.model_dump(exclude_unset=True) if settings else {}
-    file = read_yaml(config) if config else {}
+    file = read_settings(config) if config else {}
     if batch is not None:
         flags = merged({stage: {"batch_size": batch} for stage in validated(merged(file, flags)).stages}, flags)
     given = validated(merged(file, flags))
@@ -51,10 +52,9 @@ def plan(
     card = card_and_free_memory(run.memory.device)[0] if given.preset == "auto" else None
     assumed = assumed_for(run, card)
     if exact:
-        from ...bases.loading.progress import hide_progress_bars
+        import_libraries()
         from ...training.rehearsal import rehearse
 
-        hide_progress_bars()
         prediction = rehearse(built, run, assumed)
     else:
         prediction = predict(built, run, assumed)

@@ -21,20 +21,23 @@ def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> 
 
     folder = Store(store)
     adapters: list[Adapter] = []
+    skipped: dict[str, str] = {}
     for name in folder.names():
         try:
             adapters.append(folder.read(name, verify=False))
         except ImagicError as error:
-            err.print(f"[yellow]Skipped:[/] {plain(error.got)}")
+            skipped[name] = error.got
+            err.print(f"[yellow]Skipped:[/] {plain(error.got)}", highlight=False)
     unfinished = folder.unfinished()
     if as_json:
         rows = [{"name": adapter.name, "bytes": adapter.size, **summary(adapter)} for adapter in adapters]
-        print_json({"adapters": rows, "unfinished": unfinished})
+        print_json({"adapters": rows, "unfinished": unfinished, "skipped": skipped})
         return
     for name in unfinished:
         err.print(f"[yellow]Unfinished:[/] {plain(name)}; repeat its fit command with --resume to continue", highlight=False)
-    if not adapters:
+    if not adapters and not skipped:
         err.print(f"No adapters in {plain(store)} yet. Create one: imagic-lora fit PHOTO PROMPT")
+    if not adapters:
         return
     columns = [("NAME", "BASE", "MODE", "MB", "CREATED", "PROMPT")]
     for adapter in adapters:

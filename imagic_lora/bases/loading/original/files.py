@@ -14,11 +14,11 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor
 
-from .configs import local_path
-from .files import Files, check_count, weights
-from .published import PUBLISHED
-from .tokenizers import shipped_tokenizer, tokenizer_files
-from .vetting import library_errors, unusable_base
+from ..configs import local_path
+from ..files import Files, check_count, weights
+from ..published import PUBLISHED
+from ..tokenizers import shipped_tokenizer, tokenizer_files
+from ..vetting import library_errors, unusable_base
 
 _PREFIXES = {
     "unet": ("model.diffusion_model.",),

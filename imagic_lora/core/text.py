@@ -1,0 +1,32 @@
+"""Text that files and libraries accept, whole UTF-8 characters; and numbers as text."""
+
+from __future__ import annotations
+
+from .errors import ImagicError
+
+
+def check_utf8(text: str, what: str) -> None:
+    """Checks that a text can be written as UTF-8.
+
+    Python decodes bytes of the command line and of paths that are not UTF-8 to lone surrogates, which tokenizers and safetensors reject,
+    and which JSON files would hold as half a character.
+
+    Args:
+        text: a prompt, a path, or a name.
+        what: what the text is, for the error message.
+
+    Raises:
+        ImagicError: the text holds a lone surrogate.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        got = f"{what} {text!r}, which is not UTF-8"
+        remedy = "type it again in a terminal that uses UTF-8; a file with another encoding can be converted by iconv, or renamed"
+        raise ImagicError(got, "text of whole UTF-8 characters", remedy) from error
+
+
+def exact(number: float) -> str:
+    """Returns the shortest text that reads back as the same number, for names and labels: two numbers never share one."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)

@@ -18,7 +18,7 @@ from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError, ImagicWarning
 from ...core.runtime import Runtime
 from ..architecture import Architecture
-from ..base import Base, PipelineKind
+from ..base import Base, PipelineKind, Token
 from ..layers import LORA_TARGETS
 from ..loading import components, schedulers
 from ..loading.files import Files, fingerprint
@@ -178,6 +178,11 @@ class StableDiffusion(Base):
             warnings.warn(message, ImagicWarning, stacklevel=4)
         ids = tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
         return ids.to(self.runtime.device)
+
+    def tokenize(self, prompt: str) -> list[Token]:
+        tokenizer = self._tokenizers["tokenizer"]  # a second tokenizer has the same vocabulary
+        encoded = tokenizer(prompt, max_length=tokenizer.model_max_length, truncation=True, return_offsets_mapping=True)
+        return [Token(number, *span) for number, span in zip(encoded.input_ids, encoded.offset_mapping, strict=True)]
 
     def null(self) -> Conditioning | None:
         return None if self.architecture.embeds_guidance else self.encode_prompt("")

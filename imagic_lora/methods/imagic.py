@@ -9,12 +9,14 @@ from pathlib import Path
 
 from ..adapters.adapter import Adapter
 from ..adapters.store import Store
+from ..bases.base import Base
 from ..core.config import EditConfig, RunConfig
 from ..photos.png import write_png
 from ..sampling.editor import Editor
 from ..training.fit import fit
 from ..training.stage import StepReport
-from .method import Context, Cost, CostMeter, EditRequest, EditResult, Method, metered
+from .generated import generation_passes
+from .method import Context, Cost, CostMeter, EditRequest, EditResult, Method, Passes, metered
 
 
 class Imagic(Method):
@@ -34,6 +36,7 @@ class Imagic(Method):
         self.settings = {"run": config.model_dump(mode="json"), "rows": sampled}
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+        self.check(context.base, request)
         base, config = context.base, self.config.model_copy(update={"seed": request.seed})
         with tempfile.TemporaryDirectory() as folder, closing(Editor(base)) as editor:
             photo = Path(folder) / "photo.png"
@@ -45,6 +48,11 @@ class Imagic(Method):
                 with metered(base) as meter:
                     (result,) = editor.edit(adapter, [eta], [request.seed], sampling)
                     yield EditResult(row, result.image, trained + meter.cost())
+
+    def passes(self, base: Base) -> dict[str, Passes]:
+        trained = sum(stage.steps * stage.batch_size for stage in self.config.stages.values())
+        sampled = {row: generation_passes(base, sampling).forward for row, (_, sampling) in self.ways.items()}
+        return {row: Passes(trained + passes, trained) for row, passes in sampled.items()}
 
 
 def _run_fit(steps: Generator[StepReport, None, Adapter | None], meter: CostMeter) -> tuple[Adapter, Cost]:

@@ -105,7 +105,9 @@ class _TapProcessor:
             scores = scores + attn.prepare_attention_mask(attention_mask, keys_from.shape[1], len(scores), out_dim=4)
         probabilities = tap.edit(scores.softmax(-1).float(), self.layer)
         mixed = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](mixed)) / attn.rescale_output_factor  # pyright: ignore[reportOptionalSubscript]
+        for module in attn.to_out:  # pyright: ignore[reportOptionalIterable]
+            mixed = module(mixed)
+        return mixed / attn.rescale_output_factor
 
 
 def attention_layers(base: Base) -> list[tuple[Layer, Attention]]:
@@ -123,12 +125,13 @@ def attention_layers(base: Base) -> list[tuple[Layer, Attention]]:
         match = _BLOCK.match(f"{name}.")
         if not match or not isinstance(block, BasicTransformerBlock):
             continue
-        half, index, mid = match.groups()
-        level = levels if mid else int(index) if half == "down" else levels - int(index)
+        half, index, _ = match.groups()
+        place: Any = half or "mid"
+        level = int(index) if place == "down" else levels - int(index or 0)
         for attribute in ("attn1", "attn2"):
             module = getattr(block, attribute)
             if module is not None:
-                layers.append((Layer(f"{name}.{attribute}", module.is_cross_attention, mid or half, level), module))
+                layers.append((Layer(f"{name}.{attribute}", module.is_cross_attention, place, level), module))
     if not layers:
         got = f"base {base.name}, whose denoiser has no attention layers as those of Stable Diffusion's U-Nets"
         raise ImagicError(got, "a base with a U-Net that attends to the prompt", "choose another base or another method")

@@ -20,6 +20,13 @@ def check_prompt(prompt: str) -> None:
     check_utf8(prompt, "the prompt")
 
 
+def check_seed(seed: int) -> None:
+    """Raises ImagicError if a seed is out of [0, 2^32), where another seed gives the same noise."""
+    if not 0 <= seed < SEEDS:
+        got = f"seed {seed}, whose noise is that of seed {seed % SEEDS}"
+        raise ImagicError(got, f"0 to {SEEDS - 1:,}, the seeds that PyTorch tells apart on the CPU", "change --seed")
+
+
 def check_strength(config: EditConfig) -> None:
     """Raises ImagicError if ``start="image"`` and the strength leave less than one sampling step."""
     if config.start == "image" and int(config.steps * config.strength) < 1:
@@ -55,9 +62,7 @@ def check_edit(etas: Sequence[float], seeds: Sequence[int], config: EditConfig, 
         if not 0 <= eta <= 2:
             raise ImagicError(f"eta {exact(eta)}", "0 (the photo) to 1 (the target prompt), at most 2", "change --eta")
     for seed in seeds:
-        if not 0 <= seed < SEEDS:
-            got = f"seed {seed}, whose noise is that of seed {seed % SEEDS}"
-            raise ImagicError(got, f"0 to {SEEDS - 1:,}, the seeds that PyTorch tells apart on the CPU", "change --seed")
+        check_seed(seed)
     if len(seeds) > 1 and config.start == "inverted" and not config.ddim_eta:
         got = f"{len(seeds)} seeds with start inverted"
         raise ImagicError(

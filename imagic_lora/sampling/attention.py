@@ -96,10 +96,8 @@ class _TapProcessor:
         keys_from = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
             keys_from = attn.norm_encoder_hidden_states(keys_from)
-        query, key, value = (
-            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projected in (attn.to_q(hidden_states), attn.to_k(keys_from), attn.to_v(keys_from))
-        )
+        projected: Any = attn.to_q(hidden_states), attn.to_k(keys_from), attn.to_v(keys_from)  # pyright: ignore[reportOptionalCall]
+        query, key, value = (states.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for states in projected)
         scores = attn.scale * query.float() @ key.float().transpose(-1, -2)  # fp16 overflows in some bases
         if attention_mask is not None:
             scores = scores + attn.prepare_attention_mask(attention_mask, keys_from.shape[1], len(scores), out_dim=4)

@@ -18,8 +18,8 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor
 
 from ....core.errors import ImagicError
-from ..configs import local_path
 from ..files import Files, check_count, used_tensors, weights
+from ..known import local_path
 from ..published import PUBLISHED
 from ..tokenizers import shipped_tokenizer, tokenizer_files
 from ..vetting import library_errors, unusable_base

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,8 @@ def test_turbo_is_distilled_by_every_name(name: str, snapshot: Path, tmp_path: P
     link, elsewhere = tmp_path / "link", tmp_path / "clone" / "of-turbo"
     link.symlink_to(snapshot)
     elsewhere.parent.mkdir()
-    os.rename(snapshot, elsewhere) if name == "the source of mine" else None
+    if name == "the source of mine":
+        snapshot.rename(elsewhere)
     listed({"mine": {"source": TURBO}, "clone": {"source": str(elsewhere), "few_steps": 4}})
     given = {"the snapshot": str(snapshot), "a link to the snapshot": str(link), "the source of mine": str(elsewhere)}.get(name, name)
     run, base = configure({"base": given, "memory": {"device": "cpu"}}), on_cpu(given)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import ImagicError, unreadable
+from ...core.errors import ImagicError
 from ..architecture import Architecture
 from .keys import KEYS, check_keys
 from .known import SHIPPED, BaseEntry, bases_file, known_base, local_path

@@ -99,10 +99,16 @@ def named_bases() -> dict[str, BaseEntry]:
 
 
 def local_path(name: str) -> Path | None:
-    """The path ``name``, with ``~`` expanded, if it is an existing folder or file; otherwise None."""
+    """The path ``name``, with ``~`` expanded, if it is an existing folder or file; otherwise None.
+
+    Raises:
+        ImagicError: a folder on the way to it may not be read.
+    """
     try:
         path = Path(name).expanduser()
         return path if path.is_dir() or path.is_file() else None
+    except PermissionError as error:
+        raise unreadable(name, error) from error
     except (OSError, RuntimeError, ValueError):  # a name that is too long; "~" of an unknown user; a null byte
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
@@ -12,6 +12,9 @@ from torch import Tensor
 from ..core.conditioning import Conditioning
 from ..core.runtime import Runtime
 from .architecture import Architecture
+
+if TYPE_CHECKING:
+    from .altered import Alteration
 
 PipelineKind = Literal["text2image", "image2image"]
 
@@ -47,6 +50,8 @@ class Base(ABC):
     trained_timesteps: Tensor | None = None
     """Timesteps that the distilled base was trained at, ascending, int64 ``[n]``; for LCM more than it samples at. A fit trains only at
     these. None: the base is not distilled, and a fit trains at all timesteps."""
+    alteration: Alteration | None = None
+    """The present change of the denoiser, which :mod:`imagic_lora.bases.altered` undoes. None: the denoiser has its own weights."""
 
     def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, training_scheduler: DDPMScheduler) -> None:
         self.name, self.revision, self.fingerprint, self.runtime = name, revision, fingerprint, runtime

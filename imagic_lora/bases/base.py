@@ -10,7 +10,6 @@ from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from ..core.conditioning import Conditioning
-from ..core.errors import ImagicError
 from ..core.runtime import Runtime
 from .architecture import Architecture
 
@@ -34,9 +33,6 @@ class Base(ABC):
         runtime: device, precision and memory levers.
         training_scheduler: DDPMScheduler with the noise schedule of the base's own scheduler. The own scheduler only samples, because other
             classes define ``add_noise`` differently.
-
-    Raises:
-        ImagicError: the prediction type is not ``epsilon``, ``v_prediction`` or ``sample``.
     """
 
     component: Literal["unet", "transformer"]
@@ -60,8 +56,6 @@ class Base(ABC):
     def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, training_scheduler: DDPMScheduler) -> None:
         self.name, self.revision, self.fingerprint, self.runtime = name, revision, fingerprint, runtime
         self.training_scheduler = training_scheduler
-        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ImagicError(f"{name} predicts {self.prediction_type!r}", "epsilon, v_prediction or sample", "choose another base")
 
     @property
     def prediction_type(self) -> str:

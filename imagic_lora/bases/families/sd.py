@@ -39,7 +39,7 @@ class StableDiffusion(Base):
         reload: reads a component (the VAE or a text encoder) again after it was released. Its argument is the component's name.
 
     Raises:
-        ImagicError: as Base; ``--attention xformers`` without a working xformers.
+        ImagicError: ``--attention xformers`` without a working xformers.
     """
 
     component = "unet"

@@ -144,7 +144,8 @@ def test_an_interrupted_fit(folder: Path, photo_file: Path, tmp_path: Path, mode
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_a_fit_after_an_interrupted_step_of_another(folder: Path, photo_file: Path, tmp_path: Path, in_backward: bool) -> None:
     """An interruption between the gradients and their use leaves neither gradients nor hooks: the next fit is as on a new base."""
-    config, calls = tiny_config(folder, "full"), [(torch.linalg, "vector_norm"), (Tensor, "register_post_accumulate_grad_hook")]
+    config, calls = tiny_config(folder, "full"), [(torch, "_foreach_norm"), (torch.linalg, "vector_norm")]
+    calls += [(Tensor, "register_post_accumulate_grad_hook")]
 
     def fitting(base: Base, name: str) -> Adapter:
         adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), name, base=base, overwrite=True))

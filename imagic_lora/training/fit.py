@@ -23,11 +23,11 @@ from ..memory.limits import check_disk, check_memory
 from ..memory.out_of_memory import assumed_from
 from ..photos.reading import read_photo
 from ..sampling.checks import check_prompt, check_strength
-from .checkpoints import START_OVER, Checkpoint, Checkpoints
 from .embed import embed_stage, optimised
 from .optimizers import check_single_process
+from .resuming.checkpoints import START_OVER, Checkpoint, Checkpoints
+from .resuming.stages import ResumableStages
 from .run import encode_run
-from .saving import ResumableStages
 from .stage import StepReport
 from .tune import tune_stage
 

@@ -16,9 +16,9 @@ from ..core.errors import ImagicError, NotFinite
 from ..core.noise import key, noise_at, times_at
 from ..core.runtime import Processes, to_device
 from ..core.tensors import all_finite
-from .checkpoints import START_OVER
 from .objective import denoising_loss
 from .optimizers import build_updates
+from .resuming.checkpoints import START_OVER
 
 TRAINABLE, OPTIMIZER = "trainables/", "optimizer/"
 

@@ -196,7 +196,7 @@ def _check_same_edits(paths: Iterable[Path], metadata: dict[str, Any]) -> None:
         metadata: what the metadata of the images will be, without eta and seed.
     """
     from ...photos.reading import read_metadata
-    from ...training.checkpoints import differences
+    from ...training.resuming.checkpoints import differences
 
     for path in paths:
         if not path.exists():

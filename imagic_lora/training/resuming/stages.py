@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..core.conditioning import Conditioning
-from ..core.errors import ImagicError, ImagicWarning, NotFinite, Stopped
-from ..memory.out_of_memory import explain_out_of_memory
+from ...core.conditioning import Conditioning
+from ...core.errors import ImagicError, ImagicWarning, NotFinite, Stopped
+from ...memory.out_of_memory import explain_out_of_memory
+from ..run import Run
+from ..stage import OPTIMIZER, TRAINABLE, Stage, StepReport, train
 from .checkpoints import START_OVER, Checkpoint, CheckpointRecord, Checkpoints, differences
-from .run import Run
-from .stage import OPTIMIZER, TRAINABLE, Stage, StepReport, train
 
 _LATENTS_TOLERANCE = 0.05  # relative error: memory levers and devices cause far less, another VAE causes more
 

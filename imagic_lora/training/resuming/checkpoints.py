@@ -12,10 +12,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..adapters.atomic import Manifest, atomic_folder, changed_file, read_manifest, remove
-from ..adapters.writing import delete, writable
-from ..core.errors import ImagicError, ImagicWarning
-from ..core.tensors import read, safetensors_pieces
+from ...adapters.atomic import Manifest, atomic_folder, changed_file, read_manifest, remove
+from ...adapters.writing import delete, writable
+from ...core.errors import ImagicError, ImagicWarning
+from ...core.tensors import read, safetensors_pieces
 
 CHECKPOINT, STATE = "checkpoint.json", "state.safetensors"
 START_OVER = "start over with --overwrite and without --resume"  # the remedy for a checkpoint that cannot be used

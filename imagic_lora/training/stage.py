@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,12 +33,18 @@ class StepReport:
         step: number of finished steps, from 1.
         steps: total number of steps of the stage.
         loss: mean over the global batch, a scalar tensor on the device; reading its value synchronises with the device.
+        relative_loss: loss on the fixed pairs of timestep and noise as a ratio to that of the frozen base; None where it is not evaluated.
+        early_stop: whether the stage ends with this step because the relative loss no longer falls.
+        preview: path of the sheet of previews that was written after this step; None where none was.
     """
 
     stage: str
     step: int
     steps: int
     loss: Tensor
+    relative_loss: float | None = None
+    early_stop: bool = False
+    preview: Path | None = None
 
 
 class Stage:
@@ -123,7 +130,7 @@ class Stage:
         self.updates.load_state_dict(states)
 
 
-def train(stage: Stage, start: int = 0, stop: Callable[[], bool] = lambda: False) -> Iterator[StepReport]:
+def train(stage: Stage, start: int = 0, stop: Callable[[], bool] = lambda: False) -> Generator[StepReport, None, None]:
     """Runs a stage to its end; close the generator to stop early.
 
     Finiteness is checked after every step on the CPU, after every tenth on CUDA, and after the last step.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -32,6 +32,7 @@ class CheckpointRecord(Manifest):
         inputs: everything that the saved state depends on; a run with different inputs cannot resume from the checkpoint.
         seconds: duration of each stage so far.
         threads: number of CPU threads of PyTorch; the last bits of the result may depend on it.
+        stopped_early: whether the stage ended before its last step because the relative loss no longer fell.
     """
 
     version: Literal[1] = 1
@@ -41,6 +42,12 @@ class CheckpointRecord(Manifest):
     inputs: dict[str, Any]
     seconds: dict[str, float]
     threads: int
+    stopped_early: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage is finished; its checkpoint then has no optimizer states."""
+        return self.step == self.steps or self.stopped_early
 
     @model_validator(mode="after")
     def _check_step(self) -> CheckpointRecord:
@@ -119,9 +126,24 @@ class Checkpoints:
                     warnings.warn(message, ImagicWarning, stacklevel=2)
         return None
 
+    def write_picture(self, name: str, content: bytes) -> Path:
+        """Writes a picture for the user beside the checkpoints, and replaces the one of that name.
+
+        Returns:
+            The path of the picture.
+
+        Raises:
+            ImagicError: the disk is full, or the folder cannot be written to.
+        """
+        path, hidden = self.folder / name, self.folder / f".{name}"
+        with writable(self.folder):
+            hidden.write_bytes(content)
+            hidden.replace(path)
+        return path
+
     def any(self) -> bool:
         """Returns whether a checkpoint exists, intact or broken."""
-        return self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir())
+        return self.folder.is_dir() and any(path.is_dir() and not path.name.startswith(".") for path in self.folder.iterdir())
 
     @property
     def size(self) -> int:

@@ -261,6 +261,11 @@ CLASHES = {
     "--strength and --start noise": ({"edit": {"strength": 0.8}}, {}),
     "--strength and --start inverted": ({"edit": {"strength": 0.5}}, {"edit": {"start": "inverted"}}),
     "--source-eta and --start image": ({"edit": {"source_eta": 0.3}}, {"edit": {"start": "image"}}),
+    "--early-stop and --convergence-every 0": ({"monitoring": {"early_stop": "both"}}, {"monitoring": {"convergence_every": 0}}),
+    "--early-stop and --mode embedding": ({"monitoring": {"early_stop": "tune"}}, EMBEDDING),
+    "--preview-every and --mode embedding": ({"monitoring": {"preview_every": 10}}, EMBEDDING),
+    "--patience and --early-stop off": ({"monitoring": {"patience": 3}}, {}),
+    "--min-improvement and --early-stop off": ({"monitoring": {"min_improvement": 0.1}}, {}),
 }
 
 

@@ -26,7 +26,7 @@ from ..sampling.checks import check_prompt, check_strength
 from .embed import embed_stage, optimised
 from .optimizers import check_single_process
 from .resuming.checkpoints import START_OVER, Checkpoint, Checkpoints
-from .resuming.stages import ResumableStages, stopping
+from .resuming.stages import ResumableStages, stop_while_sampling
 from .run import encode_run
 from .stage import StepReport
 from .tune import tune_stage
@@ -151,7 +151,7 @@ def _train_and_store(
             del tune, checkpoint  # frees the optimizer states before the preview needs memory
         if not processes.main:
             return None
-        with stopping(base, stages.is_stopping, stages.saved_message):
+        with stop_while_sampling(base, stages.is_stopping, stages.saved_message):
             preview = run.preview(e_opt)
         return store.write(run.record(name), lambda writer: run.write_files(writer, e_opt, preview), overwrite)
 

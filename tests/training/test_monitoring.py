@@ -24,9 +24,13 @@ from imagic_lora.adapters.contents import applied, read_canvas, read_embeddings
 from imagic_lora.adapters.record import CONVERGENCE, PREVIEWS, RECORD, STEPS
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
+from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.config import EarlyStop, Mode, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning, Stopped
 from imagic_lora.core.noise import noise_at, times_at
+from imagic_lora.core.settings import RECIPES, resolve
+from imagic_lora.memory.levers import next_lever
+from imagic_lora.memory.plan import predict
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.monitoring.convergence import PAIRS, fixed_losses, no_longer_falls
 from imagic_lora.training.monitoring.previews import ROWS, SIDE, Previews, kept_steps
@@ -343,6 +347,15 @@ def test_previews_that_do_not_fit_the_memory_are_left_out(fits: Fits, monkeypatc
         assert len(fits.run(fits.config(preview_every=1))) == 7
     assert len(tried) == 1
     assert PREVIEWS not in fits.store.read("one").record.files
+
+
+def test_the_lever_of_previews_is_to_leave_them_out() -> None:
+    """Where every other lever is active; it saves all that stage preview needs, and no other stage."""
+    run = resolve({"preset": "8gb", "monitoring": {"preview_every": 50}}, {}, RECIPES["sd"])
+    base, plan = architecture("sd15"), predict(architecture("sd15"), run)
+    assert next_lever(base, run, plan.assumed, "preview") == ("--preview-every 0", plan.needs("preview"))
+    assert (next_lever(base, run, plan.assumed, "sample") or ("",))[0] != "--preview-every 0"
+    assert "preview" not in predict(base, resolve({"preset": "8gb"}, {}, RECIPES["sd"])).stages
 
 
 def test_only_the_main_process_makes_previews(fits: Fits) -> None:

@@ -29,7 +29,7 @@ def kept_steps(steps: Sequence[int], every: int, most: int = ROWS) -> list[int]:
         most: largest number of strips besides the last.
     """
     stride = every
-    while sum(step % stride == 0 for step in steps) > most:
+    while steps[-1] // stride > most:
         stride *= 2
     return [step for step in steps if step % stride == 0 or step == steps[-1]]
 

@@ -37,6 +37,7 @@ class ResumableStages:
         stop: called after every step and while previews are sampled; True stops the run.
         saved_message: says what the newest checkpoint holds and how to resume; empty before the first one.
         last_save: time of the last save, in seconds of :func:`time.perf_counter`.
+        stop_requested: whether ``stop`` has returned True.
     """
 
     run: Run
@@ -44,12 +45,12 @@ class ResumableStages:
     stop: Callable[[], bool]
     saved_message: str = ""
     last_save: float = field(default_factory=time.perf_counter)
-    stopping: bool = False
+    stop_requested: bool = False
 
     def is_stopping(self) -> bool:
         """Returns whether the run stops. A request of ``stop`` stays, so that one during a preview also ends the training."""
-        self.stopping = self.stopping or self.stop()
-        return self.stopping
+        self.stop_requested = self.stop_requested or self.stop()
+        return self.stop_requested
 
     def run_stage(
         self, stage: Stage, start: int, checkpoint: Checkpoint | None, extra_tensors: Mapping[str, Tensor] | None = None
@@ -123,7 +124,7 @@ class ResumableStages:
         run = self.run
         try:
             explained = explain_out_of_memory(run.base.architecture, run.config, run.base.runtime, "preview")
-            with explained, stopping(run.base, self.is_stopping):
+            with explained, stop_while_sampling(run.base, self.is_stopping):
                 run.previews.add(step, run.images(stage.conditioning(), run.previews.etas))
             return self.saved.write_picture(PREVIEWS, run.previews_png() or b"")
         except Stopped:
@@ -243,7 +244,7 @@ class ResumableStages:
 
 
 @contextmanager
-def stopping(base: Base, stop: Callable[[], bool], saved_message: str = "") -> Iterator[None]:
+def stop_while_sampling(base: Base, stop: Callable[[], bool], saved_message: str = "") -> Iterator[None]:
     """Calls ``stop`` before every call of the denoiser, so that a fit can also be stopped while images are sampled.
 
     Args:

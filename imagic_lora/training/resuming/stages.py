@@ -16,13 +16,14 @@ from ...adapters.record import PREVIEWS
 from ...bases.base import Base
 from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError, ImagicWarning, NotFinite, Stopped
+from ...core.settings import differences
 from ...memory.limits import OutOfMemory
 from ...memory.out_of_memory import explain_out_of_memory
 from ..monitoring.convergence import PREFIX as CONVERGENCE_PREFIX
 from ..monitoring.previews import PREFIX as PREVIEWS_PREFIX
 from ..run import Run
 from ..stage import OPTIMIZER, TRAINABLE, Stage, StepReport, train
-from .checkpoints import START_OVER, Checkpoint, CheckpointRecord, Checkpoints, differences
+from .checkpoints import START_OVER, Checkpoint, CheckpointRecord, Checkpoints
 
 _LATENTS_TOLERANCE = 0.05  # relative error: memory levers and devices cause far less, another VAE causes more
 

@@ -51,6 +51,9 @@ class EmbedConfig(Config):
     timesteps: Timesteps = "stratified"
     """How the timesteps of the training samples are drawn. stratified: evenly spread over a batch and over successive steps. uniform: each
     one independently."""
+    noise: float = Field(default=0.0, ge=0, le=10)
+    """Standard deviation of noise that every training sample adds to the embedding, as a multiple of the standard deviation of the
+    embedding of the target prompt. 0: none."""
 
 
 class TuneConfig(Config):

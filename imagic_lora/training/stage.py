@@ -59,6 +59,8 @@ class Stage:
         config: steps, learning rate, batch size per process and timestep sampling of the stage.
         seed: seed of noise and timesteps.
         processes: the processes that share the batch.
+        perturbed: returns the conditioning of a training step, ``[B, ...]`` or ``[1, ...]``, from that of the stage, the index of the step
+            and the indices of the samples.
     """
 
     def __init__(
@@ -71,10 +73,12 @@ class Stage:
         config: EmbedConfig | TuneConfig,
         seed: int,
         processes: Processes,
+        perturbed: Callable[[Conditioning, int, range], Conditioning] = lambda conditioning, k, samples: conditioning,
     ) -> None:
         self.name, self.base, self.latents, self.conditioning = name, base, latents, conditioning
         self.trainables, self.config, self.seed, self.processes = dict(trainables), config, seed, processes
         self.updates = build_updates(self.trainables, config.learning_rate, base.runtime, key(seed, name))
+        self.perturbed = perturbed
         self._finite = torch.ones((), dtype=torch.bool, device=latents.device)
 
     def step(self, k: int) -> StepReport:
@@ -88,7 +92,8 @@ class Stage:
         samples, batch = self.processes.samples(self.config.batch_size), self.config.batch_size * self.processes.count
         noise = to_device(noise_at(self.seed, self.name, k, samples, tuple(self.latents.shape[1:])), self.latents.device)
         times = times_at(self.seed, self.name, k, samples, batch, self.config.timesteps)
-        loss = denoising_loss(self.base, self.latents, self.conditioning(), noise, times).mean()
+        conditioning = self.perturbed(self.conditioning(), k, samples)
+        loss = denoising_loss(self.base, self.latents, conditioning, noise, times).mean()
         self.updates.backward(loss * self.updates.scale, k, self.processes)
         loss = loss.detach()
         self.processes.average([loss])

@@ -46,6 +46,8 @@ COMPANIONS: dict[Leaf, dict[str, Any]] = {
     ("memory", "autocast_cache"): {"tune": {"mode": "full"}},
     ("edit", "strength"): {"edit": {"start": "image"}},
     ("edit", "source_eta"): {"edit": {"start": "inverted"}},
+    ("monitoring", "patience"): {"monitoring": {"early_stop": "both"}},
+    ("monitoring", "min_improvement"): {"monitoring": {"early_stop": "both"}},
 }
 """What has to be given along with a setting for it to be valid."""
 each_setting = each("path", list(SETTINGS))

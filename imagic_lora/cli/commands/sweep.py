@@ -1,0 +1,244 @@
+"""The command ``sweep``."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ...adapters.writing import check_outputs, writable
+from ...core.config import DeviceConfig, PresetOrAuto
+from ...core.errors import ImagicError
+from ...core.text import exact
+from ..console import err, plain, print_json, progress
+from ..editing import Source, open_editor, resolved
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, parse_etas
+from .edit import SamplingFlags
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL.Image import Image
+
+    from ...adapters.adapter import Adapter
+    from ...core.config import RunConfig
+    from ...sampling.suggest import Curves
+    from ...sampling.sweep import Picture, Scores
+
+SHEET, PLOT, TABLE, SCORES = "sheet.png", "plot.png", "scores.csv", "scores.json"
+
+
+def sweep(
+    name: str,
+    *,
+    eta: str = "0:1.2:0.1",
+    seeds: Whole | None = None,
+    prompt: str | None = None,
+    before_tuning: Flag = False,
+    store_eta: Flag = False,
+    settings: SamplingFlags = None,
+    device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device and memory")] = None,
+    preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
+    base: str | None = None,
+    force: Flag = False,
+    store: StoreDir = DEFAULT_STORE,
+    out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what eta does to a stored adapter, and suggest one.
+
+    Generates an image for every eta and seed, and scores each one: how well it agrees with the target prompt (alignment), and how near it
+    is to the reconstruction of the photo (fidelity). The scores come from the base itself. Writes sheet.png (the images), plot.png (both
+    scores over eta, the range where both are good, the suggestion), scores.csv and scores.json.
+
+        imagic-lora sweep rex
+        imagic-lora edit rex --eta 0.7 --seed 2     # one of them at full size
+
+    Parameters
+    ----------
+    name
+        Name of the adapter, as imagic-lora list prints it.
+    eta
+        Etas: several (0,0.5,0.7), or a range with its end (0:1.2:0.1). 0 is always added: the scores compare with it.
+    seeds
+        Number of seeds, from 0 on. Default: 4, or 1 where the seed has no effect.
+    prompt
+        Target prompt. Default: the one that the adapter was fitted with.
+    before_tuning
+        Add a row from the base without the weights of the adapter, with its embeddings alone, for seed 0.
+    store_eta
+        Store the suggested eta in the adapter: the default of imagic-lora edit.
+    preset
+        Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory. Without
+        --batch-size, as many images are generated at once as fit.
+    base
+        Load the base from this name, folder, file or hub id instead. The weights must be the same; format and precision may differ.
+    force
+        Allow a base with other weights of the same shapes.
+    out_dir
+        Folder for the files. Default: outputs/NAME/sweep.
+    """
+    from ...adapters.store import Store
+
+    adapter = Store(store).read(name)
+    etas = sorted({0.0, *parse_etas(eta)})
+    if len(etas) < 3:
+        raise ImagicError(f"--eta {eta}", "at least two etas besides 0", "use for example --eta 0:1.2:0.1")
+    run, source = resolved(adapter, base, settings, device, preset)
+    count = (1 if run.edit.start == "inverted" and not run.edit.ddim_eta else 4) if seeds is None else seeds
+    if count < 1:
+        raise ImagicError(f"--seeds {count}", "an integer from 1", "choose another value for --seeds")
+    if store_eta:
+        _check_storable(adapter, run, prompt, force)
+    folder = out_dir or Path("outputs") / adapter.name / "sweep"
+    batch_given = settings is not None and "batch_size" in settings.model_fields_set
+    pictures, scores = _run(adapter, source, run, etas, list(range(count)), prompt, before_tuning, force, folder, batch_given)
+    summary = _write(adapter, run, prompt or adapter.record.prompt, pictures, scores, folder)
+    if store_eta:
+        from ...adapters.record import EtaRecord
+
+        Store(store).suggest_eta(adapter, EtaRecord(eta=summary["suggested"], rule=summary["rule"], seeds=count))
+    if as_json:
+        print_json(summary | {"stored": store_eta})
+        return
+    _report(summary, store_eta)
+
+
+def _check_storable(adapter: Adapter, run: RunConfig, prompt: str | None, force: bool) -> None:
+    """Raises ImagicError if the sweep is made with other settings than those of a plain edit, whose default the eta would become."""
+    stored = adapter.record.config.edit
+    same = run.edit.model_copy(update={"batch_size": stored.batch_size}) == stored
+    for differs, what in ((prompt is not None, "--prompt"), (not same, "other sampling settings than the adapter's"), (force, "--force")):
+        if differs:
+            remedy = f"leave out --store-eta, or leave out {what if what.startswith('--') else 'the sampling flags'}"
+            raise ImagicError(f"--store-eta with {what}", "the settings of a plain edit, whose default eta it becomes", remedy)
+
+
+def _run(
+    adapter: Adapter,
+    source: Source,
+    run: RunConfig,
+    etas: Sequence[float],
+    seeds: Sequence[int],
+    prompt: str | None,
+    before_tuning: bool,
+    force: bool,
+    folder: Path,
+    batch_given: bool,
+) -> tuple[list[Picture], list[Scores]]:
+    """Generates and scores all images.
+
+    Args:
+        adapter: the stored adapter.
+        source: the base.
+        run: settings of stage 3 and memory levers.
+        etas: ascending, with 0.
+        seeds: seeds of the starting noise.
+        prompt: target prompt; None is that of the adapter.
+        before_tuning: whether images of the untuned base are added.
+        force: whether other weights of the same shapes are allowed.
+        folder: output folder.
+        batch_given: whether the batch size was given; otherwise it grows with the free memory.
+    """
+    from ...bases.loading.registry import architecture_of
+    from ...core.runtime import free_memory, resolve_runtime
+    from ...memory.levers import EDIT_LEVERS
+    from ...memory.out_of_memory import assumed_from, explain_out_of_memory
+    from ...memory.presets import largest_batch
+    from ...sampling.checks import check_edit
+    from ...sampling.sweep import sampled, scored
+
+    check_edit(etas, seeds, run.edit, adapter.record.prompt if prompt is None else prompt)
+    check_outputs(folder, [SHEET, PLOT, TABLE, SCORES])
+    total = len(etas) * (len(seeds) + before_tuning)
+    if not batch_given:
+        runtime, architecture = resolve_runtime(run.memory), architecture_of(source.name, source.revision)
+        size = largest_batch(architecture, run, assumed_from(runtime), free_memory(runtime.device), len(etas) * len(seeds))
+        run = run.model_copy(update={"edit": run.edit.model_copy(update={"batch_size": size})})
+    editor = open_editor(adapter, source, run, force)
+    with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", levers=EDIT_LEVERS):
+
+        def generated() -> Any:
+            yield from sampled(editor, adapter, etas, seeds, run.edit, prompt)
+            if before_tuning:
+                yield from sampled(editor, adapter, etas, seeds[:1], run.edit, prompt, tuned=False)
+
+        pictures = list(progress(generated(), total, "images"))
+        return pictures, list(progress(scored(editor, adapter, pictures, pictures, run.edit, prompt), total, "scores"))
+
+
+def _write(
+    adapter: Adapter, run: RunConfig, prompt: str, pictures: Sequence[Picture], scores: Sequence[Scores], folder: Path
+) -> dict[str, Any]:
+    """Writes the sheet, the plot and the scores.
+
+    Returns:
+        The content of ``scores.json``, with the paths of the files.
+    """
+    from ...photos.png import write_png
+    from ...sampling.suggest import RULE, RULES, Curves, band
+
+    curves = Curves.of(score for score in scores if score.tuned)
+    suggested, good = RULES[RULE](curves), band(curves)
+    summary = {
+        "adapter": adapter.name,
+        "prompt": prompt,
+        "suggested": suggested,
+        "rule": RULE,
+        "band": list(good) if good else None,
+        "edit": run.edit.model_dump(),
+        "scores": [score.flat() for score in scores],
+    }
+    rows = [score.flat() for score in scores]
+    with writable(folder):
+        write_png(_sheet(adapter, prompt, pictures, suggested), folder / SHEET, {"adapter": adapter.name, "prompt": prompt})
+        write_png(_plot(prompt, curves, scores, suggested, good), folder / PLOT, {"adapter": adapter.name, "prompt": prompt})
+        with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+        (folder / SCORES).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return summary | {"sheet": str(folder / SHEET), "plot": str(folder / PLOT), "table": str(folder / TABLE)}
+
+
+def _sheet(adapter: Adapter, prompt: str, pictures: Sequence[Picture], suggested: float) -> Image:
+    """One row for each seed, the photo first; the row of the untuned base is above them."""
+    from ...adapters.contents import read_canvas
+    from ...photos.sheet import sheet
+
+    canvas = read_canvas(adapter)
+    rows: dict[tuple[bool, int], list[tuple[str, Image]]] = {}
+    for picture in sorted(pictures, key=lambda picture: picture.tuned):  # stable: False first
+        label = f"eta {exact(picture.eta)} " + (f"seed {picture.seed}" if picture.tuned else "before tuning")
+        row = rows.setdefault((picture.tuned, picture.seed), [("photo", canvas.photo())])
+        row.append((label, picture.image.crop(canvas.box)))
+    return sheet(list(rows.values()), f'"{prompt}", suggested eta {exact(suggested)}')
+
+
+def _plot(prompt: str, curves: Curves, scores: Sequence[Scores], suggested: float, good: tuple[float, float] | None) -> Image:
+    """Alignment and fidelity over eta, each as a share of its range: Figure 9 of Imagic for one photo."""
+    from ...photos.plot import Curve, Mark, plot
+
+    lines = [
+        Curve("alignment", list(zip(curves.etas, curves.alignment, strict=True))),
+        Curve("fidelity", list(zip(curves.etas, curves.fidelity, strict=True))),
+    ]
+    marks = [Mark("both good", *good)] if good else []
+    marks.append(Mark(f"suggested {exact(suggested)}", suggested, suggested))
+    return plot(lines, "eta", "share of the range", f'"{prompt}"', marks, (0.0, 1.0))
+
+
+def _report(summary: dict[str, Any], stored: bool) -> None:
+    """Prints where the files are, the suggestion and how to use it."""
+    band = summary["band"]
+    good = f"alignment and fidelity are both good from {band[0]:.2f} to {band[1]:.2f}" if band else "no eta has both scores good"
+    err.print(f"[green]Wrote[/] {plain(summary['sheet'])}, {plain(summary['plot'])} and the scores", highlight=False)
+    err.print(f"Suggested eta: [bold]{exact(summary['suggested'])}[/] ({good})", highlight=False)
+    if stored:
+        err.print(f"Stored: it is now the default of imagic-lora edit {plain(summary['adapter'])}", highlight=False)
+    else:
+        err.print("Look at the sheet, then run:")
+        err.print(f"  imagic-lora edit {plain(summary['adapter'])} --eta {exact(summary['suggested'])}", highlight=False)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .sheet import fitting
+
 COLOURS = ("#1f6fb4", "#d1571b", "#2a9d4a", "#8a4fbf", "#c8432f", "#777777")
 """Colours of the curves, in their order."""
 _SCALE = 3  # drawn larger and scaled down: Pillow's lines are not antialiased
@@ -141,7 +143,7 @@ def _draw_axes(draw: ImageDraw.ImageDraw, area: _Area, x_label: str, y_label: st
     draw.line((left, bottom, right, bottom), fill="#555555", width=_SCALE)
     draw.text(((left + right) / 2, bottom + 26 * _SCALE), x_label, fill="#222222", font=font, anchor="mt")
     draw.text((left - 56 * _SCALE, top - 8 * _SCALE), y_label, fill="#222222", font=font, anchor="lb")
-    draw.text(((left + right) / 2, 6 * _SCALE), title, fill="#222222", font=font, anchor="mt")
+    draw.text(((left + right) / 2, 6 * _SCALE), fitting(title, font, right - left), fill="#222222", font=font, anchor="mt")
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, area: _Area, entries: Sequence[tuple[str, str]]) -> None:

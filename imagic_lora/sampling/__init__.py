@@ -7,4 +7,8 @@ May import: core, photos, bases, memory, adapters. Must not know: training, meth
 - ``pipelines.py``: prepares and calls diffusers pipelines
 - ``checks.py``: checks prompts and settings before sampling
 - ``editor.py``: the Editor, which keeps one base loaded and switches adapters
+- ``opening.py``: opens a stored adapter for edits
+- ``sweep.py``: the images of a sweep over eta and seed, their scores, and the search for an eta
+- ``scores.py``: scores of images that need no other model than the base
+- ``suggest.py``: the rules that suggest an eta
 """

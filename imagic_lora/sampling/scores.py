@@ -19,7 +19,7 @@ from ..core.noise import noise_at
 from ..core.runtime import to_device
 from ..photos.canvas import to_pixels
 
-PROBES = 10
+PROBES = 8
 """Number of pairs of timestep and noise that an image is scored at. The times divide [0, 1) evenly."""
 
 

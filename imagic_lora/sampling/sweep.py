@@ -134,9 +134,7 @@ def scored(
         yield scores
 
 
-def find_eta(
-    editor: Editor, adapter: Adapter, seed: int, config: EditConfig, prompt: str | None = None
-) -> Generator[Scores, None, float]:
+def find_eta(editor: Editor, adapter: Adapter, seed: int, config: EditConfig, prompt: str | None = None) -> Generator[Scores, None, float]:
     """Searches for an eta with few images, by the rule :data:`~imagic_lora.sampling.suggest.RULE`.
 
     Args:

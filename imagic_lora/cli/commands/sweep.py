@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ from ...core.config import DeviceConfig, PresetOrAuto
 from ...core.errors import ImagicError
 from ...core.text import exact
 from ..console import err, plain, print_json, progress
-from ..editing import Source, open_editor, resolved
+from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, parse_etas
 from .edit import SamplingFlags
 
@@ -87,15 +88,21 @@ def sweep(
     etas = sorted({0.0, *parse_etas(eta)})
     if len(etas) < 3:
         raise ImagicError(f"--eta {eta}", "at least two etas besides 0", "use for example --eta 0:1.2:0.1")
-    run, source = resolved(adapter, base, settings, device, preset)
+    import_libraries(bitsandbytes=adapter.record.config.memory.quantize != "none")
+    from ...sampling.opening import edit_settings
+
+    flags = settings.model_dump(exclude_unset=True) if settings else {}
+    levers = device.model_dump(exclude_unset=True) if device else {}
+    run = edit_settings(adapter, {"edit": flags, "memory": levers, "preset": preset}, base)
     count = (1 if run.edit.start == "inverted" and not run.edit.ddim_eta else 4) if seeds is None else seeds
     if count < 1:
         raise ImagicError(f"--seeds {count}", "an integer from 1", "choose another value for --seeds")
     if store_eta:
         _check_storable(adapter, run, prompt, force)
     folder = out_dir or Path("outputs") / adapter.name / "sweep"
-    batch_given = settings is not None and "batch_size" in settings.model_fields_set
-    pictures, scores = _run(adapter, source, run, etas, list(range(count)), prompt, before_tuning, force, folder, batch_given)
+    if "batch_size" not in flags:
+        run = _with_largest_batch(adapter, run, base, len(etas) * count)
+    pictures, scores = _run(adapter, base, run, etas, list(range(count)), prompt, before_tuning, force, folder)
     summary = _write(adapter, run, prompt or adapter.record.prompt, pictures, scores, folder)
     if store_eta:
         from ...adapters.record import EtaRecord
@@ -117,9 +124,22 @@ def _check_storable(adapter: Adapter, run: RunConfig, prompt: str | None, force:
             raise ImagicError(f"--store-eta with {what}", "the settings of a plain edit, whose default eta it becomes", remedy)
 
 
+def _with_largest_batch(adapter: Adapter, run: RunConfig, base: str | None, images: int) -> RunConfig:
+    """Returns the settings with the largest batch of images that the free memory allows."""
+    from ...bases.loading.registry import architecture_of
+    from ...core.runtime import free_memory, resolve_runtime
+    from ...memory.out_of_memory import assumed_from
+    from ...memory.presets import largest_batch
+
+    made_for, runtime = adapter.record.base, resolve_runtime(run.memory)
+    architecture = architecture_of(base, None) if base else architecture_of(made_for.name, made_for.revision)
+    size = largest_batch(architecture, run, assumed_from(runtime), free_memory(runtime.device), images)
+    return run.model_copy(update={"edit": run.edit.model_copy(update={"batch_size": size})})
+
+
 def _run(
     adapter: Adapter,
-    source: Source,
+    base: str | None,
     run: RunConfig,
     etas: Sequence[float],
     seeds: Sequence[int],
@@ -127,47 +147,36 @@ def _run(
     before_tuning: bool,
     force: bool,
     folder: Path,
-    batch_given: bool,
 ) -> tuple[list[Picture], list[Scores]]:
     """Generates and scores all images.
 
     Args:
         adapter: the stored adapter.
-        source: the base.
+        base: a base that replaces the one in the adapter's record.
         run: settings of stage 3 and memory levers.
         etas: ascending, with 0.
         seeds: seeds of the starting noise.
         prompt: target prompt; None is that of the adapter.
-        before_tuning: whether images of the untuned base are added.
+        before_tuning: whether images of the untuned base are added, for the first seed.
         force: whether other weights of the same shapes are allowed.
         folder: output folder.
-        batch_given: whether the batch size was given; otherwise it grows with the free memory.
     """
-    from ...bases.loading.registry import architecture_of
-    from ...core.runtime import free_memory, resolve_runtime
     from ...memory.levers import EDIT_LEVERS
-    from ...memory.out_of_memory import assumed_from, explain_out_of_memory
-    from ...memory.presets import largest_batch
+    from ...memory.out_of_memory import explain_out_of_memory
     from ...sampling.checks import check_edit
+    from ...sampling.opening import open_editor
     from ...sampling.sweep import sampled, scored
 
-    check_edit(etas, seeds, run.edit, adapter.record.prompt if prompt is None else prompt)
+    config = run.edit
+    check_edit(etas, seeds, config, adapter.record.prompt if prompt is None else prompt)
     check_outputs(folder, [SHEET, PLOT, TABLE, SCORES])
-    total = len(etas) * (len(seeds) + before_tuning)
-    if not batch_given:
-        runtime, architecture = resolve_runtime(run.memory), architecture_of(source.name, source.revision)
-        size = largest_batch(architecture, run, assumed_from(runtime), free_memory(runtime.device), len(etas) * len(seeds))
-        run = run.model_copy(update={"edit": run.edit.model_copy(update={"batch_size": size})})
-    editor = open_editor(adapter, source, run, force)
+    editor = open_editor(adapter, run, base, force)
+    images = sampled(editor, adapter, etas, seeds, config, prompt)
+    if before_tuning:
+        images = chain(images, sampled(editor, adapter, etas, seeds[:1], config, prompt, tuned=False))
     with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", levers=EDIT_LEVERS):
-
-        def generated() -> Any:
-            yield from sampled(editor, adapter, etas, seeds, run.edit, prompt)
-            if before_tuning:
-                yield from sampled(editor, adapter, etas, seeds[:1], run.edit, prompt, tuned=False)
-
-        pictures = list(progress(generated(), total, "images"))
-        return pictures, list(progress(scored(editor, adapter, pictures, pictures, run.edit, prompt), total, "scores"))
+        pictures = list(progress(images, len(etas) * (len(seeds) + before_tuning), "images"))
+        return pictures, list(progress(scored(editor, adapter, pictures, pictures, config, prompt), len(pictures), "scores"))
 
 
 def _write(

@@ -41,7 +41,7 @@ from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
 from imagic_lora.photos.canvas import to_image, to_pixels
-from imagic_lora.sampling.scores import PROBES, alignment, change
+from imagic_lora.sampling.scores import PROBES, alignment, fidelity
 from imagic_lora.sampling.suggest import RULES, Curves, search
 
 ETAS = [k / 10 for k in range(13)]
@@ -56,7 +56,7 @@ class Point:
     """What is known of an image: its eta, its scores, the alignment by its kind, and whether the judge calls it a success."""
 
     eta: float
-    change: float
+    fidelity: float
     alignments: dict[str, float]
     success: bool
     alignment: float = 0.0
@@ -79,7 +79,7 @@ def measured(base: Base, scorer: Scorer, seed: int, count: int, variant: Variant
         for k, case in enumerate(cases):
             aligned = alignments(base, found[k : k + 1], fit, k, scale)
             success = scorer.score(case, images[k]).success
-            curves[k][eta] = Point(eta, change(found[k], references[k]), aligned, success)
+            curves[k][eta] = Point(eta, fidelity(found[k], references[k]), aligned, success)
         print(f"seed {seed}: eta {eta:g} of {count} cases", flush=True)
     return curves
 

@@ -3,12 +3,14 @@
 May import: core, photos, bases, memory, adapters. Must not know: training, methods, commands.
 
 - ``generate.py``: generates images from conditionings and seeds, in batches
+- ``trajectory.py``: the one loop over noise levels, from noise to photo or back, for methods that change latents or predictions on the way
 - ``inversion.py``: computes the noise that reproduces the photo: DDIM inversion, edit-friendly inversion
 - ``pipelines.py``: prepares and calls diffusers pipelines
 - ``checks.py``: checks prompts and settings before sampling
 - ``editor.py``: the Editor, which keeps one base loaded and switches adapters
-- ``opening.py``: opens a stored adapter for edits
 - ``sweep.py``: the images of a sweep over eta and seed, their scores, and the search for an eta
 - ``scores.py``: scores of images that need no other model than the base
 - ``suggest.py``: the rules that suggest an eta
+- ``opening.py``: from a stored adapter to an Editor: settings for this machine, and the base
+- ``outputs.py``: the files of an edit: names, metadata, the check that no other image is replaced, the sheet
 """

@@ -69,14 +69,17 @@ def alignment(base: Base, latents: Tensor, target: Conditioning, optimised: Cond
     return (by_optimised / by_target).log().mean(1).tolist()
 
 
-def change(latents: Tensor, reference: Tensor) -> float:
-    """Returns the distance of an image to a reference in latents, as a share of the reference's own standard deviation.
+def fidelity(latents: Tensor, reference: Tensor) -> float:
+    """Returns how much of a reference an image keeps: ``1 - d^2 / 2``, with ``d`` the distance of their latents.
+
+    ``d`` is a root mean square over elements, in standard deviations of the reference. The result is 1 for equal images, about 0 for
+    unrelated images of the same contrast, and can be below 0.
 
     Args:
         latents: latents of the image, ``[C, h, w]``.
         reference: latents of the reference, the same shape.
     """
-    return ((latents - reference).square().mean().sqrt() / reference.std()).item()
+    return 1 - ((latents - reference).square().mean() / reference.var() / 2).item()
 
 
 def ssim(image: Image.Image, reference: Image.Image) -> float:

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 GOOD = 0.5
-"""Smallest share of the range at which alignment and fidelity count as good."""
+"""Smallest value at which alignment, as a share of its way, and fidelity count as good."""
 
 
 COARSE = (0.0, 0.4, 0.6, 0.8, 1.0)
@@ -28,7 +28,7 @@ class Scored(Protocol):
     @property
     def alignment(self) -> float: ...
     @property
-    def change(self) -> float: ...
+    def fidelity(self) -> float: ...
 
 
 S = TypeVar("S", bound=Scored)
@@ -40,8 +40,9 @@ class Curves:
 
     Args:
         etas: ascending, each once.
-        alignment: alignment at each eta, as a share of its range: 0 for the lowest of the sweep, 1 for the highest.
-        fidelity: 1 minus the change at each eta as a share of its range: 1 at the smallest change, 0 at the largest.
+        alignment: how far the alignment has come from that of the first eta, 0, to the point where the target prompt explains the image
+            as well as the embedding of the photo does, 1. If it begins above that point: to its highest value.
+        fidelity: fidelity at each eta, at least 0.
     """
 
     etas: tuple[float, ...]
@@ -50,20 +51,20 @@ class Curves:
 
     @classmethod
     def of(cls, scores: Iterable[Scored]) -> Curves:
-        """Averages the scores of images over seeds; a curve without a range is 0 everywhere, and its fidelity 1."""
+        """Averages the scores of images over seeds.
+
+        Args:
+            scores: the scores of every image; an eta of 0 among them.
+        """
         by_eta: dict[float, list[Scored]] = {}
         for score in scores:
             by_eta.setdefault(score.eta, []).append(score)
         etas = tuple(sorted(by_eta))
-        aligned, changed = (
-            _shares([float(np.mean([getattr(score, name) for score in by_eta[eta]])) for eta in etas]) for name in ("alignment", "change")
-        )
-        return cls(etas, aligned, tuple(1 - share for share in changed))
-
-
-def _shares(values: list[float]) -> tuple[float, ...]:
-    low, high = min(values), max(values)
-    return tuple((value - low) / (high - low) if high > low else 0.0 for value in values)
+        aligned = [float(np.mean([score.alignment for score in by_eta[eta]])) for eta in etas]
+        kept = [float(np.mean([score.fidelity for score in by_eta[eta]])) for eta in etas]
+        start, end = aligned[0], 0.0 if aligned[0] < 0 else max(aligned)
+        way = end - start or 1.0
+        return cls(etas, tuple(min(max((value - start) / way, 0.0), 1.0) for value in aligned), tuple(max(value, 0.0) for value in kept))
 
 
 def product(curves: Curves) -> float:
@@ -77,7 +78,7 @@ def balance(curves: Curves) -> float:
 
 
 def onset(curves: Curves) -> float:
-    """The smallest eta whose alignment is good: where the edit has appeared, and the most of the photo is kept."""
+    """The smallest eta whose alignment is good: where the edit has appeared, and the most of the photo is kept; the last eta if none is."""
     return next((eta for eta, aligned in zip(curves.etas, curves.alignment, strict=True) if aligned >= GOOD), curves.etas[-1])
 
 

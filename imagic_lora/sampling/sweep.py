@@ -15,7 +15,7 @@ from ..core.config import EditConfig
 from ..core.errors import NotFinite
 from ..photos.canvas import to_canvas, to_image
 from .editor import Editor
-from .scores import alignment, change, ssim
+from .scores import alignment, fidelity, ssim
 from .suggest import RULE, RULES, search
 
 
@@ -45,7 +45,8 @@ class Scores:
         eta, seed, tuned: as in :class:`Picture`.
         alignment: how much better the target prompt explains it than the embedding of the photo,
             see :func:`~imagic_lora.sampling.scores.alignment`.
-        change: distance to the image at eta 0 with the same seed, in latents; see :func:`~imagic_lora.sampling.scores.change`.
+        fidelity: how much it keeps of the image at eta 0 with the same seed, the reconstruction of the photo; 1 is all, see
+            :func:`~imagic_lora.sampling.scores.fidelity`.
         ssim: structural similarity to that image, at most 1.
         ssim_photo: structural similarity to the photo, at most 1.
         others: scores of other models by name, see :mod:`~imagic_lora.sampling.metrics`.
@@ -55,7 +56,7 @@ class Scores:
     seed: int
     tuned: bool
     alignment: float
-    change: float
+    fidelity: float
     ssim: float
     ssim_photo: float
     others: dict[str, float] = field(default_factory=dict)
@@ -126,7 +127,7 @@ def scored(
             picture.seed,
             picture.tuned,
             aligned,
-            change(picture.latents, reference.latents),
+            fidelity(picture.latents, reference.latents),
             ssim(picture.image, reference.image),
             ssim(picture.image, photo),
         )

@@ -21,7 +21,7 @@ from imagic_lora.core.noise import noise_at
 from imagic_lora.photos.canvas import to_canvas, to_image
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.generate import generate
-from imagic_lora.sampling.scores import PROBES, alignment, change, denoising_errors, ssim
+from imagic_lora.sampling.scores import PROBES, alignment, denoising_errors, fidelity, ssim
 from imagic_lora.sampling.suggest import COARSE, RULES, SEARCHED, Curves, balance, band, jump, onset, product, search
 from imagic_lora.sampling.sweep import Picture, Scores, find_eta, sampled, scored
 
@@ -65,46 +65,48 @@ def test_errors_do_not_depend_on_the_batch_and_the_order(folder: Any) -> None:
     assert torch.allclose(whole, alone, rtol=1e-4)
 
 
-def test_change_and_ssim_of_known_images() -> None:
-    """Closed forms: a shift by two standard deviations; equal images; an image and its negative."""
-    reference = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert change(reference, reference) == 0
-    assert change(reference + 2 * reference.std(), reference) == pytest.approx(2, rel=1e-5)
+def test_fidelity_and_ssim_of_known_images() -> None:
+    """Closed forms: equal images, unrelated ones, a shift by two standard deviations; an image and its negative."""
+    reference, other = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert fidelity(reference, reference) == 1
+    assert fidelity(other, reference) == pytest.approx(0, abs=0.05)
+    assert fidelity(reference + 2 * reference.std(), reference) == pytest.approx(1 - 2**2 / 2, rel=1e-4)
     ramp = Image.radial_gradient("L").resize((32, 24)).convert("RGB")
     assert ssim(ramp, ramp) == pytest.approx(1, abs=1e-6)
     assert ssim(ramp, Image.fromarray(255 - np.asarray(ramp))) < 0
 
 
-def points(etas: Sequence[float], aligned: Sequence[float], changed: Sequence[float]) -> list[Any]:
+def points(etas: Sequence[float], aligned: Sequence[float], kept: Sequence[float]) -> list[Any]:
     """Scores made by hand."""
-    return [SimpleNamespace(eta=eta, alignment=a, change=c) for eta, a, c in zip(etas, aligned, changed, strict=True)]
+    return [SimpleNamespace(eta=eta, alignment=a, fidelity=f) for eta, a, f in zip(etas, aligned, kept, strict=True)]
 
 
-SUDDEN = points([0, 0.2, 0.4, 0.6, 0.8, 1.0], [-2, -2, -1.8, 0, 1.9, 2], [0, 0.1, 0.2, 1.2, 1.8, 2])
+SUDDEN = points([0, 0.2, 0.4, 0.6, 0.8, 1.0], [-2, -2, -1.8, 0.1, 0.2, 3], [1, 0.99, 0.95, 0.5, 0.49, 0.2])
 
 
-def test_curves_are_means_over_seeds_as_shares_of_their_range() -> None:
-    """Two seeds in any order; a curve without a range is flat."""
-    seeds = points([0.5, 0, 1, 1, 0, 0.5], [3, 0, 5, 3, 2, 1], [1, 0, 4, 2, 0, 2])
+def test_curves_are_means_over_seeds() -> None:
+    """Two seeds in any order. Alignment is a share of the way to 0, or to its highest value if it begins at 0 or above."""
+    seeds = points([0.5, 0, 1, 1, 0, 0.5], [-2, -4, 1, 3, -2, -1], [0.5, 1, -1, 0.2, 1, 0.25])
     curves = Curves.of(seeds)
     assert curves.etas == (0, 0.5, 1)
-    assert curves.alignment == pytest.approx((0, 1 / 3, 1))  # means 1, 2, 4
-    assert curves.fidelity == pytest.approx((1, 0.5, 0))  # changes 0, 1.5, 3
-    flat = Curves.of(points([0, 1], [2, 2], [0, 0]))
-    assert (flat.alignment, flat.fidelity) == ((0, 0), (1, 1))
+    assert curves.alignment == (0, 0.5, 1)  # means -3, -1.5, 2
+    assert curves.fidelity == (1, 0.375, 0)  # means 1, 0.375, -0.4
+    assert Curves.of(points([0, 1, 2], [1, 2, 5], [1, 1, 1])).alignment == (0, 0.25, 1)
+    assert Curves.of(points([0, 1], [2, 2], [1, 1])).alignment == (0, 0)
+    assert Curves.of(points([0, 1], [-2, -3], [1, 1])).alignment == (0, 0)
 
 
 @each(
     "rule, expected",
     {
-        "product": (product, 0.6),  # 0.5 * 0.4 against 0.05 * 0.9 and 0.975 * 0.1
+        "product": (product, 0.6),  # 1 * 0.5 against 0.1 * 0.95 and 1 * 0.49
         "balance": (balance, 0.6),
         "onset": (onset, 0.6),
         "jump": (jump, 0.6),
     },
 )
 def test_every_rule_finds_a_sudden_edit(rule: Callable[[Curves], float], expected: float) -> None:
-    """The edit appears between 0.4 and 0.6, and the photo is lost at 0.8."""
+    """The edit appears between 0.4 and 0.6, and the photo is lost between 0.8 and 1."""
     assert rule(Curves.of(SUDDEN)) == expected
     assert RULES[rule.__name__] is rule
 
@@ -131,7 +133,7 @@ def test_a_search_looks_beside_the_best_of_a_coarse_grid() -> None:
 
     def scores_at(etas: Sequence[float]) -> Iterable[Any]:
         asked.append(list(etas))
-        return points(etas, [min(1.0, max(0.0, 10 * eta - 6)) for eta in etas], [max(0.0, eta - 0.7) for eta in etas])
+        return points(etas, [min(0.0, max(-1.0, 10 * eta - 7)) for eta in etas], [min(1.0, 1.7 - eta) for eta in etas])
 
     steps, seen = search(scores_at, product), 0
     while True:
@@ -173,8 +175,8 @@ def test_images_are_scored_on_the_untuned_base(folder: Any, fitted: Fitted) -> N
     pictures = sweep(editor, adapter, [0.0, 1.0], [0, 3])
     found = list(scored(editor, adapter, pictures, pictures, CONFIG))
     assert [(score.eta, score.seed, score.tuned) for score in found] == [(0, 0, True), (0, 3, True), (1, 0, True), (1, 3, True)]
-    assert [(score.change, score.ssim) for score in found[:2]] == [(0, pytest.approx(1, abs=1e-6))] * 2
-    assert all(score.change > 0.01 and score.ssim < 0.999 for score in found[2:])
+    assert [(score.fidelity, score.ssim) for score in found[:2]] == [(1, pytest.approx(1, abs=1e-4))] * 2
+    assert all(score.fidelity < 0.9999 and score.ssim < 0.999 for score in found[2:])
     stored, fresh = read_embeddings(adapter), opened(folder)
     latents = torch.stack([picture.latents for picture in pictures])
     expected = alignment(fresh, latents, stored["target"], stored["optimised"], 4)

@@ -228,7 +228,7 @@ def _sheet(adapter: Adapter, prompt: str, pictures: Sequence[Picture], suggested
 
 
 def _plot(prompt: str, curves: Curves, scores: Sequence[Scores], suggested: float, good: tuple[float, float] | None) -> Image:
-    """Alignment and fidelity over eta, each as a share of its range: Figure 9 of Imagic for one photo."""
+    """Alignment and fidelity over eta: Figure 9 of Imagic for one photo."""
     from ...photos.plot import Curve, Mark, plot
 
     lines = [
@@ -237,7 +237,7 @@ def _plot(prompt: str, curves: Curves, scores: Sequence[Scores], suggested: floa
     ]
     marks = [Mark("both good", *good)] if good else []
     marks.append(Mark(f"suggested {exact(suggested)}", suggested, suggested))
-    return plot(lines, "eta", "share of the range", f'"{prompt}"', marks, (0.0, 1.0))
+    return plot(lines, "eta", "", f'"{prompt}"', marks, (0.0, 1.0))
 
 
 def _report(summary: dict[str, Any], stored: bool) -> None:

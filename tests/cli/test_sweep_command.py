@@ -56,7 +56,7 @@ def test_sweep_writes_a_sheet_a_plot_and_every_score(run: Run) -> None:
     folder = Path("outputs/rex/sweep")
     written = json.loads((folder / "scores.json").read_text())
     assert written == {name: value for name, value in found.items() if name not in ("sheet", "plot", "table", "stored")}
-    table = list(csv.DictReader((folder / "scores.csv").open()))
+    table = list(csv.DictReader((folder / "scores.csv").read_text().splitlines()))
     assert [{name: str(value) for name, value in row.items()} for row in found["scores"]] == table
     assert read_photo(folder / "sheet.png").image.size == (8 + 4 * 200, 34 + 3 * (192 + 24 + 8))
     assert read_metadata(folder / "plot.png")["adapter"] == "rex"
@@ -68,7 +68,7 @@ def test_sweep_writes_a_sheet_a_plot_and_every_score(run: Run) -> None:
 def test_a_stored_eta_is_the_default_of_edit(run: Run) -> None:
     """Nothing else in the adapter changes, and it verifies; show names it. Without the flag nothing is stored."""
     before = Store(Path("adapters")).read("rex").record
-    assert run(*SWEEP, "--seeds", 1, "--steps", 3)[0] == 0
+    assert run(*SWEEP, "--seeds", 1)[0] == 0
     assert Store(Path("adapters")).read("rex").record == before
     code, out, err = run("sweep", "rex", "--eta", "0.5,1", "--seeds", 1, "--batch-size", 1, "--store-eta", "--json")
     assert code == 0, err
@@ -89,6 +89,9 @@ def test_a_stored_eta_is_the_default_of_edit(run: Run) -> None:
         (("--seeds", 2, "--start", "inverted"), "Error: 2 seeds with start inverted"),
         (("--prompt", "a dog", "--store-eta"), "Error: --store-eta with --prompt"),
         (("--store-eta",), "Error: --store-eta with other sampling settings"),
+        (("--clip", "nobody/nothing", "--offline"), "Error: --clip nobody/nothing cannot be loaded"),
+        (("--source-prompt", "a dog"), "Error: --source-prompt without --clip"),
+        (("--offline",), "Error: --offline without --clip and --dino"),
         (("--out", "adapters/rex/source.png"), "source.png"),
     ],
 )
@@ -99,6 +102,26 @@ def test_what_sweep_rejects(run: Run, flags: tuple[object, ...], message: str) -
     assert code == 2
     assert message in err
     assert Store(Path("adapters")).read("rex").record == before
+
+
+def test_scores_by_other_models_are_in_the_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every image is scored by every model that was asked for, at the size of the photo on its canvas."""
+    import imagic_lora.sampling.metrics as metrics
+
+    asked: list[tuple[object, ...]] = []
+
+    def loaded(*arguments: Any) -> Callable[[Any], dict[str, float]]:
+        asked.append((*arguments[:2], *arguments[3:]))
+        return lambda image: {f"by {arguments[0]}": float(image.width)}
+
+    monkeypatch.setattr(metrics, "clip_metric", loaded)
+    monkeypatch.setattr(metrics, "dino_metric", loaded)
+    flags = ("--clip", "one", "--dino", "two", "--source-prompt", "a dog", "--offline", "--seeds", 1)
+    rows = json.loads(run(*SWEEP, *flags, "--json")[1])["scores"]
+    assert asked == [("one", True, "a cat", "a dog"), ("two", True)]
+    left, _, right, _ = Store(Path("adapters")).read("rex").record.source.box
+    assert [(row["by one"], row["by two"]) for row in rows] == [(right - left, right - left)] * 3
+    assert "by two" in Path("outputs/rex/sweep/scores.csv").read_text().splitlines()[0]
 
 
 def test_one_seed_where_seeds_have_no_effect(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from ...adapters.adapter import Adapter
     from ...core.config import RunConfig
+    from ...sampling.metrics import Metric
     from ...sampling.suggest import Curves
     from ...sampling.sweep import Picture, Scores
 
@@ -40,6 +42,10 @@ def sweep(
     prompt: str | None = None,
     before_tuning: Flag = False,
     store_eta: Flag = False,
+    clip: str | None = None,
+    dino: str | None = None,
+    source_prompt: str | None = None,
+    offline: Flag = False,
     settings: SamplingFlags = None,
     device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device and memory")] = None,
     preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
@@ -72,6 +78,14 @@ def sweep(
         Add a row from the base without the weights of the adapter, with its embeddings alone, for seed 0.
     store_eta
         Store the suggested eta in the adapter: the default of imagic-lora edit.
+    clip
+        Also score by this CLIP model, a folder or a hub id, such as openai/clip-vit-large-patch14: similarity to the target prompt.
+    dino
+        Also score by this DINOv2 model, a folder or a hub id, such as facebook/dinov2-base: similarity to the photo.
+    source_prompt
+        Caption of the photo, for the directional similarity of CLIP.
+    offline
+        Take the models of --clip and --dino from the cache of the hub only.
     preset
         Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory. Without
         --batch-size, as many images are generated at once as fit.
@@ -99,10 +113,12 @@ def sweep(
         raise ImagicError(f"--seeds {count}", "an integer from 1", "choose another value for --seeds")
     if store_eta:
         _check_storable(adapter, run, prompt, force)
+    metrics = _metrics(adapter, prompt or adapter.record.prompt, clip, dino, source_prompt, offline)
     folder = out_dir or Path("outputs") / adapter.name / "sweep"
     if "batch_size" not in flags:
         run = _with_largest_batch(adapter, run, base, len(etas) * count)
     pictures, scores = _run(adapter, base, run, etas, list(range(count)), prompt, before_tuning, force, folder)
+    scores = _with_metrics(adapter, pictures, scores, metrics)
     summary = _write(adapter, run, prompt or adapter.record.prompt, pictures, scores, folder)
     if store_eta:
         from ...adapters.record import EtaRecord
@@ -122,6 +138,34 @@ def _check_storable(adapter: Adapter, run: RunConfig, prompt: str | None, force:
         if differs:
             remedy = f"leave out --store-eta, or leave out {what if what.startswith('--') else 'the sampling flags'}"
             raise ImagicError(f"--store-eta with {what}", "the settings of a plain edit, whose default eta it becomes", remedy)
+
+
+def _metrics(adapter: Adapter, prompt: str, clip: str | None, dino: str | None, source_prompt: str | None, offline: bool) -> list[Metric]:
+    """Loads the other models that were asked for; before any image is generated."""
+    if source_prompt is not None and clip is None:
+        raise ImagicError("--source-prompt without --clip", "a CLIP model that compares the prompts", "add --clip, or leave it out")
+    if offline and clip is None and dino is None:
+        raise ImagicError("--offline without --clip and --dino", "a model to take from the cache", "add --clip or --dino, or leave it out")
+    if clip is None and dino is None:
+        return []
+    from ...adapters.contents import read_canvas
+    from ...sampling.metrics import clip_metric, dino_metric
+
+    photo = read_canvas(adapter).photo()
+    found = [] if clip is None else [clip_metric(clip, offline, photo, prompt, source_prompt)]
+    return found if dino is None else [*found, dino_metric(dino, offline, photo)]
+
+
+def _with_metrics(adapter: Adapter, pictures: Sequence[Picture], scores: Sequence[Scores], metrics: Sequence[Metric]) -> list[Scores]:
+    """Adds the scores by other models."""
+    if not metrics:
+        return list(scores)
+    from ...adapters.contents import read_canvas
+    from ...sampling.metrics import measured
+
+    box = read_canvas(adapter).box
+    pairs = progress(zip(pictures, scores, strict=True), len(pictures), "metrics")
+    return [replace(score, others=measured(metrics, picture.image.crop(box))) for picture, score in pairs]
 
 
 def _with_largest_batch(adapter: Adapter, run: RunConfig, base: str | None, images: int) -> RunConfig:

@@ -41,8 +41,8 @@ from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.critters import render
 from imagic_lora.critters.judge import Judge
 from imagic_lora.photos.canvas import to_image, to_pixels
-from imagic_lora.sampling.scores import PROBES, alignment, fidelity
-from imagic_lora.sampling.suggest import RULES, Curves, search
+from imagic_lora.sampling.sweeps.scores import PROBES, alignment, fidelity
+from imagic_lora.sampling.sweeps.suggest import RULES, Curves, search
 
 ETAS = [k / 10 for k in range(13)]
 FIXED = (0.5, 0.6, 0.7, 0.8, 0.9)

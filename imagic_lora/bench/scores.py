@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..critters import backdrop, render
 from ..critters.judge import Judge
-from ..sampling.scores import ssim
+from ..sampling.sweeps.scores import ssim
 from .cases import Case
 from .metrics import CritterAlignment, pixels, psnr
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
     from ..core.config import EditConfig
     from ..sampling.editor import Editor
-    from ..sampling.sweep import Scores
+    from ..sampling.sweeps.sweep import Scores
 
 
 def searched_eta(editor: Editor, adapter: Adapter, seed: int, config: EditConfig, prompt: str | None) -> dict[str, Any]:
@@ -29,8 +29,8 @@ def searched_eta(editor: Editor, adapter: Adapter, seed: int, config: EditConfig
         ``eta``, ``rule``, ``images``, ``passes`` (of one sample through the denoiser) and ``seconds``.
     """
     from ..methods.method import metered
-    from ..sampling.suggest import RULE, SEARCHED
-    from ..sampling.sweep import find_eta
+    from ..sampling.sweeps.suggest import RULE, SEARCHED
+    from ..sampling.sweeps.sweep import find_eta
 
     found: list[float] = []
 

@@ -19,8 +19,8 @@ from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.record import EtaRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.photos.reading import read_metadata, read_photo
-from imagic_lora.sampling.scores import PROBES
-from imagic_lora.sampling.suggest import COARSE, RULE, RULES, SEARCHED, Curves, band
+from imagic_lora.sampling.sweeps.scores import PROBES
+from imagic_lora.sampling.sweeps.suggest import COARSE, RULE, RULES, SEARCHED, Curves, band
 
 Run = Callable[..., tuple[int, str, str]]
 SWEEP = ("sweep", "rex", "--eta", "0.5,1", "--steps", 2)
@@ -98,7 +98,7 @@ def test_a_stored_eta_is_the_default_of_edit(run: Run) -> None:
 def test_what_sweep_rejects(run: Run, flags: tuple[object, ...], message: str) -> None:
     """Exit code 2 and one error, and nothing is stored."""
     before = Store(Path("adapters")).read("rex").record
-    code, _, err = run("sweep", "rex", "--eta", "0.5,1", "--steps", 3, *flags)
+    code, _, err = run("sweep", "rex", "--steps", 3, *flags)
     assert code == 2
     assert message in err
     assert Store(Path("adapters")).read("rex").record == before
@@ -106,7 +106,7 @@ def test_what_sweep_rejects(run: Run, flags: tuple[object, ...], message: str) -
 
 def test_scores_by_other_models_are_in_the_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every image is scored by every model that was asked for, at the size of the photo on its canvas."""
-    import imagic_lora.sampling.metrics as metrics
+    import imagic_lora.sampling.sweeps.metrics as metrics
 
     asked: list[tuple[object, ...]] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.sampling.metrics import clip_metric, dino_metric, measured
+from imagic_lora.sampling.sweeps.metrics import clip_metric, dino_metric, measured
 
 SIDE = 32
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -65,7 +66,7 @@ def ramp(turned: bool = False) -> Image.Image:
 
 def pixels(image: Image.Image) -> Tensor:
     """What the models are given."""
-    values = torch.tensor(list(image.getdata())).view(SIDE, SIDE, 3) / 255
+    values = torch.from_numpy(np.array(image)) / 255
     return ((values - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None]
 
 

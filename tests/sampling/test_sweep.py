@@ -21,9 +21,9 @@ from imagic_lora.core.noise import noise_at
 from imagic_lora.photos.canvas import to_canvas, to_image
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.generate import generate
-from imagic_lora.sampling.scores import PROBES, alignment, denoising_errors, fidelity, ssim
-from imagic_lora.sampling.suggest import COARSE, RULES, SEARCHED, Curves, balance, band, jump, onset, product, search
-from imagic_lora.sampling.sweep import Picture, Scores, find_eta, sampled, scored
+from imagic_lora.sampling.sweeps.scores import PROBES, alignment, denoising_errors, fidelity, ssim
+from imagic_lora.sampling.sweeps.suggest import COARSE, RULES, SEARCHED, Curves, balance, band, jump, onset, product, search
+from imagic_lora.sampling.sweeps.sweep import Picture, Scores, find_eta, sampled, scored
 
 CONFIG = EditConfig(steps=2, guidance_scale=3.0, batch_size=3)
 Fitted = Callable[..., Adapter]

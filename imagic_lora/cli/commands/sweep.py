@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from ...adapters.adapter import Adapter
     from ...core.config import RunConfig
-    from ...sampling.metrics import Metric
-    from ...sampling.suggest import Curves
-    from ...sampling.sweep import Picture, Scores
+    from ...sampling.sweeps.metrics import Metric
+    from ...sampling.sweeps.suggest import Curves
+    from ...sampling.sweeps.sweep import Picture, Scores
 
 SHEET, PLOT, TABLE, SCORES = "sheet.png", "plot.png", "scores.csv", "scores.json"
 
@@ -149,7 +149,7 @@ def _metrics(adapter: Adapter, prompt: str, clip: str | None, dino: str | None, 
     if clip is None and dino is None:
         return []
     from ...adapters.contents import read_canvas
-    from ...sampling.metrics import clip_metric, dino_metric
+    from ...sampling.sweeps.metrics import clip_metric, dino_metric
 
     photo = read_canvas(adapter).photo()
     found = [] if clip is None else [clip_metric(clip, offline, photo, prompt, source_prompt)]
@@ -161,7 +161,7 @@ def _with_metrics(adapter: Adapter, pictures: Sequence[Picture], scores: Sequenc
     if not metrics:
         return list(scores)
     from ...adapters.contents import read_canvas
-    from ...sampling.metrics import measured
+    from ...sampling.sweeps.metrics import measured
 
     box = read_canvas(adapter).box
     pairs = progress(zip(pictures, scores, strict=True), len(pictures), "metrics")
@@ -209,7 +209,7 @@ def _run(
     from ...memory.out_of_memory import explain_out_of_memory
     from ...sampling.checks import check_edit
     from ...sampling.opening import open_editor
-    from ...sampling.sweep import sampled, scored
+    from ...sampling.sweeps.sweep import sampled, scored
 
     config = run.edit
     check_edit(etas, seeds, config, adapter.record.prompt if prompt is None else prompt)
@@ -232,7 +232,7 @@ def _write(
         The content of ``scores.json``, with the paths of the files.
     """
     from ...photos.png import write_png
-    from ...sampling.suggest import RULE, RULES, Curves, band
+    from ...sampling.sweeps.suggest import RULE, RULES, Curves, band
 
     curves = Curves.of(score for score in scores if score.tuned)
     suggested, good = RULES[RULE](curves), band(curves)

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..adapters.adapter import Adapter
-from ..adapters.contents import read_canvas
-from ..core.config import EditConfig
-from ..core.errors import NotFinite
-from ..photos.canvas import to_canvas, to_image
-from .editor import Editor
+from ...adapters.adapter import Adapter
+from ...adapters.contents import read_canvas
+from ...core.config import EditConfig
+from ...core.errors import NotFinite
+from ...photos.canvas import to_canvas, to_image
+from ..editor import Editor
 from .scores import alignment, fidelity, ssim
 from .suggest import RULE, RULES, search
 
@@ -44,12 +44,12 @@ class Scores:
     Args:
         eta, seed, tuned: as in :class:`Picture`.
         alignment: how much better the target prompt explains it than the embedding of the photo,
-            see :func:`~imagic_lora.sampling.scores.alignment`.
+            see :func:`~imagic_lora.sampling.sweeps.scores.alignment`.
         fidelity: how much it keeps of the image at eta 0 with the same seed, the reconstruction of the photo; 1 is all, see
-            :func:`~imagic_lora.sampling.scores.fidelity`.
+            :func:`~imagic_lora.sampling.sweeps.scores.fidelity`.
         ssim: structural similarity to that image, at most 1.
         ssim_photo: structural similarity to the photo, at most 1.
-        others: scores of other models by name, see :mod:`~imagic_lora.sampling.metrics`.
+        others: scores of other models by name, see :mod:`~imagic_lora.sampling.sweeps.metrics`.
     """
 
     eta: float
@@ -136,7 +136,7 @@ def scored(
 
 
 def find_eta(editor: Editor, adapter: Adapter, seed: int, config: EditConfig, prompt: str | None = None) -> Generator[Scores, None, float]:
-    """Searches for an eta with few images, by the rule :data:`~imagic_lora.sampling.suggest.RULE`.
+    """Searches for an eta with few images, by the rule :data:`~imagic_lora.sampling.sweeps.suggest.RULE`.
 
     Args:
         editor: with the base of the adapter.
@@ -144,7 +144,7 @@ def find_eta(editor: Editor, adapter: Adapter, seed: int, config: EditConfig, pr
         adapter, config, prompt: as for :func:`sampled`.
 
     Yields:
-        The scores of every image, at most :data:`~imagic_lora.sampling.suggest.SEARCHED`.
+        The scores of every image, at most :data:`~imagic_lora.sampling.sweeps.suggest.SEARCHED`.
 
     Returns:
         The eta.

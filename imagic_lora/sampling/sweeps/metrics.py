@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from ..core.errors import ImagicError
+from ...core.errors import ImagicError
 
 Metric = Callable[[Image.Image], dict[str, float]]
 """Scores an image: values by name."""

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from ..bases.base import Base
-from ..core.conditioning import Conditioning
-from ..core.noise import noise_at
-from ..core.runtime import to_device
-from ..photos.canvas import to_pixels
+from ...bases.base import Base
+from ...core.conditioning import Conditioning
+from ...core.noise import noise_at
+from ...core.runtime import to_device
+from ...photos.canvas import to_pixels
 
 PROBES = 8
 """Number of pairs of timestep and noise that an image is scored at. The times divide [0, 1) evenly."""

@@ -14,6 +14,7 @@ GOOD = 0.5
 
 COARSE = (0.0, 0.4, 0.6, 0.8, 1.0)
 """The etas that a search begins with."""
+_TIE = 0.95  # values from this share of the highest on count as equal
 FINE = 0.1
 """Distance of the etas that it then adds on both sides of the best one."""
 SEARCHED = len(COARSE) + 2
@@ -89,7 +90,8 @@ def jump(curves: Curves) -> float:
 
 
 def _best(curves: Curves, values: list[float]) -> float:
-    return curves.etas[int(np.argmax(values))]
+    """The smallest eta whose value is among the highest: between two that hardly differ, the lower one keeps more of the photo."""
+    return next(eta for eta, value in zip(curves.etas, values, strict=True) if value >= _TIE * max(values))
 
 
 RULES: Mapping[str, Callable[[Curves], float]] = {"product": product, "balance": balance, "onset": onset, "jump": jump}

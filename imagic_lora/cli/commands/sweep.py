@@ -23,12 +23,9 @@ from .edit import SamplingFlags
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from PIL.Image import Image
-
     from ...adapters.adapter import Adapter
     from ...core.config import RunConfig
     from ...sampling.sweeps.metrics import Metric
-    from ...sampling.sweeps.suggest import Curves
     from ...sampling.sweeps.sweep import Picture, Scores
 
 SHEET, PLOT, TABLE, SCORES = "sheet.png", "plot.png", "scores.csv", "scores.json"
@@ -231,7 +228,9 @@ def _write(
     Returns:
         The content of ``scores.json``, with the paths of the files.
     """
+    from ...adapters.contents import read_canvas
     from ...photos.png import write_png
+    from ...sampling.sweeps.drawing import draw_plot, draw_sheet
     from ...sampling.sweeps.suggest import RULE, RULES, Curves, band
 
     curves = Curves.of(score for score in scores if score.tuned)
@@ -247,41 +246,15 @@ def _write(
     }
     rows = [score.flat() for score in scores]
     with writable(folder):
-        write_png(_sheet(adapter, prompt, pictures, suggested), folder / SHEET, {"adapter": adapter.name, "prompt": prompt})
-        write_png(_plot(prompt, curves, scores, suggested, good), folder / PLOT, {"adapter": adapter.name, "prompt": prompt})
+        named = {"adapter": adapter.name, "prompt": prompt}
+        write_png(draw_sheet(read_canvas(adapter), prompt, pictures, suggested), folder / SHEET, named)
+        write_png(draw_plot(prompt, scores, suggested, good), folder / PLOT, named)
         with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
             table.writerows(rows)
         (folder / SCORES).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return summary | {"sheet": str(folder / SHEET), "plot": str(folder / PLOT), "table": str(folder / TABLE)}
-
-
-def _sheet(adapter: Adapter, prompt: str, pictures: Sequence[Picture], suggested: float) -> Image:
-    """One row for each seed, the photo first; the row of the untuned base is above them."""
-    from ...adapters.contents import read_canvas
-    from ...photos.sheet import sheet
-
-    canvas = read_canvas(adapter)
-    rows: dict[tuple[bool, int], list[tuple[str, Image]]] = {}
-    for picture in sorted(pictures, key=lambda picture: picture.tuned):  # stable: False first
-        label = f"eta {exact(picture.eta)} " + (f"seed {picture.seed}" if picture.tuned else "before tuning")
-        row = rows.setdefault((picture.tuned, picture.seed), [("photo", canvas.photo())])
-        row.append((label, picture.image.crop(canvas.box)))
-    return sheet(list(rows.values()), f'"{prompt}", suggested eta {exact(suggested)}')
-
-
-def _plot(prompt: str, curves: Curves, scores: Sequence[Scores], suggested: float, good: tuple[float, float] | None) -> Image:
-    """Alignment and fidelity over eta: Figure 9 of Imagic for one photo."""
-    from ...photos.plot import Curve, Mark, plot
-
-    lines = [
-        Curve("alignment", list(zip(curves.etas, curves.alignment, strict=True))),
-        Curve("fidelity", list(zip(curves.etas, curves.fidelity, strict=True))),
-    ]
-    marks = [Mark("both good", *good)] if good else []
-    marks.append(Mark(f"suggested {exact(suggested)}", suggested, suggested))
-    return plot(lines, "eta", "", f'"{prompt}"', marks, (0.0, 1.0))
 
 
 def _report(summary: dict[str, Any], stored: bool) -> None:

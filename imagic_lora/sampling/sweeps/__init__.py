@@ -6,4 +6,5 @@ May import: as sampling. Must not know: training, methods, commands. Only ``sugg
 - ``scores.py``: scores of images that need no other model than the base
 - ``metrics.py``: scores of images by CLIP and DINOv2
 - ``suggest.py``: the rules that suggest an eta
+- ``drawing.py``: the sheet and the plot of a sweep
 """

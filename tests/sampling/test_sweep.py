@@ -117,6 +117,8 @@ def test_the_rules_differ_where_the_curves_are_smooth() -> None:
     assert [rule(curves) for rule in (product, balance, onset, jump)] == [0.75, 0.75, 0.5, 1]
     plateau = Curves((0, 0.4, 0.5, 0.6, 0.7), (0, 0.5, 1, 1, 1), (1, 0.9, 0.48, 0.5, 0.49))
     assert (product(plateau), balance(plateau)) == (0.5, 0.4)  # the smallest eta of those that hardly differ
+    nothing, all_lost = Curves((0, 1, 2), (0, 0, 0), (1, 1, 1)), Curves((0, 1, 2), (0, 1, 1), (1, 0, 0))
+    assert [rule(curves) for curves in (nothing, all_lost) for rule in (product, balance)] == [2, 2, 1, 1]
     uneven = Curves((0, 0.1, 1), (0, 0.2, 0.4), (1, 0.8, 0))
     assert (jump(uneven), onset(uneven)) == (0.1, 1)  # by the slope, not by the fall; the last eta if none is good
 

@@ -90,7 +90,12 @@ def jump(curves: Curves) -> float:
 
 
 def _best(curves: Curves, values: list[float]) -> float:
-    """The smallest eta whose value is among the highest: between two that hardly differ, the lower one keeps more of the photo."""
+    """The smallest eta whose value is among the highest: between two that hardly differ, the lower one keeps more of the photo.
+
+    Where no value is above 0, because no image shows the edit or none that does keeps anything of the photo, it is that of :func:`onset`.
+    """
+    if max(values) <= 0:
+        return onset(curves)
     return next(eta for eta, value in zip(curves.etas, values, strict=True) if value >= _TIE * max(values))
 
 

@@ -456,7 +456,7 @@ def test_a_claim_ends_with_its_block(store: Store, error: type[BaseException]) -
 
 def test_a_suggested_eta_changes_the_record_alone(store: Store) -> None:
     """Of the folder that was read, whatever name its record has; a record that was read before is then no longer that of the folder."""
-    plain = store.write(record(), fill())
+    plain = store.read("one")
     shutil.copytree(plain.folder, store.root / "copy")
     before = store.read("copy")
     assert (before.record.eta, before.record.suggested) == (0.3, None)

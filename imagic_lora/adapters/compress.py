@@ -88,6 +88,7 @@ def compress(
             "parts": [weights_record(base, "lora")],
             "config": config.model_copy(update={"tune": tune}),
             "compressed": CompressedRecord(name=adapter.name, error=error),
+            "suggested": None,  # it was found with the weights before the compression
         }
         record = adapter.record.model_copy(update=changes)
         return store.write(record, lambda writer: _fill(writer, adapter, base, record), overwrite)

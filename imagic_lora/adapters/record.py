@@ -72,6 +72,14 @@ class CompressedRecord(_Part):
     error: Annotated[float, Field(ge=0)]
 
 
+class EtaRecord(_Part):
+    """The suggested eta, the rule that found it, and the number of seeds that it is a mean over."""
+
+    eta: Annotated[float, Field(ge=0, le=2)]
+    rule: str
+    seeds: Annotated[int, Field(ge=1)]
+
+
 class Record(Manifest):
     """``adapter.json``, version 1: the settings and results of the fit, and the hash of every other file.
 
@@ -79,7 +87,7 @@ class Record(Manifest):
     ``losses`` holds the mean over the first and over the last tenth of each stage's steps. ``seconds`` holds the duration of each stage.
     ``stages`` says how each stage went; adapters of older versions have none.
     ``runtime`` holds the values that were chosen for ``auto`` settings. ``peak_memory`` is in bytes. ``compressed`` is present only in
-    compressed adapters.
+    compressed adapters, ``suggested`` only after ``sweep --store-eta``.
     """
 
     MAX_BYTES: ClassVar[int] = 2**35
@@ -98,6 +106,12 @@ class Record(Manifest):
     peak_memory: int
     versions: dict[str, str]
     compressed: Annotated[CompressedRecord | None, Field(exclude_if=lambda value: value is None)] = None
+    suggested: Annotated[EtaRecord | None, Field(exclude_if=lambda value: value is None)] = None
+
+    @property
+    def eta(self) -> float:
+        """The default eta of an edit: the suggested one, or that of the settings of the fit."""
+        return self.suggested.eta if self.suggested else self.config.eta
 
     @property
     def weight_files(self) -> list[str]:

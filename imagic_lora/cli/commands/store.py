@@ -146,7 +146,7 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         "prompt": record.prompt,
         "base": record.base.name,
         "mode": record.config.tune.mode,
-        "eta": record.config.eta,
+        "eta": record.eta,
         "seed": record.config.seed,
         "photo": f"{record.source.size[0]}x{record.source.size[1]}",
         "losses": {stage: list(values) for stage, values in record.losses.items()},
@@ -155,5 +155,6 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         "peak_memory": record.peak_memory,
         "created": record.created,
         "files": list(record.files),
+        **({"suggested": record.suggested.model_dump()} if record.suggested else {}),
         **({"compressed": record.compressed.model_dump()} if record.compressed else {}),
     }

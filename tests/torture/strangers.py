@@ -33,8 +33,8 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading import registry
 from imagic_lora.cli import app as cli
 from imagic_lora.core.errors import ImagicError, ImagicWarning
-from imagic_lora.training.checkpoints import CHECKPOINT, STATE
 from imagic_lora.training.fit import result
+from imagic_lora.training.resuming.checkpoints import CHECKPOINT, STATE
 
 from .bases import Canary
 from .fitted import Fitted, drawn, files, fitted, forged, in_time, verdict
@@ -370,8 +370,7 @@ def _nodes(outside: Path) -> Iterator[Case]:
     for of, names in places.items():
         for file in names:
             for kind, make in kinds.items():
-                if kind != "a hole of a terabyte" or file in (RECORD, CHECKPOINT):  # the others are hashed, all of them
-                    yield Case(f"{kind} as {file}", of, _replaced(file, make), None if of == "unfinished" else False)
+                yield Case(f"{kind} as {file}", of, _replaced(file, make), None if of == "unfinished" else False)
 
     def moved(adapter: Path) -> None:
         shutil.move(adapter / "unet", outside.parent / "store" / "elsewhere")

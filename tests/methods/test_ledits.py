@@ -35,8 +35,8 @@ from imagic_lora.sampling.attention import tapped
 from imagic_lora.sampling.trajectory import Step, predictions
 
 PHRASES = ("a hat", "red")
-SIDES = {"epsilon": (8, 8), "critters": (4, 4), "sdxl": (4, 4)}
-"""Height and width of the maps that words are localised with."""
+LEVELS = {"epsilon": 0, "critters": 1, "sdxl": 1}
+"""How often the latents are halved before the maps that words are localised with."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def concepts(wanted: EncodedRequest, *signs: float) -> list[Concept]:
 def by_diffusers(wanted: EncodedRequest, latents: Tensor, timestep: int, signs: tuple[float, float], config: LEditsConfig) -> Tensor:
     """The guided prediction as diffusers' pipeline makes it: its attention processors, its store, its smoothing, its quantiles."""
     base, unet = wanted.base, wanted.base.denoiser
-    side = SIDES[Path(base.name).name]
+    side = tuple((size + LEVELS[Path(base.name).name]) // 2 ** LEVELS[Path(base.name).name] for size in latents.shape[2:])
     store: Any = LeditsAttentionStore(average=False, batch_size=1, max_size=64 * 64, max_resolution=None)  # pyright: ignore[reportArgumentType]
     kept: Any = dict(unet.attn_processors)  # pyright: ignore[reportArgumentType, reportCallIssue]
     places = {name: name.split("_")[0] for name in kept}

@@ -13,7 +13,8 @@ import pytest
 import torch
 from common import PROMPT, each, opened, output, same, weights
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from faults import Clock, by_calls, every_step
 from peft import LoraConfig
 from tiny import save_tiny_sdxl
 from torch import Tensor
@@ -243,27 +244,27 @@ def test_lora_layers_are_tapped_too(folder: Path) -> None:
     assert same_objects(before, processors(base))
 
 
-def test_a_restoration_that_is_interrupted_is_harmless(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while the processors are restored: the rest acts as the original ones, and the next tap removes it."""
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
+def test_an_interruption_at_any_step_is_harmless(folder: Path, lasting: bool) -> None:
+    """While processors are replaced or restored: those that are left act as the original ones, and the next tap removes them."""
     base = opened(folder)
     before, prediction = processors(base), output(base)
-    layers = attention_layers(base)
-    restored = type(layers[0][1]).set_processor
-    count = iter(range(1000))
 
-    def interrupted(module: Any, processor: Any) -> None:
-        if next(count) == len(layers) + 2:
-            raise KeyboardInterrupt
-        restored(module, processor)
+    def change(clock: Clock) -> None:
+        def work() -> None:
+            with tapped(base, Recorder(change=lambda probabilities: probabilities.roll(1, -1))):
+                pass
 
-    monkeypatch.setattr(type(layers[0][1]), "set_processor", interrupted)
-    with pytest.raises(KeyboardInterrupt), tapped(base, Recorder(change=lambda probabilities: probabilities.roll(1, -1))):
-        pass
-    assert not same_objects(before, processors(base))
-    assert torch.equal(output(base), prediction)
-    with tapped(base, Recorder()):
-        pass
-    assert same_objects(before, processors(base))
+        by_calls(clock, work, [(Attention, "set_processor")])
+
+    left = []
+    for _ in every_step(change, lasting=lasting, most=8):
+        left.append(not same_objects(before, processors(base)))
+        assert torch.equal(output(base), prediction)
+        with tapped(base, Recorder()):
+            pass
+        assert same_objects(before, processors(base))
+    assert any(left)
 
 
 @each("precision", [torch.float16, torch.bfloat16])

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.registry import load_base
+from imagic_lora.core.conditioning import concatenate
 from imagic_lora.core.config import EditConfig, MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.methods.generated import PromptOnly
 from imagic_lora.methods.inversions.ddim import DDIB, DDIBConfig, DDIMInversion
 from imagic_lora.methods.inversions.edit_friendly import EditFriendly, EditFriendlyConfig
-from imagic_lora.methods.inversions.inverted import InvertingMethod
+from imagic_lora.methods.inversions.inverted import InvertingMethod, last
 from imagic_lora.methods.inversions.negative_prompt import (
     NegativePromptInversion,
     ProximalConfig,
@@ -281,6 +282,17 @@ def test_ddib_reproduces_the_photo_better_with_more_steps(base: Base, wanted: Ed
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
     plain = SamplingConfig(**GUIDED)
     assert torch.equal(latents_of(DDIB(), base, wanted, DDIBConfig(**GUIDED)), latents_of(DDIMInversion(), base, wanted, plain))
+
+
+@each("method", [DDIMInversion(), EditFriendly()])
+def test_an_inversion_may_be_sampled_with_several_prompts_at_once(base: Base, wanted: EditRequest, method: Any) -> None:
+    """Each sample is what its prompt alone gives."""
+    config = method.config_class(**GUIDED) if method.name == "ddim-inversion" else EditFriendlyConfig(skip=1, **GUIDED)
+    found, request = inverted(method, base, wanted, config), encoded(base, wanted)
+    pairs = [concatenate([source, request.target]) for source in found.sources]
+    both = last(found.path[found.start], found.sample(pairs, 3.0))
+    torch.testing.assert_close(both[:1], found.reconstructed(3.0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both[1:], found.edited(request.target, 3.0), rtol=1e-4, atol=1e-4)
 
 
 # negative-prompt inversion and proximal guidance

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ImagicError
-from .keys import check_keys
+from .keys import KEYS, check_keys
 
 _COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
@@ -34,6 +34,10 @@ SCHEDULERS = (  # of diffusers, with the noise process of DDPM (arXiv 2006.11239
     "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
     "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+ZERO_SNR_SCHEDULERS = (  # those that know rescale_betas_zero_snr (arXiv 2305.08891)
+    "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # never loaded, so any class is accepted
 _REQUIRED = {
@@ -92,11 +96,10 @@ def read_text(path: Path, limit: int = 2**20) -> str:
     try:
         if not path.is_file():
             raise ValueError("not a file")
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-        if len(content) > limit:
+        if (size := path.stat().st_size) > limit:
             raise ValueError(f"over {limit:,} bytes")
-        return content.decode()
+        with path.open("rb") as file:
+            return file.read(size).decode()  # not to its end, which a file of the kernel may not have
     except (OSError, ValueError) as error:
         raise unusable_base(f"{path} cannot be read ({error})", "a file in diffusers' format") from error
 
@@ -195,7 +198,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     for name, value in index.items():
         if name not in known and not name.startswith("_") and isinstance(value, (list, dict)):
             raise unusable_base(f"{path} has a component {reprlib.repr(name)}", f"only {', '.join(sorted(known))}")
-    check_keys(path, "model_index", index)
+    check_keys(path, KEYS["model_index"], index)
     if not isinstance(zeros := index.get("force_zeros_for_empty_prompt"), (bool, type(None))):
         raise unusable_base(f"{path} has force_zeros_for_empty_prompt = {reprlib.repr(zeros)}", "true or false")
     return index

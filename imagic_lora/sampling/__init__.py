@@ -10,4 +10,5 @@ May import: core, photos, bases, memory, adapters. Must not know: training, meth
 - ``editor.py``: the Editor, which keeps one base loaded and switches adapters
 - ``opening.py``: from a stored adapter to an Editor: settings for this machine, and the base
 - ``outputs.py``: the files of an edit: names, metadata, the check that no other image is replaced, the sheet
+- ``sweeps/``: sweeps over eta and seed, scores of their images, and the suggested eta
 """

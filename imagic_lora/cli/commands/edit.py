@@ -12,11 +12,14 @@ from ...core.config import DeviceConfig, EditConfig, PresetOrAuto
 from ..console import err, plain, print_json, progress
 from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds
+from ..searching import searched_eta
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
     from ...core.config import RunConfig
 
+AUTO = "auto"
+"""The value of ``--eta`` that searches for one."""
 SamplingFlags = Annotated[
     EditConfig | None, Parameter(name="*", group="Sampling (default: the settings stored in the adapter)", show_default=False)
 ]
@@ -50,7 +53,7 @@ def edit(
         Name of the adapter, as imagic-lora list prints it.
     eta
         0: the reconstruction of the photo. 1: the target prompt alone. One (0.7), several (0.5,0.7), or a range with its end (0.3:1:0.1).
-        Default: the adapter's.
+        auto: search for one with seven images of the first seed. Default: the adapter's.
     seed
         Seed of the starting noise. One (0), several (0,3), or a range without its end (0:4).
     prompt
@@ -77,11 +80,11 @@ def edit(
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     levers = device.model_dump(exclude_unset=True) if device else {}
     run = edit_settings(adapter, {"edit": flags, "memory": levers, "preset": preset}, base)
-    etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
+    etas, seeds = ([] if eta == AUTO else parse_etas(eta)) if eta else [record.eta], parse_seeds(seed)
     folder = out_dir or Path("outputs") / adapter.name
-    written = _edit(adapter, base, run, etas, seeds, prompt, force, folder, overwrite)
+    written, search = _edit(adapter, base, run, etas, seeds, prompt, force, folder, overwrite)
     if as_json:
-        print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / SHEET)})
+        print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / SHEET)} | ({"auto": search} if search else {}))
     else:
         plural = "" if len(written) == 1 else "s"
         err.print(f"[green]Wrote[/] {len(written)} image{plural} and {plain(folder / SHEET)}")
@@ -97,14 +100,14 @@ def _edit(
     force: bool,
     folder: Path,
     overwrite: bool,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Generates the images of all etas and seeds, and writes them into a folder.
 
     Args:
         adapter: the stored adapter.
         base: a base that replaces the one in the adapter's record.
         run: settings of stage 3 and memory levers.
-        etas: interpolation values, each in [0, 2].
+        etas: interpolation values, each in [0, 2]; none to search for one.
         seeds: seeds of the starting noise.
         prompt: target prompt; None is that of the adapter.
         force: whether other weights of the same shapes are allowed.
@@ -112,7 +115,8 @@ def _edit(
         overwrite: whether images that were made in another way are replaced.
 
     Returns:
-        ``file``, ``eta`` and ``seed`` of every image.
+        ``file``, ``eta`` and ``seed`` of every image; and what :func:`~imagic_lora.cli.searching.searched_eta` returns, empty without a
+        search.
     """
     from ...adapters.contents import read_canvas
     from ...memory.levers import EDIT_LEVERS
@@ -123,13 +127,16 @@ def _edit(
 
     config, target_prompt = run.edit, adapter.record.prompt if prompt is None else prompt
     check_edit(etas, seeds, config, target_prompt)
-    names = [image_name(eta, seed) for eta in etas for seed in seeds]
-    check_outputs(folder, [*names, SHEET])
+    check_outputs(folder, [*(image_name(eta, seed) for eta in etas for seed in seeds), SHEET])
     editor = open_editor(adapter, run, base, force)
-    edits = progress(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "images")
     metadata = image_metadata(adapter, editor.base, config, target_prompt)
-    if not overwrite:
-        check_same_edits([folder / name for name in names], metadata)
     written = f"the images written so far are in {folder}"
     with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", lambda: written, EDIT_LEVERS):
-        return write_edits(edits, folder, metadata, read_canvas(adapter).photo())
+        search = {} if etas else searched_eta(editor, adapter, seeds[0], config, prompt)
+        etas = etas or [search["eta"]]
+        paths = [folder / image_name(eta, seed) for eta in etas for seed in seeds]
+        check_outputs(folder, [path.name for path in paths])
+        if not overwrite:
+            check_same_edits(paths, metadata)
+        edits = progress(editor.edit(adapter, etas, seeds, config, prompt), len(paths), "images")
+        return write_edits(edits, folder, metadata, read_canvas(adapter).photo()), search

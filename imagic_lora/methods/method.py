@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from PIL import Image
 
+from ..bases.altered import check_unaltered
 from ..bases.base import Base
 from ..core.errors import ImagicError
 from ..sampling.checks import check_prompt, check_seed
@@ -157,13 +158,14 @@ class Method(ABC):
         """Checks that the method can edit the photo of a request on a base.
 
         Raises:
-            ImagicError: the base is not supported, a required field is missing, a prompt is empty or not UTF-8, the seed is out of range,
-                or the mask does not have the size of the photo.
+            ImagicError: the base is not supported or has an adapter applied, a required field is missing, a prompt is empty or not UTF-8,
+                the seed is out of range, or the mask does not have the size of the photo.
         """
         if base.component not in self.supports or (self.needs_null and base.architecture.embeds_guidance):
             kind = f"a {base.component}" + (" that takes the guidance scale as an input" if base.architecture.embeds_guidance else "")
             expected = " or ".join(sorted(self.supports)) + (" with classifier-free guidance" if self.needs_null else "")
             raise ImagicError(f"method {self.name} on {base.name}, {kind}", f"a {expected}", "choose another base or another method")
+        check_unaltered(base)
         for need in sorted(self.requires):
             if getattr(request, need) is None:
                 expected, remedy = _NEEDED[need]

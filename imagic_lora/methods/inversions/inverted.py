@@ -43,17 +43,19 @@ class Inverted:
 
         Args:
             conditionings: the conditioning at each step, by its index: that of the target prompt for an edit, :attr:`sources` for a
-                reconstruction.
+                reconstruction. With a batch size of ``B``, such as the source and the target prompt, ``B`` images are sampled from the
+                same latents.
             scale: guidance scale.
 
         Yields:
-            Each step, the added noise included. A loop body may change its latents.
+            Each step, of ``B`` samples, the added noise included. A loop body may change its latents.
         """
+        latents = self.path[self.start].expand(len(conditionings[0].tokens), -1, -1, -1)
 
         def predict(latents: Tensor, step: Step) -> Tensor:
             return guided(self.base, conditionings[step.index], self.nulls[step.index], scale)(latents, step)
 
-        for step in self.trajectory.forwards(self.path[self.start], predict, self.start):
+        for step in self.trajectory.forwards(latents, predict, self.start):
             if self.added:
                 step.latents = step.latents + self.added[step.index]
             yield step

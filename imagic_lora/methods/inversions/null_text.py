@@ -144,25 +144,25 @@ class _Inversion:
 
     def inverted(self) -> Inverted:
         """Runs the optimisation."""
-        steps = self.config.steps
-        if self.plan.pivot is None:
-            self._train()
-            found = [self._found()] * steps
+        steps, target = self.config.steps, self._pivot()
+        if target is None:
+            found = [self._train()] * steps
         else:
-            target = self._pivot()
             found = self._follow(target) if self.plan.each_step else [self._follow_repeatedly(target)] * steps
         sources, nulls = [self.source] * steps, [self.null] * steps
         if self.plan.moving == "null":
             nulls = found
         else:
             sources = found
-        latents = target if self.plan.pivot else pivot(replace(self.encoded, source=sources[0]), self.trajectory)
+        latents = target or pivot(replace(self.encoded, source=sources[0]), self.trajectory)
         return Inverted(self.base, self.trajectory, latents, sources, nulls)
 
     def _found(self) -> Conditioning:
         return replace(self.moving, tokens=self.tokens.detach().clone())
 
-    def _pivot(self) -> Path:
+    def _pivot(self) -> Path | None:
+        if self.plan.pivot is None:
+            return None
         if self.plan.pivot == "inversion":
             return pivot(self.encoded, self.trajectory)
         noise, clean = self.encoded.noise(), self.encoded.clean
@@ -199,7 +199,7 @@ class _Inversion:
             path(self.trajectory.forwards(target[0], predict))
         return self._found()
 
-    def _train(self) -> None:
+    def _train(self) -> Conditioning:
         """Optimises one embedding by the training loss of the base, each time at a random noise level with new noise."""
         optimizer = torch.optim.Adam([self.tokens], lr=self.config.learning_rate)
         draw, clean = torch.Generator().manual_seed(self.encoded.request.seed), self.encoded.clean
@@ -207,6 +207,7 @@ class _Inversion:
             timestep = self.base.timesteps(torch.rand(1, generator=draw)).to(clean.device)
             noise = torch.randn(clean.shape, generator=draw).to(clean)
             self._minimise(optimizer, lambda: self._training_loss(noise, timestep))  # noqa: B023
+        return self._found()
 
     def _minimise(self, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> float:
         """Makes one step of the optimiser, and returns the loss before it."""

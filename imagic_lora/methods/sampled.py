@@ -12,7 +12,6 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from ..bases.altered import check_unaltered
 from ..bases.base import Base
 from ..core.conditioning import Conditioning
 from ..core.config import Config
@@ -127,7 +126,6 @@ class SamplingMethod(Method, Generic[C]):
         self.settings = {row: config.model_dump(mode="json") for row, config in self.configs.items()}
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
-        check_unaltered(context.base)
         self.check(context.base, request)
         for row in self.rows:
             yield self._edited(context.base, request, row)

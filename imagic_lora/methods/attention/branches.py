@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ...core.conditioning import Conditioning, concatenate
 from ...sampling.attention import tapped
-from ...sampling.trajectory import Predict, Step, guided
+from ...sampling.trajectory import Step, guided
 from ..inversions.inverted import Inverted
 from .control import AttentionControl
 
@@ -26,44 +28,39 @@ def two_branches(inverted: Inverted, target: Conditioning, scale: float, control
     Returns:
         Clean latents ``[2, C, h, w]`` of source and target.
     """
-    predict = _target_guided(inverted, target, scale) if on_path else _both_guided(inverted, target, scale)
-    latents = inverted.path[inverted.start].repeat(2, 1, 1, 1)
-
-    def counted(latents: Tensor, step: Step) -> Tensor:
-        control.step = step.index - inverted.start
-        return predict(latents, step)
-
+    prompts = [concatenate([source, target]) for source in inverted.sources]
+    steps = _on_path(inverted, prompts, scale) if on_path else inverted.sample(prompts, scale)
+    latents = inverted.path[inverted.start].expand(2, -1, -1, -1)
     with tapped(inverted.base, control):
-        for step in inverted.trajectory.forwards(latents, counted, inverted.start):
-            if inverted.added:
-                step.latents = step.latents + inverted.added[step.index]
-            if on_path:
-                step.latents = torch.cat([inverted.path[step.end], step.latents[1:]])
+        for done, step in enumerate(steps, start=1):
             if control.blend:
-                step.latents = control.blend.blended(step.latents, control.step + 1)
-            latents = step.latents
+                step.latents = control.blend.blended(step.latents, done)
+            latents, control.step = step.latents, done
     return latents
 
 
-def _both_guided(inverted: Inverted, target: Conditioning, scale: float) -> Predict:
-    """Returns the prediction with guidance for both: two samples at the null, then source and target at their prompts."""
+def _on_path(inverted: Inverted, prompts: list[Conditioning], scale: float) -> Iterator[Step]:
+    """Samples the target with guidance, and the source on the path of the inversion.
+
+    The samples of a pass are the target at the null, then source and target at their prompts.
+
+    Args:
+        inverted: the inversion of a photo.
+        prompts: conditioning of source and target at each step, ``B = 2``.
+        scale: guidance scale.
+
+    Yields:
+        Each step, of source and target.
+    """
 
     def predict(latents: Tensor, step: Step) -> Tensor:
-        prompts = concatenate([inverted.sources[step.index], target])
-        return guided(inverted.base, prompts, inverted.nulls[step.index], scale)(latents, step)
-
-    return predict
-
-
-def _target_guided(inverted: Inverted, target: Conditioning, scale: float) -> Predict:
-    """Returns the prediction with guidance for the target only: the target at the null, then source and target at their prompts."""
-
-    def predict(latents: Tensor, step: Step) -> Tensor:
-        prompts = [inverted.sources[step.index], target]
         if scale == 1:
-            return guided(inverted.base, concatenate(prompts))(latents, step)
-        samples, conditioning = torch.cat([latents[1:], latents]), concatenate([inverted.nulls[step.index], *prompts])
-        without, source, with_prompt = guided(inverted.base, conditioning)(samples, step).split(1)
-        return torch.cat([source, without + scale * (with_prompt - without)])
+            return guided(inverted.base, prompts[step.index])(latents, step)
+        conditioning = concatenate([inverted.nulls[step.index], prompts[step.index]])
+        without, source, target = guided(inverted.base, conditioning)(torch.cat([latents[1:], latents]), step).split(1)
+        return torch.cat([source, without + scale * (target - without)])
 
-    return predict
+    latents = inverted.path[inverted.start].expand(2, -1, -1, -1)
+    for step in inverted.trajectory.forwards(latents, predict, inverted.start):
+        step.latents = torch.cat([inverted.path[step.end], step.latents[1:]])
+        yield step

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..bases.base import Base
-from ..core.conditioning import Conditioning
 from ..sampling.trajectory import Trajectory, guided, path, predictions
+from .inversions.inverted import null_of, source_or_null
 from .masks import mask_image
 from .method import Passes
 from .sampled import EncodedRequest, SamplingConfig, SamplingMethod, guided_passes
@@ -70,11 +70,10 @@ def found_mask(encoded: EncodedRequest, config: DiffEditConfig) -> Tensor:
     """
     trajectory = Trajectory(encoded.base, config.steps)
     position = trajectory.position(config.mask_strength)
-    reference = encoded.source if encoded.source is not None else _null(encoded)
     difference = torch.zeros_like(encoded.clean[:, :1])
     for noise in encoded.noise(config.maps).split(1):
         latents = trajectory.noised(encoded.clean, noise, position)
-        source, target = predictions(encoded.base, latents, trajectory.timesteps[position], reference, encoded.target)
+        source, target = predictions(encoded.base, latents, trajectory.timesteps[position], source_or_null(encoded), encoded.target)
         difference += (target - source).abs().mean(1, keepdim=True) / config.maps
     limit = difference.mean() * config.mask_limit
     return (difference.clamp(max=limit) > config.mask_threshold * limit).to(encoded.clean)
@@ -91,15 +90,10 @@ def edited(encoded: EncodedRequest, config: DiffEditConfig, mask: Tensor) -> Ten
     Raises:
         ImagicError: the ratio leaves no sampling step.
     """
-    base, trajectory, null = encoded.base, Trajectory(encoded.base, config.steps), _null(encoded)
+    base, trajectory, null = encoded.base, Trajectory(encoded.base, config.steps), null_of(encoded)
     start = trajectory.position(config.ratio)
     inverted = path(trajectory.backwards(encoded.clean, guided(base, null), end=start))
     latents = inverted[start]
     for step in trajectory.forwards(latents, guided(base, encoded.target, null, config.guidance_scale), start):
         latents = step.latents = torch.where(mask > 0, step.latents, inverted[step.end])
     return latents
-
-
-def _null(encoded: EncodedRequest) -> Conditioning:
-    assert encoded.null is not None, "the method needs a null conditioning"
-    return encoded.null

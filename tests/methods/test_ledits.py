@@ -101,6 +101,7 @@ def test_guidance_and_masks_are_those_of_diffusers(named: Any, request_: EditReq
     """For two concepts, one of them removed, at noise levels with one kind of mask and with both."""
     base = named(name)
     wanted, config = encode_request(base, request_, 3.0), LEditsConfig(guidance_scale=7.0, threshold=0.6)
+    assert wanted.null is not None
     guidance = ConceptGuidance(inverted(wanted), concepts(wanted, 1.0, -1.0), config)
     for timestep in (901, 301):
         latents = wanted.noise()

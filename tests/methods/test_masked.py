@@ -76,7 +76,7 @@ def test_the_mask_of_diffedit_is_that_of_diffusers(named: Any, request_: EditReq
     """With the same noises, from the same latents, without guidance; with a source prompt and with the empty one."""
     base: Any = named(kind)
     parts = {name: getattr(base.pipeline("text2image"), name) for name in ("vae", "tokenizer", "unet")}
-    others = dict.fromkeys(("text_encoder", "safety_checker", "feature_extractor"))
+    others: Any = dict.fromkeys(("text_encoder", "safety_checker", "feature_extractor"))
     schedulers = {"scheduler": base.scheduler(DDIMScheduler), "inverse_scheduler": base.scheduler(DDIMInverseScheduler)}
     pipe: Any = StableDiffusionDiffEditPipeline(**parts, **others, **schedulers, requires_safety_checker=False)
     encode = pipe.encode_prompt
@@ -144,7 +144,7 @@ def test_blended_latent_diffusion_is_diffusers_inpainting(named: Any, request_: 
     wanted = encoded(base, request_)
     mask = half(wanted.clean)
     parts = {name: getattr(base.pipeline("text2image"), name) for name in ("vae", "tokenizer", "unet")}
-    others = dict.fromkeys(("text_encoder", "safety_checker", "feature_extractor"))
+    others: Any = dict.fromkeys(("text_encoder", "safety_checker", "feature_extractor"))
     pipe: Any = StableDiffusionInpaintPipeline(**parts, **others, scheduler=base.scheduler(DDIMScheduler), requires_safety_checker=False)
     pixels = mask.repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert wanted.null is not None

@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from PIL import Image
 from pydantic import Field, ValidationError, model_validator
+from torch import Tensor
 
 from ...bases.base import Base
 from ...sampling.trajectory import Trajectory
@@ -112,7 +113,7 @@ class AttentionMethod(SamplingMethod[K], Generic[K]):
         extras = {"blend": mask_image(encoded.canvas, change.blend.mask(latents))} if change.blend else {}
         return encoded.image(latents[1:]), extras | self.extras(encoded, latents[:1])
 
-    def extras(self, encoded: EncodedRequest, source: Any) -> dict[str, Any]:
+    def extras(self, encoded: EncodedRequest, source: Tensor) -> dict[str, Any]:
         """Returns extras of the result.
 
         Args:
@@ -175,7 +176,7 @@ class PromptToPromptText(AttentionMethod[GeneratedConfig]):
         )
         return Inverted(encoded.base, trajectory, {0: encoded.noise()}, sources, nulls)
 
-    def extras(self, encoded: EncodedRequest, source: Any) -> dict[str, Any]:
+    def extras(self, encoded: EncodedRequest, source: Tensor) -> dict[str, Any]:
         return {"source": encoded.image(source)}
 
     def passes_with(self, base: Base, config: GeneratedConfig) -> Passes:

@@ -125,6 +125,8 @@ def test_windows_of_the_steps_are_those_of_the_official_code(named: Any, request
     assert {int(change.cross_steps[k]) for k in dog} == {10}
     assert {int(until) for k, until in enumerate(change.cross_steps) if k not in dog} == {40}
     assert (change.self_steps, change.self_queries) == (20, 256)
+    few = control(base, prompts, ControlConfig(cross_steps=0.5, self_steps=0.5), 5)
+    assert (set(few.cross_steps.tolist()), few.self_steps) == ({3}, 2)
     assert {float(change.factors[k]) for k in dog} == {2.0}
     assert {float(change.factors[k]) for k in grass} == {5.0}
     assert change.factors.sum() == len(change.factors) + len(dog) + 4 * len(grass)

@@ -14,6 +14,7 @@ from ..core.config import EditConfig, RunConfig
 from ..photos.png import write_png
 from ..sampling.editor import Editor
 from ..training.fit import fit
+from ..training.monitoring.convergence import PAIRS
 from ..training.stage import StepReport
 from .generated import generation_passes
 from .method import Context, Cost, CostMeter, EditRequest, EditResult, Method, Passes, metered
@@ -51,8 +52,11 @@ class Imagic(Method):
 
     def passes(self, base: Base) -> dict[str, Passes]:
         trained = sum(stage.steps * stage.batch_size for stage in self.config.stages.values())
+        every = self.config.monitoring.convergence_every  # above 0 only with early stopping
+        evaluations = 1 + sum(stage.steps // every + 1 for stage in self.config.stages.values()) if every else 0
+        forward = trained + PAIRS * evaluations
         sampled = {row: generation_passes(base, sampling).forward for row, (_, sampling) in self.ways.items()}
-        return {row: Passes(trained + passes, trained) for row, passes in sampled.items()}
+        return {row: Passes(forward + passes, trained, at_most=every > 0) for row, passes in sampled.items()}
 
 
 def unmonitored(config: RunConfig) -> RunConfig:

@@ -29,7 +29,8 @@ import imagic_lora.cli.console as console
 import imagic_lora.core.choices as choices
 import imagic_lora.core.runtime as runtime
 import imagic_lora.memory.presets as fits
-import imagic_lora.photos.png as images
+import imagic_lora.sampling.opening as opening
+import imagic_lora.sampling.outputs as outputs
 import imagic_lora.training.fit as imagic
 import imagic_lora.training.run as run_module
 from imagic_lora.adapters.store import Store
@@ -433,15 +434,15 @@ def test_a_full_disk_is_an_error_with_a_remedy(run: Run, store: Path, monkeypatc
 
         return write
 
-    monkeypatch.setattr(images, "write_png", full(errno.ENOSPC))
+    monkeypatch.setattr(outputs, "write_png", full(errno.ENOSPC))
     code, _, err = run("edit", "rex", "--store", store, "--steps", 2)
     assert code == 2
     assert "the disk of outputs/rex is full" in err
-    monkeypatch.setattr(images, "write_png", full(errno.EIO))
+    monkeypatch.setattr(outputs, "write_png", full(errno.EIO))
     code, _, err = run("edit", "rex", "--store", store, "--steps", 2)
     assert (code, "outputs/rex cannot be written to (Input/output error)" in err) == (2, True)
-    monkeypatch.setattr("imagic_lora.photos.sheet.sheet", full(errno.EIO))
-    monkeypatch.setattr(images, "write_png", lambda *_: None)
+    monkeypatch.setattr(outputs, "sheet", full(errno.EIO))
+    monkeypatch.setattr(outputs, "write_png", lambda *_: None)
     with pytest.raises(OSError, match="Input/output"):
         run("edit", "rex", "--store", store, "--steps", 2)
 
@@ -669,7 +670,7 @@ def test_every_device_setting_of_an_edit_reaches_its_runtime(
         asked.append(memory)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runtime, "resolve_runtime", stopped)
+    monkeypatch.setattr(opening, "resolve_runtime", stopped)
     default, value = getattr(MemoryConfig(), name), DEVICE[name]
     in_preset = {"built-in": {}, "preset": {name: value}, "flag": {name: default}}[level]
     monkeypatch.setitem(PRESETS, "8gb", {mode: {"memory": in_preset} for mode in MODES})

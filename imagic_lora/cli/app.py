@@ -24,16 +24,21 @@ from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.edit import edit
 from .commands.fit import fit
+from .commands.importing import import_adapter
 from .commands.plan import plan
-from .commands.store import list_adapters, remove, show, verify
+from .commands.reproduce import reproduce
+from .commands.store import list_adapters, remove, rename, show, verify
 from .console import print_error, print_interrupted, print_warnings
 
 COMMANDS: dict[str, Callable[..., None] | App] = {
     "fit": fit,
     "edit": edit,
+    "reproduce": reproduce,
     "list": list_adapters,
     "show": show,
     "verify": verify,
+    "rename": rename,
+    "import": import_adapter,
     "rm": remove,
     "compress": compress,
     "export": export,

@@ -6,7 +6,6 @@ import json
 import warnings
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ..adapters.record import CARD, PREVIEW, SOURCE, STEPS, BaseRecord, Record, 
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, interpolate, source_conditionings
 from ..core.config import RunConfig
+from ..core.environment import library_versions
 from ..core.errors import ImagicWarning
 from ..core.runtime import Processes, peak_memory
 from ..core.tensors import check_finite
@@ -30,10 +30,9 @@ from ..photos.canvas import Canvas, to_canvas, to_image
 from ..photos.png import png
 from ..photos.reading import Photo
 from ..photos.sheet import sheet
-from ..sampling.checks import check_scheduler_steps
+from ..sampling.checks import check_scheduler
 from ..sampling.generate import generate
-
-_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
+from ..sampling.pipelines import negative
 
 
 @dataclass
@@ -50,6 +49,7 @@ class Run:
         latents: latents of the photo, ``[1, C, h, w]``.
         target: conditioning of the target prompt.
         null: unconditional conditioning, or None if the base has no classifier-free guidance.
+        negative: what the guidance of the preview leads away from.
         losses: losses of every stage so far, one scalar tensor per step.
         seconds: duration of every stage so far.
     """
@@ -63,6 +63,7 @@ class Run:
     latents: Tensor
     target: Conditioning
     null: Conditioning | None
+    negative: Conditioning | None
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -104,7 +105,7 @@ class Run:
             with explain_out_of_memory(self.base.architecture, config, self.base.runtime, "decode"):
                 sources = source_conditionings(self.target, e_opt, etas, config.edit.source_eta)
                 seeds = [config.seed] * len(etas)
-                images = list(generate(self.base, conditionings, seeds, config.edit, self.canvas, self.null, sources))
+                images = list(generate(self.base, conditionings, seeds, config.edit, self.canvas, self.negative, sources))
             cells += [(f"eta {eta:g}", image) for eta, image in zip(etas, images, strict=True)]
         except OutOfMemory as error:
             warnings.warn(f"the adapter is stored without a preview: {error}", ImagicWarning, stacklevel=2)
@@ -150,7 +151,7 @@ class Run:
             seconds=self.seconds,
             runtime=base.runtime.reasons | {"processes": str(self.processes.count)},
             peak_memory=peak_memory(base.runtime.device),
-            versions={library: version(library) for library in _LIBRARIES},
+            versions=library_versions(),
         )
 
 
@@ -160,7 +161,7 @@ def encode_run(config: RunConfig, base: Base, photo: Photo, prompt: str, process
     Raises:
         ImagicError: the scheduler does not support the number of steps, memory runs out, or an encoder returns numbers that are not finite.
     """
-    check_scheduler_steps(base, config.edit)
+    check_scheduler(base, config.edit)
     canvas = to_canvas(photo.image, config.resolution or base.resolution, base.size_multiple)
     with explain_out_of_memory(base.architecture, config, base.runtime, "encode"):
         latents = base.encode_image(canvas.pixels)
@@ -171,8 +172,9 @@ def encode_run(config: RunConfig, base: Base, photo: Photo, prompt: str, process
     embeddings = {"the embedding of the target prompt": target} | ({"the embedding of the empty prompt": null} if null else {})
     tensors = {f"{name} ({part})": value for name, embedding in embeddings.items() for part, value in embedding.tensors().items()}
     check_finite({"the latents of the photo": latents, **tensors})
+    leads_away = negative(base, config.edit, null)
     base.offload_encoders()
-    return Run(config, base, photo, prompt, processes, canvas, latents, target, null)
+    return Run(config, base, photo, prompt, processes, canvas, latents, target, null, leads_away)
 
 
 def _first_and_last_loss(losses: Tensor) -> tuple[float, float]:

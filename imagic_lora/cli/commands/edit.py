@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,9 +10,10 @@ from cyclopts import Parameter
 
 from ...adapters.writing import check_outputs
 from ...core.config import DeviceConfig, EditConfig, PresetOrAuto
+from ...core.errors import ImagicError
 from ..console import err, plain, print_json, progress
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds, prompt_folders
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
@@ -28,6 +30,7 @@ def edit(
     eta: str | None = None,
     seed: str = "0",
     prompt: str | None = None,
+    prompt_file: Path | None = None,
     settings: SamplingFlags = None,
     device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device and memory")] = None,
     preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
@@ -36,6 +39,7 @@ def edit(
     store: StoreDir = DEFAULT_STORE,
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
     overwrite: Flag = False,
+    metadata: Annotated[bool, Parameter(negative="--no-metadata")] = True,
     as_json: Json = False,
 ) -> None:
     """Generate images from a stored adapter.
@@ -55,6 +59,8 @@ def edit(
         Seed of the starting noise. One (0), several (0,3), or a range without its end (0:4).
     prompt
         Target prompt. Default: the one that the adapter was fitted with.
+    prompt_file
+        Text file with one target prompt a line. The images of each are in a folder of their own: outputs/NAME/1-a-dog-jumping.
     preset
         Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory.
     base
@@ -65,6 +71,8 @@ def edit(
         Folder for the images. Default: outputs/NAME.
     overwrite
         Replace images of the same eta and seed in the folder that were made with another prompt, base or other settings.
+    metadata
+        Write into every image how it was made, for imagic-lora reproduce and as the text that A1111 reads. --no-metadata: neither.
     """
     from ...adapters.store import Store
 
@@ -79,12 +87,16 @@ def edit(
     run = edit_settings(adapter, {"edit": flags, "memory": levers, "preset": preset}, base)
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
     folder = out_dir or Path("outputs") / adapter.name
-    written = _edit(adapter, base, run, etas, seeds, prompt, force, folder, overwrite)
+    if prompt_file and prompt is not None:
+        raise ImagicError("--prompt together with --prompt-file", "one of them", "leave out one")
+    prompts = prompt_folders(prompt_file, folder) if prompt_file else {folder: prompt}
+    written = _edit(adapter, base, run, etas, seeds, prompts, force, overwrite, metadata)
+    sheets = [str(each / SHEET) for each in prompts]
     if as_json:
-        print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / SHEET)})
+        print_json({"adapter": adapter.name, "pictures": written, **({"sheets": sheets} if prompt_file else {"sheet": sheets[0]})})
     else:
         plural = "" if len(written) == 1 else "s"
-        err.print(f"[green]Wrote[/] {len(written)} image{plural} and {plain(folder / SHEET)}")
+        err.print(f"[green]Wrote[/] {len(written)} image{plural} and {plain(' '.join(sheets))}")
 
 
 def _edit(
@@ -93,12 +105,12 @@ def _edit(
     run: RunConfig,
     etas: list[float],
     seeds: list[int],
-    prompt: str | None,
+    prompts: dict[Path, str | None],
     force: bool,
-    folder: Path,
     overwrite: bool,
+    metadata: bool,
 ) -> list[dict[str, Any]]:
-    """Generates the images of all etas and seeds, and writes them into a folder.
+    """Generates the images of all prompts, etas and seeds, and writes those of each prompt into its folder.
 
     Args:
         adapter: the stored adapter.
@@ -106,30 +118,40 @@ def _edit(
         run: settings of stage 3 and memory levers.
         etas: interpolation values, each in [0, 2].
         seeds: seeds of the starting noise.
-        prompt: target prompt; None is that of the adapter.
+        prompts: target prompt by output folder; None is that of the adapter.
         force: whether other weights of the same shapes are allowed.
-        folder: output folder.
         overwrite: whether images that were made in another way are replaced.
+        metadata: whether the images say how they were made.
 
     Returns:
-        ``file``, ``eta`` and ``seed`` of every image.
+        ``file``, ``eta``, ``seed`` and, for several prompts, ``prompt`` of every image.
     """
     from ...adapters.contents import read_canvas
     from ...memory.levers import EDIT_LEVERS
     from ...memory.out_of_memory import explain_out_of_memory
     from ...sampling.checks import check_edit
+    from ...sampling.metadata import image_metadata
     from ...sampling.opening import open_editor
-    from ...sampling.outputs import SHEET, check_same_edits, image_metadata, image_name, write_edits
+    from ...sampling.outputs import SHEET, check_same_edits, image_name, write_edits
 
-    config, target_prompt = run.edit, adapter.record.prompt if prompt is None else prompt
-    check_edit(etas, seeds, config, target_prompt)
-    names = [image_name(eta, seed) for eta in etas for seed in seeds]
-    check_outputs(folder, [*names, SHEET])
+    config, names = run.edit, [image_name(eta, seed) for eta in etas for seed in seeds]
+    targets = {folder: adapter.record.prompt if prompt is None else prompt for folder, prompt in prompts.items()}
+    for folder, target_prompt in targets.items():
+        check_edit(etas, seeds, config, target_prompt)
+        check_outputs(folder, [*names, SHEET])
     editor = open_editor(adapter, run, base, force)
-    edits = progress(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "images")
-    metadata = image_metadata(adapter, editor.base, config, target_prompt)
+    made = {folder: image_metadata(adapter, editor.base, config, target_prompt) for folder, target_prompt in targets.items()}
     if not overwrite:
-        check_same_edits([folder / name for name in names], metadata)
-    written = f"the images written so far are in {folder}"
+        for folder, common in made.items():
+            check_same_edits([folder / name for name in names], common)
+    images, photo = len(etas) * len(seeds), read_canvas(adapter).photo()
+    others = (None if target_prompt == adapter.record.prompt else target_prompt for target_prompt in targets.values())
+    edits = (edit for prompt in others for edit in editor.edit(adapter, etas, seeds, config, prompt))
+    shown = iter(progress(edits, images * len(prompts), "images"))
+    written = f"the images written so far are in {next(iter(prompts)) if len(prompts) == 1 else next(iter(prompts)).parent}"
+    pictures: list[dict[str, Any]] = []
     with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", lambda: written, EDIT_LEVERS):
-        return write_edits(edits, folder, metadata, read_canvas(adapter).photo())
+        for folder, common in made.items():
+            found = write_edits(islice(shown, images), folder, common, photo, metadata)
+            pictures += [one | ({"prompt": targets[folder]} if len(prompts) > 1 else {}) for one in found]
+    return pictures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,7 @@ from ...core.launch import Launch, launched_settings, read_launch
 from ...core.settings import merged, read_settings
 from ..console import err, plain, print_active_settings, print_json, show_progress
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, suggested_etas
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, slug, suggested_etas
 from .store import summary
 
 if TYPE_CHECKING:
@@ -70,8 +69,18 @@ def fit(
     launch = read_launch()
     try:
         run, why, architecture = configured(settings, config, launch)
+        named = name or slug(image.stem, "photo")
         adapter = _fit(
-            image, prompt, run, why, architecture, Store(store), name or _slug(image.stem), overwrite, resume, _processes(run, launch)
+            image,
+            prompt,
+            run,
+            why,
+            architecture,
+            Store(store),
+            name or slug(image.stem, "photo"),
+            overwrite,
+            resume,
+            _processes(run, launch),
         )
     except (KeyboardInterrupt, Stopped):
         if launch.rank:
@@ -169,7 +178,3 @@ def _processes(run: RunConfig, launch: Launch) -> Processes:
         got = f"{launch.count} processes were launched, but {processes.count} can communicate"
         raise ImagicError(got, "one device for each process", "use a lower --num_processes of accelerate launch")
     return processes
-
-
-def _slug(stem: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "photo"

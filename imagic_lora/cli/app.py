@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group
 from pydantic import ValidationError
 
 from ..adapters.writing import DISK_FULL
@@ -59,6 +59,7 @@ app = App(
     '    imagic-lora fit dog.jpg "a dog jumping" --name rex\n'
     "    imagic-lora edit rex --eta 0.4:1:0.1  # writes outputs/rex/sheet.png\n\n"
     "imagic-lora COMMAND --help explains a command.",
+    group_parameters=Group("Parameters", sort_key=0),
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Mode = Literal["lora", "full", "embedding"]
@@ -21,7 +21,9 @@ Idle = Literal["keep", "offload", "release"]
 Scheduler = Literal["base", "ddim", "dpm++2m", "dpm++2m-sde", "unipc", "euler", "lcm"]
 
 
-_ADVANCED = Parameter(group="Sampling, advanced")
+DEVICE_GROUP = Group("Device and memory", sort_key=4)
+_CHECKPOINTS = Group("Checkpoints, for --resume after an interruption", sort_key=6)
+_ADVANCED = Parameter(group=Group("Sampling, advanced", sort_key=5))
 
 
 def _flag(name: str) -> Parameter:
@@ -196,11 +198,11 @@ class RunConfig(Config):
     eta: float = Field(default=0.7, ge=0, le=2)
     """Interpolation between photo and edit, for the preview and for edits without an eta of their own. 0: the reconstruction of the photo.
     1: the target prompt alone. Values above 1 extrapolate."""
-    embed: Annotated[EmbedConfig, Parameter(group="Stage 1: embed")] = EmbedConfig()
-    tune: Annotated[TuneConfig, Parameter(group="Stage 2: tune")] = TuneConfig()
-    edit: Annotated[EditConfig, Parameter(group="Stage 3: the preview, and the defaults of later edits")] = EditConfig()
-    memory: Annotated[MemoryConfig, Parameter(group="Device and memory")] = MemoryConfig()
-    checkpoint: Annotated[CheckpointConfig, Parameter(group="Checkpoints, for --resume after an interruption")] = CheckpointConfig()
+    embed: Annotated[EmbedConfig, Parameter(group=Group("Stage 1: embed", sort_key=1))] = EmbedConfig()
+    tune: Annotated[TuneConfig, Parameter(group=Group("Stage 2: tune", sort_key=2))] = TuneConfig()
+    edit: Annotated[EditConfig, Parameter(group=Group("Stage 3: the preview, and the defaults of later edits", sort_key=3))] = EditConfig()
+    memory: Annotated[MemoryConfig, Parameter(group=DEVICE_GROUP)] = MemoryConfig()
+    checkpoint: Annotated[CheckpointConfig, Parameter(group=_CHECKPOINTS)] = CheckpointConfig()
 
     @property
     def stages(self) -> dict[str, EmbedConfig | TuneConfig]:

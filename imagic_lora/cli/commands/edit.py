@@ -6,10 +6,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from ...adapters.writing import check_outputs
-from ...core.config import DeviceConfig, EditConfig, PresetOrAuto
+from ...core.config import DEVICE_GROUP, DeviceConfig, EditConfig, PresetOrAuto
 from ...core.errors import ImagicError
 from ..console import err, plain, print_json, progress
 from ..libraries import import_libraries
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
     from ...core.config import RunConfig
 
+_SAMPLING = Group("Sampling (default: the settings stored in the adapter)", sort_key=3)
 SamplingFlags = Annotated[
-    EditConfig | None, Parameter(name="*", group="Sampling (default: the settings stored in the adapter)", show_default=False)
+    EditConfig | None,
+    Parameter(name="*", group=_SAMPLING, show_default=False),
 ]
 
 
@@ -32,7 +34,7 @@ def edit(
     prompt: str | None = None,
     prompt_file: Path | None = None,
     settings: SamplingFlags = None,
-    device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device and memory")] = None,
+    device: Annotated[DeviceConfig | None, Parameter(name="*", group=DEVICE_GROUP)] = None,
     preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
     base: str | None = None,
     force: Flag = False,

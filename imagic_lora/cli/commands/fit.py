@@ -77,7 +77,7 @@ def fit(
             why,
             architecture,
             Store(store),
-            name or slug(image.stem, "photo"),
+            named,
             overwrite,
             resume,
             _processes(run, launch),

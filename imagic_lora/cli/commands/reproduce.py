@@ -113,7 +113,8 @@ def _made_again(
     if then.device == "cuda" and find_card() is None:
         memory |= {"device": "cpu", "dtype": "auto", "attention": "sdpa"}
     check_outputs(path.parent, [path.name])
-    run = edit_settings(adapter, {"edit": metadata.edit.model_dump(), "memory": memory, "preset": preset}, base)
+    sized = {"batch_size": len(metadata.batch)}
+    run = edit_settings(adapter, {"edit": sized, "memory": memory, "preset": preset}, base)
     editor = open_editor(adapter, run, base, force or metadata.forced is not None)
     if editor.base.fingerprint != metadata.base_fingerprint and not force:
         got = (
@@ -124,7 +125,7 @@ def _made_again(
     if not overwrite:
         check_same_edits([path], common)
     wanted = metadata.eta, metadata.seed
-    batch = metadata.edit.model_copy(update={"batch_size": len(metadata.batch)})
+    batch = metadata.edit.model_copy(update=sized)
     prompt = None if metadata.prompt == adapter.record.prompt else metadata.prompt
     pairs = editor.edit_pairs(adapter, metadata.batch, batch, prompt)
     with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", levers=EDIT_LEVERS):

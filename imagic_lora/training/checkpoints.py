@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapters.atomic import atomic_folder, remove
 from ..adapters.manifest import Manifest, changed_file, read_manifest
 from ..adapters.writing import delete, writable
-from ..core.errors import ImagicError, ImagicWarning
+from ..core.errors import ImagicError, ImagicWarning, unreadable
 from ..core.tensors import read, safetensors_pieces
 
 CHECKPOINT, STATE = "checkpoint.json", "state.safetensors"
@@ -102,6 +102,9 @@ class Checkpoints:
 
         Args:
             rename_broken: False only skips broken checkpoints; processes other than the main one pass it.
+
+        Raises:
+            ImagicError: a broken checkpoint cannot be renamed, so that no checkpoint could be written.
         """
         for path in reversed(self._folders()):
             try:
@@ -114,15 +117,23 @@ class Checkpoints:
             except ImagicError as error:
                 if rename_broken:
                     renamed = path.with_name(f"{path.name}.broken")
-                    delete(renamed)
-                    path.rename(renamed)
+                    with writable(self.folder):
+                        delete(renamed)
+                        path.rename(renamed)
                     message = f"a broken checkpoint is skipped and renamed to {renamed}: {error.got}"
                     warnings.warn(message, ImagicWarning, stacklevel=2)
         return None
 
     def any(self) -> bool:
-        """Returns whether a checkpoint exists, intact or broken."""
-        return self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir())
+        """Returns whether a checkpoint exists, intact or broken.
+
+        Raises:
+            ImagicError: the folder cannot be read, so that no checkpoint could be written to it.
+        """
+        try:
+            return self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir())
+        except OSError as error:
+            raise unreadable(self.folder, error) from error
 
     @property
     def size(self) -> int:

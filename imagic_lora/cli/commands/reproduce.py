@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,7 @@ from cyclopts import Parameter
 
 from ...adapters.writing import check_outputs, writable
 from ...core.config import PresetOrAuto
-from ...core.errors import ImagicError, ImagicWarning
+from ...core.errors import ImagicError
 from ..console import err, plain, print_json, progress
 from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir
@@ -79,7 +78,7 @@ def reproduce(
         got = f"{path} differs from {image} in {found.share:.1%} of the pixels, by at most {found.largest} of 255 ({reason})"
     if not force:
         raise ImagicError(got, "identical pixels", "run with the device, the number of threads and the versions of the image")
-    warnings.warn(got, ImagicWarning, stacklevel=1)
+    err.print(f"[yellow]Warning:[/] {plain(got)}", highlight=False)
 
 
 def _made_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -25,8 +26,7 @@ from tiny import save_tiny, save_tiny_sdxl
 
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.loading import registry
-from imagic_lora.bases.loading.known import BaseEntry
+from imagic_lora.bases.loading.known import VARIABLE
 from imagic_lora.core.config import EditConfig, Scheduler
 from imagic_lora.core.errors import ImagicError, ImagicWarning
 from imagic_lora.photos.canvas import Canvas, to_canvas
@@ -115,9 +115,10 @@ def test_the_image_is_that_of_diffusers(family: str, tiny: Callable[[str], Path]
     for config in CASES:
         (image,) = ours(base, config)
         assert np.abs(array(image) - array(theirs(pipe, config, height=SIDE, width=SIDE))).max() <= 1, config
-        found.append(image.tobytes())
+        if config.scheduler != "ddim" and (config.scheduler != "euler" or config.karras_sigmas):  # each is the base's own somewhere
+            found.append(image.tobytes())
     found.append(ours(base, changes(negative_prompt=""))[0].tobytes())
-    assert len(set(found)) == len(found) - 1  # base is ddim for one family, and euler for the other
+    assert len(set(found)) == len(found)
 
 
 @each("name", list(BY_DIFFUSERS))
@@ -163,8 +164,9 @@ def test_settings_that_a_scheduler_or_a_start_cannot_take(tiny: Callable[[str], 
 
 def test_a_distilled_base_is_sampled_at_its_own_timesteps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another scheduler is refused where it samples at others."""
-    named = {"fast": BaseEntry(source=str(save_tiny(tmp_path / "base", scheduler="euler")), few_steps=4)}
-    monkeypatch.setattr(registry, "named_base", named.get)
+    entries = tmp_path / "bases.yaml"
+    entries.write_text(json.dumps({"fast": {"source": str(save_tiny(tmp_path / "base", scheduler="euler")), "few_steps": 4}}))
+    monkeypatch.setenv(VARIABLE, str(entries))
     base = opened(Path("fast"))
     assert base.trained_timesteps is not None
     check_scheduler(base, changes(scheduler="euler"))

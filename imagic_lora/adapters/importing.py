@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from ..core.errors import ImagicError, unreadable
+from ..core.errors import ImagicError
 from ..core.tensors import read
 from .adapter import Adapter
 from .atomic import AtomicWriter
 from .contents import read_canvas, read_embeddings
 from .manifest import changed_file, read_manifest
-from .record import CARD, EMBEDDINGS, PREVIEW, RECORD, REMEDY, SOURCE, STEPS, Record
+from .record import CARD, CONVERGENCE, EMBEDDINGS, PREVIEW, PREVIEWS, RECORD, REMEDY, SOURCE, STEPS, Record
 from .store import Store, check_name
-
-_PIECE = 2**20  # bytes
+from .writing import pieces
 
 
 def import_adapter(folder: Path, store: Store, name: str | None = None) -> Adapter:
@@ -46,7 +44,7 @@ def import_adapter(folder: Path, store: Store, name: str | None = None) -> Adapt
 
     def copy(writer: AtomicWriter) -> None:
         for file, digest in record.files.items():
-            writer.write(file, _pieces(folder / file))
+            writer.write(file, pieces(folder / file))
             if writer.files[file] != digest:
                 raise ImagicError(f"{folder / file} changed while it was copied", "an unchanged file", "import the adapter again")
 
@@ -56,7 +54,7 @@ def import_adapter(folder: Path, store: Store, name: str | None = None) -> Adapt
 def _check_files(adapter: Adapter) -> None:
     """Raises ImagicError for a listed file that no adapter has, that is missing from the record, or that is a link."""
     record, needed = adapter.record, {*adapter.record.weight_files, EMBEDDINGS, SOURCE}
-    if unknown := sorted(record.files.keys() - needed - {PREVIEW, STEPS, CARD}):
+    if unknown := sorted(record.files.keys() - needed - {PREVIEW, STEPS, CARD, CONVERGENCE, PREVIEWS}):
         raise ImagicError(f"the record of {adapter.folder} lists {unknown[0]}", "the files of an adapter", REMEDY)
     for file in needed:
         adapter.listed(file)
@@ -64,12 +62,3 @@ def _check_files(adapter: Adapter) -> None:
         path = adapter.folder / file
         if path.is_symlink() or (path.parent.is_symlink() and path.parent != adapter.folder):
             raise ImagicError(f"{path} is a link", "a regular file", "copy the file itself into the folder")
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(_PIECE):
-                yield piece
-    except OSError as error:
-        raise unreadable(path, error) from error

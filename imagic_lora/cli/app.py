@@ -28,11 +28,13 @@ from .commands.importing import import_adapter
 from .commands.plan import plan
 from .commands.reproduce import reproduce
 from .commands.store import list_adapters, remove, rename, show, verify
+from .commands.sweep import sweep
 from .console import print_error, print_interrupted, print_warnings
 
 COMMANDS: dict[str, Callable[..., None] | App] = {
     "fit": fit,
     "edit": edit,
+    "sweep": sweep,
     "reproduce": reproduce,
     "list": list_adapters,
     "show": show,

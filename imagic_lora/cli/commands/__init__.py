@@ -4,6 +4,7 @@ May import: every room. Only ``cli/app.py`` and the tests import it.
 
 - ``fit.py``: fit
 - ``edit.py``: edit
+- ``sweep.py``: sweep
 - ``reproduce.py``: reproduce
 - ``store.py``: list, show, verify, rename, rm
 - ``importing.py``: import

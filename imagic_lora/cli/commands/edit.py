@@ -14,12 +14,15 @@ from ...core.errors import ImagicError
 from ..console import err, plain, print_json, progress
 from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds, prompt_folders
+from ..searching import searched_eta
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
     from ...core.config import RunConfig
 
 _SAMPLING = Group("Sampling (default: the settings stored in the adapter)", sort_key=3)
+AUTO = "auto"
+"""The value of ``--eta`` that searches for one."""
 SamplingFlags = Annotated[
     EditConfig | None,
     Parameter(name="*", group=_SAMPLING, show_default=False),
@@ -56,7 +59,7 @@ def edit(
         Name of the adapter, as imagic-lora list prints it.
     eta
         0: the reconstruction of the photo. 1: the target prompt alone. One (0.7), several (0.5,0.7), or a range with its end (0.3:1:0.1).
-        Default: the adapter's.
+        auto: search for one with seven images of the first seed. Default: the adapter's.
     seed
         Seed of the starting noise. One (0), several (0,3), or a range without its end (0:4).
     prompt
@@ -87,15 +90,16 @@ def edit(
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     levers = device.model_dump(exclude_unset=True) if device else {}
     run = edit_settings(adapter, {"edit": flags, "memory": levers, "preset": preset}, base)
-    etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
+    etas, seeds = ([] if eta == AUTO else parse_etas(eta)) if eta else [record.eta], parse_seeds(seed)
     folder = out_dir or Path("outputs") / adapter.name
-    if prompt_file and prompt is not None:
-        raise ImagicError("--prompt together with --prompt-file", "one of them", "leave out one")
+    if prompt_file and (prompt is not None or eta == AUTO):
+        raise ImagicError(f"{'--eta auto' if prompt is None else '--prompt'} together with --prompt-file", "one of them", "leave out one")
     prompts = prompt_folders(prompt_file, folder) if prompt_file else {folder: prompt}
-    written = _edit(adapter, base, run, etas, seeds, prompts, force, overwrite, metadata)
+    written, search = _edit(adapter, base, run, etas, seeds, prompts, force, overwrite, metadata)
     sheets = [str(each / SHEET) for each in prompts]
     if as_json:
-        print_json({"adapter": adapter.name, "pictures": written, **({"sheets": sheets} if prompt_file else {"sheet": sheets[0]})})
+        found: dict[str, Any] = {"sheets": sheets} if prompt_file else {"sheet": sheets[0]}
+        print_json({"adapter": adapter.name, "pictures": written} | found | ({"auto": search} if search else {}))
     else:
         plural = "" if len(written) == 1 else "s"
         err.print(f"[green]Wrote[/] {len(written)} image{plural} and {plain(' '.join(sheets))}")
@@ -111,14 +115,14 @@ def _edit(
     force: bool,
     overwrite: bool,
     metadata: bool,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Generates the images of all prompts, etas and seeds, and writes those of each prompt into its folder.
 
     Args:
         adapter: the stored adapter.
         base: a base that replaces the one in the adapter's record.
         run: settings of stage 3 and memory levers.
-        etas: interpolation values, each in [0, 2].
+        etas: interpolation values, each in [0, 2]; none to search for one.
         seeds: seeds of the starting noise.
         prompts: target prompt by output folder; None is that of the adapter.
         force: whether other weights of the same shapes are allowed.
@@ -126,7 +130,8 @@ def _edit(
         metadata: whether the images say how they were made.
 
     Returns:
-        ``file``, ``eta``, ``seed`` and, for several prompts, ``prompt`` of every image.
+        ``file``, ``eta``, ``seed`` and, for several prompts, ``prompt`` of every image; and what
+        :func:`~imagic_lora.cli.searching.searched_eta` returns, empty without a search.
     """
     from ...adapters.contents import read_canvas
     from ...memory.levers import EDIT_LEVERS
@@ -136,24 +141,27 @@ def _edit(
     from ...sampling.opening import open_editor
     from ...sampling.outputs import SHEET, check_same_edits, image_name, write_edits
 
-    config, names = run.edit, [image_name(eta, seed) for eta in etas for seed in seeds]
-    targets = {folder: adapter.record.prompt if prompt is None else prompt for folder, prompt in prompts.items()}
+    config, targets = run.edit, {folder: adapter.record.prompt if one is None else one for folder, one in prompts.items()}
+    names = [image_name(eta, seed) for eta in etas for seed in seeds]
     for folder, target_prompt in targets.items():
         check_edit(etas, seeds, config, target_prompt)
         check_outputs(folder, [*names, SHEET])
     editor = open_editor(adapter, run, base, force)
     made = {folder: image_metadata(adapter, editor.base, config, target_prompt) for folder, target_prompt in targets.items()}
-    if not overwrite:
-        for folder, common in made.items():
-            check_same_edits([folder / name for name in names], common)
-    images, photo = len(etas) * len(seeds), read_canvas(adapter).photo()
-    others = (None if target_prompt == adapter.record.prompt else target_prompt for target_prompt in targets.values())
-    edits = (edit for prompt in others for edit in editor.edit(adapter, etas, seeds, config, prompt))
-    shown = iter(progress(edits, images * len(prompts), "images"))
-    written = f"the images written so far are in {next(iter(prompts)) if len(prompts) == 1 else next(iter(prompts)).parent}"
-    pictures: list[dict[str, Any]] = []
+    others = [None if target_prompt == adapter.record.prompt else target_prompt for target_prompt in targets.values()]
+    first, search, pictures = next(iter(prompts)), dict[str, Any](), list[dict[str, Any]]()
+    written = f"the images written so far are in {first if len(prompts) == 1 else first.parent}"
     with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", lambda: written, EDIT_LEVERS):
+        if not etas:
+            search = searched_eta(editor, adapter, seeds[0], config, others[0])
+            etas, names = [search["eta"]], [image_name(search["eta"], seed) for seed in seeds]
+            check_outputs(first, names)
+        if not overwrite:
+            for folder, common in made.items():
+                check_same_edits([folder / name for name in names], common)
+        edits = (edit for prompt in others for edit in editor.edit(adapter, etas, seeds, config, prompt))
+        shown, photo = iter(progress(edits, len(names) * len(prompts), "images")), read_canvas(adapter).photo()
         for folder, common in made.items():
-            found = write_edits(islice(shown, images), folder, common, photo, metadata)
+            found = write_edits(islice(shown, len(names)), folder, common, photo, metadata)
             pictures += [one | ({"prompt": targets[folder]} if len(prompts) > 1 else {}) for one in found]
-    return pictures
+    return pictures, search

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..bases.base import Base
 from ..core.config import EditConfig
-from ..sampling.checks import check_strength
+from ..sampling.checks import check_sampling
 from ..sampling.generate import generate
 from .method import Passes
 from .sampled import C, EncodedRequest, SamplingConfig, SamplingMethod
@@ -58,6 +58,6 @@ def generation_passes(base: Base, config: EditConfig) -> Passes:
     scheduler.set_timesteps(config.steps)
     calls = len(scheduler.timesteps)
     if config.start == "image":
-        check_strength(config)
+        check_sampling(config)
         calls -= (config.steps - int(config.steps * config.strength)) * scheduler.order
     return Passes(calls * guided)

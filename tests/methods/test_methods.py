@@ -27,7 +27,7 @@ from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EditConfig, Mode
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.methods.generated import PromptOnly
-from imagic_lora.methods.imagic import Imagic
+from imagic_lora.methods.imagic import Imagic, unmonitored
 from imagic_lora.methods.method import Context, Cost, EditRequest, EditResult, Method, Passes, metered
 from imagic_lora.methods.sampled import SamplingConfig
 from imagic_lora.methods.sdedit import SDEdit, SDEditConfig
@@ -346,6 +346,16 @@ def test_settings_of_imagic_are_its_run(folder: Path) -> None:
     config = tiny_config(folder)
     settings = Imagic("ours", config).settings
     assert json.loads(json.dumps(settings)) == settings
-    assert type(config).model_validate(settings["run"]) == imagic.unmonitored(config)
+    assert type(config).model_validate(settings["run"]) == config
     assert Imagic("ours", config, {"image": OTHER}).settings != settings
     assert Imagic("ours", tiny_config(folder, eta=0.8)).settings != settings
+
+
+def test_what_only_informs_does_not_count_as_a_cost(folder: Path) -> None:
+    """Evaluations and previews are off, unless early stopping needs the evaluations; nothing else changes."""
+    config = tiny_config(folder, monitoring={"convergence_every": 2, "preview_every": 2})
+    silent = unmonitored(config)
+    assert (silent.monitoring.convergence_every, silent.monitoring.preview_every) == (0, 0)
+    assert silent.model_copy(update={"monitoring": config.monitoring}) == config
+    early = tiny_config(folder, monitoring={"convergence_every": 2, "preview_every": 2, "early_stop": "tune", "patience": 1})
+    assert unmonitored(early).monitoring == early.monitoring.model_copy(update={"preview_every": 0})

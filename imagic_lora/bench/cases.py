@@ -23,6 +23,7 @@ class Case:
         source: the scene of the photo.
         truth: the scene of the true edit.
         prompt: the target prompt: the animal, and the new value of the attribute.
+        source_prompt: the same sentence about the photo: the animal, and the present value of the attribute.
     """
 
     index: int
@@ -30,6 +31,7 @@ class Case:
     source: Scene
     truth: Scene
     prompt: str
+    source_prompt: str
 
 
 def case_at(seed: int, index: int) -> Case:
@@ -49,4 +51,6 @@ def case_at(seed: int, index: int) -> Case:
         source = replace(source, thing="none")
     value = rng.choice([value for value in ATTRIBUTES[kind] if value not in (getattr(source, kind), "none")])
     truth = source.edited(**{kind: value})
-    return Case(index, kind, source, truth, describe(truth, {kind}, pose_first=rng.choice((False, True))))
+    pose_first = rng.choice((False, True))
+    prompt, source_prompt = (describe(scene, {kind}, pose_first) for scene in (truth, source))
+    return Case(index, kind, source, truth, prompt, source_prompt)

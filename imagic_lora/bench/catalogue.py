@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..core.config import EditConfig, Mode, RunConfig
 from ..core.errors import ImagicError
 from ..core.settings import RECIPES, read_settings, resolve
-from ..methods.bounds import Bounds
+from ..core.text import exact
+from ..methods.generated import PromptOnly
 from ..methods.imagic import Imagic
-from ..methods.method import Method
-from ..methods.untuned import prompt_only, sdedit
+from ..methods.inversions.ddim import DDIB, DDIMInversion
+from ..methods.inversions.edit_friendly import EditFriendly
+from ..methods.inversions.negative_prompt import NegativePromptInversion, ProximalInversion
+from ..methods.inversions.null_text import NullTextInversion
+from ..methods.inversions.renoise import ReNoise
+from ..methods.magicmix import MagicMix, MagicMixText
+from ..methods.sampled import SamplingMethod
+from ..methods.sdedit import SDEdit, SDEditConfig
+from .bounds import Bounds
+from .critters import Benched
 
 RECIPE_FILES = Path(__file__).parent
 STRENGTHS = (0.5, 0.65, 0.8, 0.9)
+GUIDANCE = 3.0
+"""Guidance scale at which the embedded base follows prompts, for methods without a fit."""
 STARTS: dict[str, dict[str, Any]] = {
     "noise": {"edit": {"start": "noise"}},
     "image": {"edit": {"start": "image"}},
@@ -59,9 +71,26 @@ def other_starts(mode: Mode) -> dict[str, tuple[float, EditConfig]]:
     return {start: (config.eta, config.edit) for start, config in configs.items()}
 
 
-def untuned() -> EditConfig:
-    """Returns sampling settings for methods without a fit: deterministic DDIM, and a guidance scale at which the base follows prompts."""
-    return defaults("lora").edit.model_copy(update={"ddim_eta": 0.0, "guidance_scale": 3.0})
+def sampling(method: type[SamplingMethod[Any]]) -> SamplingMethod[Any]:
+    """Returns a method without a fit with its own defaults, at the guidance scale of the embedded base.
+
+    Args:
+        method: class of the method.
+    """
+    return method({method.name: method.config_class(guidance_scale=GUIDANCE)})
+
+
+def prompt_only() -> PromptOnly:
+    """Returns the method that samples from noise, with as many steps as the edits of Imagic."""
+    return PromptOnly({"prompt-only": PromptOnly.config_class(steps=defaults("lora").edit.steps, guidance_scale=GUIDANCE)})
+
+
+def sdedit() -> SDEdit:
+    """Returns SDEdit with a row for each of :data:`STRENGTHS`, with as many steps as the edits of Imagic."""
+    steps = defaults("lora").edit.steps
+    return SDEdit(
+        {f"sdedit-{exact(strength)}": SDEditConfig(steps=steps, guidance_scale=GUIDANCE, strength=strength) for strength in STRENGTHS}
+    )
 
 
 def reference(name: str, file: str) -> Imagic:
@@ -74,19 +103,23 @@ def reference(name: str, file: str) -> Imagic:
     return Imagic(name, resolve({"base": "critters", "resolution": None}, read_settings(RECIPE_FILES / file), {}))
 
 
-CATALOGUE: dict[str, Callable[[], Method]] = {
+INVERSIONS = (DDIMInversion, DDIB, NegativePromptInversion, ProximalInversion, NullTextInversion, EditFriendly, ReNoise)
+MIXES = (MagicMix, MagicMixText)
+
+CATALOGUE: dict[str, Callable[[], Benched]] = {
     "bounds": Bounds,
-    "prompt-only": lambda: prompt_only(untuned()),
-    "sdedit": lambda: sdedit(untuned(), STRENGTHS),
+    "prompt-only": prompt_only,
+    "sdedit": sdedit,
     "imagic-lora": lambda: Imagic("imagic-lora", defaults("lora"), other_starts("lora")),
     "imagic-full": lambda: Imagic("imagic-full", defaults("full")),
     "embedding-only": lambda: Imagic("embedding-only", defaults("embedding"), other_starts("embedding")),
     "reference": lambda: reference("reference", "reference-imagic.yaml"),
     "reference-retuned": lambda: reference("reference-retuned", "reference-imagic-retuned.yaml"),
+    **{method.name: partial(sampling, method) for method in (*INVERSIONS, *MIXES)},
 }
 
 
-def chosen(names: str | None) -> list[Method]:
+def chosen(names: str | None) -> list[Benched]:
     """Returns the methods of a list, in its order and without duplicates.
 
     Args:

@@ -25,12 +25,15 @@ from ..core.errors import ImagicError
 from ..core.runtime import resolve_runtime
 from ..critters import render
 from ..critters.judge import WEIGHTS, Judge
-from ..methods.method import Context, Cost, EditRequest, Method
+from ..methods.method import Context, Cost, EditRequest, EditResult, Method
 from ..photos.png import write_png
+from .bounds import Bounds
 from .cases import Case, case_at
 from .metrics import CritterAlignment
 from .scores import IDENTITY_LIMIT, Score, Scorer
 from .worker import begin_worker
+
+Benched = Method | Bounds
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Bench:
 
     seed: int
     cases: int
-    methods: Sequence[Method]
+    methods: Sequence[Benched]
     out: Path
     base: Path = CRITTERS
 
@@ -108,16 +111,16 @@ class Bench:
         """Returns the folder with the images and results of a case."""
         return self.out / "cases" / f"{self.seed}-{index:04d}"
 
-    def run(self, method: Method, index: int) -> Result:
+    def run(self, method: Benched, index: int) -> Result:
         """Runs one method on one case, and writes its images and its result into the folder of the case."""
         case, folder = case_at(self.seed, index), self.folder(index)
         folder.mkdir(parents=True, exist_ok=True)
-        request = _write_case(case, folder)
+        _write_case(case, folder)
         context, scorer = _context(self.base)
         rows: dict[str, tuple[Score, Cost]] = {}
         error = None
         try:
-            for edited in method.edit(context, request):
+            for edited in _edits(method, context, case):
                 write_png(edited.image, folder / f"{edited.row}.png", {"case": index, "seed": self.seed, "text": case.prompt})
                 rows[edited.row] = (scorer.score(case, edited.image), edited.cost)
         except Exception:  # a failed case must not end the run: it is counted and reported with its traceback
@@ -139,12 +142,12 @@ class Bench:
         for folder in filter(Path.exists, map(self.folder, range(self.cases))):
             check_outputs(folder, files)
 
-    def _key(self, method: Method, index: int) -> str:
+    def _key(self, method: Benched, index: int) -> str:
         """Returns a digest of everything that a result depends on."""
         inputs = [self.seed, index, method.settings, method.rows, _weights(self.base), IDENTITY_LIMIT]
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
-    def _stored(self, method: Method, index: int) -> Result | None:
+    def _stored(self, method: Benched, index: int) -> Result | None:
         """Returns the stored result of an earlier run; None if there is none, if it failed, or if its settings or weights differ."""
         try:
             stored = json.loads((self.folder(index) / f"{method.name}.json").read_text(encoding="utf-8"))
@@ -157,12 +160,16 @@ class Bench:
         return Result(index, method.name, rows) if complete else None
 
 
-def _write_case(case: Case, folder: Path) -> EditRequest:
-    """Writes the photo and the true edit of a case into its folder, and returns the request for the methods."""
-    photo, truth = render(case.source), render(case.truth)
-    write_png(photo, folder / "source.png", {})
-    write_png(truth, folder / "truth.png", {})
-    return EditRequest(photo, case.prompt, case.index, truth)
+def _write_case(case: Case, folder: Path) -> None:
+    """Writes the photo and the true edit of a case into its folder."""
+    write_png(render(case.source), folder / "source.png", {})
+    write_png(render(case.truth), folder / "truth.png", {})
+
+
+def _edits(method: Benched, context: Context, case: Case) -> Iterator[EditResult]:
+    """The edits of a case by a method. Only the bounds see the true edit."""
+    request = EditRequest(render(case.source), case.prompt, case.source_prompt, seed=case.index)
+    return method.edit(context, request, render(case.truth)) if isinstance(method, Bounds) else method.edit(context, request)
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

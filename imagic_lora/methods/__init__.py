@@ -2,8 +2,11 @@
 
 May import: core, photos, bases, memory, adapters, sampling, training. Must not know: benchmarks, commands.
 
-- ``method.py``: the interface (request, result, context) and the measured cost of an edit
+- ``method.py``: the interface (request, result, needs, predicted passes) and the measured cost of an edit
 - ``imagic.py``: Imagic, in either mode and with any settings
-- ``untuned.py``: methods without a fit: the target prompt alone, and image to image (SDEdit)
-- ``bounds.py``: reference rows: the unedited photo, and the true edit encoded and decoded by the VAE
+- ``sampled.py``: the common form of methods that only sample: an encoded request, and settings for each row
+- ``generated.py``: methods that call stage 3 on the untuned base; the target prompt alone
+- ``sdedit.py``: SDEdit, image to image
+- ``magicmix.py``: MagicMix, of a photo or of a prompt with a prompt
+- ``inversions/``: methods that invert the photo: DDIM inversion, DDIB, null-text inversion and others
 """

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from ..adapters.adapter import Adapter
 from ..adapters.store import Store
+from ..bases.base import Base
 from ..core.config import EditConfig, RunConfig
 from ..photos.png import write_png
 from ..sampling.editor import Editor
 from ..training.fit import fit
+from ..training.monitoring.convergence import PAIRS
 from ..training.stage import StepReport
-from .method import Context, Cost, CostMeter, EditRequest, EditResult, Method, metered
+from .generated import generation_passes
+from .method import Context, Cost, CostMeter, EditRequest, EditResult, Method, Passes, metered
 
 
 class Imagic(Method):
@@ -34,6 +37,7 @@ class Imagic(Method):
         self.settings = {"run": config.model_dump(mode="json"), "rows": sampled}
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+        self.check(context.base, request)
         base, config = context.base, unmonitored(self.config).model_copy(update={"seed": request.seed})
         with tempfile.TemporaryDirectory() as folder, closing(Editor(base)) as editor:
             photo = Path(folder) / "photo.png"
@@ -45,6 +49,14 @@ class Imagic(Method):
                 with metered(base) as meter:
                     (result,) = editor.edit(adapter, [eta], [request.seed], sampling)
                     yield EditResult(row, result.image, trained + meter.cost())
+
+    def passes(self, base: Base) -> dict[str, Passes]:
+        trained = sum(stage.steps * stage.batch_size for stage in self.config.stages.values())
+        every = unmonitored(self.config).monitoring.convergence_every  # above 0 only with early stopping
+        evaluations = 1 + sum(stage.steps // every + 1 for stage in self.config.stages.values()) if every else 0
+        forward = trained + PAIRS * evaluations
+        sampled = {row: generation_passes(base, sampling).forward for row, (_, sampling) in self.ways.items()}
+        return {row: Passes(forward + passes, trained, at_most=every > 0) for row, passes in sampled.items()}
 
 
 def unmonitored(config: RunConfig) -> RunConfig:

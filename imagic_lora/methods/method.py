@@ -1,18 +1,30 @@
-"""The interface of a method: a photo, a target prompt and a seed in, edited images and their cost out."""
+"""The interface of a method: a request in, edited images and their cost out."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
-from typing import Any
+from dataclasses import astuple, dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from PIL import Image
 
+from ..bases.altered import check_unaltered
 from ..bases.base import Base
+from ..core.errors import ImagicError
+from ..sampling.checks import check_prompt, check_seed
+
+Need = Literal["source_prompt", "mask", "subject"]
+"""Optional fields of a request that a method may require."""
+
+_NEEDED: dict[Need, tuple[str, str]] = {
+    "source_prompt": ("a prompt that describes the photo as it is", "give a source prompt"),
+    "mask": ("a mask of the area that may change", "give a mask"),
+    "subject": ("a noun that names the subject of the photo", "give a subject"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,19 +47,35 @@ class Cost:
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
+class Passes(NamedTuple):
+    """Passes of one sample through the denoiser, predicted before a method runs; counted as in :class:`Cost`.
+
+    Args:
+        forward: number of forward passes.
+        backward: number of backward passes.
+        at_most: whether the method may stop earlier, so that the numbers are upper bounds.
+    """
+
+    forward: int
+    backward: int = 0
+    at_most: bool = False
+
+
 @dataclass(frozen=True)
 class EditResult:
     """An edited image of a method.
 
     Args:
-        row: name of the table row that reports the image. A method may have several rows, each with its own settings.
-        image: the edited image, RGB.
+        row: name of the row that reports the image. A method may have several rows, each with its own settings.
+        image: the edited image, RGB, of the size of the photo.
         cost: the cost of the image.
+        extras: what else the method found, by name: images and JSON values.
     """
 
     row: str
     image: Image.Image
     cost: Cost
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,14 +85,18 @@ class EditRequest:
     Args:
         photo: the source image, RGB.
         target_prompt: prompt that describes the edited image.
-        seed: seed of every random number of the method.
-        truth: the true edit, RGB. Only :class:`~imagic_lora.methods.bounds.Bounds` may use it.
+        source_prompt: prompt that describes the photo.
+        mask: the area that may change, mode L, of the size of the photo; 255 may change, 0 may not.
+        subject: noun that names the subject of the photo.
+        seed: seed of every random number of the method, in [0, 2^32).
     """
 
     photo: Image.Image
     target_prompt: str
-    seed: int
-    truth: Image.Image
+    source_prompt: str | None = None
+    mask: Image.Image | None = None
+    subject: str | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,13 +115,19 @@ class Method(ABC):
 
     Attributes:
         name: name of the method on the command line.
-        rows: names of the table rows that report its images.
+        rows: names of the rows that report its images.
         settings: everything that its images depend on besides the request and the base, as JSON values.
+        requires: optional fields of a request that the method cannot do without.
+        supports: denoisers that the method works with.
+        needs_null: whether the method needs classifier-free guidance, which bases with the guidance scale as an input do not have.
     """
 
     name: str
     rows: tuple[str, ...]
     settings: dict[str, Any]
+    requires: ClassVar[frozenset[Need]] = frozenset()
+    supports: ClassVar[frozenset[str]] = frozenset({"unet"})
+    needs_null: ClassVar[bool] = False
 
     @abstractmethod
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
@@ -99,11 +137,46 @@ class Method(ABC):
 
         Args:
             context: what all methods of a run share.
-            request: the photo, the target prompt and the seed.
+            request: the photo, the prompts and the seed.
 
         Yields:
             One result for each row, in the order of :attr:`rows`.
+
+        Raises:
+            ImagicError: as :meth:`check`, before anything is computed.
         """
+
+    @abstractmethod
+    def passes(self, base: Base) -> dict[str, Passes]:
+        """Predicts the passes through the denoiser for each row, without running it.
+
+        Args:
+            base: the base that the method would run on.
+        """
+
+    def check(self, base: Base, request: EditRequest) -> None:
+        """Checks that the method can edit the photo of a request on a base.
+
+        Raises:
+            ImagicError: the base is not supported or has an adapter applied, a required field is missing, a prompt is empty or not UTF-8,
+                the seed is out of range, or the mask does not have the size of the photo.
+        """
+        if base.component not in self.supports or (self.needs_null and base.architecture.embeds_guidance):
+            kind = f"a {base.component}" + (" that takes the guidance scale as an input" if base.architecture.embeds_guidance else "")
+            expected = " or ".join(sorted(self.supports)) + (" with classifier-free guidance" if self.needs_null else "")
+            raise ImagicError(f"method {self.name} on {base.name}, {kind}", f"a {expected}", "choose another base or another method")
+        check_unaltered(base)
+        for need in sorted(self.requires):
+            if getattr(request, need) is None:
+                expected, remedy = _NEEDED[need]
+                raise ImagicError(f"method {self.name} without a {need.replace('_', ' ')}", expected, f"{remedy}, or choose another method")
+        for prompt in (request.target_prompt, request.source_prompt):
+            if prompt is not None:
+                check_prompt(prompt)
+        check_seed(request.seed)
+        if request.mask is not None and request.mask.size != request.photo.size:
+            got, size = "a mask of {} x {} pixels".format(*request.mask.size), "{} x {}, the size of the photo".format(*request.photo.size)
+            raise ImagicError(got, size, "scale the mask")
 
 
 class CostMeter:

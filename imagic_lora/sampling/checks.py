@@ -24,6 +24,13 @@ def check_prompt(prompt: str) -> None:
     warn_of_weights(prompt)
 
 
+def check_seed(seed: int) -> None:
+    """Raises ImagicError if a seed is out of [0, 2^32), where another seed gives the same noise."""
+    if not 0 <= seed < SEEDS:
+        got = f"seed {seed}, whose noise is that of seed {seed % SEEDS}"
+        raise ImagicError(got, f"0 to {SEEDS - 1:,}, the seeds that PyTorch tells apart on the CPU", "change --seed")
+
+
 def warn_of_weights(prompt: str) -> None:
     """Warns if a prompt has weights such as ``(word:1.3)``, which are read as plain text."""
     if weighted := _WEIGHTED.search(prompt):
@@ -90,9 +97,7 @@ def check_edit(etas: Sequence[float], seeds: Sequence[int], config: EditConfig, 
         if not 0 <= eta <= 2:
             raise ImagicError(f"eta {exact(eta)}", "0 (the photo) to 1 (the target prompt), at most 2", "change --eta")
     for seed in seeds:
-        if not 0 <= seed < SEEDS:
-            got = f"seed {seed}, whose noise is that of seed {seed % SEEDS}"
-            raise ImagicError(got, f"0 to {SEEDS - 1:,}, the seeds that PyTorch tells apart on the CPU", "change --seed")
+        check_seed(seed)
     if len(seeds) > 1 and config.start == "inverted" and not config.ddim_eta:
         got = f"{len(seeds)} seeds with start inverted"
         raise ImagicError(

@@ -159,6 +159,23 @@ class Trajectory:
         no_noise = torch.zeros_like(step.before) if self.ddim_eta else None
         return self._forward.step(prediction, step.timestep, step.before, self.ddim_eta, variance_noise=no_noise, return_dict=False)[0]
 
+    def coefficients(self, index: int) -> tuple[float, float]:
+        """Returns ``a`` and ``b`` of a step forwards without noise: it is ``a z + b f`` for latents ``z`` and the prediction ``f``.
+
+        Args:
+            index: number of the step, in [0, N).
+
+        Raises:
+            ImagicError: the scheduler of the base clips the predicted image, so that its steps are not linear.
+        """
+        if self._forward.config.clip_sample or self._forward.config.thresholding:
+            got, expected = "a scheduler that clips the predicted image", "clip_sample and thresholding false"
+            raise ImagicError(got, expected, "choose another base, or DDIM inversion without fixed-point iterations")
+        one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        timestep = self.timesteps[index]
+        a, b = (float(self._forward.step(f, timestep, z, self.ddim_eta, variance_noise=zero)[0]) for z, f in ((one, zero), (zero, one)))
+        return a, b
+
 
 def path(steps: Iterable[Step]) -> Path:
     """Runs the steps and returns the latents at every position, the first one included.

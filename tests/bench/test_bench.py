@@ -41,9 +41,9 @@ from imagic_lora.core.settings import RECIPES, resolve
 from imagic_lora.core.yaml_files import read_yaml
 from imagic_lora.critters import ATTRIBUTES, backdrop, render
 from imagic_lora.critters.judge import Judge, Reading
-from imagic_lora.critters.scene import IDENTITY, Scene
+from imagic_lora.critters.scene import IDENTITY, Scene, describe
 from imagic_lora.methods.imagic import Imagic
-from imagic_lora.methods.method import Context, Cost, EditRequest, EditResult, Method
+from imagic_lora.methods.method import Context, Cost, EditRequest, EditResult, Method, Passes
 from imagic_lora.photos.reading import read_metadata
 
 MANY = [case_at(3, index) for index in range(240)]
@@ -124,6 +124,8 @@ def test_a_prompt_names_the_animal_and_the_change_and_nothing_else() -> None:
         named = {name: values for name, values in said(case.prompt).items() if values}
         assert named == {"animal": {case.truth.animal}, case.kind: {getattr(case.truth, case.kind)}}
         assert re.fullmatch(rf"(an (?=[aeiou])|a (?![aeiou]))({words})( ({words}))?( ({phrases}))?", case.prompt), case.prompt
+        assert case.source_prompt in {describe(case.source, {case.kind}, pose_first) for pose_first in (False, True)}
+        assert (case.source_prompt.split()[1] in ATTRIBUTES["pose"]) == (case.prompt.split()[1] in ATTRIBUTES["pose"])
     starts = [case.prompt.split()[:2] for case in MANY]
     assert ["an", "orange"] in starts
     poses = [word in ATTRIBUTES["pose"] for (_, word), case in zip(starts, MANY, strict=True) if case.kind == "pose"]
@@ -305,8 +307,8 @@ class Painter(Method):
 
     name, rows = "painter", ("plain", "bright")
 
-    def __init__(self, log: Path, levels: int = 4, fails: Sequence[int] = ()) -> None:
-        self.log, self.fails = log, fails
+    def __init__(self, log: Path, levels: int = 4, fails: Sequence[int] = (), seed: int = 5) -> None:
+        self.log, self.fails, self.seed = log, fails, seed
         self.settings = {"levels": levels}
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
@@ -315,7 +317,11 @@ class Painter(Method):
         yield EditResult("plain", request.photo, Cost())
         if request.seed in self.fails:
             raise ValueError(f"odd weather in case {request.seed}")
-        yield EditResult("bright", off_by(request.truth, self.settings["levels"]), Cost(3, 2, 1.5, 7))
+        truth = render(case_at(self.seed, request.seed).truth)
+        yield EditResult("bright", off_by(truth, self.settings["levels"]), Cost(3, 2, 1.5, 7))
+
+    def passes(self, base: Any) -> dict[str, Passes]:
+        return {"plain": Passes(0), "bright": Passes(3, 2)}
 
     def calls(self) -> list[int]:
         """The cases since this was last asked."""
@@ -331,6 +337,9 @@ class Copier(Method):
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         yield EditResult("copied", request.photo, Cost())
+
+    def passes(self, base: Any) -> dict[str, Passes]:
+        return {"copied": Passes(0)}
 
 
 @pytest.fixture
@@ -420,6 +429,24 @@ def test_a_run_leaves_pictures_and_results_in_files(painter: Painter, tmp_path: 
 
 
 @pytest.mark.usefixtures("cheap")
+def test_methods_see_the_source_prompt_and_never_the_true_edit(tmp_path: Path) -> None:
+    """The request has the photo, both prompts and the seed; its pictures are none but the photo."""
+    seen: list[EditRequest] = []
+
+    class Looking(Copier):
+        def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+            seen.append(request)
+            return super().edit(context, request)
+
+    list(Bench(5, 2, [Looking()], tmp_path).results())
+    for index, request in enumerate(seen):
+        case = case_at(5, index)
+        assert (request.target_prompt, request.source_prompt, request.seed) == (case.prompt, case.source_prompt, index)
+        assert [value for value in vars(request).values() if isinstance(value, Image.Image)] == [request.photo]
+        assert np.array_equal(array(request.photo), array(render(case.source)))
+
+
+@pytest.mark.usefixtures("cheap")
 def test_a_second_run_does_nothing_again(painter: Painter, tmp_path: Path) -> None:
     """It gives equal results, and only the cases that are new are done."""
     first = list(Bench(5, 2, [painter], tmp_path).results())
@@ -445,7 +472,7 @@ def test_what_a_result_depends_on_makes_it_run_again(
         monkeypatch.setattr(critters, "_weights", lambda folder: "other")
     if change == "limit":
         monkeypatch.setattr(critters, "IDENTITY_LIMIT", IDENTITY_LIMIT + 0.01)
-    changed = Painter(painter.log, levels)
+    changed = Painter(painter.log, levels, seed=seed)
     (result,) = Bench(seed, 1, [changed], tmp_path).results()
     assert changed.calls() == [0]
     assert result.rows["bright"][0].background == pytest.approx(levels)
@@ -534,6 +561,9 @@ class Named(Method):
         self.name, self.rows, self.settings = name, rows or (name,), {}
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+        raise AssertionError
+
+    def passes(self, base: Any) -> dict[str, Passes]:
         raise AssertionError
 
 
@@ -829,6 +859,15 @@ def test_the_catalogue_has_these_methods() -> None:
         "embedding-only",
         "reference",
         "reference-retuned",
+        "ddim-inversion",
+        "ddib",
+        "negative-prompt",
+        "proximal",
+        "null-text",
+        "edit-friendly",
+        "renoise",
+        "magicmix",
+        "magicmix-text",
     ]
     methods = chosen(",".join(SHIPPED))
     assert [method.name for method in methods] == SHIPPED

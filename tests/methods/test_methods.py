@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,22 @@ import torch
 from common import MODES, PROMPT, TUNED, array, opened, same, tiny_config, weights
 from diffusers import AutoencoderKL
 from PIL import Image
+from tiny import save_tiny
 
 import imagic_lora.methods.imagic as imagic
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.contents import read_canvas, read_embeddings
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
+from imagic_lora.bench.bounds import Bounds
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EditConfig, Mode
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.methods.bounds import Bounds
+from imagic_lora.methods.generated import PromptOnly
 from imagic_lora.methods.imagic import Imagic, unmonitored
-from imagic_lora.methods.method import Context, Cost, EditRequest, EditResult, Method, metered
-from imagic_lora.methods.untuned import Untuned, prompt_only, sdedit
+from imagic_lora.methods.method import Context, Cost, EditRequest, EditResult, Method, Passes, metered
+from imagic_lora.methods.sampled import SamplingConfig
+from imagic_lora.methods.sdedit import SDEdit, SDEditConfig
 from imagic_lora.photos.canvas import to_canvas
 from imagic_lora.photos.reading import read_photo
 from imagic_lora.sampling.editor import Editor
@@ -44,10 +48,8 @@ def base(folder: Path) -> Base:
 
 @pytest.fixture(scope="module")
 def wanted(photo_file: Path) -> EditRequest:
-    """The photo is 50 x 37; the true edit has the size of the base."""
-    photo = read_photo(photo_file).image
-    truth = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    return EditRequest(photo, PROMPT, SEED, Image.fromarray(truth))
+    """The photo is 50 x 37."""
+    return EditRequest(read_photo(photo_file).image, PROMPT, seed=SEED)
 
 
 def run(method: Method, base: Base, wanted: EditRequest) -> list[EditResult]:
@@ -127,12 +129,13 @@ def test_costs_add_up() -> None:
 
 def test_bounds_are_the_photo_and_the_true_edit_through_the_vae(folder: Path, base: Base, wanted: EditRequest) -> None:
     """The copy is the photo bit for bit; the oracle is what diffusers' own VAE gives back of the true edit; both are free."""
-    copy, oracle = run(Bounds(), base, wanted)
+    truth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8))
+    copy, oracle = Bounds().edit(Context(base), wanted, truth)
     assert ((copy.row, oracle.row), Bounds().rows) == (("copy", "oracle"), ("copy", "oracle"))
     assert np.array_equal(array(copy.image), array(wanted.photo))
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     with torch.no_grad():
-        clean = torch.tensor(array(wanted.truth)).permute(2, 0, 1)[None] / 127.5 - 1
+        clean = torch.tensor(array(truth)).permute(2, 0, 1)[None] / 127.5 - 1
         back = vae.decode(vae.encode(clean).latent_dist.mode()).sample.clamp(-1, 1)
     expected = ((back[0].permute(1, 2, 0) + 1) * 127.5).numpy()
     assert np.abs(array(oracle.image) - expected).max() <= 1
@@ -150,57 +153,57 @@ def alone(base: Base, wanted: EditRequest, config: EditConfig, seed: int = SEED)
     return array(image)
 
 
+def sdedit(*strengths: float, scale: float = 3.0) -> SDEdit:
+    """With a row for each strength."""
+    return SDEdit({f"s{strength:g}": SDEditConfig(steps=5, guidance_scale=scale, strength=strength) for strength in strengths})
+
+
+def prompt_only(scale: float = 3.0) -> PromptOnly:
+    return PromptOnly({"one": SamplingConfig(steps=5, guidance_scale=scale)})
+
+
 def test_prompt_only_is_the_target_prompt_from_noise(folder: Path, base: Base, wanted: EditRequest) -> None:
-    """Whatever start the settings name; two evaluations a step with guidance and one without, none backward."""
+    """Two evaluations a step with guidance and one without, none backward."""
     for guidance, evaluations in ((3.0, 10), (1.0, 5)):
-        config = CONFIG.model_copy(update={"guidance_scale": guidance, "start": "image"})
-        (made,) = run(prompt_only(config), base, wanted)
-        expected = alone(opened(folder), wanted, config.model_copy(update={"start": "noise"}))
+        (made,) = run(prompt_only(guidance), base, wanted)
+        expected = alone(opened(folder), wanted, CONFIG.model_copy(update={"guidance_scale": guidance, "start": "noise"}))
         assert np.array_equal(array(made.image), expected)
-        assert (made.row, counts(made.cost), made.cost.adapter) == ("prompt-only", (evaluations, 0), 0)
+        assert (made.row, counts(made.cost), made.cost.adapter) == ("one", (evaluations, 0), 0)
+        assert prompt_only(guidance).passes(base) == {"one": Passes(evaluations)}
         assert made.cost.seconds > 0
 
 
 def test_prompt_only_depends_on_the_seed_and_not_on_the_photo(base: Base, wanted: EditRequest) -> None:
     """Another seed is another picture; another photo of the same size is not."""
-    black = Image.new("RGB", wanted.photo.size)
-    method = prompt_only(CONFIG)
-    (first,), (other,) = (
-        run(method, base, wanted),
-        run(method, base, EditRequest(wanted.photo, wanted.target_prompt, SEED + 1, wanted.truth)),
+    first, other, blind = (
+        run(prompt_only(), base, one)[0]
+        for one in (wanted, replace(wanted, seed=SEED + 1), replace(wanted, photo=Image.new("RGB", wanted.photo.size)))
     )
-    (blind,) = run(method, base, EditRequest(black, wanted.target_prompt, SEED, black))
     assert not np.array_equal(array(first.image), array(other.image))
     assert np.array_equal(array(first.image), array(blind.image))
 
 
 def test_sdedit_starts_from_the_photo_by_each_strength(folder: Path, base: Base, wanted: EditRequest) -> None:
     """A row for each: the picture of generate() from the image, at strength times steps, twice with guidance."""
-    method = sdedit(CONFIG, (0.4, 0.65, 1.0))
+    method = sdedit(0.4, 0.65, 1.0)
     made = run(method, base, wanted)
-    assert method.rows == tuple(one.row for one in made) == ("sdedit-0.4", "sdedit-0.65", "sdedit-1")
+    assert method.rows == tuple(one.row for one in made) == ("s0.4", "s0.65", "s1")
     for one, strength, steps in zip(made, (0.4, 0.65, 1.0), (2, 3, 5), strict=True):
         config = CONFIG.model_copy(update={"start": "image", "strength": strength})
         assert np.array_equal(array(one.image), alone(opened(folder), wanted, config))
         assert (counts(one.cost), one.cost.adapter) == ((2 * steps, 0), 0)
+        assert method.passes(base)[one.row] == Passes(2 * steps)
         assert one.image.size == wanted.photo.size
     assert not np.array_equal(array(made[0].image), array(made[2].image))
 
 
-def test_settings_of_an_untuned_method_are_all_that_it_depends_on() -> None:
-    """They are JSON, and another strength or guidance makes others."""
-    kinds = [sdedit(CONFIG, (0.5,)), sdedit(CONFIG, (0.6,)), sdedit(CONFIG.model_copy(update={"guidance_scale": 4.0}), (0.5,))]
-    assert len({json.dumps(one.settings, sort_keys=True) for one in [*kinds, prompt_only(CONFIG)]}) == 4
-    assert sdedit(CONFIG, (0.5,)).settings == sdedit(CONFIG, (0.5,)).settings
-
-
-@pytest.mark.parametrize("method", [Bounds(), prompt_only(CONFIG), sdedit(CONFIG, (0.8,))], ids=lambda method: method.name)
-def test_what_needs_no_fit_leaves_the_base_alone(base: Base, wanted: EditRequest, method: Method) -> None:
-    """Bit-equal weights and no hook."""
-    before = weights(base.denoiser)
-    run(method, base, wanted)
-    assert same(weights(base.denoiser), before)
-    assert not base.denoiser._forward_hooks
+def test_passes_are_those_of_the_scheduler(folder: Path, tmp_path: Path, wanted: EditRequest) -> None:
+    """PNDM calls the denoiser once more than it has steps."""
+    base = opened(save_tiny(tmp_path / "pndm", scheduler="pndm"))
+    for method in (prompt_only(), sdedit(0.65)):
+        (made,) = run(method, base, wanted)
+        assert method.passes(base)[made.row] == Passes(made.cost.forward)
+    assert prompt_only().passes(base)["one"] != prompt_only().passes(opened(folder))["one"]
 
 
 # Imagic
@@ -262,8 +265,10 @@ def test_rows_of_imagic_are_its_ways_to_sample(folder: Path) -> None:
 def test_imagic_can_start_from_inverted_noise(base: Base, folder: Path, wanted: EditRequest, fitting: Fitting) -> None:
     """The inversion is paid for: a pass a step more than from noise."""
     noise = fitting("lora")[0][0].cost
-    rows = Imagic("ours", tiny_config(folder, edit={"start": "inverted"})).edit(Context(base), wanted)
+    method = Imagic("ours", tiny_config(folder, edit={"start": "inverted"}))
+    rows = method.edit(Context(base), wanted)
     inverted = next(rows).cost
+    assert method.passes(base) == {"ours": Passes(*counts(inverted))}
     rows.close()
     assert inverted.forward - noise.forward == tiny_config(folder).edit.steps
 
@@ -279,12 +284,14 @@ def test_imagic_without_stage_2_samples_from_the_untuned_base(fitting: Fitting, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_imagic_pays_for_training_and_sampling_and_not_for_the_preview(fitting: Fitting, mode: Mode) -> None:
+def test_imagic_pays_for_training_and_sampling_and_not_for_the_preview(fitting: Fitting, folder: Path, mode: Mode) -> None:
     """Steps times batch, forward and backward, in each stage that runs; then two a step and picture with guidance; all take time."""
     trained = 3 * 2 + (0 if mode == "embedding" else 4 * 2)
-    one, other = fitting(mode)[0]
+    (one, other), base = fitting(mode)
     assert counts(one.cost) == (trained + 2 * 2, trained)
     assert counts(other.cost) == (trained + 2 * 2, trained)
+    predicted = Imagic("ours", tiny_config(folder, mode), {"image": OTHER}).passes(base)
+    assert predicted == {made.row: Passes(*counts(made.cost)) for made in (one, other)}
     assert one.cost.seconds > 0
 
 
@@ -352,9 +359,3 @@ def test_what_only_informs_does_not_count_as_a_cost(folder: Path) -> None:
     assert silent.model_copy(update={"monitoring": config.monitoring}) == config
     early = tiny_config(folder, monitoring={"convergence_every": 2, "preview_every": 2, "early_stop": "tune", "patience": 1})
     assert unmonitored(early).monitoring == early.monitoring.model_copy(update={"preview_every": 0})
-
-
-def test_rows_of_untuned_methods_are_their_settings() -> None:
-    """A method may have any ways to start."""
-    method = Untuned("mine", {"a": CONFIG, "b": CONFIG.model_copy(update={"steps": 2})})
-    assert (method.name, method.rows, set(method.settings)) == ("mine", ("a", "b"), {"a", "b"})

@@ -44,7 +44,9 @@ def named(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         if name == "trailing":
             folder = save_tiny(root / name, scheduler="euler")
             config = folder / "scheduler" / "scheduler_config.json"
-            config.write_text(config.read_text().replace('"linspace"', '"trailing"'))
+            linspace = config.read_text()
+            assert "linspace" in linspace
+            config.write_text(linspace.replace("linspace", "trailing"))
             return opened(folder)
         return opened(folders[name])
 

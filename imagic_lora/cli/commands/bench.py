@@ -49,7 +49,8 @@ def critters(
         Seed of the cases. The published results use seed 7; the defaults were chosen on other seeds.
     methods
         Methods to run, separated by commas. Default: all of bounds, prompt-only, sdedit, imagic-lora, imagic-full, embedding-only,
-        reference, reference-retuned.
+        reference, reference-retuned, ddim-inversion, ddib, negative-prompt, proximal, null-text, edit-friendly, renoise, magicmix,
+        magicmix-text.
     base
         Folder of another training of the embedded base, in diffusers' format. CLIP and the judge are always those of the package. Default:
         the embedded base.

@@ -172,7 +172,7 @@ def _with_source(given: str, revision: str | None, listed: Mapping[str, BaseEntr
     """Name of the entry whose source is the given path or hub id, or None."""
     wanted = _identities(given)
     matches = {name: entry for name, entry in listed.items() if wanted & _identities(entry.source) and entry.revision in (None, revision)}
-    if len({entry.model_copy(update={"source": ""}) for entry in matches.values()}) > 1:
+    if len({entry.model_dump_json(exclude={"source"}) for entry in matches.values()}) > 1:
         got = f"{given} is the source of {', '.join(matches)} in {bases_file()}, with different settings"
         raise ImagicError(got, "one of these names", "give the name instead of the source")
     return next(iter(matches), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
@@ -18,6 +18,19 @@ if TYPE_CHECKING:
     from .altered import Alteration
 
 PipelineKind = Literal["text2image", "image2image"]
+
+
+class Token(NamedTuple):
+    """A token of a prompt.
+
+    Args:
+        id: number of the token in the vocabulary.
+        start, end: first character of the prompt that it stands for, and the one after the last; equal for the start and the end token.
+    """
+
+    id: int
+    start: int
+    end: int
 
 
 class Base(ABC):
@@ -77,6 +90,13 @@ class Base(ABC):
         Returns:
             Tokens ``[1, T, D]`` and, for families that have it, the pooled embedding ``[1, P]``; fp32, on the runtime's device. The
             result has no size ids or guidance input yet: :meth:`with_added_conditions` adds them.
+        """
+
+    @abstractmethod
+    def tokenize(self, prompt: str) -> list[Token]:
+        """Returns the tokens of a prompt in the order in which :meth:`encode_prompt` encodes them, from the start to the end token.
+
+        Padding is left out, and so is the text that exceeds the text encoder's maximum length; the end token is always the last.
         """
 
     @abstractmethod

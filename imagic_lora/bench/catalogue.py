@@ -11,6 +11,9 @@ from ..core.config import EditConfig, Mode, RunConfig
 from ..core.errors import ImagicError
 from ..core.settings import RECIPES, read_settings, resolve
 from ..core.text import exact
+from ..methods.attention.ledits import LEdits
+from ..methods.attention.prompt_to_prompt import DirectInversion, PromptToPrompt, PromptToPromptText
+from ..methods.diffedit import DiffEdit
 from ..methods.generated import PromptOnly
 from ..methods.imagic import Imagic
 from ..methods.inversions.ddim import DDIB, DDIMInversion
@@ -105,6 +108,7 @@ def reference(name: str, file: str) -> Imagic:
 
 INVERSIONS = (DDIMInversion, DDIB, NegativePromptInversion, ProximalInversion, NullTextInversion, EditFriendly, ReNoise)
 MIXES = (MagicMix, MagicMixText)
+ATTENTION = (PromptToPrompt, PromptToPromptText, DirectInversion)
 
 CATALOGUE: dict[str, Callable[[], Benched]] = {
     "bounds": Bounds,
@@ -115,7 +119,8 @@ CATALOGUE: dict[str, Callable[[], Benched]] = {
     "embedding-only": lambda: Imagic("embedding-only", defaults("embedding"), other_starts("embedding")),
     "reference": lambda: reference("reference", "reference-imagic.yaml"),
     "reference-retuned": lambda: reference("reference-retuned", "reference-imagic-retuned.yaml"),
-    **{method.name: partial(sampling, method) for method in (*INVERSIONS, *MIXES)},
+    **{method.name: partial(sampling, method) for method in (*INVERSIONS, *MIXES, *ATTENTION, DiffEdit)},
+    LEdits.name: LEdits,  # its scale is that of the guidance towards a concept
 }
 
 

@@ -4,6 +4,7 @@ May import: core, photos, bases, memory, adapters. Must not know: training, meth
 
 - ``generate.py``: generates images from conditionings and seeds, in batches
 - ``trajectory.py``: the one loop over noise levels, from noise to photo or back, for methods that change latents or predictions on the way
+- ``attention.py``: reads and changes the attention probabilities of a U-Net, and restores its processors
 - ``inversion.py``: computes the noise that reproduces the photo: DDIM inversion, edit-friendly inversion
 - ``pipelines.py``: prepares and calls diffusers pipelines
 - ``checks.py``: checks prompts and settings before sampling

@@ -868,6 +868,11 @@ def test_the_catalogue_has_these_methods() -> None:
         "renoise",
         "magicmix",
         "magicmix-text",
+        "prompt-to-prompt",
+        "prompt-to-prompt-text",
+        "direct-inversion",
+        "diffedit",
+        "ledits++",
     ]
     methods = chosen(",".join(SHIPPED))
     assert [method.name for method in methods] == SHIPPED

@@ -19,7 +19,7 @@ from ...core.config import Scheduler
 from ...core.errors import ImagicError, ImagicWarning
 from ...core.runtime import Runtime
 from ..architecture import Architecture
-from ..base import Base, PipelineKind
+from ..base import Base, PipelineKind, Token
 from ..layers import LORA_TARGETS
 from ..loading import components, schedulers
 from ..loading.files import Files, fingerprint
@@ -181,6 +181,11 @@ class StableDiffusion(Base):
             warnings.warn(message, ImagicWarning, stacklevel=4)
         found = tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").to(self.runtime.device)
         return found.input_ids, found.attention_mask
+
+    def tokenize(self, prompt: str) -> list[Token]:
+        tokenizer = self._tokenizers["tokenizer"]  # a second tokenizer has the same vocabulary
+        encoded = tokenizer(prompt, max_length=tokenizer.model_max_length, truncation=True, return_offsets_mapping=True)
+        return [Token(number, *span) for number, span in zip(encoded.input_ids, encoded.offset_mapping, strict=True)]
 
     def null(self) -> Conditioning | None:
         return None if self.architecture.embeds_guidance else self.encode_prompt("")

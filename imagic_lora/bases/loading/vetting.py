@@ -181,6 +181,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     index = read_json(path)
     family = index.get("_class_name")
+    if isinstance(family, str) and "Inpaint" in family:
+        raise _inpainting(f"{folder} has the pipeline class {family[:60]!r}")
     if not isinstance(family, str) or family not in FAMILIES:
         got = f"{folder} has the pipeline class {reprlib.repr(family)}"
         raise ImagicError(got, f"one of {', '.join(FAMILIES)}", "choose a Stable Diffusion base")
@@ -202,6 +204,12 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(zeros := index.get("force_zeros_for_empty_prompt"), (bool, type(None))):
         raise unusable_base(f"{path} has force_zeros_for_empty_prompt = {reprlib.repr(zeros)}", "true or false")
     return index
+
+
+def _inpainting(got: str) -> ImagicError:
+    """The error for an inpainting model, whose U-Net has the mask and the masked photo as inputs."""
+    remedy = "choose the base that it was made from: method blended-latent edits inside a mask with any base"
+    return ImagicError(f"{got}, as an inpainting model has", "a text-to-image base", remedy)
 
 
 def check_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
@@ -243,6 +251,8 @@ def _check_inputs(folder: Path, unet: dict[str, Any], has_second: bool) -> None:
 
 def _check_matching(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], second: dict[str, Any] | None) -> None:
     """Raises ImagicError if two sizes differ that must be equal."""
+    if unet["in_channels"] == 2 * vae["latent_channels"] + 1:  # latents, mask and masked photo
+        raise _inpainting(f"{folder} has a U-Net with in_channels = {unet['in_channels']}")
     channels, text_width = len(unet["block_out_channels"]), text["hidden_size"] + (second["hidden_size"] if second else 0)
     pairs = {
         "numbers of down_block_types and block_out_channels": (len(unet["down_block_types"]), channels),

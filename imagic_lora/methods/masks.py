@@ -1,0 +1,49 @@
+"""Masks of the area that may change: from the photo to the latents, and back."""
+
+from __future__ import annotations
+
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..bases.base import Base
+from ..core.errors import ImagicError
+from ..photos.canvas import Canvas, to_canvas, to_image
+
+
+def binary(mask: Image.Image) -> Image.Image:
+    """Returns a mask, mode L, of 0 and 255 only: values of 128 and above become 255."""
+    return mask.point([0] * 128 + [255] * 128)
+
+
+def latent_mask(base: Base, mask: Image.Image, latents: Tensor) -> Tensor:
+    """Returns the mask of a request at the size of the latents, by the nearest pixel.
+
+    Args:
+        base: the base.
+        mask: mode L, of the size of the photo; values of 128 and above may change.
+        latents: of the photo, ``[1, C, h, w]``.
+
+    Returns:
+        1 where the latents may change and 0 elsewhere, ``[1, 1, h, w]``.
+
+    Raises:
+        ImagicError: the mask is not empty, but nothing of it is left at the size of the latents.
+    """
+    pixels = to_canvas(binary(mask).convert("RGB"), base.resolution, base.size_multiple).pixels[:, :1]
+    small = interpolate((pixels > 0).float(), latents.shape[2:])
+    if binary(mask).getbbox() and not small.any():
+        got = f"a mask whose area is smaller than {base.architecture.vae_scale_factor} pixels at the resolution of the base"
+        raise ImagicError(got, "a mask that covers at least one position of the latents", "enlarge the area of the mask")
+    return small.to(latents)
+
+
+def mask_image(canvas: Canvas, mask: Tensor) -> Image.Image:
+    """Returns a mask of the latents as an image, mode L, of the size of the photo.
+
+    Args:
+        canvas: the photo.
+        mask: ``[1, 1, h, w]`` in [0, 1].
+    """
+    pixels = interpolate(mask.float().cpu(), canvas.pixels.shape[2:])[0] * 2 - 1
+    return canvas.restored(to_image(pixels.expand(3, -1, -1))).convert("L")

@@ -19,7 +19,8 @@ from imagic_lora.adapters.contents import read_canvas, read_embeddings
 from imagic_lora.adapters.record import RECORD
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
-from imagic_lora.core.config import Mode
+from imagic_lora.core.config import Mode, RunConfig
+from imagic_lora.core.settings import merged
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.fit import open_base
 
@@ -46,10 +47,11 @@ def test_the_store_lists_adapters_of_version_0_1() -> None:
 
 @pytest.mark.parametrize("mode", TUNED)
 def test_a_record_of_version_0_1_keeps_its_fields(mode: Mode) -> None:
-    """Every hash matches; the parsed record, written as JSON again, has the keys and values of the file."""
+    """Every hash matches; the parsed record, written as JSON again, has the values of the file, and the defaults of later settings."""
     adapter = Store(FIXTURES).read(f"{mode}-0.1", verify=True)
     stored = json.loads((adapter.folder / RECORD).read_text())
     del stored["sha256"]
+    stored["config"] = merged(RunConfig().model_dump(mode="json"), stored["config"])
     assert adapter.record.model_dump(mode="json") == stored
     record = adapter.record
     assert (record.version, record.name, record.prompt, record.base.name) == (1, f"{mode}-0.1", "a cat", "tiny")

@@ -11,7 +11,9 @@ import shutil
 import signal
 import warnings
 from collections.abc import Callable
+from inspect import isfunction
 from pathlib import Path
+from types import MethodType
 from typing import Any, get_args
 
 import pytest
@@ -35,7 +37,7 @@ import imagic_lora.training.fit as imagic
 import imagic_lora.training.run as run_module
 from imagic_lora.adapters.store import Store
 from imagic_lora.cli.options import suggested_etas
-from imagic_lora.core.config import Config, DeviceConfig, EditConfig, MemoryConfig, Mode, RunConfig
+from imagic_lora.core.config import Config, DeviceConfig, EditConfig, MemoryConfig, Mode, MonitoringConfig, RunConfig
 from imagic_lora.core.settings import PRESETS, RECIPES, merged, validated
 from imagic_lora.photos.reading import read_metadata, read_photo
 from imagic_lora.training.stage import Stage, StepReport
@@ -163,6 +165,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     Path("pictures").unlink(missing_ok=True)
 
 
+@pytest.mark.filterwarnings("ignore:The target prompt has characters")
 def test_a_folder_without_the_right_to_write_is_refused_before_the_work(run: Run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By edit, demo, export and bench; so is a file in it that exists and cannot be replaced."""
     Path("mine").mkdir()
@@ -507,12 +510,14 @@ def _annotation(path: tuple[str, ...]) -> Any:
     return group.model_fields[path[-1]].annotation
 
 
-FLAT = {"mode", "rank", "alpha", "targets", *MemoryConfig.model_fields}
+FLAT = {"mode", "rank", "alpha", "targets", *MemoryConfig.model_fields, *MonitoringConfig.model_fields}
 COMPANIONS = {
     "master_weights": ("--mode", "full"),
     "autocast_cache": ("--mode", "full"),
     "strength": ("--edit.start", "image"),
     "source_eta": ("--edit.start", "inverted"),
+    "patience": ("--early-stop", "tune"),
+    "min_improvement": ("--early-stop", "tune"),
 }
 """Without these the other value of a setting is a clash."""
 LEVELS = ("built-in", "recipe", "preset", "file", "flag")
@@ -593,7 +598,8 @@ def test_every_switch_can_be_turned_off_again(path: tuple[str, ...], run: Run, p
     """A flag takes back what a file turned on."""
     Path("settings.yaml").write_text(json.dumps({path[0]: {path[1]: True}}))
     tokens = ["fit", photo, "a dog", "--config", "settings.yaml", *COMPANIONS.get(path[-1], ())]
-    assert run(*tokens)[0] == run(*tokens, f"--no-{token(path)}")[0] == 0
+    *group, name = token(path).split(".")
+    assert run(*tokens)[0] == run(*tokens, f"--{'.'.join([*group, f'no-{name}'])}")[0] == 0
     assert [at(config, path) for config in given] == [True, False]
     given.clear()
 
@@ -608,6 +614,11 @@ class Watched:
         value = getattr(self._config, name)
         if isinstance(value, Config):
             return Watched(value, self._seen, (*self._path, name))
+        if name not in type(self._config).model_fields:  # what a configuration derives from its settings reads them here too
+            derived = type(self._config).__dict__.get(name)
+            if isinstance(derived, property) and derived.fget:
+                return derived.fget(self)
+            return MethodType(derived, self) if isfunction(derived) else value
         self._seen.add((*self._path, name))
         return value
 
@@ -627,9 +638,12 @@ def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Pa
     monkeypatch.setattr(imagic.Store, "write", lambda *_: "stored")
     monkeypatch.setattr(run_module.Run, "record", lambda self, name: None)
     monkeypatch.setattr(run_module.Run, "inputs", lambda *_: {})
+    watched = {"convergence_every": 1, "early_stop": "both", "preview_every": 1}
     for mode in MODES:
         tune = {"mode": mode} if mode == "embedding" else {"steps": 1, "mode": mode}
-        config = validated({"base": str(base), "embed": {"steps": 2}, "tune": tune, "edit": {"steps": 2, "start": "image"}})
+        config = validated(
+            {"base": str(base), "embed": {"steps": 2}, "tune": tune, "edit": {"steps": 2, "start": "image"}, "monitoring": watched}
+        )
         steps = imagic.fit(photo, "a dog", Watched(config, by_fit), Store(tmp_path), "x")  # pyright: ignore[reportArgumentType]
         assert imagic.result(steps) == "stored"
     assert set(leaves()) - {path for path in by_fit if path[0] != "memory"} - by_runtime == {("preset",)}

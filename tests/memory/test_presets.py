@@ -29,7 +29,7 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.architecture import Architecture
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bases.loading.published import PUBLISHED
-from imagic_lora.core.config import Mode, Preset, RunConfig
+from imagic_lora.core.config import EditConfig, Mode, Preset, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
 from imagic_lora.core.settings import recipe_of, resolve, validated
 from imagic_lora.memory.levers import next_lever
@@ -325,7 +325,7 @@ def test_an_edit_keeps_the_adapters_own_sampling(
     monkeypatch.setattr(fits, "card_and_free_memory", lambda *_: (None if on_cpu else CARD, int((free or 1) * GIB)))
     asked = {"edit": {}, "memory": {}, "preset": "auto"} | given
     run = choose_preset_for_edit(lambda: SD15, made, asked)
-    assert run.edit.model_dump() == OWN | {"batch_size": batch} | given.get("edit", {})
+    assert run.edit.model_dump() == EditConfig().model_dump() | OWN | {"batch_size": batch} | given.get("edit", {})
     assert run.resolution == 1024
     assert (run.memory.device == "cpu") == on_cpu
     assert run.memory.vae_tiling == given.get("memory", {}).get("vae_tiling", run.preset == "8gb")

@@ -423,12 +423,18 @@ def test_offloading_moves_the_helpers_and_brings_the_denoiser(folder: Path, monk
     vae, text_encoder = (base._helpers[name] for name in ("vae", "text_encoder"))  # pyright: ignore[reportAttributeAccessIssue]
     moves = []
     for name, module in {"vae": vae, "text_encoder": text_encoder, "denoiser": base.denoiser}.items():
-        own = module.to
-        monkeypatch.setattr(module, "to", lambda where, name=name, own=own: (moves.append((name, str(where))), own(where))[1])
+
+        def moved(where: torch.device, name: str = name, module: Any = module, own: Any = module.to) -> Any:
+            moves.append((name, str(where)))
+            return own(where) if where == device else module.to_empty(device=where)  # the device meta has no data to bring back
+
+        monkeypatch.setattr(module, "to", moved)
     base.offload_encoders()
-    assert moves == [("vae", "cpu"), ("text_encoder", "cpu"), ("denoiser", "meta")]
+    assert moves == [("denoiser", "meta")]
     picture = base.decode(noised_latents(8, 1))
-    assert moves[3:] == [("vae", "meta")]
+    assert moves[1:] == [("vae", "meta")]
+    base.offload_encoders()
+    assert moves[2:] == [("vae", "cpu")]
     assert (picture.device, picture.shape) == (device, (1, 3, 32, 32))
     assert base._helpers == {"vae": vae, "text_encoder": text_encoder}  # pyright: ignore[reportAttributeAccessIssue]
     assert (text_encoder.device.type, base.denoiser.device.type) == ("cpu", "meta")

@@ -75,6 +75,8 @@ class Options(Config):
     """Start inverted: number of sampling steps left out, from the noisiest on (arXiv 2304.06140)."""
     late_eta: float | None = None
     """Eta of the last half of the sampling steps."""
+    up_eta: float | None = None
+    """Eta of the cross-attention of the U-Net's decoder."""
     by_truth: bool = False
     """Sample at the embedding of the full caption of the true edit instead of a mixture: a bound, not a method."""
 
@@ -229,14 +231,31 @@ def scale_of(config: TuneConfig) -> float:
     return 1.0 if config.alpha is None else config.alpha / config.rank
 
 
+@contextmanager
+def decoder_sees(base: Base, tokens: Tensor | None) -> Iterator[None]:
+    """Replaces the tokens that the cross-attention of the U-Net's decoder sees, ``[B, T, D]``; None leaves them."""
+
+    def replace(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "encoder_hidden_states": tokens}
+
+    modules = base.denoiser.named_modules() if tokens is not None else ()
+    own = [module for name, module in modules if name.startswith("up_blocks.") and name.endswith(".attn2")]
+    hooks = [module.register_forward_pre_hook(replace, with_kwargs=True) for module in own]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def edited(base: Base, latents: Tensor, fit: Fitted, cases: Sequence[Case], variant: Variant) -> Tensor:
     """Latents of the edits of all cases."""
     config, options, eta = variant.config.edit, variant.options, variant.config.eta
     (source,) = source_conditionings(fit.target, fit.optimised, [eta], config.source_eta)
-    mixes = [interpolate(fit.target, fit.optimised, some) for some in (eta, eta if options.late_eta is None else options.late_eta)]
+    mixes = [interpolate(fit.target, fit.optimised, eta if some is None else some) for some in (None, options.late_eta, options.up_eta)]
     if options.by_truth:
-        mixes = [concatenate([base.encode_prompt(longest_caption(case.truth)) for case in cases])] * 2
+        mixes = [concatenate([base.encode_prompt(longest_caption(case.truth)) for case in cases])] * 3
         source = concatenate([base.encode_prompt(longest_caption(case.source)) for case in cases])
     path: Any = NoiseRecorder.from_config(base.scheduler().config)
     path.set_timesteps(config.steps)
@@ -256,7 +275,8 @@ def edited(base: Base, latents: Tensor, fit: Fitted, cases: Sequence[Case], vari
     back.set_timesteps(config.steps)
     back.added, null = list(added[first:]), base.null()
     for k, t in enumerate(back.timesteps[first:]):
-        predicted = base.predict(x, t.expand(len(x)), mixes[k >= (config.steps - first) / 2])
+        with decoder_sees(base, None if options.up_eta is None else mixes[2].tokens):
+            predicted = base.predict(x, t.expand(len(x)), mixes[k >= (config.steps - first) / 2])
         if config.guidance_scale > 1 and null is not None:
             plain = base.predict(x, t.expand(len(x)), null)
             predicted = plain + config.guidance_scale * (predicted - plain)

@@ -228,7 +228,7 @@ PARTS: dict[str, tuple[Callable[[Settings, int], None], int, str]] = {
     "vae": (train_vae, 6000, "vae/diffusion_pytorch_model.safetensors"),
     "judge": (train_judge, 5000, "judge.safetensors"),
     "clip": (train_clip, 1000, "clip/model.safetensors"),
-    "unet": (train_unet, 8000, "unet/diffusion_pytorch_model.safetensors"),
+    "unet": (train_unet, 6400, "unet/diffusion_pytorch_model.safetensors"),
 }
 """Each part with its function, its number of steps, and the weights that it writes last."""
 

@@ -1,11 +1,13 @@
 """Adapters on disk: LoRA weights, full weights or none, both embeddings, and a record of the fit.
 
-May import: core, photos, bases. Must not know: training, sampling, commands. No torch in ``atomic``, ``record``, ``adapter``, ``store``.
+May import: core, photos, bases. Must not know: training, sampling, commands. No torch in ``atomic``, ``manifest``, ``record``,
+``adapter``, ``store``.
 
 - ``store.py``: a folder of adapters, with one writer per name
 - ``adapter.py``: a stored adapter: its folder, its record and its files
 - ``record.py``: the schema of ``adapter.json``
-- ``atomic.py``: folders that are written atomically and verified with a manifest of hashes
+- ``atomic.py``: folders that are written atomically
+- ``manifest.py``: manifests of hashes, which verify the files of a folder
 - ``writing.py``: folders that files are written to, and the errors of writing
 - ``contents.py``: embeddings, photo and weights of a stored adapter, checked before use
 - ``lora.py``: LoRA layers: attach, save, load, swap

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import ImagicError
-from .atomic import read_manifest
+from .manifest import read_manifest
 from .record import EMBEDDINGS, RECORD, REMEDY, Record
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..bases.altered import check_unaltered
 from ..bases.base import Base
 from ..core.errors import ImagicError
 from ..core.tensors import read, shapes
@@ -73,6 +74,7 @@ def compress(
     check_compression(adapter, rank)
     store.check_free(name, overwrite)
     check_base(adapter, base)
+    check_unaltered(base)
     base.offload_encoders()
     before = base.denoiser.state_dict()
     after = _tuned(adapter, base)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..bases.altered import altered, check_unaltered
 from ..bases.base import Base
 from ..core.errors import ImagicError
 from ..core.tensors import read, safetensors_pieces, shapes
@@ -32,21 +33,14 @@ class FullWeights:
     folder: Path
 
 
-@contextmanager
-def _restored(base: Base, own: Weights | None = None) -> Iterator[Weights]:
-    """Restores the denoiser's weights bit for bit when the context closes.
+def _own_weights(base: Base) -> Weights:
+    """A copy of the base's own weights in host memory.
 
-    Args:
-        own: a copy of the base's weights in host memory; None makes one.
-
-    Yields:
-        The copy.
+    Raises:
+        ImagicError: as :func:`check_unaltered`.
     """
-    own = own or {name: value.to("cpu", copy=True) for name, value in base.denoiser.state_dict().items()}
-    try:
-        yield own
-    finally:
-        base.denoiser.load_state_dict(own)
+    check_unaltered(base)
+    return {name: value.to("cpu", copy=True) for name, value in base.denoiser.state_dict().items()}
 
 
 def check_master_weights(base: Base) -> None:
@@ -70,15 +64,19 @@ def unfrozen(base: Base, restore: bool = True) -> Iterator[dict[str, torch.nn.Pa
         The parameters by name.
 
     Raises:
-        ImagicError: as :func:`check_master_weights`.
+        ImagicError: as :func:`check_master_weights`; as :func:`~imagic_lora.bases.altered.altered`.
     """
     check_master_weights(base)
-    with _restored(base) if restore else nullcontext():
+    own = _own_weights(base) if restore else None
+
+    def undo() -> None:
+        base.denoiser.requires_grad_(False)
+        if own:
+            base.denoiser.load_state_dict(own)
+
+    with altered(base, undo):
         base.denoiser.requires_grad_(True)
-        try:
-            yield dict(base.denoiser.named_parameters())
-        finally:
-            base.denoiser.requires_grad_(False)
+        yield dict(base.denoiser.named_parameters())
 
 
 def full_files(base: Base) -> tuple[str, ...]:
@@ -118,11 +116,18 @@ def loaded_full(base: Base, folder: Path, own: Weights | None = None) -> Iterato
         The copy of the base's own weights.
 
     Raises:
-        ImagicError: the names or shapes differ from the base's, which is checked before anything is loaded, or a weight is not finite.
+        ImagicError: the names or shapes differ from the base's, which is checked before anything is loaded, or a weight is not finite; as
+            :func:`~imagic_lora.bases.altered.altered`.
     """
+    check_unaltered(base)
     path = folder / base.component / WEIGHTS
     if shapes(path) != {name: tuple(value.shape) for name, value in base.denoiser.state_dict().items()}:
         raise ImagicError(f"{path} holds tensors of other names or shapes", "those of the base", "fit or copy the adapter again")
-    with _restored(base, own) as own:
+    copy = own or _own_weights(base)
+
+    def undo() -> None:
+        base.denoiser.load_state_dict(copy)
+
+    with altered(base, undo):
         base.denoiser.load_state_dict(read(path))
-        yield own
+        yield copy

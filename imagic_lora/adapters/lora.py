@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
+from ..bases.altered import altered
 from ..bases.base import Base
 from ..bases.layers import LORA_TARGETS
 from ..core.config import TuneConfig
@@ -47,7 +48,7 @@ class LoraLayers:
 
 @contextmanager
 def attached(base: Base, config: TuneConfig, seed: int) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """Adds new LoRA layers to the denoiser while the context is open. Afterwards the denoiser's output is bit-equal to before.
+    """Adds new LoRA layers to the denoiser while the context is open (:func:`~imagic_lora.bases.altered.altered`).
 
     Args:
         config: rank, alpha and target layers.
@@ -59,17 +60,20 @@ def attached(base: Base, config: TuneConfig, seed: int) -> Iterator[dict[str, to
     alpha = config.rank if config.alpha is None else config.alpha
     targets = base.lora_targets(config.targets)
     lora = LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]  # PEFT accepts a fractional alpha
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        base.denoiser.add_adapter(lora, _NAME)  # pyright: ignore[reportAttributeAccessIssue]
-    lora.target_modules = targets  # PEFT replaces a long list by one that is valid for this denoiser only
-    try:
+    with altered(base, _unloading(base)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            base.denoiser.add_adapter(lora, _NAME)  # pyright: ignore[reportAttributeAccessIssue]
+        lora.target_modules = targets  # PEFT replaces a long list by one that is valid for this denoiser only
         trainable = {name: p for name, p in base.denoiser.named_parameters() if p.requires_grad}
         for parameter in trainable.values():
             parameter.data = parameter.data.float()
         yield trainable
-    finally:
-        base.denoiser.unload_lora()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _unloading(base: Base) -> Callable[[], None]:
+    """Returns the function of diffusers that removes the layers, whether all of them were added or only some."""
+    return base.denoiser.unload_lora  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def lora_files(base: Base) -> tuple[str, ...]:
@@ -100,13 +104,11 @@ def loaded_lora(base: Base, layers: LoraLayers) -> Iterator[None]:
         layers: as :func:`read_lora` returns them. :func:`swap_lora` can replace them while the context is open.
     """
     metadata = {"r": layers.rank, "lora_alpha": layers.alpha, "target_modules": layers.targets}
-    try:
+    with altered(base, _unloading(base)):
         with torch.random.fork_rng(devices=[]):  # low_cpu_mem_usage would draw no numbers, but it patches torch for all threads
             base.denoiser.load_lora_adapter(dict(layers.tensors), prefix=None, metadata=metadata, adapter_name=_NAME)  # pyright: ignore[reportAttributeAccessIssue]
         del layers  # frees them if swap_lora replaces them
         yield
-    finally:
-        base.denoiser.unload_lora()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def swap_lora(base: Base, layers: LoraLayers) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.config import RunConfig, TunedMode
-from .atomic import FileName, Manifest, Sha256
+from .manifest import FileName, Manifest, Sha256
 
 RECORD, EMBEDDINGS, SOURCE, PREVIEW, STEPS, CARD = (
     "adapter.json", "embeddings.safetensors", "source.png", "preview.png", "steps.jsonl", "README.md",

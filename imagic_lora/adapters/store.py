@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 from ..core.errors import ImagicError, unreadable
 from ..core.text import check_utf8
 from .adapter import Adapter
-from .atomic import AtomicWriter, atomic_folder, changed_file, interrupted_writes, read_manifest, recover, remove
+from .atomic import AtomicWriter, atomic_folder, interrupted_writes, recover, remove
+from .manifest import changed_file, read_manifest
 from .record import NAME, RECORD, REMEDY, Record
 from .writing import exists, writable
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from ..core.conditioning import Conditioning
-from ..core.errors import ImagicError
 from ..core.runtime import Runtime
 from .architecture import Architecture
+
+if TYPE_CHECKING:
+    from .altered import Alteration
 
 PipelineKind = Literal["text2image", "image2image"]
 
@@ -31,9 +33,6 @@ class Base(ABC):
         runtime: device, precision and memory levers.
         training_scheduler: DDPMScheduler with the noise schedule of the base's own scheduler. The own scheduler only samples, because other
             classes define ``add_noise`` differently.
-
-    Raises:
-        ImagicError: the prediction type is not ``epsilon``, ``v_prediction`` or ``sample``.
     """
 
     component: Literal["unet", "transformer"]
@@ -51,12 +50,12 @@ class Base(ABC):
     trained_timesteps: Tensor | None = None
     """Timesteps that the distilled base was trained at, ascending, int64 ``[n]``; for LCM more than it samples at. A fit trains only at
     these. None: the base is not distilled, and a fit trains at all timesteps."""
+    alteration: Alteration | None = None
+    """The present change of the denoiser, which :mod:`imagic_lora.bases.altered` undoes. None: the denoiser has its own weights."""
 
     def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, training_scheduler: DDPMScheduler) -> None:
         self.name, self.revision, self.fingerprint, self.runtime = name, revision, fingerprint, runtime
         self.training_scheduler = training_scheduler
-        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ImagicError(f"{name} predicts {self.prediction_type!r}", "epsilon, v_prediction or sample", "choose another base")
 
     @property
     def prediction_type(self) -> str:

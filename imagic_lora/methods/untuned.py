@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..bases.altered import check_unaltered
 from ..core.config import EditConfig
 from ..core.text import exact
 from ..photos.canvas import to_canvas
@@ -25,6 +26,7 @@ class Untuned(Method):
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         base = context.base
+        check_unaltered(base)
         canvas = to_canvas(request.photo, base.resolution, base.size_multiple)
         height, width = canvas.pixels.shape[2:]
         prompt, empty_prompt = base.encode_prompt(request.target_prompt), base.null()

@@ -3,6 +3,7 @@
 May import: core, photos, bases, memory, adapters. Must not know: training, methods, commands.
 
 - ``generate.py``: generates images from conditionings and seeds, in batches
+- ``trajectory.py``: the one loop over noise levels, from noise to photo or back, for methods that change latents or predictions on the way
 - ``inversion.py``: computes the noise that reproduces the photo: DDIM inversion, edit-friendly inversion
 - ``pipelines.py``: prepares and calls diffusers pipelines
 - ``checks.py``: checks prompts and settings before sampling

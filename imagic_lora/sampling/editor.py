@@ -15,6 +15,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.contents import StoredWeights, read_canvas, read_embeddings, read_weights
 from ..adapters.full import FullWeights, Weights, loaded_full
 from ..adapters.lora import LoraLayers, loaded_lora, swap_lora
+from ..bases.altered import check_unaltered, restore
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, interpolate, source_conditionings
 from ..core.config import EditConfig
@@ -55,7 +56,8 @@ class Editor:
 
     The last adapter stays loaded until another one is needed. The :data:`CACHED` most recently used adapters are cached in memory,
     identified by folder and record. Threads can share an editor, and edits can be interleaved: a lock ensures that every batch of images
-    is generated with its own adapter loaded. :meth:`close` restores the base bit for bit; until then nothing else may change it.
+    is generated with its own adapter loaded. :meth:`close` restores the base bit for bit; until then nothing else can change it. After an
+    exception at any point the next call restores the base before it does anything else.
 
     Args:
         base: the loaded base.
@@ -75,7 +77,7 @@ class Editor:
 
         Raises:
             ImagicError: the adapter does not fit the base, or its folder was replaced since it was read. The previous adapter stays loaded.
-                If loading full weights fails, no adapter is loaded.
+                If loading full weights fails, no adapter is loaded. The base is in use by a fit or by another Editor.
         """
         with self._lock:
             self._load(self._read(adapter))
@@ -118,10 +120,10 @@ class Editor:
             yield from (Edit(eta, seed, image) for (eta, seed), image in zip(batch, batch_images, strict=True))
 
     def close(self) -> None:
-        """Unloads the adapter; the base is then bit-equal to before."""
+        """Unloads the adapter; the base is then bit-equal to before. If an exception interrupts it, another call completes it."""
         with self._lock:
-            self._loaded = self._base_weights = None
-            self._stack.close()
+            self._unload()
+            self._base_weights = None
 
     def _read(self, adapter: Adapter) -> _CachedAdapter:
         """Returns the cached content of an adapter, and reads it from disk if it is not cached."""
@@ -137,17 +139,23 @@ class Editor:
 
     def _load(self, cached: _CachedAdapter) -> None:
         """Loads a cached adapter: swaps LoRA layers with equal targets in place, otherwise unloads the previous adapter first."""
-        if cached is self._loaded:
+        if cached is self._loaded and cached.weights is not None:
             return
-        self._loaded = None
+        previous, self._loaded = self._loaded, None
         try:
-            if not (isinstance(cached.weights, LoraLayers) and swap_lora(self.base, cached.weights)):
-                self._stack.close()
+            if not (previous and isinstance(cached.weights, LoraLayers) and swap_lora(self.base, cached.weights)):
+                self._unload()
                 self._apply(cached)
         except BaseException:
-            self._stack.close()
+            self._unload()
             raise
         self._loaded = cached
+
+    def _unload(self) -> None:
+        """Unloads the adapter, and completes an earlier unloading that an exception has interrupted."""
+        self._loaded = None
+        self._stack.close()
+        restore(self.base)
 
     def _apply(self, cached: _CachedAdapter) -> None:
         """Applies the weights of an adapter, if it has any, to a base without an adapter."""
@@ -157,3 +165,5 @@ class Editor:
             case FullWeights(folder):
                 self._base_weights = self._stack.enter_context(loaded_full(self.base, folder, self._base_weights))
                 cached.adapter.check_unchanged()
+            case None:
+                check_unaltered(self.base)

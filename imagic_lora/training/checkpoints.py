@@ -12,7 +12,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..adapters.atomic import Manifest, atomic_folder, changed_file, read_manifest, remove
+from ..adapters.atomic import atomic_folder, remove
+from ..adapters.manifest import Manifest, changed_file, read_manifest
 from ..adapters.writing import delete, writable
 from ..core.errors import ImagicError, ImagicWarning
 from ..core.tensors import read, safetensors_pieces

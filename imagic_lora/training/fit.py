@@ -13,6 +13,7 @@ from ..adapters.full import check_master_weights
 from ..adapters.modes import MODES
 from ..adapters.store import Store
 from ..adapters.writing import writable
+from ..bases.altered import check_unaltered
 from ..bases.base import Base
 from ..bases.loading.registry import architecture_of, load_base
 from ..core.config import RunConfig
@@ -118,6 +119,7 @@ def _open_checked(base: Base | None, config: RunConfig, processes: Processes, st
     if base is None:
         base = open_base(config)
     else:
+        check_unaltered(base)
         config = config.model_copy(update={"memory": base.runtime.memory})
     if config.memory.optimizer_in_backward:
         check_single_process(processes)

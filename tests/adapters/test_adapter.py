@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from imagic_lora.adapters.adapter import Adapter
-from imagic_lora.adapters.atomic import atomic_folder, read_manifest
+from imagic_lora.adapters.atomic import atomic_folder
 from imagic_lora.adapters.contents import applied, check_base, read_canvas, read_embeddings, save_embeddings
 from imagic_lora.adapters.full import WEIGHTS
 from imagic_lora.adapters.lora import LORA_FILE
+from imagic_lora.adapters.manifest import read_manifest
 from imagic_lora.adapters.record import CARD, EMBEDDINGS, RECORD, SOURCE, BaseRecord, Record, SourceRecord, WeightsRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base

@@ -19,15 +19,8 @@ from common import each
 from files import failing, forbid, manifest_bytes
 from pydantic import ValidationError
 
-from imagic_lora.adapters.atomic import (
-    AtomicWriter,
-    Manifest,
-    atomic_folder,
-    changed_file,
-    interrupted_writes,
-    read_manifest,
-    recover,
-)
+from imagic_lora.adapters.atomic import AtomicWriter, atomic_folder, interrupted_writes, recover
+from imagic_lora.adapters.manifest import Manifest, changed_file, read_manifest
 from imagic_lora.adapters.writing import writable
 from imagic_lora.core.errors import ImagicError
 

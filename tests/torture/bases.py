@@ -238,7 +238,7 @@ def _code(marker: Path) -> Iterator[Case]:
     ):
         yield Case(f"_class_name {value}", _all(_set("index", _class_name=value), planted))
     for name in ("custom_pipeline", "_name_or_path", "trust_remote_code", "modules"):
-        yield Case(f"{name} in the index", _all(_set("index", **{name: "own"}), planted), True)
+        yield Case(f"{name} in the index", _all(_set("index", **{name: "own"}), planted), name in ("_name_or_path", "trust_remote_code"))
     yield Case("an unknown component", _all(_set("index", extra=["own", "X"]), _put("extra/own.py", sick)))
     mapped = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "own.X"), "trust_remote_code": True}
     others = {"custom_pipelines": {}, "attn_implementation": f"own/{MODULE}", "_attn_implementation": "own/kernel", "is_remote_code": True}
@@ -246,10 +246,8 @@ def _code(marker: Path) -> Iterator[Case]:
     others |= {"tokenizer_file": "/etc/passwd", "gguf_file": "../own.bin", "fast_tokenizer_files": ["../own.py"], "init_inputs": ["own"]}
     for part in CONFIGS:
         yield Case(f"auto_map in {part}", _all(_set(part, **mapped), _put(f"{part}/own.py", sick)), True if part != "index" else None)
-        yield Case(f"keys of libraries in {part}", _all(_set(part, **others), planted), None if part in ("index", "scheduler") else True)
-    yield Case(
-        "keys of libraries in the map of special tokens", _put("tokenizer/special_tokens_map.json", json.dumps(others | mapped)), True
-    )
+        yield Case(f"keys of libraries in {part}", _all(_set(part, **others), planted))
+    yield Case("keys of libraries in the map of special tokens", _put("tokenizer/special_tokens_map.json", json.dumps(others | mapped)))
 
 
 def _json() -> Iterator[Case]:
@@ -427,9 +425,8 @@ def _weights() -> Iterator[Case]:
         for value in (float("nan"), float("inf"), float("-inf")):
             yield Case(f"{value} in {part}", _changed(part, lambda found, name=name, value=value: found[name].view(-1)[-1:].fill_(value)))
         for dtype in (torch.int8, torch.int64, torch.bool, torch.float64, torch.float8_e4m3fn, torch.complex64):
-            yield Case(
-                f"{dtype} in {part}", _changed(part, lambda found, name=name, dtype=dtype: found.update({name: found[name].to(dtype)}))
-            )
+            converted = _changed(part, lambda found, name=name, dtype=dtype: found.update({name: found[name].to(dtype)}))
+            yield Case(f"{dtype} in {part}", converted, dtype.is_floating_point)
         yield Case(f"a tensor missing in {part}", _changed(part, lambda found, name=name: found.pop(name)))
         yield Case(f"no tensors in {part}", _changed(part, lambda found: found.clear()))
         yield Case(f"one more tensor in {part}", _changed(part, lambda found: found.update(more=torch.ones(3))))

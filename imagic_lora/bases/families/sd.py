@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -38,7 +39,7 @@ class StableDiffusion(Base):
         reload: reads a component (the VAE or a text encoder) again after it was released. Its argument is the component's name.
 
     Raises:
-        ImagicError: as Base; ``--attention xformers`` without a working xformers.
+        ImagicError: ``--attention xformers`` without a working xformers.
     """
 
     component = "unet"
@@ -62,6 +63,7 @@ class StableDiffusion(Base):
         self._tokenizers = {TOKENIZERS[encoder]: parts[TOKENIZERS[encoder]] for encoder in architecture.text_encoders}
         self._helpers: dict[str, Any] = {helper: parts[helper] for helper in ("vae", *architecture.text_encoders)}
         self._reload = reload
+        self._half_moved: WeakSet[Any] = WeakSet()  # modules whose move was interrupted: some of their tensors are elsewhere
         self.trained_timesteps = schedulers.distilled_timesteps(parts["scheduler"], architecture.few_steps)
         self._scaling = parts["vae"].config.scaling_factor
         self.size_multiple = math.lcm(8, architecture.vae_scale_factor)  # diffusers' pipelines require multiples of 8
@@ -125,17 +127,22 @@ class StableDiffusion(Base):
     def offload_encoders(self) -> None:
         idle = self.runtime.memory.idle
         for name, helper in self._helpers.items():
-            if helper is not None and idle != "keep":
-                self._helpers[name] = helper.to("cpu") if idle == "offload" else None
+            if helper is not None and idle == "offload":
+                self._move(helper, torch.device("cpu"))
+            elif idle == "release":
+                self._helpers[name] = None
         self._move(self._unet)
 
-    def _move(self, module: Any) -> None:
-        """Moves a module to the runtime's device.
+    def _move(self, module: Any, device: torch.device | None = None) -> None:
+        """Moves a module to a device, by default the runtime's. A move that an exception has interrupted is completed by the next one.
 
         Unless ``idle`` is ``keep``, each module is moved when it is first used: the U-Net follows after photo and prompt are encoded.
         """
-        if next(module.parameters()).device != self.runtime.device:
-            module.to(self.runtime.device)
+        device = device or self.runtime.device
+        if module in self._half_moved or next(module.parameters()).device != device:
+            self._half_moved.add(module)
+            module.to(device)
+            self._half_moved.discard(module)
 
     def _on_device(self, name: str) -> Any:
         """The VAE or a text encoder: read again if it was released, frozen, on the device, with the VAE's memory levers applied."""

@@ -100,7 +100,7 @@ def read_architecture(folder: Path) -> Architecture:
     parts: dict[str, dict[str, Any]] = {}
     for part, file in files.items():
         config, kind = read_json(folder / part / file), part.removesuffix("_2")
-        check_keys(folder / part / file, kind, config)
+        check_keys(folder / part / file, KEYS[kind], config)
         # transformers would read more of a text encoder's config: names of code and files to load
         heard = {name: config[name] for name in config if name in KEYS[kind].honoured} if part in encoders else config
         parts[part] = _DEFAULTS.get(part, {}) | heard

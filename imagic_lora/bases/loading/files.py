@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
@@ -28,6 +29,8 @@ STEMS = {
 }
 """Name of a component's weight file without its extension, by component."""
 _FINGERPRINT_VALUES = 16  # sampled values of each tensor
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # names of safetensors for the types that weights can have
+_UNUSED = re.compile(r"(text_projection\.weight|logit_scale|visual_projection\.weight|vision_model\..*)$")  # in a CLIPTextModel's files
 _MAX_WEIGHTS = 2**32  # of one component; the U-Net of Stable Diffusion XL, the largest supported, has about 0.6 of that
 
 
@@ -70,7 +73,7 @@ class Folder(Files):
         """Tensors of a component by diffusers' names, without position ids, which are buffers and not weights.
 
         Raises:
-            ImagicError: there is no weight file; a file is incomplete; a tensor is in two files, or is not F32, F16 or BF16; there are
+            ImagicError: there is no weight file; a file is incomplete; a tensor is in two files, or is not of floating point; there are
                 more than 2**32 weights.
         """
         tensors: dict[str, Tensor] = {}
@@ -83,7 +86,7 @@ class Folder(Files):
             raise unusable_base(
                 f"{self.component_path(part)} holds no weights", f"{STEMS[part]}.safetensors; pickles (.bin, .ckpt) are not read"
             )
-        return check_count(tensors, self.component_path(part))
+        return check_count(used_tensors(part, tensors), self.component_path(part))
 
     def tokenizer(self, part: str) -> dict[str, str]:
         return tokenizer_files(self.path / part)
@@ -110,17 +113,29 @@ def weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
         prefixes: only tensors whose name starts with one of these are returned.
 
     Raises:
-        ImagicError: the file is incomplete; a returned tensor is not F32, F16 or BF16.
+        ImagicError: the file is incomplete; a returned tensor is not of floating point.
     """
     tensors: dict[str, Tensor] = {}
     with open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118  # safe_open is not a mapping
             if name.endswith("position_ids") or not name.startswith(prefixes):
                 continue
-            if (dtype := file.get_slice(name).get_dtype()) not in ("F32", "F16", "BF16"):
-                raise unusable_base(f"{path} holds {name[:80]!r} as {dtype}", "weights in F32, F16 or BF16")
+            if (dtype := file.get_slice(name).get_dtype()) not in _FLOATS:
+                raise ImagicError(
+                    f"{path} holds {name[:80]!r} as {dtype}", f"weights in {', '.join(_FLOATS)}", "take a file that is not quantized"
+                )
             tensors[name] = file.get_tensor(name)
     return tensors
+
+
+def used_tensors(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a component without those that no pipeline uses: the first text encoder may come with the other half of its CLIP.
+
+    Args:
+        part: component name.
+        tensors: by diffusers' names.
+    """
+    return {name: value for name, value in tensors.items() if part != "text_encoder" or not _UNUSED.match(name)}
 
 
 def check_count(state: dict[str, Tensor], where: Path) -> dict[str, Tensor]:

@@ -31,7 +31,8 @@ class Keys:
     refused: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-def _names(*texts: str) -> frozenset[str]:
+def names(*texts: str) -> frozenset[str]:
+    """The words of texts."""
     return frozenset(name for text in texts for name in text.split())
 
 
@@ -40,7 +41,7 @@ _QUANTIZED = {"quantization_config": None}
 
 KEYS: dict[str, Keys] = {
     "unet": Keys(
-        _names(
+        names(
             "sample_size in_channels out_channels block_out_channels layers_per_block down_block_types mid_block_type up_block_types",
             "cross_attention_dim transformer_layers_per_block reverse_transformer_layers_per_block attention_head_dim upcast_attention",
             "only_cross_attention mid_block_only_cross_attention use_linear_projection cross_attention_norm dropout act_fn norm_num_groups",
@@ -50,26 +51,26 @@ KEYS: dict[str, Keys] = {
             "addition_embed_type_num_heads projection_class_embeddings_input_dim",
         ),
         # settings of the moving average of a training, which diffusers' scripts store with the weights
-        _names(_CODE, "decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup"),
+        names(_CODE, "decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup"),
         {  # inputs and layers that no pipeline here feeds
             "class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
             "class_embeddings_concat": False, "attention_type": "default", "dual_cross_attention": False, "num_attention_heads": None,
         } | _QUANTIZED,
     ),
     "vae": Keys(
-        _names(
+        names(
             "in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block act_fn latent_channels",
             "norm_num_groups scaling_factor force_upcast use_quant_conv use_post_quant_conv mid_block_add_attention",
         ),
-        _names(_CODE, "sample_size"),  # only the size of tiles
+        names(_CODE, "sample_size"),  # only the size of tiles
         {"shift_factor": None, "latents_mean": None, "latents_std": None} | _QUANTIZED,
     ),
     "text_encoder": Keys(
-        _names(
+        names(
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act",
             "layer_norm_eps bos_token_id eos_token_id pad_token_id projection_dim use_attention_mask",
         ),
-        _names(
+        names(
             _CODE, "architectures model_type transformers_version dtype torch_dtype name_or_path",
             "attn_implementation experts_implementation",
             "attention_dropout dropout initializer_factor initializer_range",  # training
@@ -88,11 +89,11 @@ KEYS: dict[str, Keys] = {
         {"pruned_heads": {}, "per_layer_config": None, "transformers_weights": None} | _QUANTIZED,
     ),
     "tokenizer": Keys(
-        _names(
+        names(
             "bos_token eos_token unk_token pad_token additional_special_tokens extra_special_tokens added_tokens_decoder",
             "model_max_length max_len",
         ),
-        _names(
+        names(
             # transformers gives every CLIP tokenizer the same normalizer, pre-tokenizer and post-processor
             _CODE, "do_lower_case add_prefix_space errors add_bos_token add_eos_token clean_up_tokenization_spaces",
             "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output model_input_names verbose",
@@ -109,7 +110,7 @@ KEYS: dict[str, Keys] = {
         },
     ),
     "scheduler": Keys(
-        _names(
+        names(
             "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr timestep_spacing",
             "steps_offset clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value set_alpha_to_one",
             "skip_prk_steps variance_type algorithm_type solver_order solver_type solver_p predictor_order corrector_order predict_x0",
@@ -117,32 +118,32 @@ KEYS: dict[str, Keys] = {
             "use_exponential_sigmas use_beta_sigmas use_lu_lambdas sigma_min sigma_max original_inference_steps timestep_scaling",
             "noise_sampler_seed",
         ),
-        _names(_CODE, "tensor_format flow_shift time_shift_type"),  # the last two do nothing without use_flow_sigmas
+        names(_CODE, "tensor_format flow_shift time_shift_type"),  # the last two do nothing without use_flow_sigmas
         {  # the noise processes of flow matching and EDM, and code
             "use_flow_sigmas": False, "use_dynamic_shifting": False, "shift_terminal": None, "timestep_type": "discrete", "tau_func": None,
         },
     ),
     "model_index": Keys(
-        _names("unet vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler force_zeros_for_empty_prompt"),
-        _names(_CODE, "safety_checker feature_extractor image_encoder requires_safety_checker add_watermarker"),
+        names("unet vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler force_zeros_for_empty_prompt"),
+        names(_CODE, "safety_checker feature_extractor image_encoder requires_safety_checker add_watermarker"),
         {"requires_aesthetics_score": False},
     ),
 }  # fmt: skip
 """The keys by component. Second text encoders and tokenizers have those of the first; special_tokens_map.json has those of a tokenizer."""
 
 
-def check_keys(path: Path, part: str, config: Mapping[str, Any]) -> None:
+def check_keys(path: Path, keys: Keys, config: Mapping[str, Any]) -> None:
     """Checks that nothing in a config is left unheard.
 
     Args:
         path: file of the config, for messages.
-        part: key of :data:`KEYS`.
+        keys: those that the config can have.
         config: content of the file.
 
     Raises:
         ImagicError: a key could change images and is honoured by nothing here, or is unknown.
     """
-    for name, expected in _unheard(KEYS[part], config):
+    for name, expected in _unheard(keys, config):
         got = f"{path} has {name[:60]} = {reprlib.repr(config[name])}, which is not supported"
         raise ImagicError(got, expected, "choose another base; if the setting has no effect on this one, remove it from the file")
 
@@ -153,6 +154,6 @@ def _unheard(keys: Keys, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         if value is None or name.startswith("_") or name in keys.honoured | keys.harmless:
             continue
         if name not in keys.refused:
-            yield name, "settings that diffusers and transformers know"
+            yield name, "only known settings"
         elif type(value) is not type(keys.refused[name]) or value != keys.refused[name]:
             yield name, f"{json.dumps(keys.refused[name])}, or no such setting"

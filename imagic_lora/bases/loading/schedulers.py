@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin, schedulers
 
+from ...core.errors import ImagicError
 from .files import Files
 from .vetting import library_errors, unusable_base
 
@@ -24,7 +25,7 @@ def scheduler(config: dict[str, Any], files: Files, few_steps: int | None = None
         few_steps: number of sampling steps of a distilled base.
 
     Raises:
-        ImagicError: diffusers has no scheduler class of this name; the config is invalid.
+        ImagicError: diffusers has no scheduler class of this name; the config is invalid, or its prediction type is not known.
     """
     path, name = files.component_path("scheduler"), config.get("_class_name")
     with library_errors(path):
@@ -34,6 +35,8 @@ def scheduler(config: dict[str, Any], files: Files, few_steps: int | None = None
                 f"{path} names the scheduler {reprlib.repr(name)}", "a scheduler of diffusers whose dependencies are installed"
             )
         trial = scheduler_class.from_config(config)
+        if (prediction := trial.config.prediction_type) not in ("epsilon", "v_prediction", "sample"):
+            raise ImagicError(f"{path} predicts {reprlib.repr(prediction)}", "epsilon, v_prediction or sample", "choose another base")
         trial.set_timesteps(min(10, trial.config.num_train_timesteps))
         distilled_timesteps(trial, few_steps)
         alphas = training_scheduler(trial).alphas_cumprod

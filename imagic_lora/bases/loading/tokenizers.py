@@ -62,6 +62,6 @@ def _vetted(path: Path) -> str:
             "model": {"type": "BPE", "vocab": model["vocab"], "merges": model["merges"]},
         }
     elif path.name in TOKENIZER_FILES[:2]:
-        check_keys(path, "tokenizer", content)
+        check_keys(path, KEYS["tokenizer"], content)
         content = {name: value for name, value in content.items() if name in KEYS["tokenizer"].honoured}
     return json.dumps(content)

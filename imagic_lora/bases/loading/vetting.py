@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ImagicError
-from .keys import check_keys
+from .keys import KEYS, check_keys
 
 _COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
@@ -34,6 +34,10 @@ SCHEDULERS = (  # of diffusers, with the noise process of DDPM (arXiv 2006.11239
     "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
     "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+ZERO_SNR_SCHEDULERS = (  # those that know rescale_betas_zero_snr (arXiv 2305.08891)
+    "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # never loaded, so any class is accepted
 _REQUIRED = {
@@ -195,7 +199,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     for name, value in index.items():
         if name not in known and not name.startswith("_") and isinstance(value, (list, dict)):
             raise unusable_base(f"{path} has a component {reprlib.repr(name)}", f"only {', '.join(sorted(known))}")
-    check_keys(path, "model_index", index)
+    check_keys(path, KEYS["model_index"], index)
     if not isinstance(zeros := index.get("force_zeros_for_empty_prompt"), (bool, type(None))):
         raise unusable_base(f"{path} has force_zeros_for_empty_prompt = {reprlib.repr(zeros)}", "true or false")
     return index

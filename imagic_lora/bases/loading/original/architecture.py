@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,17 @@ from ....core.errors import ImagicError
 from ...architecture import Architecture
 from ..known import BaseEntry, bases_file
 from ..published import PUBLISHED
-from ..vetting import read_header, unusable_base
+from ..vetting import ZERO_SNR_SCHEDULERS, check_sizes, read_header
+from .detection import check_other_models, check_unet, detected_family
+from .statements import agreed, statements
 
-_FAMILY_TENSORS = {  # by name of a tensor that only checkpoints of this family have
-    "conditioner.embedders.1.model.ln_final.weight": "sdxl",
-    "cond_stage_model.model.ln_final.weight": "sd21",
-    "cond_stage_model.transformer.text_model.final_layer_norm.weight": "sd15",
-}
+_SD2_SMALL = 512  # resolution in pixels of the models of Stable Diffusion 2 that predict the noise
 
 
 def single_architecture(path: Path, entry: BaseEntry | None, given: Architecture | None = None) -> Architecture:
     """The architecture of a single file in the original layout, which contains no configs.
 
-    The prediction type is read from a tensor ``v_pred`` or from ``modelspec.prediction_type`` in the metadata. A tensor ``ztsnr`` means a
-    noise schedule with zero terminal signal-to-noise ratio (arXiv 2305.08891).
+    What the file says of itself (see ``statements.py``) overrides the configs; what the entry states overrides both.
 
     Args:
         path: the file.
@@ -33,47 +31,53 @@ def single_architecture(path: Path, entry: BaseEntry | None, given: Architecture
 
     Raises:
         ImagicError: the file is a pickle or no such checkpoint; it belongs to Stable Diffusion 2 and neither the file nor the entry states
-            the prediction type.
+            the prediction type; the file contradicts itself.
     """
     tensors, metadata = read_header(path)
+    stated: dict[str, Any] = {"prediction_type": entry.prediction, "resolution": entry.resolution} if entry else {}
+    said: dict[str, Any] = agreed(path, statements(path, tensors, metadata), [name for name, value in stated.items() if value])
     if given:
-        family, architecture = None, given
-    else:
-        family = _detected_family(path, tensors)
-        architecture = PUBLISHED[family]
-        _check_first_layer(path, family, tensors)
-    scheduler = dict(architecture.scheduler)
-    prediction = "v" if "v_pred" in tensors else metadata.get("modelspec.prediction_type", "")
-    if prediction.startswith(("v", "eps")):
-        scheduler["prediction_type"] = "v_prediction" if prediction.startswith("v") else "epsilon"
-    elif family == "sd21" and not (entry and entry.prediction):
+        check_other_models(path, tensors)
+        return _with_statements(path, given, said)
+    family = detected_family(path, tensors)
+    prediction = said.get("prediction_type") or stated.get("prediction_type")
+    if family == "sd21" and prediction is None:
         raise ImagicError(
             f"{path} does not state its prediction type, and Stable Diffusion 2 exists with both", "epsilon or v_prediction",
             f"add the file to {bases_file()}, with its prediction: see docs/guide/bases.md",
         )  # fmt: skip
-    if "ztsnr" in tensors:
-        scheduler["rescale_betas_zero_snr"] = True
-    return replace(architecture, scheduler=scheduler)
+    if family == "sd21" and prediction == "epsilon":
+        said = {"resolution": _SD2_SMALL} | said
+    name = str(said.get("published", family)) if family == "sdxl" else family
+    check_unet(path, name, PUBLISHED[name], tensors)
+    return _with_statements(path, PUBLISHED[name], said)
 
 
-def _detected_family(path: Path, tensors: dict[str, Any]) -> str:
-    """The key in ``PUBLISHED`` of the family that the tensor names belong to."""
-    family = next((family for name, family in _FAMILY_TENSORS.items() if name in tensors), None)
-    if family is None and any("lora" in name for name in tensors):
-        raise ImagicError(f"{path} is a LoRA file", "the checkpoint of a base", "give the base that the LoRA belongs to")
-    if family is None:
-        raise unusable_base(
-            f"{path} holds {len(tensors)} tensors, which are of no known model",
-            "a checkpoint of Stable Diffusion 1.x, 2.x or XL in the original layout",
-        )
-    return family
+def _with_statements(path: Path, architecture: Architecture, said: Mapping[str, Any]) -> Architecture:
+    """The architecture with the settings that a file states.
 
-
-def _check_first_layer(path: Path, family: str, tensors: dict[str, Any]) -> None:
-    """Raises ImagicError if the first convolution of the U-Net has another shape than in the family, as in inpainting checkpoints."""
-    first, unet = tensors.get("model.diffusion_model.input_blocks.0.0.weight"), PUBLISHED[family].unet
-    expected = [unet["block_out_channels"][0], unet["in_channels"], 3, 3]
-    if isinstance(first, dict) and first.get("shape") != expected:
-        got = f"{path} looks like {family}, but the first layer of its U-Net has the shape {reprlib.repr(first.get('shape'))}"
-        remedy = f"use another checkpoint, or add this one to {bases_file()} with a matching config: see docs/guide/bases.md"
-        raise ImagicError(got, f"{expected}", remedy)
+    Raises:
+        ImagicError: the number of attention heads differs; a number is implausible.
+    """
+    said = dict(said)
+    said.pop("published", None)
+    unet, vae, scheduler = dict(architecture.unet), dict(architecture.vae), dict(architecture.scheduler)
+    levels = len(unet["block_out_channels"])
+    own = unet.get("attention_head_dim", 8)
+    heads = own if isinstance(own, list) else [own] * levels
+    if (stated := said.pop("attention_head_dim", heads)) != heads:
+        got = f"the config beside {path} has {reprlib.repr(stated)} attention heads"
+        raise ImagicError(got, f"{heads}", f"add the file to {bases_file()} with a matching config: see docs/guide/bases.md")
+    if side := said.pop("resolution", None):
+        unet["sample_size"] = side // architecture.vae_scale_factor
+    if factor := said.pop("scaling_factor", None):
+        vae["scaling_factor"] = factor
+    if said.pop("zero_snr", False):
+        # sampling begins at the last timestep, which has no signal; a sampler that cannot do that is replaced
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if scheduler["_class_name"] not in ZERO_SNR_SCHEDULERS:
+            scheduler["_class_name"] = "DDIMScheduler"
+    scheduler |= said
+    parts = {"unet": unet, "vae": vae, "scheduler": scheduler} | architecture.text_encoders
+    check_sizes(path, parts)
+    return replace(architecture, unet=unet, vae=vae, scheduler=scheduler)

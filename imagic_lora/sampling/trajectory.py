@@ -1,0 +1,206 @@
+"""The one loop over noise levels: DDIM from noise to photo, and its inversion from photo to noise.
+
+Levels. A trajectory of ``N`` steps has ``N + 1`` *positions*. Position 0 has the most noise, position ``N`` is the clean end, and position
+``p < N`` has the noise level of ``timesteps[p]``. Step ``i`` joins the positions ``i`` and ``i + 1`` in either direction:
+
+    forwards   position i  ->  i + 1   DDIM step, prediction at timesteps[i] on the latents of position i
+    backwards  position i + 1  ->  i   inverse step, prediction at timesteps[i] on the latents of position i + 1
+
+So both directions evaluate the denoiser at the timestep of the noisier end, as ``DDIMInverseScheduler`` and the code of null-text inversion
+do. A *path* maps positions to latents: ``path[p]`` of an inversion and ``path[p]`` of a sampling always have the same noise level.
+
+Hooks. The loops are generators. A method changes the latents between two steps in the body of its ``for`` loop, by assigning
+``step.latents``, and changes the prediction in the function that it passes as ``predict``::
+
+    trajectory = Trajectory(base, steps=50)
+    pivot = path(trajectory.backwards(clean, guided(base, source)))
+    for step in trajectory.forwards(pivot[0], guided(base, target, null, 7.5)):
+        step.latents = torch.lerp(pivot[step.end], step.latents, mask)
+    edited = step.latents
+
+The arithmetic of a step is that of diffusers' DDIMScheduler and DDIMInverseScheduler, for every prediction type. Latents are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler
+from torch import Tensor
+
+from ..bases.base import Base
+from ..core.conditioning import Conditioning, concatenate
+from ..core.errors import ImagicError
+
+Path = dict[int, Tensor]
+"""Latents ``[B, C, h, w]`` by position."""
+
+
+@dataclass
+class Step:
+    """One step of a trajectory.
+
+    Args:
+        index: number of the step, in [0, N); it joins the positions ``index`` and ``index + 1``.
+        timestep: timestep of the prediction: that of position ``index``, in both directions.
+        start: position that the step starts from.
+        end: position that the step leads to.
+        before: latents at ``start``, ``[B, C, h, w]``.
+        latents: latents at ``end`` once the step is done; the next step starts from them. A loop body may replace them.
+    """
+
+    index: int
+    timestep: int
+    start: int
+    end: int
+    before: Tensor
+    latents: Tensor
+
+
+Predict = Callable[[Tensor, Step], Tensor]
+"""Returns the prediction of the denoiser for latents ``[B, C, h, w]`` at ``step.timestep``, of the type that the base predicts."""
+
+
+class Trajectory:
+    """The noise levels of DDIM on a base, and the loops over them.
+
+    Args:
+        base: the base. Its noise schedule, prediction type and spacing of timesteps are used, and its denoiser is not.
+        steps: number of steps ``N`` from position 0 to the clean end.
+        ddim_eta: noise of a step forwards, 0 (DDIM) to 1 (DDPM). A step returns the mean of the next latents; the caller adds the noise.
+
+    Raises:
+        ImagicError: the noise schedule has less timesteps than ``steps``.
+    """
+
+    def __init__(self, base: Base, steps: int, ddim_eta: float = 0.0) -> None:
+        self.steps, self.ddim_eta = steps, ddim_eta
+        self._forward, self._inverse = base.scheduler(DDIMScheduler), base.scheduler(DDIMInverseScheduler)
+        trained = self._forward.config.num_train_timesteps
+        if not 1 <= steps <= trained:
+            raise ImagicError(f"{steps} sampling steps", f"1 to {trained}, the timesteps of {base.name}", "change the number of steps")
+        for scheduler in (self._forward, self._inverse):
+            scheduler.set_timesteps(steps)
+        self.timesteps = [int(timestep) for timestep in self._forward.timesteps]
+        """Timestep of each position but the clean end, descending."""
+
+    def position(self, strength: float) -> int:
+        """Returns the position from which a share of the steps remains: ``N - int(N * strength)``, as in diffusers' image-to-image.
+
+        Args:
+            strength: share of the steps, in [0, 1]. 1 is position 0.
+
+        Raises:
+            ImagicError: no step remains.
+        """
+        remaining = int(self.steps * strength)
+        if not 1 <= remaining <= self.steps:
+            got = f"strength {strength:g} with {self.steps} steps"
+            raise ImagicError(got, "strength * steps of at least 1, strength at most 1", "change the strength or the number of steps")
+        return self.steps - remaining
+
+    def noised(self, clean: Tensor, noise: Tensor, position: int) -> Tensor:
+        """Adds noise: ``sqrt(a) x_0 + sqrt(1 - a) noise`` at the noise level of a position; the clean end returns ``clean``.
+
+        Args:
+            clean: latents ``x_0``, ``[B, C, h, w]``.
+            noise: standard normal, the same shape.
+            position: in [0, N].
+        """
+        if position == self.steps:
+            return clean
+        return self._forward.add_noise(clean, noise, torch.full((len(clean),), self.timesteps[position]))
+
+    def forwards(self, latents: Tensor, predict: Predict, start: int = 0, end: int | None = None) -> Iterator[Step]:
+        """Samples: DDIM from a position towards the clean end, without gradients.
+
+        Args:
+            latents: at position ``start``, ``[B, C, h, w]``.
+            predict: returns the prediction of each step.
+            start, end: first and last position; ``end`` None is the clean end.
+
+        Yields:
+            Each step after it is done. The latents that the loop body leaves in it are those that the next step starts from.
+        """
+        return self._walk(latents, predict, range(start, self.steps if end is None else end), backwards=False)
+
+    def backwards(self, latents: Tensor, predict: Predict, start: int | None = None, end: int = 0) -> Iterator[Step]:
+        """Inverts: DDIM from a position towards noise (arXiv 2010.02502, section 4.3), without gradients.
+
+        Args:
+            latents: at position ``start``, ``[B, C, h, w]``.
+            predict: returns the prediction of each step.
+            start, end: first and last position; ``start`` None is the clean end.
+
+        Yields:
+            As :meth:`forwards`; the indices of the steps descend.
+        """
+        return self._walk(latents, predict, reversed(range(end, self.steps if start is None else start)), backwards=True)
+
+    def _walk(self, latents: Tensor, predict: Predict, indices: Iterable[int], backwards: bool) -> Iterator[Step]:
+        for index in indices:
+            step = Step(index, self.timesteps[index], index + backwards, index + (not backwards), latents, latents)
+            with torch.no_grad():
+                step.latents = self.moved(predict(latents, step), step)
+            yield step
+            latents = step.latents
+
+    def moved(self, prediction: Tensor, step: Step) -> Tensor:
+        """Returns the latents at ``step.end`` for a prediction on the latents ``step.before``. Gradients flow to both.
+
+        Args:
+            prediction: of the type that the base predicts, ``[B, C, h, w]``.
+            step: the step; its ``latents`` are not read.
+        """
+        if step.end < step.start:
+            return self._inverse.step(prediction, step.timestep, step.before, return_dict=False)[0]
+        no_noise = torch.zeros_like(step.before) if self.ddim_eta else None
+        return self._forward.step(prediction, step.timestep, step.before, self.ddim_eta, variance_noise=no_noise, return_dict=False)[0]
+
+
+def path(steps: Iterable[Step]) -> Path:
+    """Runs the steps and returns the latents at every position, the first one included.
+
+    Args:
+        steps: a running loop, of at least one step.
+    """
+    latents: Path = {}
+    for step in steps:
+        latents |= {step.start: step.before, step.end: step.latents}
+    return latents
+
+
+def predictions(base: Base, latents: Tensor, timestep: int, *conditionings: Conditioning) -> tuple[Tensor, ...]:
+    """Returns the predictions for the same latents at several conditionings, each ``[B, C, h, w]``, in one call of the denoiser.
+
+    Args:
+        base: the base.
+        latents: ``[B, C, h, w]``.
+        timestep: timestep of the latents, in [0, num_train_timesteps).
+        conditionings: each with added conditions, of batch size ``B`` or 1.
+    """
+    batch, count = len(latents), len(conditionings)
+    stacked = concatenate([conditioning.expand(batch) for conditioning in conditionings])
+    timesteps = torch.full((batch * count,), timestep, device=latents.device)
+    return base.predict(torch.cat([latents] * count), timesteps, stacked).to(latents.dtype).chunk(count)
+
+
+def guided(base: Base, conditioning: Conditioning, null: Conditioning | None = None, scale: float = 1.0) -> Predict:
+    """Returns the prediction with classifier-free guidance: ``n + scale * (c - n)`` for the predictions ``c`` and ``n``.
+
+    Args:
+        base: the base.
+        conditioning: conditioning of ``c``, with added conditions, of the batch size of the latents or 1.
+        null: conditioning of ``n``, usually the empty prompt; another prompt is a negative prompt. None turns guidance off.
+        scale: guidance scale. 1 turns guidance off: the prediction is ``c`` and takes one pass for each sample, instead of two.
+    """
+
+    def predict(latents: Tensor, step: Step) -> Tensor:
+        if null is None or scale == 1:
+            return predictions(base, latents, step.timestep, conditioning)[0]
+        without, with_prompt = predictions(base, latents, step.timestep, null, conditioning)
+        return without + scale * (with_prompt - without)
+
+    return predict

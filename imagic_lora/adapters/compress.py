@@ -168,7 +168,8 @@ def truncated_svd(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _fill(writer: AtomicWriter, adapter: Adapter, base: Base, record: Record) -> None:
     """Writes every file of the new adapter except its record."""
     save_lora(base, writer)
-    for name in (EMBEDDINGS, SOURCE, PREVIEW, STEPS):
+    photo = record.source.file
+    for name in (EMBEDDINGS, SOURCE, PREVIEW, STEPS, *([photo] if photo else [])):
         writer.write(name, [adapter.listed(name).read_bytes()])
     assert record.compressed is not None
     note = _CARD.format(name=adapter.name, rank=record.config.tune.rank, lost=f"{record.compressed.error:.1%}")

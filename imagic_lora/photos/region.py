@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from PIL import Image
-
 from ..core.errors import ImagicError
 
 
@@ -48,29 +46,21 @@ class Region(NamedTuple):
         left, top, right, bottom = self.box
         return 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
 
-    def cropped(self, photo: Image.Image, multiple: int) -> Image.Image:
-        """Returns the region of a photo.
-
-        Args:
-            photo: RGB, upright.
-            multiple: smallest width and height of a region, in pixels: the size multiple of the base.
-
-        Raises:
-            ImagicError: the region is not inside the photo, or smaller than the multiple.
-        """
-        if not self.inside(photo.size):
+    def check_inside(self, size: tuple[int, int]) -> None:
+        """Raises ImagicError if the region is not inside a photo of this width and height."""
+        if not self.inside(size):
+            width, height = size
             raise ImagicError(
-                f"--region {self} of a photo of {photo.width}x{photo.height} pixels",
-                f"X,Y,W,H with X+W of at most {photo.width} and Y+H of at most {photo.height}",
+                f"--region {self} of a photo of {width}x{height} pixels",
+                f"X,Y,W,H with W and H of at least 1, X+W of at most {width} and Y+H of at most {height}",
                 "change --region; it counts pixels of the upright photo from its top left corner",
             )
+
+    def check_size(self, multiple: int) -> None:
+        """Raises ImagicError if a side of the region is smaller than the size multiple of the base."""
         if min(self.size) < multiple:
-            raise ImagicError(
-                f"--region {self} of {self.width}x{self.height} pixels",
-                f"at least {multiple}x{multiple} pixels, the smallest image of the base",
-                "choose a larger --region",
-            )
-        return photo.crop(self.box)
+            expected = f"at least {multiple}x{multiple} pixels, the smallest image of the base"
+            raise ImagicError(f"--region {self} of {self.width}x{self.height} pixels", expected, "choose a larger --region")
 
     def __str__(self) -> str:
         return ",".join(map(str, self))

@@ -17,7 +17,7 @@ from ..adapters.atomic import AtomicWriter
 from ..adapters.card import card
 from ..adapters.contents import record_parts, save_embeddings
 from ..adapters.modes import MODES
-from ..adapters.record import CARD, PREVIEW, SOURCE, STEPS, BaseRecord, Record, SourceRecord
+from ..adapters.record import CARD, PHOTO, PREVIEW, SOURCE, STEPS, BaseRecord, Record, SourceRecord
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, interpolate, source_conditionings
 from ..core.config import RunConfig
@@ -29,6 +29,7 @@ from ..memory.out_of_memory import explain_out_of_memory
 from ..photos.canvas import Canvas, to_canvas, to_image
 from ..photos.png import png
 from ..photos.reading import Photo
+from ..photos.region import Region
 from ..photos.sheet import sheet
 from ..sampling.checks import check_scheduler_steps
 from ..sampling.generate import generate
@@ -44,9 +45,11 @@ class Run:
         config: the settings of the run.
         base: the base that is trained.
         photo: the photo as it was read.
+        region: the part of the photo that is fitted; None is all of it.
+        store_photo: whether the adapter keeps the photo's file.
         prompt: the target prompt.
         processes: the processes that share the batch.
-        canvas: the photo resized and padded to the resolution of the base.
+        canvas: the photo, or its region, resized and padded to the resolution of the base.
         latents: latents of the photo, ``[1, C, h, w]``.
         target: conditioning of the target prompt.
         null: unconditional conditioning, or None if the base has no classifier-free guidance.
@@ -57,6 +60,8 @@ class Run:
     config: RunConfig
     base: Base
     photo: Photo
+    region: Region | None
+    store_photo: bool
     prompt: str
     processes: Processes
     canvas: Canvas
@@ -84,6 +89,8 @@ class Run:
             "processes": self.processes.count,
             "embed": config.embed.model_dump(mode="json"),
         }
+        if self.region:
+            inputs["region"] = list(self.region)
         if self.base.architecture.embeds_guidance:
             inputs["guidance_scale"] = config.edit.guidance_scale
         weights = {"master_weights": runtime.memory.master_weights, "quantize": runtime.memory.quantize}
@@ -99,7 +106,7 @@ class Run:
         config = self.config
         etas = (0.0, config.eta)
         conditionings = [interpolate(self.target, e_opt, eta) for eta in etas]
-        cells = [("photo", self.photo.image)]
+        cells = [("photo", self.photo.image.crop(self.region.box) if self.region else self.photo.image)]
         try:
             with explain_out_of_memory(self.base.architecture, config, self.base.runtime, "decode"):
                 sources = source_conditionings(self.target, e_opt, etas, config.edit.source_eta)
@@ -122,6 +129,8 @@ class Run:
         embeddings = {"target": self.target, "optimised": e_opt}
         save_embeddings(writer, embeddings if self.null is None else {**embeddings, "null": self.null})
         writer.write(SOURCE, [png(to_image(self.canvas.pixels[0]), {})])
+        if file := self._photo_file:
+            writer.write(file, [self.photo.data])
         writer.write(PREVIEW, [png(preview, {"prompt": self.prompt})])
         lines = [
             json.dumps({"stage": stage, "step": k + 1, "loss": round(loss, 6)})
@@ -145,7 +154,13 @@ class Run:
             parts=record_parts(base, config.tune.mode),
             prompt=self.prompt,
             config=config,
-            source=SourceRecord(sha256=self.photo.sha256, size=self.canvas.size, box=self.canvas.box),
+            source=SourceRecord(
+                sha256=self.photo.sha256,
+                size=self.photo.image.size,
+                box=self.canvas.box,
+                region=self.region,
+                file=self._photo_file,
+            ),
             losses={stage: _first_and_last_loss(torch.stack(losses)) for stage, losses in self.losses.items()},
             seconds=self.seconds,
             runtime=base.runtime.reasons | {"processes": str(self.processes.count)},
@@ -153,15 +168,26 @@ class Run:
             versions={library: version(library) for library in _LIBRARIES},
         )
 
+    @property
+    def _photo_file(self) -> str | None:
+        """The name of the photo's file in the adapter, if it is stored."""
+        return f"{PHOTO}{self.photo.suffix}" if self.store_photo else None
 
-def encode_run(config: RunConfig, base: Base, photo: Photo, prompt: str, processes: Processes) -> Run:
+
+def encode_run(
+    config: RunConfig, base: Base, photo: Photo, prompt: str, processes: Processes, region: Region | None, store_photo: bool
+) -> Run:
     """Encodes photo and prompt, then offloads or releases the text encoder and VAE.
 
     Raises:
-        ImagicError: the scheduler does not support the number of steps, memory runs out, or an encoder returns numbers that are not finite.
+        ImagicError: the region is too small for the base, the scheduler does not support the number of steps, memory runs out, or an
+            encoder returns numbers that are not finite.
     """
     check_scheduler_steps(base, config.edit)
-    canvas = to_canvas(photo.image, config.resolution or base.resolution, base.size_multiple)
+    if region:
+        region.check_size(base.size_multiple)
+    fitted = photo.image.crop(region.box) if region else photo.image
+    canvas = to_canvas(fitted, config.resolution or base.resolution, base.size_multiple)
     with explain_out_of_memory(base.architecture, config, base.runtime, "encode"):
         latents = base.encode_image(canvas.pixels)
     height, width = canvas.pixels.shape[2:]
@@ -172,7 +198,7 @@ def encode_run(config: RunConfig, base: Base, photo: Photo, prompt: str, process
     tensors = {f"{name} ({part})": value for name, embedding in embeddings.items() for part, value in embedding.tensors().items()}
     check_finite({"the latents of the photo": latents, **tensors})
     base.offload_encoders()
-    return Run(config, base, photo, prompt, processes, canvas, latents, target, null)
+    return Run(config, base, photo, region, store_photo, prompt, processes, canvas, latents, target, null)
 
 
 def _first_and_last_loss(losses: Tensor) -> tuple[float, float]:

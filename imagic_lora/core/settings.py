@@ -80,6 +80,25 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "") -> list[str]:
+    """Returns one phrase for each value that differs between ``was`` and ``now`` or exists in only one of them.
+
+    Args:
+        was: nested mapping of the old values.
+        now: nested mapping of the new values.
+        group: prefix of the names, used for nested mappings.
+    """
+    phrases: list[str] = []
+    for name in {**was, **now}:
+        old, new = was.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            phrases += differences(old, new, f"{group}{name}.")
+        elif old != new or (name in was) != (name in now):
+            before, after = (repr(values[name]) if name in values else "missing" for values in (was, now))
+            phrases.append(f"{group}{name} was {before}, is {after}")
+    return phrases
+
+
 def recipe_of(base: str, few_steps: int | None = None, embeds_guidance: bool = False) -> Recipe:
     """Returns the recipe of a base: its own, or that of Stable Diffusion.
 

@@ -136,22 +136,3 @@ class Checkpoints:
     def _folders(self) -> list[Path]:
         """Returns the folders of the checkpoints that are not marked as broken, oldest first."""
         return [path for stage in _STAGES for path in sorted(self.folder.glob(f"{stage}-*")) if path.is_dir() and path.suffix != ".broken"]
-
-
-def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "") -> list[str]:
-    """Returns one phrase for each value that differs between ``was`` and ``now`` or exists in only one of them.
-
-    Args:
-        was: nested mapping of the old values.
-        now: nested mapping of the new values.
-        group: prefix of the names, used for nested mappings.
-    """
-    phrases: list[str] = []
-    for name in {**was, **now}:
-        old, new = was.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            phrases += differences(old, new, f"{group}{name}.")
-        elif old != new or (name in was) != (name in now):
-            before, after = (repr(values[name]) if name in values else "missing" for values in (was, now))
-            phrases.append(f"{group}{name} was {before}, is {after}")
-    return phrases

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..core.conditioning import Conditioning
 from ..core.errors import ImagicError, ImagicWarning, NotFinite, Stopped
+from ..core.settings import differences
 from ..memory.out_of_memory import explain_out_of_memory
-from .checkpoints import START_OVER, Checkpoint, CheckpointRecord, Checkpoints, differences
+from .checkpoints import START_OVER, Checkpoint, CheckpointRecord, Checkpoints
 from .run import Run
 from .stage import OPTIMIZER, TRAINABLE, Stage, StepReport, train
 

@@ -30,6 +30,7 @@ import imagic_lora.core.choices as choices
 import imagic_lora.core.runtime as runtime
 import imagic_lora.memory.presets as fits
 import imagic_lora.photos.png as images
+import imagic_lora.sampling.opening as opening
 import imagic_lora.training.fit as imagic
 import imagic_lora.training.run as run_module
 from imagic_lora.adapters.store import Store
@@ -669,7 +670,7 @@ def test_every_device_setting_of_an_edit_reaches_its_runtime(
         asked.append(memory)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runtime, "resolve_runtime", stopped)
+    monkeypatch.setattr(opening, "resolve_runtime", stopped)
     default, value = getattr(MemoryConfig(), name), DEVICE[name]
     in_preset = {"built-in": {}, "preset": {name: value}, "flag": {name: default}}[level]
     monkeypatch.setitem(PRESETS, "8gb", {mode: {"memory": in_preset} for mode in MODES})

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from imagic_lora.cli.app import app
 from imagic_lora.core.config import Preset, RunConfig, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import PRESETS, RECIPES, merged, read_settings, recipe_of, resolve
+from imagic_lora.core.settings import PRESETS, RECIPES, differences, merged, read_settings, recipe_of, resolve
 from imagic_lora.core.yaml_files import read_yaml
 
 Leaf = tuple[str, ...]
@@ -330,3 +330,31 @@ def test_every_shipped_config_resolves(path: Path, recipe: str) -> None:
     """Each of its values arrives, over either recipe."""
     found = resolve({}, read_yaml(path), RECIPES[recipe]).model_dump()
     assert merged(found, read_yaml(path)) == found
+
+
+SAVED: dict[str, Any] = {"seed": 2**63 - 1, "quantize": None, "embed": {"steps": 3, "timesteps": "stratified"}}
+DIFFERENT: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+    ({}, {}, []),
+    (SAVED, dict(reversed(SAVED.items())), []),
+    (SAVED, SAVED | {"more": 1}, ["more was missing, is 1"]),
+    (SAVED, SAVED | {"more": None}, ["more was missing, is None"]),
+    ({}, {"seed": 0, "embed": {"steps": 3}}, ["seed was missing, is 0", "embed was missing, is {'steps': 3}"]),
+    ({"a": 1, "c": 3}, {"b": 2, "c": 4, "a": 1}, ["c was 3, is 4", "b was missing, is 2"]),
+    ({"embed": {}}, {"embed": {"steps": 3}}, ["embed.steps was missing, is 3"]),
+    ({"embed": {}}, {"embed": {"optimizer": "adam"}}, ["embed.optimizer was missing, is 'adam'"]),
+    ({"seed": 0}, {"seed": 1}, ["seed was 0, is 1"]),
+    ({"prompt": "a cat"}, {"prompt": "a 'dog'\n"}, ["""prompt was 'a cat', is "a 'dog'\\n\""""]),
+    ({"optimizer": "adam"}, {}, ["optimizer was 'adam', is missing"]),
+    ({"rank": None}, {}, ["rank was None, is missing"]),
+    ({"a": 1, "b": 2, "c": 3}, {"c": 4, "b": 2, "a": 0}, ["a was 1, is 0", "c was 3, is 4"]),
+    ({"embed": {"steps": 3, "rate": 0.1}}, {"embed": {"steps": 3, "rate": 0.2}}, ["embed.rate was 0.1, is 0.2"]),
+    ({"a": {"b": {"c": 1, "d": [1, 2]}}}, {"a": {"b": {"c": 2, "d": [1, 3]}}}, ["a.b.c was 1, is 2", "a.b.d was [1, 2], is [1, 3]"]),
+    ({"embed": {"steps": 3}}, {"embed": None}, ["embed was {'steps': 3}, is None"]),
+    ({"rank": None}, {"rank": 4}, ["rank was None, is 4"]),
+]
+
+
+@each("was, now, expected", DIFFERENT)
+def test_differences_have_both_values(was: dict[str, Any], now: dict[str, Any], expected: list[str]) -> None:
+    """By the full name, in order, those that are new last."""
+    assert differences(was, now) == expected

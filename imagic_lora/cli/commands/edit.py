@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ...adapters.writing import check_outputs, writable
+from ...adapters.writing import check_outputs
 from ...core.config import DeviceConfig, EditConfig, PresetOrAuto
-from ...core.errors import ImagicError, ImagicWarning
-from ...core.text import exact
 from ..console import err, plain, print_json, progress
 from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from PIL.Image import Image
-
     from ...adapters.adapter import Adapter
     from ...core.config import RunConfig
-    from ...sampling.editor import Edit
 
-SHEET = "sheet.png"
 SamplingFlags = Annotated[
     EditConfig | None, Parameter(name="*", group="Sampling (default: the settings stored in the adapter)", show_default=False)
 ]
@@ -80,16 +71,15 @@ def edit(
     adapter = Store(store).read(name)
     record = adapter.record
     import_libraries(bitsandbytes=record.config.memory.quantize != "none")
-    from ...bases.loading.registry import architecture_of
-    from ...memory.presets import choose_preset_for_edit
+    from ...sampling.opening import edit_settings
+    from ...sampling.outputs import SHEET
 
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     levers = device.model_dump(exclude_unset=True) if device else {}
-    source = (base, None) if base else (record.base.name, record.base.revision)
-    run = choose_preset_for_edit(lambda: architecture_of(*source), record.config, {"edit": flags, "memory": levers, "preset": preset})
+    run = edit_settings(adapter, {"edit": flags, "memory": levers, "preset": preset}, base)
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
     folder = out_dir or Path("outputs") / adapter.name
-    written = _edit(adapter, source, run, etas, seeds, prompt, force, folder, overwrite)
+    written = _edit(adapter, base, run, etas, seeds, prompt, force, folder, overwrite)
     if as_json:
         print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / SHEET)})
     else:
@@ -99,7 +89,7 @@ def edit(
 
 def _edit(
     adapter: Adapter,
-    source: tuple[str, str | None],
+    base: str | None,
     run: RunConfig,
     etas: list[float],
     seeds: list[int],
@@ -112,7 +102,7 @@ def _edit(
 
     Args:
         adapter: the stored adapter.
-        source: base and revision.
+        base: a base that replaces the one in the adapter's record.
         run: settings of stage 3 and memory levers.
         etas: interpolation values, each in [0, 2].
         seeds: seeds of the starting noise.
@@ -125,93 +115,21 @@ def _edit(
         ``file``, ``eta`` and ``seed`` of every image.
     """
     from ...adapters.contents import read_canvas
-    from ...bases.loading.registry import load_base
-    from ...core.runtime import resolve_runtime
     from ...memory.levers import EDIT_LEVERS
     from ...memory.out_of_memory import explain_out_of_memory
     from ...sampling.checks import check_edit
-    from ...sampling.editor import Editor
+    from ...sampling.opening import open_editor
+    from ...sampling.outputs import SHEET, check_same_edits, image_metadata, image_name, write_edits
 
-    config, record = run.edit, adapter.record
-    target_prompt = record.prompt if prompt is None else prompt
+    config, target_prompt = run.edit, adapter.record.prompt if prompt is None else prompt
     check_edit(etas, seeds, config, target_prompt)
-    names = [_file_name(eta, seed) for eta in etas for seed in seeds]
+    names = [image_name(eta, seed) for eta in etas for seed in seeds]
     check_outputs(folder, [*names, SHEET])
-    editor = Editor(load_base(source[0], resolve_runtime(run.memory), source[1]), force)
+    editor = open_editor(adapter, run, base, force)
     edits = progress(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "images")
-    other_weights = editor.base.fingerprint != record.base.fingerprint
-    if other_weights and force:
-        message = f"adapter {adapter.name} was made for base {record.base.name} and is applied to base {editor.base.name}"
-        warnings.warn(message, ImagicWarning, stacklevel=1)
-    metadata = {"adapter": adapter.name, "base": editor.base.name, "prompt": target_prompt, "edit": config.model_dump()}
-    metadata |= {"forced": record.base.name} if other_weights else {}
+    metadata = image_metadata(adapter, editor.base, config, target_prompt)
     if not overwrite:
-        _check_same_edits([folder / name for name in names], metadata)
+        check_same_edits([folder / name for name in names], metadata)
     written = f"the images written so far are in {folder}"
     with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", lambda: written, EDIT_LEVERS):
-        return _write_edits(edits, folder, metadata, read_canvas(adapter).photo())
-
-
-def _write_edits(edits: Iterable[Edit], folder: Path, metadata: dict[str, Any], photo: Image) -> list[dict[str, Any]]:
-    """Writes every image as soon as it is generated, and the sheet at the end.
-
-    Args:
-        edits: the images.
-        folder: output folder.
-        metadata: written into every image, with its eta and seed.
-        photo: first image of every row of the sheet. The sheet has one row for each seed.
-
-    Returns:
-        ``file``, ``eta`` and ``seed`` of every image.
-    """
-    from ...photos.png import write_png
-    from ...photos.sheet import sheet
-
-    written: list[dict[str, Any]] = []
-    rows: dict[int, list[tuple[str, Image]]] = {}
-
-    def save(image: Image, path: Path, values: dict[str, Any]) -> None:
-        with writable(folder):
-            write_png(image, path, values)
-
-    for result in edits:
-        path = folder / _file_name(result.eta, result.seed)
-        save(result.image, path, metadata | {"eta": result.eta, "seed": result.seed})
-        written.append({"file": str(path), "eta": result.eta, "seed": result.seed})
-        rows.setdefault(result.seed, [("photo", photo)]).append((f"eta {exact(result.eta)} seed {result.seed}", result.image))
-    named = {name: metadata[name] for name in ("adapter", "base", "forced") if name in metadata}
-    save(sheet(list(rows.values()), metadata["prompt"]), folder / SHEET, named)
-    return written
-
-
-def _file_name(eta: float, seed: int) -> str:
-    return f"eta{exact(eta)}-seed{seed}.png"
-
-
-def _check_same_edits(paths: Iterable[Path], metadata: dict[str, Any]) -> None:
-    """Raises ImagicError for a file that exists and is not the same edit, so that no image replaces another one unasked.
-
-    Args:
-        paths: files of the images.
-        metadata: what the metadata of the images will be, without eta and seed.
-    """
-    from ...photos.reading import read_metadata
-    from ...training.checkpoints import differences
-
-    for path in paths:
-        if not path.exists():
-            continue
-        try:
-            changes = "; ".join(differences(_comparable(read_metadata(path)), _comparable(metadata)))
-        except ImagicError:
-            changes = "it was not written by imagic-lora edit"
-        if changes:
-            got = f"{path} is another image: {changes}"
-            raise ImagicError(got, "an unused name, or the same edit", "choose another --out, or use --overwrite")
-
-
-def _comparable(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Returns the metadata of an image without what its file name says, and without the batch size, which does not change it."""
-    edit = metadata.get("edit")
-    settings = {name: value for name, value in edit.items() if name != "batch_size"} if isinstance(edit, dict) else edit
-    return metadata | {"edit": settings, "eta": None, "seed": None}
+        return write_edits(edits, folder, metadata, read_canvas(adapter).photo())

@@ -26,6 +26,12 @@ class Adapter:
         files = [self.folder / file for file in (*self.record.weight_files, EMBEDDINGS)]
         return sum(file.stat().st_size for file in files if file.is_file())
 
+    @property
+    def photo_size(self) -> int:
+        """Size of the stored file of the photo in bytes; 0 if it is not stored."""
+        file = self.record.source.file
+        return (self.folder / file).stat().st_size if file and (self.folder / file).is_file() else 0
+
     def listed(self, file: str) -> Path:
         """Returns the path of a file that the record lists with a hash.
 

@@ -54,7 +54,7 @@ class Composite:
         return cls(photo, region, limit)
 
     def changed(self, edit: Image.Image, reference: Image.Image) -> Image.Image:
-        """Returns the mask of what differs between an edit and its image at eta 0, both of the region's size, within the limit."""
+        """Returns the mask of what an edit changed, within the limit; for the arguments see :func:`~imagic_lora.photos.mask.changed`."""
         return ImageChops.darker(changed(edit, reference), self.limit)
 
     def pasted(self, edit: Image.Image, mask: Image.Image) -> Image.Image:

@@ -15,32 +15,37 @@ from PIL import Image
 
 Pixels = NDArray[np.bool_]
 
-_SIDE = 512  # masks are found on images of at most this many pixels squared
+_SIDE = 512
 _LEAST = 10.0  # levels of 255; smaller differences are not visible as a change, and the VAE alone makes them
 _SMALLEST = 0.003  # islands and holes below this share of the image are dropped
 
 
+def reduced(image: Image.Image) -> Image.Image:
+    """Returns an image at the size at which masks are found: an area of at most 512 x 512 pixels."""
+    scale = min(1.0, _SIDE / math.sqrt(image.width * image.height))
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BOX)
+
+
 def changed(edit: Image.Image, reference: Image.Image) -> Image.Image:
-    """Returns the mask of what differs between two images.
+    """Returns the mask of what differs between an edit and the image at eta 0 with the same seed.
 
     The difference of each pixel is smoothed. Its threshold is half of the one that Otsu's method finds between changed and unchanged pixels
     (Otsu 1979), but at least 10 of 255 levels. Small islands and holes are dropped. The rest grows by the width of its feather.
 
     Args:
-        edit: the edit, RGB.
-        reference: the image at eta 0 with the same seed, RGB, of the same size.
+        edit: RGB.
+        reference: the image at eta 0, RGB, :func:`reduced`.
 
     Returns:
-        The mask in the size of the images; black where nothing changed.
+        The mask in the size of the edit; black where nothing changed.
     """
-    scale = min(1.0, _SIDE / math.sqrt(edit.width * edit.height))
-    size = (max(1, round(edit.width * scale)), max(1, round(edit.height * scale)))
-    first, second = (np.asarray(image.resize(size, Image.Resampling.BOX), dtype=np.float32) for image in (edit, reference))
-    difference = _smoothed(np.sqrt(np.square(first - second).mean(axis=2)), _feather(size))
+    first, second = (np.asarray(image, dtype=np.float32) for image in (reduced(edit), reference))
+    width = _feather(first.shape[:2])
+    difference = _smoothed(np.sqrt(np.square(first - second).mean(axis=2)), width)
     mask = difference > max(_LEAST, _otsu(difference) / 2)
     smallest = _SMALLEST * mask.size
     mask = ~_without_islands(~_without_islands(mask, smallest), smallest)
-    grown = ~next(islice(_erosions(~mask), _feather(size), None))
+    grown = ~next(islice(_erosions(~mask), width, None))
     return feathered(grown).resize(edit.size, Image.Resampling.BILINEAR)
 
 
@@ -86,14 +91,13 @@ def _smoothed(values: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
 
 
 def _otsu(values: NDArray[np.float32]) -> float:
-    """The threshold with the greatest variance between the values below it and those above it (Otsu 1979)."""
-    counts, edges = np.histogram(values, 256)
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = counts.cumsum()[:-1]  # at least 1: the first bin holds the smallest value
+    """The threshold in [0, 255] with the greatest variance between the values below it and those above it (Otsu 1979)."""
+    counts, edges = np.histogram(values, 256, (0, 255))
+    sums = (counts * (edges[:-1] + edges[1:]) / 2).cumsum()
+    below = counts.cumsum()
     above = values.size - below
-    sums = (counts * centres).cumsum()
-    between = below * above * np.square(sums[:-1] / below - (sums[-1] - sums[:-1]) / above)
-    return float(edges[1 + int(between.argmax())])
+    means = sums / below.clip(1), (sums[-1] - sums) / above.clip(1)
+    return float(edges[1 + int((below * above * np.square(means[0] - means[1])).argmax())])
 
 
 def _erosions(mask: Pixels) -> Iterator[Pixels]:
@@ -109,13 +113,13 @@ def _erosions(mask: Pixels) -> Iterator[Pixels]:
 
 
 def _without_islands(mask: Pixels, smallest: float) -> Pixels:
-    """A mask without its islands (pixels connected by their sides) of fewer pixels than the smallest."""
+    """A mask without its islands (pixels connected by their sides) of fewer pixels than the smallest and than a quarter of the largest."""
     edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     rows, starts = np.nonzero(edges == 1)
     ends = np.nonzero(edges == -1)[1]
     islands = _connected(rows.tolist(), starts.tolist(), ends.tolist())
     sizes = np.bincount(islands, ends - starts)
-    kept = sizes[islands] >= smallest
+    kept = sizes[islands] >= min(smallest, sizes.max(initial=0) / 4)
     edges = np.zeros_like(edges)
     edges[rows[kept], starts[kept]] = 1
     edges[rows[kept], ends[kept]] = -1

@@ -28,11 +28,16 @@ CACHED = 8  # maximum number of cached adapters; full weights stay on disk
 
 @dataclass(frozen=True)
 class Edit:
-    """An edited image and the eta and seed that produced it."""
+    """An edited image and the eta and seed that produced it.
+
+    ``mask`` is where it was pasted into the photo (:mod:`~imagic_lora.sampling.keep`): mode L, of the image's size. It is None for an image
+    that was not pasted.
+    """
 
     eta: float
     seed: int
     image: Image.Image
+    mask: Image.Image | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ..core.settings import differences
 from ..core.text import exact
 from ..photos.png import write_png
 from ..photos.reading import read_metadata
+from ..photos.region import Region
 from ..photos.sheet import sheet
 from .editor import Edit
 
@@ -26,6 +27,11 @@ SHEET = "sheet.png"
 def image_name(eta: float, seed: int) -> str:
     """Returns the file name of an image."""
     return f"eta{exact(eta)}-seed{seed}.png"
+
+
+def mask_name(eta: float, seed: int) -> str:
+    """Returns the file name of the mask of an image."""
+    return f"eta{exact(eta)}-seed{seed}.mask.png"
 
 
 def image_metadata(adapter: Adapter, base: Base, config: EditConfig, prompt: str) -> dict[str, Any]:
@@ -61,20 +67,24 @@ def check_same_edits(paths: Iterable[Path], metadata: dict[str, Any]) -> None:
             raise ImagicError(got, "an unused name, or the same edit", "choose another --out, or use --overwrite")
 
 
-def write_edits(edits: Iterable[Edit], folder: Path, metadata: dict[str, Any], photo: Image.Image) -> list[dict[str, Any]]:
+def write_edits(
+    edits: Iterable[Edit], folder: Path, metadata: dict[str, Any], photo: Image.Image, region: Region | None = None, masks: bool = False
+) -> list[dict[str, Any]]:
     """Writes every image as soon as it is generated, and the sheet at the end.
 
     Args:
         edits: the images.
         folder: output folder.
         metadata: written into every image, with its eta and seed.
-        photo: first image of every row of the sheet. The sheet has one row for each seed.
+        photo: first image of every row of the sheet. The sheet has one row for each seed, and with masks one below it.
+        region: the part of the images that the sheet shows; None is all of them.
+        masks: whether the masks of pasted edits are written too.
 
     Returns:
-        ``file``, ``eta`` and ``seed`` of every image.
+        ``file``, ``eta``, ``seed`` and, if it was written, ``mask`` of every image.
     """
     written: list[dict[str, Any]] = []
-    rows: dict[int, list[tuple[str, Image.Image]]] = {}
+    rows: dict[tuple[int, str], list[tuple[str, Image.Image]]] = {}
 
     def save(image: Image.Image, path: Path, values: dict[str, Any]) -> None:
         with writable(folder):
@@ -82,9 +92,16 @@ def write_edits(edits: Iterable[Edit], folder: Path, metadata: dict[str, Any], p
 
     for result in edits:
         path = folder / image_name(result.eta, result.seed)
-        save(result.image, path, metadata | {"eta": result.eta, "seed": result.seed})
+        values = metadata | {"eta": result.eta, "seed": result.seed}
+        save(result.image, path, values)
         written.append({"file": str(path), "eta": result.eta, "seed": result.seed})
-        rows.setdefault(result.seed, [("photo", photo)]).append((f"eta {exact(result.eta)} seed {result.seed}", result.image))
+        label, shown = f"eta {exact(result.eta)} seed {result.seed}", region.box if region else (0, 0, *result.image.size)
+        rows.setdefault((result.seed, "photo"), [("photo", photo)]).append((label, result.image.crop(shown)))
+        if masks and result.mask is not None:
+            path = folder / mask_name(result.eta, result.seed)
+            save(result.mask, path, values)
+            written[-1]["mask"] = str(path)
+            rows.setdefault((result.seed, "mask"), [("white: from the edit", photo)]).append((label, result.mask.crop(shown)))
     named = {name: metadata[name] for name in ("adapter", "base", "forced") if name in metadata}
     save(sheet(list(rows.values()), metadata["prompt"]), folder / SHEET, named)
     return written

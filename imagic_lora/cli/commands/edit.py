@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from ...adapters.writing import check_outputs
 from ...core.config import DeviceConfig, EditConfig, PresetOrAuto
+from ...core.errors import ImagicError
 from ..console import err, plain, print_json, progress
 from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds
@@ -16,6 +17,7 @@ from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_see
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
     from ...core.config import RunConfig
+    from ...sampling.keep import Keep
 
 SamplingFlags = Annotated[
     EditConfig | None, Parameter(name="*", group="Sampling (default: the settings stored in the adapter)", show_default=False)
@@ -28,6 +30,9 @@ def edit(
     eta: str | None = None,
     seed: str = "0",
     prompt: str | None = None,
+    keep: str | None = None,
+    save_mask: Flag = False,
+    photo: Path | None = None,
     settings: SamplingFlags = None,
     device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device and memory")] = None,
     preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
@@ -55,6 +60,14 @@ def edit(
         Seed of the starting noise. One (0), several (0,3), or a range without its end (0:4).
     prompt
         Target prompt. Default: the one that the adapter was fitted with.
+    keep
+        What must not change is taken from the photo at its full size, byte for byte; the seam is feathered. auto: all that the edit did not
+        change against the image at eta 0, one more image for each seed. MASK.png: your own mask in the size of the photo; white may change,
+        black stays, gray blends.
+    save_mask
+        Write the mask of each image too, as eta...mask.png, and show it in the sheet. White is from the edit, black from the photo.
+    photo
+        The photo's file, for --keep or a --region with an adapter that does not hold it.
     preset
         Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory.
     base
@@ -70,7 +83,11 @@ def edit(
 
     adapter = Store(store).read(name)
     record = adapter.record
+    if save_mask and keep is None and record.source.region is None:
+        got = f"--save-mask without --keep, and adapter {adapter.name} is that of a whole photo"
+        raise ImagicError(got, "--save-mask with --keep", "add --keep auto, or leave out --save-mask")
     import_libraries(bitsandbytes=record.config.memory.quantize != "none")
+    from ...sampling.keep import read_keep
     from ...sampling.opening import edit_settings
     from ...sampling.outputs import SHEET
 
@@ -79,7 +96,8 @@ def edit(
     run = edit_settings(adapter, {"edit": flags, "memory": levers, "preset": preset}, base)
     etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
     folder = out_dir or Path("outputs") / adapter.name
-    written = _edit(adapter, base, run, etas, seeds, prompt, force, folder, overwrite)
+    kept = read_keep(adapter, keep, photo)
+    written = _edit(adapter, base, run, etas, seeds, prompt, kept, save_mask, force, folder, overwrite)
     if as_json:
         print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / SHEET)})
     else:
@@ -94,6 +112,8 @@ def _edit(
     etas: list[float],
     seeds: list[int],
     prompt: str | None,
+    keep: Keep | None,
+    save_mask: bool,
     force: bool,
     folder: Path,
     overwrite: bool,
@@ -107,6 +127,8 @@ def _edit(
         etas: interpolation values, each in [0, 2].
         seeds: seeds of the starting noise.
         prompt: target prompt; None is that of the adapter.
+        keep: how the edits are pasted into the photo; None for edits of the whole photo.
+        save_mask: whether the masks are written too.
         force: whether other weights of the same shapes are allowed.
         folder: output folder.
         overwrite: whether images that were made in another way are replaced.
@@ -119,17 +141,20 @@ def _edit(
     from ...memory.out_of_memory import explain_out_of_memory
     from ...sampling.checks import check_edit
     from ...sampling.opening import open_editor
-    from ...sampling.outputs import SHEET, check_same_edits, image_metadata, image_name, write_edits
+    from ...sampling.outputs import SHEET, check_same_edits, image_metadata, image_name, mask_name, write_edits
 
     config, target_prompt = run.edit, adapter.record.prompt if prompt is None else prompt
     check_edit(etas, seeds, config, target_prompt)
     names = [image_name(eta, seed) for eta in etas for seed in seeds]
-    check_outputs(folder, [*names, SHEET])
+    masks = [mask_name(eta, seed) for eta in etas for seed in seeds] if save_mask else []
+    check_outputs(folder, [*names, *masks, SHEET])
     editor = open_editor(adapter, run, base, force)
-    edits = progress(editor.edit(adapter, etas, seeds, config, prompt), len(etas) * len(seeds), "images")
-    metadata = image_metadata(adapter, editor.base, config, target_prompt)
+    generated = keep.etas(etas) if keep else etas
+    edits = progress(editor.edit(adapter, generated, seeds, config, prompt), len(generated) * len(seeds), "images")
+    metadata = image_metadata(adapter, editor.base, config, target_prompt) | (keep.metadata if keep else {})
     if not overwrite:
-        check_same_edits([folder / name for name in names], metadata)
+        check_same_edits([folder / name for name in [*names, *masks]], metadata)
     written = f"the images written so far are in {folder}"
     with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", lambda: written, EDIT_LEVERS):
-        return write_edits(edits, folder, metadata, read_canvas(adapter).photo())
+        pasted, region = (keep.pasted(edits, etas), keep.composite.region) if keep else (edits, None)
+        return write_edits(pasted, folder, metadata, read_canvas(adapter).photo(), region, save_mask)

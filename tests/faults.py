@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from itertools import count
+from contextlib import ExitStack, suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +18,8 @@ Calls = Sequence[tuple[Any, str]]
 MEMORY: Calls = [(Tensor, "copy_"), (Tensor, "to"), (Tensor, "float"), (Module, "__setattr__"), (Module, "requires_grad_"),
                  (Module, "load_state_dict"), (Module, "_apply"), (init, "kaiming_uniform_"), (init, "zeros_")]  # fmt: skip
 """What changes a module."""
+DISK: Calls = [(os, name) for name in ("open", "write", "fsync", "mkdir", "rename", "unlink", "rmdir", "scandir")]
+"""What changes a folder."""
 
 
 class Clock:
@@ -81,22 +83,22 @@ def by_signal(seconds: float, work: Callable[[], object]) -> bool:
 
 
 def every_step(
-    run: Callable[[Clock], object], error: type[BaseException] = KeyboardInterrupt, lasting: bool = False, stride: int = 1
+    run: Callable[[Clock], object], error: type[BaseException] = KeyboardInterrupt, lasting: bool = False, most: int | None = None
 ) -> Iterator[Clock]:
-    """Runs a piece of work once for each of its steps, interrupted there, until there are no more steps; yields after each.
+    """Runs a piece of work once without an interruption, then once for each of its steps, interrupted there; yields after each of those.
 
     Args:
         run: prepares, and runs the work with a clock.
         error, lasting: as for :class:`Clock`.
-        stride: only every so many steps.
+        most: so many steps at the most, evenly spread, the first and the last among them.
     """
-    for at in count(0, stride):
+    whole = Clock()
+    run(whole)
+    assert whole.steps, "no steps"
+    count = min(most or whole.steps, whole.steps)
+    for at in sorted({k * (whole.steps - 1) // max(count - 1, 1) for k in range(count)}):
         clock = Clock(at, error, lasting)
-        try:
+        with suppress(error):
             run(clock)
-        except error:
-            assert clock.struck
-        if not clock.struck:
-            assert clock.steps, "no steps"
-            return
+        assert clock.struck, f"step {at} of {whole.steps} was not reached"
         yield clock

@@ -6,19 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from common import array, opened, same, weights
+import torch
+from common import PROMPT, opened, same, tiny_config, weights
 from faults import Clock, by_calls, every_step
 
 from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.compress import compress
+from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
-from imagic_lora.core.config import EditConfig
+from imagic_lora.core.config import Mode
+from imagic_lora.core.errors import ImagicError
 from imagic_lora.sampling.editor import Editor
+from imagic_lora.training.fit import fit, result
 
-CONFIG = EditConfig(steps=2, guidance_scale=3.0)
-CHANGES = [("lora", "lora"), ("lora", "full"), ("full", "lora"), ("full", "full"), ("lora", "embedding"), ("full", "embedding")]
-STRIDE = 7  # of the copies of one state, which are all alike; `make torture` tries every step
+CHANGES: list[tuple[Mode, Mode]] = [
+    ("lora", "lora"), ("lora", "full"), ("full", "lora"), ("full", "full"), ("lora", "embedding"), ("full", "embedding"),
+]  # fmt: skip
+MOST = 8  # steps of a change; `make torture` tries many more
 
 Fitted = Callable[..., Adapter]
 
@@ -32,39 +37,32 @@ def state(base: Base) -> tuple[Any, ...]:
     return [(name, type(one), one.training) for name, one in module.named_modules()], parameters, hooks, peft
 
 
-def picture(editor: Editor, adapter: Adapter) -> np.ndarray:
-    """One edit."""
-    return array(next(editor.edit(adapter, [0.6], [5], CONFIG)).image)
-
-
-@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
 @pytest.mark.parametrize(("before", "after"), CHANGES)
-def test_an_interrupted_change_of_adapters(folder: Path, fitted: Fitted, before: str, after: str, lasting: bool) -> None:
-    """The next edit is bit-equal to one without an interruption, and close gives the base back."""
-    first, second = fitted(before), fitted(after, 1)
-    base = opened(folder)
-    own, bare = weights(base.denoiser), state(base)
-    editor = Editor(base)
-    expected = picture(editor, second)
+def test_an_interrupted_change_of_adapters(folder: Path, fitted: Fitted, before: Mode, after: Mode, lasting: bool) -> None:
+    """The next load is that of a new editor, bit for bit, or close gives the base back."""
+    first, second, base = fitted(before), fitted(after, 1), opened(folder)
+    own, bare, editor = weights(base.denoiser), state(base), Editor(base)
+    editor.load(second)
+    expected, loaded = weights(base.denoiser), state(base)
 
     def change(clock: Clock) -> None:
         editor.load(first)
         by_calls(clock, lambda: editor.load(second))
 
-    for clock in every_step(change, lasting=lasting, stride=STRIDE):
-        if clock.at and clock.at % 2:
+    for number, _ in enumerate(every_step(change, lasting=lasting, most=MOST)):
+        if number % 2:
             editor.close()
             assert same(weights(base.denoiser), own)
-        assert np.array_equal(picture(editor, second), expected)
-    editor.close()
-    assert same(weights(base.denoiser), own)
-    assert state(base) == bare
+            assert state(base) == bare
+        editor.load(second)
+        assert same(weights(base.denoiser), expected)
+        assert state(base) == loaded
 
 
-@pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_an_interrupted_close(folder: Path, fitted: Fitted, mode: str, lasting: bool) -> None:
-    """One exception: the base is restored before it leaves. Exceptions at every further step: another close completes it."""
+def test_an_interrupted_close(folder: Path, fitted: Fitted, mode: Mode) -> None:
+    """The base is restored before the exception leaves."""
     adapter, base = fitted(mode), opened(folder)
     own, bare, editor = weights(base.denoiser), state(base), Editor(base)
 
@@ -72,8 +70,97 @@ def test_an_interrupted_close(folder: Path, fitted: Fitted, mode: str, lasting: 
         editor.load(adapter)
         by_calls(clock, editor.close)
 
-    for _ in every_step(change, lasting=lasting, stride=STRIDE):
-        if lasting:
-            editor.close()
+    for _ in every_step(change, most=2 * MOST):
         assert same(weights(base.denoiser), own)
         assert state(base) == bare
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("use", ["close", "another editor", "fit"])
+def test_a_base_that_could_not_be_restored_is_restored_before_its_next_use(
+    folder: Path, photo_file: Path, fitted: Fitted, tmp_path: Path, mode: Mode, use: str
+) -> None:
+    """Exceptions go on until the close has given up: the editor, another one and a fit each restore the base before they use it."""
+    base = opened(folder, "full")
+    own, bare, editor = weights(base.denoiser), state(base), Editor(base)
+    uses: dict[str, Callable[[], object]] = {
+        "close": editor.close,
+        "another editor": lambda: Editor(base).load(fitted("embedding")),
+        "fit": lambda: result(fit(photo_file, PROMPT, tiny_config(folder, "embedding"), Store(tmp_path), "one", base=base, overwrite=True)),
+    }
+
+    def change(clock: Clock) -> None:
+        editor.load(fitted(mode))
+        by_calls(clock, editor.close)
+
+    for _ in every_step(change, lasting=True, most=3):
+        assert base.alteration
+        uses[use]()
+        assert same(weights(base.denoiser), own)
+        assert state(base) == bare
+
+
+def test_a_base_in_use_is_refused_by_name(folder: Path, photo_file: Path, fitted: Fitted, tmp_path: Path) -> None:
+    """An editor has an adapter loaded: neither a fit nor another editor takes that base for its own; closed, both may."""
+    base, store = opened(folder), Store(tmp_path)
+    editor, other = Editor(base), Editor(base)
+    editor.load(fitted("lora"))
+    tuned = weights(base.denoiser)
+
+    def fitting() -> object:
+        return result(fit(photo_file, PROMPT, tiny_config(folder, "embedding"), store, "one", base=base))
+
+    for refused in (
+        fitting,
+        lambda: other.load(fitted("lora", 1)),
+        lambda: other.load(fitted("full")),
+        lambda: other.load(fitted("embedding")),
+    ):
+        with pytest.raises(ImagicError, match="is in use: an unfinished fit or an Editor"):
+            refused()
+        assert same(weights(base.denoiser), tuned)
+    editor.close()
+    fitting()
+    other.load(fitted("lora", 1))
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_an_interrupted_fit(folder: Path, photo_file: Path, tmp_path: Path, mode: Mode) -> None:
+    """At any step, its training and the writing of its adapter among them: the base is as it was, and the name can be written again."""
+    base, store, config = opened(folder, "full"), Store(tmp_path), tiny_config(folder, mode)
+    own, bare = weights(base.denoiser), state(base)
+
+    def change(clock: Clock) -> None:
+        by_calls(clock, lambda: result(fit(photo_file, PROMPT, config, store, "one", base=base, overwrite=True)))
+
+    for _ in every_step(change, most=MOST):
+        assert same(weights(base.denoiser), own)
+        assert state(base) == bare
+        store.check_free("one", overwrite=True)
+
+
+def test_an_interrupted_compression(folder: Path, fitted: Fitted, tmp_path: Path) -> None:
+    """The base is as it was, and the adapter too."""
+    base, store = opened(folder), Store(tmp_path)
+    own, bare = weights(base.denoiser), state(base)
+
+    def change(clock: Clock) -> None:
+        by_calls(clock, lambda: compress(fitted("full"), base, 2, store, "small", True))
+
+    for _ in every_step(change, most=MOST):
+        assert same(weights(base.denoiser), own)
+        assert state(base) == bare
+
+
+def test_an_interrupted_move_is_completed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next one to any device, although the first of the module's tensors is there already."""
+    base, moves = opened(folder), []
+    encoder = base._helpers["text_encoder"]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(encoder), "to", lambda self, device: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            base._move(encoder, torch.device("meta"))
+        patch.setattr(type(encoder), "to", lambda self, device: moves.append(device))
+        base._move(encoder)
+        base._move(encoder)
+    assert moves == [base.runtime.device]

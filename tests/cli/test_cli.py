@@ -179,6 +179,7 @@ def test_a_folder_without_the_right_to_write_is_refused_before_the_work(run: Run
     assert (code, "mine/sheet.png cannot be written to" in err) == (2, True)
 
 
+@pytest.mark.filterwarnings("always::imagic_lora.core.errors.ImagicWarning")  # the random base changes next to nothing
 def test_a_region_is_edited_in_its_photo_and_the_rest_stays(run: Run, base: Path, photo: Path) -> None:
     """From fit --region to edit --keep: the files, their metadata, the sheet with the masks, and what show says."""
     code, out, err = run(

@@ -154,7 +154,7 @@ def test_an_adapter_holds_no_pickle(fitted: Callable[..., Adapter], mode: Mode) 
         "full": {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"},
         "embedding": set(),
     }
-    common = {"adapter.json", "embeddings.safetensors", "source.png", "preview.png", "steps.jsonl", "README.md"}
+    common = {"adapter.json", "embeddings.safetensors", "source.png", "photo.png", "preview.png", "steps.jsonl", "README.md"}
     assert files == common | own[mode]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -18,8 +17,6 @@ Calls = Sequence[tuple[Any, str]]
 MEMORY: Calls = [(Tensor, "copy_"), (Tensor, "to"), (Tensor, "float"), (Module, "__setattr__"), (Module, "requires_grad_"),
                  (Module, "load_state_dict"), (Module, "_apply"), (init, "kaiming_uniform_"), (init, "zeros_")]  # fmt: skip
 """What changes a module."""
-DISK: Calls = [(os, name) for name in ("open", "write", "fsync", "mkdir", "rename", "unlink", "rmdir", "scandir")]
-"""What changes a folder."""
 
 
 class Clock:

@@ -16,4 +16,6 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``card.py``: the ``README.md`` of an adapter
 - ``compress.py``: converts a full adapter to a LoRA adapter
 - ``export.py``: writes an adapter in the formats of ComfyUI, A1111 and diffusers
+- ``original_names.py``: the names of SDXL's layers in Stability's code
+- ``readers.py``: what these programs leave out of an export, or read in another way
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,8 @@ RECORD, EMBEDDINGS, SOURCE, PREVIEW, STEPS, CARD = (
 PHOTO = "photo"  # stem of the photo's file
 
 REMEDY = "fit or copy the adapter again"
+
+_MAX_OTHER = 2**28  # bytes of a file without weights; the largest, a photo of 4096x4096 pixels, has at most 2**26
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z"
 
@@ -73,6 +75,7 @@ class Record(Manifest):
     compressed adapters.
     """
 
+    MAX_BYTES: ClassVar[int] = 2**35
     version: Literal[1] = 1
     name: Name
     created: str
@@ -92,3 +95,6 @@ class Record(Manifest):
     def weight_files(self) -> list[str]:
         """The files of the trained weights; none in mode embedding."""
         return [file for part in self.parts for file in part.files]
+
+    def max_bytes(self, file: str) -> int:
+        return self.MAX_BYTES if file in self.weight_files else _MAX_OTHER

@@ -32,7 +32,7 @@ def _write_pid(handle: int) -> None:
 def _lock_owner(path: Path) -> str:
     """Describes the process that holds a lock, by its id if the lock file contains it."""
     try:
-        pid = int(path.read_text())
+        pid = int(path.read_text()) if path.is_file() else 0  # a pipe of that name could block
         return f"process {pid}" if psutil.pid_exists(pid) else "another process"  # the owner has not written its id yet
     except (OSError, ValueError, OverflowError):
         return "another process"
@@ -51,6 +51,11 @@ def check_name(name: str) -> str:
             "choose another name",
         )
     return name
+
+
+def _folded(name: str) -> str:
+    """The name as file systems compare it that ignore case; Windows ignores dots at its end, too."""
+    return name.casefold().rstrip(".")
 
 
 def _may_hold(file: Path) -> bool:
@@ -122,13 +127,16 @@ class Store:
         """Checks that an adapter of this name can be written. A fit calls it before training.
 
         Raises:
-            ImagicError: the name is invalid, exists and ``overwrite`` is False, or is locked; or the folder cannot be written to, or its
-                path is not UTF-8, so that no adapter in it could be read.
+            ImagicError: the name is invalid, exists and ``overwrite`` is False, or is locked; another name is the same where file systems
+                ignore case; or the folder cannot be written to, or its path is not UTF-8, so that no adapter in it could be read.
         """
         check_utf8(str(self.root), "the path of the store")
         with self.locked(name):
             if exists(self.root / name) and not overwrite:
                 raise ImagicError(f"{self.root / name} exists", "an unused name", "choose another --name, or use --overwrite")
+            if not exists(self.root / name) and (twin := self._twin(name)):
+                got = f"{self.root / twin} exists, and {name} is the same name on file systems that ignore case"
+                raise ImagicError(got, "names that differ in more than case and final dots", "choose another --name")
 
     def names(self) -> list[str]:
         """Returns the names of the adapters, sorted, with those of folders that may not be read: :meth:`read` gives the reason.
@@ -207,6 +215,11 @@ class Store:
             return []
         except OSError as error:
             raise unreadable(self.root, error) from error
+
+    def _twin(self, name: str) -> str | None:
+        """Returns the name of an adapter or of an unfinished fit that differs from ``name`` in case or final dots only."""
+        others = [*self._entries(), *self.unfinished()]
+        return next((other for other in others if other != name and re.match(NAME, other) and _folded(other) == _folded(name)), None)
 
     def _recover_all(self) -> None:
         """Recovers interrupted writes. Names that are being written and a store that cannot be written to are skipped."""

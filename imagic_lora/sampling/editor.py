@@ -151,7 +151,7 @@ class Editor:
             if not (previous and isinstance(cached.weights, LoraLayers) and swap_lora(self.base, cached.weights)):
                 self._unload()
                 self._apply(cached)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: half an adapter does not stay loaded
             self._unload()
             raise
         self._loaded = cached

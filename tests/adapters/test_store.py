@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -254,6 +255,24 @@ def test_a_good_name_is_taken(store: Store, name: str) -> None:
     """Letters, digits, dot, underscore and hyphen, though a hidden file may end so too."""
     assert store.write(record(name), fill()).record.name == name
     assert store.names() == sorted(["one", name])
+
+
+@pytest.mark.parametrize("twin", ["ONE", "One", "one."])
+def test_a_name_that_is_another_where_case_is_ignored_is_refused(store: Store, twin: str) -> None:
+    """A store copied to such a disk would lose one of them; two that are there already stay as they are and may be written again."""
+    for refused in (lambda: store.check_free(twin, overwrite=True), lambda: store.write(record(twin), fill())):
+        with pytest.raises(
+            ImagicError, match=f"adapters/one exists, and {re.escape(twin)} is the same name on file systems that ignore case"
+        ):
+            refused()
+    (store.root / "one").rename(store.root / ".two.checkpoints")
+    with pytest.raises(ImagicError, match="adapters/two exists, and TWO is the same name"):
+        store.check_free("TWO", overwrite=False)
+    store.check_free(twin, overwrite=False)
+    for there in ("three", "THREE"):
+        shutil.copytree(store.root / ".two.checkpoints", store.root / there)
+        store.write(record(there), fill(), overwrite=True)
+    assert store.names() == ["THREE", "three"]
 
 
 def test_names_are_those_of_whole_adapters(store: Store) -> None:

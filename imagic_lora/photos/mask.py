@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import cycle, islice
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -87,7 +88,7 @@ def _smoothed(values: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
     kernel = np.exp(-np.square(np.arange(-reach, reach + 1) / sigma) / 2).astype(np.float32)
     for _ in range(2):  # along one axis, then along the other
         padded = np.pad(values, ((reach, reach), (0, 0)), mode="edge")
-        values = sum(weight * padded[k : k + len(values)] for k, weight in enumerate(kernel / kernel.sum())).T
+        values = (sliding_window_view(padded, len(kernel), axis=0) @ (kernel / kernel.sum())).T
     return values
 
 

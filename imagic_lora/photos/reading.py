@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageOps
 
 from ..core.errors import ImagicError
@@ -118,7 +119,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Mask:
             expected = f"the size of the photo, {size[0]}x{size[1]} pixels"
             raise ImagicError(f"has {channels[0].width}x{channels[0].height} pixels", expected, "draw the mask on the photo, upright")
         tints = (ImageChops.difference(channels[1], channel) for channel in (channels[0], channels[2]))
-        if any(tint.point(lambda level: level > _MAX_TINT).getbbox() for tint in tints):
+        if any(np.asarray(tint).max() > _MAX_TINT for tint in tints):
             raise ImagicError("has colours", "a gray mask: white may change, black stays", "save the mask as a gray PNG, not the photo")
         if channels[0].getextrema()[1] == 0:
             raise ImagicError("is black everywhere", "white pixels where the photo may change", "paint what may change white")

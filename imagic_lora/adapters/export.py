@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -22,11 +22,10 @@ from .lora import LORA_FILE
 from .original_names import original_names
 from .readers import check_layers, notes
 from .record import CARD, EMBEDDINGS, RECORD, REMEDY
-from .writing import check_outputs, writable
+from .writing import check_outputs, pieces, writable
 
 Format = Literal["kohya", "diffusers"]
 Files = Mapping[str, Iterable[bytes | memoryview]]
-_CHUNK = 2**24  # bytes that are copied at once
 _OPENCLIP_WIDTH = 1024  # of the embeddings of Stable Diffusion 2
 _STABILITY = "https://github.com/Stability-AI/generative-models"
 _KOHYA_USE = "Copy `{name}.safetensors` to the LoRA folder of ComfyUI or A1111 and use it at strength 1."
@@ -130,20 +129,14 @@ def _for_kohya(adapter: Adapter) -> Files:
         warnings.warn(note, ImagicWarning, stacklevel=3)
     return {
         f"{name}.safetensors": safetensors_pieces(tensors, _metadata(adapter)),
-        embeddings: _pieces(adapter.listed(EMBEDDINGS)),
+        embeddings: pieces(adapter.listed(EMBEDDINGS)),
         f"{name}.md": [_page(adapter, "\n\n".join(use), embeddings)],
     }
 
 
 def _for_diffusers(adapter: Adapter) -> Files:
     page = _page(adapter, _DIFFUSERS_USE[adapter.record.config.tune.mode], EMBEDDINGS)
-    return {file: _pieces(adapter.listed(file)) for file in (*adapter.record.weight_files, EMBEDDINGS)} | {CARD: [page]}
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
+    return {file: pieces(adapter.listed(file)) for file in (*adapter.record.weight_files, EMBEDDINGS)} | {CARD: [page]}
 
 
 def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
@@ -163,7 +156,7 @@ def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
         role=role.format(embeddings=embeddings),
         ends=ends,
         tensors="\n".join(f"- `{name}` {shape}" for name, shape in sorted(shapes.items())),
-        eta=record.config.eta,
+        eta=record.eta,
         steps=record.config.edit.steps,
         guidance=record.config.edit.guidance_scale,
         start=record.config.edit.start,

@@ -15,6 +15,7 @@ RECORD, EMBEDDINGS, SOURCE, PREVIEW, STEPS, CARD = (
 )  # fmt: skip
 
 PHOTO = "photo"  # stem of the photo's file
+CONVERGENCE, PREVIEWS = "convergence.png", "previews.png"  # in adapters whose fit evaluated the relative loss, or made previews
 
 REMEDY = "fit or copy the adapter again"
 
@@ -59,6 +60,19 @@ class SourceRecord(_Part):
     file: Annotated[FileName | None, Field(exclude_if=lambda value: value is None)] = None
 
 
+class StageRecord(_Part):
+    """How a training stage went: the steps that were asked for, the steps done, why it ended, and its last relative loss.
+
+    ``ended`` is ``steps`` after the last step that was asked for, and ``early stop`` where the relative loss no longer fell.
+    ``relative_loss`` is None if it was not evaluated.
+    """
+
+    asked: int
+    done: int
+    ended: Literal["steps", "early stop"]
+    relative_loss: float | None
+
+
 class CompressedRecord(_Part):
     """The full adapter that was compressed, and the norm of the lost weight change divided by the norm of the whole weight change."""
 
@@ -66,13 +80,22 @@ class CompressedRecord(_Part):
     error: Annotated[float, Field(ge=0)]
 
 
+class EtaRecord(_Part):
+    """The suggested eta, the rule that found it, and the number of seeds that it is a mean over."""
+
+    eta: Annotated[float, Field(ge=0, le=2)]
+    rule: str
+    seeds: Annotated[int, Field(ge=1)]
+
+
 class Record(Manifest):
     """``adapter.json``, version 1: the settings and results of the fit, and the hash of every other file.
 
     ``parts`` is empty in mode embedding, which trains no weights.
     ``losses`` holds the mean over the first and over the last tenth of each stage's steps. ``seconds`` holds the duration of each stage.
+    ``stages`` says how each stage went; adapters of older versions have none.
     ``runtime`` holds the values that were chosen for ``auto`` settings. ``peak_memory`` is in bytes. ``compressed`` is present only in
-    compressed adapters.
+    compressed adapters, ``suggested`` only after ``sweep --store-eta``.
     """
 
     MAX_BYTES: ClassVar[int] = 2**35
@@ -86,10 +109,17 @@ class Record(Manifest):
     source: SourceRecord
     losses: dict[str, tuple[float, float]]
     seconds: dict[str, float]
+    stages: dict[str, StageRecord] = Field(default={}, exclude_if=lambda value: not value)
     runtime: dict[str, str]
     peak_memory: int
     versions: dict[str, str]
     compressed: Annotated[CompressedRecord | None, Field(exclude_if=lambda value: value is None)] = None
+    suggested: Annotated[EtaRecord | None, Field(exclude_if=lambda value: value is None)] = None
+
+    @property
+    def eta(self) -> float:
+        """The default eta of an edit: the suggested one, or that of the settings of the fit."""
+        return self.suggested.eta if self.suggested else self.config.eta
 
     @property
     def weight_files(self) -> list[str]:

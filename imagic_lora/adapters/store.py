@@ -16,8 +16,8 @@ from ..core.text import check_utf8
 from .adapter import Adapter
 from .atomic import AtomicWriter, atomic_folder, interrupted_writes, recover, remove
 from .manifest import changed_file, read_manifest
-from .record import NAME, RECORD, REMEDY, Record
-from .writing import exists, writable
+from .record import NAME, RECORD, REMEDY, EtaRecord, Record
+from .writing import exists, pieces, writable
 
 _RECOVERY_SECONDS = 0.5  # longer than the recovery of an interrupted write takes
 
@@ -184,6 +184,26 @@ class Store:
                 fill(writer)
                 writer.write_manifest(RECORD, record)
         return self.read(record.name)
+
+    def suggest_eta(self, adapter: Adapter, suggested: EtaRecord) -> Adapter:
+        """Stores a suggested eta in the record of an adapter. The adapter is written again, atomically; no other file changes.
+
+        Args:
+            adapter: an adapter of this store.
+            suggested: the eta, and how it was found.
+
+        Raises:
+            ImagicError: as :meth:`write`; the folder holds another adapter than when it was read.
+        """
+        record = adapter.record.model_copy(update={"name": adapter.name, "suggested": suggested})
+
+        def copy(writer: AtomicWriter) -> None:
+            for file in adapter.record.files:
+                writer.write(file, pieces(adapter.listed(file)))
+
+        with self.locked(adapter.name) as holder:
+            adapter.check_unchanged()
+            return holder.write(record, copy, overwrite=True)
 
     def remove(self, name: str) -> None:
         """Removes an adapter and the checkpoints of an unfinished fit of that name.

@@ -26,11 +26,13 @@ from .commands.edit import edit
 from .commands.fit import fit
 from .commands.plan import plan
 from .commands.store import list_adapters, remove, show, verify
+from .commands.sweep import sweep
 from .console import print_error, print_interrupted, print_warnings
 
 COMMANDS: dict[str, Callable[..., None] | App] = {
     "fit": fit,
     "edit": edit,
+    "sweep": sweep,
     "list": list_adapters,
     "show": show,
     "verify": verify,

@@ -18,6 +18,7 @@ Timesteps = Literal["stratified", "uniform"]
 Preset = Literal["8gb", "12gb", "16gb", "24gb", "cpu"]
 PresetOrAuto = Literal["auto", "8gb", "12gb", "16gb", "24gb", "cpu"]
 Idle = Literal["keep", "offload", "release"]
+EarlyStop = Literal["off", "embed", "tune", "both"]
 
 
 def _flag(name: str) -> Parameter:
@@ -50,6 +51,9 @@ class EmbedConfig(Config):
     timesteps: Timesteps = "stratified"
     """How the timesteps of the training samples are drawn. stratified: evenly spread over a batch and over successive steps. uniform: each
     one independently."""
+    noise: float = Field(default=0.0, ge=0, le=10)
+    """Standard deviation of noise that every training sample adds to the embedding, as a multiple of the standard deviation of the
+    embedding of the target prompt. 0: none."""
 
 
 class TuneConfig(Config):
@@ -162,6 +166,25 @@ class CheckpointConfig(Config):
     """Also write a checkpoint every this many training steps. Without it only the time counts."""
 
 
+class MonitoringConfig(Config):
+    """What a fit measures and shows while it trains. Only early stopping changes what is trained."""
+
+    convergence_every: Annotated[int, _flag("convergence-every")] = Field(default=50, ge=0, le=100_000)
+    """Evaluate the relative loss every this many training steps, and after the last step of a stage: the loss on 8 fixed pairs of timestep
+    and noise, as a ratio to that of the frozen base with the target prompt. Each evaluation takes 8 forward passes through the denoiser.
+    0: off."""
+    early_stop: Annotated[EarlyStop, _flag("early-stop")] = "off"
+    """Stages that end early when their relative loss no longer falls. embed: stage 1. tune: stage 2. both: both stages."""
+    patience: Annotated[int, _flag("patience")] = Field(default=3, ge=1, le=1000)
+    """Only with early stopping: a stage ends after this many evaluations in a row that do not improve the relative loss."""
+    min_improvement: Annotated[float, _flag("min-improvement")] = Field(default=0.01, ge=0, le=1)
+    """Only with early stopping: an evaluation counts as an improvement if the relative loss is lower than the lowest one so far by more
+    than this. 0.01 is a hundredth of the loss of the frozen base."""
+    preview_every: Annotated[int, _flag("preview-every")] = Field(default=0, ge=0, le=100_000)
+    """Generate previews at several etas every this many training steps of stage 2, with the sampling settings of stage 3. A preview takes
+    as long as an edit at four etas, and needs the memory of an edit on top of the states of the optimizer. 0: off."""
+
+
 class RunConfig(Config):
     """All settings of a run: one photo, one target prompt."""
 
@@ -186,9 +209,23 @@ class RunConfig(Config):
     edit: Annotated[EditConfig, Parameter(group="Stage 3: the preview, and the defaults of later edits")] = EditConfig()
     memory: Annotated[MemoryConfig, Parameter(group="Device and memory")] = MemoryConfig()
     checkpoint: Annotated[CheckpointConfig, Parameter(group="Checkpoints, for --resume after an interruption")] = CheckpointConfig()
+    monitoring: Annotated[MonitoringConfig, Parameter(group="Monitoring: convergence, early stopping, previews")] = MonitoringConfig()
 
     @property
     def stages(self) -> dict[str, EmbedConfig | TuneConfig]:
         """The training stages that run, by name, in their order."""
         embed: dict[str, EmbedConfig | TuneConfig] = {"embed": self.embed}
         return embed if self.tune.mode == "embedding" else embed | {"tune": self.tune}
+
+    def stops_early(self, stage: str) -> bool:
+        """Whether a stage ends when its relative loss no longer falls.
+
+        Args:
+            stage: ``embed`` or ``tune``.
+        """
+        return self.monitoring.early_stop in (stage, "both")
+
+    @property
+    def previews_every(self) -> int:
+        """Number of steps between two previews of stage 2; 0 for none."""
+        return self.monitoring.preview_every if "tune" in self.stages else 0

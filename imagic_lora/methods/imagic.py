@@ -27,11 +27,11 @@ class Imagic(Method):
     """
 
     def __init__(self, name: str, config: RunConfig, others: Mapping[str, tuple[float, EditConfig]] | None = None) -> None:
-        self.name, self.config = name, config
+        self.name, self.config = name, unmonitored(config)
         self.ways = {name: (config.eta, config.edit)} | {f"{name}-{other}": way for other, way in (others or {}).items()}
         self.rows = tuple(self.ways)
         sampled = {row: {"eta": eta, "edit": edit.model_dump(mode="json")} for row, (eta, edit) in self.ways.items()}
-        self.settings = {"run": config.model_dump(mode="json"), "rows": sampled}
+        self.settings = {"run": self.config.model_dump(mode="json"), "rows": sampled}
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         base, config = context.base, self.config.model_copy(update={"seed": request.seed})
@@ -45,6 +45,17 @@ class Imagic(Method):
                 with metered(base) as meter:
                     (result,) = editor.edit(adapter, [eta], [request.seed], sampling)
                     yield EditResult(row, result.image, trained + meter.cost())
+
+
+def unmonitored(config: RunConfig) -> RunConfig:
+    """Returns the settings without evaluations that only inform: what a method costs does not include them. Early stopping needs them.
+
+    Args:
+        config: settings of a run.
+    """
+    every = 0 if config.monitoring.early_stop == "off" else config.monitoring.convergence_every
+    monitoring = config.monitoring.model_copy(update={"convergence_every": every, "preview_every": 0})
+    return config.model_copy(update={"monitoring": monitoring})
 
 
 def _run_fit(steps: Generator[StepReport, None, Adapter | None], meter: CostMeter) -> tuple[Adapter, Cost]:

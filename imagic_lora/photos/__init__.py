@@ -11,4 +11,5 @@ May import: core. No diffusers. Must not know: models, adapters, commands.
 - ``composite.py``: edits pasted into the photo at its full size
 - ``png.py``: PNG files with metadata
 - ``sheet.py``: sheets of labelled images
+- ``plot.py``: line plots
 """

@@ -11,4 +11,5 @@ May import: core, photos, bases, memory, adapters. Must not know: training, meth
 - ``keep.py``: edits pasted into the photo at its full size
 - ``opening.py``: from a stored adapter to an Editor: settings for this machine, and the base
 - ``outputs.py``: the files of an edit: names, metadata, the check that no other image is replaced, the sheet
+- ``sweeps/``: sweeps over eta and seed, scores of their images, and the suggested eta
 """

@@ -87,8 +87,24 @@ class Editor:
         with self._lock:
             self._load(self._read(adapter))
 
+    def conditionings(self, adapter: Adapter, prompt: str | None = None) -> dict[str, Conditioning]:
+        """Returns the conditionings of an adapter on the device: ``target``, ``optimised`` and, if the base has one, ``null``.
+
+        Args:
+            adapter: the adapter.
+            prompt: a target prompt that replaces the one of the adapter.
+        """
+        with self._lock:
+            return self._conditionings(self._read(adapter), prompt)
+
     def edit(
-        self, adapter: Adapter, etas: Sequence[float], seeds: Sequence[int], config: EditConfig, prompt: str | None = None
+        self,
+        adapter: Adapter,
+        etas: Sequence[float],
+        seeds: Sequence[int],
+        config: EditConfig,
+        prompt: str | None = None,
+        tuned: bool = True,
     ) -> Iterator[Edit]:
         """Generates an edit for every eta and, for each eta, every seed: ``e_eta = eta * e_tgt + (1 - eta) * e_opt``.
 
@@ -98,6 +114,7 @@ class Editor:
             seeds: seeds of the starting noise.
             config: settings of the sampling.
             prompt: a target prompt that replaces the one of the adapter.
+            tuned: False samples from the base without the adapter's weights, with its embeddings alone: the model before stage 2.
 
         Yields:
             The edits in order, after each batch.
@@ -110,17 +127,17 @@ class Editor:
         with self._lock:
             cached = self._read(adapter)
             check_scheduler_steps(self.base, config)
-            device = self.base.runtime.device
-            stored = {name: value.to(device) for name, value in cached.embeddings.items()}
-            target = stored["target"] if prompt is None else replace(self.base.encode_prompt(prompt), extra=stored["target"].extra)
+            stored = self._conditionings(cached, prompt)
+            target = stored["target"]
             self.base.offload_encoders()
+            loaded = cached if tuned else replace(cached, weights=None)
         conditionings = [interpolate(target, stored["optimised"], eta) for eta, _ in pairs]
         sources = source_conditionings(target, stored["optimised"], [eta for eta, _ in pairs], config.source_eta)
         images = generate(self.base, conditionings, [seed for _, seed in pairs], config, cached.canvas, stored.get("null"), sources)
         for start in range(0, len(pairs), config.batch_size):
             batch = pairs[start : start + config.batch_size]
             with self._lock:  # not held across a yield: a caller may switch between running edits
-                self._load(cached)
+                self._load(loaded)
                 batch_images = list(islice(images, len(batch)))
             yield from (Edit(eta, seed, image) for (eta, seed), image in zip(batch, batch_images, strict=True))
 
@@ -129,6 +146,13 @@ class Editor:
         with self._lock:
             self._unload()
             self._base_weights = None
+
+    def _conditionings(self, cached: _CachedAdapter, prompt: str | None) -> dict[str, Conditioning]:
+        """As :meth:`conditionings`."""
+        stored = {name: value.to(self.base.runtime.device) for name, value in cached.embeddings.items()}
+        if prompt is not None:
+            stored["target"] = replace(self.base.encode_prompt(prompt), extra=stored["target"].extra)
+        return stored
 
     def _read(self, adapter: Adapter) -> _CachedAdapter:
         """Returns the cached content of an adapter, and reads it from disk if it is not cached."""

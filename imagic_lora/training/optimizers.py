@@ -15,7 +15,7 @@ from ..core.errors import ImagicError
 from ..core.noise import key
 from ..core.runtime import Processes, Runtime
 from ..memory.optimizer_states import scales_8bit, states_8bit
-from .checkpoints import START_OVER
+from .resuming.checkpoints import START_OVER
 
 _QUANTIZATION_MAPS = ("qmap1", "qmap2")
 _FP16_LOSS_SCALE = 1024.0  # a power of two, so dividing is exact; keeps small gradients from underflowing in fp16

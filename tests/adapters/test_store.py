@@ -19,7 +19,7 @@ from files import failing, forbid, interrupted_removal, manifest_bytes, rival
 
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import AtomicWriter
-from imagic_lora.adapters.record import RECORD, BaseRecord, Record, SourceRecord
+from imagic_lora.adapters.record import RECORD, BaseRecord, EtaRecord, Record, SourceRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning, NotFinite
@@ -471,6 +471,23 @@ def test_a_claim_ends_with_its_block(store: Store, error: type[BaseException]) -
     with pytest.raises(error), store.locked("one"):
         raise error
     assert hidden(store.root) == []
+
+
+def test_a_suggested_eta_changes_the_record_alone(store: Store) -> None:
+    """Of the folder that was read, whatever name its record has; a record that was read before is then no longer that of the folder."""
+    plain = store.read("one")
+    shutil.copytree(plain.folder, store.root / "copy")
+    before = store.read("copy")
+    assert (before.record.eta, before.record.suggested) == (0.3, None)
+    suggested = EtaRecord(eta=0.6, rule="product", seeds=2)
+    after = store.suggest_eta(before, suggested)
+    assert (after.folder, after.record.eta) == (store.root / "copy", 0.6)
+    assert after.record == before.record.model_copy(update={"name": "copy", "suggested": suggested})
+    assert store.read("one").record == plain.record
+    assert store.suggest_eta(after, suggested.model_copy(update={"eta": 0.5})).record.eta == 0.5
+    with pytest.raises(ImagicError, match="another adapter"):
+        store.suggest_eta(before, suggested)
+    assert store.read("copy").record.eta == 0.5
 
 
 def test_what_is_removed_is_gone(store: Store) -> None:

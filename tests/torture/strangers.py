@@ -33,8 +33,8 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading import registry
 from imagic_lora.cli import app as cli
 from imagic_lora.core.errors import ImagicError, ImagicWarning
-from imagic_lora.training.checkpoints import CHECKPOINT, STATE
 from imagic_lora.training.fit import result
+from imagic_lora.training.resuming.checkpoints import CHECKPOINT, STATE
 
 from .bases import Canary
 from .fitted import Fitted, drawn, files, fitted, forged, in_time, verdict

@@ -4,6 +4,7 @@ May import: every room. Only ``cli/app.py`` and the tests import it.
 
 - ``fit.py``: fit
 - ``edit.py``: edit
+- ``sweep.py``: sweep
 - ``store.py``: list, show, verify, rm
 - ``convert.py``: compress, export
 - ``plan.py``: plan

@@ -47,6 +47,8 @@ def examine() -> dict[str, dict[str, str]]:
         missing["CUDA"] = "a fit with Stable Diffusion takes hours on a CPU; a fit with the base critters takes seconds"
     if importlib.util.find_spec("xformers") is None:
         missing["xformers"] = "optional: pip install 'imagic-lora[xformers]' for --attention xformers (CUDA)"
+    if importlib.util.find_spec("tensorboard") is None:
+        missing["tensorboard"] = "optional: pip install 'imagic-lora[tensorboard]' for fit --tracker tensorboard"
     choices = choose_runtime(MemoryConfig(), card).reasons
     return {"system": system, "choices": choices, "libraries": {name: _version(name) for name in _LIBRARIES}, "missing": missing}
 

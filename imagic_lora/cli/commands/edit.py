@@ -13,12 +13,15 @@ from ...core.errors import ImagicError
 from ..console import err, plain, print_json, progress
 from ..libraries import import_libraries
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds
+from ..searching import searched_eta
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
     from ...core.config import RunConfig
     from ...sampling.keep import Keep
 
+AUTO = "auto"
+"""The value of ``--eta`` that searches for one."""
 SamplingFlags = Annotated[
     EditConfig | None, Parameter(name="*", group="Sampling (default: the settings stored in the adapter)", show_default=False)
 ]
@@ -55,7 +58,7 @@ def edit(
         Name of the adapter, as imagic-lora list prints it.
     eta
         0: the reconstruction of the photo. 1: the target prompt alone. One (0.7), several (0.5,0.7), or a range with its end (0.3:1:0.1).
-        Default: the adapter's.
+        auto: search for one with seven images of the first seed. Default: the adapter's.
     seed
         Seed of the starting noise. One (0), several (0,3), or a range without its end (0:4).
     prompt
@@ -94,12 +97,12 @@ def edit(
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     levers = device.model_dump(exclude_unset=True) if device else {}
     run = edit_settings(adapter, {"edit": flags, "memory": levers, "preset": preset}, base)
-    etas, seeds = parse_etas(eta) if eta else [record.config.eta], parse_seeds(seed)
+    etas, seeds = ([] if eta == AUTO else parse_etas(eta)) if eta else [record.eta], parse_seeds(seed)
     folder = out_dir or Path("outputs") / adapter.name
     kept = read_keep(adapter, keep, photo)
-    written = _edit(adapter, base, run, etas, seeds, prompt, kept, save_mask, force, folder, overwrite)
+    written, search = _edit(adapter, base, run, etas, seeds, prompt, kept, save_mask, force, folder, overwrite)
     if as_json:
-        print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / SHEET)})
+        print_json({"adapter": adapter.name, "pictures": written, "sheet": str(folder / SHEET)} | ({"auto": search} if search else {}))
     else:
         plural = "" if len(written) == 1 else "s"
         err.print(f"[green]Wrote[/] {len(written)} image{plural} and {plain(folder / SHEET)}")
@@ -117,14 +120,14 @@ def _edit(
     force: bool,
     folder: Path,
     overwrite: bool,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Generates the images of all etas and seeds, and writes them into a folder.
 
     Args:
         adapter: the stored adapter.
         base: a base that replaces the one in the adapter's record.
         run: settings of stage 3 and memory levers.
-        etas: interpolation values, each in [0, 2].
+        etas: interpolation values, each in [0, 2]; none to search for one.
         seeds: seeds of the starting noise.
         prompt: target prompt; None is that of the adapter.
         keep: how the edits are pasted into the photo; None for edits of the whole photo.
@@ -134,7 +137,8 @@ def _edit(
         overwrite: whether images that were made in another way are replaced.
 
     Returns:
-        ``file``, ``eta`` and ``seed`` of every image.
+        ``file``, ``eta`` and ``seed`` of every image; and what :func:`~imagic_lora.cli.searching.searched_eta` returns, empty without a
+        search.
     """
     from ...adapters.contents import read_canvas
     from ...memory.levers import EDIT_LEVERS
@@ -145,16 +149,22 @@ def _edit(
 
     config, target_prompt = run.edit, adapter.record.prompt if prompt is None else prompt
     check_edit(etas, seeds, config, target_prompt)
-    names = [image_name(eta, seed) for eta in etas for seed in seeds]
-    masks = [mask_name(eta, seed) for eta in etas for seed in seeds] if save_mask else []
-    check_outputs(folder, [*names, *masks, SHEET])
+
+    def outputs() -> list[str]:
+        masks = [mask_name(eta, seed) for eta in etas for seed in seeds] if save_mask else []
+        return [*(image_name(eta, seed) for eta in etas for seed in seeds), *masks]
+
+    check_outputs(folder, [*outputs(), SHEET])
     editor = open_editor(adapter, run, base, force)
-    generated = keep.etas(etas) if keep else etas
-    edits = progress(editor.edit(adapter, generated, seeds, config, prompt), len(generated) * len(seeds), "images")
     metadata = image_metadata(adapter, editor.base, config, target_prompt) | (keep.metadata if keep else {})
-    if not overwrite:
-        check_same_edits([folder / name for name in [*names, *masks]], metadata)
     written = f"the images written so far are in {folder}"
     with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", lambda: written, EDIT_LEVERS):
+        search = {} if etas else searched_eta(editor, adapter, seeds[0], config, prompt)
+        etas = etas or [search["eta"]]
+        check_outputs(folder, outputs())
+        if not overwrite:
+            check_same_edits([folder / name for name in outputs()], metadata)
+        generated = keep.etas(etas) if keep else etas
+        edits = progress(editor.edit(adapter, generated, seeds, config, prompt), len(generated) * len(seeds), "images")
         pasted, region = (keep.pasted(edits, etas), keep.composite.region) if keep else (edits, None)
-        return write_edits(pasted, folder, metadata, read_canvas(adapter).photo(), region, save_mask)
+        return write_edits(pasted, folder, metadata, read_canvas(adapter).photo(), region, save_mask), search

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from ...training.stage import StepReport
 
 
+LOG_DIR = Path("outputs/tensorboard")
+
+
 def fit(
     image: Path,
     prompt: str,
@@ -42,6 +45,8 @@ def fit(
     store: StoreDir = DEFAULT_STORE,
     resume: Flag = False,
     overwrite: Flag = False,
+    tracker: Literal["tensorboard"] | None = None,
+    tracker_dir: Path | None = None,
     as_json: Json = False,
 ) -> None:
     """Train an adapter on a photo and store it.
@@ -73,10 +78,16 @@ def fit(
         Resume an interrupted fit (Ctrl-C, a crash, a power cut). Photo, prompt, base and settings must be those of the interrupted command.
     overwrite
         Replace an existing adapter of the same name, and discard the checkpoints of an interrupted fit.
+    tracker
+        Also log losses, relative losses and previews. tensorboard: to TensorBoard, which the extra tensorboard installs.
+    tracker_dir
+        Folder of the files of --tracker. Default: outputs/tensorboard. See them with: tensorboard --logdir FOLDER
     """
     from ...adapters.store import Store
 
     part = parse_region(region) if region is not None else None
+    if tracker_dir and not tracker:
+        raise ImagicError(f"--tracker-dir {tracker_dir} without --tracker", "both, or neither", "add --tracker tensorboard")
     launch = read_launch()
     try:
         run, why, architecture = configured(settings, config, launch)
@@ -91,6 +102,7 @@ def fit(
             overwrite,
             resume,
             _processes(run, launch),
+            (tracker_dir or LOG_DIR) if tracker else None,
             part,
             store_photo,
         )
@@ -139,16 +151,20 @@ def _fit(
     overwrite: bool,
     resume: bool,
     processes: Processes,
+    log_dir: Path | None,
     region: Region | None,
     store_photo: bool,
 ) -> Adapter | None:
-    """Runs the fit with its progress. A signal stops it after the current step."""
+    """Runs the fit with its progress, and logs it in a folder if there is one. A signal stops it after the current step."""
     from ...core.runtime import resolve_runtime
     from ...memory.limits import adapter_bytes
     from ...training.fit import fit as fit_steps
     from ...training.fit import result
+    from ...training.monitoring.trackers import check_tensorboard, tracked
     from ..interrupts import Interrupts
 
+    if log_dir:
+        check_tensorboard(log_dir)
     with Interrupts() as interrupts:
         steps = fit_steps(
             image,
@@ -177,6 +193,8 @@ def _fit(
 
         try:
             reports = print_settings_first()
+            if log_dir and processes.main:
+                reports = tracked(reports, run, name, log_dir)
             return show_progress(reports, run) if processes.main else result(reports)
         except KeyboardInterrupt:
             if name in store.unfinished():

@@ -13,6 +13,7 @@ from ..options import DEFAULT_STORE, Flag, Json, StoreDir
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
+    from ...adapters.record import StageRecord
 
 
 def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
@@ -62,7 +63,9 @@ def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -
         print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json")})
         return
     table = Table(show_header=False, box=None, padding=(0, 2))
-    for key, value in {"name": adapter.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **summary(adapter)}.items():
+    facts = {"name": adapter.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **summary(adapter)}
+    facts["stages"] = "; ".join(f"{stage}: {_stage_text(one)}" for stage, one in record.stages.items()) or "not recorded"
+    for key, value in facts.items():
         table.add_row(f"[dim]{key}[/]", plain(json.dumps(value) if isinstance(value, dict) else str(value)))
     out.print(table)
 
@@ -128,6 +131,14 @@ def remove(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False)
         err.print(f"[green]Removed[/] {plain(name)}", highlight=False)
 
 
+def _stage_text(stage: StageRecord) -> str:
+    """How a training stage went, in words."""
+    early = f" of {stage.asked}" if stage.ended == "early stop" else ""
+    why = " (early stop: the relative loss no longer fell)" if stage.ended == "early stop" else ""
+    relative = "" if stage.relative_loss is None else f", relative loss {stage.relative_loss:.2f}"
+    return f"{stage.done}{early} steps{why}{relative}"
+
+
 def summary(adapter: Adapter) -> dict[str, Any]:
     """Returns the main facts of an adapter as JSON values, for ``list``, ``show``, ``fit`` and ``compress``."""
     record = adapter.record
@@ -135,15 +146,17 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         "prompt": record.prompt,
         "base": record.base.name,
         "mode": record.config.tune.mode,
-        "eta": record.config.eta,
+        "eta": record.eta,
         "seed": record.config.seed,
         "photo": f"{record.source.size[0]}x{record.source.size[1]}",
         **({"region": list(record.source.region)} if record.source.region else {}),
         **({"stored_photo": {"file": record.source.file, "bytes": adapter.photo_size}} if record.source.file else {}),
         "losses": {stage: list(values) for stage, values in record.losses.items()},
+        **({"stages": {stage: one.model_dump() for stage, one in record.stages.items()}} if record.stages else {}),
         "seconds": record.seconds,
         "peak_memory": record.peak_memory,
         "created": record.created,
         "files": list(record.files),
+        **({"suggested": record.suggested.model_dump()} if record.suggested else {}),
         **({"compressed": record.compressed.model_dump()} if record.compressed else {}),
     }

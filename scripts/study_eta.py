@@ -19,7 +19,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def stored(path: Path, measure: Callable[[], list[Curve]]) -> list[Curve]:
 
 def chosen(curve: Curve, rule: str, kind: str, auto: bool) -> tuple[Point, list[float]]:
     """The image that a rule chooses, and the etas that it has looked at."""
-    points = {eta: Point(**(vars(point) | {"alignment": point.alignments[kind]})) for eta, point in curve.items()}
+    points = {eta: replace(point, alignment=point.alignments[kind]) for eta, point in curve.items()}
     if not auto:
         return points[RULES[rule](Curves.of(points.values()))], list(points)
     steps, seen = search(lambda etas: [points[round(eta, 6)] for eta in etas], RULES[rule]), list[float]()

@@ -17,7 +17,7 @@ from .adapter import Adapter
 from .atomic import AtomicWriter, atomic_folder, interrupted_writes, recover, remove
 from .manifest import changed_file, read_manifest
 from .record import NAME, RECORD, REMEDY, EtaRecord, Record
-from .writing import exists, pieces, writable
+from .writing import exists, flush_folder, pieces, writable
 
 _RECOVERY_SECONDS = 0.5  # longer than the recovery of an interrupted write takes
 
@@ -184,6 +184,27 @@ class Store:
                 fill(writer)
                 writer.write_manifest(RECORD, record)
         return self.read(record.name)
+
+    def rename(self, name: str, new: str) -> Adapter:
+        """Gives an adapter another name. Its files and its record stay as they are.
+
+        Raises:
+            ImagicError: there is no such adapter, the new name is taken or invalid, or a fit of either name is unfinished.
+        """
+        check_name(new)
+        self.read(name, verify=False)
+        for taken in (name, new):
+            if _may_hold_checkpoints(self.checkpoints(taken)):
+                got = f"a fit of {taken} is unfinished"
+                raise ImagicError(got, "names without an unfinished fit", "resume it, or choose another name")
+        if new == name:
+            raise ImagicError(f"{name} has this name already", "another name", "choose another name")
+        with self.locked(name), self.locked(new) as holder:
+            holder.check_free(new, overwrite=False)
+            with writable(self.root):
+                (self.root / name).rename(self.root / new)
+                flush_folder(self.root)
+        return self.read(new, verify=False)
 
     def suggest_eta(self, adapter: Adapter, suggested: EtaRecord) -> Adapter:
         """Stores a suggested eta in the record of an adapter. The adapter is written again, atomically; no other file changes.

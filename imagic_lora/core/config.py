@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Mode = Literal["lora", "full", "embedding"]
@@ -18,7 +18,13 @@ Timesteps = Literal["stratified", "uniform"]
 Preset = Literal["8gb", "12gb", "16gb", "24gb", "cpu"]
 PresetOrAuto = Literal["auto", "8gb", "12gb", "16gb", "24gb", "cpu"]
 Idle = Literal["keep", "offload", "release"]
+Scheduler = Literal["base", "ddim", "dpm++2m", "dpm++2m-sde", "unipc", "euler", "lcm"]
 EarlyStop = Literal["off", "embed", "tune", "both"]
+
+DEVICE_GROUP = Group("Device and memory", sort_key=4)
+_CHECKPOINTS = Group("Checkpoints, for --resume after an interruption", sort_key=6)
+_MONITORING = Group("Monitoring: convergence, early stopping, previews", sort_key=7)
+_ADVANCED = Parameter(group=Group("Sampling, advanced", sort_key=5))
 
 
 def _flag(name: str) -> Parameter:
@@ -89,14 +95,25 @@ class EditConfig(Config):
     models (LCM) the scale is an input of the denoiser, in training as well."""
     steps: int = Field(default=50, ge=1, le=1000)
     """Number of sampling steps."""
-    ddim_eta: float = Field(default=0.0, ge=0, le=1)
+    negative_prompt: str = ""
+    """What the image must not show. Guidance leads away from it instead of from the empty prompt; needs a guidance_scale above 1."""
+    guidance_rescale: Annotated[float, _ADVANCED] = Field(default=0.0, ge=0, le=1)
+    """Rescales the guided prediction to the standard deviation of the one that follows the prompt (arXiv 2305.08891, equations 15 and 16),
+    against overexposed images at a high guidance_scale. 0: off. 1: in full. The paper uses 0.7. Needs a guidance_scale above 1."""
+    scheduler: Scheduler = "base"
+    """Sampling scheduler of diffusers, built from the config of the base's own. base: the base's own. dpm++2m, dpm++2m-sde and unipc need
+    fewer steps (20 to 30). lcm: for latent consistency models. Start inverted always uses DDIM."""
+    karras_sigmas: Annotated[bool, _ADVANCED] = False
+    """Space the noise levels as in arXiv 2206.00364, equation 5. Only for dpm++2m, dpm++2m-sde, unipc and euler, or a base with such a
+    scheduler."""
+    ddim_eta: Annotated[float, _ADVANCED] = Field(default=0.0, ge=0, le=1)
     """Amount of noise that DDIM adds at every step. 0: none, sampling is deterministic. 1: as much as DDPM. This is not the eta of the
     interpolation."""
     start: Literal["noise", "image", "inverted"] = "noise"
     """Where sampling starts. noise: from random noise. image: from the photo with added noise (see strength). inverted: from noise that
     reproduces the photo, which keeps position and background best. With ddim_eta 0, inverted is DDIM inversion, and the seed has no effect.
     With a ddim_eta above 0 it is edit-friendly inversion (arXiv 2304.06140), which depends on the seed and allows larger changes."""
-    source_eta: float = Field(default=0.0, ge=0, le=1)
+    source_eta: Annotated[float, _ADVANCED] = Field(default=0.0, ge=0, le=1)
     """Only for start inverted: eta of the embedding with which the photo is inverted. 0: the optimised embedding. The subject keeps its
     identity best at a value just below the eta where the edit begins to appear. An edit at a lower eta is inverted at its own eta."""
     strength: float = Field(default=0.8, gt=0, le=1)
@@ -204,12 +221,12 @@ class RunConfig(Config):
     eta: float = Field(default=0.7, ge=0, le=2)
     """Interpolation between photo and edit, for the preview and for edits without an eta of their own. 0: the reconstruction of the photo.
     1: the target prompt alone. Values above 1 extrapolate."""
-    embed: Annotated[EmbedConfig, Parameter(group="Stage 1: embed")] = EmbedConfig()
-    tune: Annotated[TuneConfig, Parameter(group="Stage 2: tune")] = TuneConfig()
-    edit: Annotated[EditConfig, Parameter(group="Stage 3: the preview, and the defaults of later edits")] = EditConfig()
-    memory: Annotated[MemoryConfig, Parameter(group="Device and memory")] = MemoryConfig()
-    checkpoint: Annotated[CheckpointConfig, Parameter(group="Checkpoints, for --resume after an interruption")] = CheckpointConfig()
-    monitoring: Annotated[MonitoringConfig, Parameter(group="Monitoring: convergence, early stopping, previews")] = MonitoringConfig()
+    embed: Annotated[EmbedConfig, Parameter(group=Group("Stage 1: embed", sort_key=1))] = EmbedConfig()
+    tune: Annotated[TuneConfig, Parameter(group=Group("Stage 2: tune", sort_key=2))] = TuneConfig()
+    edit: Annotated[EditConfig, Parameter(group=Group("Stage 3: the preview, and the defaults of later edits", sort_key=3))] = EditConfig()
+    memory: Annotated[MemoryConfig, Parameter(group=DEVICE_GROUP)] = MemoryConfig()
+    checkpoint: Annotated[CheckpointConfig, Parameter(group=_CHECKPOINTS)] = CheckpointConfig()
+    monitoring: Annotated[MonitoringConfig, Parameter(group=_MONITORING)] = MonitoringConfig()
 
     @property
     def stages(self) -> dict[str, EmbedConfig | TuneConfig]:

@@ -182,6 +182,9 @@ def _clashes(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, st
     for flag, start in (("--strength", "image"), ("--source-eta", "inverted")):
         if flag in named and run.edit.start != start:
             yield flag, f"--start {run.edit.start}", f"this setting only with --start {start}"
+    for flag, value in (("--negative-prompt", run.edit.negative_prompt), ("--guidance-rescale", run.edit.guidance_rescale)):
+        if flag in named and value and run.edit.guidance_scale <= 1:
+            yield flag, f"--guidance-scale {run.edit.guidance_scale:g}", "this setting only with guidance: a guidance scale above 1"
     yield from _monitoring_clashes(run, named)
 
 

@@ -27,14 +27,14 @@ class Imagic(Method):
     """
 
     def __init__(self, name: str, config: RunConfig, others: Mapping[str, tuple[float, EditConfig]] | None = None) -> None:
-        self.name, self.config = name, unmonitored(config)
+        self.name, self.config = name, config
         self.ways = {name: (config.eta, config.edit)} | {f"{name}-{other}": way for other, way in (others or {}).items()}
         self.rows = tuple(self.ways)
         sampled = {row: {"eta": eta, "edit": edit.model_dump(mode="json")} for row, (eta, edit) in self.ways.items()}
-        self.settings = {"run": self.config.model_dump(mode="json"), "rows": sampled}
+        self.settings = {"run": config.model_dump(mode="json"), "rows": sampled}
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
-        base, config = context.base, self.config.model_copy(update={"seed": request.seed})
+        base, config = context.base, unmonitored(self.config).model_copy(update={"seed": request.seed})
         with tempfile.TemporaryDirectory() as folder, closing(Editor(base)) as editor:
             photo = Path(folder) / "photo.png"
             write_png(request.photo, photo, {})

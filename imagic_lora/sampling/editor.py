@@ -20,8 +20,9 @@ from ..bases.base import Base
 from ..core.conditioning import Conditioning, interpolate, source_conditionings
 from ..core.config import EditConfig
 from ..photos.canvas import Canvas
-from .checks import check_edit, check_scheduler_steps
+from .checks import check_edit, check_scheduler
 from .generate import generate
+from .pipelines import negative
 
 CACHED = 8  # maximum number of cached adapters; full weights stay on disk
 
@@ -30,14 +31,18 @@ CACHED = 8  # maximum number of cached adapters; full weights stay on disk
 class Edit:
     """An edited image and the eta and seed that produced it.
 
-    ``mask`` is where it was pasted into the photo (:mod:`~imagic_lora.sampling.keep`): mode L, of the image's size. It is None for an image
-    that was not pasted.
+    Args:
+        batch: eta and seed of every image of its batch, in order: on some devices the last bits of an image depend on them.
+        mask: where it was pasted into the photo (:mod:`~imagic_lora.sampling.keep`): mode L, of the image's size. None: it was not.
+        reference_batch: the batch of the image at eta 0 that it was compared with for its mask.
     """
 
     eta: float
     seed: int
     image: Image.Image
+    batch: tuple[tuple[float, int], ...] = ()
     mask: Image.Image | None = None
+    reference_batch: tuple[tuple[float, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,24 +127,30 @@ class Editor:
         Raises:
             ImagicError: as :func:`check_edit`, :meth:`load` and :func:`generate`.
         """
-        check_edit(etas, seeds, config, adapter.record.prompt if prompt is None else prompt)
-        pairs = list(product(etas, seeds))
+        yield from self.edit_pairs(adapter, list(product(etas, seeds)), config, prompt, tuned)
+
+    def edit_pairs(
+        self, adapter: Adapter, pairs: Sequence[tuple[float, int]], config: EditConfig, prompt: str | None = None, tuned: bool = True
+    ) -> Iterator[Edit]:
+        """Generates an edit for every pair of eta and seed, in batches of ``config.batch_size``; otherwise as :meth:`edit`."""
+        etas, seeds = {eta for eta, _ in pairs}, {seed for _, seed in pairs}
+        check_edit(sorted(etas), sorted(seeds), config, adapter.record.prompt if prompt is None else prompt)
         with self._lock:
             cached = self._read(adapter)
-            check_scheduler_steps(self.base, config)
+            check_scheduler(self.base, config)
             stored = self._conditionings(cached, prompt)
-            target = stored["target"]
+            target, null = stored["target"], negative(self.base, config, stored.get("null"))
             self.base.offload_encoders()
             loaded = cached if tuned else replace(cached, weights=None)
         conditionings = [interpolate(target, stored["optimised"], eta) for eta, _ in pairs]
         sources = source_conditionings(target, stored["optimised"], [eta for eta, _ in pairs], config.source_eta)
-        images = generate(self.base, conditionings, [seed for _, seed in pairs], config, cached.canvas, stored.get("null"), sources)
+        images = generate(self.base, conditionings, [seed for _, seed in pairs], config, cached.canvas, null, sources)
         for start in range(0, len(pairs), config.batch_size):
             batch = pairs[start : start + config.batch_size]
             with self._lock:  # not held across a yield: a caller may switch between running edits
                 self._load(loaded)
                 batch_images = list(islice(images, len(batch)))
-            yield from (Edit(eta, seed, image) for (eta, seed), image in zip(batch, batch_images, strict=True))
+            yield from (Edit(eta, seed, image, tuple(batch)) for (eta, seed), image in zip(batch, batch_images, strict=True))
 
     def close(self) -> None:
         """Unloads the adapter; the base is then bit-equal to before. If an exception interrupts it, another call completes it."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.contents import read_original
@@ -49,19 +47,21 @@ class Keep:
         Yields:
             The edits of these etas, with the whole photo as their image, and with their mask.
         """
-        references: dict[int, Image.Image] = {}
+        references: dict[int, Edit] = {}
         for edit in edits:
-            mask = self.composite.limit
+            mask, reference_batch = self.composite.limit, ()
             if self.auto:
                 if edit.eta == 0:
-                    references[edit.seed] = reduced(edit.image)
+                    references[edit.seed] = replace(edit, image=reduced(edit.image))
                     if 0 not in etas:
                         continue
-                mask = self.composite.changed(edit.image, references[edit.seed])
+                reference = references[edit.seed]
+                mask, reference_batch = self.composite.changed(edit.image, reference.image), reference.batch
                 if edit.eta and mask.getbbox() is None:
                     message = f"the edit at eta {edit.eta:g} and seed {edit.seed} shows no change: its image is the photo; raise --eta"
                     warnings.warn(message, ImagicWarning, stacklevel=2)
-            yield Edit(edit.eta, edit.seed, self.composite.pasted(edit.image, mask), self.composite.whole(mask))
+            image = self.composite.pasted(edit.image, mask)
+            yield replace(edit, image=image, mask=self.composite.whole(mask), reference_batch=reference_batch)
 
 
 def read_keep(adapter: Adapter, keep: str | Path | None, photo: Path | None = None) -> Keep | None:

@@ -24,7 +24,7 @@ from ..memory.limits import check_disk, check_memory
 from ..memory.out_of_memory import assumed_from, explain_out_of_memory
 from ..photos.reading import read_photo
 from ..photos.region import Region
-from ..sampling.checks import check_prompt, check_strength
+from ..sampling.checks import check_prompt, check_sampling
 from .embed import embed_stage, optimised
 from .optimizers import check_single_process
 from .resuming.checkpoints import START_OVER, Checkpoint, Checkpoints
@@ -97,7 +97,7 @@ def fit(
     """
     processes = processes or Processes()
     check_prompt(prompt)
-    check_strength(config.edit)
+    check_sampling(config.edit)
     saved = Checkpoints(store.checkpoints(name))
     with store.locked(name) if processes.main else nullcontext(store) as store:
         if processes.main:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from ..adapters.record import CARD, CONVERGENCE, PHOTO, PREVIEW, PREVIEWS, SOURC
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, interpolate, source_conditionings
 from ..core.config import RunConfig
+from ..core.environment import library_versions
 from ..core.errors import ImagicWarning
 from ..core.runtime import Processes, peak_memory
 from ..core.tensors import check_finite
@@ -32,12 +32,11 @@ from ..photos.png import png
 from ..photos.reading import Photo
 from ..photos.region import Region
 from ..photos.sheet import sheet
-from ..sampling.checks import check_scheduler_steps
+from ..sampling.checks import check_scheduler
 from ..sampling.generate import generate
+from ..sampling.pipelines import negative
 from .monitoring.convergence import Convergence
 from .monitoring.previews import Previews
-
-_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
 
 
 @dataclass
@@ -56,6 +55,7 @@ class Run:
         latents: latents of the photo, ``[1, C, h, w]``.
         target: conditioning of the target prompt.
         null: unconditional conditioning, or None if the base has no classifier-free guidance.
+        negative: what the guidance of the preview leads away from.
         convergence: the relative losses so far.
         previews: the previews of stage 2 so far.
         losses: losses of every stage so far, one scalar tensor per step.
@@ -73,6 +73,7 @@ class Run:
     latents: Tensor
     target: Conditioning
     null: Conditioning | None
+    negative: Conditioning | None
     convergence: Convergence
     previews: Previews
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -139,7 +140,7 @@ class Run:
         config = self.config
         conditionings = [interpolate(self.target, e_opt, eta) for eta in etas]
         sources = source_conditionings(self.target, e_opt, etas, config.edit.source_eta)
-        return list(generate(self.base, conditionings, [config.seed] * len(etas), config.edit, self.canvas, self.null, sources))
+        return list(generate(self.base, conditionings, [config.seed] * len(etas), config.edit, self.canvas, self.negative, sources))
 
     def previews_png(self) -> bytes | None:
         """Returns the sheet of all previews of stage 2 as a PNG file; None if there are none."""
@@ -209,7 +210,7 @@ class Run:
             stages={stage: self._stage_record(stage) for stage in self.losses},
             runtime=base.runtime.reasons | {"processes": str(self.processes.count)},
             peak_memory=peak_memory(base.runtime.device),
-            versions={library: version(library) for library in _LIBRARIES},
+            versions=library_versions(),
         )
 
     @property
@@ -227,7 +228,7 @@ def encode_run(
         ImagicError: the region is too small for the base, the scheduler does not support the number of steps, memory runs out, or an
             encoder returns numbers that are not finite.
     """
-    check_scheduler_steps(base, config.edit)
+    check_scheduler(base, config.edit)
     if region:
         region.check_size(base.size_multiple)
     fitted = photo.image.crop(region.box) if region else photo.image
@@ -241,10 +242,10 @@ def encode_run(
     embeddings = {"the embedding of the target prompt": target} | ({"the embedding of the empty prompt": null} if null else {})
     tensors = {f"{name} ({part})": value for name, embedding in embeddings.items() for part, value in embedding.tensors().items()}
     check_finite({"the latents of the photo": latents, **tensors})
+    leads_away = negative(base, config.edit, null)
     base.offload_encoders()
-    return Run(
-        config, base, photo, region, store_photo, prompt, processes, canvas, latents, target, null, Convergence(config), Previews(config)
-    )
+    inputs = canvas, latents, target, null, leads_away
+    return Run(config, base, photo, region, store_photo, prompt, processes, *inputs, Convergence(config), Previews(config))
 
 
 def _first_and_last_loss(losses: Tensor) -> tuple[float, float]:

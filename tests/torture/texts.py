@@ -20,7 +20,6 @@ from huggingface_hub import constants
 from PIL import Image
 
 from imagic_lora.adapters.store import Store
-from imagic_lora.bases.loading import registry
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bench import page
 from imagic_lora.bench.critters import Bench
@@ -33,6 +32,7 @@ from imagic_lora.memory.plan import assume, predict
 from imagic_lora.photos.png import png
 from imagic_lora.photos.reading import read_metadata
 from imagic_lora.photos.sheet import sheet
+from imagic_lora.sampling import opening
 from imagic_lora.training import run
 
 from .fitted import Fitted, drawn, files, fitted, forged, in_time, verdict
@@ -77,7 +77,7 @@ def _tried(sink: Sink, made: Fitted, work: Path, text: str) -> None:
     with (
         contextlib.chdir(deep),
         patch.object(constants, "HF_HUB_OFFLINE", True),
-        patch.object(registry, "load_base", lambda *_, **__: made.base),
+        patch.object(opening, "load_base", lambda *_, **__: made.base),
     ):
         in_time(lambda: sink(made, deep, text))
 

@@ -15,6 +15,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from ...core.conditioning import Conditioning
+from ...core.config import Scheduler
 from ...core.errors import ImagicError, ImagicWarning
 from ...core.runtime import Runtime
 from ..architecture import Architecture
@@ -229,6 +230,9 @@ class StableDiffusion(Base):
 
     def scheduler(self, scheduler_class: type | None = None) -> Any:
         return schedulers.converted(self._scheduler, scheduler_class) if scheduler_class else schedulers.copied(self._scheduler)
+
+    def sampler(self, name: Scheduler, karras_sigmas: bool) -> Any:
+        return schedulers.sampler(self._scheduler, name, karras_sigmas)
 
     def pipeline(self, kind: PipelineKind, scheduler_class: type | None = None) -> Any:
         self._move(self._unet)

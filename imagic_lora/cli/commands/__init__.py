@@ -5,7 +5,9 @@ May import: every room. Only ``cli/app.py`` and the tests import it.
 - ``fit.py``: fit
 - ``edit.py``: edit
 - ``sweep.py``: sweep
-- ``store.py``: list, show, verify, rm
+- ``reproduce.py``: reproduce
+- ``store.py``: list, show, verify, rename, rm
+- ``importing.py``: import
 - ``convert.py``: compress, export
 - ``plan.py``: plan
 - ``bases.py``: bases

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,7 +14,7 @@ from ...core.launch import Launch, launched_settings, read_launch
 from ...core.settings import merged, read_settings
 from ..console import err, plain, print_active_settings, print_json, show_progress
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_region, suggested_etas
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_region, slug, suggested_etas
 from .store import summary
 
 if TYPE_CHECKING:
@@ -91,21 +90,9 @@ def fit(
     launch = read_launch()
     try:
         run, why, architecture = configured(settings, config, launch)
-        adapter = _fit(
-            image,
-            prompt,
-            run,
-            why,
-            architecture,
-            Store(store),
-            name or _slug(image.stem),
-            overwrite,
-            resume,
-            _processes(run, launch),
-            (tracker_dir or LOG_DIR) if tracker else None,
-            part,
-            store_photo,
-        )
+        name = name or slug(image.stem, "photo")
+        processes, log_dir = _processes(run, launch), (tracker_dir or LOG_DIR) if tracker else None
+        adapter = _fit(image, prompt, run, why, architecture, Store(store), name, overwrite, resume, processes, log_dir, part, store_photo)
     except (KeyboardInterrupt, Stopped):
         if launch.rank:
             sys.exit(130)  # the main process reports it
@@ -223,7 +210,3 @@ def _processes(run: RunConfig, launch: Launch) -> Processes:
         got = f"{launch.count} processes were launched, but {processes.count} can communicate"
         raise ImagicError(got, "one device for each process", "use a lower --num_processes of accelerate launch")
     return processes
-
-
-def _slug(stem: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "photo"

@@ -1,4 +1,4 @@
-"""The commands on the store: ``list``, ``show``, ``verify`` and ``rm``."""
+"""The commands on the store: ``list``, ``show``, ``verify``, ``rename`` and ``rm``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -
     adapter = Store(store).read(name, verify=False)
     record = adapter.record
     if as_json:
-        print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json")})
+        print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json"), "name": adapter.name})
         return
     table = Table(show_header=False, box=None, padding=(0, 2))
     facts = {"name": adapter.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **summary(adapter)}
@@ -129,6 +129,27 @@ def remove(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False)
         print_json({"removed": name})
     else:
         err.print(f"[green]Removed[/] {plain(name)}", highlight=False)
+
+
+def rename(name: str, new: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
+    """Give an adapter another name.
+
+        imagic-lora rename rex rex-jumps
+
+    Parameters
+    ----------
+    name
+        Name of the adapter, as imagic-lora list prints it.
+    new
+        The new name. No adapter may have it.
+    """
+    from ...adapters.store import Store
+
+    adapter = Store(store).rename(name, new)
+    if as_json:
+        print_json({"renamed": name, "name": adapter.name, "folder": str(adapter.folder)})
+    else:
+        err.print(f"[green]Renamed[/] {plain(name)} to {plain(adapter.name)}", highlight=False)
 
 
 def _stage_text(stage: StageRecord) -> str:

@@ -190,7 +190,7 @@ class ResumableStages:
             raise ImagicError(got, "the same photo, target prompt, base and settings", f"use those of the interrupted run, or {START_OVER}")
 
     def _has_expected_tensors(self, checkpoint: Checkpoint) -> bool:
-        """Returns whether a checkpoint holds the tensors that :meth:`_save` writes, in the right shapes.
+        """Returns whether a checkpoint holds the tensors that :meth:`_save` writes, in the right shapes; latents and losses are real.
 
         Trainables and optimizer states are checked by :meth:`Stage.load_state_dict`, what was monitored by :meth:`resume`.
         """
@@ -202,7 +202,8 @@ class ResumableStages:
         tensors, others = checkpoint.tensors, (TRAINABLE, OPTIMIZER, CONVERGENCE_PREFIX, PREVIEWS_PREFIX)
         shapes = {name: tuple(value.shape) for name, value in tensors.items() if not name.startswith(others)}
         finished = not any(name.startswith(OPTIMIZER) for name in tensors)
-        return shapes == expected and finished == record.finished
+        real = all(value.is_floating_point() for name, value in tensors.items() if name == "latents" or name.startswith("losses/"))
+        return shapes == expected and real and finished == record.finished
 
     def _finished_losses(self, checkpoint: Checkpoint) -> tuple[int, ...]:
         """Returns the expected shape of the losses of stage embed once it is finished; early stopping may have shortened it."""

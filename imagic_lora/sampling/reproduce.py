@@ -164,4 +164,5 @@ def what_differs(metadata: ImageMetadata, now: dict[str, Any]) -> list[str]:
         now: from :func:`~imagic_lora.sampling.metadata.image_metadata`, for the image that was made again.
     """
     then, names = metadata.model_dump(mode="json"), ("adapter_sha256", "base_fingerprint", "runtime", "scheduler", "versions", "region")
-    return differences(*({name: values[name] for name in names if name in values} for values in (then, now)))
+    was, is_now = ({name: values[name] for name in names if name in values} for values in (then, now))
+    return differences(was, is_now)

@@ -29,11 +29,21 @@ class Adapter:
         return sum(file.stat().st_size for file in files if file.is_file())
 
     @property
+    def photo_size(self) -> int:
+        """Size of the stored file of the photo in bytes; 0 if it is not stored."""
+        file = self.record.source.file
+        return (self.folder / file).stat().st_size if file and (self.folder / file).is_file() else 0
+
+    @property
     def content_sha256(self) -> str:
-        """Hash of everything that an edit reads: weights, embeddings, photo and base. It is the same under another name or settings."""
+        """Hash of everything that an edit reads: weights, embeddings, photo and base. It is the same under another name or settings.
+
+        It is also the same whether the photo's file is stored or not: the hash of that file is part of it in both cases.
+        """
         record = self.record
         read = {file: record.files.get(file) for file in (*record.weight_files, EMBEDDINGS, SOURCE)}
-        content = [read, record.source.model_dump(mode="json"), record.base.fingerprint, record.config.memory.quantize]
+        source = record.source.model_dump(mode="json", exclude={"file"})
+        content = [read, source, record.base.fingerprint, record.config.memory.quantize]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def listed(self, file: str) -> Path:

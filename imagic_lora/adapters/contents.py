@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from ..bases.base import Base
@@ -15,6 +17,7 @@ from ..core.tensors import read, safetensors_pieces
 from ..photos.canvas import Canvas, to_pixels
 from ..photos.files.opening import MAX_PIXELS
 from ..photos.reading import read_photo
+from ..photos.region import Region
 from .adapter import Adapter
 from .atomic import AtomicWriter
 from .full import FullWeights, loaded_full
@@ -61,18 +64,46 @@ def _is_valid(name: str, shape: Sequence[int]) -> bool:
 
 
 def read_canvas(adapter: Adapter) -> Canvas:
-    """Reads the canvas with the photo that the adapter was trained on.
+    """Reads the canvas with the photo, or the region of it, that the adapter was trained on.
 
     Raises:
-        ImagicError: the photo cannot be read, or its recorded box or size is out of range.
+        ImagicError: the photo cannot be read, or its recorded box, size or region is out of range.
     """
     source, image = adapter.record.source, read_photo(adapter.listed(SOURCE)).image
     (left, top, right, bottom), (width, height) = source.box, source.size
-    inside = 0 <= left < right <= image.width and 0 <= top < bottom <= image.height
-    if not inside or min(source.size) < 1 or width * height > MAX_PIXELS:
-        got = f"a photo of {width}x{height} pixels in the box {source.box} of a canvas of {image.width}x{image.height} pixels"
-        raise ImagicError(got, f"a box inside the canvas, and a photo of 1 to {MAX_PIXELS:,} pixels", REMEDY)
-    return Canvas(to_pixels(image), source.box, source.size)
+    region = source.region or Region.whole(source.size)
+    inside = 0 <= left < right <= image.width and 0 <= top < bottom <= image.height and region.inside(source.size)
+    if not inside or width * height > MAX_PIXELS:
+        part = f"a photo of {width}x{height} pixels" if source.region is None else f"region {region} of a photo of {width}x{height} pixels"
+        got = f"{part} in the box {source.box} of a canvas of {image.width}x{image.height} pixels"
+        raise ImagicError(got, f"a box inside the canvas, and a region inside a photo of at most {MAX_PIXELS:,} pixels", REMEDY)
+    return Canvas(to_pixels(image), source.box, region.size)
+
+
+def read_original(adapter: Adapter, file: Path | None = None) -> Image.Image:
+    """Reads the photo that an adapter was made from, at its full size: upright, RGB in sRGB, as :func:`read_photo` reads every photo.
+
+    Args:
+        adapter: the adapter. An adapter without the photo's file is enough where the photo was neither scaled nor cropped for the canvas.
+        file: the photo's file, for an adapter that does not hold it.
+
+    Raises:
+        ImagicError: the file is not that of the photo; the adapter does not hold it and no file is given.
+    """
+    source = adapter.record.source
+    if file is not None or source.file is not None:
+        path = file or adapter.listed(str(source.file))
+        photo = read_photo(path)
+        if photo.sha256 != source.sha256 or photo.image.size != source.size:
+            got = f"{path} is not the photo that adapter {adapter.name} was made from (its SHA-256 is {photo.sha256})"
+            raise ImagicError(got, f"the file with the SHA-256 {source.sha256}", "use the original file, not a copy that was saved again")
+        return photo.image
+    canvas = read_canvas(adapter)
+    left, top, right, bottom = canvas.box
+    if source.region or (right - left, bottom - top) != source.size:
+        got = f"adapter {adapter.name} does not hold the photo at its full size"
+        raise ImagicError(got, "the photo", "add --photo FILE with the photo that it was fitted with")
+    return canvas.photo()
 
 
 def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:

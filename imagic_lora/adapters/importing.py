@@ -8,9 +8,9 @@ from ..core.errors import ImagicError
 from ..core.tensors import read
 from .adapter import Adapter
 from .atomic import AtomicWriter
-from .contents import read_canvas, read_embeddings
+from .contents import read_canvas, read_embeddings, read_original
 from .manifest import changed_file, read_manifest
-from .record import CARD, CONVERGENCE, EMBEDDINGS, PREVIEW, PREVIEWS, RECORD, REMEDY, SOURCE, STEPS, Record
+from .record import CARD, CONVERGENCE, EMBEDDINGS, PHOTO, PREVIEW, PREVIEWS, RECORD, REMEDY, SOURCE, STEPS, Record
 from .store import Store, check_name
 from .writing import pieces
 
@@ -38,6 +38,8 @@ def import_adapter(folder: Path, store: Store, name: str | None = None) -> Adapt
         raise ImagicError(f"{changed} is missing or has changed", "a file that matches its hash", REMEDY)
     read_embeddings(adapter)
     read_canvas(adapter)
+    if record.source.file is not None:
+        read_original(adapter)  # raises for a file that is not the photo
     for file in record.weight_files:
         if file.endswith(".safetensors"):
             read(adapter.listed(file))  # raises for a broken file and for numbers that are not finite
@@ -53,7 +55,10 @@ def import_adapter(folder: Path, store: Store, name: str | None = None) -> Adapt
 
 def _check_files(adapter: Adapter) -> None:
     """Raises ImagicError for a listed file that no adapter has, that is missing from the record, or that is a link."""
-    record, needed = adapter.record, {*adapter.record.weight_files, EMBEDDINGS, SOURCE}
+    record, photo = adapter.record, adapter.record.source.file
+    if photo is not None and photo.split(".", 1)[0] != PHOTO:
+        raise ImagicError(f"the record of {adapter.folder} calls the photo {photo}", f"{PHOTO} and the suffix of its format", REMEDY)
+    needed = {*record.weight_files, EMBEDDINGS, SOURCE, *([photo] if photo else [])}
     if unknown := sorted(record.files.keys() - needed - {PREVIEW, STEPS, CARD, CONVERGENCE, PREVIEWS}):
         raise ImagicError(f"the record of {adapter.folder} lists {unknown[0]}", "the files of an adapter", REMEDY)
     for file in needed:

@@ -7,12 +7,14 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.config import RunConfig, TunedMode
+from ..photos.region import Region
 from .manifest import FileName, Manifest, Sha256
 
 RECORD, EMBEDDINGS, SOURCE, PREVIEW, STEPS, CARD = (
     "adapter.json", "embeddings.safetensors", "source.png", "preview.png", "steps.jsonl", "README.md",
 )  # fmt: skip
 
+PHOTO = "photo"  # stem of the photo's file
 CONVERGENCE, PREVIEWS = "convergence.png", "previews.png"  # in adapters whose fit evaluated the relative loss, or made previews
 
 REMEDY = "fit or copy the adapter again"
@@ -45,11 +47,17 @@ class WeightsRecord(_Part):
 
 
 class SourceRecord(_Part):
-    """The photo: hash of its file, size (width, height) and box (left, top, right, bottom) on the canvas ``source.png``, in pixels."""
+    """The photo: hash of its file, size (width, height) and box (left, top, right, bottom) on the canvas ``source.png``, in pixels.
+
+    ``region`` is the part of the photo that was fitted, and is present only if that is not all of it: then the box is that of the region.
+    ``file`` is the stored file of the photo; it is missing in older adapters and after ``fit --no-store-photo``.
+    """
 
     sha256: Sha256
     size: tuple[int, int]
     box: tuple[int, int, int, int]
+    region: Annotated[Region | None, Field(exclude_if=lambda value: value is None)] = None
+    file: Annotated[FileName | None, Field(exclude_if=lambda value: value is None)] = None
 
 
 class StageRecord(_Part):

@@ -11,6 +11,7 @@ from typing import Annotated
 from cyclopts import Parameter, Token
 
 from ..core.errors import ImagicError, unreadable
+from ..photos.region import Region
 
 Flag = Annotated[bool, Parameter(negative=())]
 """A switch without the negative form ``--no-...`` that cyclopts adds by default."""
@@ -56,6 +57,20 @@ def parse_etas(text: str) -> list[float]:
     except (ValueError, ArithmeticError) as error:
         expected = "a number, several numbers separated by commas, or start:end:step"
         raise ImagicError(f"--eta {text}", expected, "use for example --eta 0.3:1:0.1") from error
+
+
+def parse_region(text: str) -> Region:
+    """Parses a region of the photo, ``X,Y,W,H`` in pixels.
+
+    Raises:
+        ImagicError: the text is not four whole numbers.
+    """
+    try:
+        x, y, width, height = (int(part) for part in text.split(","))
+    except ValueError as error:
+        expected = "X,Y,W,H: four whole numbers, the left and top edge, the width and the height in pixels of the photo"
+        raise ImagicError(f"--region {text}", expected, "use for example --region 1200,800,1024,1024") from error
+    return Region(x, y, width, height)
 
 
 def parse_seeds(text: str) -> list[int]:

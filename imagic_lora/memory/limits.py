@@ -12,7 +12,7 @@ from .levers import EDIT_LEVERS, FIT_LEVERS, Levers, next_lever
 from .plan import Assumed, assume, predict
 from .symbolic.layers import NotPlanned
 
-_SMALL_FILES = 2**25  # bytes allowed for photo, preview and records
+_SMALL_FILES = 2**25  # bytes allowed for canvas, preview and records
 
 _OUT_OF_MEMORY = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")  # in messages of CUDA and PyTorch
 
@@ -58,7 +58,7 @@ def adapter_bytes(base: Architecture, run: RunConfig) -> int | None:
         return None
 
 
-def check_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Path, existing: int) -> None:
+def check_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Path, existing: int, photo: int = 0) -> None:
     """Checks that the disk has room for the adapter and two checkpoints: the old one is deleted after the new one is written.
 
     Args:
@@ -67,6 +67,7 @@ def check_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Pat
         assumed: device, precision and optimizer of the run.
         folder: an existing folder on the disk that is written to.
         existing: bytes of checkpoints that are on the disk already.
+        photo: bytes of the photo's file that the adapter keeps.
 
     Raises:
         ImagicError: the disk has too little free space.
@@ -75,7 +76,7 @@ def check_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Pat
         plan = predict(base, run, assumed)
     except NotPlanned:
         return
-    need, free = plan.adapter + 2 * plan.checkpoint + _SMALL_FILES - existing, shutil.disk_usage(folder).free
+    need, free = plan.adapter + 2 * plan.checkpoint + _SMALL_FILES + photo - existing, shutil.disk_usage(folder).free
     if need > free:
         parts = f"the adapter {gib(plan.adapter)}, two checkpoints of {gib(plan.checkpoint)}"
         got = f"{gib(free)} free on the disk of {folder}, and the fit needs {gib(need)} more ({parts})"

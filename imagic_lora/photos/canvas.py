@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Canvas:
-    """A photo as input of a model.
+    """A photo, or a region of it, as input of a model.
 
     Args:
         pixels: ``[1, 3, H, W]`` in [-1, 1]; H and W are multiples of the size multiple of the base.
         box: position of the photo on the canvas, ``(left, top, right, bottom)`` in pixels; the rest is padded by repeating the edge.
-        size: original ``(width, height)`` of the photo in pixels.
+        size: original ``(width, height)`` of the photo, or of the region, in pixels.
     """
 
     pixels: Tensor

@@ -1,4 +1,4 @@
-"""Reading a photo from an untrusted file: it is decoded correctly or rejected, in bounded time and memory."""
+"""Reading a photo or a mask from an untrusted file: it is decoded correctly or rejected, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps
+import numpy as np
+from PIL import ExifTags, Image, ImageChops, ImageOps
 
 from ..core.errors import ImagicError
 from .colour.conversion import srgb_on_white
@@ -29,6 +30,18 @@ _MAX_CODED = {
     "HEIF": 2**25,
 }  # bytes; slow decoders, or ones that copy the data
 _MAX_EXIF = 2**20  # bytes
+_MAX_TINT = 32  # levels between two channels of gray; lossy formats make some
+_SUFFIXES = {
+    "AVIF": ".avif",
+    "BMP": ".bmp",
+    "GIF": ".gif",
+    "HEIF": ".heic",
+    "JPEG": ".jpg",
+    "PNG": ".png",
+    "PPM": ".ppm",
+    "TIFF": ".tiff",
+    "WEBP": ".webp",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,23 @@ class Photo:
 
     Args:
         image: mode RGB, at its original size.
+        sha256: hash of the file's bytes, in hexadecimal.
+        data: the file's bytes.
+        suffix: ending of a file of this format, with the dot.
+    """
+
+    image: Image.Image
+    sha256: str
+    data: bytes
+    suffix: str
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask that was read from a file.
+
+    Args:
+        image: mode L; white may change, black stays.
         sha256: hash of the file's bytes, in hexadecimal.
     """
 
@@ -63,7 +93,37 @@ def read_photo(path: Path) -> Photo:
         orientation = _orientation(image)
         converted = srgb_on_white(image, declared)
         del image  # rotating needs as much memory again
-        return Photo(_upright(converted, orientation), hashlib.sha256(data).hexdigest())
+        return Photo(_upright(converted, orientation), hashlib.sha256(data).hexdigest(), data, _SUFFIXES[image_format])
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> Mask:
+    """Reads a mask of what may change in a photo. Transparent pixels are black, and its orientation counts; a colour profile does not.
+
+    Args:
+        path: an image of a format that :func:`read_photo` reads, with 8 bits per channel or less.
+        size: width and height of the photo.
+
+    Raises:
+        ImagicError: the file is no image that can be read; it has another size, colours, more bits, or no pixel that may change.
+    """
+    with _imagic_errors(path):
+        image_format, data = _read_bytes(path)
+        image = open_image(image_format, data)
+        image.load()
+        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+            raise ImagicError(f"is of mode {image.mode}", "a gray image with 8 bits per channel", "save the mask as an 8-bit PNG")
+        orientation, image = _orientation(image), image.convert("RGBA")
+        black = Image.new("RGBA", image.size, "black")
+        channels = _upright(Image.alpha_composite(black, image), orientation).split()[:3]
+        if channels[0].size != size:
+            expected = f"the size of the photo, {size[0]}x{size[1]} pixels"
+            raise ImagicError(f"has {channels[0].width}x{channels[0].height} pixels", expected, "draw the mask on the photo, upright")
+        tints = (ImageChops.difference(channels[1], channel) for channel in (channels[0], channels[2]))
+        if any(np.asarray(tint).max() > _MAX_TINT for tint in tints):
+            raise ImagicError("has colours", "a gray mask: white may change, black stays", "save the mask as a gray PNG, not the photo")
+        if channels[0].getextrema()[1] == 0:
+            raise ImagicError("is black everywhere", "white pixels where the photo may change", "paint what may change white")
+        return Mask(channels[1], hashlib.sha256(data).hexdigest())
 
 
 @contextmanager

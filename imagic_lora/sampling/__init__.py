@@ -9,6 +9,7 @@ May import: core, photos, bases, memory, adapters. Must not know: training, meth
 - ``pipelines.py``: prepares and calls diffusers pipelines
 - ``checks.py``: checks prompts and settings before sampling
 - ``editor.py``: the Editor, which keeps one base loaded and switches adapters
+- ``keep.py``: edits pasted into the photo at its full size
 - ``opening.py``: from a stored adapter to an Editor: settings for this machine, and the base
 - ``outputs.py``: the files of an edit: names, the check that no other image is replaced, the sheet
 - ``metadata.py``: the metadata of an image: its schema, and the text that A1111 reads

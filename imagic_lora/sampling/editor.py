@@ -33,12 +33,16 @@ class Edit:
 
     Args:
         batch: eta and seed of every image of its batch, in order: on some devices the last bits of an image depend on them.
+        mask: where it was pasted into the photo (:mod:`~imagic_lora.sampling.keep`): mode L, of the image's size. None: it was not.
+        reference_batch: the batch of the image at eta 0 that it was compared with for its mask.
     """
 
     eta: float
     seed: int
     image: Image.Image
     batch: tuple[tuple[float, int], ...] = ()
+    mask: Image.Image | None = None
+    reference_batch: tuple[tuple[float, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..bases.base import Base
 from ..core.config import EditConfig
 from ..core.environment import library_versions
 from ..core.text import exact
+from ..photos.region import Region
 from .checks import SEEDS
 from .editor import Edit
 
@@ -39,6 +40,7 @@ _SAMPLERS = {  # the names of A1111 by class of diffusers
 }
 Eta = Annotated[float, Field(ge=0, le=2)]
 Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
+Batch = Annotated[list[tuple[Eta, Seed]], Field(min_length=1, max_length=256)]
 
 
 class _Part(BaseModel):
@@ -56,11 +58,19 @@ class RuntimeMetadata(_Part):
     threads: int = Field(ge=1)
 
 
+class MaskMetadata(_Part):
+    """The mask of ``edit --keep MASK.png``: the hash of its file."""
+
+    mask: Sha256
+
+
 class ImageMetadata(_Part):
     """The JSON of an image, version 1.
 
     ``adapter_sha256`` is :attr:`~imagic_lora.adapters.adapter.Adapter.content_sha256`. ``forced`` names the base that the adapter was made
     for, if another one was used. ``batch`` holds eta and seed of every image of the batch. ``pixels_sha256`` is the hash of the RGB bytes.
+    ``region`` and ``keep`` say how the image was pasted into the photo (:mod:`~imagic_lora.sampling.keep`). ``reference_batch`` is there
+    with keep ``auto``: the batch of the image at eta 0 that it was compared with.
     """
 
     version: Literal[1] = 1
@@ -73,11 +83,14 @@ class ImageMetadata(_Part):
     seed: Seed
     edit: EditConfig
     scheduler: str
-    batch: list[tuple[Eta, Seed]] = Field(min_length=1, max_length=256)
+    batch: Batch
     runtime: RuntimeMetadata
     versions: dict[str, str]
     pixels_sha256: Sha256
     forced: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
+    region: Annotated[Region | None, Field(exclude_if=lambda value: value is None)] = None
+    keep: Annotated[Literal["auto"] | MaskMetadata | None, Field(exclude_if=lambda value: value is None)] = None
+    reference_batch: Annotated[Batch | None, Field(exclude_if=lambda value: value is None)] = None
 
 
 def image_metadata(adapter: Adapter, base: Base, config: EditConfig, prompt: str) -> dict[str, Any]:
@@ -115,7 +128,8 @@ def of_image(common: dict[str, Any], edit: Edit) -> dict[str, Any]:
         edit: the image.
     """
     batch = [list(pair) for pair in edit.batch or ((edit.eta, edit.seed),)]
-    return common | {"eta": edit.eta, "seed": edit.seed, "batch": batch, "pixels_sha256": pixels_sha256(edit.image)}
+    values = common | {"eta": edit.eta, "seed": edit.seed, "batch": batch, "pixels_sha256": pixels_sha256(edit.image)}
+    return values | ({"reference_batch": [list(pair) for pair in edit.reference_batch]} if edit.reference_batch else {})
 
 
 def pixels_sha256(image: Image.Image) -> str:

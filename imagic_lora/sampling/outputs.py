@@ -14,17 +14,23 @@ from ..core.settings import differences
 from ..core.text import exact
 from ..photos.png import write_png
 from ..photos.reading import read_metadata
+from ..photos.region import Region
 from ..photos.sheet import sheet
 from .editor import Edit
 from .metadata import ImageMetadata, a1111_parameters, of_image
 
 SHEET = "sheet.png"
-_SAME = ("adapter", "adapter_sha256", "base", "base_fingerprint", "forced", "prompt", "edit")
+_SAME = ("adapter", "adapter_sha256", "base", "base_fingerprint", "forced", "prompt", "edit", "region", "keep")
 
 
 def image_name(eta: float, seed: int) -> str:
     """Returns the file name of an image."""
     return f"eta{exact(eta)}-seed{seed}.png"
+
+
+def mask_name(eta: float, seed: int) -> str:
+    """Returns the file name of the mask of an image."""
+    return f"eta{exact(eta)}-seed{seed}.mask.png"
 
 
 def check_same_edits(paths: Iterable[Path], metadata: dict[str, Any]) -> None:
@@ -47,7 +53,13 @@ def check_same_edits(paths: Iterable[Path], metadata: dict[str, Any]) -> None:
 
 
 def write_edits(
-    edits: Iterable[Edit], folder: Path, metadata: dict[str, Any], photo: Image.Image, embed: bool = True
+    edits: Iterable[Edit],
+    folder: Path,
+    metadata: dict[str, Any],
+    photo: Image.Image,
+    region: Region | None = None,
+    masks: bool = False,
+    embed: bool = True,
 ) -> list[dict[str, Any]]:
     """Writes every image as soon as it is generated, and the sheet at the end.
 
@@ -55,14 +67,16 @@ def write_edits(
         edits: the images.
         folder: output folder.
         metadata: written into every image, with what :func:`~imagic_lora.sampling.metadata.of_image` adds.
-        photo: first image of every row of the sheet. The sheet has one row for each seed.
+        photo: first image of every row of the sheet. The sheet has one row for each seed, and with masks one below it.
+        region: the part of the images that the sheet shows; None is all of them.
+        masks: whether the masks of pasted edits are written too.
         embed: False writes the files without metadata.
 
     Returns:
-        ``file``, ``eta`` and ``seed`` of every image.
+        ``file``, ``eta``, ``seed`` and, if it was written, ``mask`` of every image.
     """
     written: list[dict[str, Any]] = []
-    rows: dict[int, list[tuple[str, Image.Image]]] = {}
+    rows: dict[tuple[int, str], list[tuple[str, Image.Image]]] = {}
 
     def save(image: Image.Image, path: Path, values: dict[str, Any], parameters: str = "") -> None:
         with writable(folder):
@@ -73,7 +87,13 @@ def write_edits(
         values = of_image(metadata, result)
         save(result.image, path, values, a1111_parameters(ImageMetadata.model_validate(values), result.image.size))
         written.append({"file": str(path), "eta": result.eta, "seed": result.seed})
-        rows.setdefault(result.seed, [("photo", photo)]).append((f"eta {exact(result.eta)} seed {result.seed}", result.image))
+        label, shown = f"eta {exact(result.eta)} seed {result.seed}", region.box if region else (0, 0, *result.image.size)
+        rows.setdefault((result.seed, "photo"), [("photo", photo)]).append((label, result.image.crop(shown)))
+        if masks and result.mask is not None:
+            path = folder / mask_name(result.eta, result.seed)
+            save(result.mask, path, {name: value for name, value in values.items() if name != "pixels_sha256"})
+            written[-1]["mask"] = str(path)
+            rows.setdefault((result.seed, "mask"), [("white: from the edit", photo)]).append((label, result.mask.crop(shown)))
     named = {name: metadata[name] for name in ("adapter", "base", "forced") if name in metadata}
     save(sheet(list(rows.values()), metadata["prompt"]), folder / SHEET, named)
     return written

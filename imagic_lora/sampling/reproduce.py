@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,9 @@ from ..core.settings import differences
 from ..core.text import check_utf8
 from ..core.validation import first_problem
 from ..photos.reading import read_metadata, read_photo
-from .metadata import ImageMetadata, pixels_sha256
+from .editor import Edit, Editor
+from .keep import AUTO, Keep, read_keep
+from .metadata import ImageMetadata, MaskMetadata, pixels_sha256
 
 _REMEDY = "use the file as imagic-lora edit wrote it, and the version of imagic-lora that wrote it"
 
@@ -55,6 +58,9 @@ def read_image(path: Path) -> tuple[ImageMetadata, Image.Image]:
     if (metadata.eta, metadata.seed) not in metadata.batch:
         got = f"the metadata of {path} contradict each other: the batch does not have the image"
         raise ImagicError(got, "eta and seed of the image in its batch", _REMEDY)
+    if (metadata.keep == AUTO) != ((0, metadata.seed) in (metadata.reference_batch or ())):
+        got = f"the metadata of {path} contradict each other: keep auto and the batch of the image at eta 0"
+        raise ImagicError(got, "the batch of the image at eta 0 with keep auto, and only then", _REMEDY)
     for text in (metadata.prompt, metadata.edit.negative_prompt, metadata.base):
         check_utf8(text, f"a text in the metadata of {path}")
     return metadata, read_photo(path).image
@@ -91,6 +97,56 @@ def find_adapter(store: Store, metadata: ImageMetadata, force: bool) -> Adapter:
     raise ImagicError(got, "the same weights, embeddings and photo", "restore that adapter, or use --force to see what it makes now")
 
 
+def read_pasting(adapter: Adapter, metadata: ImageMetadata, mask: Path | None, photo: Path | None) -> Keep | None:
+    """Returns how an image was pasted into its photo; None if it was not.
+
+    Args:
+        adapter: the adapter of the image.
+        metadata: of the image.
+        mask: the file of the mask, for an image that was made with one.
+        photo: the photo's file, for an adapter that does not hold it.
+
+    Raises:
+        ImagicError: the mask is missing, another one, or not needed; as :func:`~imagic_lora.sampling.keep.read_keep`.
+    """
+    wanted = metadata.keep
+    if not isinstance(wanted, MaskMetadata):
+        if mask is not None:
+            raise ImagicError(f"--keep {mask} for an image that was made without a mask", "no mask", "leave out --keep")
+        return read_keep(adapter, wanted, photo)
+    expected = f"the file with the SHA-256 {wanted.mask}"
+    if mask is None:
+        raise ImagicError("the image was made with edit --keep MASK.png, and no mask is given", expected, "add --keep with that mask")
+    keep = read_keep(adapter, mask, photo)
+    if keep is None or keep.metadata["keep"] != wanted.model_dump():
+        raise ImagicError(f"{mask} is not the mask that the image was made with", expected, "use the original file of the mask")
+    return keep
+
+
+def batches(metadata: ImageMetadata) -> list[list[tuple[float, int]]]:
+    """Returns the batches to generate: that of the image, and before it that of the image at eta 0 which it was compared with."""
+    reference = metadata.reference_batch
+    return [metadata.batch] if reference in (None, metadata.batch) else [reference, metadata.batch]
+
+
+def generate_again(editor: Editor, adapter: Adapter, metadata: ImageMetadata) -> Iterator[Edit]:
+    """Generates the images of the :func:`batches` of an image, each in its own batch."""
+    prompt = None if metadata.prompt == adapter.record.prompt else metadata.prompt
+    for batch in batches(metadata):
+        yield from editor.edit_pairs(adapter, batch, metadata.edit.model_copy(update={"batch_size": len(batch)}), prompt)
+
+
+def finish(edits: Iterable[Edit], metadata: ImageMetadata, keep: Keep | None) -> Edit:
+    """Returns the image itself among the images of :func:`generate_again`, pasted into the photo as it was."""
+    found = {(edit.eta, edit.seed): edit for edit in edits}
+    image = found[metadata.eta, metadata.seed]
+    if keep is None:
+        return image
+    references = [found[0.0, metadata.seed]] if keep.auto and metadata.eta else []
+    (pasted,) = keep.pasted([*references, image], [metadata.eta])
+    return pasted
+
+
 def compare(file: Image.Image, made: Image.Image, metadata: ImageMetadata) -> Comparison:
     """Compares an image with the one that was made again."""
     identical, altered = (pixels_sha256(image) == metadata.pixels_sha256 for image in (made, file))
@@ -107,5 +163,6 @@ def what_differs(metadata: ImageMetadata, now: dict[str, Any]) -> list[str]:
         metadata: of the image.
         now: from :func:`~imagic_lora.sampling.metadata.image_metadata`, for the image that was made again.
     """
-    then, names = metadata.model_dump(), ("adapter_sha256", "base_fingerprint", "runtime", "scheduler", "versions")
-    return differences({name: then[name] for name in names}, {name: now[name] for name in names})
+    then, names = metadata.model_dump(mode="json"), ("adapter_sha256", "base_fingerprint", "runtime", "scheduler", "versions", "region")
+    was, is_now = ({name: values[name] for name in names if name in values} for values in (then, now))
+    return differences(was, is_now)

@@ -23,6 +23,7 @@ from ..core.runtime import Processes, Runtime, free_memory, reset_peak_memory, r
 from ..memory.limits import check_disk, check_memory
 from ..memory.out_of_memory import assumed_from, explain_out_of_memory
 from ..photos.reading import read_photo
+from ..photos.region import Region
 from ..sampling.checks import check_prompt, check_sampling
 from .embed import embed_stage, optimised
 from .optimizers import check_single_process
@@ -60,6 +61,8 @@ def fit(
     base: Base | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    region: Region | None = None,
+    store_photo: bool = True,
     stop: Callable[[], bool] = lambda: False,
     processes: Processes | None = None,
 ) -> Generator[StepReport, None, Adapter | None]:
@@ -77,6 +80,8 @@ def fit(
         overwrite: replaces an adapter and an unfinished fit of the same name.
         resume: continues from the newest intact checkpoint of that name. On the CPU, with the same number of threads, the result is
             byte-identical to that of an uninterrupted run.
+        region: the part of the photo to fit, which edits are pasted into; all of it by default.
+        store_photo: whether the adapter keeps the photo's file, which edits are pasted into.
         stop: called after every step; with several processes all stop after the same step.
         processes: the processes that share the batch; one process by default.
 
@@ -99,8 +104,11 @@ def fit(
             _check_name(store, name, saved, overwrite, resume)
         checkpoint = _checkpoint_to_resume(saved, name, processes) if resume else None
         photo = read_photo(image)
-        opened, config = _open_checked(base, config, processes, store, saved)
-        run = encode_run(config, opened, photo, prompt, processes)
+        if region:
+            region.check_inside(photo.image.size)
+        stored = len(photo.data) if store_photo else 0
+        opened, config = _open_checked(base, config, processes, store, saved, stored)
+        run = encode_run(config, opened, photo, prompt, processes, region, store_photo)
         if processes.main and not resume:
             with writable(store.root):
                 saved.clear()  # not before every check has passed
@@ -114,7 +122,9 @@ def fit(
     return adapter
 
 
-def _open_checked(base: Base | None, config: RunConfig, processes: Processes, store: Store, saved: Checkpoints) -> tuple[Base, RunConfig]:
+def _open_checked(
+    base: Base | None, config: RunConfig, processes: Processes, store: Store, saved: Checkpoints, photo: int
+) -> tuple[Base, RunConfig]:
     """Returns the opened base and the settings with its memory levers, and checks both before training starts."""
     if base is None:
         base = open_base(config)
@@ -126,7 +136,7 @@ def _open_checked(base: Base | None, config: RunConfig, processes: Processes, st
     if MODES[config.tune.mode].in_base:
         check_master_weights(base)
     if processes.main:
-        check_disk(base.architecture, config, assumed_from(base.runtime), store.root, saved.size)
+        check_disk(base.architecture, config, assumed_from(base.runtime), store.root, saved.size, photo)
     reset_peak_memory(base.runtime.device)
     return base, config
 

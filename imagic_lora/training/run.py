@@ -17,7 +17,7 @@ from ..adapters.atomic import AtomicWriter
 from ..adapters.card import card
 from ..adapters.contents import record_parts, save_embeddings
 from ..adapters.modes import MODES
-from ..adapters.record import CARD, CONVERGENCE, PREVIEW, PREVIEWS, SOURCE, STEPS, BaseRecord, Record, SourceRecord, StageRecord
+from ..adapters.record import CARD, CONVERGENCE, PHOTO, PREVIEW, PREVIEWS, SOURCE, STEPS, BaseRecord, Record, SourceRecord, StageRecord
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, interpolate, source_conditionings
 from ..core.config import RunConfig
@@ -30,6 +30,7 @@ from ..memory.out_of_memory import explain_out_of_memory
 from ..photos.canvas import Canvas, to_canvas, to_image
 from ..photos.png import png
 from ..photos.reading import Photo
+from ..photos.region import Region
 from ..photos.sheet import sheet
 from ..sampling.checks import check_scheduler
 from ..sampling.generate import generate
@@ -46,9 +47,11 @@ class Run:
         config: the settings of the run.
         base: the base that is trained.
         photo: the photo as it was read.
+        region: the part of the photo that is fitted; None is all of it.
+        store_photo: whether the adapter keeps the photo's file.
         prompt: the target prompt.
         processes: the processes that share the batch.
-        canvas: the photo resized and padded to the resolution of the base.
+        canvas: the photo, or its region, resized and padded to the resolution of the base.
         latents: latents of the photo, ``[1, C, h, w]``.
         target: conditioning of the target prompt.
         null: unconditional conditioning, or None if the base has no classifier-free guidance.
@@ -62,6 +65,8 @@ class Run:
     config: RunConfig
     base: Base
     photo: Photo
+    region: Region | None
+    store_photo: bool
     prompt: str
     processes: Processes
     canvas: Canvas
@@ -93,6 +98,8 @@ class Run:
             "processes": self.processes.count,
             "embed": config.embed.model_dump(mode="json"),
         }
+        if self.region:
+            inputs["region"] = list(self.region)
         if early:
             evaluated = config.monitoring.model_dump(include={"convergence_every", "patience", "min_improvement"})
             inputs["early_stop"] = {"stages": list(dict.fromkeys(early)), **evaluated}
@@ -103,13 +110,18 @@ class Run:
             inputs |= weights | {"tune": config.tune.model_dump(mode="json")}
         return inputs if finished else inputs | weights | {"optimizer": runtime.optimizer}
 
+    @property
+    def fitted_photo(self) -> Image.Image:
+        """The photo, or its region, at its original size."""
+        return self.photo.image.crop(self.region.box) if self.region else self.photo.image
+
     def preview(self, e_opt: Conditioning) -> Image.Image:
         """Returns the preview sheet: the photo, its reconstruction at eta 0, and the edit at the configured eta.
 
         If memory runs out, the sheet holds only the photo, and a warning is issued.
         """
         etas = (0.0, self.config.eta)
-        cells = [("photo", self.photo.image)]
+        cells = [("photo", self.fitted_photo)]
         try:
             with explain_out_of_memory(self.base.architecture, self.config, self.base.runtime, "decode"):
                 images = self.images(e_opt, etas)
@@ -132,7 +144,7 @@ class Run:
 
     def previews_png(self) -> bytes | None:
         """Returns the sheet of all previews of stage 2 as a PNG file; None if there are none."""
-        picture = self.previews.picture(self.prompt, self.photo.image)
+        picture = self.previews.picture(self.prompt, self.fitted_photo)
         return None if picture is None else png(picture, {"prompt": self.prompt})
 
     def write_files(self, writer: AtomicWriter, e_opt: Conditioning, preview: Image.Image) -> None:
@@ -147,6 +159,8 @@ class Run:
         embeddings = {"target": self.target, "optimised": e_opt}
         save_embeddings(writer, embeddings if self.null is None else {**embeddings, "null": self.null})
         writer.write(SOURCE, [png(to_image(self.canvas.pixels[0]), {})])
+        if file := self._photo_file:
+            writer.write(file, [self.photo.data])
         writer.write(PREVIEW, [png(preview, {"prompt": self.prompt})])
         if previews := self.previews_png():
             writer.write(PREVIEWS, [previews])
@@ -184,7 +198,13 @@ class Run:
             parts=record_parts(base, config.tune.mode),
             prompt=self.prompt,
             config=config,
-            source=SourceRecord(sha256=self.photo.sha256, size=self.canvas.size, box=self.canvas.box),
+            source=SourceRecord(
+                sha256=self.photo.sha256,
+                size=self.photo.image.size,
+                box=self.canvas.box,
+                region=self.region,
+                file=self._photo_file,
+            ),
             losses={stage: _first_and_last_loss(torch.stack(losses)) for stage, losses in self.losses.items()},
             seconds=self.seconds,
             stages={stage: self._stage_record(stage) for stage in self.losses},
@@ -193,15 +213,26 @@ class Run:
             versions=library_versions(),
         )
 
+    @property
+    def _photo_file(self) -> str | None:
+        """The name of the photo's file in the adapter, if it is stored."""
+        return f"{PHOTO}{self.photo.suffix}" if self.store_photo else None
 
-def encode_run(config: RunConfig, base: Base, photo: Photo, prompt: str, processes: Processes) -> Run:
+
+def encode_run(
+    config: RunConfig, base: Base, photo: Photo, prompt: str, processes: Processes, region: Region | None, store_photo: bool
+) -> Run:
     """Encodes photo and prompt, then offloads or releases the text encoder and VAE.
 
     Raises:
-        ImagicError: the scheduler does not support the number of steps, memory runs out, or an encoder returns numbers that are not finite.
+        ImagicError: the region is too small for the base, the scheduler does not support the number of steps, memory runs out, or an
+            encoder returns numbers that are not finite.
     """
     check_scheduler(base, config.edit)
-    canvas = to_canvas(photo.image, config.resolution or base.resolution, base.size_multiple)
+    if region:
+        region.check_size(base.size_multiple)
+    fitted = photo.image.crop(region.box) if region else photo.image
+    canvas = to_canvas(fitted, config.resolution or base.resolution, base.size_multiple)
     with explain_out_of_memory(base.architecture, config, base.runtime, "encode"):
         latents = base.encode_image(canvas.pixels)
     height, width = canvas.pixels.shape[2:]
@@ -213,7 +244,8 @@ def encode_run(config: RunConfig, base: Base, photo: Photo, prompt: str, process
     check_finite({"the latents of the photo": latents, **tensors})
     leads_away = negative(base, config.edit, null)
     base.offload_encoders()
-    return Run(config, base, photo, prompt, processes, canvas, latents, target, null, leads_away, Convergence(config), Previews(config))
+    inputs = canvas, latents, target, null, leads_away
+    return Run(config, base, photo, region, store_photo, prompt, processes, *inputs, Convergence(config), Previews(config))
 
 
 def _first_and_last_loss(losses: Tensor) -> tuple[float, float]:

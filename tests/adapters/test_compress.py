@@ -244,6 +244,7 @@ def test_sdxl_is_compressed_too(photo_file: Path, tmp_path: Path) -> None:
     assert "add_embedding.linear_1" in layers(base)
     (edit,) = Editor(base).edit(made, [0.6], [5], EditConfig(steps=2))
     assert edit.image.size == full.record.source.size
+    assert (made.folder / "photo.png").read_bytes() == photo_file.read_bytes()
 
 
 # What is refused

@@ -16,9 +16,10 @@ from pathlib import Path
 from types import MethodType
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
-from common import MODES, each
+from common import MODES, array, each
 from cyclopts import CycloptsError
 from files import forbid
 from PIL import Image
@@ -179,6 +180,119 @@ def test_a_folder_without_the_right_to_write_is_refused_before_the_work(run: Run
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "sheet.png")
     code, _, err = run(*EDIT, "--store", store, "--out", "mine")
     assert (code, "mine/sheet.png cannot be written to" in err) == (2, True)
+
+
+@pytest.mark.filterwarnings("always::imagic_lora.core.errors.ImagicWarning")  # the random base changes next to nothing
+def test_a_region_is_edited_in_its_photo_and_the_rest_stays(run: Run, base: Path, photo: Path) -> None:
+    """From fit --region to edit --keep: the files, their metadata, the sheet with the masks, and what show says."""
+    code, out, err = run(
+        "fit",
+        photo,
+        "a dog",
+        "--base",
+        base,
+        "--mode",
+        "embedding",
+        "--embed.steps",
+        2,
+        "--edit.steps",
+        2,
+        "--region",
+        "8,4,24,20",
+        "--json",
+    )
+    assert code == 0, err
+    made = json.loads(out)
+    assert (made["photo"], made["region"]) == ("40x32", [8, 4, 24, 20])
+    assert made["stored_photo"] == {"file": "photo.png", "bytes": photo.stat().st_size}
+    assert "photo.png" in run("show", "my-dog")[1]
+    before, part = array(read_photo(photo).image), np.s_[4:24, 8:32]
+    code, out, err = run("edit", "my-dog", "--eta", "0.5,2", "--keep", "auto", "--save-mask", "--json")
+    assert code == 0, err
+    pictures = json.loads(out)["pictures"]
+    assert [picture["eta"] for picture in pictures] == [0.5, 2.0]
+    for picture in pictures:
+        metadata = read_metadata(Path(picture["file"]))
+        assert (metadata["keep"], metadata["region"]) == ("auto", [8, 4, 24, 20])
+        image, mask = array(Image.open(picture["file"])), array(Image.open(picture["mask"]))
+        assert image.shape == before.shape
+        assert np.array_equal(image[mask == 0], before[mask == 0])
+        mask[part] = 0
+        assert not mask.any()
+    assert read_photo(Path(json.loads(out)["sheet"])).image.height > 2 * 192
+    code, _, err = run("edit", "my-dog", "--eta", "0.5")
+    assert (code, "keep was 'auto', is missing" in err) == (2, True)
+    assert run("edit", "my-dog", "--eta", "0.5", "--overwrite")[0] == 0
+    assert not np.array_equal(array(Image.open("outputs/my-dog/eta0.5-seed0.png"))[part], before[part])
+
+
+def test_an_edit_keeps_what_a_mask_keeps(run: Run, store: Path, photo: Path) -> None:
+    """Exactly, where it is black; eta 0 is generated for --keep auto only."""
+    before = array(read_photo(photo).image)
+    mask = Image.new("L", (40, 32))
+    mask.paste(255, (10, 10, 30, 30))
+    mask.save("mask.png")
+    assert run(*EDIT, "--store", store, "--eta", "0.7", "--keep", "mask.png")[0] == 0
+    assert sorted(path.name for path in Path("outputs/rex").iterdir()) == ["eta0.7-seed0.png", "sheet.png"]
+    image = array(Image.open("outputs/rex/eta0.7-seed0.png"))
+    black = array(mask) == 0
+    assert np.array_equal(image[black], before[black])
+    assert not np.array_equal(image[~black], before[~black])
+
+
+BAD_KEEP = {
+    ("--keep", "small.png"): "small.png has 20x16 pixels",
+    ("--keep", "none.png"): "none.png cannot be read",
+    ("--keep", "text.png"): "text.png is not an image",
+    ("--keep", "black.png"): "black.png is black everywhere",
+    ("--keep", "auto", "--photo", "small.png"): "small.png is not the photo that adapter rex was made from",
+    ("--photo", "small.png"): "--photo small.png without --keep",
+    ("--save-mask",): "--save-mask without --keep",
+}
+
+
+@each("flags", list(BAD_KEEP))
+def test_what_cannot_be_kept_is_refused_before_the_work(
+    flags: tuple[str, ...], run: Run, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, with exit code 2."""
+    monkeypatch.setattr("imagic_lora.bases.loading.registry.load_base", lambda *_: pytest.fail("the base is loaded"))
+    Image.new("L", (20, 16), 255).save("small.png")
+    Image.new("L", (40, 32)).save("black.png")
+    Path("text.png").write_text("text")
+    code, out, err = run(*EDIT, "--store", store, *flags, "--json")
+    assert (code, BAD_KEEP[flags] in err) == (2, True), err
+    assert "error" in json.loads(out)
+
+
+@each(
+    "region",
+    {
+        "0,0,41,10": "of a photo of 40x32 pixels",
+        "0,0,9,7": "at least 8x8",
+        "1,2,3": "four whole numbers",
+        "a,0,9,9": "four",
+        "": "four",
+    }.items(),
+)
+def test_a_region_that_cannot_be_fitted_is_refused(region: tuple[str, str], run: Run, base: Path, photo: Path) -> None:
+    """With one message and exit code 2; nothing is stored."""
+    code, _, err = run("fit", photo, "a dog", "--base", base, *SHORT, "--region", region[0])
+    assert (code, region[1] in err) == (2, True), err
+    assert json.loads(run("list", "--json")[1])["adapters"] == []
+
+
+def test_a_photo_that_is_not_stored_has_to_be_given(run: Run, base: Path, photo: Path) -> None:
+    """And is neither in the adapter nor in an export of one that has it."""
+    fit = ("fit", photo, "a dog", "--base", base, "--mode", "embedding", "--embed.steps", 1, "--edit.steps", 1)
+    assert run(*fit, "--no-store-photo", "--region", "8,4,24,20")[0] == 0
+    assert "stored_photo" not in json.loads(run("show", "my-dog", "--json")[1])
+    code, _, err = run("edit", "my-dog")
+    assert (code, "does not hold the photo" in err, "--photo FILE" in err) == (2, True, True)
+    assert run("edit", "my-dog", "--photo", photo)[0] == 0
+    assert run(*fit, "--name", "full")[0] == 0
+    assert run("export", "full", "--format", "diffusers")[0] == 0
+    assert not [path for path in Path("outputs/export").rglob("*") if path.suffix == ".png"]
 
 
 def test_list_and_show_print_text_from_outside_as_it_is(run: Run, store: Path) -> None:

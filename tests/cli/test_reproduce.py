@@ -18,6 +18,8 @@ from tiny import save_tiny
 
 import imagic_lora.cli.app as cli
 import imagic_lora.cli.console as console
+from imagic_lora.adapters.manifest import manifest_bytes, read_manifest
+from imagic_lora.adapters.record import Record
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.config import EditConfig
 from imagic_lora.photos.png import write_png
@@ -87,6 +89,46 @@ def test_an_image_is_made_again(run: Run, store: Path, tmp_path: Path) -> None:
         assert read_metadata(made)["pixels_sha256"] == read_metadata(path)["pixels_sha256"]
     code, _, err = run("reproduce", image, "--store", store, "--out", image.parent)
     assert (code, "is the folder of the image itself" in err) == (2, True)
+
+
+@pytest.mark.filterwarnings("ignore:.*shows no change")
+def test_an_image_that_was_pasted_is_made_again(run: Run, store: Path, tmp_path: Path) -> None:
+    """With the image at eta 0 that it was compared with, from another batch or its own; with its mask, and with no other."""
+    keep = ("--out", "auto", "--keep", "auto", "--save-mask", "--guidance-scale", 30, "--prompt", "a cat")
+    assert run("edit", "rex", "--store", store, *EDIT[:2], "--eta", "0.2,2", *EDIT[4:], *keep)[0] == 0
+    assert Image.open("auto/eta2-seed1.mask.png").getbbox()
+    for name, own in (("eta2-seed1", False), ("eta0.2-seed0", True)):
+        values = read_metadata(Path(f"auto/{name}.png"))
+        assert (values["batch"] == values["reference_batch"]) == own
+        code, out, err = run("reproduce", f"auto/{name}.png", "--store", store, "--json")
+        assert (code, json.loads(out)["identical"]) == (0, True), err
+        again = read_metadata(Path(f"outputs/reproduced/{name}.png"))
+        assert (again["pixels_sha256"], again["keep"]) == (values["pixels_sha256"], "auto")
+    assert "pixels_sha256 is missing" in run("reproduce", "auto/eta2-seed1.mask.png", "--store", store)[2]
+    lie = altered(Path("auto/eta2-seed1.png"), tmp_path / "lie.png", reference_batch=None)
+    code, _, err = run("reproduce", lie, "--store", store)
+    assert (code, "contradict each other" in err) == (2, True)
+
+    mask = Image.new("L", (40, 32))
+    mask.save("black.png")
+    mask.paste(255, (0, 0, 25, 32))
+    mask.save("mask.png")
+    assert run("edit", "rex", "--store", store, *EDIT, "--out", "masked", "--keep", "mask.png")[0] == 0
+    mask.paste(255, (0, 0, 30, 32))
+    mask.save("other.png")
+    image = Path("masked/eta0.6-seed1.png")
+    wrong: dict[tuple[object, ...], str] = {
+        (image,): "no mask is given",
+        (image, "--keep", "other.png"): "other.png is not the mask",
+        (image, "--keep", "black.png"): "black.png is black everywhere",
+        ("auto/eta2-seed1.png", "--keep", "mask.png"): "made without a mask",
+    }
+    for tokens, expected in wrong.items():
+        code, _, err = run("reproduce", *tokens, "--store", store)
+        assert (code, expected in err) == (2, True), err
+    assert not Path("outputs/reproduced/eta0.6-seed1.png").exists()
+    code, out, err = run("reproduce", image, "--keep", "mask.png", "--store", store, "--json")
+    assert (code, json.loads(out)["identical"]) == (0, True), err
 
 
 def test_what_has_changed_is_named(run: Run, store: Path, base: Path, tmp_path: Path) -> None:
@@ -251,6 +293,14 @@ def test_import(run: Run, store: Path, tmp_path: Path) -> None:
         tensors = load_file(folder / "embeddings.safetensors")
         save_file({name: value + 1 for name, value in tensors.items()}, folder / "embeddings.safetensors")
 
+    def record_of(folder: Path, **source: Any) -> None:
+        record = read_manifest(folder, "adapter.json", Record)
+        changed = record.model_copy(update={"source": record.source.model_copy(update=source)})
+        (folder / "adapter.json").write_bytes(manifest_bytes(changed, record.files))
+
+    assert (Path("mine/rex.v2") / "photo.png").is_file()
+    assert "calls the photo preview.png" in broken("photo", lambda folder: record_of(folder, file="preview.png"))
+    assert "is not the photo" in broken("sha256", lambda folder: record_of(folder, sha256="0" * 64))
     assert "is a link" in broken("link", linked)
     assert "is missing or has changed" in broken("changed", flipped)
     assert "not a valid manifest" in broken("record", lambda folder: (folder / "adapter.json").write_text("{}"))
@@ -258,6 +308,7 @@ def test_import(run: Run, store: Path, tmp_path: Path) -> None:
     assert Store(Path("mine")).names() == ["rex.v2"]
 
 
+@pytest.mark.filterwarnings("ignore:.*shows no change")
 def test_a_file_of_prompts(run: Run, store: Path) -> None:
     """A folder for each, so that no two share a file; the same as each prompt by itself."""
     Path("prompts.txt").write_text("a cat\n\na cat!\na dog\na cat\n")
@@ -271,6 +322,15 @@ def test_a_file_of_prompts(run: Run, store: Path) -> None:
     assert written["sheets"] == [f"{folder}/sheet.png" for folder in folders]
     assert run(*edit, "--prompt", "a cat", "--out", "alone")[0] == 0
     assert np.array_equal(array(Image.open("alone/eta0.6-seed0.png")), array(Image.open(files[0])))
+    kept = ("--seed", "0:2", "--keep", "auto", "--save-mask", "--guidance-scale", 30)
+    code, out, err = run(*edit, *kept, "--prompt-file", "prompts.txt", "--overwrite", "--json")
+    assert code == 0, err
+    assert [(one["prompt"], one["seed"]) for one in json.loads(out)["pictures"]] == [
+        (prompt, seed) for prompt in ("a cat", "a cat!", "a dog") for seed in (0, 1)
+    ]
+    assert run(*edit, *kept, "--prompt", "a cat!", "--out", "alone", "--overwrite")[0] == 0
+    for name in ("eta0.6-seed1.png", "eta0.6-seed1.mask.png"):
+        assert np.array_equal(array(Image.open(f"alone/{name}")), array(Image.open(f"{folders[1]}/{name}")))
     for content, expected in {b"": "0 prompts", b"\xff\xfe\xfa": "not UTF-8", b"a\n" * 2**20: "larger than"}.items():
         Path("wrong.txt").write_bytes(content)
         code, _, err = run(*edit, "--prompt-file", "wrong.txt")

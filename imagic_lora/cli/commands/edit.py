@@ -19,6 +19,7 @@ from ..searching import searched_eta
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
     from ...core.config import RunConfig
+    from ...sampling.keep import Keep
 
 _SAMPLING = Group("Sampling (default: the settings stored in the adapter)", sort_key=3)
 AUTO = "auto"
@@ -36,6 +37,9 @@ def edit(
     seed: str = "0",
     prompt: str | None = None,
     prompt_file: Path | None = None,
+    keep: str | None = None,
+    save_mask: Flag = False,
+    photo: Path | None = None,
     settings: SamplingFlags = None,
     device: Annotated[DeviceConfig | None, Parameter(name="*", group=DEVICE_GROUP)] = None,
     preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
@@ -66,6 +70,14 @@ def edit(
         Target prompt. Default: the one that the adapter was fitted with.
     prompt_file
         Text file with one target prompt a line. The images of each are in a folder of their own: outputs/NAME/1-a-dog-jumping.
+    keep
+        What must not change is taken from the photo at its full size, byte for byte; the seam is feathered. auto: all that the edit did not
+        change against the image at eta 0, one more image for each seed. MASK.png: your own mask in the size of the photo; white may change,
+        black stays, gray blends.
+    save_mask
+        Write the mask of each image too, as eta...mask.png, and show it in the sheet. White is from the edit, black from the photo.
+    photo
+        The photo's file, for --keep or a --region with an adapter that does not hold it.
     preset
         Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory.
     base
@@ -83,7 +95,11 @@ def edit(
 
     adapter = Store(store).read(name)
     record = adapter.record
+    if save_mask and keep is None and record.source.region is None:
+        got = f"--save-mask without --keep, and adapter {adapter.name} is that of a whole photo"
+        raise ImagicError(got, "--save-mask with --keep", "add --keep auto, or leave out --save-mask")
     import_libraries(bitsandbytes=record.config.memory.quantize != "none")
+    from ...sampling.keep import read_keep
     from ...sampling.opening import edit_settings
     from ...sampling.outputs import SHEET
 
@@ -95,7 +111,8 @@ def edit(
     if prompt_file and (prompt is not None or eta == AUTO):
         raise ImagicError(f"{'--eta auto' if prompt is None else '--prompt'} together with --prompt-file", "one of them", "leave out one")
     prompts = prompt_folders(prompt_file, folder) if prompt_file else {folder: prompt}
-    written, search = _edit(adapter, base, run, etas, seeds, prompts, force, overwrite, metadata)
+    kept = read_keep(adapter, keep, photo)
+    written, search = _edit(adapter, base, run, etas, seeds, prompts, kept, save_mask, force, overwrite, metadata)
     sheets = [str(each / SHEET) for each in prompts]
     if as_json:
         found: dict[str, Any] = {"sheets": sheets} if prompt_file else {"sheet": sheets[0]}
@@ -112,6 +129,8 @@ def _edit(
     etas: list[float],
     seeds: list[int],
     prompts: dict[Path, str | None],
+    keep: Keep | None,
+    save_mask: bool,
     force: bool,
     overwrite: bool,
     metadata: bool,
@@ -125,6 +144,8 @@ def _edit(
         etas: interpolation values, each in [0, 2]; none to search for one.
         seeds: seeds of the starting noise.
         prompts: target prompt by output folder; None is that of the adapter.
+        keep: how the edits are pasted into the photo; None for edits of the whole photo.
+        save_mask: whether the masks are written too.
         force: whether other weights of the same shapes are allowed.
         overwrite: whether images that were made in another way are replaced.
         metadata: whether the images say how they were made.
@@ -139,29 +160,37 @@ def _edit(
     from ...sampling.checks import check_edit
     from ...sampling.metadata import image_metadata
     from ...sampling.opening import open_editor
-    from ...sampling.outputs import SHEET, check_same_edits, image_name, write_edits
+    from ...sampling.outputs import SHEET, check_same_edits, image_name, mask_name, write_edits
 
     config, targets = run.edit, {folder: adapter.record.prompt if one is None else one for folder, one in prompts.items()}
-    names = [image_name(eta, seed) for eta in etas for seed in seeds]
+
+    def names() -> list[str]:
+        kinds = (image_name, mask_name) if save_mask else (image_name,)
+        return [name(eta, seed) for name in kinds for eta in etas for seed in seeds]
+
     for folder, target_prompt in targets.items():
         check_edit(etas, seeds, config, target_prompt)
-        check_outputs(folder, [*names, SHEET])
+        check_outputs(folder, [*names(), SHEET])
     editor = open_editor(adapter, run, base, force)
-    made = {folder: image_metadata(adapter, editor.base, config, target_prompt) for folder, target_prompt in targets.items()}
+    pasting = keep.metadata if keep else {}
+    made = {folder: image_metadata(adapter, editor.base, config, target_prompt) | pasting for folder, target_prompt in targets.items()}
     others = [None if target_prompt == adapter.record.prompt else target_prompt for target_prompt in targets.values()]
     first, search, pictures = next(iter(prompts)), dict[str, Any](), list[dict[str, Any]]()
     written = f"the images written so far are in {first if len(prompts) == 1 else first.parent}"
     with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", lambda: written, EDIT_LEVERS):
         if not etas:
             search = searched_eta(editor, adapter, seeds[0], config, others[0])
-            etas, names = [search["eta"]], [image_name(search["eta"], seed) for seed in seeds]
-            check_outputs(first, names)
+            etas = [search["eta"]]
+            check_outputs(first, names())
         if not overwrite:
             for folder, common in made.items():
-                check_same_edits([folder / name for name in names], common)
-        edits = (edit for prompt in others for edit in editor.edit(adapter, etas, seeds, config, prompt))
-        shown, photo = iter(progress(edits, len(names) * len(prompts), "images")), read_canvas(adapter).photo()
+                check_same_edits([folder / name for name in names()], common)
+        generated, region = (keep.etas(etas), keep.composite.region) if keep else (etas, None)
+        count = len(generated) * len(seeds)
+        edits = (edit for prompt in others for edit in editor.edit(adapter, generated, seeds, config, prompt))
+        shown, photo = iter(progress(edits, count * len(prompts), "images")), read_canvas(adapter).photo()
         for folder, common in made.items():
-            found = write_edits(islice(shown, len(names)), folder, common, photo, metadata)
+            part = islice(shown, count)
+            found = write_edits(keep.pasted(part, etas) if keep else part, folder, common, photo, region, save_mask, metadata)
             pictures += [one | ({"prompt": targets[folder]} if len(prompts) > 1 else {}) for one in found]
     return pictures, search

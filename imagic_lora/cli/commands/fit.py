@@ -14,7 +14,7 @@ from ...core.launch import Launch, launched_settings, read_launch
 from ...core.settings import merged, read_settings
 from ..console import err, plain, print_active_settings, print_json, show_progress
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, slug, suggested_etas
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_region, slug, suggested_etas
 from .store import summary
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ...adapters.store import Store
     from ...bases.architecture import Architecture
     from ...core.runtime import Processes
+    from ...photos.region import Region
     from ...training.configure import Configured
     from ...training.stage import StepReport
 
@@ -38,6 +39,8 @@ def fit(
     settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
     config: Path | None = None,
     name: str | None = None,
+    region: str | None = None,
+    store_photo: bool = True,
     store: StoreDir = DEFAULT_STORE,
     resume: Flag = False,
     overwrite: Flag = False,
@@ -64,6 +67,12 @@ def fit(
         YAML file of settings. It overrides the preset, and flags override the file.
     name
         Name of the adapter. Default: the file name of the photo.
+    region
+        X,Y,W,H: fit this part of the photo only, in pixels of the upright photo. Edits are pasted into the whole photo, which stays sharp.
+        Default: the whole photo.
+    store_photo
+        Keep a copy of the photo's file in the adapter, with all its metadata, for edits with --keep or of a --region. Without it they need
+        --photo.
     resume
         Resume an interrupted fit (Ctrl-C, a crash, a power cut). Photo, prompt, base and settings must be those of the interrupted command.
     overwrite
@@ -75,6 +84,7 @@ def fit(
     """
     from ...adapters.store import Store
 
+    part = parse_region(region) if region is not None else None
     if tracker_dir and not tracker:
         raise ImagicError(f"--tracker-dir {tracker_dir} without --tracker", "both, or neither", "add --tracker tensorboard")
     launch = read_launch()
@@ -82,7 +92,7 @@ def fit(
         run, why, architecture = configured(settings, config, launch)
         name = name or slug(image.stem, "photo")
         processes, log_dir = _processes(run, launch), (tracker_dir or LOG_DIR) if tracker else None
-        adapter = _fit(image, prompt, run, why, architecture, Store(store), name, overwrite, resume, processes, log_dir)
+        adapter = _fit(image, prompt, run, why, architecture, Store(store), name, overwrite, resume, processes, log_dir, part, store_photo)
     except (KeyboardInterrupt, Stopped):
         if launch.rank:
             sys.exit(130)  # the main process reports it
@@ -93,7 +103,8 @@ def fit(
         print_json({"name": adapter.name, "folder": str(adapter.folder), "bytes": adapter.size, **summary(adapter)})
     else:
         folder = plain(adapter.folder)
-        err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB). See {folder}/preview.png, then run:")
+        photo = f", and the photo's file of {adapter.photo_size / 1e6:.2f} MB" if adapter.photo_size else ""
+        err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB{photo}). See {folder}/preview.png, then run:")
         err.print(f"  imagic-lora edit {adapter.name} --eta {suggested_etas(run.eta)}", highlight=False)
 
 
@@ -128,6 +139,8 @@ def _fit(
     resume: bool,
     processes: Processes,
     log_dir: Path | None,
+    region: Region | None,
+    store_photo: bool,
 ) -> Adapter | None:
     """Runs the fit with its progress, and logs it in a folder if there is one. A signal stops it after the current step."""
     from ...core.runtime import resolve_runtime
@@ -140,7 +153,19 @@ def _fit(
     if log_dir:
         check_tensorboard(log_dir)
     with Interrupts() as interrupts:
-        steps = fit_steps(image, prompt, run, store, name, overwrite=overwrite, resume=resume, stop=interrupts.stop, processes=processes)
+        steps = fit_steps(
+            image,
+            prompt,
+            run,
+            store,
+            name,
+            overwrite=overwrite,
+            resume=resume,
+            region=region,
+            store_photo=store_photo,
+            stop=interrupts.stop,
+            processes=processes,
+        )
 
         def print_settings_first() -> Generator[StepReport, None, Adapter | None]:
             try:

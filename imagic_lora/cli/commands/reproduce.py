@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ...adapters.adapter import Adapter
+    from ...sampling.keep import Keep
     from ...sampling.metadata import ImageMetadata
 
 
 def reproduce(
     image: Path,
     *,
+    keep: Path | None = None,
+    photo: Path | None = None,
     base: str | None = None,
     preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
     force: Flag = False,
@@ -43,6 +46,10 @@ def reproduce(
     ----------
     image
         A PNG that imagic-lora edit wrote.
+    keep
+        The mask of an image that was made with edit --keep MASK.png: the same file.
+    photo
+        The photo's file, for an image of edit --keep or of a --region and an adapter that does not hold it.
     base
         Load the base from this name, folder, file or hub id. The weights must be those that made the image.
     preset
@@ -56,14 +63,15 @@ def reproduce(
     """
     import_libraries()
     from ...adapters.store import Store
-    from ...sampling.reproduce import Comparison, compare, find_adapter, read_image
+    from ...sampling.reproduce import Comparison, compare, find_adapter, read_image, read_pasting
 
     metadata, original = read_image(image)
     adapter = find_adapter(Store(store), metadata, force)
+    kept = read_pasting(adapter, metadata, keep, photo)
     path = out_dir / f"{image.stem}.png"
     if path.exists() and path.samefile(image):
         raise ImagicError(f"--out {out_dir} is the folder of the image itself", "another folder", "choose another --out")
-    made, differs = _made_again(metadata, adapter, base, preset, force, path, overwrite)
+    made, differs = _made_again(metadata, adapter, kept, base, preset, force, path, overwrite)
     found: Comparison = compare(original, made, metadata)
     identical = found.identical and not found.altered
     if as_json and (identical or force):
@@ -82,13 +90,21 @@ def reproduce(
 
 
 def _made_again(
-    metadata: ImageMetadata, adapter: Adapter, base: str | None, preset: PresetOrAuto, force: bool, path: Path, overwrite: bool
+    metadata: ImageMetadata,
+    adapter: Adapter,
+    keep: Keep | None,
+    base: str | None,
+    preset: PresetOrAuto,
+    force: bool,
+    path: Path,
+    overwrite: bool,
 ) -> tuple[Image, list[str]]:
     """Generates the batch of an image and writes the image.
 
     Args:
         metadata: of the image.
         adapter: the adapter that made it.
+        keep: how it was pasted into the photo; None if it was not.
         base: a base that replaces the one in the adapter's record.
         preset: memory levers for a card of this size.
         force: whether a base with another hash is allowed.
@@ -105,30 +121,26 @@ def _made_again(
     from ...sampling.metadata import a1111_parameters, image_metadata, of_image
     from ...sampling.opening import edit_settings, open_editor
     from ...sampling.outputs import check_same_edits
-    from ...sampling.reproduce import what_differs
+    from ...sampling.reproduce import batches, finish, generate_again, what_differs
 
     then = metadata.runtime
     memory: dict[str, Any] = then.model_dump(exclude={"threads"})
     if then.device == "cuda" and find_card() is None:
         memory |= {"device": "cpu", "dtype": "auto", "attention": "sdpa"}
     check_outputs(path.parent, [path.name])
-    sized = {"batch_size": len(metadata.batch)}
-    run = edit_settings(adapter, {"edit": sized, "memory": memory, "preset": preset}, base)
+    sizes = [len(batch) for batch in batches(metadata)]
+    run = edit_settings(adapter, {"edit": {"batch_size": max(sizes)}, "memory": memory, "preset": preset}, base)
     editor = open_editor(adapter, run, base, force or metadata.forced is not None)
     if editor.base.fingerprint != metadata.base_fingerprint and not force:
         got = (
             f"base {editor.base.name} has other weights than {metadata.base}, which made the image (hash {metadata.base_fingerprint[:12]})"
         )
         raise ImagicError(got, "the same weights", "name the base that made it with --base, or use --force to see what this one makes")
-    common = image_metadata(adapter, editor.base, metadata.edit, metadata.prompt)
+    common = image_metadata(adapter, editor.base, metadata.edit, metadata.prompt) | (keep.metadata if keep else {})
     if not overwrite:
         check_same_edits([path], common)
-    wanted = metadata.eta, metadata.seed
-    batch = metadata.edit.model_copy(update=sized)
-    prompt = None if metadata.prompt == adapter.record.prompt else metadata.prompt
-    pairs = editor.edit_pairs(adapter, metadata.batch, batch, prompt)
     with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", levers=EDIT_LEVERS):
-        (edit,) = [edit for edit in progress(pairs, len(metadata.batch), "images") if (edit.eta, edit.seed) == wanted]
+        edit = finish(progress(generate_again(editor, adapter, metadata), sum(sizes), "images"), metadata, keep)
     values = of_image(common, edit)
     with writable(path.parent):
         write_png(edit.image, path, values, a1111_parameters(type(metadata).model_validate(values), edit.image.size))

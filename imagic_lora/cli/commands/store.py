@@ -170,6 +170,8 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         "eta": record.eta,
         "seed": record.config.seed,
         "photo": f"{record.source.size[0]}x{record.source.size[1]}",
+        **({"region": list(record.source.region)} if record.source.region else {}),
+        **({"stored_photo": {"file": record.source.file, "bytes": adapter.photo_size}} if record.source.file else {}),
         "losses": {stage: list(values) for stage, values in record.losses.items()},
         **({"stages": {stage: one.model_dump() for stage, one in record.stages.items()}} if record.stages else {}),
         "seconds": record.seconds,

@@ -67,7 +67,9 @@ Written by `make bench-memory`. For the use of these figures see [memory](../gui
 
 `imagic_lora/memory/plan.py` predicts the peak of five stages: encode, embed, tune, sample, decode. It runs U-Net and VAE on *symbolic
 tensors* (`imagic_lora/memory/symbolic/`), which have sizes and no values, with a tape that keeps and frees them as autograd does. It needs
-no torch and takes milliseconds. What diffusers' callers keep alive, such as the input of an up block, is part of the model.
+no torch and takes milliseconds. What diffusers' callers keep alive, such as the input of an up block, is part of the model. With
+`--preview-every` there is a sixth, preview: the larger of sample and decode on top of the states of the optimizer. An evaluation of the
+relative loss has no stage: at the batch size of training it needs less than a training step.
 
 `plan --exact` (`imagic_lora/training/rehearsal.py`) is the reference: the real code runs on fake tensors of PyTorch, and a dispatch mode
 counts their storages. Normalisations are cast to fp32 as autocast does on a card. bitsandbytes is replaced by modules of the same size.

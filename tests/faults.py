@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -18,8 +17,6 @@ Calls = Sequence[tuple[Any, str]]
 MEMORY: Calls = [(Tensor, "copy_"), (Tensor, "to"), (Tensor, "float"), (Module, "__setattr__"), (Module, "requires_grad_"),
                  (Module, "load_state_dict"), (Module, "_apply"), (init, "kaiming_uniform_"), (init, "zeros_")]  # fmt: skip
 """What changes a module."""
-DISK: Calls = [(os, name) for name in ("open", "write", "fsync", "mkdir", "rename", "unlink", "rmdir", "scandir")]
-"""What changes a folder."""
 
 
 class Clock:
@@ -61,11 +58,17 @@ def by_calls(clock: Clock, work: Callable[[], object], calls: Calls = MEMORY) ->
 def by_signal(seconds: float, work: Callable[[], object]) -> bool:
     """Runs ``work`` with Ctrl-C after a time, which Python raises wherever it is then; returns whether it arrived in time.
 
+    It can end as another exception: torch has code in C that replaces a KeyboardInterrupt by a ValueError.
+
     Args:
         seconds: more than 0.
     """
 
+    arrived = False
+
     def interrupt(*_: object) -> None:
+        nonlocal arrived
+        arrived = True
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
@@ -75,11 +78,12 @@ def by_signal(seconds: float, work: Callable[[], object]) -> bool:
             work()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-    except KeyboardInterrupt:
-        return True
+    except (Exception, KeyboardInterrupt):
+        if not arrived:
+            raise
     finally:
         signal.signal(signal.SIGALRM, before)
-    return False
+    return arrived
 
 
 def every_step(

@@ -15,5 +15,8 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``modes.py``: what each mode trains, and which files hold it
 - ``card.py``: the ``README.md`` of an adapter
 - ``compress.py``: converts a full adapter to a LoRA adapter
+- ``importing.py``: copies an adapter from elsewhere into a store, after every check that needs no base
 - ``export.py``: writes an adapter in the formats of ComfyUI, A1111 and diffusers
+- ``original_names.py``: the names of SDXL's layers in Stability's code
+- ``readers.py``: what these programs leave out of an export, or read in another way
 """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from ..core.errors import ImagicError
 from .manifest import read_manifest
-from .record import EMBEDDINGS, RECORD, REMEDY, Record
+from .record import EMBEDDINGS, RECORD, REMEDY, SOURCE, Record
 
 
 class Adapter:
@@ -25,6 +27,14 @@ class Adapter:
         """Size of the trained weights and the embeddings in bytes."""
         files = [self.folder / file for file in (*self.record.weight_files, EMBEDDINGS)]
         return sum(file.stat().st_size for file in files if file.is_file())
+
+    @property
+    def content_sha256(self) -> str:
+        """Hash of everything that an edit reads: weights, embeddings, photo and base. It is the same under another name or settings."""
+        record = self.record
+        read = {file: record.files.get(file) for file in (*record.weight_files, EMBEDDINGS, SOURCE)}
+        content = [read, record.source.model_dump(mode="json"), record.base.fingerprint, record.config.memory.quantize]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def listed(self, file: str) -> Path:
         """Returns the path of a file that the record lists with a hash.

@@ -90,7 +90,7 @@ def atomic_folder(final: Path) -> Iterator[AtomicWriter]:
             hidden.rename(final)
             renamed = True
             flush_folder(final.parent)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the new folder gives the name back
             if renamed:
                 final.rename(hidden)
             with suppress(ImagicError):  # the error of the write is the one to report; the next writer cleans up

@@ -20,7 +20,7 @@ from .card import card
 from .contents import check_base, weights_record
 from .full import full_files
 from .lora import attached, save_lora
-from .record import CARD, EMBEDDINGS, PREVIEW, SOURCE, STEPS, CompressedRecord, Record
+from .record import CARD, CONVERGENCE, EMBEDDINGS, PREVIEW, PREVIEWS, SOURCE, STEPS, CompressedRecord, Record
 from .store import Store
 
 _MAX_RANK = 1024
@@ -88,6 +88,7 @@ def compress(
             "parts": [weights_record(base, "lora")],
             "config": config.model_copy(update={"tune": tune}),
             "compressed": CompressedRecord(name=adapter.name, error=error),
+            "suggested": None,  # it was found with the weights before the compression
         }
         record = adapter.record.model_copy(update=changes)
         return store.write(record, lambda writer: _fill(writer, adapter, base, record), overwrite)
@@ -168,7 +169,8 @@ def truncated_svd(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _fill(writer: AtomicWriter, adapter: Adapter, base: Base, record: Record) -> None:
     """Writes every file of the new adapter except its record."""
     save_lora(base, writer)
-    for name in (EMBEDDINGS, SOURCE, PREVIEW, STEPS):
+    pictures = [name for name in (CONVERGENCE, PREVIEWS) if name in adapter.record.files]
+    for name in (EMBEDDINGS, SOURCE, PREVIEW, STEPS, *pictures):
         writer.write(name, [adapter.listed(name).read_bytes()])
     assert record.compressed is not None
     note = _CARD.format(name=adapter.name, rank=record.config.tune.rank, lost=f"{record.compressed.error:.1%}")

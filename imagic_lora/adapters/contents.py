@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
@@ -33,7 +33,7 @@ def read_embeddings(adapter: Adapter) -> dict[str, Conditioning]:
         The fp32 conditionings ``target``, ``optimised`` and, if the base has an unconditional one, ``null``.
 
     Raises:
-        ImagicError: the file holds other embeddings, or embeddings of different shapes.
+        ImagicError: the file holds other embeddings, or embeddings of different or invalid shapes.
     """
     embeddings: dict[str, dict[str, Tensor]] = {}
     for key, value in read(adapter.listed(EMBEDDINGS)).items():
@@ -41,6 +41,9 @@ def read_embeddings(adapter: Adapter) -> dict[str, Conditioning]:
         embeddings.setdefault(name, {})[tensor_name] = value.float()
     shapes = [{name: value.shape for name, value in tensors.items()} for tensors in embeddings.values()]
     names, consistent = set(embeddings), all("tokens" in each and each == shapes[0] for each in shapes)
+    if shapes and consistent and (wrong := [(name, shape) for name, shape in shapes[0].items() if not _is_valid(name, shape)]):
+        got = f"{adapter.folder / EMBEDDINGS} holds {wrong[0][0][:80]!r} of the shape {list(wrong[0][1])}"
+        raise ImagicError(got, "tokens [1, T, D], pooled [1, P], and other inputs [1, ...]", REMEDY)
     if not consistent or not {"target", "optimised"} <= names <= {"target", "optimised", "null"}:
         listed = ", ".join(sorted(names))[:200] or "none"
         raise ImagicError(
@@ -49,6 +52,12 @@ def read_embeddings(adapter: Adapter) -> dict[str, Conditioning]:
             REMEDY,
         )
     return {name: Conditioning.from_tensors(tensors) for name, tensors in embeddings.items()}
+
+
+def _is_valid(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of one conditioning can have this shape; :func:`check_base` compares it with that of the base."""
+    dimensions = {"tokens": 3, "pooled": 2}.get(name, len(shape))
+    return len(shape) == dimensions and shape[:1] == (1,) and all(shape)
 
 
 def read_canvas(adapter: Adapter) -> Canvas:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -13,37 +13,21 @@ import torch
 from torch import Tensor
 
 from ..core.config import Mode
-from ..core.errors import ImagicError
+from ..core.errors import ImagicError, ImagicWarning
 from ..core.tensors import read, safetensors_pieces
 from .adapter import Adapter
 from .atomic import AtomicWriter
 from .contents import read_canvas, read_embeddings
 from .lora import LORA_FILE
+from .original_names import original_names
+from .readers import check_layers, notes
 from .record import CARD, EMBEDDINGS, RECORD, REMEDY
-from .writing import check_outputs, writable
+from .writing import check_outputs, pieces, writable
 
 Format = Literal["kohya", "diffusers"]
 Files = Mapping[str, Iterable[bytes | memoryview]]
-_CHUNK = 2**24  # bytes that are copied at once
 _OPENCLIP_WIDTH = 1024  # of the embeddings of Stable Diffusion 2
 _STABILITY = "https://github.com/Stability-AI/generative-models"
-_LAYER = re.compile(
-    r"(?P<side>down_blocks|mid_block|up_blocks)(\.(?P<level>[0-9]+))?"
-    r"\.(?P<kind>resnets|attentions|downsamplers|upsamplers)\.(?P<index>[0-9]+)\.(?P<rest>.+)"
-)
-_INSIDE = {
-    "resnets": {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"},
-    "downsamplers": {"conv": "op"},
-    "upsamplers": {"conv": "conv"},
-}
-_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
 _KOHYA_USE = "Copy `{name}.safetensors` to the LoRA folder of ComfyUI or A1111 and use it at strength 1."
 _DIFFUSERS_USE: dict[Mode, str] = {
     "lora": "Load them with `pipe.load_lora_weights` on this folder.",
@@ -96,6 +80,8 @@ The images were sampled in {steps} steps at guidance scale {guidance:g}, startin
 def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = False) -> list[Path]:
     """Writes an adapter's weights, its embeddings and a page that explains their use. No file gets its final name before all are written.
 
+    Warns with what a reader of kohya's format leaves out or reads in another way.
+
     Args:
         adapter: the adapter to export.
         layout: ``kohya`` writes ``NAME.safetensors``, ``NAME.embeddings.safetensors`` and ``NAME.md``; ``diffusers`` writes a folder
@@ -107,8 +93,8 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
         The paths of the files: those of the weights, if there are any, then the embeddings and the page.
 
     Raises:
-        ImagicError: an adapter without LoRA layers is exported in kohya's format, which has nothing else; a file exists already or cannot
-            be written; the adapter is invalid.
+        ImagicError: an adapter without LoRA layers is exported in kohya's format, which has nothing else, or one with a layer that no
+            reader of it knows; a file exists already or cannot be written; the adapter is invalid.
     """
     files = _for_kohya(adapter) if layout == "kohya" else _for_diffusers(adapter)
     folder = folder if layout == "kohya" else folder / adapter.name
@@ -135,23 +121,22 @@ def _for_kohya(adapter: Adapter) -> Files:
         other = f"convert it with: imagic-lora compress {name} --rank 16" if mode == "full" else "fit it with --mode lora"
         got = f"adapter {name} holds {holds}, and the kohya format stores LoRA layers only"
         raise ImagicError(got, "a LoRA adapter", f"{other}; or use --format diffusers")
-    embeddings = f"{name}.embeddings.safetensors"
+    tensors, embeddings = kohya(adapter), f"{name}.embeddings.safetensors"
+    layers = {key.partition(".")[0] for key in tensors}
+    check_layers(layers)
+    use = [_KOHYA_USE.format(name=name), *notes(layers, adapter.record.prompt, _version(adapter) != "v1")]
+    for note in use[1:]:
+        warnings.warn(note, ImagicWarning, stacklevel=3)
     return {
-        f"{name}.safetensors": safetensors_pieces(kohya(adapter), _metadata(adapter)),
-        embeddings: _pieces(adapter.listed(EMBEDDINGS)),
-        f"{name}.md": [_page(adapter, _KOHYA_USE.format(name=name), embeddings)],
+        f"{name}.safetensors": safetensors_pieces(tensors, _metadata(adapter)),
+        embeddings: pieces(adapter.listed(EMBEDDINGS)),
+        f"{name}.md": [_page(adapter, "\n\n".join(use), embeddings)],
     }
 
 
 def _for_diffusers(adapter: Adapter) -> Files:
     page = _page(adapter, _DIFFUSERS_USE[adapter.record.config.tune.mode], EMBEDDINGS)
-    return {file: _pieces(adapter.listed(file)) for file in (*adapter.record.weight_files, EMBEDDINGS)} | {CARD: [page]}
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
+    return {file: pieces(adapter.listed(file)) for file in (*adapter.record.weight_files, EMBEDDINGS)} | {CARD: [page]}
 
 
 def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
@@ -171,7 +156,7 @@ def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
         role=role.format(embeddings=embeddings),
         ends=ends,
         tensors="\n".join(f"- `{name}` {shape}" for name, shape in sorted(shapes.items())),
-        eta=record.config.eta,
+        eta=record.eta,
         steps=record.config.edit.steps,
         guidance=record.config.edit.guidance_scale,
         start=record.config.edit.start,
@@ -207,57 +192,6 @@ def kohya(adapter: Adapter) -> dict[str, Tensor]:
     if stored:
         raise ImagicError(f"{path} holds the unexpected tensor {next(iter(stored))[:80]!r}", "LoRA layers only", REMEDY)
     return tensors
-
-
-def original_names(layers: Iterable[str]) -> dict[str, str]:
-    """Maps the names of SDXL's U-Net layers in diffusers to the names in Stability's own code.
-
-    Stability's code numbers all blocks consecutively, where diffusers groups them by level. The input blocks are the first convolution,
-    then for each level its residual blocks and its downsampler. The output blocks are the residual blocks of each level, one more than on
-    the input side. A block contains its residual layers, then its attention. The last output block of a level also contains the upsampler.
-
-    Args:
-        layers: names in diffusers. They must include layers of every attention, from which the number of blocks per level is derived.
-
-    Returns:
-        Stability's name for each name in diffusers.
-
-    Raises:
-        ImagicError: a layer is not part of such a U-Net.
-    """
-    matches = {layer: _LAYER.fullmatch(layer) for layer in layers}
-    ups = [match for match in matches.values() if match and match["side"] == "up_blocks" and match["kind"] in ("resnets", "attentions")]
-    per_level = 1 + max((int(match["index"]) for match in ups), default=0)
-    attended = {match["level"] for match in ups if match["kind"] == "attentions"}
-    names: dict[str, str] = {}
-    for layer, match in matches.items():
-        if match is None:
-            name = _OUTSIDE.get(layer)
-        else:
-            rest = match["rest"] if match["kind"] == "attentions" else _INSIDE[match["kind"]].get(match["rest"])
-            name = rest and f"{_block(match, per_level, match['level'] in attended)}.{rest}"
-        if name is None:
-            raise ImagicError(f"a LoRA layer on {layer[:80]!r}", "a layer of SDXL's U-Net", "use --format diffusers")
-        names[layer] = name
-    return names
-
-
-def _block(match: re.Match[str], per_level: int, attended: bool) -> str:
-    """Returns the block of a layer in Stability's code and its position in the block, separated by a dot.
-
-    Args:
-        match: of ``_LAYER`` with the layer's name in diffusers.
-        per_level: number of output blocks per level.
-        attended: whether the layer's level has attention.
-    """
-    first, index, place = int(match["level"] or 0) * per_level, int(match["index"]), int(match["kind"] == "attentions")
-    if match["side"] == "mid_block":
-        return f"middle_block.{2 * index + place}"
-    if match["kind"] == "downsamplers":
-        return f"input_blocks.{first + per_level}.0"
-    if match["kind"] == "upsamplers":
-        return f"output_blocks.{first + per_level - 1}.{1 + attended}"
-    return f"input_blocks.{1 + first + index}.{place}" if match["side"] == "down_blocks" else f"output_blocks.{first + index}.{place}"
 
 
 def _version(adapter: Adapter) -> Literal["v1", "v2", "xl"]:

@@ -71,6 +71,7 @@ def unfrozen(base: Base, restore: bool = True) -> Iterator[dict[str, torch.nn.Pa
 
     def undo() -> None:
         base.denoiser.requires_grad_(False)
+        base.denoiser.zero_grad()  # an interrupted step leaves gradients, to which the next fit would add its own
         if own:
             base.denoiser.load_state_dict(own)
 

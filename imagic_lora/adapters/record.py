@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,7 +13,11 @@ RECORD, EMBEDDINGS, SOURCE, PREVIEW, STEPS, CARD = (
     "adapter.json", "embeddings.safetensors", "source.png", "preview.png", "steps.jsonl", "README.md",
 )  # fmt: skip
 
+CONVERGENCE, PREVIEWS = "convergence.png", "previews.png"  # in adapters whose fit evaluated the relative loss, or made previews
+
 REMEDY = "fit or copy the adapter again"
+
+_MAX_OTHER = 2**28  # bytes of a file without weights; the largest, a photo of 4096x4096 pixels, has at most 2**26
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z"
 
@@ -48,6 +52,19 @@ class SourceRecord(_Part):
     box: tuple[int, int, int, int]
 
 
+class StageRecord(_Part):
+    """How a training stage went: the steps that were asked for, the steps done, why it ended, and its last relative loss.
+
+    ``ended`` is ``steps`` after the last step that was asked for, and ``early stop`` where the relative loss no longer fell.
+    ``relative_loss`` is None if it was not evaluated.
+    """
+
+    asked: int
+    done: int
+    ended: Literal["steps", "early stop"]
+    relative_loss: float | None
+
+
 class CompressedRecord(_Part):
     """The full adapter that was compressed, and the norm of the lost weight change divided by the norm of the whole weight change."""
 
@@ -55,15 +72,25 @@ class CompressedRecord(_Part):
     error: Annotated[float, Field(ge=0)]
 
 
+class EtaRecord(_Part):
+    """The suggested eta, the rule that found it, and the number of seeds that it is a mean over."""
+
+    eta: Annotated[float, Field(ge=0, le=2)]
+    rule: str
+    seeds: Annotated[int, Field(ge=1)]
+
+
 class Record(Manifest):
     """``adapter.json``, version 1: the settings and results of the fit, and the hash of every other file.
 
     ``parts`` is empty in mode embedding, which trains no weights.
     ``losses`` holds the mean over the first and over the last tenth of each stage's steps. ``seconds`` holds the duration of each stage.
+    ``stages`` says how each stage went; adapters of older versions have none.
     ``runtime`` holds the values that were chosen for ``auto`` settings. ``peak_memory`` is in bytes. ``compressed`` is present only in
-    compressed adapters.
+    compressed adapters, ``suggested`` only after ``sweep --store-eta``.
     """
 
+    MAX_BYTES: ClassVar[int] = 2**35
     version: Literal[1] = 1
     name: Name
     created: str
@@ -74,12 +101,22 @@ class Record(Manifest):
     source: SourceRecord
     losses: dict[str, tuple[float, float]]
     seconds: dict[str, float]
+    stages: dict[str, StageRecord] = Field(default={}, exclude_if=lambda value: not value)
     runtime: dict[str, str]
     peak_memory: int
     versions: dict[str, str]
     compressed: Annotated[CompressedRecord | None, Field(exclude_if=lambda value: value is None)] = None
+    suggested: Annotated[EtaRecord | None, Field(exclude_if=lambda value: value is None)] = None
+
+    @property
+    def eta(self) -> float:
+        """The default eta of an edit: the suggested one, or that of the settings of the fit."""
+        return self.suggested.eta if self.suggested else self.config.eta
 
     @property
     def weight_files(self) -> list[str]:
         """The files of the trained weights; none in mode embedding."""
         return [file for part in self.parts for file in part.files]
+
+    def max_bytes(self, file: str) -> int:
+        return self.MAX_BYTES if file in self.weight_files else _MAX_OTHER

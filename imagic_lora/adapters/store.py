@@ -16,8 +16,8 @@ from ..core.text import check_utf8
 from .adapter import Adapter
 from .atomic import AtomicWriter, atomic_folder, interrupted_writes, recover, remove
 from .manifest import changed_file, read_manifest
-from .record import NAME, RECORD, REMEDY, Record
-from .writing import exists, writable
+from .record import NAME, RECORD, REMEDY, EtaRecord, Record
+from .writing import exists, flush_folder, pieces, writable
 
 _RECOVERY_SECONDS = 0.5  # longer than the recovery of an interrupted write takes
 
@@ -32,7 +32,7 @@ def _write_pid(handle: int) -> None:
 def _lock_owner(path: Path) -> str:
     """Describes the process that holds a lock, by its id if the lock file contains it."""
     try:
-        pid = int(path.read_text())
+        pid = int(path.read_text()) if path.is_file() else 0  # a pipe of that name could block
         return f"process {pid}" if psutil.pid_exists(pid) else "another process"  # the owner has not written its id yet
     except (OSError, ValueError, OverflowError):
         return "another process"
@@ -51,6 +51,11 @@ def check_name(name: str) -> str:
             "choose another name",
         )
     return name
+
+
+def _folded(name: str) -> str:
+    """The name as file systems compare it that ignore case; Windows ignores dots at its end, too."""
+    return name.casefold().rstrip(".")
 
 
 def _may_hold(file: Path) -> bool:
@@ -122,13 +127,16 @@ class Store:
         """Checks that an adapter of this name can be written. A fit calls it before training.
 
         Raises:
-            ImagicError: the name is invalid, exists and ``overwrite`` is False, or is locked; or the folder cannot be written to, or its
-                path is not UTF-8, so that no adapter in it could be read.
+            ImagicError: the name is invalid, exists and ``overwrite`` is False, or is locked; another name is the same where file systems
+                ignore case; or the folder cannot be written to, or its path is not UTF-8, so that no adapter in it could be read.
         """
         check_utf8(str(self.root), "the path of the store")
         with self.locked(name):
             if exists(self.root / name) and not overwrite:
                 raise ImagicError(f"{self.root / name} exists", "an unused name", "choose another --name, or use --overwrite")
+            if not exists(self.root / name) and (twin := self._twin(name)):
+                got = f"{self.root / twin} exists, and {name} is the same name on file systems that ignore case"
+                raise ImagicError(got, "names that differ in more than case and final dots", "choose another --name")
 
     def names(self) -> list[str]:
         """Returns the names of the adapters, sorted, with those of folders that may not be read: :meth:`read` gives the reason.
@@ -177,6 +185,47 @@ class Store:
                 writer.write_manifest(RECORD, record)
         return self.read(record.name)
 
+    def rename(self, name: str, new: str) -> Adapter:
+        """Gives an adapter another name. Its files and its record stay as they are.
+
+        Raises:
+            ImagicError: there is no such adapter, the new name is taken or invalid, or a fit of either name is unfinished.
+        """
+        check_name(new)
+        self.read(name, verify=False)
+        for taken in (name, new):
+            if _may_hold_checkpoints(self.checkpoints(taken)):
+                got = f"a fit of {taken} is unfinished"
+                raise ImagicError(got, "names without an unfinished fit", "resume it, or choose another name")
+        if new == name:
+            raise ImagicError(f"{name} has this name already", "another name", "choose another name")
+        with self.locked(name), self.locked(new) as holder:
+            holder.check_free(new, overwrite=False)
+            with writable(self.root):
+                (self.root / name).rename(self.root / new)
+                flush_folder(self.root)
+        return self.read(new, verify=False)
+
+    def suggest_eta(self, adapter: Adapter, suggested: EtaRecord) -> Adapter:
+        """Stores a suggested eta in the record of an adapter. The adapter is written again, atomically; no other file changes.
+
+        Args:
+            adapter: an adapter of this store.
+            suggested: the eta, and how it was found.
+
+        Raises:
+            ImagicError: as :meth:`write`; the folder holds another adapter than when it was read.
+        """
+        record = adapter.record.model_copy(update={"name": adapter.name, "suggested": suggested})
+
+        def copy(writer: AtomicWriter) -> None:
+            for file in adapter.record.files:
+                writer.write(file, pieces(adapter.listed(file)))
+
+        with self.locked(adapter.name) as holder:
+            adapter.check_unchanged()
+            return holder.write(record, copy, overwrite=True)
+
     def remove(self, name: str) -> None:
         """Removes an adapter and the checkpoints of an unfinished fit of that name.
 
@@ -207,6 +256,11 @@ class Store:
             return []
         except OSError as error:
             raise unreadable(self.root, error) from error
+
+    def _twin(self, name: str) -> str | None:
+        """Returns the name of an adapter or of an unfinished fit that differs from ``name`` in case or final dots only."""
+        others = [*self._entries(), *self.unfinished()]
+        return next((other for other in others if other != name and re.match(NAME, other) and _folded(other) == _folded(name)), None)
 
     def _recover_all(self) -> None:
         """Recovers interrupted writes. Names that are being written and a store that cannot be written to are skipped."""

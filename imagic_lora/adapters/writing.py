@@ -13,6 +13,7 @@ from tempfile import TemporaryFile
 from ..core.errors import ImagicError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHUNK = 2**24  # bytes that are copied at once
 
 
 @contextmanager
@@ -72,6 +73,13 @@ def check_outputs(folder: Path, names: Iterable[str]) -> None:
                 raise ImagicError(f"{path} is not a file", "a file, or an unused name", "choose another folder, or move it")
             if path.exists() and not os.access(path, os.W_OK):
                 raise ImagicError(f"{path} cannot be written to", "a writable file", "choose another folder, or change its permissions")
+
+
+def pieces(path: Path) -> Iterator[bytes]:
+    """Reads a file in pieces, to copy it."""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
 
 
 def exists(path: Path) -> bool:

@@ -70,7 +70,7 @@ def restore(base: Base) -> None:
     for _ in range(_ATTEMPTS):
         try:
             alteration.undo()
-        except BaseException as error:
+        except BaseException as error:  # raised again below, when the base is restored
             interruption = error
         else:
             base.alteration = None

@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from ..core.conditioning import Conditioning
+from ..core.config import Scheduler
 from ..core.runtime import Runtime
 from .architecture import Architecture
 
@@ -167,6 +168,18 @@ class Base(ABC):
 
         Args:
             scheduler_class: class of diffusers. None: a copy of the base's own scheduler.
+        """
+
+    @abstractmethod
+    def sampler(self, name: Scheduler, karras_sigmas: bool) -> Any:
+        """Creates the sampling scheduler that a setting names.
+
+        Args:
+            name: ``base`` is the class of the base's own scheduler.
+            karras_sigmas: whether the noise levels are spaced as in arXiv 2206.00364, equation 5.
+
+        Raises:
+            ImagicError: the scheduler has no such spacing.
         """
 
     @abstractmethod

@@ -6,7 +6,7 @@ May import: every room except cli. Must not know: whether a command or a script 
 - ``cases.py``: the cases of CritterBench: a photo, a target prompt, the true edit
 - ``catalogue.py``: the methods by name; the reference recipes are the YAML files in this folder
 - ``scores.py``: the scores of an edited image
-- ``metrics.py``: PSNR, SSIM, and CLIP similarities on critter images
+- ``metrics.py``: PSNR, and CLIP similarities on critter images
 - ``summary.py``: means with confidence intervals, costs, and the comparison of rows
 - ``page.py``: the tables, and the HTML page (template ``page.html``)
 - ``worker.py``: the initialisation of a worker process

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import peak_signal_noise_ratio
 from transformers import CLIPModel, CLIPTokenizer
 
 from ..bases.loading.known import CRITTERS
@@ -25,14 +25,6 @@ def pixels(images: Sequence[Image.Image]) -> Tensor:
 def psnr(image: Image.Image, reference: Image.Image) -> float:
     """Returns the peak signal-to-noise ratio of two images of equal size, in dB."""
     return peak_signal_noise_ratio(pixels([image]), pixels([reference]), data_range=2.0).item()
-
-
-def ssim(image: Image.Image, reference: Image.Image) -> float:
-    """Returns the structural similarity of two images of equal size, at most 1 (Wang et al. 2004)."""
-    first, second = (pixels([picture]) / 2 + 0.5 for picture in (image, reference))
-    value = structural_similarity_index_measure(first, second, data_range=1.0)
-    assert isinstance(value, Tensor)
-    return value.item()
 
 
 class CritterAlignment:

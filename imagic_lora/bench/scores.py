@@ -10,8 +10,9 @@ from PIL import Image
 
 from ..critters import backdrop, render
 from ..critters.judge import Judge
+from ..sampling.sweeps.scores import ssim
 from .cases import Case
-from .metrics import CritterAlignment, pixels, psnr, ssim
+from .metrics import CritterAlignment, pixels, psnr
 
 IDENTITY_LIMIT = 0.345
 """Greatest :meth:`~imagic_lora.critters.judge.Reading.distance` at which the identity is kept; see docs/internals/embedded-base.md."""

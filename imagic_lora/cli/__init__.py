@@ -8,5 +8,6 @@ May import: every room. No other room imports it.
 - ``options.py``: flags that several commands share; parses lists and ranges of etas and seeds
 - ``console.py``: terminal output: tables, progress, warnings, errors, JSON
 - ``interrupts.py``: Ctrl-C and SIGTERM during a fit
+- ``searching.py``: the search of ``edit --eta auto``, with its progress and its cost
 - ``demo.py``: the demo, called by ``commands/demo.py``
 """

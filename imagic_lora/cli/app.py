@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group
 from pydantic import ValidationError
 
 from ..adapters.writing import DISK_FULL
@@ -24,16 +24,23 @@ from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.edit import edit
 from .commands.fit import fit
+from .commands.importing import import_adapter
 from .commands.plan import plan
-from .commands.store import list_adapters, remove, show, verify
+from .commands.reproduce import reproduce
+from .commands.store import list_adapters, remove, rename, show, verify
+from .commands.sweep import sweep
 from .console import print_error, print_interrupted, print_warnings
 
 COMMANDS: dict[str, Callable[..., None] | App] = {
     "fit": fit,
     "edit": edit,
+    "sweep": sweep,
+    "reproduce": reproduce,
     "list": list_adapters,
     "show": show,
     "verify": verify,
+    "rename": rename,
+    "import": import_adapter,
     "rm": remove,
     "compress": compress,
     "export": export,
@@ -54,6 +61,7 @@ app = App(
     '    imagic-lora fit dog.jpg "a dog jumping" --name rex\n'
     "    imagic-lora edit rex --eta 0.4:1:0.1  # writes outputs/rex/sheet.png\n\n"
     "imagic-lora COMMAND --help explains a command.",
+    group_parameters=Group("Parameters", sort_key=0),
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )

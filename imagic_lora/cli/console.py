@@ -72,6 +72,7 @@ def print_active_settings(runtime: Runtime, run: RunConfig, why: str, processes:
         "resolution": resolution,
         "tuning": tuning,
         **({"adapter": f"about {size / 1e6:.2f} MB"} if size else {}),
+        "monitoring": _monitoring_text(run),
         "processes": str(processes),
     }
     for name, stage in run.stages.items():
@@ -80,6 +81,18 @@ def print_active_settings(runtime: Runtime, run: RunConfig, why: str, processes:
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/]", plain(value))
     err.print(table)
+
+
+def _monitoring_text(run: RunConfig) -> str:
+    """What a fit evaluates and shows while it trains, in words."""
+    settings = run.monitoring
+    parts = [f"relative loss every {settings.convergence_every} steps"] if settings.convergence_every else []
+    if settings.early_stop != "off":
+        stages = {"both": "both stages", "embed": "stage embed", "tune": "stage tune"}[settings.early_stop]
+        parts.append(f"early stop of {stages} after {settings.patience} evaluations without {settings.min_improvement:g} less")
+    if run.previews_every:
+        parts.append(f"previews every {run.previews_every} steps of stage tune")
+    return ", ".join(parts) or "off"
 
 
 def print_plan(plan: Plan, run: RunConfig, why: str) -> None:
@@ -133,6 +146,7 @@ def show_progress(steps: Generator[StepReport, None, Adapter | None], run: RunCo
     ) as bar:
         tasks = {name: bar.add_task(name, total=stage.steps, loss="", start=False) for name, stage in run.stages.items()}
         started: set[str] = set()
+        relative = ""
         while True:
             try:
                 report = next(steps)
@@ -140,15 +154,22 @@ def show_progress(steps: Generator[StepReport, None, Adapter | None], run: RunCo
                 return done.value
             if report.stage not in started:
                 started.add(report.stage)
+                relative = ""
                 bar.start_task(tasks[report.stage])
                 bar.update(tasks[report.stage], completed=report.step - 1)
-            show_loss = report.step % max(1, report.steps // 10) == 0
-            bar.update(tasks[report.stage], completed=report.step)
+            show_loss = report.step % max(1, report.steps // 10) == 0 or report.early_stop
+            bar.update(tasks[report.stage], completed=report.step, total=report.step if report.early_stop else report.steps)
+            relative = relative if report.relative_loss is None else f", relative {report.relative_loss:.2f}"
             if show_loss:
-                loss = f"{report.loss.item():.4f}"
+                loss = f"{report.loss.item():.4f}{relative}"
                 bar.update(tasks[report.stage], loss=loss)
                 if not err.is_terminal:
                     err.print(f"{report.stage} {report.step}/{report.steps} loss {loss}", highlight=False)
+            if report.preview:
+                err.print(f"Previews after step {report.step}: {plain(report.preview)}", highlight=False)
+            if report.early_stop:
+                message = f"Stage {report.stage} ends after {report.step} of {report.steps} steps: the relative loss no longer falls"
+                err.print(message, highlight=False)
 
 
 def progress(items: Iterable[Value], total: int, label: str) -> Iterable[Value]:

@@ -19,6 +19,7 @@ from ..photos.png import write_png
 from ..photos.sheet import sheet
 from ..sampling.editor import Edit, Editor
 from ..sampling.generate import generate
+from ..sampling.pipelines import negative
 from ..training.fit import fit, open_base
 from ..training.stage import StepReport
 
@@ -66,7 +67,8 @@ def _sample_untuned(editor: Editor, adapter: Adapter, config: EditConfig, seed: 
     editor.close()
     stored = read_embeddings(adapter)
     e_opt = stored["optimised"]
-    return next(generate(editor.base, [e_opt], [seed], config, read_canvas(adapter), stored.get("null"), [e_opt]))
+    null = negative(editor.base, config, stored.get("null"))
+    return next(generate(editor.base, [e_opt], [seed], config, read_canvas(adapter), null, [e_opt]))
 
 
 def _demo_sheet(photo: Image.Image, untuned: Image.Image, edits: list[Edit], truth: Image.Image, prompt: str) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Annotated
 
 from cyclopts import Parameter, Token
 
-from ..core.errors import ImagicError
+from ..core.errors import ImagicError, unreadable
 
 Flag = Annotated[bool, Parameter(negative=())]
 """A switch without the negative form ``--no-...`` that cyclopts adds by default."""
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="Print one JSON object on stdout. Messages go to stderr.")]
 StoreDir = Annotated[Path, Parameter(name="--store", help="Folder of the stored adapters.")]
 DEFAULT_STORE = Path("adapters")
+MAX_PROMPTS = 1000
+"""Number of prompts of a file for ``--prompt-file``."""
+_MAX_PROMPT_FILE = 2**20  # bytes
 
 
 def _whole(_: object, tokens: Sequence[Token]) -> int:
@@ -74,3 +78,37 @@ def parse_seeds(text: str) -> list[int]:
     except ValueError as error:
         expected = "an integer from 0, several integers separated by commas, or start:end with at most 10000 seeds"
         raise ImagicError(f"--seed {text}", expected, "use for example --seed 0:4") from error
+
+
+def slug(text: str, fallback: str) -> str:
+    """Returns a text as a part of a file name: letters, digits, ``.``, ``_`` and ``-``; the fallback if nothing remains."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:100] or fallback
+
+
+def prompt_folders(path: Path, parent: Path) -> dict[Path, str | None]:
+    """Reads a file of target prompts, one a line. Empty lines are skipped, and a prompt that occurs twice is read once.
+
+    Args:
+        path: a text file in UTF-8.
+        parent: the folder of the folders.
+
+    Returns:
+        The prompt by the folder of its images, whose name begins with the number of the prompt, so that no two prompts share one.
+
+    Raises:
+        ImagicError: the file cannot be read, is not UTF-8, holds no prompt, or more than :data:`MAX_PROMPTS`.
+    """
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_PROMPT_FILE:
+            got = f"{path} is not a file, or larger than {_MAX_PROMPT_FILE:,} bytes"
+            raise ImagicError(got, "a text file with one prompt a line", "check --prompt-file")
+        lines = path.read_text("utf-8-sig").splitlines()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise ImagicError(f"{path} is not UTF-8", "a text file in UTF-8", "convert it, for example by iconv") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise ImagicError(f"{path} has {len(prompts)} prompts", f"1 to {MAX_PROMPTS} prompts, one a line", "correct the file")
+    digits = len(str(len(prompts)))
+    return {parent / f"{k:0{digits}}-{slug(prompt[:50], 'prompt')}": prompt for k, prompt in enumerate(prompts, 1)}

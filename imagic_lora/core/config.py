@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Mode = Literal["lora", "full", "embedding"]
@@ -18,6 +18,13 @@ Timesteps = Literal["stratified", "uniform"]
 Preset = Literal["8gb", "12gb", "16gb", "24gb", "cpu"]
 PresetOrAuto = Literal["auto", "8gb", "12gb", "16gb", "24gb", "cpu"]
 Idle = Literal["keep", "offload", "release"]
+Scheduler = Literal["base", "ddim", "dpm++2m", "dpm++2m-sde", "unipc", "euler", "lcm"]
+EarlyStop = Literal["off", "embed", "tune", "both"]
+
+DEVICE_GROUP = Group("Device and memory", sort_key=4)
+_CHECKPOINTS = Group("Checkpoints, for --resume after an interruption", sort_key=6)
+_MONITORING = Group("Monitoring: convergence, early stopping, previews", sort_key=7)
+_ADVANCED = Parameter(group=Group("Sampling, advanced", sort_key=5))
 
 
 def _flag(name: str) -> Parameter:
@@ -50,6 +57,9 @@ class EmbedConfig(Config):
     timesteps: Timesteps = "stratified"
     """How the timesteps of the training samples are drawn. stratified: evenly spread over a batch and over successive steps. uniform: each
     one independently."""
+    noise: float = Field(default=0.0, ge=0, le=10)
+    """Standard deviation of noise that every training sample adds to the embedding, as a multiple of the standard deviation of the
+    embedding of the target prompt. 0: none."""
 
 
 class TuneConfig(Config):
@@ -85,14 +95,25 @@ class EditConfig(Config):
     models (LCM) the scale is an input of the denoiser, in training as well."""
     steps: int = Field(default=50, ge=1, le=1000)
     """Number of sampling steps."""
-    ddim_eta: float = Field(default=0.0, ge=0, le=1)
+    negative_prompt: str = ""
+    """What the image must not show. Guidance leads away from it instead of from the empty prompt; needs a guidance_scale above 1."""
+    guidance_rescale: Annotated[float, _ADVANCED] = Field(default=0.0, ge=0, le=1)
+    """Rescales the guided prediction to the standard deviation of the one that follows the prompt (arXiv 2305.08891, equations 15 and 16),
+    against overexposed images at a high guidance_scale. 0: off. 1: in full. The paper uses 0.7. Needs a guidance_scale above 1."""
+    scheduler: Scheduler = "base"
+    """Sampling scheduler of diffusers, built from the config of the base's own. base: the base's own. dpm++2m, dpm++2m-sde and unipc need
+    fewer steps (20 to 30). lcm: for latent consistency models. Start inverted always uses DDIM."""
+    karras_sigmas: Annotated[bool, _ADVANCED] = False
+    """Space the noise levels as in arXiv 2206.00364, equation 5. Only for dpm++2m, dpm++2m-sde, unipc and euler, or a base with such a
+    scheduler."""
+    ddim_eta: Annotated[float, _ADVANCED] = Field(default=0.0, ge=0, le=1)
     """Amount of noise that DDIM adds at every step. 0: none, sampling is deterministic. 1: as much as DDPM. This is not the eta of the
     interpolation."""
     start: Literal["noise", "image", "inverted"] = "noise"
     """Where sampling starts. noise: from random noise. image: from the photo with added noise (see strength). inverted: from noise that
     reproduces the photo, which keeps position and background best. With ddim_eta 0, inverted is DDIM inversion, and the seed has no effect.
     With a ddim_eta above 0 it is edit-friendly inversion (arXiv 2304.06140), which depends on the seed and allows larger changes."""
-    source_eta: float = Field(default=0.0, ge=0, le=1)
+    source_eta: Annotated[float, _ADVANCED] = Field(default=0.0, ge=0, le=1)
     """Only for start inverted: eta of the embedding with which the photo is inverted. 0: the optimised embedding. The subject keeps its
     identity best at a value just below the eta where the edit begins to appear. An edit at a lower eta is inverted at its own eta."""
     strength: float = Field(default=0.8, gt=0, le=1)
@@ -162,6 +183,25 @@ class CheckpointConfig(Config):
     """Also write a checkpoint every this many training steps. Without it only the time counts."""
 
 
+class MonitoringConfig(Config):
+    """What a fit measures and shows while it trains. Only early stopping changes what is trained."""
+
+    convergence_every: Annotated[int, _flag("convergence-every")] = Field(default=50, ge=0, le=100_000)
+    """Evaluate the relative loss every this many training steps, and after the last step of a stage: the loss on 8 fixed pairs of timestep
+    and noise, as a ratio to that of the frozen base with the target prompt. Each evaluation takes 8 forward passes through the denoiser.
+    0: off."""
+    early_stop: Annotated[EarlyStop, _flag("early-stop")] = "off"
+    """Stages that end early when their relative loss no longer falls. embed: stage 1. tune: stage 2. both: both stages."""
+    patience: Annotated[int, _flag("patience")] = Field(default=3, ge=1, le=1000)
+    """Only with early stopping: a stage ends after this many evaluations in a row that do not improve the relative loss."""
+    min_improvement: Annotated[float, _flag("min-improvement")] = Field(default=0.01, ge=0, le=1)
+    """Only with early stopping: an evaluation counts as an improvement if the relative loss is lower than the lowest one so far by more
+    than this. 0.01 is a hundredth of the loss of the frozen base."""
+    preview_every: Annotated[int, _flag("preview-every")] = Field(default=0, ge=0, le=100_000)
+    """Generate previews at several etas every this many training steps of stage 2, with the sampling settings of stage 3. A preview takes
+    as long as an edit at four etas, and needs the memory of an edit on top of the states of the optimizer. 0: off."""
+
+
 class RunConfig(Config):
     """All settings of a run: one photo, one target prompt."""
 
@@ -181,14 +221,28 @@ class RunConfig(Config):
     eta: float = Field(default=0.7, ge=0, le=2)
     """Interpolation between photo and edit, for the preview and for edits without an eta of their own. 0: the reconstruction of the photo.
     1: the target prompt alone. Values above 1 extrapolate."""
-    embed: Annotated[EmbedConfig, Parameter(group="Stage 1: embed")] = EmbedConfig()
-    tune: Annotated[TuneConfig, Parameter(group="Stage 2: tune")] = TuneConfig()
-    edit: Annotated[EditConfig, Parameter(group="Stage 3: the preview, and the defaults of later edits")] = EditConfig()
-    memory: Annotated[MemoryConfig, Parameter(group="Device and memory")] = MemoryConfig()
-    checkpoint: Annotated[CheckpointConfig, Parameter(group="Checkpoints, for --resume after an interruption")] = CheckpointConfig()
+    embed: Annotated[EmbedConfig, Parameter(group=Group("Stage 1: embed", sort_key=1))] = EmbedConfig()
+    tune: Annotated[TuneConfig, Parameter(group=Group("Stage 2: tune", sort_key=2))] = TuneConfig()
+    edit: Annotated[EditConfig, Parameter(group=Group("Stage 3: the preview, and the defaults of later edits", sort_key=3))] = EditConfig()
+    memory: Annotated[MemoryConfig, Parameter(group=DEVICE_GROUP)] = MemoryConfig()
+    checkpoint: Annotated[CheckpointConfig, Parameter(group=_CHECKPOINTS)] = CheckpointConfig()
+    monitoring: Annotated[MonitoringConfig, Parameter(group=_MONITORING)] = MonitoringConfig()
 
     @property
     def stages(self) -> dict[str, EmbedConfig | TuneConfig]:
         """The training stages that run, by name, in their order."""
         embed: dict[str, EmbedConfig | TuneConfig] = {"embed": self.embed}
         return embed if self.tune.mode == "embedding" else embed | {"tune": self.tune}
+
+    def stops_early(self, stage: str) -> bool:
+        """Whether a stage ends when its relative loss no longer falls.
+
+        Args:
+            stage: ``embed`` or ``tune``.
+        """
+        return self.monitoring.early_stop in (stage, "both")
+
+    @property
+    def previews_every(self) -> int:
+        """Number of steps between two previews of stage 2; 0 for none."""
+        return self.monitoring.preview_every if "tune" in self.stages else 0

@@ -8,12 +8,21 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import psutil
 
 _SAMPLE_SECONDS = 0.1
 _BUSY_PERCENT = 50  # of one core, over all cores of this process
 _IMPORTERS = ("diffusers", "peft", "transformers")
+
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that run the models, by name."""
+    return {library: version(library) for library in LIBRARIES}
 
 
 def prepare_environment() -> None:

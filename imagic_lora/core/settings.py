@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -20,6 +20,7 @@ _CRITTERS: dict[str, Any] = {  # docs/log.md lists the alternatives that were tr
     "eta": 0.7,
     "embed": {"steps": 60, "learning_rate": 5e-2},
     "edit": {"guidance_scale": 1.5, "steps": 23, "start": "inverted", "ddim_eta": 1.0, "source_eta": 0.35},
+    "monitoring": {"convergence_every": 10},
 }
 
 RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
@@ -99,15 +100,15 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "")
     return phrases
 
 
-def recipe_of(base: str, few_steps: int | None = None, embeds_guidance: bool = False) -> Recipe:
+def recipe_of(base: str | None, few_steps: int | None = None, embeds_guidance: bool = False) -> Recipe:
     """Returns the recipe of a base: its own, or that of Stable Diffusion.
 
     Args:
-        base: name of the base.
+        base: name of the built-in base; None for another base.
         few_steps: number of sampling steps of a distilled base, or None. A distilled base samples without classifier-free guidance.
         embeds_guidance: whether the guidance scale is an input of the denoiser.
     """
-    recipe = RECIPES.get(base, RECIPES["sd"])
+    recipe = RECIPES[base] if base in RECIPES else RECIPES["sd"]
     if few_steps is None:
         return recipe
     sampling = {"edit": {"steps": few_steps, "guidance_scale": _EMBEDDED_GUIDANCE if embeds_guidance else 0.0}}
@@ -181,6 +182,25 @@ def _clashes(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, st
     for flag, start in (("--strength", "image"), ("--source-eta", "inverted")):
         if flag in named and run.edit.start != start:
             yield flag, f"--start {run.edit.start}", f"this setting only with --start {start}"
+    for flag, value in (("--negative-prompt", run.edit.negative_prompt), ("--guidance-rescale", run.edit.guidance_rescale)):
+        if flag in named and value and run.edit.guidance_scale <= 1:
+            yield flag, f"--guidance-scale {run.edit.guidance_scale:g}", "this setting only with guidance: a guidance scale above 1"
+    yield from _monitoring_clashes(run, named)
+
+
+def _monitoring_clashes(run: RunConfig, named: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """As :func:`_clashes`, for the settings of the group monitoring."""
+    monitoring, mode = run.monitoring, f"--mode {run.tune.mode}"
+    early_stop = f"--early-stop {monitoring.early_stop}"
+    if monitoring.early_stop != "off" and not monitoring.convergence_every:
+        yield "--early-stop", "--convergence-every 0", "early stopping only with evaluations of the relative loss"
+    if run.tune.mode == "embedding" and monitoring.early_stop == "tune":
+        yield "--early-stop", mode, "early stopping of a stage that runs: mode embedding has no stage 2"
+    if run.tune.mode == "embedding" and monitoring.preview_every:
+        yield "--preview-every", mode, "previews only with --mode lora or --mode full: they belong to stage 2"
+    for flag in ("--patience", "--min-improvement"):
+        if flag in named and monitoring.early_stop == "off":
+            yield flag, early_stop, "this setting only with --early-stop embed, tune or both"
 
 
 def _tune_flag(name: str) -> str:
@@ -194,8 +214,8 @@ _STAGE_2 = tuple(_tune_flag(name) for name in TuneConfig.model_fields if name !=
 
 
 def _flags(given: Mapping[str, Any]) -> list[str]:
-    """The flags of the settings given in the groups tune, memory and edit; those of edit as the command ``edit`` has them."""
-    groups = {group: given[group] for group in ("tune", "memory", "edit") if isinstance(given.get(group), Mapping)}
+    """The flags of the settings given in these groups; those of edit as the command ``edit`` has them."""
+    groups = {group: given[group] for group in ("tune", "memory", "edit", "monitoring") if isinstance(given.get(group), Mapping)}
     return [_tune_flag(name) if group == "tune" else f"--{name.replace('_', '-')}" for group, names in groups.items() for name in names]
 
 

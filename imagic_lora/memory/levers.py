@@ -28,6 +28,7 @@ FIT_LEVERS: Levers = [
     ("--embed.batch-size 1 --tune.batch-size 1", {"embed": {"batch_size": 1}, "tune": {"batch_size": 1}}),
     ("--embed.batch-size 1", {"embed": {"batch_size": 1}}),  # mode embedding excludes the one before
     ("--vae-tiling", {"memory": {"vae_tiling": True}}),
+    ("--preview-every 0", {"monitoring": {"preview_every": 0}}),
     (_STOCHASTIC, {"memory": {"master_weights": "bf16-stochastic"}}),
     ("--quantize nf4", {"memory": {"quantize": "nf4"}}),
     ("--mode lora", {"tune": {"mode": "lora"}, "memory": {"master_weights": "fp32", "autocast_cache": False}}),
@@ -66,7 +67,8 @@ def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str,
         except ImagicError:  # the settings of this run exclude the lever
             continue
         optimizer = changed.memory.optimizer if changed.memory.optimizer != "auto" else assumed.optimizer
-        saved = need - predict(base, changed, replace(assumed, optimizer=optimizer)).needs(stage)
+        plan = predict(base, changed, replace(assumed, optimizer=optimizer))
+        saved = need - (plan.needs(stage) if stage in plan.stages else 0)
         if saved > need / _WORTHWHILE:
             return flag, saved
     return None

@@ -204,12 +204,16 @@ class _Planner:
         sampling = tuned + (0 if keeps_encoders else self.vae)
         encoding = self.encoders + (0 if denoiser_waits_in_host_memory(run, self.assumed) else unet.bytes)
         batch = run.edit.batch_size * passes_per_step(self.architecture, run)
+        sample = Peak(sampling, 0, 0, self._denoiser_pass(tuned=True, batch=batch)[1])
+        decode = Peak(sampling, 0, 0, self._vae_pass(decode=True, images=run.edit.batch_size)[1])
+        preview = Peak(sampling, 0, self.trained.states, max(sample.activations, decode.activations))
         return {
             "encode": Peak(encoding, 0, 0, self._vae_pass(decode=False)[1]),
             "embed": Peak(training, 0, 0, self._denoiser_pass(batch=run.embed.batch_size, trains="embed")[1]),
             **({"tune": self._tune(tuned)} if "tune" in run.stages else {}),
-            "sample": Peak(sampling, 0, 0, self._denoiser_pass(tuned=True, batch=batch)[1]),
-            "decode": Peak(sampling, 0, 0, self._vae_pass(decode=True, images=run.edit.batch_size)[1]),
+            **({"preview": preview} if run.previews_every else {}),
+            "sample": sample,
+            "decode": decode,
         }
 
     def _tune(self, weights: int) -> Peak:

@@ -17,6 +17,9 @@ from .symbolic.layers import NotPlanned
 
 _FASTEST_FIRST: tuple[Preset, ...] = ("24gb", "16gb", "12gb", "8gb")
 _SHARE = 0.9  # of the free memory that a plan may use
+_MAX_BATCH = 16  # a larger one is hardly faster on any device
+EDIT_STAGES = ("encode", "sample", "decode")
+"""The stages of a plan that an edit runs."""
 
 
 def card_and_free_memory(device: str, index: int = 0) -> tuple[Assumed | None, int]:
@@ -105,7 +108,32 @@ def choose_preset_for_edit(base: Callable[[], Architecture], adapter_run: RunCon
     mode: Mode = "embedding" if adapter_run.tune.mode == "embedding" else "lora"
     recipe: Recipe = {mode: {"resolution": adapter_run.resolution, "edit": adapter_run.edit.model_dump()}}
     file = {"tune": {"mode": mode}, "memory": {"quantize": adapter_run.memory.quantize}}
-    return choose_preset(base, given, file, recipe, ("encode", "sample", "decode"), EDIT_LEVERS)[0]
+    return choose_preset(base, given, file, recipe, EDIT_STAGES, EDIT_LEVERS)[0]
+
+
+def largest_batch(base: Architecture, run: RunConfig, assumed: Assumed, free: int, images: int) -> int:
+    """Returns the largest batch size of stage 3, up to a number of images, whose predicted peak fits 90 percent of the free memory.
+
+    It is the batch size of the run, or that times a power of two; that of the run where its memory cannot be predicted.
+
+    Args:
+        base: configs of the base's components.
+        run: settings of the run.
+        assumed: device, precision and optimizer of the run.
+        free: free bytes on the device before anything is loaded.
+        images: number of images that are generated.
+    """
+    size = run.edit.batch_size
+    try:
+        while size < images and 2 * size <= _MAX_BATCH:
+            larger = run.model_copy(update={"edit": run.edit.model_copy(update={"batch_size": 2 * size})})
+            plan = predict(base, larger, assumed)
+            if max(plan.needs(stage) for stage in EDIT_STAGES) - plan.context > _SHARE * free:
+                break
+            size *= 2
+    except NotPlanned:
+        pass
+    return size
 
 
 def assumed_for(run: RunConfig, card: Assumed | None = None) -> Assumed:

@@ -34,7 +34,7 @@ class Imagic(Method):
         self.settings = {"run": config.model_dump(mode="json"), "rows": sampled}
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
-        base, config = context.base, self.config.model_copy(update={"seed": request.seed})
+        base, config = context.base, unmonitored(self.config).model_copy(update={"seed": request.seed})
         with tempfile.TemporaryDirectory() as folder, closing(Editor(base)) as editor:
             photo = Path(folder) / "photo.png"
             write_png(request.photo, photo, {})
@@ -45,6 +45,17 @@ class Imagic(Method):
                 with metered(base) as meter:
                     (result,) = editor.edit(adapter, [eta], [request.seed], sampling)
                     yield EditResult(row, result.image, trained + meter.cost())
+
+
+def unmonitored(config: RunConfig) -> RunConfig:
+    """Returns the settings without evaluations that only inform: what a method costs does not include them. Early stopping needs them.
+
+    Args:
+        config: settings of a run.
+    """
+    every = 0 if config.monitoring.early_stop == "off" else config.monitoring.convergence_every
+    monitoring = config.monitoring.model_copy(update={"convergence_every": every, "preview_every": 0})
+    return config.model_copy(update={"monitoring": monitoring})
 
 
 def _run_fit(steps: Generator[StepReport, None, Adapter | None], meter: CostMeter) -> tuple[Adapter, Cost]:

@@ -9,6 +9,7 @@ from ..core.config import EditConfig
 from ..core.text import exact
 from ..photos.canvas import to_canvas
 from ..sampling.generate import generate
+from ..sampling.pipelines import negative
 from .method import Context, EditRequest, EditResult, Method, metered
 
 
@@ -34,7 +35,7 @@ class Untuned(Method):
             target = base.with_added_conditions(prompt, height, width, config.guidance_scale)
             null = None if empty_prompt is None else base.with_added_conditions(empty_prompt, height, width, config.guidance_scale)
             with metered(base) as meter:
-                (image,) = generate(base, [target], [request.seed], config, canvas, null, [target])
+                (image,) = generate(base, [target], [request.seed], config, canvas, negative(base, config, null), [target])
                 yield EditResult(row, image, meter.cost())
 
 

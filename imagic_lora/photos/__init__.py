@@ -8,4 +8,5 @@ May import: core. No diffusers. Must not know: models, adapters, commands.
 - ``canvas.py``: scaling and padding a photo to a tensor in [-1, 1] for a model, and the inverse
 - ``png.py``: PNG files with metadata
 - ``sheet.py``: sheets of labelled images
+- ``plot.py``: line plots
 """

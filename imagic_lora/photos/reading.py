@@ -72,7 +72,7 @@ def _imagic_errors(path: Path) -> Iterator[None]:
     name = str(path) if str(path).isprintable() else ascii(str(path))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # of decoders, on metadata; what could change pixels is checked by photos/files
             yield
     except ImagicError as error:
         raise ImagicError(f"{name} {error.got}", error.expected, error.remedy) from error

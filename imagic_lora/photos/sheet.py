@@ -22,7 +22,7 @@ def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str = "", ce
     columns = max(len(row) for row in rows)
     page = Image.new("RGB", (gap + columns * (cell + gap), top + len(rows) * (cell + label + gap)), "white")
     draw = ImageDraw.Draw(page)
-    draw.text((gap, 8), _fitting(title, font, page.width - 2 * gap), fill="black", font=font)
+    draw.text((gap, 8), fitting(title, font, page.width - 2 * gap), fill="black", font=font)
     for r, row in enumerate(rows):
         for c, (name, image) in enumerate(row):
             x, y = gap + c * (cell + gap), top + r * (cell + label + gap)
@@ -30,11 +30,11 @@ def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str = "", ce
             size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
             resampling = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
             page.paste(image.resize(size, resampling), (x + (cell - size[0]) // 2, y + label + (cell - size[1]) // 2))
-            draw.text((x, y + 3), _fitting(name, font, cell), fill="black", font=font)
+            draw.text((x, y + 3), fitting(name, font, cell), fill="black", font=font)
     return page
 
 
-def _fitting(text: str, font: Any, width: int) -> str:
+def fitting(text: str, font: Any, width: int) -> str:
     """Shortens a text to a width in pixels; a shortened text ends with ``...``."""
     short = text[: width + 1]  # the time to measure grows with the length, and hardly any letter is narrower than a pixel
     if short == text and font.getlength(text) <= width:

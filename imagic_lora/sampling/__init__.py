@@ -9,5 +9,8 @@ May import: core, photos, bases, memory, adapters. Must not know: training, meth
 - ``checks.py``: checks prompts and settings before sampling
 - ``editor.py``: the Editor, which keeps one base loaded and switches adapters
 - ``opening.py``: from a stored adapter to an Editor: settings for this machine, and the base
-- ``outputs.py``: the files of an edit: names, metadata, the check that no other image is replaced, the sheet
+- ``outputs.py``: the files of an edit: names, the check that no other image is replaced, the sheet
+- ``metadata.py``: the metadata of an image: its schema, and the text that A1111 reads
+- ``reproduce.py``: makes an image again from its metadata, and compares the pixels
+- ``sweeps/``: sweeps over eta and seed, scores of their images, and the suggested eta
 """

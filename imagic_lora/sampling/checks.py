@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 
 from ..bases.base import Base
 from ..core.config import EditConfig
-from ..core.errors import ImagicError
+from ..core.errors import ImagicError, ImagicWarning
 from ..core.text import check_utf8, exact
 
+_WEIGHTED = re.compile(r"\([^()]+:\s*[0-9.]+\s*\)")
 SEEDS = 2**32
 """Number of different seeds of an image: PyTorch's generator of the CPU, which draws its noise, uses the lower 32 bits of a seed."""
 
@@ -18,24 +21,56 @@ def check_prompt(prompt: str) -> None:
     if not prompt.strip():
         raise ImagicError("an empty prompt", "a prompt that describes the edited photo", 'for example "a dog jumping"')
     check_utf8(prompt, "the prompt")
+    warn_of_weights(prompt)
 
 
-def check_strength(config: EditConfig) -> None:
-    """Raises ImagicError if ``start="image"`` and the strength leave less than one sampling step."""
+def warn_of_weights(prompt: str) -> None:
+    """Warns if a prompt has weights such as ``(word:1.3)``, which are read as plain text."""
+    if weighted := _WEIGHTED.search(prompt):
+        message = f"weights in prompts are not supported: {weighted[0]!r} is read as plain text"
+        warnings.warn(message, ImagicWarning, stacklevel=1)
+
+
+def check_sampling(config: EditConfig) -> None:
+    """Checks settings of the sampling that exclude each other on every base.
+
+    Raises:
+        ImagicError: ``start="image"`` and the strength leave less than one sampling step; the start cannot take the scheduler; the negative
+            prompt is not UTF-8.
+    """
+    if config.start == "inverted" and (config.scheduler not in ("base", "ddim") or config.karras_sigmas):
+        got = f"scheduler {config.scheduler}{' with Karras sigmas' if config.karras_sigmas else ''} with start inverted"
+        remedy = "use --scheduler ddim --no-karras-sigmas, or another --start"
+        raise ImagicError(got, "DDIM, because the photo is inverted by DDIM run backwards", remedy)
+    check_utf8(config.negative_prompt, "the negative prompt")
+    warn_of_weights(config.negative_prompt)
     if config.start == "image" and int(config.steps * config.strength) < 1:
         got = f"strength {config.strength:g} with {config.steps} steps"
         raise ImagicError(got, "strength * steps of at least 1", "increase the strength or the number of steps")
 
 
-def check_scheduler_steps(base: Base, config: EditConfig) -> None:
-    """Raises ImagicError if the scheduler of the base does not support the number of sampling steps."""
-    scheduler = base.scheduler()
+def check_scheduler(base: Base, config: EditConfig) -> None:
+    """Checks that a base can be sampled with the scheduler of the settings.
+
+    Raises:
+        ImagicError: the scheduler does not support the number of steps or Karras sigmas; or it samples at timesteps
+            that a distilled base was not trained at.
+    """
+    scheduler = base.sampler(config.scheduler, config.karras_sigmas)
     try:
         scheduler.set_timesteps(config.steps)
     except ValueError as error:
         reason = next(iter(str(error).splitlines()), "")[:200]
         got = f"{config.steps} steps with scheduler {type(scheduler).__name__} ({reason})"
         raise ImagicError(got, "a number of steps that the scheduler supports", "use another number of steps") from error
+    if config.scheduler == "base" and not config.karras_sigmas:
+        return
+    if base.trained_timesteps is not None and not set(scheduler.timesteps.long().tolist()) <= set(base.trained_timesteps.tolist()):
+        got = f"scheduler {config.scheduler} with {config.steps} steps, which samples at other timesteps than {base.name} was distilled at"
+        raise ImagicError(got, "a scheduler that samples at the timesteps of the base", "use --scheduler base")
+    if config.scheduler == "lcm" and base.trained_timesteps is None:
+        message = f"scheduler lcm is for latent consistency models; {base.name} is not distilled, so images will be blurred"
+        warnings.warn(message, ImagicWarning, stacklevel=1)
 
 
 def check_edit(etas: Sequence[float], seeds: Sequence[int], config: EditConfig, prompt: str) -> None:
@@ -48,8 +83,8 @@ def check_edit(etas: Sequence[float], seeds: Sequence[int], config: EditConfig, 
         prompt: the target prompt.
 
     Raises:
-        ImagicError: an eta or a seed is out of range, the prompt is empty or not UTF-8, the strength leaves no sampling step, or several
-            seeds would give the same image.
+        ImagicError: an eta or a seed is out of range, the prompt is empty or not UTF-8, the strength leaves no sampling step, several
+            seeds would give the same image, or the start cannot take the scheduler.
     """
     for eta in etas:
         if not 0 <= eta <= 2:
@@ -64,4 +99,4 @@ def check_edit(etas: Sequence[float], seeds: Sequence[int], config: EditConfig, 
             got, "one seed, because the starting noise is computed from the photo", "use --start noise for several seeds, or add --ddim-eta"
         )
     check_prompt(prompt)
-    check_strength(config)
+    check_sampling(config)

@@ -20,19 +20,25 @@ from ..bases.base import Base
 from ..core.conditioning import Conditioning, interpolate, source_conditionings
 from ..core.config import EditConfig
 from ..photos.canvas import Canvas
-from .checks import check_edit, check_scheduler_steps
+from .checks import check_edit, check_scheduler
 from .generate import generate
+from .pipelines import negative
 
 CACHED = 8  # maximum number of cached adapters; full weights stay on disk
 
 
 @dataclass(frozen=True)
 class Edit:
-    """An edited image and the eta and seed that produced it."""
+    """An edited image and the eta and seed that produced it.
+
+    Args:
+        batch: eta and seed of every image of its batch, in order: on some devices the last bits of an image depend on them.
+    """
 
     eta: float
     seed: int
     image: Image.Image
+    batch: tuple[tuple[float, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,24 @@ class Editor:
         with self._lock:
             self._load(self._read(adapter))
 
+    def conditionings(self, adapter: Adapter, prompt: str | None = None) -> dict[str, Conditioning]:
+        """Returns the conditionings of an adapter on the device: ``target``, ``optimised`` and, if the base has one, ``null``.
+
+        Args:
+            adapter: the adapter.
+            prompt: a target prompt that replaces the one of the adapter.
+        """
+        with self._lock:
+            return self._conditionings(self._read(adapter), prompt)
+
     def edit(
-        self, adapter: Adapter, etas: Sequence[float], seeds: Sequence[int], config: EditConfig, prompt: str | None = None
+        self,
+        adapter: Adapter,
+        etas: Sequence[float],
+        seeds: Sequence[int],
+        config: EditConfig,
+        prompt: str | None = None,
+        tuned: bool = True,
     ) -> Iterator[Edit]:
         """Generates an edit for every eta and, for each eta, every seed: ``e_eta = eta * e_tgt + (1 - eta) * e_opt``.
 
@@ -93,6 +115,7 @@ class Editor:
             seeds: seeds of the starting noise.
             config: settings of the sampling.
             prompt: a target prompt that replaces the one of the adapter.
+            tuned: False samples from the base without the adapter's weights, with its embeddings alone: the model before stage 2.
 
         Yields:
             The edits in order, after each batch.
@@ -100,30 +123,43 @@ class Editor:
         Raises:
             ImagicError: as :func:`check_edit`, :meth:`load` and :func:`generate`.
         """
-        check_edit(etas, seeds, config, adapter.record.prompt if prompt is None else prompt)
-        pairs = list(product(etas, seeds))
+        yield from self.edit_pairs(adapter, list(product(etas, seeds)), config, prompt, tuned)
+
+    def edit_pairs(
+        self, adapter: Adapter, pairs: Sequence[tuple[float, int]], config: EditConfig, prompt: str | None = None, tuned: bool = True
+    ) -> Iterator[Edit]:
+        """Generates an edit for every pair of eta and seed, in batches of ``config.batch_size``; otherwise as :meth:`edit`."""
+        etas, seeds = {eta for eta, _ in pairs}, {seed for _, seed in pairs}
+        check_edit(sorted(etas), sorted(seeds), config, adapter.record.prompt if prompt is None else prompt)
         with self._lock:
             cached = self._read(adapter)
-            check_scheduler_steps(self.base, config)
-            device = self.base.runtime.device
-            stored = {name: value.to(device) for name, value in cached.embeddings.items()}
-            target = stored["target"] if prompt is None else replace(self.base.encode_prompt(prompt), extra=stored["target"].extra)
+            check_scheduler(self.base, config)
+            stored = self._conditionings(cached, prompt)
+            target, null = stored["target"], negative(self.base, config, stored.get("null"))
             self.base.offload_encoders()
+            loaded = cached if tuned else replace(cached, weights=None)
         conditionings = [interpolate(target, stored["optimised"], eta) for eta, _ in pairs]
         sources = source_conditionings(target, stored["optimised"], [eta for eta, _ in pairs], config.source_eta)
-        images = generate(self.base, conditionings, [seed for _, seed in pairs], config, cached.canvas, stored.get("null"), sources)
+        images = generate(self.base, conditionings, [seed for _, seed in pairs], config, cached.canvas, null, sources)
         for start in range(0, len(pairs), config.batch_size):
             batch = pairs[start : start + config.batch_size]
             with self._lock:  # not held across a yield: a caller may switch between running edits
-                self._load(cached)
+                self._load(loaded)
                 batch_images = list(islice(images, len(batch)))
-            yield from (Edit(eta, seed, image) for (eta, seed), image in zip(batch, batch_images, strict=True))
+            yield from (Edit(eta, seed, image, tuple(batch)) for (eta, seed), image in zip(batch, batch_images, strict=True))
 
     def close(self) -> None:
         """Unloads the adapter; the base is then bit-equal to before. If an exception interrupts it, another call completes it."""
         with self._lock:
             self._unload()
             self._base_weights = None
+
+    def _conditionings(self, cached: _CachedAdapter, prompt: str | None) -> dict[str, Conditioning]:
+        """As :meth:`conditionings`."""
+        stored = {name: value.to(self.base.runtime.device) for name, value in cached.embeddings.items()}
+        if prompt is not None:
+            stored["target"] = replace(self.base.encode_prompt(prompt), extra=stored["target"].extra)
+        return stored
 
     def _read(self, adapter: Adapter) -> _CachedAdapter:
         """Returns the cached content of an adapter, and reads it from disk if it is not cached."""
@@ -146,7 +182,7 @@ class Editor:
             if not (previous and isinstance(cached.weights, LoraLayers) and swap_lora(self.base, cached.weights)):
                 self._unload()
                 self._apply(cached)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: half an adapter does not stay loaded
             self._unload()
             raise
         self._loaded = cached

@@ -17,9 +17,9 @@ from ..core.conditioning import Conditioning, concatenate
 from ..core.config import EditConfig
 from ..core.errors import ImagicError
 from ..photos.canvas import Canvas, to_image
-from .checks import check_strength
+from .checks import check_sampling
 from .inversion import NoiseReplayer, invert, record_noise
-from .pipelines import conditioning_kwargs, pipeline_guidance, sample_latents
+from .pipelines import conditioning_kwargs, pipeline_guidance, rescale_kwargs, sample_latents, sampling_pipeline
 
 
 def generate(
@@ -39,7 +39,8 @@ def generate(
         seeds: the seed of each image, as many as conditionings; the noise of an image depends only on its seed.
         config: settings of the sampling.
         canvas: the photo that the adapter was trained on; it gives the image size, and the start for ``start="image"`` or ``"inverted"``.
-        null: unconditional conditioning; None, or a guidance scale of 1 or less, turns guidance off.
+        null: what guidance leads away from, see :func:`~imagic_lora.sampling.pipelines.negative`; None, or a guidance scale of 1 or less,
+            turns guidance off.
         sources: the conditioning of the photo for each image, used to invert it with ``start="inverted"``; the inversion runs once for
             each pair of seed and conditioning object.
 
@@ -47,9 +48,10 @@ def generate(
         Images at the size of the photo, in order, after each batch.
 
     Raises:
-        ImagicError: the strength leaves no sampling step, the scheduler does not support ``ddim_eta``, or an image holds NaN.
+        ImagicError: the strength leaves no sampling step, the scheduler does not support ``ddim_eta``, the pipeline has no
+            ``guidance_rescale``, or an image holds NaN.
     """
-    check_strength(config)
+    check_sampling(config)
     inversion = None
     if config.start == "inverted":
         clean = base.encode_image(canvas.pixels)
@@ -91,19 +93,22 @@ def _generate_batch(
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
     }
     if config.start == "image":
-        pipe = base.pipeline("image2image")
+        pipe = sampling_pipeline(base, config, "image2image")
         if base.architecture.vae["latent_channels"] == 4:
             image = base.encode_image(canvas.pixels).to(base.runtime.dtype)
         else:  # pipelines recognise latents by their 4 channels, and encode any other input
             image = canvas.pixels / 2 + 0.5
         arguments |= {"image": image.expand(batch, -1, -1, -1), "strength": config.strength}
     else:
-        ddim = NoiseReplayer if config.ddim_eta else DDIMScheduler
-        pipe, start_latents = base.pipeline("text2image", None if noise is None else ddim), None
-        if noise is not None:
+        start_latents = None
+        if noise is None:
+            pipe = sampling_pipeline(base, config, "text2image")
+        else:
+            pipe: Any = base.pipeline("text2image", NoiseReplayer if config.ddim_eta else DDIMScheduler)
             start_latents, *pipe.scheduler.added = (torch.cat(parts) for parts in zip(*noise, strict=True))
         arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3], "latents": start_latents}
-    if config.ddim_eta and "eta" not in inspect.signature(pipe.scheduler.step).parameters:  # pyright: ignore[reportAttributeAccessIssue]
-        got = f"ddim_eta {config.ddim_eta:g} with scheduler {type(pipe.scheduler).__name__}"  # pyright: ignore[reportAttributeAccessIssue]
+    arguments |= rescale_kwargs(pipe, config, guided)
+    if config.ddim_eta and "eta" not in inspect.signature(pipe.scheduler.step).parameters:
+        got = f"ddim_eta {config.ddim_eta:g} with scheduler {type(pipe.scheduler).__name__}"
         raise ImagicError(got, "a scheduler with an eta parameter, such as DDIMScheduler", "set ddim_eta to 0")
     return (base.decode(sample_latents(base, pipe, arguments)) / 2 + 0.5).clamp(0, 1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..bases.loading.registry import architecture_of, load_base
+from ..bases.loading import registry
 from ..core.config import RunConfig
 from ..core.errors import ImagicWarning
 from ..core.runtime import resolve_runtime
@@ -26,7 +26,7 @@ def edit_settings(adapter: Adapter, given: Mapping[str, Any], base: str | None =
     Raises:
         ImagicError: as :func:`~imagic_lora.memory.presets.choose_preset_for_edit`.
     """
-    return choose_preset_for_edit(lambda: architecture_of(*_source(adapter, base)), adapter.record.config, given)
+    return choose_preset_for_edit(lambda: registry.architecture_of(*_source(adapter, base)), adapter.record.config, given)
 
 
 def open_editor(adapter: Adapter, run: RunConfig, base: str | None = None, force: bool = False) -> Editor:
@@ -42,7 +42,7 @@ def open_editor(adapter: Adapter, run: RunConfig, base: str | None = None, force
         ImagicError: as :func:`~imagic_lora.bases.loading.registry.load_base`.
     """
     name, revision = _source(adapter, base)
-    editor = Editor(load_base(name, resolve_runtime(run.memory), revision), force)
+    editor = Editor(registry.load_base(name, resolve_runtime(run.memory), revision), force)
     made_for = adapter.record.base
     if force and editor.base.fingerprint != made_for.fingerprint:
         message = f"adapter {adapter.name} was made for base {made_for.name} and is applied to base {editor.base.name}"

@@ -1,4 +1,4 @@
-"""The files of an edit: their names, their metadata, the check that no other image is replaced, and the sheet."""
+"""The files of an edit: their names, the check that no other image is replaced, and the sheet."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..adapters.adapter import Adapter
 from ..adapters.writing import writable
-from ..bases.base import Base
-from ..core.config import EditConfig
 from ..core.errors import ImagicError
 from ..core.settings import differences
 from ..core.text import exact
@@ -19,8 +16,10 @@ from ..photos.png import write_png
 from ..photos.reading import read_metadata
 from ..photos.sheet import sheet
 from .editor import Edit
+from .metadata import ImageMetadata, a1111_parameters, of_image
 
 SHEET = "sheet.png"
+_SAME = ("adapter", "adapter_sha256", "base", "base_fingerprint", "forced", "prompt", "edit")
 
 
 def image_name(eta: float, seed: int) -> str:
@@ -28,26 +27,12 @@ def image_name(eta: float, seed: int) -> str:
     return f"eta{exact(eta)}-seed{seed}.png"
 
 
-def image_metadata(adapter: Adapter, base: Base, config: EditConfig, prompt: str) -> dict[str, Any]:
-    """Returns the metadata of the images of an edit, without eta and seed.
-
-    Args:
-        adapter: the stored adapter.
-        base: the loaded base. If its weights are not those that the adapter was made for, ``forced`` names the latter.
-        config: settings of the sampling.
-        prompt: the target prompt.
-    """
-    metadata = {"adapter": adapter.name, "base": base.name, "prompt": prompt, "edit": config.model_dump()}
-    made_for = adapter.record.base
-    return metadata if base.fingerprint == made_for.fingerprint else metadata | {"forced": made_for.name}
-
-
 def check_same_edits(paths: Iterable[Path], metadata: dict[str, Any]) -> None:
     """Raises ImagicError for a file that exists and is not the same edit, so that no image replaces another one unasked.
 
     Args:
         paths: files of the images.
-        metadata: from :func:`image_metadata`.
+        metadata: from :func:`~imagic_lora.sampling.metadata.image_metadata`.
     """
     for path in paths:
         if not path.exists():
@@ -61,14 +46,17 @@ def check_same_edits(paths: Iterable[Path], metadata: dict[str, Any]) -> None:
             raise ImagicError(got, "an unused name, or the same edit", "choose another --out, or use --overwrite")
 
 
-def write_edits(edits: Iterable[Edit], folder: Path, metadata: dict[str, Any], photo: Image.Image) -> list[dict[str, Any]]:
+def write_edits(
+    edits: Iterable[Edit], folder: Path, metadata: dict[str, Any], photo: Image.Image, embed: bool = True
+) -> list[dict[str, Any]]:
     """Writes every image as soon as it is generated, and the sheet at the end.
 
     Args:
         edits: the images.
         folder: output folder.
-        metadata: written into every image, with its eta and seed.
+        metadata: written into every image, with what :func:`~imagic_lora.sampling.metadata.of_image` adds.
         photo: first image of every row of the sheet. The sheet has one row for each seed.
+        embed: False writes the files without metadata.
 
     Returns:
         ``file``, ``eta`` and ``seed`` of every image.
@@ -76,13 +64,14 @@ def write_edits(edits: Iterable[Edit], folder: Path, metadata: dict[str, Any], p
     written: list[dict[str, Any]] = []
     rows: dict[int, list[tuple[str, Image.Image]]] = {}
 
-    def save(image: Image.Image, path: Path, values: dict[str, Any]) -> None:
+    def save(image: Image.Image, path: Path, values: dict[str, Any], parameters: str = "") -> None:
         with writable(folder):
-            write_png(image, path, values)
+            write_png(image, path, values if embed else None, parameters if embed else "")
 
     for result in edits:
         path = folder / image_name(result.eta, result.seed)
-        save(result.image, path, metadata | {"eta": result.eta, "seed": result.seed})
+        values = of_image(metadata, result)
+        save(result.image, path, values, a1111_parameters(ImageMetadata.model_validate(values), result.image.size))
         written.append({"file": str(path), "eta": result.eta, "seed": result.seed})
         rows.setdefault(result.seed, [("photo", photo)]).append((f"eta {exact(result.eta)} seed {result.seed}", result.image))
     named = {name: metadata[name] for name in ("adapter", "base", "forced") if name in metadata}
@@ -91,7 +80,7 @@ def write_edits(edits: Iterable[Edit], folder: Path, metadata: dict[str, Any], p
 
 
 def _comparable(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Returns the metadata of an image without what its file name says, and without the batch size, which does not change it."""
+    """Returns what makes an edit in its metadata, without what its file name says, and without the batch size, which does not change it."""
+    named = {name: value for name, value in metadata.items() if name in _SAME}
     edit = metadata.get("edit")
-    settings = {name: value for name, value in edit.items() if name != "batch_size"} if isinstance(edit, dict) else edit
-    return metadata | {"edit": settings, "eta": None, "seed": None}
+    return named | ({"edit": {name: value for name, value in edit.items() if name != "batch_size"}} if isinstance(edit, dict) else {})

@@ -10,7 +10,7 @@ May import: core, photos, bases, memory, adapters, sampling (for the preview). M
 - ``tune.py``: stage 2, trains the denoiser
 - ``optimizers.py``: Adam with 32-bit or 8-bit states, after or during the backward pass
 - ``run.py``: the encoded inputs of one fit, and the files it writes to the store
-- ``saving.py``: saves, stops and resumes the stages around the training loop
-- ``checkpoints.py``: reads and writes checkpoints on disk
+- ``monitoring/``: relative loss and early stopping, previews during stage 2, TensorBoard
+- ``resuming/``: checkpoints on disk; saving, stopping and resuming the stages around the training loop
 - ``rehearsal.py``: the exact memory plan: runs the real code on fake tensors
 """

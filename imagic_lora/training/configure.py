@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..bases.architecture import Architecture
+from ..bases.loading.known import known_base
 from ..bases.loading.registry import architecture_of
 from ..core.config import RunConfig
 from ..core.settings import merged, recipe_of, validated
@@ -39,7 +40,7 @@ def configure_run(flags: Mapping[str, Any], file: Mapping[str, Any], processes: 
     """
     given = validated(merged(file, flags))
     architecture = architecture_of(given.base, given.revision)
-    recipe = recipe_of(given.base, architecture.few_steps, architecture.embeds_guidance)
+    recipe = recipe_of(known_base(given.base, given.revision).built_in, architecture.few_steps, architecture.embeds_guidance)
     return Configured(*choose_preset(lambda: architecture, flags, file, recipe, processes=processes), architecture)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..bases.base import Base
 from ..core.conditioning import Conditioning
 from ..core.config import EmbedConfig
-from ..core.runtime import Processes
+from ..core.noise import noise_at
+from ..core.runtime import Processes, to_device
 from .stage import Stage
 
 
@@ -29,7 +33,32 @@ def embed_stage(base: Base, latents: Tensor, target: Conditioning, config: Embed
     def conditioning() -> Conditioning:
         return Conditioning(trainables["tokens"], trainables.get("pooled"), target.extra)
 
-    return Stage("embed", base, latents, conditioning, trainables, config, seed, processes)
+    if not config.noise:
+        return Stage("embed", base, latents, conditioning, trainables, config, seed, processes)
+    scales = {name: config.noise * value.detach().float().std() for name, value in initial.items()}
+    return Stage("embed", base, latents, conditioning, trainables, config, seed, processes, partial(with_noise, scales, seed))
+
+
+def with_noise(scales: Mapping[str, Tensor], seed: int, conditioning: Conditioning, k: int, samples: range) -> Conditioning:
+    """Returns the conditioning of each sample of a step with normal noise, which depends only on the seed, the step and the sample.
+
+    Noise makes the embedding that is found one around which the loss is low as well (as NEFTune, arXiv 2310.05914, does for language
+    models).
+
+    Args:
+        scales: standard deviations of the noise of ``tokens`` and ``pooled``, scalars.
+        seed: seed of the run.
+        conditioning: conditioning ``[1, ...]``.
+        k: index of the step.
+        samples: indices of the samples.
+    """
+
+    def noisy(name: str, value: Tensor) -> Tensor:
+        noise = noise_at(seed, f"embed/{name}", k, samples, tuple(value.shape[1:]))
+        return value + scales[name] * to_device(noise, value.device)
+
+    pooled = None if conditioning.pooled is None else noisy("pooled", conditioning.pooled)
+    return Conditioning(noisy("tokens", conditioning.tokens), pooled, conditioning.expand(len(samples)).extra)
 
 
 def optimised(stage: Stage) -> Conditioning:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,18 +17,18 @@ from ..bases.altered import check_unaltered
 from ..bases.base import Base
 from ..bases.loading.registry import architecture_of, load_base
 from ..core.config import RunConfig
-from ..core.errors import ImagicError, ImagicWarning, Stopped
+from ..core.errors import ImagicError, ImagicWarning
 from ..core.noise import key
 from ..core.runtime import Processes, Runtime, free_memory, reset_peak_memory, resolve_runtime
 from ..memory.limits import check_disk, check_memory
-from ..memory.out_of_memory import assumed_from
+from ..memory.out_of_memory import assumed_from, explain_out_of_memory
 from ..photos.reading import read_photo
-from ..sampling.checks import check_prompt, check_strength
-from .checkpoints import START_OVER, Checkpoint, Checkpoints
+from ..sampling.checks import check_prompt, check_sampling
 from .embed import embed_stage, optimised
 from .optimizers import check_single_process
+from .resuming.checkpoints import START_OVER, Checkpoint, Checkpoints
+from .resuming.stages import ResumableStages, stop_while_sampling
 from .run import encode_run
-from .saving import ResumableStages
 from .stage import StepReport
 from .tune import tune_stage
 
@@ -92,7 +92,7 @@ def fit(
     """
     processes = processes or Processes()
     check_prompt(prompt)
-    check_strength(config.edit)
+    check_sampling(config.edit)
     saved = Checkpoints(store.checkpoints(name))
     with store.locked(name) if processes.main else nullcontext(store) as store:
         if processes.main:
@@ -138,6 +138,8 @@ def _train_and_store(
     run = stages.run
     base, config, processes = run.base, run.config, run.processes
     e_opt, start = stages.resume(checkpoint) if checkpoint else (None, 0)
+    with explain_out_of_memory(base.architecture, config, base.runtime, "embed"):
+        run.convergence.measure_frozen(base, run.latents, run.target, processes)
     if e_opt is None:
         embed = embed_stage(base, run.latents, run.target, config.embed, config.seed, processes)
         yield from stages.run_stage(embed, start, checkpoint)
@@ -151,7 +153,7 @@ def _train_and_store(
             del tune, checkpoint  # frees the optimizer states before the preview needs memory
         if not processes.main:
             return None
-        with _stop_during_sampling(base, stages.stop, stages.saved_message):
+        with stop_while_sampling(base, stages.is_stopping, stages.saved_message):
             preview = run.preview(e_opt)
         return store.write(run.record(name), lambda writer: run.write_files(writer, e_opt, preview), overwrite)
 
@@ -171,21 +173,6 @@ def _checkpoint_to_resume(saved: Checkpoints, name: str, processes: Processes) -
     if saved.any():
         raise ImagicError(f"there is no intact checkpoint of {name} to resume", "at least one intact checkpoint", START_OVER)
     raise ImagicError(f"there is no checkpoint of {name} to resume", "an interrupted fit", "leave out --resume to start a new fit")
-
-
-@contextmanager
-def _stop_during_sampling(base: Base, stop: Callable[[], bool], saved_message: str) -> Iterator[None]:
-    """Calls ``stop`` before every call of the denoiser, so that a fit can also be stopped while the preview is sampled."""
-
-    def raise_if_stopped(*_: object) -> None:
-        if stop():
-            raise Stopped(saved_message)
-
-    hook = base.denoiser.register_forward_pre_hook(raise_if_stopped)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def result(steps: Generator[StepReport, None, Value]) -> Value:

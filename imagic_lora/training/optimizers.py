@@ -15,7 +15,7 @@ from ..core.errors import ImagicError
 from ..core.noise import key
 from ..core.runtime import Processes, Runtime
 from ..memory.optimizer_states import scales_8bit, states_8bit
-from .checkpoints import START_OVER
+from .resuming.checkpoints import START_OVER
 
 _QUANTIZATION_MAPS = ("qmap1", "qmap2")
 _FP16_LOSS_SCALE = 1024.0  # a power of two, so dividing is exact; keeps small gradients from underflowing in fp16
@@ -184,10 +184,18 @@ class PerParameterUpdates(Updates):
                 self._update(name, step)
             return
         check_single_process(processes)
-        hooks = [p.register_post_accumulate_grad_hook(lambda _, name=name: self._update(name, step)) for name, p in self.trainables.items()]
+        running, hooks = True, []
+
+        def update(name: str) -> None:
+            if running:  # an interruption can leave a hook on a parameter of the base
+                self._update(name, step)
+
         try:
+            for name, p in self.trainables.items():
+                hooks.append(p.register_post_accumulate_grad_hook(lambda _, name=name: update(name)))
             loss.backward()
         finally:
+            running = False
             for hook in hooks:
                 hook.remove()
 

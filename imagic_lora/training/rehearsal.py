@@ -27,6 +27,7 @@ from ..core.runtime import DTYPES, Processes, Runtime
 from ..memory.plan import Assumed, Peak, Plan, denoiser_waits_in_host_memory, passes_per_step, plan_from_peaks
 from ..memory.tracker import Tracker
 from .embed import embed_stage
+from .monitoring.convergence import fixed_losses
 from .stage import Stage
 from .tune import tune_stage
 
@@ -147,27 +148,39 @@ def _stages(base: StableDiffusion, run: RunConfig, tracker: Tracker) -> Iterator
     base.offload_encoders()
     conditioning = random_conditioning(base, side, side)
     stage = embed_stage(base, latents, conditioning, _two_steps(run.embed), 0, Processes())
-    yield "embed", _training_peak(stage, tracker)
+    yield "embed", _training_peak(stage, run, tracker)
     del stage
     with MODES[run.tune.mode].trainables(base, run.tune, 0, False) as trainables:
         if "tune" in run.stages:
             stage = tune_stage(base, latents, conditioning, trainables, _two_steps(run.tune), 0, Processes())
-            yield "tune", _training_peak(stage, tracker)
+            tune = _training_peak(stage, run, tracker)
+            yield "tune", tune
+            if run.previews_every:
+                held, activations = _sampling_peaks(base, run, latents, conditioning, tracker)
+                yield "preview", Peak(held - tune.optimizer, 0, tune.optimizer, max(activations.values()))
+                base.offload_encoders()
             del stage
-        yield from _sampling_peaks(base, run, latents, conditioning, tracker)
+        held, activations = _sampling_peaks(base, run, latents, conditioning, tracker)
+        for name, peak in activations.items():
+            yield name, Peak(held, 0, 0, peak)
 
 
 def _two_steps(config: Any) -> Any:
     return config.model_copy(update={"steps": 2})
 
 
-def _training_peak(stage: Stage, tracker: Tracker) -> Peak:
-    """The peak of a training stage, from its second step: the first one creates the states of the optimizer."""
+def _training_peak(stage: Stage, run: RunConfig, tracker: Tracker) -> Peak:
+    """The peak of a training stage, from its second step: the first one creates the states of the optimizer.
+
+    It includes an evaluation of the relative loss, which needs less than the step.
+    """
     weights = tracker.now
     stage.step(0)
     states = tracker.now - weights
     tracker.reset_peak()
     stage.step(1)
+    if run.monitoring.convergence_every:
+        fixed_losses(stage.base, stage.latents, stage.conditioning(), stage.seed, stage.config.batch_size)
     inside = stage.base.runtime.memory.optimizer_in_backward
     gradients = 0 if inside else sum(p.numel() * p.element_size() for p in stage.trainables.values())
     return Peak(weights, gradients, states, tracker.peak - weights - gradients - states)
@@ -176,10 +189,14 @@ def _training_peak(stage: Stage, tracker: Tracker) -> Peak:
 @torch.no_grad()
 def _sampling_peaks(
     base: StableDiffusion, run: RunConfig, latents: Tensor, conditioning: Conditioning, tracker: Tracker
-) -> Iterator[tuple[str, Peak]]:
-    """Runs one pass of the denoiser and the decoding of a batch of images, and yields the peaks of ``sample`` and ``decode``."""
+) -> tuple[int, dict[str, int]]:
+    """Runs one pass of the denoiser and the decoding of a batch of images.
+
+    Returns:
+        The bytes that are held before, and those that ``sample`` and ``decode`` allocate at their peak.
+    """
     base.pipeline("text2image")  # loads the VAE, as an edit does
-    held, count = tracker.now, run.edit.batch_size
+    held, count, activations = tracker.now, run.edit.batch_size, dict[str, int]()
     tracker.reset_peak()
     batch = count * passes_per_step(base.architecture, run)
     noisy, times = latents.expand(batch, -1, -1, -1).to(base.denoiser.dtype), torch.zeros(batch, dtype=torch.int64)
@@ -188,7 +205,8 @@ def _sampling_peaks(
         repeated = conditioning.expand(batch).to(noisy.device, dtype)
         base.denoiser(noisy, times, repeated.tokens, **base.added_conditions(repeated))
         del repeated
-    yield "sample", Peak(held, 0, 0, tracker.peak - held)
+    activations["sample"] = tracker.peak - held
     tracker.reset_peak()
     base.decode(latents.expand(count, -1, -1, -1))
-    yield "decode", Peak(held, 0, 0, tracker.peak - held)
+    activations["decode"] = tracker.peak - held
+    return held, activations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from ..adapters.atomic import AtomicWriter
 from ..adapters.card import card
 from ..adapters.contents import record_parts, save_embeddings
 from ..adapters.modes import MODES
-from ..adapters.record import CARD, PREVIEW, SOURCE, STEPS, BaseRecord, Record, SourceRecord
+from ..adapters.record import CARD, CONVERGENCE, PREVIEW, PREVIEWS, SOURCE, STEPS, BaseRecord, Record, SourceRecord, StageRecord
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, interpolate, source_conditionings
 from ..core.config import RunConfig
+from ..core.environment import library_versions
 from ..core.errors import ImagicWarning
 from ..core.runtime import Processes, peak_memory
 from ..core.tensors import check_finite
@@ -30,10 +31,11 @@ from ..photos.canvas import Canvas, to_canvas, to_image
 from ..photos.png import png
 from ..photos.reading import Photo
 from ..photos.sheet import sheet
-from ..sampling.checks import check_scheduler_steps
+from ..sampling.checks import check_scheduler
 from ..sampling.generate import generate
-
-_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
+from ..sampling.pipelines import negative
+from .monitoring.convergence import Convergence
+from .monitoring.previews import Previews
 
 
 @dataclass
@@ -50,6 +52,9 @@ class Run:
         latents: latents of the photo, ``[1, C, h, w]``.
         target: conditioning of the target prompt.
         null: unconditional conditioning, or None if the base has no classifier-free guidance.
+        negative: what the guidance of the preview leads away from.
+        convergence: the relative losses so far.
+        previews: the previews of stage 2 so far.
         losses: losses of every stage so far, one scalar tensor per step.
         seconds: duration of every stage so far.
     """
@@ -63,6 +68,9 @@ class Run:
     latents: Tensor
     target: Conditioning
     null: Conditioning | None
+    negative: Conditioning | None
+    convergence: Convergence
+    previews: Previews
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -74,6 +82,7 @@ class Run:
             finished: whether the stage is finished; the state of a finished stage no longer depends on the optimizer.
         """
         config, runtime = self.config, self.base.runtime
+        early = [name for name in ("embed", stage) if config.stops_early(name)]
         inputs: dict[str, Any] = {
             "photo": self.photo.sha256,
             "prompt": self.prompt,
@@ -84,6 +93,9 @@ class Run:
             "processes": self.processes.count,
             "embed": config.embed.model_dump(mode="json"),
         }
+        if early:
+            evaluated = config.monitoring.model_dump(include={"convergence_every", "patience", "min_improvement"})
+            inputs["early_stop"] = {"stages": list(dict.fromkeys(early)), **evaluated}
         if self.base.architecture.embeds_guidance:
             inputs["guidance_scale"] = config.edit.guidance_scale
         weights = {"master_weights": runtime.memory.master_weights, "quantize": runtime.memory.quantize}
@@ -96,19 +108,32 @@ class Run:
 
         If memory runs out, the sheet holds only the photo, and a warning is issued.
         """
-        config = self.config
-        etas = (0.0, config.eta)
-        conditionings = [interpolate(self.target, e_opt, eta) for eta in etas]
+        etas = (0.0, self.config.eta)
         cells = [("photo", self.photo.image)]
         try:
-            with explain_out_of_memory(self.base.architecture, config, self.base.runtime, "decode"):
-                sources = source_conditionings(self.target, e_opt, etas, config.edit.source_eta)
-                seeds = [config.seed] * len(etas)
-                images = list(generate(self.base, conditionings, seeds, config.edit, self.canvas, self.null, sources))
+            with explain_out_of_memory(self.base.architecture, self.config, self.base.runtime, "decode"):
+                images = self.images(e_opt, etas)
             cells += [(f"eta {eta:g}", image) for eta, image in zip(etas, images, strict=True)]
         except OutOfMemory as error:
             warnings.warn(f"the adapter is stored without a preview: {error}", ImagicWarning, stacklevel=2)
         return sheet([cells], self.prompt)
+
+    def images(self, e_opt: Conditioning, etas: Sequence[float]) -> list[Image.Image]:
+        """Generates an image at each eta with the seed and the sampling settings of the run.
+
+        Args:
+            e_opt: the optimised embedding.
+            etas: interpolation weights.
+        """
+        config = self.config
+        conditionings = [interpolate(self.target, e_opt, eta) for eta in etas]
+        sources = source_conditionings(self.target, e_opt, etas, config.edit.source_eta)
+        return list(generate(self.base, conditionings, [config.seed] * len(etas), config.edit, self.canvas, self.negative, sources))
+
+    def previews_png(self) -> bytes | None:
+        """Returns the sheet of all previews of stage 2 as a PNG file; None if there are none."""
+        picture = self.previews.picture(self.prompt, self.photo.image)
+        return None if picture is None else png(picture, {"prompt": self.prompt})
 
     def write_files(self, writer: AtomicWriter, e_opt: Conditioning, preview: Image.Image) -> None:
         """Writes every file of the adapter except its record.
@@ -123,13 +148,27 @@ class Run:
         save_embeddings(writer, embeddings if self.null is None else {**embeddings, "null": self.null})
         writer.write(SOURCE, [png(to_image(self.canvas.pixels[0]), {})])
         writer.write(PREVIEW, [png(preview, {"prompt": self.prompt})])
-        lines = [
-            json.dumps({"stage": stage, "step": k + 1, "loss": round(loss, 6)})
-            for stage, losses in self.losses.items()
-            for k, loss in enumerate(torch.stack(losses).tolist())
-        ]
-        writer.write(STEPS, ["\n".join([*lines, ""]).encode()])
+        if previews := self.previews_png():
+            writer.write(PREVIEWS, [previews])
+        if convergence := self.convergence.picture():
+            writer.write(CONVERGENCE, [png(convergence, {"prompt": self.prompt})])
+        writer.write(STEPS, ["".join(f"{json.dumps(line)}\n" for line in self._step_lines()).encode()])
         writer.write(CARD, [card(self.prompt, self.base.name, self.config).encode()])
+
+    def _step_lines(self) -> Iterator[dict[str, Any]]:
+        """Yields the losses of every step, in the order of the steps."""
+        for stage, losses in self.losses.items():
+            relative = self.convergence.values.get(stage, {})
+            for step, loss in enumerate(torch.stack(losses).tolist(), start=1):
+                evaluated = {"relative_loss": round(relative[step], 6)} if step in relative else {}
+                yield {"stage": stage, "step": step, "loss": round(loss, 6), **evaluated}
+
+    def _stage_record(self, stage: str) -> StageRecord:
+        """Returns how a finished stage went."""
+        asked, done = self.config.stages[stage].steps, len(self.losses[stage])
+        relative = self.convergence.values.get(stage, {}).get(done)
+        ended = "steps" if done == asked else "early stop"
+        return StageRecord(asked=asked, done=done, ended=ended, relative_loss=None if relative is None else round(relative, 6))
 
     def record(self, name: str) -> Record:
         """Returns the record of the adapter, without the hashes of its files.
@@ -148,9 +187,10 @@ class Run:
             source=SourceRecord(sha256=self.photo.sha256, size=self.canvas.size, box=self.canvas.box),
             losses={stage: _first_and_last_loss(torch.stack(losses)) for stage, losses in self.losses.items()},
             seconds=self.seconds,
+            stages={stage: self._stage_record(stage) for stage in self.losses},
             runtime=base.runtime.reasons | {"processes": str(self.processes.count)},
             peak_memory=peak_memory(base.runtime.device),
-            versions={library: version(library) for library in _LIBRARIES},
+            versions=library_versions(),
         )
 
 
@@ -160,7 +200,7 @@ def encode_run(config: RunConfig, base: Base, photo: Photo, prompt: str, process
     Raises:
         ImagicError: the scheduler does not support the number of steps, memory runs out, or an encoder returns numbers that are not finite.
     """
-    check_scheduler_steps(base, config.edit)
+    check_scheduler(base, config.edit)
     canvas = to_canvas(photo.image, config.resolution or base.resolution, base.size_multiple)
     with explain_out_of_memory(base.architecture, config, base.runtime, "encode"):
         latents = base.encode_image(canvas.pixels)
@@ -171,8 +211,9 @@ def encode_run(config: RunConfig, base: Base, photo: Photo, prompt: str, process
     embeddings = {"the embedding of the target prompt": target} | ({"the embedding of the empty prompt": null} if null else {})
     tensors = {f"{name} ({part})": value for name, embedding in embeddings.items() for part, value in embedding.tensors().items()}
     check_finite({"the latents of the photo": latents, **tensors})
+    leads_away = negative(base, config.edit, null)
     base.offload_encoders()
-    return Run(config, base, photo, prompt, processes, canvas, latents, target, null)
+    return Run(config, base, photo, prompt, processes, canvas, latents, target, null, leads_away, Convergence(config), Previews(config))
 
 
 def _first_and_last_loss(losses: Tensor) -> tuple[float, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from ..core.errors import ImagicError, NotFinite
 from ..core.noise import key, noise_at, times_at
 from ..core.runtime import Processes, to_device
 from ..core.tensors import all_finite
-from .checkpoints import START_OVER
 from .objective import denoising_loss
 from .optimizers import build_updates
+from .resuming.checkpoints import START_OVER
 
 TRAINABLE, OPTIMIZER = "trainables/", "optimizer/"
 
@@ -32,12 +33,18 @@ class StepReport:
         step: number of finished steps, from 1.
         steps: total number of steps of the stage.
         loss: mean over the global batch, a scalar tensor on the device; reading its value synchronises with the device.
+        relative_loss: loss on the fixed pairs of timestep and noise as a ratio to that of the frozen base; None where it is not evaluated.
+        early_stop: whether the stage ends with this step because the relative loss no longer falls.
+        preview: path of the sheet of previews that was written after this step; None where none was.
     """
 
     stage: str
     step: int
     steps: int
     loss: Tensor
+    relative_loss: float | None = None
+    early_stop: bool = False
+    preview: Path | None = None
 
 
 class Stage:
@@ -52,6 +59,8 @@ class Stage:
         config: steps, learning rate, batch size per process and timestep sampling of the stage.
         seed: seed of noise and timesteps.
         processes: the processes that share the batch.
+        perturbed: returns the conditioning of a training step, ``[B, ...]`` or ``[1, ...]``, from that of the stage, the index of the step
+            and the indices of the samples.
     """
 
     def __init__(
@@ -64,10 +73,12 @@ class Stage:
         config: EmbedConfig | TuneConfig,
         seed: int,
         processes: Processes,
+        perturbed: Callable[[Conditioning, int, range], Conditioning] = lambda conditioning, k, samples: conditioning,
     ) -> None:
         self.name, self.base, self.latents, self.conditioning = name, base, latents, conditioning
         self.trainables, self.config, self.seed, self.processes = dict(trainables), config, seed, processes
         self.updates = build_updates(self.trainables, config.learning_rate, base.runtime, key(seed, name))
+        self.perturbed = perturbed
         self._finite = torch.ones((), dtype=torch.bool, device=latents.device)
 
     def step(self, k: int) -> StepReport:
@@ -81,7 +92,8 @@ class Stage:
         samples, batch = self.processes.samples(self.config.batch_size), self.config.batch_size * self.processes.count
         noise = to_device(noise_at(self.seed, self.name, k, samples, tuple(self.latents.shape[1:])), self.latents.device)
         times = times_at(self.seed, self.name, k, samples, batch, self.config.timesteps)
-        loss = denoising_loss(self.base, self.latents, self.conditioning(), noise, times).mean()
+        conditioning = self.perturbed(self.conditioning(), k, samples)
+        loss = denoising_loss(self.base, self.latents, conditioning, noise, times).mean()
         self.updates.backward(loss * self.updates.scale, k, self.processes)
         loss = loss.detach()
         self.processes.average([loss])
@@ -123,7 +135,7 @@ class Stage:
         self.updates.load_state_dict(states)
 
 
-def train(stage: Stage, start: int = 0, stop: Callable[[], bool] = lambda: False) -> Iterator[StepReport]:
+def train(stage: Stage, start: int = 0, stop: Callable[[], bool] = lambda: False) -> Generator[StepReport, None, None]:
     """Runs a stage to its end; close the generator to stop early.
 
     Finiteness is checked after every step on the CPU, after every tenth on CUDA, and after the last step.

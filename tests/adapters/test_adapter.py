@@ -18,6 +18,7 @@ from torch import Tensor
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import atomic_folder
 from imagic_lora.adapters.contents import applied, check_base, read_canvas, read_embeddings, save_embeddings
+from imagic_lora.adapters.export import Format, export
 from imagic_lora.adapters.full import WEIGHTS
 from imagic_lora.adapters.lora import LORA_FILE
 from imagic_lora.adapters.manifest import read_manifest
@@ -192,6 +193,7 @@ def test_a_forgery_of_nothing_is_as_good_as_the_real_one(base: Base, forge: Forg
 
 TOKENS = torch.zeros(1, 16, 16)
 KINDS = ("target", "optimised", "null")
+LAYOUTS: list[Format] = ["kohya", "diffusers"]
 EMBEDDED: dict[str, Change] = {
     "nothing": dict.clear,
     "no target": set_to(target__tokens=None),
@@ -234,7 +236,25 @@ def test_embeddings_that_are_not_finite_are_refused(
     refused(adapter, "not finite")
 
 
-@each("shape", [(1, 16, 17), (1, 15, 16), (2, 16, 16), (16, 16), (0, 16, 16), ()])
+INVALID = [("tokens", (2, 16, 16)), ("tokens", (16, 16)), ("tokens", (1, 0, 16)), ("tokens", ()), ("pooled", ()), ("pooled", (1,))]
+
+
+@each("name, shape", INVALID)
+def test_embeddings_that_no_base_can_use_are_refused(
+    forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    """To read, to edit and to export: scalars, several conditionings in one, nothing."""
+    all_three = set_to(**{f"{kind}__{name}": torch.zeros(shape) for kind in KINDS})
+    adapter = forge(files={EMBEDDINGS: changed(fitted("lora").folder / EMBEDDINGS, all_three)})
+    why = rf"{EMBEDDINGS} holds '{name}' of the shape \{list(shape)}"
+    refused(adapter, why)
+    for layout in LAYOUTS:
+        with pytest.raises(ImagicError, match=why):
+            export(adapter, layout, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@each("shape", [(1, 16, 17), (1, 15, 16)])
 def test_embeddings_that_the_base_cannot_use_are_refused(
     forge: Forge, fitted: Callable[..., Adapter], refused: Callable[[Adapter, str], None], shape: tuple[int, ...]
 ) -> None:

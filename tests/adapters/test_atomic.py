@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from common import each
@@ -251,6 +252,56 @@ def test_a_changed_file_is_found(final: Path, name: str) -> None:
     path.write_bytes(good)
     (final / "loose.txt").write_text("")
     assert changed_file(final, found) is None
+
+
+def hole(path: Path, size: int) -> None:
+    """Makes a file of zeros that has this size and takes no room."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    os.truncate(path, size)
+
+
+class Small(Note):
+    """A record that allows 100 bytes of a text, and 150 of everything."""
+
+    MAX_BYTES: ClassVar[int] = 150
+
+    def max_bytes(self, file: str) -> int:
+        return 100 if file.endswith(".md") else self.MAX_BYTES
+
+
+def test_a_folder_that_is_too_large_is_refused_unread(final: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file larger than its limit, or files that are too large together: no byte of any file is read."""
+    write(final, files={"a.md": bytes(100), "b.bin": bytes(50)})
+    found = read_manifest(final, RECORD, Small)
+    assert changed_file(final, found) is None
+    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("opened"))
+    for name, size, limit in (("a.md", 101, 100), ("b.bin", 151, 100), ("b.bin", 2**40, 100)):
+        hole(final / name, size)
+        with pytest.raises(ImagicError, match=f"{name} has {size:,} bytes. Expected: at most {limit} bytes"):
+            changed_file(final, found)
+        hole(final / name, 50)
+
+
+def test_a_file_without_an_end_is_not_read_to_it(final: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some files of the kernel are regular files of size 0 whose bytes never end: only their size is read."""
+    write(final)
+    found = read_manifest(final, RECORD, Note)
+    endless = {RECORD: final / RECORD, "card.md": final / "card.md"}
+    for path in endless.values():
+        hole(path, 0)
+    real = Path.open
+
+    class Endless(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            assert size is not None
+            assert size >= 0, "read to its end"
+            return bytes(size)
+
+    monkeypatch.setattr(Path, "open", lambda path, *mode: Endless() if path in endless.values() else real(path, *mode))
+    assert changed_file(final, found) == final / "card.md"
+    with pytest.raises(ImagicError, match="is not a valid manifest"):
+        read_manifest(final, RECORD, Note)
 
 
 def test_a_file_that_cannot_be_read_is_not_called_changed(final: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import AtomicWriter, atomic_folder
 from imagic_lora.adapters.compress import compress
 from imagic_lora.adapters.contents import applied, read_embeddings, save_embeddings
-from imagic_lora.adapters.export import Format, export, kohya, original_names
+from imagic_lora.adapters.export import Format, export, kohya
 from imagic_lora.adapters.lora import LORA_FILE
+from imagic_lora.adapters.original_names import original_names
+from imagic_lora.adapters.readers import check_layers, notes
 from imagic_lora.adapters.record import EMBEDDINGS, RECORD
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
@@ -33,7 +36,7 @@ from imagic_lora.bases.layers import LORA_TARGETS
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import Mode
-from imagic_lora.core.errors import ImagicError
+from imagic_lora.core.errors import ImagicError, ImagicWarning
 from imagic_lora.training.fit import fit, result
 
 Fitted = Callable[..., Adapter]
@@ -96,6 +99,11 @@ def metadata(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
+def said(what: str | None) -> AbstractContextManager[Any]:
+    """Expects a warning, or none."""
+    return pytest.warns(ImagicWarning, match=what) if what else nullcontext()
+
+
 # Read back by plain diffusers
 
 
@@ -109,7 +117,8 @@ def test_diffusers_reads_kohya_s_layout_back(folder: Path, fitted: Fitted, tmp_p
         adapter = compress(fitted("full"), base, 4, Store(tmp_path), "small")
     with applied(adapter, base):
         expected = output(base)
-    weights = export(adapter, "kohya", tmp_path / "out")[0]
+    with said("leave out" if preset == "all" else None):
+        weights = export(adapter, "kohya", tmp_path / "out")[0]
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(weights)
     base._unet = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
@@ -126,7 +135,8 @@ def test_diffusers_reads_sdxl_s_names_back(xl: tuple[Path, dict[Mode, Adapter]],
     bare = answer(base, adapter)
     with applied(adapter, base):
         expected = answer(base, adapter)
-    weights = export(adapter, "kohya", tmp_path / "out")[0]
+    with said("leave out" if preset == "all" else None):
+        weights = export(adapter, "kohya", tmp_path / "out")[0]
     assert all(name.startswith(("lora_unet_input", "lora_unet_middle", "lora_unet_output", "lora_unet_time", "lora_unet_label",
                                 "lora_unet_out_2")) for name in load_file(weights))  # fmt: skip
     pipe: Any = StableDiffusionXLPipeline.from_pretrained(folder)
@@ -242,6 +252,50 @@ def test_a_layer_without_such_a_name_is_refused(layer: str) -> None:
     """Rather than written under a name that nobody reads."""
     with pytest.raises(ImagicError, match="a LoRA layer on"):
         original_names([*modules("sdxl", "attention"), layer])
+
+
+# What its readers make of it
+
+
+@each("name, left_out", [("sd15", 4), ("sd21", 4), ("sdxl", 6)])
+@each("preset", list(LORA_TARGETS))
+def test_layers_that_sd_scripts_leave_out_are_said(fitted: Fitted, tmp_path: Path, name: str, left_out: int, preset: Any) -> None:
+    """Those outside of blocks: it looks for layers in Transformer2DModel, ResnetBlock2D, Downsample2D and Upsample2D alone."""
+    layers = kohya(forged(tmp_path, fitted("lora"), as_lora(modules(name, preset)), of_width(32, pooled=name == "sdxl")))
+    found = notes({key.partition(".")[0] for key in layers}, "a cat", True)
+    total = {"sd15": 282, "sd21": 282, "sdxl": 794}[name]
+    expected = [f"leave out {left_out} of the {total} layers"] if preset == "all" else []
+    assert len(found) == len(expected)
+    assert all(text in note for text, note in zip(expected, found, strict=True))
+
+
+def test_a_layer_that_no_reader_knows_is_refused(fitted: Fitted, tmp_path: Path) -> None:
+    """The guidance scale of a consistency model, which ComfyUI, A1111 and sd-scripts leave out; nothing is written."""
+    adapter = forged(tmp_path, fitted("lora"), as_lora([*modules("sd15", "attention"), "time_embedding.cond_proj"]))
+    with pytest.raises(ImagicError, match=r"a LoRA layer on time_embedding\.cond_proj.*--format diffusers"):
+        export(adapter, "kohya", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    check_layers({"lora_unet_time_embedding_linear_1"})
+
+
+@each("prompt, openclip, expected", [
+    ("a cat", True, []), ("a cat!", False, []), ("a cat!", True, ["exclamation mark"]), ("a (red) cat", False, ["as commands"]),
+    ("cats AND dogs", True, ["as commands"]), ("a cat, a band and a breakfast: 12:30", True, []),
+    ("a [cat]!", True, ["exclamation mark", "as commands"]),
+])  # fmt: skip
+def test_a_prompt_that_a_reader_takes_otherwise_is_said(prompt: str, openclip: bool, expected: list[str]) -> None:
+    """Where a program reads the prompt instead of the embeddings."""
+    found = notes({"lora_unet_x"}, prompt, openclip)
+    assert len(found) == len(expected)
+    assert all(text in note for text, note in zip(expected, found, strict=True))
+
+
+def test_the_page_says_what_the_export_said(fitted: Fitted, tmp_path: Path) -> None:
+    """Every note that was a warning."""
+    adapter = forged(tmp_path, fitted("lora"), as_lora(modules("sd15", "all")))
+    with pytest.warns(ImagicWarning, match="leave out 4 of the 282 layers") as caught:
+        page = export(adapter, "kohya", tmp_path / "out")[2].read_text()
+    assert str(caught[0].message) in page
 
 
 # What is in the files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from files import failing, forbid, interrupted_removal, manifest_bytes, rival
 
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import AtomicWriter
-from imagic_lora.adapters.record import RECORD, BaseRecord, Record, SourceRecord
+from imagic_lora.adapters.record import RECORD, BaseRecord, EtaRecord, Record, SourceRecord
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning, NotFinite
@@ -256,6 +257,24 @@ def test_a_good_name_is_taken(store: Store, name: str) -> None:
     assert store.names() == sorted(["one", name])
 
 
+@pytest.mark.parametrize("twin", ["ONE", "One", "one."])
+def test_a_name_that_is_another_where_case_is_ignored_is_refused(store: Store, twin: str) -> None:
+    """A store copied to such a disk would lose one of them; two that are there already stay as they are and may be written again."""
+    for refused in (lambda: store.check_free(twin, overwrite=True), lambda: store.write(record(twin), fill())):
+        with pytest.raises(
+            ImagicError, match=f"adapters/one exists, and {re.escape(twin)} is the same name on file systems that ignore case"
+        ):
+            refused()
+    (store.root / "one").rename(store.root / ".two.checkpoints")
+    with pytest.raises(ImagicError, match="adapters/two exists, and TWO is the same name"):
+        store.check_free("TWO", overwrite=False)
+    store.check_free(twin, overwrite=False)
+    for there in ("three", "THREE"):
+        shutil.copytree(store.root / ".two.checkpoints", store.root / there)
+        store.write(record(there), fill(), overwrite=True)
+    assert store.names() == ["THREE", "three"]
+
+
 def test_names_are_those_of_whole_adapters(store: Store) -> None:
     """In order; not the hidden, the half-written, loose files, or folders that cannot be named."""
     store.write(record("B"), fill())
@@ -452,6 +471,23 @@ def test_a_claim_ends_with_its_block(store: Store, error: type[BaseException]) -
     with pytest.raises(error), store.locked("one"):
         raise error
     assert hidden(store.root) == []
+
+
+def test_a_suggested_eta_changes_the_record_alone(store: Store) -> None:
+    """Of the folder that was read, whatever name its record has; a record that was read before is then no longer that of the folder."""
+    plain = store.read("one")
+    shutil.copytree(plain.folder, store.root / "copy")
+    before = store.read("copy")
+    assert (before.record.eta, before.record.suggested) == (0.3, None)
+    suggested = EtaRecord(eta=0.6, rule="product", seeds=2)
+    after = store.suggest_eta(before, suggested)
+    assert (after.folder, after.record.eta) == (store.root / "copy", 0.6)
+    assert after.record == before.record.model_copy(update={"name": "copy", "suggested": suggested})
+    assert store.read("one").record == plain.record
+    assert store.suggest_eta(after, suggested.model_copy(update={"eta": 0.5})).record.eta == 0.5
+    with pytest.raises(ImagicError, match="another adapter"):
+        store.suggest_eta(before, suggested)
+    assert store.read("copy").record.eta == 0.5
 
 
 def test_what_is_removed_is_gone(store: Store) -> None:

@@ -20,11 +20,11 @@ from imagic_lora.adapters.contents import read_embeddings
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading import registry
 from imagic_lora.bases.loading.configs import architecture, read_architecture, with_entry
-from imagic_lora.bases.loading.known import SHIPPED, VARIABLE, BaseEntry, bases_file, named_base, named_bases
+from imagic_lora.bases.loading.known import SHIPPED, VARIABLE, BaseEntry, bases_file, known_base, named_bases
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import architecture_of, load_base, locate
 from imagic_lora.core.config import MemoryConfig
-from imagic_lora.core.errors import ImagicError
+from imagic_lora.core.errors import ImagicError, ImagicWarning
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.core.settings import recipe_of
 from imagic_lora.memory.plan import assume, predict
@@ -75,7 +75,7 @@ def test_a_users_own_base_is_opened_by_its_name(listed: Any, folder: Path) -> No
     assert (base.name, base.resolution, base.prediction_type) == ("mine", 64, "v_prediction")
     assert built == architecture_of("mine") == base.architecture
     assert base.pipeline("text2image").scheduler.config.prediction_type == "v_prediction"
-    assert named_base("critters") == SHIPPED["critters"]
+    assert known_base("critters").entry == SHIPPED["critters"]
 
 
 def test_without_a_list_there_are_the_built_in_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_list_that_is_wrong_is_refused(listed: Any, content: Any, why: str) ->
     """With its path, and what of it."""
     path = listed(content)
     with pytest.raises(ImagicError, match=why) as caught:
-        named_base("mine")
+        known_base("mine")
     assert str(path) in caught.value.got
 
 
@@ -175,9 +175,11 @@ def test_a_listed_base_that_is_not_there_is_named(listed: Any) -> None:
 
 
 def test_a_path_needs_no_list(listed: Any, folder: Path) -> None:
-    """However wrong that is."""
+    """However wrong that is; but what it might say about the path is missed with a warning."""
     listed("mine: [")
-    assert locate(str(folder)) == folder
+    with pytest.warns(ImagicWarning, match=rf"cannot be read as YAML.*what it says about {folder} is ignored"):
+        assert locate(str(folder)) == folder
+    assert known_base("sd15").entry == known_base(SHIPPED["sd15"].source).entry == SHIPPED["sd15"]
 
 
 @pytest.mark.parametrize("resumed", [8.0, 2.0])
@@ -237,7 +239,7 @@ def test_the_plan_of_a_consistency_model_counts_one_pass(lcm: Path) -> None:
 def test_a_list_that_is_not_there_is_refused(listed: Any) -> None:
     """Where it was asked for."""
     with pytest.raises(ImagicError, match="which is not a file"):
-        named_base("mine")
+        known_base("mine")
 
 
 def test_a_config_of_a_folder_is_not_ignored(listed: Any, folder: Path) -> None:

@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import torch
 from common import array, each, opened
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, schedulers
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    LatentConsistencyModelPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    schedulers,
+)
 from tiny import NOISE, save_tiny, save_tiny_sdxl
 
 from imagic_lora.bases.loading.configs import architecture, with_entry
@@ -21,6 +28,7 @@ from imagic_lora.bases.loading.known import BaseEntry
 from imagic_lora.bases.loading.schedulers import converted, training_scheduler
 from imagic_lora.bases.loading.vetting import SCHEDULERS
 from imagic_lora.core.config import EditConfig
+from imagic_lora.core.errors import ImagicError
 from imagic_lora.photos.canvas import Canvas
 from imagic_lora.sampling.generate import generate
 
@@ -75,6 +83,19 @@ def public(config: Any) -> dict[str, Any]:
     return {name: value for name, value in dict(config).items() if not name.startswith("_")}
 
 
+def check_training(base: Any, plain: Any) -> None:
+    """Compares noisy latents and target with their equations, for the schedule and the prediction type of a pipeline of diffusers."""
+    config, alphas = plain.scheduler.config, plain.scheduler.alphas_cumprod
+    clean, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(3))
+    times = base.timesteps(torch.tensor([0.0, 0.4, 0.999]))
+    if base.trained_timesteps is None:  # not a consistency model
+        assert times.tolist() == [0, int(0.4 * config.num_train_timesteps), config.num_train_timesteps - 1]
+    signal, sigma = (part.sqrt().view(-1, 1, 1, 1) for part in (alphas[times], 1 - alphas[times]))
+    targets = {"epsilon": noise, "v_prediction": signal * noise - sigma * clean, "sample": clean}
+    assert torch.allclose(base.noised(clean, noise, times), signal * clean + sigma * noise, atol=1e-3)  # as above: 2**-24 of the signal
+    assert torch.allclose(base.target(clean, noise, times), targets[config.prediction_type], atol=1e-3)
+
+
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_any_config_is_taken_as_diffusers_takes_it(bases: dict[str, Path], family: str) -> None:
     """Whatever samples in diffusers is opened, and all is equal."""
@@ -102,8 +123,70 @@ def test_any_config_is_taken_as_diffusers_takes_it(bases: dict[str, Path], famil
         assert base.resolution == plain.unet.config.sample_size * plain.vae_scale_factor, where
         alphas = base.training_scheduler.alphas_cumprod
         assert torch.allclose(alphas, plain.scheduler.alphas_cumprod, atol=1e-7, rtol=1e-5), where  # Euler keeps 2**-24 of the signal
+        check_training(base, plain)
         compared += 1
     assert compared > 25
+
+
+@each("config", [
+    {}, {"prediction_type": "v_prediction"}, {"beta_schedule": "linear", "beta_end": 0.02}, {"rescale_betas_zero_snr": True},
+    {"original_inference_steps": 25}, {"timestep_spacing": "trailing", "set_alpha_to_one": False},
+])  # fmt: skip
+def test_a_consistency_model_is_taken_as_diffusers_takes_it(tmp_path: Path, config: dict[str, Any]) -> None:
+    """By its own pipeline, with the guidance scale as an input."""
+    folder = declare(save_tiny(tmp_path / "base", scheduler="lcm", guided=True), "LCMScheduler", config)
+    plain: Any = LatentConsistencyModelPipeline.from_pretrained(folder, requires_safety_checker=False)
+    plain.set_progress_bar_config(disable=True)
+    kwargs = {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 6.0, "height": 32, "width": 32}
+    expected = plain("a cat", **kwargs, generator=torch.Generator().manual_seed(0)).images
+    base = opened(folder)
+    text = base.with_added_conditions(base.encode_prompt("a cat"), 32, 32, 6.0)
+    ours: Any = base.pipeline("text2image")
+    found = ours(**base.pipeline_kwargs(text, None), **kwargs, generator=torch.Generator().manual_seed(0)).images
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    assert torch.allclose(base.training_scheduler.alphas_cumprod, plain.scheduler.alphas_cumprod, atol=1e-7)
+    steps = config.get("original_inference_steps", 50)
+    assert base.timesteps(torch.arange(steps) / steps).tolist() == list(range(1000 // steps - 1, 1000, 1000 // steps))
+
+
+@each("value", [True, False, None])
+@each("family", ["sd", "sdxl"])
+def test_the_mask_of_the_padding_is_used_where_the_pipeline_uses_it(
+    bases: dict[str, Path], tmp_path: Path, family: str, value: Any
+) -> None:
+    """``use_attention_mask`` of a text encoder: by the pipelines of Stable Diffusion 1 and 2, not by that of XL."""
+    folder = Path(shutil.copytree(bases[family], tmp_path / "base"))
+    path = folder / "text_encoder/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_attention_mask": value}))
+    plain, base = PIPELINES[family].from_pretrained(folder), opened(folder)
+    for prompt in ("a cat", ""):
+        expected = plain.encode_prompt(prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+        assert torch.equal(base.encode_prompt(prompt).tokens, expected)
+    same = torch.equal(base.encode_prompt("a cat").tokens, opened(bases[family]).encode_prompt("a cat").tokens)
+    assert same == (family == "sdxl" or not value)
+
+
+@each("dropped", ["scaling_factor", "act_fn", "norm_num_groups", "force_upcast"])
+@each("family", ["sd", "sdxl"])
+def test_a_vae_without_a_setting_has_the_default_of_diffusers(bases: dict[str, Path], tmp_path: Path, family: str, dropped: str) -> None:
+    """Old configs lack what later versions added."""
+    folder = Path(shutil.copytree(bases[family], tmp_path / "base"))
+    path = folder / "vae/config.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != dropped}))
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    try:
+        plain: Any = AutoencoderKL.from_pretrained(folder / "vae")
+        assert not dropped.startswith("norm_num")  # the default does not divide the channels of the tiny base
+    except (ValueError, RuntimeError):
+        with pytest.raises(ImagicError):
+            opened(folder)
+        return
+    base = opened(folder)
+    with torch.no_grad():
+        expected = plain.encode(pixels).latent_dist.mode() * plain.config.scaling_factor
+        decoded = plain.decode(expected / plain.config.scaling_factor).sample
+    assert torch.equal(base.encode_image(pixels), expected)
+    assert torch.equal(base.decode(expected), decoded)
 
 
 @each("version", [..., "0.6", "0.8.1", "0.9.0.dev0", "0.10.2"])

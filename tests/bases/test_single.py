@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 import zipfile
@@ -19,15 +20,17 @@ from diffusers.models.modeling_utils import no_init_weights
 from original import unet_names, write_single
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, save_tiny_sdxl
+from transformers import CLIPTokenizer
 
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.families.sd import StableDiffusion
 from imagic_lora.bases.families.sdxl import StableDiffusionXL
+from imagic_lora.bases.loading.components import tokenizer
 from imagic_lora.bases.loading.configs import architecture, architecture_at
 from imagic_lora.bases.loading.known import VARIABLE, BaseEntry
 from imagic_lora.bases.loading.original.files import SingleFile
 from imagic_lora.bases.loading.published import PUBLISHED
-from imagic_lora.bases.loading.registry import load_base
+from imagic_lora.bases.loading.registry import files_of, load_base
 from imagic_lora.bases.loading.tokenizers import shipped_tokenizer
 from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
@@ -147,7 +150,7 @@ def test_a_published_config_is_not_a_folder_of_that_name(tmp_path: Path, monkeyp
     path = marked(tmp_path / "one.safetensors", MARKS["sd15"])
     (tmp_path / "sd15").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert SingleFile(path, BaseEntry(source=str(path), config="sd15")).tokenizer("tokenizer").keys() == shipped_tokenizer("!").keys()
+    assert SingleFile(path, BaseEntry(source=str(path), config="sd15")).tokenizer("tokenizer").keys() == shipped_tokenizer().keys()
 
 
 def _pickled(path: Path) -> Path:
@@ -266,29 +269,31 @@ def test_true_sizes_are_renamed_without_loss(kind: str) -> None:
 
 def test_the_vocabulary_is_clips(tmp_path: Path) -> None:
     """Known numbers: OpenAI's own example, and the padding of either text encoder."""
-    from imagic_lora.bases.loading.components import tokenizer
-
-    class Given:
-        path = tmp_path
-        pad = "!"
-
-        def component_path(self, part: str) -> Path:
-            return tmp_path
-
-        def tokenizer(self, part: str) -> dict[str, str]:
-            return shipped_tokenizer(self.pad)
-
-    given: Any = Given()
-    words = tokenizer(PUBLISHED["sd15"].text_encoder, given, "tokenizer")
+    words = tokenizer(PUBLISHED["sd15"].text_encoder, SingleFile(marked(tmp_path / "one.safetensors", MARKS["sd15"])), "tokenizer")
     assert words("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-    assert (len(words), words.model_max_length, words.pad_token_id) == (49408, 77, 0)
-    given.pad = "<|endoftext|>"
-    assert tokenizer(PUBLISHED["sd15"].text_encoder, given, "tokenizer").pad_token_id == 49407
+    assert (len(words), words.model_max_length) == (49408, 77)
 
 
-def test_a_published_kind_is_padded_as_its_makers_did(tmp_path: Path) -> None:
-    """OpenAI's encoder with the end of the text, OpenCLIP's with its first token."""
-    path = marked(tmp_path / "one.safetensors", MARKS["sdxl"])
-    files = SingleFile(path)
-    pads = {part: yaml.safe_load(files.tokenizer(part)["tokenizer_config.json"])["pad_token"] for part in ("tokenizer", "tokenizer_2")}
-    assert pads == {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
+def test_a_prompt_is_read_and_filled_up_as_by_the_programs_of_single_files(tmp_path: Path) -> None:
+    """OpenAI's encoder with the end of the text, OpenCLIP's with the id of "!", which stays punctuation in a prompt (openclip, ComfyUI)."""
+    files = SingleFile(marked(tmp_path / "one.safetensors", MARKS["sdxl"]))
+    first, second = (
+        tokenizer(files.architecture.text_encoders[part], files, part.replace("text_encoder", "tokenizer"))
+        for part in ("text_encoder", "text_encoder_2")
+    )
+    for text, ids in {"wow! a dog!!": [2781, 256, 320, 1929, 748], "!": [256], "!;-)": first("!;-)").input_ids[1:-1], "": []}.items():
+        for words, pad in ((first, 49407), (second, 0)):
+            found = words(text, padding="max_length", max_length=77, truncation=True).input_ids
+            assert found == [49406, *ids, 49407, *[pad] * (75 - len(ids))]
+
+
+def test_a_folder_is_read_as_by_diffusers(tmp_path: Path) -> None:
+    """A word that the config names as padding, as that of Stable Diffusion 2 names "!", is padding in a prompt too."""
+    folder = save_tiny_sdxl(tmp_path / "base")
+    path = folder / "tokenizer_2" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "a"}))
+    plain = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
+    ours: Any = tokenizer(architecture(str(folder)).text_encoders["text_encoder_2"], files_of(str(folder)), "tokenizer_2")
+    kwargs: Any = {"padding": "max_length", "max_length": 16, "truncation": True}
+    assert ours("a dog", **kwargs).input_ids == plain("a dog", **kwargs).input_ids
+    assert plain("a dog").input_ids[1] == plain.pad_token_id

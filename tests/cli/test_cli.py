@@ -29,8 +29,8 @@ import imagic_lora.cli.console as console
 import imagic_lora.core.choices as choices
 import imagic_lora.core.runtime as runtime
 import imagic_lora.memory.presets as fits
-import imagic_lora.photos.png as images
 import imagic_lora.sampling.opening as opening
+import imagic_lora.sampling.outputs as outputs
 import imagic_lora.training.fit as imagic
 import imagic_lora.training.run as run_module
 from imagic_lora.adapters.store import Store
@@ -434,15 +434,15 @@ def test_a_full_disk_is_an_error_with_a_remedy(run: Run, store: Path, monkeypatc
 
         return write
 
-    monkeypatch.setattr(images, "write_png", full(errno.ENOSPC))
+    monkeypatch.setattr(outputs, "write_png", full(errno.ENOSPC))
     code, _, err = run("edit", "rex", "--store", store, "--steps", 2)
     assert code == 2
     assert "the disk of outputs/rex is full" in err
-    monkeypatch.setattr(images, "write_png", full(errno.EIO))
+    monkeypatch.setattr(outputs, "write_png", full(errno.EIO))
     code, _, err = run("edit", "rex", "--store", store, "--steps", 2)
     assert (code, "outputs/rex cannot be written to (Input/output error)" in err) == (2, True)
-    monkeypatch.setattr("imagic_lora.photos.sheet.sheet", full(errno.EIO))
-    monkeypatch.setattr(images, "write_png", lambda *_: None)
+    monkeypatch.setattr(outputs, "sheet", full(errno.EIO))
+    monkeypatch.setattr(outputs, "write_png", lambda *_: None)
     with pytest.raises(OSError, match="Input/output"):
         run("edit", "rex", "--store", store, "--steps", 2)
 
@@ -488,6 +488,8 @@ def other_value(path: tuple[str, ...]) -> Any:
         ("checkpoint", "steps"): 9,
         "device": "cpu",
         "strength": 0.25,
+        "negative_prompt": "blurred",
+        "guidance_scale": 2.5,
     }
     for known in (path, path[-1]):
         if known in special:
@@ -633,18 +635,22 @@ def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Pa
     assert set(leaves()) - {path for path in by_fit if path[0] != "memory"} - by_runtime == {("preset",)}
 
 
-STARTS = ({"start": "image", "strength": 0.9}, {"start": "inverted", "source_eta": 0.3})
+STARTS = (
+    {"start": "image", "strength": 0.9, "scheduler": "ddim"},
+    {"start": "inverted", "source_eta": 0.3, "guidance_rescale": 0.5},
+    {"start": "noise", "scheduler": "dpm++2m", "karras_sigmas": True, "ddim_eta": 0.0},
+)
 
 
 @each("start", STARTS)
 def test_edit_flags_override_what_the_adapter_stored(start: dict[str, Any], run: Run, store: Path) -> None:
     """Each setting of stage 3, from its flag to the metadata of the picture it made."""
-    values = {"guidance_scale": 2.0, "steps": 3, "ddim_eta": 0.5, "batch_size": 2, **start}
+    values = {"guidance_scale": 2.0, "steps": 3, "ddim_eta": 0.5, "batch_size": 2, "negative_prompt": "a cat", **start}
     assert set(values).union(*STARTS) == set(EditConfig.model_fields)
-    flags = [token for name, value in values.items() for token in (f"--{name.replace('_', '-')}", value)]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     code, out, _ = run("edit", "rex", "--store", store, *flags, "--overwrite", "--json")
     assert code == 0
-    assert read_metadata(Path(json.loads(out)["pictures"][0]["file"]))["edit"] == {"strength": 0.8, "source_eta": 0.0} | values
+    assert read_metadata(Path(json.loads(out)["pictures"][0]["file"]))["edit"] == EditConfig().model_dump() | values
 
 
 @each("flags, taken", [((), 4), (("--preset", "8gb"), 1), (("--preset", "8gb", "--batch-size", "3"), 3)])

@@ -46,6 +46,8 @@ COMPANIONS: dict[Leaf, dict[str, Any]] = {
     ("memory", "autocast_cache"): {"tune": {"mode": "full"}},
     ("edit", "strength"): {"edit": {"start": "image"}},
     ("edit", "source_eta"): {"edit": {"start": "inverted"}},
+    ("monitoring", "patience"): {"monitoring": {"early_stop": "both"}},
+    ("monitoring", "min_improvement"): {"monitoring": {"early_stop": "both"}},
 }
 """What has to be given along with a setting for it to be valid."""
 each_setting = each("path", list(SETTINGS))
@@ -261,6 +263,11 @@ CLASHES = {
     "--strength and --start noise": ({"edit": {"strength": 0.8}}, {}),
     "--strength and --start inverted": ({"edit": {"strength": 0.5}}, {"edit": {"start": "inverted"}}),
     "--source-eta and --start image": ({"edit": {"source_eta": 0.3}}, {"edit": {"start": "image"}}),
+    "--early-stop and --convergence-every 0": ({"monitoring": {"early_stop": "both"}}, {"monitoring": {"convergence_every": 0}}),
+    "--early-stop and --mode embedding": ({"monitoring": {"early_stop": "tune"}}, EMBEDDING),
+    "--preview-every and --mode embedding": ({"monitoring": {"preview_every": 10}}, EMBEDDING),
+    "--patience and --early-stop off": ({"monitoring": {"patience": 3}}, {}),
+    "--min-improvement and --early-stop off": ({"monitoring": {"min_improvement": 0.1}}, {}),
 }
 
 

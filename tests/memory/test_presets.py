@@ -36,7 +36,7 @@ from imagic_lora.memory.levers import next_lever
 from imagic_lora.memory.limits import OutOfMemory, check_memory, is_out_of_memory, out_of_memory_error
 from imagic_lora.memory.out_of_memory import explain_out_of_memory
 from imagic_lora.memory.plan import Assumed, Plan, predict
-from imagic_lora.memory.presets import choose_preset, choose_preset_for_edit
+from imagic_lora.memory.presets import EDIT_STAGES, choose_preset, choose_preset_for_edit, largest_batch
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.stage import Stage, StepReport
 
@@ -354,6 +354,22 @@ def test_an_edit_without_weights_is_planned_without_them(monkeypatch: pytest.Mon
     monkeypatch.setattr(fits, "card_and_free_memory", lambda *_: (CARD, int(free)))
     given = {"preset": "auto", "edit": {"batch_size": 1}}
     assert [choose_preset_for_edit(lambda: SD15, runs[mode], given).preset == "24gb" for mode in modes] == [False, True]
+
+
+def test_the_largest_batch_fits_the_free_memory() -> None:
+    """Doubled as long as the plan fits 90 percent, up to the number of images and to 16; never less than what was asked for."""
+    run = resolve({"base": "sd15"}, {}, recipe_of("sd15"), "12gb")  # a batch size of 2
+
+    def needs(size: int) -> int:
+        plan = predict(SD15, run.model_copy(update={"edit": run.edit.model_copy(update={"batch_size": size})}), CARD)
+        return max(plan.needs(stage) for stage in EDIT_STAGES) - plan.context
+
+    assert needs(2) < needs(4) < needs(8)
+    for size in (2, 4, 8):
+        free = int(needs(size) / 0.9) + 1
+        assert largest_batch(SD15, run, CARD, free, 100) == size
+        assert largest_batch(SD15, run, CARD, free - 2 * 2**20, 100) == max(2, size // 2)
+    assert [largest_batch(SD15, run, CARD, 2**40, images) for images in (1, 2, 3, 5, 100)] == [2, 2, 4, 8, 16]
 
 
 def test_what_running_out_of_memory_looks_like() -> None:

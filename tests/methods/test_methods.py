@@ -24,7 +24,7 @@ from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EditConfig, Mode
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.methods.bounds import Bounds
-from imagic_lora.methods.imagic import Imagic
+from imagic_lora.methods.imagic import Imagic, unmonitored
 from imagic_lora.methods.method import Context, Cost, EditRequest, EditResult, Method, metered
 from imagic_lora.methods.untuned import Untuned, prompt_only, sdedit
 from imagic_lora.photos.canvas import to_canvas
@@ -342,6 +342,16 @@ def test_settings_of_imagic_are_its_run(folder: Path) -> None:
     assert type(config).model_validate(settings["run"]) == config
     assert Imagic("ours", config, {"image": OTHER}).settings != settings
     assert Imagic("ours", tiny_config(folder, eta=0.8)).settings != settings
+
+
+def test_what_only_informs_does_not_count_as_a_cost(folder: Path) -> None:
+    """Evaluations and previews are off, unless early stopping needs the evaluations; nothing else changes."""
+    config = tiny_config(folder, monitoring={"convergence_every": 2, "preview_every": 2})
+    silent = unmonitored(config)
+    assert (silent.monitoring.convergence_every, silent.monitoring.preview_every) == (0, 0)
+    assert silent.model_copy(update={"monitoring": config.monitoring}) == config
+    early = tiny_config(folder, monitoring={"convergence_every": 2, "preview_every": 2, "early_stop": "tune", "patience": 1})
+    assert unmonitored(early).monitoring == early.monitoring.model_copy(update={"preview_every": 0})
 
 
 def test_rows_of_untuned_methods_are_their_settings() -> None:

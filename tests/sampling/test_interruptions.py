@@ -10,6 +10,7 @@ import pytest
 import torch
 from common import PROMPT, opened, same, tiny_config, weights
 from faults import Clock, by_calls, every_step
+from torch import Tensor
 
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.compress import compress
@@ -31,8 +32,9 @@ Fitted = Callable[..., Adapter]
 def state(base: Base) -> tuple[Any, ...]:
     """All of the denoiser but the values of its weights."""
     module = base.denoiser
-    parameters = [(name, p.dtype, p.device, p.requires_grad) for name, p in module.named_parameters()]
+    parameters = [(name, p.dtype, p.device, p.requires_grad, p.grad) for name, p in module.named_parameters()]
     hooks = [len(one._forward_hooks) + len(one._forward_pre_hooks) for one in module.modules()]
+    hooks += [len(getattr(p, "_post_accumulate_grad_hooks", None) or ()) for p in module.parameters()]
     peft = bool(getattr(module, "peft_config", None)), bool(getattr(module, "_hf_peft_config_loaded", False))
     return [(name, type(one), one.training) for name, one in module.named_modules()], parameters, hooks, peft
 
@@ -137,6 +139,28 @@ def test_an_interrupted_fit(folder: Path, photo_file: Path, tmp_path: Path, mode
         assert same(weights(base.denoiser), own)
         assert state(base) == bare
         store.check_free("one", overwrite=True)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_fit_after_an_interrupted_step_of_another(folder: Path, photo_file: Path, tmp_path: Path, in_backward: bool) -> None:
+    """An interruption between the gradients and their use leaves neither gradients nor hooks: the next fit is as on a new base."""
+    config, calls = tiny_config(folder, "full"), [(torch, "_foreach_norm"), (torch.linalg, "vector_norm")]
+    calls += [(Tensor, "register_post_accumulate_grad_hook")]
+
+    def fitting(base: Base, name: str) -> Adapter:
+        adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), name, base=base, overwrite=True))
+        assert adapter
+        return adapter
+
+    expected = fitting(opened(folder, "full", optimizer_in_backward=in_backward), "expected").record.files
+    base = opened(folder, "full", optimizer_in_backward=in_backward)
+    bare = state(base)
+    for _ in every_step(lambda clock: by_calls(clock, lambda: fitting(base, "one"), calls), most=5):
+        assert state(base) == bare
+    found = fitting(base, "one").record.files
+    assert {name: digest for name, digest in found.items() if name.endswith(".safetensors")} == {
+        name: digest for name, digest in expected.items() if name.endswith(".safetensors")
+    }
 
 
 def test_an_interrupted_compression(folder: Path, fitted: Fitted, tmp_path: Path) -> None:

@@ -17,12 +17,14 @@ from rich.table import Table
 TORTURES = {  # number of cases and description; the longest first
     "kills": (200, "killed at any time, every fourth while saving; resumed, equal to an uninterrupted run"),
     "numbers": (10_000, "NaN and infinity in latents, losses, gradients, weights; both stages, modes lora and full"),
+    "interruptions": (1_500, "an exception at steps inside every change of a base or of a name; Ctrl-C at any time; equal to before"),
     "disk": (10_000, "a full disk at every write of an adapter, of a checkpoint, of a whole fit"),
     "photos": (500, "malformed and unusual images: read correctly, or rejected"),
     "power": (1_000_000, "power failure after every file operation of a save; unflushed data is lost"),
     "races": (50, "two and three writers of one name: one succeeds, the others report it"),
     "bits": (300, "truncations, and as many flipped bits, of adapters and checkpoints: rejected"),
     "bases": (60, "pickles, code and hostile JSON in a base: nothing runs"),
+    "places": (1_000, "links, pipes, plain files and folders without rights in a store: named, never followed, nothing stranded"),
     "strangers": (60, "pickles and hostile JSON in adapters and checkpoints: nothing runs"),
     "texts": (120, "hostile names and prompts in every output of text: always escaped"),
 }

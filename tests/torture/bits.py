@@ -15,7 +15,7 @@ from common import MODES
 
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.errors import ImagicError, ImagicWarning
-from imagic_lora.training.checkpoints import Checkpoints
+from imagic_lora.training.resuming.checkpoints import Checkpoints
 
 from .fitted import STAGES, fitted, verdict
 

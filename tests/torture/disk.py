@@ -20,7 +20,7 @@ from common import PROMPT
 from imagic_lora.adapters.store import Store
 from imagic_lora.cli.app import main
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.training.checkpoints import Checkpoints
+from imagic_lora.training.resuming.checkpoints import Checkpoints
 
 from .small import (
     KINDS,

@@ -18,7 +18,7 @@ from common import PROMPT
 
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.errors import ImagicWarning
-from imagic_lora.training.checkpoints import Checkpoints
+from imagic_lora.training.resuming.checkpoints import Checkpoints
 
 from .small import KINDS, NAME, STEPS, Adapters, Kind, Operation, World, apart, contents, phase, place, watched
 

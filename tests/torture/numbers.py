@@ -28,8 +28,8 @@ from imagic_lora.core.config import Mode
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training import stage as stages
-from imagic_lora.training.checkpoints import Checkpoints
 from imagic_lora.training.fit import result
+from imagic_lora.training.resuming.checkpoints import Checkpoints
 from imagic_lora.training.stage import Stage, StepReport
 
 from .fitted import STAGES, STEPS, Case, Fitted, drawn, files, fitted, forged, verdict

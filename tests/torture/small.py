@@ -29,8 +29,8 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.progress import hide_progress_bars
 from imagic_lora.core.config import Mode, RunConfig
-from imagic_lora.training.checkpoints import CheckpointRecord, Checkpoints
 from imagic_lora.training.fit import fit
+from imagic_lora.training.resuming.checkpoints import CheckpointRecord, Checkpoints
 from imagic_lora.training.stage import StepReport
 
 NAME = "rex"

@@ -30,11 +30,11 @@ from imagic_lora.adapters.full import WEIGHTS
 from imagic_lora.adapters.lora import LORA_FILE
 from imagic_lora.adapters.record import EMBEDDINGS, RECORD, SOURCE
 from imagic_lora.adapters.store import Store
-from imagic_lora.bases.loading import registry
 from imagic_lora.cli import app as cli
 from imagic_lora.core.errors import ImagicError, ImagicWarning
-from imagic_lora.training.checkpoints import CHECKPOINT, STATE
+from imagic_lora.sampling import opening
 from imagic_lora.training.fit import result
+from imagic_lora.training.resuming.checkpoints import CHECKPOINT, STATE
 
 from .bases import Canary
 from .fitted import Fitted, drawn, files, fitted, forged, in_time, verdict
@@ -120,7 +120,7 @@ def _uses(made: Fitted, store: Store, work: Path, case: Case) -> Iterator[tuple[
         return
     yield "read", partial(_read, store)
     picture = ["edit", NAME, "--store", str(store.root), "--out", str(work / "out"), "--eta", "0.5", "--steps", "1", "--device", "cpu"]
-    known = patch.object(registry, "load_base", lambda *_: made.base)
+    known = patch.object(opening, "load_base", lambda *_: made.base)
     with contextlib.nullcontext() if "base" in case.name else known:
         yield "edit", partial(_command, picture, case.harmless)
 
@@ -169,7 +169,7 @@ def _pickles(made: Fitted, marker: Path) -> Iterator[Case]:
     for kind, content in kinds.items():
         for mode in MODES:
             for file in files(made.store.root / mode):
-                harmless = None if file.endswith((".md", ".jsonl", "preview.png", "config.json")) else False
+                harmless = None if file.endswith((".md", ".jsonl", "preview.png", "convergence.png", "config.json")) else False
                 yield Case(f"{kind} as {file}", mode, _put(file, content, file != RECORD), harmless)
         for file in (STATE, CHECKPOINT):
             yield Case(f"{kind} as {file}", "unfinished", _put(file, content, file != CHECKPOINT), None)
@@ -370,8 +370,7 @@ def _nodes(outside: Path) -> Iterator[Case]:
     for of, names in places.items():
         for file in names:
             for kind, make in kinds.items():
-                if kind != "a hole of a terabyte" or file in (RECORD, CHECKPOINT):  # the others are hashed, all of them
-                    yield Case(f"{kind} as {file}", of, _replaced(file, make), None if of == "unfinished" else False)
+                yield Case(f"{kind} as {file}", of, _replaced(file, make), None if of == "unfinished" else False)
 
     def moved(adapter: Path) -> None:
         shutil.move(adapter / "unet", outside.parent / "store" / "elsewhere")

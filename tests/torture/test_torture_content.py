@@ -1,4 +1,4 @@
-"""A few cases of every torture of content: flipped bits, numbers, races, untrusted files, texts."""
+"""A few cases of every torture of content: flipped bits, interruptions, numbers, races, odd files, untrusted files, texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = {"bits": 40, "numbers": 5, "races": 6, "strangers": 40, "texts": 120}
+CASES = {"bits": 40, "interruptions": 45, "places": 24, "numbers": 5, "races": 6, "strangers": 40, "texts": 120}
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from common import each, same
-from files import failing, interrupted_removal
+from files import failing, forbid, interrupted_removal
 from safetensors.torch import save
 from torch import Tensor
 
 from imagic_lora.adapters.atomic import atomic_folder
 from imagic_lora.core.errors import ImagicError, ImagicWarning, NotFinite
 from imagic_lora.core.settings import differences
-from imagic_lora.training.checkpoints import CHECKPOINT, STATE, CheckpointRecord, Checkpoints
+from imagic_lora.training.resuming.checkpoints import CHECKPOINT, STATE, CheckpointRecord, Checkpoints
 
 INPUTS: dict[str, Any] = {
     "photo": "0f3a",
@@ -249,6 +249,18 @@ def test_another_process_renames_nothing(saved: Checkpoints) -> None:
         assert newest is not None
         assert newest.record.stage == "embed"
         assert there(saved) == ["embed-000020", "tune-000005"]
+
+
+def test_a_folder_of_another_user_is_named(saved: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a fit: it may not be read; or it may be read, but a broken checkpoint in it cannot be renamed."""
+    (saved.save(record(), state()) / STATE).write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing(errno.EACCES))
+        with pytest.raises(ImagicError, match=r"cannot be written to \(Permission denied\)"):
+            saved.newest()
+    forbid(monkeypatch, saved.folder)
+    with pytest.raises(ImagicError, match=r"cannot be read \(Permission denied\)"):
+        saved.any()
 
 
 def test_what_was_loaded_outlives_its_files(saved: Checkpoints) -> None:

@@ -96,7 +96,9 @@ def test_reports_come_in_order(folder: Path, photo_file: Path, tmp_path: Path) -
     reports = list(run)
     assert [(report.stage, report.step, report.steps) for report in reports] == REPORTS
     lines = [json.loads(line) for line in (tmp_path / "one/steps.jsonl").read_text().splitlines()]
-    assert lines == [{"stage": r.stage, "step": r.step, "loss": round(r.loss.item(), 6)} for r in reports]
+    relative = [{} if r.relative_loss is None else {"relative_loss": round(r.relative_loss, 6)} for r in reports]
+    losses = [{"stage": r.stage, "step": r.step, "loss": round(r.loss.item(), 6)} for r in reports]
+    assert lines == [loss | evaluated for loss, evaluated in zip(losses, relative, strict=True)]
 
 
 @each("prompt", ["", " \n"])

@@ -39,7 +39,7 @@ NF4 = {"memory": {"quantize": "nf4"}}
 
 FAST: list[Case] = [
     ("critters", "full", "24gb", {}),
-    ("small", "lora", "24gb", NF4 | FOUR | {"resolution": 24}),
+    ("small", "lora", "24gb", NF4 | FOUR | {"resolution": 24, "monitoring": {"preview_every": 5}}),
     ("small", "embedding", "12gb", {"resolution": 24}),
 ]
 SLOW: list[Case] = [
@@ -105,7 +105,7 @@ def assert_near(base: str, mode: str, preset: str, changes: dict[str, Any]) -> N
     """Every stage of the analytic plan is within a tenth, allowances left out; what is stored does not differ."""
     found, right = predict(architecture(base), run_of(base, mode, preset, changes)), exact(base, mode, preset, changes)
     ratios = {name: round(peak.total / right.stages[name].total, 3) for name, peak in found.stages.items()}
-    tune = [] if mode == "embedding" else ["tune"]
+    tune = [] if mode == "embedding" else ["tune", *(["preview"] if "monitoring" in changes else [])]
     assert list(ratios) == list(right.stages) == ["encode", "embed", *tune, "sample", "decode"]
     assert {name: ratio for name, ratio in ratios.items() if not 0.9 <= ratio <= 1.1} == {}
     assert (found.adapter, found.checkpoint, found.context) == (right.adapter, right.checkpoint, right.context)
@@ -153,6 +153,20 @@ def real_peaks(folder: Path, run: RunConfig) -> dict[str, int]:
         base: Any = opened(folder, run.tune.mode, **run.memory.model_dump(exclude={"device"}))
         tracker.adopt(value for part in (base.denoiser, *base._helpers.values()) for value in _tensors(part))
 
+        def sampled() -> tuple[int, int]:
+            """The peaks of one pass of the denoiser and of the decoder."""
+            base.pipeline("text2image")
+            with torch.no_grad():
+                tracker.reset_peak()
+                unet: Any = base.denoiser
+                mixed, dtype = unet.dtype != base.runtime.dtype, base.runtime.dtype
+                with torch.autocast("cpu", dtype, enabled=mixed, cache_enabled=False):  # as generate() has it
+                    unet(latents.expand(2 * count, -1, -1, -1).to(unet.dtype), 0, text.expand(2 * count).tokens.to(dtype))
+                sample = tracker.peak
+                tracker.reset_peak()
+                base.decode(latents.expand(count, -1, -1, -1))
+                return sample, tracker.peak
+
         def trained(stage: Stage) -> int:
             stage.step(0)
             tracker.reset_peak()
@@ -167,19 +181,14 @@ def real_peaks(folder: Path, run: RunConfig) -> dict[str, int]:
         peaks["embed"] = trained(embed_stage(base, latents, text, run.embed, 0, Processes()))
         with trained_weights(base, run) as weights:
             if weights:
-                peaks["tune"] = trained(tune_stage(base, latents, text, weights, run.tune, 0, Processes()))
+                stage = tune_stage(base, latents, text, weights, run.tune, 0, Processes())
+                peaks["tune"] = trained(stage)
+                if run.previews_every:
+                    peaks["preview"] = max(sampled())
+                    base.offload_encoders()
+                del stage
             del weights
-            base.pipeline("text2image")
-            with torch.no_grad():
-                tracker.reset_peak()
-                unet: Any = base.denoiser
-                mixed, dtype = unet.dtype != base.runtime.dtype, base.runtime.dtype
-                with torch.autocast("cpu", dtype, enabled=mixed, cache_enabled=False):  # as generate() has it
-                    unet(latents.expand(2 * count, -1, -1, -1).to(unet.dtype), 0, text.expand(2 * count).tokens.to(dtype))
-                peaks["sample"] = tracker.peak
-                tracker.reset_peak()
-                base.decode(latents.expand(count, -1, -1, -1))
-                peaks["decode"] = tracker.peak
+            peaks["sample"], peaks["decode"] = sampled()
     return peaks
 
 
@@ -214,6 +223,29 @@ def test_the_exact_plan_is_what_a_run_takes(folder: Path, mode: Mode, memory: di
     assumed = Assumed("cpu", memory.get("dtype", "fp32"), memory.get("optimizer", "adam"))
     plan = rehearse(architecture(str(folder)), run, assumed)
     assert {name: peak.total for name, peak in plan.stages.items()} == pytest.approx(real_peaks(folder, run), rel=0.01)
+
+
+@pytest.mark.parametrize("idle", ["keep", "release"])
+def test_the_exact_plan_of_previews_is_what_they_take(folder: Path, idle: str) -> None:
+    """While stage 2 trains, with the states of its optimizer; the predicted plan is near."""
+    run = tiny_config(folder, "lora", memory={"idle": idle}, monitoring={"preview_every": 1})
+    assumed = Assumed("cpu", "fp32", "adam")
+    plan = rehearse(architecture(str(folder)), run, assumed)
+    assert list(plan.stages) == ["encode", "embed", "tune", "preview", "sample", "decode"]
+    assert {name: peak.total for name, peak in plan.stages.items()} == pytest.approx(real_peaks(folder, run), rel=0.01)
+    assert plan.stages["preview"].optimizer == plan.stages["tune"].optimizer > 0
+    assert predict(architecture(str(folder)), run, assumed).stages["preview"].total == pytest.approx(plan.stages["preview"].total, rel=0.1)
+
+
+def test_an_evaluation_of_the_relative_loss_needs_no_more_than_a_step(folder: Path) -> None:
+    """In either stage, with and without the levers that lower the peak of a step."""
+    base, assumed = architecture(str(folder)), Assumed("cpu", "bf16", "adam")
+    for memory in ({}, SPARING):
+        plans = [
+            rehearse(base, tiny_config(folder, "full", memory=memory | {"dtype": "bf16"}, monitoring={"convergence_every": every}), assumed)
+            for every in (0, 1)
+        ]
+        assert plans[0].stages == plans[1].stages
 
 
 def test_a_rehearsal_leaves_the_libraries_as_they_were(folder: Path) -> None:

@@ -34,9 +34,9 @@ from imagic_lora.core.settings import merged
 from imagic_lora.memory.limits import gib
 from imagic_lora.memory.out_of_memory import assumed_from
 from imagic_lora.memory.plan import predict
-from imagic_lora.training.checkpoints import CHECKPOINT, STATE, Checkpoints
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.objective import denoising_loss
+from imagic_lora.training.resuming.checkpoints import CHECKPOINT, STATE, Checkpoints
 from imagic_lora.training.stage import Stage, StepReport
 
 EMBED, TUNE = 2, 3

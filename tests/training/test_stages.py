@@ -15,8 +15,10 @@ from torch import Tensor
 from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.base import Base
+from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EmbedConfig, Mode, TuneConfig
 from imagic_lora.core.errors import ImagicError
+from imagic_lora.core.noise import noise_at, times_at
 from imagic_lora.core.runtime import Processes
 from imagic_lora.training.embed import embed_stage, optimised
 from imagic_lora.training.objective import denoising_loss
@@ -266,3 +268,43 @@ def test_two_processes_are_one_with_twice_the_batch(folder: Path, name: str, mod
     assert not torch.equal(first["loss"], second["loss"])
     for key, value in whole.items():
         torch.testing.assert_close((first[key] + second[key]) / 2, value, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_on_the_embedding_is_that_of_each_sample(folder: Path) -> None:
+    """Loss and gradient are the means over the samples, each with the embedding plus noise of its own; without it they are others."""
+    base = opened(folder)
+    with staged(base, "embed") as stage:
+        plain = gradients(stage)
+    with staged(base, "embed", noise=0.3) as stage:
+        found, start = gradients(stage), trained(stage)["tokens"]
+        losses = []
+        leaf = start.clone().requires_grad_()
+        for sample in range(2):
+            noise = noise_at(0, "embed", 0, [sample], tuple(stage.latents.shape[1:]))
+            times = times_at(0, "embed", 0, [sample], 2, "stratified")
+            noisy = leaf + 0.3 * start.std() * noise_at(0, "embed/tokens", 0, [sample], tuple(start.shape[1:]))
+            losses.append(denoising_loss(base, stage.latents, Conditioning(noisy), noise, times))
+        loss = torch.cat(losses).mean()
+        loss.backward()
+        assert torch.equal(stage.conditioning().tokens, start), "what is evaluated and stored has no noise"
+    assert leaf.grad is not None
+    torch.testing.assert_close(found, {"tokens": leaf.grad, "loss": loss.detach()}, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(found["tokens"], plain["tokens"], rtol=1e-2)
+
+
+def test_noise_on_the_embedding_of_two_processes_is_that_of_one_with_twice_the_batch(folder: Path) -> None:
+    """Samples are numbered over all processes; a step does not depend on those before it."""
+
+    def run(rank: int, count: int, batch_size: int) -> dict[str, Tensor]:
+        with staged(opened(folder), "embed", processes=SimulatedProcess(rank, count), batch_size=batch_size, noise=0.3) as stage:
+            return gradients(stage)
+
+    whole, first, second = run(0, 1, 2), run(0, 2, 1), run(1, 2, 1)
+    for key, value in whole.items():
+        torch.testing.assert_close((first[key] + second[key]) / 2, value, rtol=1e-4, atol=1e-6)
+    with staged(opened(folder), "embed", noise=0.3) as stage:
+        list(islice(train(stage), 2))
+        state, losses = {name: value.clone() for name, value in stage.state_dict().items()}, [stage.step(2).loss.item()]
+    with staged(opened(folder), "embed", noise=0.3) as stage:
+        stage.load_state_dict(state)
+        assert [stage.step(2).loss.item()] == losses

@@ -15,6 +15,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from ...core.conditioning import Conditioning
+from ...core.config import Scheduler
 from ...core.errors import ImagicError, ImagicWarning
 from ...core.runtime import Runtime
 from ..architecture import Architecture
@@ -163,10 +164,12 @@ class StableDiffusion(Base):
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Conditioning:
-        return Conditioning(self._on_device("text_encoder")(self._ids("tokenizer", prompt))[0].float())
+        ids, mask = self._tokenized("tokenizer", prompt)
+        mask = mask if self.architecture.text_encoder.get("use_attention_mask") else None  # as the pipelines of Stable Diffusion 1 and 2
+        return Conditioning(self._on_device("text_encoder")(ids, attention_mask=mask)[0].float())
 
-    def _ids(self, name: str, prompt: str) -> Tensor:
-        """Token ids of a prompt, ``[1, T]`` int64, padded or truncated to the tokenizer's maximum length ``T``.
+    def _tokenized(self, name: str, prompt: str) -> tuple[Tensor, Tensor]:
+        """Token ids of a prompt and the mask of its padding, ``[1, T]`` int64, padded or truncated to the maximum length ``T``.
 
         Warns with the text that was cut off if the prompt is longer than ``T - 2`` tokens: two are the start and the end token.
         """
@@ -176,8 +179,8 @@ class StableDiffusion(Base):
             removed = tokenizer.decode(all_ids[limit - 1 : -1])
             message = f"the prompt is longer than the {limit - 2} tokens that this base encodes; the end is cut off: {removed!r}"
             warnings.warn(message, ImagicWarning, stacklevel=4)
-        ids = tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
-        return ids.to(self.runtime.device)
+        found = tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").to(self.runtime.device)
+        return found.input_ids, found.attention_mask
 
     def null(self) -> Conditioning | None:
         return None if self.architecture.embeds_guidance else self.encode_prompt("")
@@ -227,6 +230,9 @@ class StableDiffusion(Base):
 
     def scheduler(self, scheduler_class: type | None = None) -> Any:
         return schedulers.converted(self._scheduler, scheduler_class) if scheduler_class else schedulers.copied(self._scheduler)
+
+    def sampler(self, name: Scheduler, karras_sigmas: bool) -> Any:
+        return schedulers.sampler(self._scheduler, name, karras_sigmas)
 
     def pipeline(self, kind: PipelineKind, scheduler_class: type | None = None) -> Any:
         self._move(self._unet)

@@ -30,7 +30,7 @@ class StableDiffusionXL(StableDiffusion):
     def encode_prompt(self, prompt: str) -> Conditioning:
         tokens, pooled = [], None
         for encoder in self.architecture.text_encoders:
-            output = self._on_device(encoder)(self._ids(TOKENIZERS[encoder], prompt), output_hidden_states=True)
+            output = self._on_device(encoder)(self._tokenized(TOKENIZERS[encoder], prompt)[0], output_hidden_states=True)
             tokens.append(output.hidden_states[-2])
             pooled = output[0]  # the projected embedding of the last text encoder
         assert pooled is not None

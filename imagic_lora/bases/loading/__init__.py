@@ -3,7 +3,7 @@
 May import: core, bases; ``registry.py`` the families. Must not know: adapters, training, sampling, commands.
 
 - ``registry.py``: loads a base by name, folder, file or hub id
-- ``known.py``: the named bases, built-in and from the user's YAML file; without torch
+- ``known.py``: the named bases, built-in and from the user's YAML file, by name and by source; without torch
 - ``published.py``: the published configs of the built-in bases; without torch
 - ``configs.py``: the architecture of a base: reads the configs of a folder; without torch
 - ``keys.py``: every key of these configs: honoured, harmless or refused; without torch

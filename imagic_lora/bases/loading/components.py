@@ -108,6 +108,8 @@ def tokenizer(text: dict[str, Any], files: Files, part: str) -> CLIPTokenizer:
         for name, content in files.tokenizer(part).items():
             Path(copy, name).write_text(content, encoding="utf-8")
         clip = CLIPTokenizer.from_pretrained(copy, local_files_only=True)
+        if padding := files.padding(part):
+            clip.pad_token = padding  # after the tokenizer is built, which would otherwise take it out of every prompt
         if clip.model_max_length < length:
             raise unusable_base(
                 f"{path} has the model_max_length {clip.model_max_length}",

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import ImagicError, unreadable
+from ...core.errors import ImagicError
 from ..architecture import Architecture
 from .keys import KEYS, check_keys
-from .known import SHIPPED, BaseEntry, bases_file, named_base
+from .known import SHIPPED, BaseEntry, bases_file, known_base, local_path
 from .original.architecture import single_architecture
 from .published import _TEXT, _UNET, PUBLISHED
 from .vetting import check_sizes, read_index, read_json, unusable_base
@@ -21,21 +21,6 @@ _CORRECTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # p
 _DEFAULTS: dict[str, dict[str, Any]] = {"unet": _UNET, "text_encoder": _TEXT, "text_encoder_2": _TEXT}
 
 
-def local_path(name: str) -> Path | None:
-    """The path ``name``, with ``~`` expanded, if it is an existing folder or file; otherwise None.
-
-    Raises:
-        ImagicError: a folder on the way to it may not be read.
-    """
-    try:
-        path = Path(name).expanduser()
-        return path if path.is_dir() or path.is_file() else None
-    except PermissionError as error:
-        raise unreadable(name, error) from error
-    except (OSError, RuntimeError, ValueError):  # a name that is too long; "~" of an unknown user; a null byte
-        return None
-
-
 def architecture(base: str) -> Architecture:
     """The architecture of a built-in or local base. Nothing is downloaded.
 
@@ -45,17 +30,17 @@ def architecture(base: str) -> Architecture:
     Raises:
         ImagicError: ``base`` is none of these; as :func:`read_architecture` or :func:`single_architecture`.
     """
-    if base in PUBLISHED:
-        return PUBLISHED[base]
-    entry = named_base(base)
-    path = local_path(entry.source if entry else base)
+    known = known_base(base)
+    path = local_path(known.source)
+    if path is None and known.built_in:
+        return with_entry(PUBLISHED[known.built_in], known.entry)
     if path is None:
         raise ImagicError(
             f"no architecture is known for {base!r}",
             f"one of {', '.join(SHIPPED)}, a folder in diffusers' format, or a .safetensors file",
             "download the base and give its folder",
         )
-    return architecture_at(path, entry)
+    return architecture_at(path, known.entry)
 
 
 def architecture_at(path: Path, entry: BaseEntry | None) -> Architecture:

@@ -62,6 +62,14 @@ class Files(ABC):
     def tokenizer(self, part: str) -> dict[str, str]:
         """Files of a tokenizer: vetted content by file name."""
 
+    def padding(self, part: str) -> str | None:
+        """The token that fills up a prompt, if it is also a word of a prompt; None for the one that the tokenizer's files name.
+
+        diffusers' folders of Stable Diffusion 2 and XL name ``!``, and their tokenizers read every ``!`` of a prompt as padding. OpenCLIP,
+        ComfyUI and A1111 fill up with the same id, and read a ``!`` as punctuation.
+        """
+        return None
+
 
 class Folder(Files):
     """A base in diffusers' own format: ``model_index.json`` and a folder for each component."""

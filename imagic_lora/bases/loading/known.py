@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ...core.config import Config
-from ...core.errors import ImagicError, unreadable
+from ...core.errors import ImagicError, ImagicWarning, unreadable
 from ...core.validation import first_problem
 from ...core.yaml_files import read_yaml
 
@@ -96,12 +98,96 @@ def named_bases() -> dict[str, BaseEntry]:
     return SHIPPED | added
 
 
-def named_base(name: str) -> BaseEntry | None:
-    """The base with this name, or None.
-
-    The user's file is read only if the name is neither that of a built-in base nor a path, so that an invalid file blocks no other base.
+def local_path(name: str) -> Path | None:
+    """The path ``name``, with ``~`` expanded, if it is an existing folder or file; otherwise None.
 
     Raises:
-        ImagicError: as :func:`named_bases`.
+        ImagicError: a folder on the way to it may not be read.
     """
-    return SHIPPED.get(name) or (named_bases().get(name) if re.match(_NAME, name) else None)
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() or path.is_file() else None
+    except PermissionError as error:
+        raise unreadable(name, error) from error
+    except (OSError, RuntimeError, ValueError):  # a name that is too long; "~" of an unknown user; a null byte
+        return None
+
+
+class KnownBase(NamedTuple):
+    """What the lists of named bases say about the base that a user gave.
+
+    Args:
+        name: its name in a list; for a base of no list what the user gave.
+        source: path or hub id of its files.
+        entry: its entry; None for a base of no list.
+        built_in: the built-in base that it is or that has the same source; None for another base.
+    """
+
+    name: str
+    source: str
+    entry: BaseEntry | None = None
+    built_in: str | None = None
+
+
+def known_base(given: str, revision: str | None = None) -> KnownBase:
+    """Looks a base up by its name, or by its source: a base behaves in one way under all of its names.
+
+    The user's file is read only for what is neither a built-in base nor the source of one. If it is invalid, a path or a hub id is used
+    without it, with a warning.
+
+    Args:
+        given: name of a base, folder, file or hub id.
+        revision: branch, tag or commit that the user gave. The source of an entry with another revision is another base.
+
+    Raises:
+        ImagicError: as :func:`named_bases`, for what can only be a name; the source of several of the user's bases with unlike settings.
+    """
+    if given in SHIPPED:
+        return KnownBase(given, SHIPPED[given].source, SHIPPED[given], given)
+    if name := _with_source(given, revision, SHIPPED):
+        return KnownBase(name, _source(given, SHIPPED[name]), SHIPPED[name], name)
+    added = _added(given)
+    name = given if given in added else _with_source(given, revision, added)
+    if name is None:
+        return KnownBase(given, given)
+    entry = added[name]
+    built_in = _with_source(entry.source, entry.revision, SHIPPED)
+    inherited = SHIPPED[built_in].model_dump(exclude={"source", "revision"}) if built_in else {}
+    completed = entry.model_copy(update={key: value for key, value in inherited.items() if getattr(entry, key) is None})
+    return KnownBase(name, entry.source if name == given else _source(given, entry), completed, built_in)
+
+
+def _added(given: str) -> dict[str, BaseEntry]:
+    """The bases of the user's file."""
+    try:
+        return {name: entry for name, entry in named_bases().items() if name not in SHIPPED}
+    except ImagicError as error:
+        if re.match(_NAME, given) and not local_path(given):
+            raise
+        warnings.warn(f"{error.got}: what it says about {given} is ignored", ImagicWarning, stacklevel=2)
+        return {}
+
+
+def _with_source(given: str, revision: str | None, listed: Mapping[str, BaseEntry]) -> str | None:
+    """Name of the entry whose source is the given path or hub id, or None."""
+    wanted = _identities(given)
+    matches = {name: entry for name, entry in listed.items() if wanted & _identities(entry.source) and entry.revision in (None, revision)}
+    if len({entry.model_copy(update={"source": ""}) for entry in matches.values()}) > 1:
+        got = f"{given} is the source of {', '.join(matches)} in {bases_file()}, with different settings"
+        raise ImagicError(got, "one of these names", "give the name instead of the source")
+    return next(iter(matches), None)
+
+
+def _identities(source: str) -> set[str]:
+    """What the names of one base have in common: its path; its hub id, which a snapshot in the cache of the hub has in its path."""
+    path = local_path(source)
+    if path is None:
+        return {source.rstrip("/").casefold()}
+    resolved = str(path.resolve())
+    snapshot = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+$", resolved)
+    return {resolved} | ({f"{snapshot[1]}/{snapshot[2]}".casefold()} if snapshot else set())
+
+
+def _source(given: str, entry: BaseEntry) -> str:
+    """The given path, or the hub id of the entry as it is spelled there."""
+    return given if local_path(given) else entry.source

@@ -14,9 +14,9 @@ from ..architecture import Architecture
 from ..base import Base
 from ..families.sd import StableDiffusion
 from ..families.sdxl import StableDiffusionXL
-from .configs import local_path
+from .configs import with_entry
 from .files import STEMS, Files, Folder, weight_files
-from .known import bases_file, named_base, named_bases
+from .known import bases_file, known_base, local_path, named_bases
 from .original.files import SingleFile
 from .published import PUBLISHED
 from .tokenizers import TOKENIZER_FILES
@@ -42,8 +42,9 @@ def architecture_of(name: str, revision: str | None = None) -> Architecture:
     Raises:
         ImagicError: as :func:`locate`; the family of the base is not supported.
     """
-    if name in PUBLISHED:
-        return PUBLISHED[name]
+    known = known_base(name, revision)
+    if known.built_in and local_path(known.source) is None:
+        return with_entry(PUBLISHED[known.built_in], known.entry)
     return files_of(name, revision, configs=True).architecture
 
 
@@ -59,7 +60,7 @@ def files_of(name: str, revision: str | None = None, configs: bool = False) -> F
         ImagicError: as :func:`locate`.
     """
     path = locate(name, revision, configs)
-    return (SingleFile if path.is_file() else Folder)(path, named_base(name))
+    return (SingleFile if path.is_file() else Folder)(path, known_base(name, revision).entry)
 
 
 def family_of(architecture: Architecture) -> type[StableDiffusion]:
@@ -77,11 +78,12 @@ def locate(name: str, revision: str | None = None, configs: bool = False) -> Pat
         ImagicError: nothing has this name; the path is no such folder, or is an adapter; a revision is given for a local path; the download
             fails.
     """
-    entry = named_base(name)
-    source = entry.source if entry else name
+    known = known_base(name, revision)
+    source, entry = known.source, known.entry
     revision = revision or (entry.revision if entry else None)
     if path := local_path(source):
         return _checked_local(path, revision)
+    source = source.rstrip("/")
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.lower().endswith(_FILE_EXTENSIONS):
         origin = f", the source of base {name} in {bases_file()}" if entry else ""
         raise ImagicError(f"no file or folder {source}{origin}", "the path of an existing base", "check the path")
@@ -136,9 +138,12 @@ def load_base(name: str, runtime: Runtime, revision: str | None = None, master_w
         ImagicError: as :func:`locate`; the family is not supported; the files are invalid. No code in them is executed.
     """
     files = files_of(name, revision)
-    if named_base(name) is None and local_path(name):
-        name = str(files.path.resolve())  # an adapter records this name, and must find its base from any working directory
-    elif revision is None and (entry := named_base(name)):
-        revision = entry.revision
+    known = known_base(name, revision)
+    if local_path(name) and (known.entry is None or name != known.name):
+        # an adapter records this name, and must find its base from any working directory; a link is not followed, because the files beside
+        # a single file belong to it
+        name = str(files.path.absolute())
+    else:
+        name, revision = known.name, revision or (known.entry.revision if known.entry else None)
     check_utf8(name, "the path of the base")  # an adapter records it
     return family_of(files.architecture).load(files, name, revision, runtime, master_weights)

@@ -7,13 +7,31 @@ import reprlib
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin, schedulers
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+    schedulers,
+)
 
+from ...core.config import Scheduler
 from ...core.errors import ImagicError
 from .files import Files
 from .vetting import library_errors, unusable_base
 
 _CHANGES_OF_THE_PREDICTION = ("clip_sample", "thresholding")
+_OTHER_SIGMAS = ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+_SAMPLERS: dict[Scheduler, tuple[Any, dict[str, Any]]] = {
+    "dpm++2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm++2m-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "lcm": (LCMScheduler, {}),
+}
 
 
 def scheduler(config: dict[str, Any], files: Files, few_steps: int | None = None) -> Any:
@@ -87,6 +105,36 @@ def converted(own: Any, scheduler_class: Any) -> Any:
     unchanged = {name: False for name in _CHANGES_OF_THE_PREDICTION if name not in arguments}
     spacing = "trailing" if config.get("timestep_spacing") == "trailing" else "leading"  # DDIM inversion has no linspace
     return scheduler_class.from_config(config, **schedule, **unchanged, timestep_spacing=spacing)
+
+
+def sampler(own: Any, name: Scheduler, karras_sigmas: bool) -> Any:
+    """A scheduler to sample with, as ``from_config`` of its class makes it from the config of a base's own scheduler.
+
+    Settings that diffusers corrected in that config keep their corrected value. A spacing of the timesteps that the base does not state
+    is the default of the new class.
+
+    Args:
+        own: the scheduler of the base.
+        name: ``base`` is the class of ``own``; ``ddim`` is that of :func:`converted`, which inversion needs.
+        karras_sigmas: whether the noise levels are spaced as in arXiv 2206.00364, equation 5.
+
+    Raises:
+        ImagicError: the class has no such spacing of the noise levels.
+    """
+    scheduler_class, options = _SAMPLERS.get(name, (DDIMScheduler if name == "ddim" else type(own), {}))
+    arguments = inspect.signature(scheduler_class.__init__).parameters
+    if karras_sigmas and "use_karras_sigmas" not in arguments:
+        named = scheduler_class.__name__ if name == "base" else name
+        remedy = "use --no-karras-sigmas, or another scheduler"
+        raise ImagicError(f"Karras sigmas with scheduler {named}", "one of dpm++2m, dpm++2m-sde, unipc and euler", remedy)
+    if name == "ddim":
+        return converted(own, DDIMScheduler)
+    settings = _all_settings(own)
+    if scheduler_class is not type(own) and "timestep_spacing" in own.config.get("_use_default_values", ()):
+        del settings["timestep_spacing"]
+    if karras_sigmas or (name != "base" and "use_karras_sigmas" in arguments):
+        options = options | {"use_karras_sigmas": karras_sigmas} | {key: False for key in _OTHER_SIGMAS if key in arguments}
+    return scheduler_class.from_config(settings, **options)
 
 
 def distilled_timesteps(own: Any, few_steps: int | None) -> torch.Tensor | None:

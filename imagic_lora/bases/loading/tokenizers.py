@@ -23,14 +23,11 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
     return {name: _vetted(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()}
 
 
-def shipped_tokenizer(pad: str) -> dict[str, str]:
+def shipped_tokenizer() -> dict[str, str]:
     """The files of a tokenizer with CLIP's own vocabulary: content by file name.
 
     The vocabulary is, in this order: one symbol for each byte, the same symbols at the end of a word, one entry for each merge, and the
     start and end tokens.
-
-    Args:
-        pad: the padding token.
     """
     merges = gzip.decompress((Path(__file__).parent / "vocabulary" / "merges.txt.gz").read_bytes()).decode()
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -39,7 +36,7 @@ def shipped_tokenizer(pad: str) -> dict[str, str]:
     merged = ["".join(pair.split()) for pair in merges.splitlines()]
     start, end = "<|startoftext|>", "<|endoftext|>"
     vocabulary = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *merged, start, end]
-    settings = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad, "model_max_length": 77}
+    settings = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end, "model_max_length": 77}
     return {
         "vocab.json": json.dumps({token: k for k, token in enumerate(vocabulary)}),
         "merges.txt": f"#version: 0.2\n{merges}",

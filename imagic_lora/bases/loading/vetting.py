@@ -96,11 +96,10 @@ def read_text(path: Path, limit: int = 2**20) -> str:
     try:
         if not path.is_file():
             raise ValueError("not a file")
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-        if len(content) > limit:
+        if (size := path.stat().st_size) > limit:
             raise ValueError(f"over {limit:,} bytes")
-        return content.decode()
+        with path.open("rb") as file:
+            return file.read(size).decode()  # not to its end, which a file of the kernel may not have
     except (OSError, ValueError) as error:
         raise unusable_base(f"{path} cannot be read ({error})", "a file in diffusers' format") from error
 

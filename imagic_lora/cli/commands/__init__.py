@@ -4,7 +4,10 @@ May import: every room. Only ``cli/app.py`` and the tests import it.
 
 - ``fit.py``: fit
 - ``edit.py``: edit
-- ``store.py``: list, show, verify, rm
+- ``sweep.py``: sweep
+- ``reproduce.py``: reproduce
+- ``store.py``: list, show, verify, rename, rm
+- ``importing.py``: import
 - ``convert.py``: compress, export
 - ``plan.py``: plan
 - ``bases.py``: bases

@@ -71,7 +71,7 @@ def compress(
     )
     if small.size > full.size:
         err.print("[yellow]Warning:[/] the new adapter is larger than the full adapter; choose a lower --rank")
-    err.print(f"  imagic-lora edit {small.name} --eta {suggested_etas(small.record.config.eta)}", highlight=False)
+    err.print(f"  imagic-lora edit {small.name} --eta {suggested_etas(small.record.eta)}", highlight=False)
 
 
 def export(

@@ -11,11 +11,10 @@ from rich.table import Table
 
 from ...core.choices import choose_runtime
 from ...core.config import MemoryConfig
+from ...core.environment import LIBRARIES
 from ...core.machine import find_card, free_host_memory
 from ..console import out, plain, print_json
 from ..options import Json
-
-_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
 
 
 def doctor(*, as_json: Json = False) -> None:
@@ -47,8 +46,10 @@ def examine() -> dict[str, dict[str, str]]:
         missing["CUDA"] = "a fit with Stable Diffusion takes hours on a CPU; a fit with the base critters takes seconds"
     if importlib.util.find_spec("xformers") is None:
         missing["xformers"] = "optional: pip install 'imagic-lora[xformers]' for --attention xformers (CUDA)"
+    if importlib.util.find_spec("tensorboard") is None:
+        missing["tensorboard"] = "optional: pip install 'imagic-lora[tensorboard]' for fit --tracker tensorboard"
     choices = choose_runtime(MemoryConfig(), card).reasons
-    return {"system": system, "choices": choices, "libraries": {name: _version(name) for name in _LIBRARIES}, "missing": missing}
+    return {"system": system, "choices": choices, "libraries": {name: _version(name) for name in LIBRARIES}, "missing": missing}
 
 
 def _version(name: str) -> str:

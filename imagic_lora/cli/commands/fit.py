@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -15,7 +14,7 @@ from ...core.launch import Launch, launched_settings, read_launch
 from ...core.settings import merged, read_settings
 from ..console import err, plain, print_active_settings, print_json, show_progress
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, suggested_etas
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, slug, suggested_etas
 from .store import summary
 
 if TYPE_CHECKING:
@@ -29,6 +28,9 @@ if TYPE_CHECKING:
     from ...training.stage import StepReport
 
 
+LOG_DIR = Path("outputs/tensorboard")
+
+
 def fit(
     image: Path,
     prompt: str,
@@ -39,6 +41,8 @@ def fit(
     store: StoreDir = DEFAULT_STORE,
     resume: Flag = False,
     overwrite: Flag = False,
+    tracker: Literal["tensorboard"] | None = None,
+    tracker_dir: Path | None = None,
     as_json: Json = False,
 ) -> None:
     """Train an adapter on a photo and store it.
@@ -64,15 +68,21 @@ def fit(
         Resume an interrupted fit (Ctrl-C, a crash, a power cut). Photo, prompt, base and settings must be those of the interrupted command.
     overwrite
         Replace an existing adapter of the same name, and discard the checkpoints of an interrupted fit.
+    tracker
+        Also log losses, relative losses and previews. tensorboard: to TensorBoard, which the extra tensorboard installs.
+    tracker_dir
+        Folder of the files of --tracker. Default: outputs/tensorboard. See them with: tensorboard --logdir FOLDER
     """
     from ...adapters.store import Store
 
+    if tracker_dir and not tracker:
+        raise ImagicError(f"--tracker-dir {tracker_dir} without --tracker", "both, or neither", "add --tracker tensorboard")
     launch = read_launch()
     try:
         run, why, architecture = configured(settings, config, launch)
-        adapter = _fit(
-            image, prompt, run, why, architecture, Store(store), name or _slug(image.stem), overwrite, resume, _processes(run, launch)
-        )
+        name = name or slug(image.stem, "photo")
+        processes, log_dir = _processes(run, launch), (tracker_dir or LOG_DIR) if tracker else None
+        adapter = _fit(image, prompt, run, why, architecture, Store(store), name, overwrite, resume, processes, log_dir)
     except (KeyboardInterrupt, Stopped):
         if launch.rank:
             sys.exit(130)  # the main process reports it
@@ -117,14 +127,18 @@ def _fit(
     overwrite: bool,
     resume: bool,
     processes: Processes,
+    log_dir: Path | None,
 ) -> Adapter | None:
-    """Runs the fit with its progress. A signal stops it after the current step."""
+    """Runs the fit with its progress, and logs it in a folder if there is one. A signal stops it after the current step."""
     from ...core.runtime import resolve_runtime
     from ...memory.limits import adapter_bytes
     from ...training.fit import fit as fit_steps
     from ...training.fit import result
+    from ...training.monitoring.trackers import check_tensorboard, tracked
     from ..interrupts import Interrupts
 
+    if log_dir:
+        check_tensorboard(log_dir)
     with Interrupts() as interrupts:
         steps = fit_steps(image, prompt, run, store, name, overwrite=overwrite, resume=resume, stop=interrupts.stop, processes=processes)
 
@@ -141,6 +155,8 @@ def _fit(
 
         try:
             reports = print_settings_first()
+            if log_dir and processes.main:
+                reports = tracked(reports, run, name, log_dir)
             return show_progress(reports, run) if processes.main else result(reports)
         except KeyboardInterrupt:
             if name in store.unfinished():
@@ -169,7 +185,3 @@ def _processes(run: RunConfig, launch: Launch) -> Processes:
         got = f"{launch.count} processes were launched, but {processes.count} can communicate"
         raise ImagicError(got, "one device for each process", "use a lower --num_processes of accelerate launch")
     return processes
-
-
-def _slug(stem: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "photo"

@@ -39,6 +39,7 @@ def plan(
         Run the training code on tensors without data instead of computing the sizes; takes about ten seconds.
     """
     from ...bases.loading.configs import architecture
+    from ...bases.loading.known import known_base
     from ...memory.plan import predict
     from ...memory.presets import assumed_for, card_and_free_memory, choose_preset
 
@@ -48,7 +49,9 @@ def plan(
         flags = merged({stage: {"batch_size": batch} for stage in validated(merged(file, flags)).stages}, flags)
     given = validated(merged(file, flags))
     built = architecture(given.base)
-    run, why = choose_preset(lambda: built, flags, file, recipe_of(given.base, built.few_steps, built.embeds_guidance))
+    run, why = choose_preset(
+        lambda: built, flags, file, recipe_of(known_base(given.base, given.revision).built_in, built.few_steps, built.embeds_guidance)
+    )
     card = card_and_free_memory(run.memory.device)[0] if given.preset == "auto" else None
     assumed = assumed_for(run, card)
     if exact:

@@ -1,4 +1,4 @@
-"""The commands on the store: ``list``, ``show``, ``verify`` and ``rm``."""
+"""The commands on the store: ``list``, ``show``, ``verify``, ``rename`` and ``rm``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..options import DEFAULT_STORE, Flag, Json, StoreDir
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
+    from ...adapters.record import StageRecord
 
 
 def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
@@ -59,10 +60,12 @@ def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -
     adapter = Store(store).read(name, verify=False)
     record = adapter.record
     if as_json:
-        print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json")})
+        print_json({"folder": str(adapter.folder), "bytes": adapter.size, **record.model_dump(mode="json"), "name": adapter.name})
         return
     table = Table(show_header=False, box=None, padding=(0, 2))
-    for key, value in {"name": adapter.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **summary(adapter)}.items():
+    facts = {"name": adapter.name, "folder": str(adapter.folder), "MB": f"{adapter.size / 1e6:.2f}", **summary(adapter)}
+    facts["stages"] = "; ".join(f"{stage}: {_stage_text(one)}" for stage, one in record.stages.items()) or "not recorded"
+    for key, value in facts.items():
         table.add_row(f"[dim]{key}[/]", plain(json.dumps(value) if isinstance(value, dict) else str(value)))
     out.print(table)
 
@@ -128,6 +131,35 @@ def remove(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False)
         err.print(f"[green]Removed[/] {plain(name)}", highlight=False)
 
 
+def rename(name: str, new: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
+    """Give an adapter another name.
+
+        imagic-lora rename rex rex-jumps
+
+    Parameters
+    ----------
+    name
+        Name of the adapter, as imagic-lora list prints it.
+    new
+        The new name. No adapter may have it.
+    """
+    from ...adapters.store import Store
+
+    adapter = Store(store).rename(name, new)
+    if as_json:
+        print_json({"renamed": name, "name": adapter.name, "folder": str(adapter.folder)})
+    else:
+        err.print(f"[green]Renamed[/] {plain(name)} to {plain(adapter.name)}", highlight=False)
+
+
+def _stage_text(stage: StageRecord) -> str:
+    """How a training stage went, in words."""
+    early = f" of {stage.asked}" if stage.ended == "early stop" else ""
+    why = " (early stop: the relative loss no longer fell)" if stage.ended == "early stop" else ""
+    relative = "" if stage.relative_loss is None else f", relative loss {stage.relative_loss:.2f}"
+    return f"{stage.done}{early} steps{why}{relative}"
+
+
 def summary(adapter: Adapter) -> dict[str, Any]:
     """Returns the main facts of an adapter as JSON values, for ``list``, ``show``, ``fit`` and ``compress``."""
     record = adapter.record
@@ -135,13 +167,15 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         "prompt": record.prompt,
         "base": record.base.name,
         "mode": record.config.tune.mode,
-        "eta": record.config.eta,
+        "eta": record.eta,
         "seed": record.config.seed,
         "photo": f"{record.source.size[0]}x{record.source.size[1]}",
         "losses": {stage: list(values) for stage, values in record.losses.items()},
+        **({"stages": {stage: one.model_dump() for stage, one in record.stages.items()}} if record.stages else {}),
         "seconds": record.seconds,
         "peak_memory": record.peak_memory,
         "created": record.created,
         "files": list(record.files),
+        **({"suggested": record.suggested.model_dump()} if record.suggested else {}),
         **({"compressed": record.compressed.model_dump()} if record.compressed else {}),
     }

@@ -18,8 +18,8 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor
 
 from ....core.errors import ImagicError
-from ..configs import local_path
 from ..files import Files, check_count, used_tensors, weights
+from ..known import local_path
 from ..published import PUBLISHED
 from ..tokenizers import shipped_tokenizer, tokenizer_files
 from ..vetting import library_errors, unusable_base
@@ -95,10 +95,15 @@ class SingleFile(Files):
         return convert_open_clip_checkpoint(model, original, prefix)
 
     def tokenizer(self, part: str) -> dict[str, str]:
-        config = self.entry.config if self.entry else None
-        folder = local_path(config) if config and config not in PUBLISHED else None
-        if folder:
-            return tokenizer_files(folder / part)
+        folder = self._configs()
+        return tokenizer_files(folder / part) if folder else shipped_tokenizer()
+
+    def padding(self, part: str) -> str | None:
         encoder = self.architecture.text_encoders[part.replace("tokenizer", "text_encoder")]
         is_open_clip = encoder.get("hidden_act") == "gelu"
-        return shipped_tokenizer("!" if is_open_clip else "<|endoftext|>")  # OpenCLIP pads with token 0, "!"
+        return "!" if is_open_clip and self._configs() is None else None  # OpenCLIP pads with token 0
+
+    def _configs(self) -> Path | None:
+        """The folder of configs and tokenizers that the entry names."""
+        config = self.entry.config if self.entry else None
+        return local_path(config) if config and config not in PUBLISHED else None

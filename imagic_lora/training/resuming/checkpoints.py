@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..adapters.atomic import atomic_folder, remove
-from ..adapters.manifest import Manifest, changed_file, read_manifest
-from ..adapters.writing import delete, writable
-from ..core.errors import ImagicError, ImagicWarning
-from ..core.tensors import read, safetensors_pieces
+from ...adapters.atomic import atomic_folder, remove
+from ...adapters.manifest import Manifest, changed_file, read_manifest
+from ...adapters.writing import delete, writable
+from ...core.errors import ImagicError, ImagicWarning, unreadable
+from ...core.tensors import read, safetensors_pieces
 
 CHECKPOINT, STATE = "checkpoint.json", "state.safetensors"
 START_OVER = "start over with --overwrite and without --resume"  # the remedy for a checkpoint that cannot be used
@@ -33,6 +33,7 @@ class CheckpointRecord(Manifest):
         inputs: everything that the saved state depends on; a run with different inputs cannot resume from the checkpoint.
         seconds: duration of each stage so far.
         threads: number of CPU threads of PyTorch; the last bits of the result may depend on it.
+        stopped_early: whether the stage ended before its last step because the relative loss no longer fell.
     """
 
     version: Literal[1] = 1
@@ -42,6 +43,12 @@ class CheckpointRecord(Manifest):
     inputs: dict[str, Any]
     seconds: dict[str, float]
     threads: int
+    stopped_early: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage is finished; its checkpoint then has no optimizer states."""
+        return self.step == self.steps or self.stopped_early
 
     @model_validator(mode="after")
     def _check_step(self) -> CheckpointRecord:
@@ -102,6 +109,9 @@ class Checkpoints:
 
         Args:
             rename_broken: False only skips broken checkpoints; processes other than the main one pass it.
+
+        Raises:
+            ImagicError: a broken checkpoint cannot be renamed, so that no checkpoint could be written.
         """
         for path in reversed(self._folders()):
             try:
@@ -114,15 +124,38 @@ class Checkpoints:
             except ImagicError as error:
                 if rename_broken:
                     renamed = path.with_name(f"{path.name}.broken")
-                    delete(renamed)
-                    path.rename(renamed)
+                    with writable(self.folder):
+                        delete(renamed)
+                        path.rename(renamed)
                     message = f"a broken checkpoint is skipped and renamed to {renamed}: {error.got}"
                     warnings.warn(message, ImagicWarning, stacklevel=2)
         return None
 
+    def write_picture(self, name: str, content: bytes) -> Path:
+        """Writes a picture for the user beside the checkpoints, and replaces the one of that name.
+
+        Returns:
+            The path of the picture.
+
+        Raises:
+            ImagicError: the disk is full, or the folder cannot be written to.
+        """
+        path, hidden = self.folder / name, self.folder / f".{name}"
+        with writable(self.folder):
+            hidden.write_bytes(content)
+            hidden.replace(path)
+        return path
+
     def any(self) -> bool:
-        """Returns whether a checkpoint exists, intact or broken."""
-        return self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir())
+        """Returns whether a checkpoint exists, intact or broken.
+
+        Raises:
+            ImagicError: the folder cannot be read, so that no checkpoint could be written to it.
+        """
+        try:
+            return self.folder.is_dir() and any(path.is_dir() and not path.name.startswith(".") for path in self.folder.iterdir())
+        except OSError as error:
+            raise unreadable(self.folder, error) from error
 
     @property
     def size(self) -> int:

@@ -1,0 +1,270 @@
+"""The command ``sweep``."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ...adapters.writing import check_outputs, writable
+from ...core.config import DeviceConfig, PresetOrAuto
+from ...core.errors import ImagicError
+from ...core.text import exact
+from ..console import err, plain, print_json, progress
+from ..libraries import import_libraries
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, parse_etas
+from .edit import SamplingFlags
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ...adapters.adapter import Adapter
+    from ...core.config import RunConfig
+    from ...sampling.sweeps.metrics import Metric
+    from ...sampling.sweeps.sweep import Picture, Scores
+
+SHEET, PLOT, TABLE, SCORES = "sheet.png", "plot.png", "scores.csv", "scores.json"
+
+
+def sweep(
+    name: str,
+    *,
+    eta: str = "0:1.2:0.1",
+    seeds: Whole | None = None,
+    prompt: str | None = None,
+    before_tuning: Flag = False,
+    store_eta: Flag = False,
+    clip: str | None = None,
+    dino: str | None = None,
+    source_prompt: str | None = None,
+    offline: Flag = False,
+    settings: SamplingFlags = None,
+    device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device and memory")] = None,
+    preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
+    base: str | None = None,
+    force: Flag = False,
+    store: StoreDir = DEFAULT_STORE,
+    out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what eta does to a stored adapter, and suggest one.
+
+    Generates an image for every eta and seed, and scores each one: how well it agrees with the target prompt (alignment), and how near it
+    is to the reconstruction of the photo (fidelity). The scores come from the base itself. Writes sheet.png (the images), plot.png (both
+    scores over eta, the range where both are good, the suggestion), scores.csv and scores.json.
+
+        imagic-lora sweep rex
+        imagic-lora edit rex --eta 0.7 --seed 2     # one of them at full size
+
+    Parameters
+    ----------
+    name
+        Name of the adapter, as imagic-lora list prints it.
+    eta
+        Etas: several (0,0.5,0.7), or a range with its end (0:1.2:0.1). 0 is always added: the scores compare with it.
+    seeds
+        Number of seeds, from 0 on. Default: 4, or 1 where the seed has no effect.
+    prompt
+        Target prompt. Default: the one that the adapter was fitted with.
+    before_tuning
+        Add a row from the base without the weights of the adapter, with its embeddings alone, for seed 0.
+    store_eta
+        Store the suggested eta in the adapter: the default of imagic-lora edit.
+    clip
+        Also score by this CLIP model, a folder or a hub id, such as openai/clip-vit-large-patch14: similarity to the target prompt.
+    dino
+        Also score by this DINOv2 model, a folder or a hub id, such as facebook/dinov2-base: similarity to the photo.
+    source_prompt
+        Caption of the photo, for the directional similarity of CLIP.
+    offline
+        Take the models of --clip and --dino from the cache of the hub only.
+    preset
+        Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory. Without
+        --batch-size, as many images are generated at once as fit.
+    base
+        Load the base from this name, folder, file or hub id instead. The weights must be the same; format and precision may differ.
+    force
+        Allow a base with other weights of the same shapes.
+    out_dir
+        Folder for the files. Default: outputs/NAME/sweep.
+    """
+    from ...adapters.store import Store
+
+    adapter = Store(store).read(name)
+    etas = sorted({0.0, *parse_etas(eta)})
+    if len(etas) < 3:
+        raise ImagicError(f"--eta {eta}", "at least two etas besides 0", "use for example --eta 0:1.2:0.1")
+    import_libraries(bitsandbytes=adapter.record.config.memory.quantize != "none")
+    from ...sampling.opening import edit_settings
+
+    flags = settings.model_dump(exclude_unset=True) if settings else {}
+    levers = device.model_dump(exclude_unset=True) if device else {}
+    run = edit_settings(adapter, {"edit": flags, "memory": levers, "preset": preset}, base)
+    count = (1 if run.edit.start == "inverted" and not run.edit.ddim_eta else 4) if seeds is None else seeds
+    if count < 1:
+        raise ImagicError(f"--seeds {count}", "an integer from 1", "choose another value for --seeds")
+    if store_eta:
+        _check_storable(adapter, run, prompt, force)
+    metrics = _metrics(adapter, prompt or adapter.record.prompt, clip, dino, source_prompt, offline)
+    folder = out_dir or Path("outputs") / adapter.name / "sweep"
+    if "batch_size" not in flags:
+        run = _with_largest_batch(adapter, run, base, len(etas) * count)
+    pictures, scores = _run(adapter, base, run, etas, list(range(count)), prompt, before_tuning, force, folder)
+    scores = _with_metrics(adapter, pictures, scores, metrics)
+    summary = _write(adapter, run, prompt or adapter.record.prompt, pictures, scores, folder)
+    if store_eta:
+        from ...adapters.record import EtaRecord
+
+        Store(store).suggest_eta(adapter, EtaRecord(eta=summary["suggested"], rule=summary["rule"], seeds=count))
+    if as_json:
+        print_json(summary | {"stored": store_eta})
+        return
+    _report(summary, store_eta)
+
+
+def _check_storable(adapter: Adapter, run: RunConfig, prompt: str | None, force: bool) -> None:
+    """Raises ImagicError if the sweep is made with other settings than those of a plain edit, whose default the eta would become."""
+    stored = adapter.record.config.edit
+    same = run.edit.model_copy(update={"batch_size": stored.batch_size}) == stored
+    for differs, what in ((prompt is not None, "--prompt"), (not same, "other sampling settings than the adapter's"), (force, "--force")):
+        if differs:
+            remedy = f"leave out --store-eta, or leave out {what if what.startswith('--') else 'the sampling flags'}"
+            raise ImagicError(f"--store-eta with {what}", "the settings of a plain edit, whose default eta it becomes", remedy)
+
+
+def _metrics(adapter: Adapter, prompt: str, clip: str | None, dino: str | None, source_prompt: str | None, offline: bool) -> list[Metric]:
+    """Loads the other models that were asked for; before any image is generated."""
+    if source_prompt is not None and clip is None:
+        raise ImagicError("--source-prompt without --clip", "a CLIP model that compares the prompts", "add --clip, or leave it out")
+    if offline and clip is None and dino is None:
+        raise ImagicError("--offline without --clip and --dino", "a model to take from the cache", "add --clip or --dino, or leave it out")
+    if clip is None and dino is None:
+        return []
+    from ...adapters.contents import read_canvas
+    from ...sampling.sweeps.metrics import clip_metric, dino_metric
+
+    photo = read_canvas(adapter).photo()
+    found = [] if clip is None else [clip_metric(clip, offline, photo, prompt, source_prompt)]
+    return found if dino is None else [*found, dino_metric(dino, offline, photo)]
+
+
+def _with_metrics(adapter: Adapter, pictures: Sequence[Picture], scores: Sequence[Scores], metrics: Sequence[Metric]) -> list[Scores]:
+    """Adds the scores by other models."""
+    if not metrics:
+        return list(scores)
+    from ...adapters.contents import read_canvas
+    from ...sampling.sweeps.metrics import measured
+
+    box = read_canvas(adapter).box
+    pairs = progress(zip(pictures, scores, strict=True), len(pictures), "metrics")
+    return [replace(score, others=measured(metrics, picture.image.crop(box))) for picture, score in pairs]
+
+
+def _with_largest_batch(adapter: Adapter, run: RunConfig, base: str | None, images: int) -> RunConfig:
+    """Returns the settings with the largest batch of images that the free memory allows."""
+    from ...bases.loading.registry import architecture_of
+    from ...core.runtime import free_memory, resolve_runtime
+    from ...memory.out_of_memory import assumed_from
+    from ...memory.presets import largest_batch
+
+    made_for, runtime = adapter.record.base, resolve_runtime(run.memory)
+    architecture = architecture_of(base, None) if base else architecture_of(made_for.name, made_for.revision)
+    size = largest_batch(architecture, run, assumed_from(runtime), free_memory(runtime.device), images)
+    return run.model_copy(update={"edit": run.edit.model_copy(update={"batch_size": size})})
+
+
+def _run(
+    adapter: Adapter,
+    base: str | None,
+    run: RunConfig,
+    etas: Sequence[float],
+    seeds: Sequence[int],
+    prompt: str | None,
+    before_tuning: bool,
+    force: bool,
+    folder: Path,
+) -> tuple[list[Picture], list[Scores]]:
+    """Generates and scores all images.
+
+    Args:
+        adapter: the stored adapter.
+        base: a base that replaces the one in the adapter's record.
+        run: settings of stage 3 and memory levers.
+        etas: ascending, with 0.
+        seeds: seeds of the starting noise.
+        prompt: target prompt; None is that of the adapter.
+        before_tuning: whether images of the untuned base are added, for the first seed.
+        force: whether other weights of the same shapes are allowed.
+        folder: output folder.
+    """
+    from ...memory.levers import EDIT_LEVERS
+    from ...memory.out_of_memory import explain_out_of_memory
+    from ...sampling.checks import check_edit
+    from ...sampling.opening import open_editor
+    from ...sampling.sweeps.sweep import sampled, scored
+
+    config = run.edit
+    check_edit(etas, seeds, config, adapter.record.prompt if prompt is None else prompt)
+    check_outputs(folder, [SHEET, PLOT, TABLE, SCORES])
+    editor = open_editor(adapter, run, base, force)
+    images = sampled(editor, adapter, etas, seeds, config, prompt)
+    if before_tuning:
+        images = chain(images, sampled(editor, adapter, etas, seeds[:1], config, prompt, tuned=False))
+    with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", levers=EDIT_LEVERS):
+        pictures = list(progress(images, len(etas) * (len(seeds) + before_tuning), "images"))
+        return pictures, list(progress(scored(editor, adapter, pictures, pictures, config, prompt), len(pictures), "scores"))
+
+
+def _write(
+    adapter: Adapter, run: RunConfig, prompt: str, pictures: Sequence[Picture], scores: Sequence[Scores], folder: Path
+) -> dict[str, Any]:
+    """Writes the sheet, the plot and the scores.
+
+    Returns:
+        The content of ``scores.json``, with the paths of the files.
+    """
+    from ...adapters.contents import read_canvas
+    from ...photos.png import write_png
+    from ...sampling.sweeps.drawing import draw_plot, draw_sheet
+    from ...sampling.sweeps.suggest import RULE, RULES, Curves, band
+
+    curves = Curves.of(score for score in scores if score.tuned)
+    suggested, good = RULES[RULE](curves), band(curves)
+    summary = {
+        "adapter": adapter.name,
+        "prompt": prompt,
+        "suggested": suggested,
+        "rule": RULE,
+        "band": list(good) if good else None,
+        "edit": run.edit.model_dump(),
+        "scores": [score.flat() for score in scores],
+    }
+    rows = [score.flat() for score in scores]
+    with writable(folder):
+        named = {"adapter": adapter.name, "prompt": prompt}
+        write_png(draw_sheet(read_canvas(adapter), prompt, pictures, suggested), folder / SHEET, named)
+        write_png(draw_plot(prompt, scores, suggested, good), folder / PLOT, named)
+        with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+        (folder / SCORES).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return summary | {"sheet": str(folder / SHEET), "plot": str(folder / PLOT), "table": str(folder / TABLE)}
+
+
+def _report(summary: dict[str, Any], stored: bool) -> None:
+    """Prints where the files are, the suggestion and how to use it."""
+    band = summary["band"]
+    good = f"alignment and fidelity are both good from {band[0]:.2f} to {band[1]:.2f}" if band else "no eta has both scores good"
+    err.print(f"[green]Wrote[/] {plain(summary['sheet'])}, {plain(summary['plot'])} and the scores", highlight=False)
+    err.print(f"Suggested eta: [bold]{exact(summary['suggested'])}[/] ({good})", highlight=False)
+    if stored:
+        err.print(f"Stored: it is now the default of imagic-lora edit {plain(summary['adapter'])}", highlight=False)
+    else:
+        err.print("Look at the sheet, then run:")
+        err.print(f"  imagic-lora edit {plain(summary['adapter'])} --eta {exact(summary['suggested'])}", highlight=False)

@@ -1,0 +1,124 @@
+"""Scores of images by other models: CLIP and DINOv2, from a folder, from the cache of the hub, or from the hub. They run on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from ...core.errors import ImagicError
+
+Metric = Callable[[Image.Image], dict[str, float]]
+"""Scores an image: values by name."""
+
+
+def clip_metric(source: str, offline: bool, photo: Image.Image, prompt: str, source_prompt: str | None) -> Metric:
+    """Loads a CLIP model (arXiv 2103.00020) and returns a metric by it.
+
+    ``clip`` is the cosine similarity of the image with the target prompt, as in the paper of Imagic. ``clip_direction`` is that of the
+    change of the image with the change of the prompt, ``cos(E(image) - E(photo), E(target) - E(source))`` (arXiv 2108.00946); only with a
+    source prompt.
+
+    Args:
+        source: folder or hub id of the model.
+        offline: whether only the cache of the hub is used.
+        photo: the photo.
+        prompt: the target prompt.
+        source_prompt: a caption of the photo, or None.
+
+    Raises:
+        ImagicError: the model is not there, or is no CLIP model.
+    """
+    with _explained("--clip", source, "clip", offline):
+        model = _Model.load(source, offline, "clip")
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+
+    @torch.no_grad()
+    def embedded(text: str) -> Tensor:
+        ids = tokenizer([text], truncation=True, return_tensors="pt")
+        return F.normalize(model.network.get_text_features(**ids).pooler_output[0], dim=-1)
+
+    def look(image: Image.Image) -> Tensor:
+        return model.features(image, lambda pixels: model.network.get_image_features(pixels).pooler_output)
+
+    target, before = embedded(prompt), look(photo)
+    direction = None if source_prompt is None else target - embedded(source_prompt)
+
+    def score(image: Image.Image) -> dict[str, float]:
+        seen = look(image)
+        found = {"clip": (seen @ target).item()}
+        if direction is not None:
+            found["clip_direction"] = F.cosine_similarity(seen - before, direction, dim=0).item()
+        return found
+
+    return score
+
+
+def dino_metric(source: str, offline: bool, photo: Image.Image) -> Metric:
+    """Loads a DINOv2 model (arXiv 2304.07193) and returns a metric by it: ``dino``, the cosine similarity of an image with the photo.
+
+    Args:
+        source, offline, photo: as for :func:`clip_metric`.
+
+    Raises:
+        ImagicError: the model is not there, or is no DINOv2 model.
+    """
+    with _explained("--dino", source, "dinov2", offline):
+        model = _Model.load(source, offline, "dinov2")
+
+    def look(image: Image.Image) -> Tensor:
+        return model.features(image, lambda pixels: model.network(pixels).pooler_output)
+
+    before = look(photo)
+    return lambda image: {"dino": (look(image) @ before).item()}
+
+
+def measured(metrics: Sequence[Metric], image: Image.Image) -> dict[str, float]:
+    """Returns the scores of an image by several metrics."""
+    return {name: value for metric in metrics for name, value in metric(image).items()}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A vision model with its image processor."""
+
+    network: Any
+    processor: Any
+
+    @classmethod
+    def load(cls, source: str, offline: bool, kind: str) -> _Model:
+        """Loads a model in fp32 from safetensors files.
+
+        Raises:
+            ValueError: it is a model of another kind.
+        """
+        network: Any = AutoModel.from_pretrained(source, local_files_only=offline, use_safetensors=True, dtype=torch.float32)
+        if network.config.model_type != kind:
+            raise ValueError(f"its model_type is {network.config.model_type}")
+        return cls(network.eval(), AutoImageProcessor.from_pretrained(source, local_files_only=offline))
+
+    @torch.no_grad()
+    def features(self, image: Image.Image, network: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the normalised features of an image, ``[D]``."""
+        return F.normalize(network(self.processor(images=image, return_tensors="pt").pixel_values)[0], dim=-1)
+
+
+@contextmanager
+def _explained(flag: str, source: str, kind: str, offline: bool) -> Iterator[None]:
+    """Converts errors of transformers and the hub while a model is loaded into ImagicError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        expected = f"a folder or a hub id of a {kind} model of transformers, in safetensors"
+        remedy = (
+            "leave out --offline to download it, or name a folder" if offline else "check the name and the connection, or name a folder"
+        )
+        raise ImagicError(f"{flag} {source} cannot be loaded ({reason})", expected, remedy) from error

@@ -1,0 +1,7 @@
+"""Saving, stopping and resuming the stages of a fit.
+
+May import: what training may import, and the stages. Must not know: how a fit is put together (``fit.py``).
+
+- ``stages.py``: saves, stops and resumes the stages around the training loop
+- ``checkpoints.py``: reads and writes checkpoints on disk
+"""

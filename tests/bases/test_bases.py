@@ -458,7 +458,7 @@ def test_sizes_are_plausible(tmp_path: Path, folder: Path, file: str, name: str,
 
 
 @each("file, values, why", [
-        ("unet", {"in_channels": 9}, "out_channels and in_channels of the U-Net, 4 and 9"),
+        ("unet", {"in_channels": 9}, "in_channels = 9, as an inpainting model has"),
         ("unet", {"cross_attention_dim": 24}, "hidden_size of the text encoders and cross_attention_dim, 16 and 24"),
         ("unet", {"down_block_types": ["DownBlock2D"]}, "numbers of down_block_types and block_out_channels, 1 and 2"),
         ("unet", {"up_block_types": [1, 2]}, r"the blocks \[1, 2\]"),

@@ -169,7 +169,7 @@ def _pickles(made: Fitted, marker: Path) -> Iterator[Case]:
     for kind, content in kinds.items():
         for mode in MODES:
             for file in files(made.store.root / mode):
-                harmless = None if file.endswith((".md", ".jsonl", "preview.png", "convergence.png", "config.json")) else False
+                harmless = None if file.endswith((".md", ".jsonl", "preview.png", "convergence.png", "photo.png", "config.json")) else False
                 yield Case(f"{kind} as {file}", mode, _put(file, content, file != RECORD), harmless)
         for file in (STATE, CHECKPOINT):
             yield Case(f"{kind} as {file}", "unfinished", _put(file, content, file != CHECKPOINT), None)

@@ -722,10 +722,10 @@ def test_what_is_not_finite_when_it_is_closed_is_not_saved(fitting: Fitting) -> 
 
 
 def needed(fitting: Fitting, kind: Kind) -> int:
-    """Bytes of an adapter, two checkpoints, photo and preview."""
+    """Bytes of an adapter, two checkpoints, the photo's file, canvas and preview."""
     base = fitting.bases(kind)
     plan = predict(base.architecture, fitting.config(kind), assumed_from(base.runtime))
-    return plan.adapter + 2 * plan.checkpoint + 2**25
+    return plan.adapter + 2 * plan.checkpoint + 2**25 + fitting.photo.stat().st_size
 
 
 @pytest.mark.parametrize(("kind", "resume"), [(FULL, False), (LORA, True), (EMBEDDING, False)], ids=["full", "resumed lora", "embedding"])

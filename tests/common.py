@@ -28,6 +28,8 @@ KINDS: list[Literal["epsilon", "v_prediction"]] = ["epsilon", "v_prediction"]
 MODES: list[Mode] = ["lora", "full", "embedding"]
 TUNED: list[TunedMode] = ["lora", "full"]
 PROMPT = "a cat"
+Run = Callable[..., tuple[int, str, str]]
+"""Runs a command: its exit code, stdout and stderr."""
 
 
 def each(names: str, cases: Iterable[Any] | Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

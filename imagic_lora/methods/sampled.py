@@ -15,8 +15,8 @@ from torch import Tensor
 from ..bases.base import Base
 from ..core.conditioning import Conditioning
 from ..core.config import Config
-from ..core.errors import ImagicError
 from ..photos.canvas import Canvas, to_canvas, to_image
+from ..sampling.checks import check_pixels
 from .method import Context, EditRequest, EditResult, Method, Passes, metered
 
 
@@ -77,8 +77,7 @@ class EncodedRequest:
             ImagicError: the image holds NaN.
         """
         (pixels,) = self.base.decode(latents)
-        if pixels.isnan().any():
-            raise ImagicError("a generated image holds NaN", "finite numbers", "try --dtype fp32 or bf16")
+        check_pixels(pixels)
         return self.canvas.restored(to_image(pixels))
 
 

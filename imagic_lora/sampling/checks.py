@@ -6,6 +6,8 @@ import re
 import warnings
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from ..bases.base import Base
 from ..core.config import EditConfig
 from ..core.errors import ImagicError, ImagicWarning
@@ -78,6 +80,12 @@ def check_scheduler(base: Base, config: EditConfig) -> None:
     if config.scheduler == "lcm" and base.trained_timesteps is None:
         message = f"scheduler lcm is for latent consistency models; {base.name} is not distilled, so images will be blurred"
         warnings.warn(message, ImagicWarning, stacklevel=1)
+
+
+def check_pixels(pixels: Tensor) -> None:
+    """Raises ImagicError if generated pixels, of any shape, hold NaN."""
+    if pixels.isnan().any():
+        raise ImagicError("a generated image holds NaN", "finite numbers", "try --dtype fp32 or bf16")
 
 
 def check_edit(etas: Sequence[float], seeds: Sequence[int], config: EditConfig, prompt: str) -> None:

@@ -17,7 +17,7 @@ from ..core.conditioning import Conditioning, concatenate
 from ..core.config import EditConfig
 from ..core.errors import ImagicError
 from ..photos.canvas import Canvas, to_image
-from .checks import check_sampling
+from .checks import check_pixels, check_sampling
 from .inversion import NoiseReplayer, invert, record_noise
 from .pipelines import conditioning_kwargs, pipeline_guidance, rescale_kwargs, sample_latents, sampling_pipeline
 
@@ -60,8 +60,7 @@ def generate(
         batch = slice(start, start + config.batch_size)
         noise = [inversion(source, seed) for source, seed in zip(sources[batch], seeds[batch], strict=True)] if inversion else None
         pixels = _generate_batch(base, concatenate(list(conditionings[batch])), list(seeds[batch]), config, canvas, null, noise)
-        if pixels.isnan().any():
-            raise ImagicError("a generated image holds NaN", "finite numbers", "try --dtype fp32 or bf16")
+        check_pixels(pixels)
         yield from (canvas.restored(to_image(image)) for image in pixels * 2 - 1)
 
 

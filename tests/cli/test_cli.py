@@ -19,7 +19,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from common import MODES, array, each
+from common import MODES, Run, array, each
 from cyclopts import CycloptsError
 from files import forbid
 from PIL import Image
@@ -28,7 +28,6 @@ from tiny import save_tiny
 
 import imagic_lora.cli.app as cli
 import imagic_lora.cli.commands.fit as fitting
-import imagic_lora.cli.console as console
 import imagic_lora.core.choices as choices
 import imagic_lora.core.runtime as runtime
 import imagic_lora.memory.presets as fits
@@ -42,23 +41,6 @@ from imagic_lora.core.config import Config, DeviceConfig, EditConfig, MemoryConf
 from imagic_lora.core.settings import PRESETS, RECIPES, merged, validated
 from imagic_lora.photos.reading import read_metadata, read_photo
 from imagic_lora.training.stage import Stage, StepReport
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in an empty folder: its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(console.err, "width", 200)
-
-    def command(*tokens: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main([str(token) for token in tokens])
-        out, err = capsys.readouterr()
-        return code, out, " ".join(err.split())
-
-    return command
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from common import array, each
+from common import Run, array, each
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
@@ -26,24 +26,14 @@ from imagic_lora.photos.png import write_png
 from imagic_lora.photos.reading import read_metadata
 from imagic_lora.sampling.metadata import ImageMetadata, a1111_parameters
 
-Run = Callable[..., tuple[int, str, str]]
 FIT = ("--embed.steps", "2", "--tune.steps", "2", "--edit.steps", "2", "--rank", "2")
 EDIT = ("--steps", 2, "--eta", "0.2:0.8:0.2", "--seed", "0:2", "--batch-size", 3)
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in an empty folder: its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def wide(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages hold whole paths in one line."""
     monkeypatch.setattr(console.err, "width", 400)
-
-    def command(*tokens: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main([str(token) for token in tokens])
-        out, err = capsys.readouterr()
-        return code, out, " ".join(err.split())
-
-    return command
 
 
 @pytest.fixture(scope="module")

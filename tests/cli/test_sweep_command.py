@@ -11,10 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from common import each
+from common import Run, each
 
-import imagic_lora.cli.app as cli
-import imagic_lora.cli.console as console
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.record import EtaRecord
 from imagic_lora.adapters.store import Store
@@ -22,24 +20,14 @@ from imagic_lora.photos.reading import read_metadata, read_photo
 from imagic_lora.sampling.sweeps.scores import PROBES
 from imagic_lora.sampling.sweeps.suggest import COARSE, RULE, RULES, SEARCHED, Curves, band
 
-Run = Callable[..., tuple[int, str, str]]
 SWEEP = ("sweep", "rex", "--eta", "0.5,1", "--steps", 2)
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fitted: Callable[..., Adapter]) -> Run:
-    """Runs a command in a folder whose store has one adapter, ``rex``: its exit code, stdout and stderr."""
+def run(run: Run, tmp_path: Path, fitted: Callable[..., Adapter]) -> Run:
+    """Runs a command in a folder whose store has one adapter, ``rex``."""
     shutil.copytree(fitted("lora").folder, tmp_path / "adapters" / "rex")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(console.err, "width", 200)
-
-    def command(*tokens: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main([str(token) for token in tokens])
-        out, err = capsys.readouterr()
-        return code, out, " ".join(err.split())
-
-    return command
+    return run
 
 
 def test_sweep_writes_a_sheet_a_plot_and_every_score(run: Run) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,9 @@ from diffusers.pipelines.ledits_pp.pipeline_leditspp_stable_diffusion import (
     LEDITSCrossAttnProcessor,
     LeditsGaussianSmoothing,
 )
-from tiny import save_tiny_sdxl
 from torch import Tensor
 
-from imagic_lora.bases.base import Base
-from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.methods.attention.ledits import Concept, ConceptGuidance, LEdits, LEditsConfig, word_tokens
 from imagic_lora.methods.inversions.edit_friendly import EditFriendly, EditFriendlyConfig
 from imagic_lora.methods.inversions.inverted import Inverted
@@ -37,20 +30,6 @@ from imagic_lora.sampling.trajectory import Step, predictions
 PHRASES = ("a hat", "red")
 LEVELS = {"epsilon": 0, "critters": 1, "sdxl": 1}
 """How often the latents are halved before the maps that words are localised with."""
-
-
-@pytest.fixture(scope="module")
-def named(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
-    """A function that opens a base of each family."""
-    root = tmp_path_factory.mktemp("more")
-
-    @cache
-    def base(name: str) -> Base:
-        if name == "critters":
-            return load_base("critters", resolve_runtime(MemoryConfig(device="cpu")))
-        return opened(save_tiny_sdxl(root / name) if name == "sdxl" else folders[name])
-
-    return base
 
 
 @pytest.fixture(scope="module")

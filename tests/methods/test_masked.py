@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,11 @@ import torch
 from common import array, each, opened, same, weights
 from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionDiffEditPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
-from tiny import save_tiny, save_tiny_sdxl
+from tiny import save_tiny
 from torch import Tensor
 
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.methods.blended import BlendedConfig, BlendedLatentDiffusion, blended
 from imagic_lora.methods.diffedit import DiffEdit, DiffEditConfig, edited, found_mask
 from imagic_lora.methods.masks import latent_mask, mask_image
@@ -32,20 +27,6 @@ from imagic_lora.photos.reading import read_photo
 from imagic_lora.sampling.trajectory import Trajectory, guided, path
 
 BASES = ("epsilon", "v_prediction", "sdxl", "critters")
-
-
-@pytest.fixture(scope="module")
-def named(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
-    """A function that opens a base of each family."""
-    root = tmp_path_factory.mktemp("more")
-
-    @cache
-    def base(name: str) -> Base:
-        if name == "critters":
-            return load_base("critters", resolve_runtime(MemoryConfig(device="cpu")))
-        return opened(save_tiny_sdxl(root / name) if name == "sdxl" else folders[name])
-
-    return base
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,10 @@ import torch
 from common import array, each, opened, same, weights
 from PIL import Image
 from pydantic import ValidationError
-from tiny import save_tiny_sdxl
 from torch import Tensor
 
 from imagic_lora.bases.base import Base, Token
-from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.methods.attention.blend import LocalBlend
 from imagic_lora.methods.attention.branches import two_branches
 from imagic_lora.methods.attention.control import AttentionControl, ControlConfig, control
@@ -48,20 +42,6 @@ from imagic_lora.sampling.trajectory import Trajectory
 BASES = ("epsilon", "v_prediction", "sdxl", "critters")
 CROSS, SELF = Layer("down_blocks.0.attn2", True, "down", 0), Layer("down_blocks.0.attn1", False, "down", 0)
 STEPS = {"steps": 4, "guidance_scale": 3.0}
-
-
-@pytest.fixture(scope="module")
-def named(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
-    """A function that opens a base of each family."""
-    root = tmp_path_factory.mktemp("more")
-
-    @cache
-    def base(name: str) -> Base:
-        if name == "critters":
-            return load_base("critters", resolve_runtime(MemoryConfig(device="cpu")))
-        return opened(save_tiny_sdxl(root / name) if name == "sdxl" else folders[name])
-
-    return base
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ class Bench:
     def __init__(self, base: Base, side: int) -> None:
         self.base, self.device = base, base.runtime.device
         architecture = base.architecture
-        shape = (1, architecture.unet["in_channels"], side // architecture.vae_scale_factor, side // architecture.vae_scale_factor)
+        shape = (1, architecture.denoiser["in_channels"], side // architecture.vae_scale_factor, side // architecture.vae_scale_factor)
         self.latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         self.text = Conditioning(
             torch.randn(architecture.conditioning["tokens"], generator=torch.Generator().manual_seed(1)).to(self.device)
@@ -87,8 +87,8 @@ class Bench:
 
         def step() -> None:
             noise = torch.randn(batch, *latents.shape[1:], device=self.device)
-            timesteps = torch.randint(0, base.training_scheduler.config.num_train_timesteps, (batch,), device=self.device)
-            predicted = base.predict(base.training_scheduler.add_noise(latents.expand_as(noise), noise, timesteps), timesteps, text)
+            timesteps = torch.randint(0, base.process.scheduler.config.num_train_timesteps, (batch,), device=self.device)
+            predicted = base.predict(base.noised(latents.expand_as(noise), noise, timesteps), timesteps, text)
             F.mse_loss(predicted.float(), noise).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -114,7 +113,8 @@ def by_diffusers(pipe: Any, adapter: Adapter, eta: float, seed: int, config: Edi
     if mode == "lora":
         pipe.load_lora_weights(adapter.folder)
     elif mode == "full":
-        pipe.unet = UNet2DConditionModel.from_pretrained(adapter.folder / "unet")
+        component = adapter.record.parts[0].component
+        setattr(pipe, component, type(getattr(pipe, component)).from_pretrained(adapter.folder / component))
     stored = load_file(adapter.folder / "embeddings.safetensors")
     names = [name for name in ("tokens", "pooled") if f"target.{name}" in stored]
     mixed = {name: eta * stored[f"target.{name}"] + (1 - eta) * stored[f"optimised.{name}"] for name in names}

@@ -10,13 +10,24 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "lcm": LCMScheduler, "pndm": PNDMScheduler}
 NOISE = {"steps_offset": 1, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -109,7 +120,7 @@ def save_tiny_sdxl(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float
     return folder
 
 
-def _vae() -> AutoencoderKL:
+def _vae(**more) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -119,6 +130,7 @@ def _vae() -> AutoencoderKL:
         norm_num_groups=4,
         sample_size=32,
         scaling_factor=0.5,
+        **more,
     )
 
 
@@ -140,3 +152,50 @@ def _text_config(words: CLIPTokenizer, width: int, **more) -> CLIPTextConfig:
 def text_encoder(words: CLIPTokenizer, width: int) -> CLIPTextModel:
     """A CLIP text model of two layers."""
     return CLIPTextModel(_text_config(words, width))
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A T5 tokenizer of single letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((c, -3.0) for c in letters)], extra_ids=0)
+
+
+def save_tiny_sd3(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, t5: bool = True, shift: float = 3.0) -> Path:
+    """A Stable Diffusion 3.5 pipeline for 32x32 images with 4x8x8 latents, one layer of dual attention and one without.
+
+    Args:
+        t5: False saves it without T5.
+    """
+    torch.manual_seed(seed)
+    words, texts = tokenizer(), t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        caption_projection_dim=16,
+        pooled_projection_dim=40,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    with torch.no_grad():
+        for parameter in transformer.parameters():  # as initialised, most of the conditioning changes nothing
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    config = T5Config(vocab_size=len(texts), d_model=48, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    pipe = StableDiffusion3Pipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(shift=shift),
+        _vae(shift_factor=0.1),
+        CLIPTextModelWithProjection(_text_config(words, 16, projection_dim=16)),
+        words,
+        CLIPTextModelWithProjection(_text_config(words, 24, projection_dim=24, hidden_act="gelu")),
+        words,
+        T5EncoderModel(config) if t5 else None,
+        texts if t5 else None,
+    )
+    pipe.to(dtype=dtype).save_pretrained(folder)
+    return folder

@@ -8,7 +8,7 @@ from ..core.config import Mode, RunConfig
 
 _WEIGHTS: dict[Mode, str] = {
     "lora": "The weights load with plain diffusers: `load_lora_weights` on this folder.",
-    "full": "The weights load with plain diffusers: `UNet2DConditionModel.from_pretrained` on `unet/`.",
+    "full": "The weights load with plain diffusers: `from_pretrained` of the denoiser's class on its folder (`unet/` or `transformer/`).",
     "embedding": "There are no weights: the denoiser is that of the base, unchanged.",
 }
 

@@ -46,7 +46,7 @@ def read_embeddings(adapter: Adapter) -> dict[str, Conditioning]:
     names, consistent = set(embeddings), all("tokens" in each and each == shapes[0] for each in shapes)
     if shapes and consistent and (wrong := [(name, shape) for name, shape in shapes[0].items() if not _is_valid(name, shape)]):
         got = f"{adapter.folder / EMBEDDINGS} holds {wrong[0][0][:80]!r} of the shape {list(wrong[0][1])}"
-        raise ImagicError(got, "tokens [1, T, D], pooled [1, P], and other inputs [1, ...]", REMEDY)
+        raise ImagicError(got, "tokens [1, T, D], pooled [1, P], mask [1, T], and other inputs [1, ...]", REMEDY)
     if not consistent or not {"target", "optimised"} <= names <= {"target", "optimised", "null"}:
         listed = ", ".join(sorted(names))[:200] or "none"
         raise ImagicError(
@@ -59,7 +59,7 @@ def read_embeddings(adapter: Adapter) -> dict[str, Conditioning]:
 
 def _is_valid(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor of one conditioning can have this shape; :func:`check_base` compares it with that of the base."""
-    dimensions = {"tokens": 3, "pooled": 2}.get(name, len(shape))
+    dimensions = {"tokens": max(3, len(shape)), "pooled": 2, "mask": 2}.get(name, len(shape))
     return len(shape) == dimensions and shape[:1] == (1,) and all(shape)
 
 
@@ -118,7 +118,7 @@ def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
     """
     made_for, mode = adapter.record.base, adapter.record.config.tune.mode
     shapes = {name: tuple(value.shape) for name, value in read_embeddings(adapter)["target"].tensors().items()}
-    same = shapes == base.architecture.conditioning
+    same = shapes.pop("mask", shapes["tokens"][:2]) == shapes["tokens"][:2] and shapes == base.architecture.conditioning
     if made_for.fingerprint != base.fingerprint and not (force and same):
         remedy = "the weights have changed: fit again" if made_for.name == base.name else f"use --base {made_for.name}"
         raise ImagicError(

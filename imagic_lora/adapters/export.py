@@ -29,9 +29,10 @@ Files = Mapping[str, Iterable[bytes | memoryview]]
 _OPENCLIP_WIDTH = 1024  # of the embeddings of Stable Diffusion 2
 _STABILITY = "https://github.com/Stability-AI/generative-models"
 _KOHYA_USE = "Copy `{name}.safetensors` to the LoRA folder of ComfyUI or A1111 and use it at strength 1."
+_COMFYUI_USE = "Copy `{name}.safetensors` to the LoRA folder of ComfyUI and use it at strength 1. A1111 does not read it."
 _DIFFUSERS_USE: dict[Mode, str] = {
     "lora": "Load them with `pipe.load_lora_weights` on this folder.",
-    "full": "Load them with `UNet2DConditionModel.from_pretrained` on the folder `unet`.",
+    "full": "Load them with `{denoiser}.from_pretrained` on the folder `{component}`.",
     "embedding": "There are none. The edit uses the denoiser of the base, unchanged.",
 }
 _WITH_WEIGHTS = (
@@ -70,8 +71,9 @@ In place of a prompt, the denoiser gets
 
 computed for `tokens` and, if present, for `pooled`. {ends} The default eta of this edit is {eta:g}.
 
-In diffusers, pass the interpolated `tokens` as `prompt_embeds` and `null` as `negative_prompt_embeds`. SDXL also needs `pooled` as
-`pooled_prompt_embeds`, and the six numbers of `time_ids` as `original_size`, `crops_coords_top_left` and `target_size`.
+In diffusers, pass the interpolated `tokens` as `prompt_embeds` and `null` as `negative_prompt_embeds`. SDXL and Stable Diffusion 3 also
+need `pooled` as `pooled_prompt_embeds`, and SDXL the six numbers of `time_ids` as `original_size`, `crops_coords_top_left` and
+`target_size`.
 
 The images were sampled in {steps} steps at guidance scale {guidance:g}, starting from {start}.
 """
@@ -124,7 +126,10 @@ def _for_kohya(adapter: Adapter) -> Files:
     tensors, embeddings = kohya(adapter), f"{name}.embeddings.safetensors"
     layers = {key.partition(".")[0] for key in tensors}
     check_layers(layers)
-    use = [_KOHYA_USE.format(name=name), *notes(layers, adapter.record.prompt, _version(adapter) != "v1")]
+    use = [
+        (_KOHYA_USE if _version(adapter) != "sd3" else _COMFYUI_USE).format(name=name),
+        *notes(layers, adapter.record.prompt, _version(adapter) != "v1"),
+    ]
     for note in use[1:]:
         warnings.warn(note, ImagicWarning, stacklevel=3)
     return {
@@ -135,7 +140,10 @@ def _for_kohya(adapter: Adapter) -> Files:
 
 
 def _for_diffusers(adapter: Adapter) -> Files:
-    page = _page(adapter, _DIFFUSERS_USE[adapter.record.config.tune.mode], EMBEDDINGS)
+    component = _component(adapter)
+    denoiser = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}[component]
+    use = _DIFFUSERS_USE[adapter.record.config.tune.mode].format(denoiser=denoiser, component=component)
+    page = _page(adapter, use, EMBEDDINGS)
     return {file: pieces(adapter.listed(file)) for file in (*adapter.record.weight_files, EMBEDDINGS)} | {CARD: [page]}
 
 
@@ -168,6 +176,7 @@ def kohya(adapter: Adapter) -> dict[str, Tensor]:
     """Returns the LoRA layers under the names of kohya's scripts: ``lora_unet_`` and the name of the layer, with underscores for dots.
 
     Those scripts use the layer names of diffusers for Stable Diffusion 1 and 2, and the layer names of Stability's own code for SDXL.
+    The prefix of a transformer is ``lora_transformer_``: ComfyUI reads it with the layer names of diffusers.
     Readers multiply by ``alpha / rank``, and some assume that alpha is the rank. Therefore the scale is multiplied into the second matrix
     and alpha is set to the rank.
 
@@ -175,17 +184,17 @@ def kohya(adapter: Adapter) -> dict[str, Tensor]:
         ImagicError: the file holds anything other than LoRA layers of the recorded rank.
     """
     path, tune = adapter.listed(LORA_FILE), adapter.record.config.tune
-    stored, scale = read(path), 1.0 if tune.alpha is None else tune.alpha / tune.rank
-    layers = sorted({name.removeprefix("unet.").rpartition(".lora_")[0] for name in stored})
+    stored, scale, component = read(path), 1.0 if tune.alpha is None else tune.alpha / tune.rank, _component(adapter)
+    layers = sorted({name.removeprefix(f"{component}.").rpartition(".lora_")[0] for name in stored})
     names = original_names(layers) if _version(adapter) == "xl" else {layer: layer for layer in layers}
     tensors: dict[str, Tensor] = {}
     for layer, name in names.items():
-        down, up = (stored.pop(f"unet.{layer}.lora_{matrix}.weight", None) for matrix in "AB")
+        down, up = (stored.pop(f"{component}.{layer}.lora_{matrix}.weight", None) for matrix in "AB")
         if down is None or up is None or down.shape[:1] != (tune.rank,) or up.shape[1:2] != (tune.rank,):
             raise ImagicError(
                 f"{path} holds no pair of matrices of rank {tune.rank} for {layer[:80]!r}", "a LoRA file written by fit", REMEDY
             )
-        key = f"lora_unet_{name.replace('.', '_')}"
+        key = f"lora_{component}_{name.replace('.', '_')}"
         if f"{key}.alpha" in tensors:
             raise ImagicError(f"{path} holds two layers that are {key} in this format", "a LoRA file written by fit", REMEDY)
         tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up * scale, f"{key}.alpha": torch.tensor(float(tune.rank))}
@@ -194,8 +203,15 @@ def kohya(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
-def _version(adapter: Adapter) -> Literal["v1", "v2", "xl"]:
-    """Derives the version of Stable Diffusion from the shapes of the embeddings."""
+def _component(adapter: Adapter) -> str:
+    """The denoiser's component name; ``unet`` for an adapter without weights."""
+    return next((part.component for part in adapter.record.parts), "unet")
+
+
+def _version(adapter: Adapter) -> Literal["v1", "v2", "xl", "sd3"]:
+    """Derives the version of Stable Diffusion from its denoiser and the shapes of the embeddings."""
+    if _component(adapter) == "transformer":
+        return "sd3"
     target = read_embeddings(adapter)["target"]
     if target.pooled is not None:
         return "xl"
@@ -209,7 +225,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
     second = "v2-768-v" if height * width > 512 * 512 else "v2-512"  # a guess: the record does not contain the prediction type of the base
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"stable-diffusion-{ {'v1': 'v1', 'v2': second, 'xl': 'xl-v1-base'}[version] }/lora",
+        "modelspec.architecture": f"stable-diffusion-{ {'v1': 'v1', 'v2': second, 'xl': 'xl-v1-base', 'sd3': '3'}[version] }/lora",
         "modelspec.implementation": _STABILITY if version == "xl" else "diffusers",
         "modelspec.title": adapter.name,
         "modelspec.resolution": f"{width}x{height}",
@@ -218,7 +234,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(tune.rank),
         "ss_network_alpha": str(float(tune.rank)),
-        "ss_base_model_version": {"v1": "sd_v1", "v2": "sd_v2", "xl": "sdxl_base_v1-0"}[version],
+        "ss_base_model_version": {"v1": "sd_v1", "v2": "sd_v2", "xl": "sdxl_base_v1-0", "sd3": "sd3"}[version],
         "ss_v2": str(version == "v2"),
         "ss_sd_model_name": record.base.name,
         "ss_output_name": adapter.name,

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..bases.altered import altered
 from ..bases.base import Base
-from ..bases.layers import LORA_TARGETS
 from ..core.config import TuneConfig
 from ..core.errors import ImagicError
 from ..core.tensors import open_safetensors, read, safetensors_pieces, shapes
@@ -171,7 +170,7 @@ def _read_metadata(base: Base, path: Path) -> tuple[int, float, list[str]]:
         unsupported = [key for key in metadata if not key.startswith(prefix)]
         unsupported += [key for key, value in settings.items() if key != "peft_version" and (key not in defaults or value != defaults[key])]
         in_range = type(rank) is int and 1 <= rank <= 1024 and type(alpha) in (int, float) and 0 < alpha < float("inf")
-        known = type(targets) is list and sorted(targets) in [sorted(layers) for layers in LORA_TARGETS.values()]
+        known = type(targets) is list and sorted(targets) in [sorted(layers) for layers in base.architecture.lora_targets.values()]
         if unsupported or not in_range or not known:
             raise ValueError(", ".join(map(repr, unsupported[:3])) or "rank, alpha or target layers out of range")
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -1,39 +1,65 @@
-"""The configs of a base's components. This module does not import torch."""
+"""The configs of a base's components, and what follows from them before anything is loaded. This module does not import torch."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+from .layers import LORA_TARGETS, TRANSFORMER_TARGETS
 from .loading.vetting import TIME_IDS
+
+SD3_T5_LENGTH = 256
+"""Number of T5 tokens of Stable Diffusion 3: the default of diffusers' pipeline."""
+
+Guidance = Literal["cfg", "embedded", "none"]
+"""How a base is guided. ``cfg``: classifier-free guidance, a second pass. ``embedded``: the scale is an input of the denoiser. ``none``."""
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """The configs of a base's components, with the keys of diffusers and transformers.
+class Architecture(ABC):
+    """The configs of a base's components, with the keys of diffusers and transformers. Each family has a class.
 
     Args:
-        unet: config of the U-Net.
+        denoiser: config of the denoiser.
         vae: config of the VAE.
-        text_encoder: config of the (first) text encoder.
+        text_encoders: configs of the text encoders by component name, in the order in which they encode.
         scheduler: config of the sampling scheduler; ``_class_name`` is its class.
-        text_encoder_2: config of the second text encoder, whose pooled embedding is an input of the U-Net; None for families without one.
         empty_is_zeros: True if the unconditional embedding is zeros, False if it is the embedding of the empty prompt.
         few_steps: number of sampling steps of a distilled base; None for other bases.
     """
 
-    unet: dict[str, Any]
+    denoiser: dict[str, Any]
     vae: dict[str, Any]
-    text_encoder: dict[str, Any]
+    text_encoders: dict[str, dict[str, Any]]
     scheduler: dict[str, Any]
-    text_encoder_2: dict[str, Any] | None = None
     empty_is_zeros: bool = False
     few_steps: int | None = None
 
+    component: ClassVar[Literal["unet", "transformer"]]
+    """Name of the denoiser in a diffusers pipeline."""
+    process: ClassVar[Literal["diffusion", "flow"]]
+    """Noise process: :class:`~imagic_lora.bases.process.Diffusion` or :class:`~imagic_lora.bases.process.Flow`."""
+    encoder_classes: ClassVar[dict[str, str]]
+    """Classes of transformers of the text encoders, by component name. A base may lack the optional ones."""
+    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Suffixes of the names of the layers that LoRA adapts, by preset."""
+
     @property
-    def text_encoders(self) -> dict[str, dict[str, Any]]:
-        """Configs of the text encoders by component name (``text_encoder``, ``text_encoder_2``)."""
-        return {"text_encoder": self.text_encoder} | ({"text_encoder_2": self.text_encoder_2} if self.text_encoder_2 else {})
+    @abstractmethod
+    def conditioning(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of one conditioning with added conditions, ``B = 1``, by name; without the mask of the words."""
+
+    @property
+    @abstractmethod
+    def guidance(self) -> Guidance:
+        """How the base is guided."""
+
+    @property
+    @abstractmethod
+    def vae_overflows_fp16(self) -> bool:
+        """Whether the VAE overflows in fp16 and has to run in fp32 there."""
 
     @property
     def vae_scale_factor(self) -> int:
@@ -41,24 +67,65 @@ class Architecture:
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
-    def conditioning(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of one conditioning with added conditions, ``B = 1``, by name."""
-        shapes: dict[str, tuple[int, ...]] = {"tokens": (1, self.text_encoder["max_position_embeddings"], self.unet["cross_attention_dim"])}
-        if self.text_encoder_2:
-            shapes |= {"pooled": (1, self.text_encoder_2["projection_dim"]), "time_ids": (1, TIME_IDS)}
-        return shapes | ({"guidance": (1,)} if self.embeds_guidance else {})
-
-    @property
-    def embeds_guidance(self) -> bool:
-        """Whether the guidance scale is an input of the denoiser, which then needs no unconditional pass."""
-        return bool(self.unet.get("time_cond_proj_dim"))
-
-    @property
-    def vae_overflows_fp16(self) -> bool:
-        """Whether the VAE overflows in fp16: the VAE of SDXL does, unless its config sets ``force_upcast`` to false."""
-        return self.text_encoder_2 is not None and self.vae.get("force_upcast", True)
+    def latent_channels(self) -> int:
+        """Channels ``C`` of the latents that the denoiser takes."""
+        return self.denoiser["in_channels"]
 
     @property
     def resolution(self) -> int:
         """Side of the square images that the base was trained on, in pixels."""
-        return self.unet["sample_size"] * self.vae_scale_factor
+        return self.denoiser["sample_size"] * self.vae_scale_factor
+
+
+@dataclass(frozen=True)
+class UNetArchitecture(Architecture):
+    """Stable Diffusion 1.x, 2.x and XL. A second text encoder gives the pooled embedding, an input of the U-Net."""
+
+    component, process = "unet", "diffusion"
+    encoder_classes: ClassVar[dict[str, str]] = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+    lora_targets = LORA_TARGETS
+
+    @property
+    def conditioning(self) -> dict[str, tuple[int, ...]]:
+        length = self.text_encoders["text_encoder"]["max_position_embeddings"]
+        shapes: dict[str, tuple[int, ...]] = {"tokens": (1, length, self.denoiser["cross_attention_dim"])}
+        if second := self.text_encoders.get("text_encoder_2"):
+            shapes |= {"pooled": (1, second["projection_dim"]), "time_ids": (1, TIME_IDS)}
+        return shapes | ({"guidance": (1,)} if self.guidance == "embedded" else {})
+
+    @property
+    def guidance(self) -> Guidance:
+        return "embedded" if self.denoiser.get("time_cond_proj_dim") else "cfg"
+
+    @property
+    def vae_overflows_fp16(self) -> bool:
+        """The VAE of SDXL does, unless its config sets ``force_upcast`` to false."""
+        return "text_encoder_2" in self.text_encoders and self.vae.get("force_upcast", True)
+
+
+@dataclass(frozen=True)
+class SD3Architecture(Architecture):
+    """Stable Diffusion 3 and 3.5. The pooled embeddings of both CLIP encoders are inputs of the transformer."""
+
+    component, process = "transformer", "flow"
+    encoder_classes: ClassVar[dict[str, str]] = {
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel",
+    }
+    lora_targets = TRANSFORMER_TARGETS
+
+    @property
+    def conditioning(self) -> dict[str, tuple[int, ...]]:
+        clip = self.text_encoders["text_encoder"]["max_position_embeddings"]
+        tokens = (1, clip + SD3_T5_LENGTH, self.denoiser["joint_attention_dim"])
+        return {"tokens": tokens, "pooled": (1, self.denoiser["pooled_projection_dim"])}
+
+    @property
+    def guidance(self) -> Guidance:
+        return "cfg"
+
+    @property
+    def vae_overflows_fp16(self) -> bool:
+        """It does not: diffusers' pipeline has no such case."""
+        return False

@@ -6,13 +6,15 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from ..core.conditioning import Conditioning
 from ..core.config import Scheduler
+from ..core.errors import ImagicError
 from ..core.runtime import Runtime
 from .architecture import Architecture
+from .process import Process
 
 if TYPE_CHECKING:
     from .altered import Alteration
@@ -45,12 +47,9 @@ class Base(ABC):
         revision: branch, tag or commit of a hub id; None for the default branch, a folder or a file.
         fingerprint: hash of the weights and the prediction type. It is equal for the same weights in fp16, in fp32 and in a single file.
         runtime: device, precision and memory levers.
-        training_scheduler: DDPMScheduler with the noise schedule of the base's own scheduler. The own scheduler only samples, because other
-            classes define ``add_noise`` differently.
+        process: the noise process that the base was trained with.
     """
 
-    component: Literal["unet", "transformer"]
-    """Name of the denoiser in a diffusers pipeline: the component that stage 2 trains."""
     pipelines: ClassVar[dict[PipelineKind, type[DiffusionPipeline]]]
     """Pipeline classes that :meth:`pipeline` can create."""
     size_multiple: int
@@ -59,22 +58,17 @@ class Base(ABC):
     """Side of the square images that the base was trained on, in pixels."""
     architecture: Architecture
     """Configs of the components."""
-    training_scheduler: Any
-    """DDPMScheduler that defines the noise schedule of training: :meth:`noised`, :meth:`target` and :meth:`timesteps` use it."""
-    trained_timesteps: Tensor | None = None
-    """Timesteps that the distilled base was trained at, ascending, int64 ``[n]``; for LCM more than it samples at. A fit trains only at
-    these. None: the base is not distilled, and a fit trains at all timesteps."""
     alteration: Alteration | None = None
     """The present change of the denoiser, which :mod:`imagic_lora.bases.altered` undoes. None: the denoiser has its own weights."""
 
-    def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, training_scheduler: DDPMScheduler) -> None:
+    def __init__(self, name: str, revision: str | None, fingerprint: str, runtime: Runtime, process: Process) -> None:
         self.name, self.revision, self.fingerprint, self.runtime = name, revision, fingerprint, runtime
-        self.training_scheduler = training_scheduler
+        self.process = process
 
     @property
-    def prediction_type(self) -> str:
-        """Quantity that the denoiser predicts: ``epsilon`` (the noise), ``v_prediction`` (the velocity) or ``sample`` (``x_0``)."""
-        return self.training_scheduler.config.prediction_type
+    def component(self) -> Literal["unet", "transformer"]:
+        """Name of the denoiser in a diffusers pipeline: the component that stage 2 trains."""
+        return self.architecture.component
 
     @property
     @abstractmethod
@@ -100,6 +94,10 @@ class Base(ABC):
         """
 
     @abstractmethod
+    def word_mask(self, prompt: str) -> Tensor:
+        """Which tokens of :meth:`encode_prompt` are of the prompt, ``[1, T]`` bool: start and end token, if any, and words; no padding."""
+
+    @abstractmethod
     def null(self) -> Conditioning | None:
         """Encodes the unconditional input of classifier-free guidance.
 
@@ -121,14 +119,17 @@ class Base(ABC):
         """
         return conditioning
 
-    @abstractmethod
     def pipeline_kwargs(self, conditioning: Conditioning, null: Conditioning | None) -> dict[str, Any]:
         """Keyword arguments that pass a conditioning to a diffusers pipeline of this family.
 
         Args:
             conditioning: with added conditions, ``B = 1``.
             null: unconditional conditioning of the same shapes, or None to sample without classifier-free guidance.
+
+        Raises:
+            ImagicError: as :meth:`scheduler`.
         """
+        raise self._no_scheduler()
 
     @abstractmethod
     def encode_image(self, image: Tensor) -> Tensor:
@@ -166,31 +167,41 @@ class Base(ABC):
 
         Args:
             x_t: noisy latents ``[B, C, h, w]``.
-            timesteps: ``[B]``, in [0, ``num_train_timesteps``).
+            timesteps: ``[B]``, as :meth:`timesteps` returns them: in [0, ``num_train_timesteps``), or sigma in (0, 1] for a flow.
             conditioning: with added conditions, of batch size ``B``, or 1, which is broadcast.
 
         Returns:
             Prediction ``[B, C, h, w]`` of the quantity that :attr:`prediction_type` names, in the precision of the denoiser's computation.
+            That of a flow is the velocity ``noise - x_0``, whatever packing, time scale and sign the denoiser has.
         """
 
-    @abstractmethod
     def lora_targets(self, preset: str) -> list[str]:
         """Suffixes of the names of the layers that LoRA adapts.
 
         Args:
-            preset: ``attention`` (attention projections), ``attention+conv`` (also the convolutions of residual blocks), or ``all`` (every
-                linear and convolutional layer).
-        """
+            preset: ``attention`` (attention projections), ``attention+conv`` (also the convolutions of residual blocks), ``attention+mlp``
+                (also the feed-forward layers of a transformer), or ``all`` (every linear and convolutional layer).
 
-    @abstractmethod
+        Raises:
+            ImagicError: the denoiser has no such layers.
+        """
+        presets = self.architecture.lora_targets
+        if preset not in presets:
+            got = f"--targets {preset} on {self.name}, whose denoiser is a {'transformer' if self.component == 'transformer' else 'U-Net'}"
+            raise ImagicError(got, f"one of {', '.join(presets)}", "change --targets")
+        return list(presets[preset])
+
     def scheduler(self, scheduler_class: type | None = None) -> Any:
         """Creates a sampling scheduler with the noise schedule of the base.
 
         Args:
             scheduler_class: class of diffusers. None: a copy of the base's own scheduler.
-        """
 
-    @abstractmethod
+        Raises:
+            ImagicError: the base is a flow: it is sampled by :mod:`imagic_lora.sampling.flow`, not by diffusers' schedulers.
+        """
+        raise self._no_scheduler()
+
     def sampler(self, name: Scheduler, karras_sigmas: bool) -> Any:
         """Creates the sampling scheduler that a setting names.
 
@@ -199,10 +210,10 @@ class Base(ABC):
             karras_sigmas: whether the noise levels are spaced as in arXiv 2206.00364, equation 5.
 
         Raises:
-            ImagicError: the scheduler has no such spacing.
+            ImagicError: the scheduler has no such spacing; as :meth:`scheduler`.
         """
+        raise self._no_scheduler()
 
-    @abstractmethod
     def pipeline(self, kind: PipelineKind, scheduler_class: type | None = None) -> DiffusionPipeline:
         """Creates a diffusers pipeline that shares the components in memory and has its own scheduler.
 
@@ -211,43 +222,33 @@ class Base(ABC):
         Args:
             kind: selects the pipeline's class.
             scheduler_class: as for :meth:`scheduler`. The pipeline corrects the scheduler's config as it does when it is loaded.
+
+        Raises:
+            ImagicError: as :meth:`scheduler`.
         """
+        raise self._no_scheduler()
+
+    def _no_scheduler(self) -> ImagicError:
+        """The error for what only a diffusion process has."""
+        expected = "a base with the noise process of diffusion, such as Stable Diffusion 1, 2 or XL"
+        return ImagicError(f"a sampling scheduler of diffusers on {self.name}, a flow", expected, "choose another base or another method")
+
+    @property
+    def prediction_type(self) -> str:
+        """Quantity that the denoiser predicts, see :attr:`~imagic_lora.bases.process.Process.prediction_type`."""
+        return self.process.prediction_type
 
     def timesteps(self, times: Tensor) -> Tensor:
-        """Converts times to training timesteps: ``floor(u * num_train_timesteps)``.
-
-        A base with :attr:`trained_timesteps` uses ``trained_timesteps[floor(u * n)]`` for its ``n`` timesteps.
-
-        Args:
-            times: ``u`` in [0, 1), ``[B]``.
-
-        Returns:
-            Timesteps ``[B]``, int64.
-        """
-        if self.trained_timesteps is not None:
-            return self.trained_timesteps[(times * len(self.trained_timesteps)).long()]
-        return (times * self.training_scheduler.config.num_train_timesteps).long()
+        """Converts times ``u`` in [0, 1), ``[B]``, to timesteps: :meth:`~imagic_lora.bases.process.Process.timesteps`."""
+        return self.process.timesteps(times)
 
     def noised(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Adds noise: ``x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise``, equation 4 of DDPM (arXiv 2006.11239).
-
-        Args:
-            clean: latents ``x_0``, ``[B, C, h, w]``.
-            noise: standard normal, the same shape.
-            timesteps: ``[B]``, int64. ``a_t`` is the cumulative product of ``1 - beta`` at the timestep.
-        """
-        return self.training_scheduler.add_noise(clean, noise, timesteps)
+        """Adds noise: :meth:`~imagic_lora.bases.process.Process.noised`."""
+        return self.process.noised(clean, noise, timesteps)
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Training target of the denoiser, ``[B, C, h, w]``, for the arguments of :meth:`noised`.
-
-        ``epsilon``: the noise. ``v_prediction``: ``v = sqrt(a_t) noise - sqrt(1 - a_t) x_0`` (arXiv 2202.00512). ``sample``: ``x_0``.
-        """
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "v_prediction":
-            return self.training_scheduler.get_velocity(clean, noise, timesteps)
-        return clean
+        """Training target of the denoiser: :meth:`~imagic_lora.bases.process.Process.target`."""
+        return self.process.target(clean, noise, timesteps)
 
     def freeze(self, *modules: torch.nn.Module) -> None:
         """Disables the gradients of the modules' parameters and sets the modules to evaluation mode."""

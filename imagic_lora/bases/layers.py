@@ -17,22 +17,50 @@ _OTHERS = (
 LORA_TARGETS = {"attention": ATTENTION, "attention+conv": (*ATTENTION, *_CONV), "all": (*ATTENTION, *_CONV, *_OTHERS)}
 """Suffixes of layer names by LoRA preset. ``all`` covers every linear and convolutional layer of the U-Net."""
 
+_JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of image and text
+
+_MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+_OTHERS_OF_TRANSFORMER = (
+    "pos_embed.proj", "timestep_embedder.linear_1", "timestep_embedder.linear_2", "text_embedder.linear_1", "text_embedder.linear_2",
+    "context_embedder", "norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out",
+)  # fmt: skip
+
+TRANSFORMER_TARGETS = {
+    "attention": _JOINT_ATTENTION,
+    "attention+mlp": (*_JOINT_ATTENTION, *_MLP),
+    "all": (*_JOINT_ATTENTION, *_MLP, *_OTHERS_OF_TRANSFORMER),
+}
+"""As :data:`LORA_TARGETS`, of the transformer of Stable Diffusion 3."""
+
 BLOCK_4BIT = 64
 """Number of consecutive 4-bit weights that share one scale."""
 
 
-def text_parameters(config: dict[str, Any], projects: bool = False) -> int:
-    """Number of parameters of a ``CLIPTextModel``.
+def text_parameters(config: dict[str, Any], kind: str = "CLIPTextModel") -> int:
+    """Number of parameters of a text encoder.
 
     Counts token and position embeddings, the blocks (attention, MLP and two layer norms each), and the final layer norm.
 
     Args:
         config: config of the text encoder.
-        projects: True for a ``CLIPTextModelWithProjection``, which adds the projection of the pooled embedding.
+        kind: its class: ``CLIPTextModel``; ``CLIPTextModelWithProjection``, which adds the projection of the pooled embedding; or
+            ``T5EncoderModel``.
     """
+    if kind == "T5EncoderModel":
+        return _t5_parameters(config)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     attention = 4 * (hidden * hidden + hidden)
     mlp = 2 * hidden * inner + inner + hidden
     block = attention + mlp + 4 * hidden
     embeddings_and_norm = (config["vocab_size"] + config["max_position_embeddings"]) * hidden + 2 * hidden
-    return embeddings_and_norm + config["num_hidden_layers"] * block + (hidden * config["projection_dim"] if projects else 0)
+    return embeddings_and_norm + config["num_hidden_layers"] * block + (hidden * config["projection_dim"] if kind != "CLIPTextModel" else 0)
+
+
+def _t5_parameters(config: dict[str, Any]) -> int:
+    """Token embeddings, the blocks (attention, MLP and two norms without bias each), the relative positions, and the final norm."""
+    width, inner, heads = config["d_model"], config["d_ff"], config["num_heads"]
+    attention = 4 * width * heads * config["d_kv"]
+    mlp = (3 if config.get("feed_forward_proj", "relu").startswith("gated") else 2) * width * inner
+    positions = config.get("relative_attention_num_buckets", 32) * heads
+    return config["vocab_size"] * width + config["num_layers"] * (attention + mlp + 2 * width) + positions + width

@@ -14,14 +14,16 @@ class Conditioning:
     """The encoded prompts of a batch. Two objects are equal only if they are the same object.
 
     Args:
-        tokens: ``[B, T, D]``, the text encoder's state of every token.
+        tokens: ``[B, T, D]``, the text encoder's state of every token; some families have several states of a token, ``[B, T, L, D]``.
         pooled: ``[B, P]``, the pooled embedding, or None for families without one.
         extra: other inputs of the denoiser by name, such as sizes; stored with the rest, never optimised or interpolated.
+        mask: ``[B, T]`` bool, True for the tokens of words, False for padding; None where nothing depends on it.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """A copy on ``device``; ``dtype`` applies to the tokens and the pooled embedding, not to the extra inputs."""
@@ -29,26 +31,30 @@ class Conditioning:
             self.tokens.to(device, dtype),
             None if self.pooled is None else self.pooled.to(device, dtype),
             {name: value.to(device) for name, value in self.extra.items()},
+            None if self.mask is None else self.mask.to(device),
         )
 
     def expand(self, batch: int) -> Conditioning:
         """Broadcasts a conditioning of batch size 1 to ``batch``; one of batch size ``batch`` is returned unchanged."""
         return Conditioning(
-            self.tokens.expand(batch, -1, -1),
+            self.tokens.expand(batch, *self.tokens.shape[1:]),
             None if self.pooled is None else self.pooled.expand(batch, -1),
             {name: value.expand(batch, *value.shape[1:]) for name, value in self.extra.items()},
+            None if self.mask is None else self.mask.expand(batch, -1),
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, for a file: ``tokens``, ``pooled`` unless it is None, and every extra input."""
+        """All tensors by name, for a file: ``tokens``, every extra input, ``pooled`` and ``mask`` (1 and 0) unless they are None."""
         named = {"tokens": self.tokens, **self.extra}
-        return named if self.pooled is None else {**named, "pooled": self.pooled}
+        named |= {} if self.pooled is None else {"pooled": self.pooled}
+        return named if self.mask is None else {**named, "mask": self.mask.float()}
 
     @classmethod
     def from_tensors(cls, named: Mapping[str, Tensor]) -> Conditioning:
         """The inverse of :meth:`tensors`."""
-        extra = {name: value for name, value in named.items() if name not in ("tokens", "pooled")}
-        return cls(named["tokens"], named.get("pooled"), extra)
+        extra = {name: value for name, value in named.items() if name not in ("tokens", "pooled", "mask")}
+        mask = named.get("mask")
+        return cls(named["tokens"], named.get("pooled"), extra, None if mask is None else mask != 0)
 
 
 def source_conditionings(target: Conditioning, optimised: Conditioning, etas: Sequence[float], source_eta: float) -> list[Conditioning]:
@@ -71,7 +77,7 @@ def interpolate(target: Conditioning, optimised: Conditioning, eta: float) -> Co
     """``e_eta = eta * e_tgt + (1 - eta) * e_opt``: equation 3 of Imagic (arXiv 2210.09276).
 
     Args:
-        target: conditioning of the target prompt, ``e_tgt``; the result has its extra inputs.
+        target: conditioning of the target prompt, ``e_tgt``; the result has its extra inputs and its mask.
         optimised: conditioning optimised on the photo, ``e_opt``, of the same shapes.
         eta: 0 returns the tensors of ``optimised``, 1 those of ``target``, both exactly.
     """
@@ -82,12 +88,13 @@ def interpolate(target: Conditioning, optimised: Conditioning, eta: float) -> Co
     pooled = None
     if target.pooled is not None and optimised.pooled is not None:
         pooled = mix(target.pooled, optimised.pooled)
-    return Conditioning(mix(target.tokens, optimised.tokens), pooled, target.extra)
+    return Conditioning(mix(target.tokens, optimised.tokens), pooled, target.extra, target.mask)
 
 
 def concatenate(conditionings: list[Conditioning]) -> Conditioning:
-    """Concatenates conditionings along the batch dimension, in order."""
+    """Concatenates conditionings of equal shapes along the batch dimension, in order."""
     first = conditionings[0]
     pooled = None if first.pooled is None else torch.cat([c.pooled for c in conditionings if c.pooled is not None])
     extra = {name: torch.cat([c.extra[name] for c in conditionings]) for name in first.extra}
-    return Conditioning(torch.cat([c.tokens for c in conditionings]), pooled, extra)
+    mask = None if first.mask is None else torch.cat([c.mask for c in conditionings if c.mask is not None])
+    return Conditioning(torch.cat([c.tokens for c in conditionings]), pooled, extra, mask)

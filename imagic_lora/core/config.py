@@ -82,9 +82,9 @@ class TuneConfig(Config):
     """Rank of the LoRA matrices. A higher rank can learn more and gives a larger adapter. Only for mode lora."""
     alpha: Annotated[float | None, _flag("alpha")] = Field(default=None, gt=0, allow_inf_nan=False)
     """LoRA alpha: the LoRA update is scaled by alpha / rank. Without it alpha equals the rank (scale 1). Only for mode lora."""
-    targets: Annotated[Literal["attention", "attention+conv", "all"], _flag("targets")] = "attention"
-    """Layers that LoRA adapts. attention: the attention projections. attention+conv: also the convolutions of the residual blocks. all:
-    every linear and convolution layer. Only for mode lora."""
+    targets: Annotated[Literal["attention", "attention+conv", "attention+mlp", "all"], _flag("targets")] = "attention"
+    """Layers that LoRA adapts. attention: the attention projections. attention+conv: also the convolutions of the residual blocks of a
+    U-Net. attention+mlp: also the feed-forward layers of a transformer. all: every linear and convolution layer. Only for mode lora."""
 
 
 class EditConfig(Config):

@@ -100,18 +100,18 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "")
     return phrases
 
 
-def recipe_of(base: str | None, few_steps: int | None = None, embeds_guidance: bool = False) -> Recipe:
+def recipe_of(base: str | None, few_steps: int | None = None, guidance: str = "cfg") -> Recipe:
     """Returns the recipe of a base: its own, or that of Stable Diffusion.
 
     Args:
         base: name of the built-in base; None for another base.
         few_steps: number of sampling steps of a distilled base, or None. A distilled base samples without classifier-free guidance.
-        embeds_guidance: whether the guidance scale is an input of the denoiser.
+        guidance: how the base is guided: ``cfg``, ``embedded`` (the scale is an input of the denoiser) or ``none``.
     """
     recipe = RECIPES[base] if base in RECIPES else RECIPES["sd"]
     if few_steps is None:
         return recipe
-    sampling = {"edit": {"steps": few_steps, "guidance_scale": _EMBEDDED_GUIDANCE if embeds_guidance else 0.0}}
+    sampling = {"edit": {"steps": few_steps, "guidance_scale": _EMBEDDED_GUIDANCE if guidance == "embedded" else 0.0}}
     return {mode: merged(settings, sampling) for mode, settings in recipe.items()}
 
 

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, Literal
 
-from ..bases.architecture import Architecture
-from ..bases.layers import LORA_TARGETS, text_parameters
+from ..bases.architecture import Architecture, UNetArchitecture
+from ..bases.layers import text_parameters
 from ..core.config import RunConfig
-from .symbolic.layers import LayerOptions, Layers
+from .symbolic.layers import LayerOptions, Layers, NotPlanned
 from .symbolic.tape import Tape
 from .symbolic.unet import UNet
 from .symbolic.vae import vae_forward
-from .trained import trained
+from .trained import Counts, trained
 
 _ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _CUDA_CONTEXT = 500 * 2**20  # bytes of a CUDA context and the kernels of its libraries, before any tensor exists
@@ -129,8 +129,11 @@ def assume(run: RunConfig, device: Literal["cuda", "cpu"] | None = None) -> Assu
 
 
 def passes_per_step(architecture: Architecture, run: RunConfig) -> int:
-    """Number of passes through the denoiser for one sampling step: 2 with classifier-free guidance, 1 without."""
-    return 2 if run.edit.guidance_scale > 1 and not architecture.embeds_guidance else 1
+    """Number of samples that one image takes in a pass through the denoiser: 2 with classifier-free guidance, 1 without.
+
+    A flow takes the passes of guidance one after the other.
+    """
+    return 2 if run.edit.guidance_scale > 1 and architecture.guidance == "cfg" and architecture.process == "diffusion" else 1
 
 
 def denoiser_waits_in_host_memory(run: RunConfig, assumed: Assumed) -> bool:
@@ -147,13 +150,15 @@ def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None 
         assumed: None for :func:`assume` of the run.
 
     Raises:
-        NotPlanned: the U-Net has parts that :mod:`imagic_lora.memory.symbolic.unet` does not model.
+        NotPlanned: the denoiser is a transformer, or has parts that :mod:`imagic_lora.memory.symbolic.unet` does not model.
     """
     planner = _Planner(architecture, run, assumed or assume(run))
     return planner.plan(planner.stages())
 
 
-def plan_from_peaks(architecture: Architecture, run: RunConfig, assumed: Assumed, stages: dict[str, Peak]) -> Plan:
+def plan_from_peaks(
+    architecture: Architecture, run: RunConfig, assumed: Assumed, stages: dict[str, Peak], counts: Counts | None = None
+) -> Plan:
     """A plan with given peaks; host memory and sizes on disk are predicted.
 
     Args:
@@ -161,25 +166,27 @@ def plan_from_peaks(architecture: Architecture, run: RunConfig, assumed: Assumed
         run: settings of the run.
         assumed: device, precision and optimizer that the peaks are for.
         stages: the peak of every stage, by name.
+        counts: of the denoiser; None counts a symbolic U-Net.
 
     Raises:
-        NotPlanned: as :func:`predict`.
+        NotPlanned: as :func:`predict`, without ``counts``.
     """
-    return _Planner(architecture, run, assumed).plan(stages)
+    return _Planner(architecture, run, assumed, counts).plan(stages)
 
 
 class _Planner:
     """Predicts the peak of each stage of a run."""
 
-    def __init__(self, architecture: Architecture, run: RunConfig, assumed: Assumed) -> None:
+    def __init__(self, architecture: Architecture, run: RunConfig, assumed: Assumed, counts: Counts | None = None) -> None:
         self.architecture, self.run, self.assumed = architecture, run, assumed
         self.full = run.tune.mode == "full"
         self.itemsize = _ITEMSIZES[assumed.dtype]
         self.pixels = (run.resolution or architecture.resolution) ** 2
-        self.unet = self._denoiser_pass(tuned=True)[0]
+        self.unet = counts or self._denoiser_pass(tuned=True)[0]
         self.vae = self._vae_pass(decode=True)[0] + self._vae_pass(decode=False)[0]
         texts = architecture.text_encoders.items()
-        self.encoders = self.vae + self.itemsize * sum(text_parameters(config, name == "text_encoder_2") for name, config in texts)
+        kinds = architecture.encoder_classes
+        self.encoders = self.vae + self.itemsize * sum(text_parameters(config, kinds[name]) for name, config in texts)
         self.trained = trained(architecture, run.tune.mode, self.unet, assumed.optimizer)
 
     def plan(self, stages: dict[str, Peak]) -> Plan:
@@ -232,6 +239,9 @@ class _Planner:
         Returns:
             The layers with their counts, and the peak in bytes of the pass without the weights.
         """
+        if not isinstance(self.architecture, UNetArchitecture):
+            remedy = "run fit with --preset 8gb, which needs no prediction; imagic-lora plan predicts its memory from a rehearsal"
+            raise NotPlanned("a transformer", "a U-Net, for a prediction without a rehearsal", remedy)
         memory = self.run.memory
         stochastic = self.full and memory.master_weights == "bf16-stochastic"
         tape = Tape(
@@ -242,7 +252,7 @@ class _Planner:
         options = self._layer_options(tuned, trains, stochastic)
         # autocast caches the casts of trained weights alone
         layers = Layers(tape, options, cache=[] if memory.autocast_cache and options.trained else None)
-        unet = UNet(self.architecture.unet, layers, memory.gradient_checkpointing and trains is not None)
+        unet = UNet(self.architecture.denoiser, layers, memory.gradient_checkpointing and trains is not None)
         tokens = self.architecture.conditioning["tokens"][1]
         out = unet.forward(self.pixels // self.architecture.vae_scale_factor**2, batch, tokens, tokens_need_grad=trains == "embed")
         # autocast clears its cache at the end of a forward pass; the backward pass of checkpointed blocks would count layers twice
@@ -258,7 +268,7 @@ class _Planner:
             weight_itemsize=4 if self.full and not stochastic else self.itemsize,
             trained=self.full and trains == "tune",
             rank=run.tune.rank if lora else 0,
-            targets=LORA_TARGETS[run.tune.targets] if lora else (),
+            targets=self.architecture.lora_targets.get(run.tune.targets, ()) if lora else (),
             four_bit=run.memory.quantize == "nf4",
             fp32_norms=self.assumed.device == "cuda",
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 from ..bases.architecture import Architecture
 from ..core.config import Mode
 from .optimizer_states import states_8bit
-from .symbolic.layers import Layers
 
 _ADAM_STATES = 8  # bytes an element: two fp32 moments
 _FP32 = 4  # bytes an element of LoRA weights and embeddings
@@ -33,7 +33,21 @@ class Trained:
     stored: int
 
 
-def trained(architecture: Architecture, mode: Mode, unet: Layers, optimizer: str) -> Trained:
+class Counts(Protocol):
+    """The counted weights of a denoiser: :class:`~imagic_lora.memory.symbolic.layers.Layers`, or those of a rehearsal.
+
+    ``parameters`` and ``bytes`` of its weights, ``states`` of Adam in 8 bits for them; ``lora``: parameters of the LoRA layers of the run,
+    ``lora_states``: their states in 8 bits.
+    """
+
+    parameters: int
+    bytes: int
+    states: int
+    lora: int
+    lora_states: int
+
+
+def trained(architecture: Architecture, mode: Mode, unet: Counts, optimizer: str) -> Trained:
     """The bytes of what a mode trains last: LoRA layers, the denoiser, or the embedding.
 
     Args:

@@ -51,7 +51,7 @@ def generation_passes(base: Base, config: EditConfig) -> Passes:
     Raises:
         ImagicError: the strength leaves no sampling step.
     """
-    guided = 2 if config.guidance_scale > 1 and not base.architecture.embeds_guidance else 1
+    guided = 2 if config.guidance_scale > 1 and base.architecture.guidance == "cfg" else 1
     if config.start == "inverted":
         return Passes(config.steps * (1 + guided))
     scheduler = base.scheduler()

@@ -161,8 +161,10 @@ class Method(ABC):
             ImagicError: the base is not supported or has an adapter applied, a required field is missing, a prompt is empty or not UTF-8,
                 the seed is out of range, or the mask does not have the size of the photo.
         """
-        if base.component not in self.supports or (self.needs_null and base.architecture.embeds_guidance):
-            kind = f"a {base.component}" + (" that takes the guidance scale as an input" if base.architecture.embeds_guidance else "")
+        if base.component not in self.supports or (self.needs_null and base.architecture.guidance != "cfg"):
+            kind = f"a {base.component}" + (
+                " that takes the guidance scale as an input" if base.architecture.guidance == "embedded" else ""
+            )
             expected = " or ".join(sorted(self.supports)) + (" with classifier-free guidance" if self.needs_null else "")
             raise ImagicError(f"method {self.name} on {base.name}, {kind}", f"a {expected}", "choose another base or another method")
         check_unaltered(base)

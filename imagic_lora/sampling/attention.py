@@ -117,7 +117,7 @@ def attention_layers(base: Base) -> list[tuple[Layer, Attention]]:
     Raises:
         ImagicError: the denoiser has no such layers.
     """
-    levels = len(base.architecture.unet["block_out_channels"]) - 1
+    levels = len(base.architecture.denoiser["block_out_channels"]) - 1
     layers = []
     for name, block in base.denoiser.named_modules():
         match = _BLOCK.match(f"{name}.")

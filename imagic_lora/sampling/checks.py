@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..bases.base import Base
+from ..bases.process import Diffusion, Flow
 from ..core.config import EditConfig
 from ..core.errors import ImagicError, ImagicWarning
 from ..core.text import check_utf8, exact
@@ -63,8 +64,13 @@ def check_scheduler(base: Base, config: EditConfig) -> None:
 
     Raises:
         ImagicError: the scheduler does not support the number of steps or Karras sigmas; or it samples at timesteps
-            that a distilled base was not trained at.
+            that a distilled base was not trained at. The base is a flow, and the scheduler is one of diffusion.
     """
+    if isinstance(base.process, Flow):
+        if config.scheduler not in ("base", "euler") or config.karras_sigmas:
+            got = f"scheduler {config.scheduler}{' with Karras sigmas' if config.karras_sigmas else ''} on {base.name}, a flow"
+            raise ImagicError(got, "base or euler: flows are sampled by Euler's method", "use --scheduler base --no-karras-sigmas")
+        return
     scheduler = base.sampler(config.scheduler, config.karras_sigmas)
     try:
         scheduler.set_timesteps(config.steps)
@@ -74,10 +80,11 @@ def check_scheduler(base: Base, config: EditConfig) -> None:
         raise ImagicError(got, "a number of steps that the scheduler supports", "use another number of steps") from error
     if config.scheduler == "base" and not config.karras_sigmas:
         return
-    if base.trained_timesteps is not None and not set(scheduler.timesteps.long().tolist()) <= set(base.trained_timesteps.tolist()):
+    trained = base.process.trained_timesteps if isinstance(base.process, Diffusion) else None
+    if trained is not None and not set(scheduler.timesteps.long().tolist()) <= set(trained.tolist()):
         got = f"scheduler {config.scheduler} with {config.steps} steps, which samples at other timesteps than {base.name} was distilled at"
         raise ImagicError(got, "a scheduler that samples at the timesteps of the base", "use --scheduler base")
-    if config.scheduler == "lcm" and base.trained_timesteps is None:
+    if config.scheduler == "lcm" and trained is None:
         message = f"scheduler lcm is for latent consistency models; {base.name} is not distilled, so images will be blurred"
         warnings.warn(message, ImagicWarning, stacklevel=1)
 

@@ -16,6 +16,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.manifest import Sha256
 from ..adapters.record import Name
 from ..bases.base import Base
+from ..bases.process import Flow
 from ..core.config import EditConfig
 from ..core.environment import library_versions
 from ..core.text import exact
@@ -30,6 +31,7 @@ _SAMPLERS = {  # the names of A1111 by class of diffusers
     "DPMSolverMultistepScheduler": "DPM++ 2M",
     "EulerAncestralDiscreteScheduler": "Euler a",
     "EulerDiscreteScheduler": "Euler",
+    "FlowMatchEulerDiscreteScheduler": "Euler",
     "HeunDiscreteScheduler": "Heun",
     "KDPM2AncestralDiscreteScheduler": "DPM2 a",
     "KDPM2DiscreteScheduler": "DPM2",
@@ -174,5 +176,7 @@ def _quoted(value: object) -> str:
 
 
 def _scheduler_class(base: Base, config: EditConfig) -> str:
-    """The class of diffusers that samples; inversion needs DDIM."""
+    """The class of diffusers that samples, or that samples as we do: Euler's method for a flow; inversion of a diffusion needs DDIM."""
+    if isinstance(base.process, Flow):
+        return "FlowMatchEulerDiscreteScheduler"
     return "DDIMScheduler" if config.start == "inverted" else type(base.sampler(config.scheduler, config.karras_sigmas)).__name__

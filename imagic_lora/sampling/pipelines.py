@@ -17,7 +17,7 @@ from ..core.errors import ImagicError
 
 def pipeline_guidance(base: Base, config: EditConfig, guided: bool) -> float:
     """Returns the guidance scale for a pipeline call; 1 turns guidance off, unless the denoiser takes the scale as an input."""
-    return config.guidance_scale if guided or base.architecture.embeds_guidance else 1.0
+    return config.guidance_scale if guided or base.architecture.guidance == "embedded" else 1.0
 
 
 def negative(base: Base, config: EditConfig, null: Conditioning | None) -> Conditioning | None:

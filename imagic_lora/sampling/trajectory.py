@@ -33,6 +33,7 @@ from torch import Tensor
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, concatenate
 from ..core.errors import ImagicError
+from .guidance import guided as combined
 
 Path = dict[int, Tensor]
 """Latents ``[B, C, h, w]`` by position."""
@@ -218,6 +219,6 @@ def guided(base: Base, conditioning: Conditioning, null: Conditioning | None = N
         if null is None or scale == 1:
             return predictions(base, latents, step.timestep, conditioning)[0]
         without, with_prompt = predictions(base, latents, step.timestep, null, conditioning)
-        return without + scale * (with_prompt - without)
+        return combined(with_prompt, without, scale)
 
     return predict

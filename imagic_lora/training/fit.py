@@ -131,6 +131,8 @@ def _open_checked(
     else:
         check_unaltered(base)
         config = config.model_copy(update={"memory": base.runtime.memory})
+    if config.tune.mode == "lora":
+        base.lora_targets(config.tune.targets)  # raises for layers that the denoiser does not have
     if config.memory.optimizer_in_backward:
         check_single_process(processes)
     if MODES[config.tune.mode].in_base:

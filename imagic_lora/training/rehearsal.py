@@ -4,32 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import Module, Parameter
-from transformers import CLIPTextConfig
+from torch.nn import Linear, Module, Parameter
 
 from ..adapters.modes import MODES
-from ..bases.architecture import Architecture
-from ..bases.families.sd import TOKENIZERS, StableDiffusion, vae_dtype
+from ..bases.architecture import Architecture, UNetArchitecture
+from ..bases.families.common import LatentBase, tokenizer_of, vae_dtype
 from ..bases.loading.components import TEXT_ENCODERS
 from ..bases.loading.registry import family_of
 from ..core.conditioning import Conditioning
 from ..core.config import RunConfig
 from ..core.runtime import DTYPES, Processes, Runtime
+from ..memory.optimizer_states import states_8bit
 from ..memory.plan import Assumed, Peak, Plan, denoiser_waits_in_host_memory, passes_per_step, plan_from_peaks
 from ..memory.tracker import Tracker
 from .embed import embed_stage
 from .monitoring.convergence import fixed_losses
 from .stage import Stage
 from .tune import tune_stage
+
+
+@dataclass
+class CountedWeights:
+    """The counted weights of a denoiser, see :class:`~imagic_lora.memory.trained.Counts`."""
+
+    parameters: int
+    bytes: int
+    states: int
+    lora: int
+    lora_states: int
 
 
 def _in_fp32_under_autocast(normalize: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -72,12 +84,13 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Pl
     runtime = Runtime(torch.device("cpu"), DTYPES[assumed.dtype], assumed.optimizer, memory, {})
     with FakeTensorMode(), patch.object(Module, "_apply", _convert), Tracker() as tracker:
         base = random_base(architecture, run, runtime)
+        counts = None if isinstance(architecture, UNetArchitecture) else counted(base, run)
         with _cuda_autocast() if assumed.device == "cuda" else nullcontext():
             stages = dict(_stages(base, run, tracker))
     if denoiser_waits_in_host_memory(run, assumed):
         denoiser = sum(tensor.nbytes for tensor in (*base.denoiser.parameters(), *base.denoiser.buffers()))
         stages["encode"] = replace(stages["encode"], weights=stages["encode"].weights - denoiser)
-    return plan_from_peaks(architecture, run, assumed, stages)
+    return plan_from_peaks(architecture, run, assumed, stages, counts)
 
 
 def _convert(module: Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
@@ -92,7 +105,7 @@ def _convert(module: Module, change: Callable[[Tensor], Tensor], recurse: bool =
     return module
 
 
-def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) -> StableDiffusion:
+def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) -> LatentBase:
     """A base of true size with random weights and no tokenizer, for measuring memory and speed.
 
     Args:
@@ -100,23 +113,47 @@ def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) ->
         run: settings of the run.
         runtime: device and precision of the base.
     """
+    family = family_of(architecture)
     fp32_weights = MODES[run.tune.mode].in_base and run.memory.master_weights == "fp32"
 
     def load(name: str) -> Any:
         with _default_dtype(vae_dtype(architecture, runtime.dtype) if name == "vae" else runtime.dtype):
             if name == "vae":
                 return AutoencoderKL.from_config(architecture.vae)
-            return TEXT_ENCODERS[name](CLIPTextConfig(**architecture.text_encoders[name]))
+            config_class, model_class = TEXT_ENCODERS[architecture.encoder_classes[name]]
+            return model_class(config_class(**architecture.text_encoders[name]))
 
     with _default_dtype(torch.float32 if fp32_weights else runtime.dtype):
-        unet = UNet2DConditionModel.from_config(architecture.unet)
-    components = {"unet": unet, "scheduler": DDIMScheduler.from_config(architecture.scheduler), "vae": load("vae")}
+        denoiser = family.denoiser_class.from_config(architecture.denoiser)
+    scheduler = FlowMatchEulerDiscreteScheduler if architecture.process == "flow" else DDIMScheduler
+    components = {architecture.component: denoiser, "scheduler": scheduler.from_config(architecture.scheduler), "vae": load("vae")}
     for encoder in architecture.text_encoders:
-        components |= {encoder: load(encoder), TOKENIZERS[encoder]: None}
-    return family_of(architecture)(architecture, components, run.base, None, "", runtime, load)
+        components |= {encoder: load(encoder), tokenizer_of(encoder): None}
+    return family(architecture, components, run.base, None, "", runtime, load)
 
 
-def random_conditioning(base: StableDiffusion, height: int, width: int) -> Conditioning:
+def counted(base: LatentBase, run: RunConfig) -> CountedWeights:
+    """Counts the weights of a denoiser, and those of the LoRA layers that a run would add to it."""
+    tensors = [*base.denoiser.parameters(), *base.denoiser.buffers()]
+    sizes = [parameter.numel() for parameter in base.denoiser.parameters()]
+    lora: list[int] = []
+    if run.tune.mode == "lora":
+        targets, rank = tuple(f".{suffix}" for suffix in base.lora_targets(run.tune.targets)), run.tune.rank
+        for name, module in base.denoiser.named_modules():
+            layer: Any = module
+            if not f".{name}".endswith(targets):
+                continue
+            inputs, outputs = (
+                (layer.in_features, layer.out_features) if isinstance(layer, Linear) else (layer.in_channels, layer.out_channels)
+            )
+            kernel = 1 if isinstance(layer, Linear) else prod(layer.kernel_size)
+            lora += [rank * inputs * kernel, rank * outputs]
+    return CountedWeights(
+        sum(sizes), sum(tensor.nbytes for tensor in tensors), sum(map(states_8bit, sizes)), sum(lora), sum(map(states_8bit, lora))
+    )
+
+
+def random_conditioning(base: LatentBase, height: int, width: int) -> Conditioning:
     """A random conditioning with the shapes of a base, added conditions included.
 
     Args:
@@ -138,7 +175,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _stages(base: StableDiffusion, run: RunConfig, tracker: Tracker) -> Iterator[tuple[str, Peak]]:
+def _stages(base: LatentBase, run: RunConfig, tracker: Tracker) -> Iterator[tuple[str, Peak]]:
     """Runs every stage, and yields its name and its peak."""
     side = run.resolution or base.resolution
     tracker.reset_peak()
@@ -188,23 +225,21 @@ def _training_peak(stage: Stage, run: RunConfig, tracker: Tracker) -> Peak:
 
 @torch.no_grad()
 def _sampling_peaks(
-    base: StableDiffusion, run: RunConfig, latents: Tensor, conditioning: Conditioning, tracker: Tracker
+    base: LatentBase, run: RunConfig, latents: Tensor, conditioning: Conditioning, tracker: Tracker
 ) -> tuple[int, dict[str, int]]:
     """Runs one pass of the denoiser and the decoding of a batch of images.
 
     Returns:
         The bytes that are held before, and those that ``sample`` and ``decode`` allocate at their peak.
     """
-    base.pipeline("text2image")  # loads the VAE, as an edit does
+    base.encode_image(torch.empty(1, 3, *(side * base.architecture.vae_scale_factor for side in latents.shape[2:])))  # loads the VAE
     held, count, activations = tracker.now, run.edit.batch_size, dict[str, int]()
     tracker.reset_peak()
     batch = count * passes_per_step(base.architecture, run)
     noisy, times = latents.expand(batch, -1, -1, -1).to(base.denoiser.dtype), torch.zeros(batch, dtype=torch.int64)
     dtype = base.runtime.dtype
     with torch.autocast("cpu", dtype, enabled=base.denoiser.dtype != dtype, cache_enabled=False):  # as in generate()
-        repeated = conditioning.expand(batch).to(noisy.device, dtype)
-        base.denoiser(noisy, times, repeated.tokens, **base.added_conditions(repeated))
-        del repeated
+        base.denoise(noisy, times, conditioning.expand(batch).to(noisy.device, dtype))
     activations["sample"] = tracker.peak - held
     tracker.reset_peak()
     base.decode(latents.expand(count, -1, -1, -1))

@@ -103,7 +103,7 @@ class Run:
         if early:
             evaluated = config.monitoring.model_dump(include={"convergence_every", "patience", "min_improvement"})
             inputs["early_stop"] = {"stages": list(dict.fromkeys(early)), **evaluated}
-        if self.base.architecture.embeds_guidance:
+        if self.base.architecture.guidance == "embedded":
             inputs["guidance_scale"] = config.edit.guidance_scale
         weights = {"master_weights": runtime.memory.master_weights, "quantize": runtime.memory.quantize}
         if stage == "tune":

@@ -227,7 +227,7 @@ def test_plain_diffusers_loads_it(folder: Path, fitted: Fitted, tmp_path: Path) 
         expected = output(base)
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(made.folder)
-    base._unet = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
+    base._denoiser = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.equal(output(base), expected)
 
 

@@ -56,7 +56,7 @@ def xl(photo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def modules(name: str, preset: str) -> list[str]:
     """The layers of a true-size U-Net that a preset adapts, as PEFT finds them."""
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(PUBLISHED[name].unet)
+        unet: Any = UNet2DConditionModel.from_config(PUBLISHED[name].denoiser)
     ends = tuple(f".{end}" for end in LORA_TARGETS[preset])
     return [one for one, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d) and f".{one}".endswith(ends)]
 
@@ -121,7 +121,7 @@ def test_diffusers_reads_kohya_s_layout_back(folder: Path, fitted: Fitted, tmp_p
         weights = export(adapter, "kohya", tmp_path / "out")[0]
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(weights)
-    base._unet = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
+    base._denoiser = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.allclose(output(base), expected, rtol=0, atol=1e-5)
     assert (bare - expected).abs().max() > 0.01
 
@@ -141,7 +141,7 @@ def test_diffusers_reads_sdxl_s_names_back(xl: tuple[Path, dict[Mode, Adapter]],
                                 "lora_unet_out_2")) for name in load_file(weights))  # fmt: skip
     pipe: Any = StableDiffusionXLPipeline.from_pretrained(folder)
     pipe.load_lora_weights(weights)
-    base._unet = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
+    base._denoiser = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.allclose(answer(base, adapter), expected, rtol=0, atol=1e-5)
     assert (bare - expected).abs().max() > 0.01
 
@@ -156,9 +156,9 @@ def test_diffusers_reads_its_own_layout(folder: Path, fitted: Fitted, tmp_path: 
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
     if mode == "lora":
         pipe.load_lora_weights(made)
-        base._unet = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
+        base._denoiser = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
     else:
-        base._unet = UNet2DConditionModel.from_pretrained(made)  # pyright: ignore[reportAttributeAccessIssue]
+        base._denoiser = UNet2DConditionModel.from_pretrained(made)  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.equal(output(base), expected)
 
 
@@ -184,7 +184,7 @@ def test_original_names_are_those_of_a_checkpoint(name: str) -> None:
     found = original_names(layers)
     parts = {"weight": lambda layer: layer, "bias": lambda _: None}
     checkpoint = {f"model.diffusion_model.{new}.{part}": of(layer) for layer, new in found.items() for part, of in parts.items()}
-    converted = convert_ldm_unet_checkpoint(checkpoint, PUBLISHED[name].unet)
+    converted = convert_ldm_unet_checkpoint(checkpoint, PUBLISHED[name].denoiser)
     assert {new.removesuffix(".weight"): layer for new, layer in converted.items() if layer} == {layer: layer for layer in layers}
     for preset in LORA_TARGETS:
         assert original_names(modules(name, preset)) == {layer: found[layer] for layer in modules(name, preset)}
@@ -205,7 +205,7 @@ def test_diffusers_finds_every_layer_again(fitted: Fitted, tmp_path: Path, name:
     """Its own readers make of kohya's names the layers that they came from, with the right matrices."""
     layers = modules(name, preset)
     made = kohya(forged(tmp_path, fitted("lora"), as_lora(layers), of_width(32, pooled=name == "sdxl")))
-    unet: Any = type("Config", (), PUBLISHED[name].unet)
+    unet: Any = type("Config", (), PUBLISHED[name].denoiser)
     mapped = _maybe_map_sgm_blocks_to_diffusers(made, unet)
     state, alphas = _convert_non_diffusers_lora_to_diffusers(mapped)
     downs = {key: int(value[0, 0]) for key, value in state.items() if ".down." in key}

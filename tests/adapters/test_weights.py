@@ -114,7 +114,7 @@ def test_saved_lora_is_exact_in_plain_diffusers(folder: Path, tmp_path: Path, ta
         save_lora(base, AtomicWriter(tmp_path))
     pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(tmp_path)
-    base._unet = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
+    base._denoiser = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.equal(output(base), expected)
 
 
@@ -214,7 +214,7 @@ def in_diffusers(folder: Path, path: Path, dtype: str) -> Tensor:
     pipe.load_lora_weights(path.parent)
     for weight in pipe.unet.parameters():
         weight.data = weight.data.clone()  # at whole multiples of 64 bytes, not as they lie in the file: the last bit may depend on it
-    base._unet = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
+    base._denoiser = pipe.unet  # pyright: ignore[reportAttributeAccessIssue]
     return output(base)
 
 

@@ -208,9 +208,10 @@ def test_the_architecture_is_the_same_before_and_after_loading(folder: Path) -> 
     """What a plan is made of, read from the folder's configs or from the components in memory."""
     loaded, read = opened(folder).architecture, architecture_of(str(folder))
     assert (loaded.resolution, loaded.vae_scale_factor) == (read.resolution, read.vae_scale_factor) == (32, 4)
-    for part in ("unet", "vae", "text_encoder", "scheduler"):
-        ours = json.loads(json.dumps(getattr(loaded, part), default=str))
-        theirs = {name: value for name, value in getattr(read, part).items() if not name.startswith("_") and name in ours}
+    assert list(loaded.text_encoders) == list(read.text_encoders) == ["text_encoder"]
+    for one, other in ((loaded.denoiser, read.denoiser), (loaded.vae, read.vae), (loaded.scheduler, read.scheduler)):
+        ours = json.loads(json.dumps(one, default=str))
+        theirs = {name: value for name, value in other.items() if not name.startswith("_") and name in ours}
         assert len(theirs) > 5
         assert {name: ours[name] for name in theirs} == theirs
 
@@ -602,7 +603,7 @@ def test_shards_are_found_by_their_names(tmp_path: Path, folder: Path, file: str
     (copy / f"{file}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": "../../../../etc/passwd"}}))
     one, whole = opened(copy), opened(folder)
     assert one.fingerprint == whole.fingerprint
-    for part in ("_unet", "_helpers"):
+    for part in ("_denoiser", "_helpers"):
         ours, theirs = getattr(one, part), getattr(whole, part)
         for name in ("vae", "text_encoder") if part == "_helpers" else ("",):
             assert same(weights(ours[name] if name else ours), weights(theirs[name] if name else theirs))

@@ -350,11 +350,11 @@ def test_the_guidance_scale_changes_an_edit_without_an_unconditional_pass(lcm: P
     assert one.tobytes() != other.tobytes()
 
 
-@each("steps, embeds, expected", [(4, False, (4, 0.0)), (8, True, (8, 8.0))])
+@each("steps, guidance, expected", [(4, "cfg", (4, 0.0)), (8, "embedded", (8, 8.0))])
 @each("mode", ["lora", "full"])
-def test_the_recipe_of_a_distilled_base(mode: Any, steps: int, embeds: bool, expected: tuple[int, float]) -> None:
+def test_the_recipe_of_a_distilled_base(mode: Any, steps: int, guidance: str, expected: tuple[int, float]) -> None:
     """Few steps; guided through its input or not at all; all else as ever."""
-    found, plain = recipe_of("x", steps, embeds)[mode], recipe_of("x")[mode]
+    found, plain = recipe_of("x", steps, guidance)[mode], recipe_of("x")[mode]
     assert (found["edit"]["steps"], found["edit"]["guidance_scale"]) == expected
     assert {name: value for name, value in found.items() if name != "edit"} == plain
     assert recipe_of("x") == recipe_of("sd15")

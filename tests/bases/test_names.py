@@ -57,7 +57,7 @@ def test_turbo_is_distilled_by_every_name(name: str, snapshot: Path, tmp_path: P
     given = {"the snapshot": str(snapshot), "a link to the snapshot": str(link), "the source of mine": str(elsewhere)}.get(name, name)
     run, base = configure({"base": given, "memory": {"device": "cpu"}}), on_cpu(given)
     assert (run.edit.steps, run.edit.guidance_scale) == (4, 0.0)
-    assert base.trained_timesteps.tolist() == [249, 499, 749, 999]
+    assert base.process.trained_timesteps.tolist() == [249, 499, 749, 999]
     assert architecture(given).few_steps == architecture_of(given).few_steps == 4
     assert on_cpu(base.name).name == base.name
 

@@ -88,7 +88,7 @@ def check_training(base: Any, plain: Any) -> None:
     config, alphas = plain.scheduler.config, plain.scheduler.alphas_cumprod
     clean, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(3))
     times = base.timesteps(torch.tensor([0.0, 0.4, 0.999]))
-    if base.trained_timesteps is None:  # not a consistency model
+    if base.process.trained_timesteps is None:  # not a consistency model
         assert times.tolist() == [0, int(0.4 * config.num_train_timesteps), config.num_train_timesteps - 1]
     signal, sigma = (part.sqrt().view(-1, 1, 1, 1) for part in (alphas[times], 1 - alphas[times]))
     targets = {"epsilon": noise, "v_prediction": signal * noise - sigma * clean, "sample": clean}

@@ -99,7 +99,7 @@ def test_a_file_is_known_by_its_tensors(tmp_path: Path, kind: str) -> None:
     path = marked(tmp_path / "one.safetensors", MARKS[kind], said={"modelspec.prediction_type": "epsilon"})
     built, published = architecture(str(path)), PUBLISHED[kind]
     size = {"sample_size": 64} if kind == "sd21" else {}  # the models of Stable Diffusion 2 that predict the noise are those of 512 pixels
-    assert (built.unet, built.vae, built.text_encoders) == (published.unet | size, published.vae, published.text_encoders)
+    assert (built.denoiser, built.vae, built.text_encoders) == (published.denoiser | size, published.vae, published.text_encoders)
     assert built.scheduler == PUBLISHED[kind].scheduler | {"prediction_type": "epsilon"}
 
 
@@ -261,7 +261,7 @@ def test_whatever_is_missing_or_bent_is_refused(tmp_path: Path, kind: str) -> No
 def test_true_sizes_are_renamed_without_loss(kind: str) -> None:
     """Every tensor of a U-Net of true size finds its name, and no other."""
     with torch.device("meta"), no_init_weights():
-        unet: Any = UNet2DConditionModel.from_config(PUBLISHED[kind].unet)
+        unet: Any = UNet2DConditionModel.from_config(PUBLISHED[kind].denoiser)
     state = unet.state_dict()
     found = convert_ldm_unet_checkpoint({f"model.diffusion_model.{new}": state[old] for old, new in unet_names(unet)}, unet.config)
     assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in state.items()}
@@ -269,7 +269,12 @@ def test_true_sizes_are_renamed_without_loss(kind: str) -> None:
 
 def test_the_vocabulary_is_clips(tmp_path: Path) -> None:
     """Known numbers: OpenAI's own example, and the padding of either text encoder."""
-    words = tokenizer(PUBLISHED["sd15"].text_encoder, SingleFile(marked(tmp_path / "one.safetensors", MARKS["sd15"])), "tokenizer")
+    words = tokenizer(
+        "CLIPTextModel",
+        PUBLISHED["sd15"].text_encoders["text_encoder"],
+        SingleFile(marked(tmp_path / "one.safetensors", MARKS["sd15"])),
+        "tokenizer",
+    )
     assert words("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert (len(words), words.model_max_length) == (49408, 77)
 
@@ -293,7 +298,8 @@ def test_a_folder_is_read_as_by_diffusers(tmp_path: Path) -> None:
     path = folder / "tokenizer_2" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "a"}))
     plain = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
-    ours: Any = tokenizer(architecture(str(folder)).text_encoders["text_encoder_2"], files_of(str(folder)), "tokenizer_2")
+    config = architecture(str(folder)).text_encoders["text_encoder_2"]
+    ours: Any = tokenizer("CLIPTextModelWithProjection", config, files_of(str(folder)), "tokenizer_2")
     kwargs: Any = {"padding": "max_length", "max_length": 16, "truncation": True}
     assert ours("a dog", **kwargs).input_ids == plain("a dog", **kwargs).input_ids
     assert plain("a dog").input_ids[1] == plain.pad_token_id

@@ -115,3 +115,18 @@ def test_sources_are_where_the_photo_is_inverted() -> None:
         assert torch.equal(one.tokens, interpolate(target, optimised, at).tokens)
     assert found[2] is found[3] is found[4]
     assert len({id(one) for one in found}) == 3
+
+
+def test_tokens_of_any_rank_with_a_mask() -> None:
+    """Several states of a token, as some language models give: broadcast, mixed, stored and read with the mask of the words."""
+    made = [Conditioning(torch.rand(1, 5, 3, 4) + k, mask=torch.tensor([[True, True, True, False, False]])) for k in range(2)]
+    mixed = interpolate(*made, 0.25)
+    torch.testing.assert_close(mixed.tokens, 0.25 * made[0].tokens + 0.75 * made[1].tokens)
+    both = concatenate([mixed.expand(2), made[1]])
+    assert both.tokens.shape == (3, 5, 3, 4)
+    assert both.mask is not None
+    assert both.mask.tolist() == [[True, True, True, False, False]] * 3
+    again = Conditioning.from_tensors(both.tensors())
+    assert torch.equal(again.tokens, both.tokens)
+    assert again.mask is not None
+    assert torch.equal(again.mask, both.mask)

@@ -192,7 +192,7 @@ def test_without_a_lever_an_edit_needs_more_memory(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fits, "card_and_free_memory", lambda *_: (CARD, 2**20))
     with pytest.raises(OutOfMemory) as planned_error:
         choose_preset_for_edit(lambda: SD15, resolve({}, {}, {}), {"preset": "auto"})
-    odd = replace(SD15, unet=SD15.unet | {"down_block_types": ["Odd"] * 4})  # cannot be planned
+    odd = replace(SD15, denoiser=SD15.denoiser | {"down_block_types": ["Odd"] * 4})  # cannot be planned
     unplanned_error = out_of_memory_error(odd, resolve({}, {}, {}), CARD, "decode", 1, levers=levers.EDIT_LEVERS)
     assert "(predicted)" not in unplanned_error.got
     for error in (planned_error.value, unplanned_error):

@@ -18,7 +18,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextConfig
 
 from imagic_lora.bases.architecture import Architecture
 from imagic_lora.bases.layers import ATTENTION, LORA_TARGETS, text_parameters
@@ -249,7 +248,7 @@ def known(folder: Path) -> Callable[[str], Architecture]:
 def planned_unet(base: Architecture, checkpointing: bool = False, gradients: bool = False, **numbers: Any) -> Layers:
     """The U-Net, counted."""
     layers = Layers(Tape(gradients_on=gradients), LayerOptions(**({"itemsize": 4, "weight_itemsize": 4} | numbers)))
-    UNet(base.unet, layers, checkpointing).forward(64, 1, base.conditioning["tokens"][1], False)
+    UNet(base.denoiser, layers, checkpointing).forward(64, 1, base.conditioning["tokens"][1], False)
     return replace(layers)
 
 
@@ -270,17 +269,23 @@ def test_every_parameter_is_counted(known: Callable[[str], Architecture], name: 
     vae = Layers(Tape(gradients_on=False), LayerOptions(4, 4))
     for decode in (False, True):
         vae_forward(base.vae, vae, 64**2, 1, decode)
-    assert planned_unet(base).parameters == parameters(on_meta(lambda: UNet2DConditionModel.from_config(base.unet)))
+    assert planned_unet(base).parameters == parameters(on_meta(lambda: UNet2DConditionModel.from_config(base.denoiser)))
     assert vae.parameters == parameters(on_meta(lambda: AutoencoderKL.from_config(base.vae)))
     for part, config in base.text_encoders.items():
-        real = parameters(on_meta(lambda part=part, config=config: TEXT_ENCODERS[part](CLIPTextConfig(**config))))
-        assert text_parameters(config, projects=part == "text_encoder_2") == real
+        kind = base.encoder_classes[part]
+        config_class, model_class = TEXT_ENCODERS[kind]
+        given = config_class(**config)
+        real = parameters(on_meta(lambda make=model_class, given=given: make(given)))
+        assert text_parameters(config, kind) == real
 
 
 def test_the_published_sizes_are_the_published_ones() -> None:
     """U-Net, text encoders: of the weights on the hub."""
     found = {
-        name: [planned_unet(base).parameters, *(text_parameters(config, part[-1] == "2") for part, config in base.text_encoders.items())]
+        name: [
+            planned_unet(base).parameters,
+            *(text_parameters(config, base.encoder_classes[part]) for part, config in base.text_encoders.items()),
+        ]
         for name, base in PUBLISHED.items()
     }
     assert found == {
@@ -296,7 +301,7 @@ def test_the_published_sizes_are_the_published_ones() -> None:
 def test_every_lora_parameter_is_counted(known: Callable[[str], Architecture], name: str, targets: str) -> None:
     """As many as PEFT attaches."""
     base = known(name)
-    unet: Any = on_meta(lambda: UNet2DConditionModel.from_config(base.unet)).requires_grad_(False)
+    unet: Any = on_meta(lambda: UNet2DConditionModel.from_config(base.denoiser)).requires_grad_(False)
     unet.add_adapter(LoraConfig(r=4, target_modules=list(TARGETS[targets])))
     trainable = [p.numel() for p in unet.parameters() if p.requires_grad]
     layers = planned_unet(base, rank=4, targets=TARGETS[targets])
@@ -306,7 +311,7 @@ def test_every_lora_parameter_is_counted(known: Callable[[str], Architecture], n
         assert layers.lora == 797_184  # 3.2 MB at rank 4, as everywhere
     if targets == "all":
         kinds = (nn.Linear, nn.Conv2d)
-        plain: Any = on_meta(lambda: UNet2DConditionModel.from_config(base.unet))
+        plain: Any = on_meta(lambda: UNet2DConditionModel.from_config(base.denoiser))
         assert len(trainable) == 2 * sum(isinstance(module, kinds) for module in plain.modules())
 
 
@@ -352,7 +357,7 @@ def test_4bit_weights_are_bitsandbytes_own(inside: int, outside: int) -> None:
 
 def test_an_unknown_block_is_rejected(known: Callable[[str], Architecture]) -> None:
     """The error names the supported blocks and the remedy."""
-    config = known("sd15").unet | {"down_block_types": ["AttnDownBlock2D", *["DownBlock2D"] * 3]}
+    config = known("sd15").denoiser | {"down_block_types": ["AttnDownBlock2D", *["DownBlock2D"] * 3]}
     with pytest.raises(ImagicError, match=r"AttnDownBlock2D.*CrossAttnDownBlock2D.*--preset 8gb"):
         UNet(config, Layers(Tape(), LayerOptions(4, 4)), False)
 

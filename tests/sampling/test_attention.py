@@ -146,7 +146,7 @@ def test_layers_of_real_stable_diffusion() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(attention_head_dim=8, cross_attention_dim=768)
 
-    fake: Any = SimpleNamespace(denoiser=unet, name="sd15", architecture=SimpleNamespace(unet=unet.config))
+    fake: Any = SimpleNamespace(denoiser=unet, name="sd15", architecture=SimpleNamespace(denoiser=unet.config))
     assert len(attention_layers(fake)) == 32
     assert [(layer.place, layer.level) for layer in coarsest_cross_layers(fake)] == [("down", 2)] * 2 + [("up", 2)] * 3
 
@@ -291,7 +291,7 @@ def test_words_are_summed_and_heads_averaged() -> None:
 
 def test_a_denoiser_without_attention_is_an_error() -> None:
     """It is named."""
-    architecture = SimpleNamespace(unet={"block_out_channels": (1,)})
+    architecture = SimpleNamespace(denoiser={"block_out_channels": (1,)})
     fake: Any = SimpleNamespace(denoiser=torch.nn.Linear(1, 1), name="flat", architecture=architecture)
     with pytest.raises(ImagicError, match="base flat, whose denoiser has no attention layers"), tapped(fake, Recorder()):
         pass

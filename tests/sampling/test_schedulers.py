@@ -168,7 +168,7 @@ def test_a_distilled_base_is_sampled_at_its_own_timesteps(tmp_path: Path, monkey
     entries.write_text(json.dumps({"fast": {"source": str(save_tiny(tmp_path / "base", scheduler="euler")), "few_steps": 4}}))
     monkeypatch.setenv(VARIABLE, str(entries))
     base = opened(Path("fast"))
-    assert base.trained_timesteps is not None
+    assert base.process.trained_timesteps is not None
     check_scheduler(base, changes(scheduler="euler"))
     for config in (changes(scheduler="lcm"), changes(scheduler="euler", steps=5), changes(scheduler="euler", karras_sigmas=True)):
         with pytest.raises(ImagicError, match="other timesteps than fast was distilled at"):

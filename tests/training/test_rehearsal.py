@@ -259,5 +259,7 @@ def test_a_rehearsal_leaves_the_libraries_as_they_were(folder: Path) -> None:
     rehearse(base, run, Assumed("cuda", "bf16", "adam8bit"))
     assert now() == before
     with pytest.raises((TypeError, ValueError)):
-        rehearse(replace(base, unet=base.unet | {"down_block_types": ["NoBlock2D", "DownBlock2D"]}), run, Assumed("cuda", "bf16", "adam"))
+        rehearse(
+            replace(base, denoiser=base.denoiser | {"down_block_types": ["NoBlock2D", "DownBlock2D"]}), run, Assumed("cuda", "bf16", "adam")
+        )
     assert now() == before

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 
 from ...core.conditioning import Conditioning
 from ..base import PipelineKind
-from .sd import TOKENIZERS, StableDiffusion
+from .common import tokenizer_of
+from .sd import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -30,7 +31,7 @@ class StableDiffusionXL(StableDiffusion):
     def encode_prompt(self, prompt: str) -> Conditioning:
         tokens, pooled = [], None
         for encoder in self.architecture.text_encoders:
-            output = self._on_device(encoder)(self._tokenized(TOKENIZERS[encoder], prompt)[0], output_hidden_states=True)
+            output = self._on_device(encoder)(self._tokenized(tokenizer_of(encoder), prompt)[0], output_hidden_states=True)
             tokens.append(output.hidden_states[-2])
             pooled = output[0]  # the projected embedding of the last text encoder
         assert pooled is not None

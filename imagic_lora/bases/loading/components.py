@@ -11,28 +11,39 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.modeling_utils import no_init_weights
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
+from ..architecture import SD3_T5_LENGTH
 from ..layers import text_parameters
 from .files import Files, cast_finite
 from .vetting import library_errors, unusable_base
 
-TEXT_ENCODERS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+TEXT_ENCODERS: dict[str, tuple[Any, Any]] = {
+    "CLIPTextModel": (CLIPTextConfig, CLIPTextModel),
+    "CLIPTextModelWithProjection": (CLIPTextConfig, CLIPTextModelWithProjection),
+    "T5EncoderModel": (T5Config, T5EncoderModel),
+}
+"""Classes of transformers by name: of the config, and of the model."""
 _PROBE = "a1~\u4e00"  # includes characters that some vocabularies lack
 
 
-def model(
-    model_class: type[UNet2DConditionModel] | type[AutoencoderKL], config: dict[str, Any], files: Files, part: str, dtype: torch.dtype
-) -> Any:
-    """A U-Net or a VAE with the weights of its files.
+def model(model_class: Any, config: dict[str, Any], files: Files, part: str, dtype: torch.dtype) -> Any:
+    """A denoiser or a VAE with the weights of its files.
 
     Args:
         model_class: class of the model.
         config: vetted config.
         files: files of the base.
-        part: component name, ``unet`` or ``vae``.
+        part: component name, such as ``unet``.
         dtype: precision of the weights.
 
     Raises:
@@ -47,7 +58,7 @@ def model(
     _check_names_and_shapes(expected, {name: value.shape for name, value in state.items()}, path)
     module.load_state_dict(cast_finite(state, dtype, path), assign=True)
     if any(buffer.is_meta for buffer in module.buffers()):
-        raise unusable_base(f"{path} has buffers that no weight file contains", "a U-Net or VAE of Stable Diffusion")
+        raise unusable_base(f"{path} has buffers that no weight file contains", "a denoiser or VAE of Stable Diffusion")
     return module
 
 
@@ -62,47 +73,72 @@ def _check_names_and_shapes(expected: dict[str, torch.Size], actual: dict[str, t
             )
 
 
-def text_encoder(config: dict[str, Any], files: Files, part: str, dtype: torch.dtype) -> CLIPTextModel | CLIPTextModelWithProjection:
+def text_encoder(kind: str, config: dict[str, Any], files: Files, part: str, dtype: torch.dtype) -> Any:
     """A text encoder. transformers gets its weights as tensors and reads no file.
 
     Args:
+        kind: its class, a key of :data:`TEXT_ENCODERS`.
         config: vetted config.
         files: files of the base.
-        part: component name, ``text_encoder`` or ``text_encoder_2``.
+        part: component name, such as ``text_encoder``.
         dtype: precision of the weights.
 
     Raises:
         ImagicError: as :func:`model`.
     """
     path, state = files.component_path(part), files.tensors(part)
-    actual, expected = sum(value.numel() for value in state.values()), text_parameters(config, projects=part == "text_encoder_2")
+    actual, expected = sum(value.numel() for value in state.values()), text_parameters(config, kind)
     if actual != expected:
         raise unusable_base(f"{path} holds {actual:,} weights", f"the {expected:,} that its config describes")
     with library_errors(path):
-        loaded: Any = TEXT_ENCODERS[part].from_pretrained(
-            None, config=CLIPTextConfig(**config), state_dict=cast_finite(state, dtype, path), dtype=dtype, output_loading_info=True
+        config_class, model_class = TEXT_ENCODERS[kind]
+        loaded: Any = model_class.from_pretrained(
+            None, config=config_class(**config), state_dict=cast_finite(state, dtype, path), dtype=dtype, output_loading_info=True
         )
     module, loading_info = loaded
     if any(loading_info.values()):
         name = next(name for names in loading_info.values() for name in names)
         raise unusable_base(
-            f"{path} does not hold the tensors of a CLIP text encoder: problem with {str(name)[:80]!r}",
+            f"{path} does not hold the tensors of the text encoder {kind}: problem with {str(name)[:80]!r}",
             "the weights that the config describes",
         )
     return module
 
 
-def tokenizer(text: dict[str, Any], files: Files, part: str) -> CLIPTokenizer:
+def tokenizer(kind: str, text: dict[str, Any], files: Files, part: str) -> Any:
     """A tokenizer, read from a temporary folder that holds only vetted files.
 
     Args:
-        text: config of the text encoder that the tokenizer belongs to.
+        kind: class of the text encoder that the tokenizer belongs to.
+        text: config of that text encoder.
         files: files of the base.
-        part: component name, ``tokenizer`` or ``tokenizer_2``.
+        part: component name, such as ``tokenizer``.
 
     Raises:
         ImagicError: the tokenizer cannot be read, or its ids or lengths do not match the text encoder.
     """
+    return (_t5_tokenizer if kind == "T5EncoderModel" else _clip_tokenizer)(text, files, part)
+
+
+def _t5_tokenizer(text: dict[str, Any], files: Files, part: str) -> T5Tokenizer:
+    """As :func:`tokenizer`, with the number of tokens that the denoiser takes."""
+    path, vocabulary_size = files.component_path(part), text["vocab_size"]
+    with TemporaryDirectory() as copy, library_errors(path):
+        for name, content in files.tokenizer(part).items():
+            Path(copy, name).write_text(content, encoding="utf-8")
+        t5 = T5Tokenizer.from_pretrained(copy, local_files_only=True)
+        t5.model_max_length = SD3_T5_LENGTH
+        ids = t5(_PROBE, padding="max_length", max_length=SD3_T5_LENGTH, truncation=True).input_ids
+        highest, end, padding = max(t5.get_vocab().values()), t5.eos_token_id, t5.pad_token_id
+    if len(ids) != SD3_T5_LENGTH or end not in ids or ids[-1] != padding:
+        raise unusable_base(f"{path} encodes a prompt as {len(ids)} tokens that end with {ids[-1:]}", "T5's end token and padding")
+    if highest >= vocabulary_size:
+        raise unusable_base(f"{path} has the token id {highest}", f"ids below {vocabulary_size}, the vocab_size of the text encoder")
+    return t5
+
+
+def _clip_tokenizer(text: dict[str, Any], files: Files, part: str) -> CLIPTokenizer:
+    """As :func:`tokenizer`."""
     path, length, vocabulary_size = files.component_path(part), text["max_position_embeddings"], text["vocab_size"]
     with TemporaryDirectory() as copy, library_errors(path):
         for name, content in files.tokenizer(part).items():

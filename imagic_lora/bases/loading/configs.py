@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...core.errors import ImagicError
-from ..architecture import Architecture
-from .keys import KEYS, check_keys
+from ..architecture import Architecture, SD3Architecture, UNetArchitecture
+from .flow_keys import SD3_KEYS
+from .keys import KEYS, Keys, check_keys
 from .known import SHIPPED, BaseEntry, bases_file, known_base, local_path
 from .original.architecture import single_architecture
-from .published import _TEXT, _UNET, PUBLISHED
-from .vetting import check_sizes, read_index, read_json, unusable_base
+from .published import _SD3, _T5, _TEXT, _UNET, PUBLISHED
+from .sizes import check_sd3_sizes, check_sizes
+from .vetting import FLOW_FAMILIES, read_index, read_json, unusable_base
 
 _CONSISTENCY_SCHEDULERS = ("LCMScheduler", "TCDScheduler")  # of latent consistency models (arXiv 2310.04378)
 _CONSISTENCY_STEPS = 4  # sampling steps of a consistency model whose entry names none
 
 _CORRECTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # pipelines that correct outdated configs when they are loaded
-_DEFAULTS: dict[str, dict[str, Any]] = {"unet": _UNET, "text_encoder": _TEXT, "text_encoder_2": _TEXT}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "unet": _UNET, "text_encoder": _TEXT, "text_encoder_2": _TEXT, "transformer": _SD3, "text_encoder_3": _T5,
+}  # fmt: skip
 
 
 def architecture(base: str) -> Architecture:
@@ -59,18 +64,28 @@ def architecture_at(path: Path, entry: BaseEntry | None) -> Architecture:
 
 
 def with_entry(architecture: Architecture, entry: BaseEntry | None) -> Architecture:
-    """The architecture with the prediction type, resolution and number of sampling steps of a base's entry, where it sets them."""
+    """The architecture with the prediction type, resolution and number of sampling steps of a base's entry, where it sets them.
+
+    Raises:
+        ImagicError: the entry states what the architecture cannot have.
+    """
     if entry is None:
         return architecture
-    scheduler = dict(architecture.scheduler)
-    if entry.prediction:
+    scheduler, is_flow = dict(architecture.scheduler), isinstance(architecture, SD3Architecture)
+    if entry.prediction and (entry.prediction == "flow") != is_flow:
+        got = f"prediction {entry.prediction} for the base {entry.source}, {'a flow transformer' if is_flow else 'a U-Net'}"
+        raise ImagicError(got, "flow" if is_flow else "epsilon, v_prediction or sample", f"correct {bases_file()}")
+    if is_flow and entry.few_steps:
+        got = f"few_steps {entry.few_steps} for the base {entry.source}, a flow"
+        raise ImagicError(got, "a flow base that is not distilled: the loss of a fit does not train distilled ones", "choose another base")
+    if entry.prediction and not is_flow:
         scheduler["prediction_type"] = entry.prediction
     if entry.few_steps and scheduler["_class_name"] not in _CONSISTENCY_SCHEDULERS:
         scheduler["timestep_spacing"] = "trailing"  # distilled bases sample from the last timestep, which is pure noise
-    unet = architecture.unet
+    denoiser = architecture.denoiser
     if entry.resolution:
-        unet = unet | {"sample_size": entry.resolution // architecture.vae_scale_factor}
-    return replace(architecture, unet=unet, scheduler=scheduler, few_steps=entry.few_steps or architecture.few_steps)
+        denoiser = denoiser | {"sample_size": entry.resolution // architecture.vae_scale_factor}
+    return replace(architecture, denoiser=denoiser, scheduler=scheduler, few_steps=entry.few_steps or architecture.few_steps)
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -80,16 +95,10 @@ def read_architecture(folder: Path) -> Architecture:
         ImagicError: a config is missing or cannot be read; the configs do not describe a Stable Diffusion base.
     """
     index = read_index(folder)
-    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in index]
-    files = {"unet": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"} | dict.fromkeys(encoders, "config.json")
-    parts: dict[str, dict[str, Any]] = {}
-    for part, file in files.items():
-        config, kind = read_json(folder / part / file), part.removesuffix("_2")
-        check_keys(folder / part / file, KEYS[kind], config)
-        # transformers would read more of a text encoder's config: names of code and files to load
-        heard = {name: config[name] for name in config if name in KEYS[kind].honoured} if part in encoders else config
-        parts[part] = _DEFAULTS.get(part, {}) | heard
-    parts["scheduler"]["_class_name"] = index["scheduler"][1]
+    if index["_class_name"] in FLOW_FAMILIES:
+        return _read_sd3(folder, index)
+    encoders = [name for name in UNetArchitecture.encoder_classes if name in index]
+    parts = _read_parts(folder, index, "unet", encoders, KEYS)
     check_sizes(folder, parts)
     corrects = index["_class_name"] in _CORRECTING
     parts["unet"] = _corrected(parts["unet"], corrects)
@@ -97,7 +106,42 @@ def read_architecture(folder: Path) -> Architecture:
         raise unusable_base(f"{folder} has a {index['_class_name']} with clip_sample", "clip_sample = false")
     empty_is_zeros = index.get("force_zeros_for_empty_prompt", True) is True and "text_encoder_2" in index
     steps = _CONSISTENCY_STEPS if index["scheduler"][1] in _CONSISTENCY_SCHEDULERS else None
-    return Architecture(**parts, empty_is_zeros=empty_is_zeros, few_steps=steps)
+    texts = {name: parts[name] for name in encoders}
+    return UNetArchitecture(parts["unet"], parts["vae"], texts, parts["scheduler"], empty_is_zeros, steps)
+
+
+def _read_sd3(folder: Path, index: dict[str, Any]) -> SD3Architecture:
+    """The architecture of a folder of Stable Diffusion 3, which may lack T5."""
+    encoders = [name for name in SD3Architecture.encoder_classes if index.get(name) not in (None, [None, None])]
+    parts = _read_parts(folder, index, "transformer", encoders, SD3_KEYS)
+    check_sd3_sizes(folder, parts)
+    texts = {name: parts[name] for name in encoders}
+    transformer = {name: value for name, value in parts["transformer"].items() if name != "_diffusers_version"}
+    return SD3Architecture(transformer, parts["vae"], texts, parts["scheduler"])
+
+
+def _read_parts(
+    folder: Path, index: dict[str, Any], denoiser: str, encoders: Sequence[str], keys: Mapping[str, Keys]
+) -> dict[str, dict[str, Any]]:
+    """The checked configs of a folder by component, with the defaults of their classes where these are needed.
+
+    Args:
+        folder: folder of the base.
+        index: content of its ``model_index.json``.
+        denoiser: component name of the denoiser.
+        encoders: component names of the text encoders.
+        keys: the keys that a component's config can have; the second text encoder has those of the first.
+    """
+    files = {denoiser: "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"} | dict.fromkeys(encoders, "config.json")
+    parts: dict[str, dict[str, Any]] = {}
+    for part, file in files.items():
+        config, kind = read_json(folder / part / file), part.removesuffix("_2")
+        check_keys(folder / part / file, keys[kind], config)
+        # transformers would read more of a text encoder's config: names of code and files to load
+        heard = {name: config[name] for name in config if name in keys[kind].honoured} if part in encoders else config
+        parts[part] = _DEFAULTS.get(part, {}) | heard
+    parts["scheduler"]["_class_name"] = index["scheduler"][1]
+    return parts
 
 
 def _corrected(unet: dict[str, Any], corrects: bool) -> dict[str, Any]:
@@ -120,8 +164,13 @@ def _corrected(unet: dict[str, Any], corrects: bool) -> dict[str, Any]:
 def _given_architecture(path: Path, config: str) -> Architecture:
     """The architecture that the entry of a single file names: a published one or that of a folder."""
     folder = local_path(config)
-    if config not in PUBLISHED and not (folder and folder.is_dir()):
+    published = {name: one for name, one in PUBLISHED.items() if isinstance(one, UNetArchitecture)}
+    if config not in published and not (folder and folder.is_dir()):
         raise ImagicError(
-            f"config {config!r} of {path}", f"one of {', '.join(PUBLISHED)}, or a folder in diffusers' format", f"correct {bases_file()}"
+            f"config {config!r} of {path}", f"one of {', '.join(published)}, or a folder in diffusers' format", f"correct {bases_file()}"
         )
-    return PUBLISHED.get(config) or read_architecture(folder or path)
+    given = published.get(config) or read_architecture(folder or path)
+    if not isinstance(given, UNetArchitecture):
+        got = f"config {config!r} of {path}, of Stable Diffusion 3"
+        raise ImagicError(got, "a config of Stable Diffusion 1, 2 or XL for a single file", "use a folder in diffusers' format")
+    return given

@@ -16,22 +16,26 @@ from torch import Tensor
 from ...core.errors import ImagicError
 from ...core.tensors import open_safetensors
 from ..architecture import Architecture
+from ..process import Process
 from .configs import architecture_at
 from .known import BaseEntry
-from .tokenizers import tokenizer_files
+from .tokenizers import t5_tokenizer_files, tokenizer_files
 from .vetting import unusable_base
 
 STEMS = {
     "unet": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "text_encoder_2": "model",
+    "text_encoder_3": "model",
 }
 """Name of a component's weight file without its extension, by component."""
 _FINGERPRINT_VALUES = 16  # sampled values of each tensor
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # names of safetensors for the types that weights can have
 _UNUSED = re.compile(r"(text_projection\.weight|logit_scale|visual_projection\.weight|vision_model\..*)$")  # in a CLIPTextModel's files
-_MAX_WEIGHTS = 2**32  # of one component; the U-Net of Stable Diffusion XL, the largest supported, has about 0.6 of that
+_SHARED, _TIED = "shared.weight", "encoder.embed_tokens.weight"  # one weight under two names, in files of T5
+_MAX_WEIGHTS = 2**33  # of one component; T5-XXL, the largest supported, has about 0.6 of that
 
 
 class Files(ABC):
@@ -82,7 +86,7 @@ class Folder(Files):
 
         Raises:
             ImagicError: there is no weight file; a file is incomplete; a tensor is in two files, or is not of floating point; there are
-                more than 2**32 weights.
+                more than 2**33 weights.
         """
         tensors: dict[str, Tensor] = {}
         for path in weight_files(self.path, part):
@@ -94,10 +98,10 @@ class Folder(Files):
             raise unusable_base(
                 f"{self.component_path(part)} holds no weights", f"{STEMS[part]}.safetensors; pickles (.bin, .ckpt) are not read"
             )
-        return check_count(used_tensors(part, tensors), self.component_path(part))
+        return check_count(used_tensors(self.architecture.encoder_classes.get(part), tensors), self.component_path(part))
 
     def tokenizer(self, part: str) -> dict[str, str]:
-        return tokenizer_files(self.path / part)
+        return (t5_tokenizer_files if part == "tokenizer_3" else tokenizer_files)(self.path / part)
 
 
 def weight_files(folder: Path, component: str) -> list[Path]:
@@ -136,21 +140,23 @@ def weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
     return tensors
 
 
-def used_tensors(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a component without those that no pipeline uses: the first text encoder may come with the other half of its CLIP.
+def used_tensors(kind: str | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a component without those that no pipeline uses: a CLIPTextModel may come with the other half of its CLIP.
 
     Args:
-        part: component name.
+        kind: class of a text encoder; None for another component.
         tensors: by diffusers' names.
     """
-    return {name: value for name, value in tensors.items() if part != "text_encoder" or not _UNUSED.match(name)}
+    if kind == "T5EncoderModel" and _SHARED in tensors and _TIED in tensors and torch.equal(tensors[_SHARED], tensors[_TIED]):
+        return {name: value for name, value in tensors.items() if name != _TIED}
+    return {name: value for name, value in tensors.items() if kind != "CLIPTextModel" or not _UNUSED.match(name)}
 
 
 def check_count(state: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
     """Returns the tensors unchanged.
 
     Raises:
-        ImagicError: there are more than 2**32 weights.
+        ImagicError: there are more than 2**33 weights.
     """
     if (count := sum(tensor.numel() for tensor in state.values())) > _MAX_WEIGHTS:
         raise unusable_base(f"{where} holds {count:,} weights", f"at most {_MAX_WEIGHTS:,}")
@@ -171,7 +177,7 @@ def cast_finite(state: dict[str, Tensor], dtype: torch.dtype, where: Path) -> di
     return state
 
 
-def fingerprint(files: Files, components: Iterable[str], prediction: str) -> str:
+def fingerprint(files: Files, components: Iterable[str], process: Process) -> str:
     """SHA-256 over the prediction type and the name, shape and 16 sampled values of every tensor, the values rounded to half precision.
 
     The same weights have the same fingerprint in fp16, in fp32 and in a single file. Only the first row of each tensor is read, so that it
@@ -180,8 +186,9 @@ def fingerprint(files: Files, components: Iterable[str], prediction: str) -> str
     Args:
         files: files of the base.
         components: names of the components to include, in a fixed order.
-        prediction: prediction type; ``epsilon`` adds nothing to the hash.
+        process: noise process of the base; the prediction type ``epsilon`` adds nothing to the hash.
     """
+    prediction = process.prediction_type
     digest = hashlib.sha256(b"" if prediction == "epsilon" else prediction.encode())
     for component in components:
         # older versions of transformers write the prefix

@@ -36,8 +36,10 @@ def names(*texts: str) -> frozenset[str]:
     return frozenset(name for text in texts for name in text.split())
 
 
-_CODE = "auto_map trust_remote_code"  # names of code, which is never run
-_QUANTIZED = {"quantization_config": None}
+CODE = "auto_map trust_remote_code"
+"""Keys that name code, which is never run."""
+QUANTIZED: dict[str, Any] = {"quantization_config": None}
+"""Keys of quantized weights, which are refused."""
 
 KEYS: dict[str, Keys] = {
     "unet": Keys(
@@ -51,19 +53,19 @@ KEYS: dict[str, Keys] = {
             "addition_embed_type_num_heads projection_class_embeddings_input_dim",
         ),
         # settings of the moving average of a training, which diffusers' scripts store with the weights
-        names(_CODE, "decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup"),
+        names(CODE, "decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup"),
         {  # inputs and layers that no pipeline here feeds
             "class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
             "class_embeddings_concat": False, "attention_type": "default", "dual_cross_attention": False, "num_attention_heads": None,
-        } | _QUANTIZED,
+        } | QUANTIZED,
     ),
     "vae": Keys(
         names(
             "in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block act_fn latent_channels",
             "norm_num_groups scaling_factor force_upcast use_quant_conv use_post_quant_conv mid_block_add_attention",
         ),
-        names(_CODE, "sample_size"),  # only the size of tiles
-        {"shift_factor": None, "latents_mean": None, "latents_std": None} | _QUANTIZED,
+        names(CODE, "sample_size"),  # only the size of tiles
+        {"shift_factor": None, "latents_mean": None, "latents_std": None} | QUANTIZED,
     ),
     "text_encoder": Keys(
         names(
@@ -71,7 +73,7 @@ KEYS: dict[str, Keys] = {
             "layer_norm_eps bos_token_id eos_token_id pad_token_id projection_dim use_attention_mask",
         ),
         names(
-            _CODE, "architectures model_type transformers_version dtype torch_dtype name_or_path",
+            CODE, "architectures model_type transformers_version dtype torch_dtype name_or_path",
             "attn_implementation experts_implementation",
             "attention_dropout dropout initializer_factor initializer_range",  # training
             "output_hidden_states output_attentions return_dict use_return_dict torchscript use_bfloat16 chunk_size_feed_forward",
@@ -86,7 +88,7 @@ KEYS: dict[str, Keys] = {
             "output_scores remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens target_lookbehind temperature",
             "top_k top_p typical_p use_cache",
         ),
-        {"pruned_heads": {}, "per_layer_config": None, "transformers_weights": None} | _QUANTIZED,
+        {"pruned_heads": {}, "per_layer_config": None, "transformers_weights": None} | QUANTIZED,
     ),
     "tokenizer": Keys(
         names(
@@ -95,7 +97,7 @@ KEYS: dict[str, Keys] = {
         ),
         names(
             # transformers gives every CLIP tokenizer the same normalizer, pre-tokenizer and post-processor
-            _CODE, "do_lower_case add_prefix_space errors add_bos_token add_eos_token clean_up_tokenization_spaces",
+            CODE, "do_lower_case add_prefix_space errors add_bos_token add_eos_token clean_up_tokenization_spaces",
             "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output model_input_names verbose",
             "tokenizer_class processor_class backend use_fast from_slow legacy is_local local_files_only name_or_path files_loaded",
             "vocab_file merges_file tokenizer_file special_tokens_map_file tokenizer_config_file",  # replaced by the files of the folder
@@ -118,14 +120,14 @@ KEYS: dict[str, Keys] = {
             "use_exponential_sigmas use_beta_sigmas use_lu_lambdas sigma_min sigma_max original_inference_steps timestep_scaling",
             "noise_sampler_seed",
         ),
-        names(_CODE, "tensor_format flow_shift time_shift_type"),  # the last two do nothing without use_flow_sigmas
+        names(CODE, "tensor_format flow_shift time_shift_type"),  # the last two do nothing without use_flow_sigmas
         {  # the noise processes of flow matching and EDM, and code
             "use_flow_sigmas": False, "use_dynamic_shifting": False, "shift_terminal": None, "timestep_type": "discrete", "tau_func": None,
         },
     ),
     "model_index": Keys(
         names("unet vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler force_zeros_for_empty_prompt"),
-        names(_CODE, "safety_checker feature_extractor image_encoder requires_safety_checker add_watermarker"),
+        names(CODE, "safety_checker feature_extractor image_encoder requires_safety_checker add_watermarker"),
         {"requires_aesthetics_score": False},
     ),
 }  # fmt: skip

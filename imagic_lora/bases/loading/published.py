@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..architecture import Architecture
+from ..architecture import Architecture, SD3Architecture, UNetArchitecture
 from .known import SHIPPED
 
 _UNET: dict[str, Any] = {
@@ -24,6 +24,13 @@ _VAE: dict[str, Any] = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 _TEXT: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77}
+_SD3: dict[str, Any] = {  # the defaults of diffusers
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 18, "attention_head_dim": 64, "num_attention_heads": 18,
+    "joint_attention_dim": 4096, "caption_projection_dim": 1152, "pooled_projection_dim": 2048, "out_channels": 16,
+    "pos_embed_max_size": 96,
+}  # fmt: skip
+_T5: dict[str, Any] = {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}  # of transformers
+_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 _SCHEDULER = {"clip_sample": False, "steps_offset": 1, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 _CLIP_L = _TEXT | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
@@ -31,23 +38,25 @@ _CLIP_L = _TEXT | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_la
 # sample_size of a U-Net is the side of its latents, sample_size of a VAE is the side of its images in pixels
 PUBLISHED: dict[str, Architecture] = {
     # Stable Diffusion 1.5: U-Net of 860M parameters, 64x64 latents, text encoder of CLIP ViT-L/14 (arXiv 2112.10752 and the model card)
-    "sd15": Architecture(
+    "sd15": UNetArchitecture(
         _UNET | {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
         _VAE | {"sample_size": 512, "scaling_factor": 0.18215},
-        _CLIP_L,
+        {"text_encoder": _CLIP_L},
         _SCHEDULER | {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "prediction_type": "epsilon"},
     ),
     # Stable Diffusion 2.1: attention heads of 64 channels, linear projections, 23 layers of OpenCLIP ViT-H, 768x768 pixels, v-prediction
-    "sd21": Architecture(
+    "sd21": UNetArchitecture(
         _UNET | {"sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
         _VAE | {"sample_size": 768, "scaling_factor": 0.18215},
-        _TEXT
-        | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"}
-        | {"projection_dim": 512, "pad_token_id": 1},
+        {
+            "text_encoder": _TEXT
+            | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"}
+            | {"projection_dim": 512, "pad_token_id": 1}
+        },
         _SCHEDULER | {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, "prediction_type": "v_prediction"},
     ),
     # Stable Diffusion XL 1.0: U-Net of 2.6B parameters, 128x128 latents, CLIP ViT-L and OpenCLIP ViT-bigG, size ids (arXiv 2307.01952)
-    "sdxl": Architecture(
+    "sdxl": UNetArchitecture(
         _UNET
         | {
             "sample_size": 128,
@@ -63,18 +72,44 @@ PUBLISHED: dict[str, Architecture] = {
             "projection_class_embeddings_input_dim": 2816,
         },
         _VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
-        _CLIP_L,
+        {
+            "text_encoder": _CLIP_L,
+            "text_encoder_2": _TEXT
+            | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu"}
+            | {"projection_dim": 1280, "pad_token_id": 1},
+        },
         _SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "prediction_type": "epsilon"},
-        _TEXT
-        | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu"}
-        | {"projection_dim": 1280, "pad_token_id": 1},
         empty_is_zeros=True,
     ),
 }
 
+_BIG_G = PUBLISHED["sdxl"].text_encoders["text_encoder_2"]
+
+for _name, _transformer in {  # 2.0 and 2.2 billion parameters, 1024x1024 pixels (arXiv 2403.03206 and the conversion of diffusers)
+    "sd3-medium": {
+        "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192,
+    },
+    "sd35-medium": {
+        "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+        "dual_attention_layers": list(range(13)),
+    },
+}.items():  # fmt: skip
+    PUBLISHED[_name] = SD3Architecture(
+        _SD3 | _transformer,
+        _VAE
+        | {"sample_size": 1024, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+        | {"use_quant_conv": False, "use_post_quant_conv": False},
+        {
+            "text_encoder": _CLIP_L,
+            "text_encoder_2": _BIG_G,
+            "text_encoder_3": _T5 | {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"},
+        },
+        _FLOW,
+    )
+
 PUBLISHED["sdxl-turbo"] = replace(  # distilled from SDXL (arXiv 2311.17042)
     PUBLISHED["sdxl"],
-    unet=PUBLISHED["sdxl"].unet | {"sample_size": 64},
+    denoiser=PUBLISHED["sdxl"].denoiser | {"sample_size": 64},
     scheduler=_SCHEDULER | {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing", "prediction_type": "epsilon"},
     few_steps=SHIPPED["sdxl-turbo"].few_steps,
 )

@@ -10,9 +10,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from ...core.errors import ImagicError
 from ...core.runtime import Runtime
 from ...core.text import check_utf8
-from ..architecture import Architecture
+from ..architecture import Architecture, SD3Architecture
 from ..base import Base
+from ..families.common import LatentBase
 from ..families.sd import StableDiffusion
+from ..families.sd3 import StableDiffusion3
 from ..families.sdxl import StableDiffusionXL
 from .configs import with_entry
 from .files import STEMS, Files, Folder, weight_files
@@ -24,7 +26,7 @@ from .tokenizers import TOKENIZER_FILES
 _CONFIGS = [  # files to download from a hub repository; downloading neither parses nor executes them
     "model_index.json",
     "scheduler/scheduler_config.json",
-    *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in TOKENIZER_FILES),
+    *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2", "tokenizer_3") for name in TOKENIZER_FILES),
     *(f"{part}/config.json" for part in STEMS),
 ]
 
@@ -63,9 +65,11 @@ def files_of(name: str, revision: str | None = None, configs: bool = False) -> F
     return (SingleFile if path.is_file() else Folder)(path, known_base(name, revision).entry)
 
 
-def family_of(architecture: Architecture) -> type[StableDiffusion]:
+def family_of(architecture: Architecture) -> type[LatentBase]:
     """The class of the family that an architecture belongs to."""
-    return StableDiffusionXL if architecture.text_encoder_2 else StableDiffusion
+    if isinstance(architecture, SD3Architecture):
+        return StableDiffusion3
+    return StableDiffusionXL if "text_encoder_2" in architecture.text_encoders else StableDiffusion
 
 
 def locate(name: str, revision: str | None = None, configs: bool = False) -> Path:
@@ -102,7 +106,9 @@ def _checked_local(path: Path, revision: str | None) -> Path:
     if path.is_dir() and (path / "adapter.json").is_file():
         raise ImagicError(f"{path} is an adapter", "the base that the adapter was trained on", "to use the adapter, run imagic-lora edit")
     if path.is_dir() and not (path / "model_index.json").is_file():
-        raise ImagicError(f"{path} has no model_index.json", "a folder in diffusers' format", "give the folder that holds unet/, vae/, ...")
+        raise ImagicError(
+            f"{path} has no model_index.json", "a folder in diffusers' format", "give the folder that holds vae/, scheduler/, ..."
+        )
     return path
 
 
@@ -110,7 +116,7 @@ def _downloaded(source: str, revision: str | None, configs: bool) -> Path:
     """Folder of a downloaded hub id. The fp16 variant is downloaded only if there are no other weights."""
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_CONFIGS, *([] if configs else _weight_patterns(""))]))
-        if not configs and not weight_files(folder, "unet"):
+        if not configs and not (weight_files(folder, "unet") or weight_files(folder, "transformer")):
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_CONFIGS, *_weight_patterns(".fp16")]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)

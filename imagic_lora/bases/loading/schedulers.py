@@ -21,7 +21,7 @@ from diffusers import (
 from ...core.config import Scheduler
 from ...core.errors import ImagicError
 from .files import Files
-from .vetting import library_errors, unusable_base
+from .vetting import FLOW_SCHEDULERS, library_errors, unusable_base
 
 _CHANGES_OF_THE_PREDICTION = ("clip_sample", "thresholding")
 _OTHER_SIGMAS = ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -53,6 +53,9 @@ def scheduler(config: dict[str, Any], files: Files, few_steps: int | None = None
                 f"{path} names the scheduler {reprlib.repr(name)}", "a scheduler of diffusers whose dependencies are installed"
             )
         trial = scheduler_class.from_config(config)
+        if name in FLOW_SCHEDULERS:
+            trial.set_timesteps(min(10, trial.config.num_train_timesteps))
+            return scheduler_class.from_config(config)
         if (prediction := trial.config.prediction_type) not in ("epsilon", "v_prediction", "sample"):
             raise ImagicError(f"{path} predicts {reprlib.repr(prediction)}", "epsilon, v_prediction or sample", "choose another base")
         trial.set_timesteps(min(10, trial.config.num_train_timesteps))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
-from .keys import KEYS, check_keys
+from .flow_keys import SD3_KEYS
+from .keys import KEYS, Keys, check_keys
 from .vetting import read_json, read_text, unusable_base
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "vocab.json", "added_tokens.json", "merges.txt")
 _NULL_PARTS = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
 _MAX_BYTES = 2**23
+_UNKNOWN = 2  # id of T5's unknown token
 
 
 def tokenizer_files(folder: Path) -> dict[str, str]:
@@ -21,6 +24,44 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
         ImagicError: a file cannot be read, is not valid JSON, or is larger than 8 MiB; a setting is not supported.
     """
     return {name: _vetted(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()}
+
+
+def t5_tokenizer_files(folder: Path) -> dict[str, str]:
+    """As :func:`tokenizer_files`, of a T5 tokenizer: ``tokenizer.json`` holds its vocabulary, and ``spiece.model`` is not read.
+
+    Raises:
+        ImagicError: as there; there is no ``tokenizer.json``, or it is not that of T5.
+    """
+    path = folder / "tokenizer.json"
+    content = read_json(path, _MAX_BYTES)
+    model: Any = content.get("model")
+    if not isinstance(model, dict) or model.get("type", "Unigram") != "Unigram" or model.get("unk_id") != _UNKNOWN:
+        raise unusable_base(f"{path} is not the tokenizer of T5", f"a Unigram model whose unknown token has the id {_UNKNOWN}")
+    for part in ("padding", "truncation"):
+        if (direction := (content.get(part) or {}).get("direction", "Right")) != "Right":
+            raise unusable_base(f"{path} has {part} with the direction {str(direction)[:20]!r}", "Right, as every T5 tokenizer")
+    # transformers rebuilds the other parts, which are fixed; of the normalizer it reads the table of characters
+    vetted = _NULL_PARTS | {
+        "added_tokens": content.get("added_tokens", []),
+        "normalizer": _characters(path, content.get("normalizer")),
+        "model": {"type": "Unigram", "unk_id": _UNKNOWN, "vocab": model.get("vocab"), "byte_fallback": False},
+    }
+    return {"tokenizer.json": json.dumps(vetted)} | {
+        name: _settings(folder / name, SD3_KEYS["tokenizer_3"]) for name in TOKENIZER_FILES[:2] if (folder / name).exists()
+    }
+
+
+def _characters(path: Path, normalizer: Any) -> dict[str, Any] | None:
+    """The table of characters of a normalizer; None if there is none.
+
+    Raises:
+        ImagicError: the normalizer does something else, which transformers would leave out.
+    """
+    parts = (normalizer or {}).get("normalizers", [normalizer]) if isinstance(normalizer, dict) else []
+    if normalizer is not None and [part.get("type") if isinstance(part, dict) else None for part in parts] != ["Precompiled"]:
+        raise unusable_base(f"{path} has another normalizer than T5", "a table of characters (Precompiled) alone")
+    table = parts[0].get("precompiled_charsmap") if parts else None
+    return {"type": "Precompiled", "precompiled_charsmap": table} if isinstance(table, str) and table else None
 
 
 def shipped_tokenizer() -> dict[str, str]:
@@ -59,6 +100,12 @@ def _vetted(path: Path) -> str:
             "model": {"type": "BPE", "vocab": model["vocab"], "merges": model["merges"]},
         }
     elif path.name in TOKENIZER_FILES[:2]:
-        check_keys(path, KEYS["tokenizer"], content)
-        content = {name: value for name, value in content.items() if name in KEYS["tokenizer"].honoured}
+        return _settings(path, KEYS["tokenizer"])
     return json.dumps(content)
+
+
+def _settings(path: Path, keys: Keys) -> str:
+    """Content of a tokenizer's settings, reduced to the honoured keys."""
+    content = read_json(path, _MAX_BYTES)
+    check_keys(path, keys, content)
+    return json.dumps({name: value for name, value in content.items() if name in keys.honoured})

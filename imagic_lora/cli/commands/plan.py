@@ -36,7 +36,8 @@ def plan(
     config
         YAML file of settings, as for fit.
     exact
-        Run the training code on tensors without data instead of computing the sizes; takes about ten seconds.
+        Run the training code on tensors without data instead of computing the sizes; takes about ten seconds. Flow transformers are
+        always predicted in this way.
     """
     from ...bases.loading.configs import architecture
     from ...bases.loading.known import known_base
@@ -50,11 +51,11 @@ def plan(
     given = validated(merged(file, flags))
     built = architecture(given.base)
     run, why = choose_preset(
-        lambda: built, flags, file, recipe_of(known_base(given.base, given.revision).built_in, built.few_steps, built.embeds_guidance)
+        lambda: built, flags, file, recipe_of(known_base(given.base, given.revision).built_in, built.few_steps, built.guidance)
     )
     card = card_and_free_memory(run.memory.device)[0] if given.preset == "auto" else None
     assumed = assumed_for(run, card)
-    if exact:
+    if exact or built.process == "flow":
         import_libraries()
         from ...training.rehearsal import rehearse
 

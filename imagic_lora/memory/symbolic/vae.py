@@ -25,7 +25,7 @@ def vae_forward(config: dict[str, Any], layers: Layers, pixels: int, images: int
     in_pixels = images * (pixels // 4 ** (len(block_channels) - 1) if decode else pixels)
     first, last = (latent, _RGB) if decode else (_RGB, 2 * latent)
     order = [*reversed(block_channels)] if decode else block_channels
-    if decode:
+    if decode and config.get("use_post_quant_conv", True):
         layers.count_weights(latent * latent, latent)  # post_quant_conv
     channels = order[0]
     h = layers.conv(layers.tape.tensor(in_pixels * first, itemsize), first, channels)
@@ -43,7 +43,7 @@ def vae_forward(config: dict[str, Any], layers: Layers, pixels: int, images: int
         h = _mid_block(layers, h, channels)
     h = layers.silu(layers.norm(h, channels))
     layers.conv(h, channels, last)
-    if not decode:
+    if not decode and config.get("use_quant_conv", True):
         layers.count_weights(4 * latent * latent, 2 * latent)  # quant_conv
 
 

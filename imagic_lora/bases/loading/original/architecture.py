@@ -12,7 +12,8 @@ from ....core.errors import ImagicError
 from ...architecture import Architecture
 from ..known import BaseEntry, bases_file
 from ..published import PUBLISHED
-from ..vetting import ZERO_SNR_SCHEDULERS, check_sizes, read_header
+from ..sizes import check_sizes
+from ..vetting import ZERO_SNR_SCHEDULERS, read_header
 from .detection import check_other_models, check_unet, detected_family
 from .statements import agreed, statements
 
@@ -61,7 +62,7 @@ def _with_statements(path: Path, architecture: Architecture, said: Mapping[str, 
     """
     said = dict(said)
     said.pop("published", None)
-    unet, vae, scheduler = dict(architecture.unet), dict(architecture.vae), dict(architecture.scheduler)
+    unet, vae, scheduler = dict(architecture.denoiser), dict(architecture.vae), dict(architecture.scheduler)
     levels = len(unet["block_out_channels"])
     own = unet.get("attention_head_dim", 8)
     heads = own if isinstance(own, list) else [own] * levels
@@ -80,4 +81,4 @@ def _with_statements(path: Path, architecture: Architecture, said: Mapping[str, 
     scheduler |= said
     parts = {"unet": unet, "vae": vae, "scheduler": scheduler} | architecture.text_encoders
     check_sizes(path, parts)
-    return replace(architecture, unet=unet, vae=vae, scheduler=scheduler)
+    return replace(architecture, denoiser=unet, vae=vae, scheduler=scheduler)

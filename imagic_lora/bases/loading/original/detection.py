@@ -97,7 +97,7 @@ def check_unet(path: Path, name: str, architecture: Architecture, tensors: Heade
         architecture: the architecture that the file is taken for.
         tensors: header of the file.
     """
-    for what, found, expected in _differences(architecture.unet, tensors):
+    for what, found, expected in _differences(architecture.denoiser, tensors):
         alike = _ALIKE.get(what, {}).get(found)  # pyright: ignore[reportArgumentType]
         got = f"{path} looks like {name}, but its U-Net has {what} = {reprlib.repr(found)}{f', as {alike} has' if alike else ''}"
         remedy = f"choose another base, or add this one to {bases_file()} with a matching config: see docs/guide/bases.md"

@@ -71,7 +71,7 @@ class SingleFile(Files):
             raise ImagicError(
                 got, "the tensors of a known model", "choose another base, or add this one to your list with a matching config"
             )
-        return used_tensors(part, converted)
+        return used_tensors(self.architecture.encoder_classes.get(part), converted)
 
     def _unused(self, part: str, original: dict[str, Tensor], converted: dict[str, Tensor]) -> str | None:
         """Name of a tensor that the conversion has left out; diffusers does so in silence."""
@@ -85,7 +85,7 @@ class SingleFile(Files):
     def _converted(self, part: str, original: dict[str, Tensor]) -> dict[str, Tensor]:
         """Renames the tensors of a component from the original layout to diffusers' layout."""
         if part == "unet":
-            return convert_ldm_unet_checkpoint(original, self.architecture.unet)
+            return convert_ldm_unet_checkpoint(original, self.architecture.denoiser)
         if part == "vae":
             return convert_ldm_vae_checkpoint(original, self.architecture.vae)
         prefix = _OPEN_CLIP[part]

@@ -1,0 +1,193 @@
+"""Checks that the sizes in a base's configs are plausible and match each other. This module does not import torch."""
+
+from __future__ import annotations
+
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from .vetting import TIME_IDS, inpainting, unusable_base
+
+_REQUIRED = {
+    "unet": ("sample_size", "in_channels", "out_channels", "cross_attention_dim", "layers_per_block", "block_out_channels"),
+    "vae": ("sample_size", "latent_channels", "layers_per_block", "block_out_channels"),
+    "text_encoder": (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    ),
+}  # fmt: skip
+_REQUIRED["text_encoder_2"] = (*_REQUIRED["text_encoder"], "projection_dim")
+_REQUIRED_SD3 = {
+    "transformer": (
+        "sample_size", "patch_size", "in_channels", "out_channels", "num_layers", "attention_head_dim", "num_attention_heads",
+        "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim", "pos_embed_max_size",
+    ),
+    "vae": _REQUIRED["vae"],
+    "text_encoder": _REQUIRED["text_encoder_2"],
+    "text_encoder_2": _REQUIRED["text_encoder_2"],
+    "text_encoder_3": ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
+    "scheduler": ("shift",),
+}  # fmt: skip
+_LISTS = ("block_out_channels", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads")
+_SIZES = {name for names in (*_REQUIRED.values(), *_REQUIRED_SD3.values()) for name in names} - {"shift"} | {
+    *_LISTS,
+    "norm_num_groups",
+    "num_train_timesteps",
+}
+_SIZES |= {"relative_attention_num_buckets", "relative_attention_max_distance"}
+_SIZES |= {"addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim"}
+_NUMBERS = (
+    "scaling_factor",
+    "shift",
+    "layer_norm_epsilon",
+    "norm_eps",
+    "layer_norm_eps",
+    "mid_block_scale_factor",
+    "resnet_out_scale_factor",
+)
+_INTEGERS = ("freq_shift", "downsample_padding", "bos_token_id", "eos_token_id", "pad_token_id")
+_MAX_VALUES = {
+    "layers_per_block": 4,
+    "transformer_layers_per_block": 10,
+    "reverse_transformer_layers_per_block": 10,
+    "num_hidden_layers": 64,
+    "num_layers": 64,
+    "pos_embed_max_size": 1024,
+}
+_MAX_VALUE = 2**20  # of every other setting
+_MAX_BLOCKS = 6
+
+
+def check_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
+    """Checks that the sizes of the components are plausible and match each other.
+
+    The limits ensure that building the components on the meta device takes seconds at most.
+
+    Args:
+        folder: folder of the base, for messages.
+        parts: configs of ``unet``, ``vae``, ``text_encoder``, ``scheduler``, and ``text_encoder_2`` if there is one.
+
+    Raises:
+        ImagicError: a required setting is missing; a setting is implausible; the U-Net has unsupported inputs; sizes do not match.
+    """
+    unet, vae = parts["unet"], parts["vae"]
+    _check_plausible(folder, parts, _REQUIRED)
+    _check_inputs(folder, unet, has_second=parts.get("text_encoder_2") is not None)
+    block_lists = (
+        (unet["block_out_channels"], int), (unet.get("down_block_types", ()), str),
+        (unet.get("up_block_types", ()), str), (vae["block_out_channels"], int),
+    )  # fmt: skip
+    for blocks, item_type in block_lists:
+        if not isinstance(blocks, list) or not all(isinstance(block, item_type) for block in blocks):
+            raise unusable_base(f"{folder} has the blocks {reprlib.repr(blocks)}", "a list of channel counts or of block types")
+    _check_matching(folder, unet, vae, parts["text_encoder"], parts.get("text_encoder_2"))
+
+
+def check_sd3_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
+    """As :func:`check_sizes`, of Stable Diffusion 3.
+
+    Args:
+        folder: folder of the base, for messages.
+        parts: configs of ``transformer``, ``vae``, ``scheduler``, ``text_encoder``, ``text_encoder_2``, and of ``text_encoder_3`` if there
+            is one.
+    """
+    _check_plausible(folder, parts, _REQUIRED_SD3)
+    transformer, vae, texts = parts["transformer"], parts["vae"], [parts["text_encoder"], parts["text_encoder_2"]]
+    t5 = parts.get("text_encoder_3", {"d_model": transformer["joint_attention_dim"]})
+    if not isinstance(blocks := vae["block_out_channels"], list):
+        raise unusable_base(f"{folder} has the blocks {reprlib.repr(blocks)}", "a list of channel counts")
+    dual = transformer.get("dual_attention_layers") or []
+    if not isinstance(dual, list) or not all(type(layer) is int and 0 <= layer < transformer["num_layers"] for layer in dual):
+        raise unusable_base(f"{folder} has the dual_attention_layers {reprlib.repr(dual)}", "numbers of layers of the transformer")
+    if any(isinstance(transformer[name], list) for name in _REQUIRED_SD3["transformer"]):
+        raise unusable_base(f"{folder} has a transformer with lists of sizes", "one number for every size")
+    if transformer["sample_size"] > transformer["patch_size"] * transformer["pos_embed_max_size"]:
+        got = f"{folder} has the sample_size {transformer['sample_size']}"
+        raise unusable_base(got, "at most patch_size * pos_embed_max_size, the positions of the transformer")
+    inner = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    _check_equal(
+        folder,
+        {
+            "out_channels and in_channels of the transformer": (transformer["out_channels"], transformer["in_channels"]),
+            "latent_channels of the VAE and in_channels of the transformer": (vae["latent_channels"], transformer["in_channels"]),
+            "in_channels of the VAE and channels of an RGB image": (vae.get("in_channels", 3), 3),
+            "out_channels of the VAE and channels of an RGB image": (vae.get("out_channels", 3), 3),
+            "caption_projection_dim and width of the transformer": (transformer["caption_projection_dim"], inner),
+            "d_model of T5 and joint_attention_dim": (t5["d_model"], transformer["joint_attention_dim"]),
+            "projection_dim of the CLIP text encoders and pooled_projection_dim": (
+                sum(text["projection_dim"] for text in texts), transformer["pooled_projection_dim"],
+            ),
+            "max_position_embeddings of the CLIP text encoders": tuple(text["max_position_embeddings"] for text in texts),
+        },
+    )  # fmt: skip
+    if (width := sum(text["hidden_size"] for text in texts)) > transformer["joint_attention_dim"]:
+        got = f"{folder} has CLIP text encoders of {width} channels together"
+        raise unusable_base(got, f"at most {transformer['joint_attention_dim']}, the joint_attention_dim of the transformer")
+
+
+def _check_plausible(folder: Path, parts: dict[str, dict[str, Any]], required: dict[str, tuple[str, ...]]) -> None:
+    """Raises ImagicError for a setting that is missing or implausible."""
+    problems = [f"{part}.{name}" for part in parts for name in required.get(part, ()) if parts[part].get(name) is None]
+    problems += [f"{part}.{name}" for part, config in parts.items() for name, value in config.items() if not _is_plausible(name, value)]
+    if problems:
+        names = ", ".join(repr(name[:60]) for name in problems[:5])
+        raise unusable_base(f"{folder} has missing or implausible settings: {names}", "the configs of a Stable Diffusion base")
+
+
+def _check_equal(folder: Path, pairs: dict[str, tuple[Any, ...]]) -> None:
+    """Raises ImagicError for a pair of sizes that differ, with its name."""
+    for names, (first_size, second_size) in pairs.items():
+        if first_size != second_size:
+            raise unusable_base(f"{folder} has configs that do not match: {names}, {first_size} and {second_size}", "equal sizes")
+
+
+def _check_inputs(folder: Path, unet: dict[str, Any], has_second: bool) -> None:
+    """Raises ImagicError if the U-Net has added conditions that its family does not have, or lacks those that it has."""
+    added = unet.get("addition_embed_type")
+    if added != ("text_time" if has_second else None):
+        expected = "text_time, for pooled embedding and size ids" if has_second else "none: the U-Net is conditioned on text only"
+        raise unusable_base(f"{folder} has a U-Net with the addition_embed_type {reprlib.repr(added)}", expected)
+
+
+def _check_matching(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], second: dict[str, Any] | None) -> None:
+    """Raises ImagicError if two sizes differ that must be equal."""
+    if unet["in_channels"] == 2 * vae["latent_channels"] + 1:  # latents, mask and masked photo
+        raise inpainting(f"{folder} has a U-Net with in_channels = {unet['in_channels']}")
+    channels, text_width = len(unet["block_out_channels"]), text["hidden_size"] + (second["hidden_size"] if second else 0)
+    pairs = {
+        "numbers of down_block_types and block_out_channels": (len(unet["down_block_types"]), channels),
+        "numbers of up_block_types and block_out_channels": (len(unet["up_block_types"]), channels),
+        "out_channels and in_channels of the U-Net": (unet["out_channels"], unet["in_channels"]),
+        "latent_channels of the VAE and in_channels of the U-Net": (vae["latent_channels"], unet["in_channels"]),
+        "in_channels of the VAE and channels of an RGB image": (vae.get("in_channels", 3), 3),
+        "out_channels of the VAE and channels of an RGB image": (vae.get("out_channels", 3), 3),
+        "hidden_size of the text encoders and cross_attention_dim": (text_width, unet["cross_attention_dim"]),
+        "size of the added conditions and projection_class_embeddings_input_dim": _added_condition_sizes(unet, second),
+    }
+    _check_equal(folder, pairs)
+
+
+def _added_condition_sizes(unet: dict[str, Any], second: dict[str, Any] | None) -> tuple[int, int]:
+    """Size of pooled embedding plus embedded size ids, and the size that the U-Net's config expects for them; zeros without them."""
+    if second is None:
+        return 0, 0
+    actual = second["projection_dim"] + TIME_IDS * (unet.get("addition_time_embed_dim") or 0)
+    return actual, unet.get("projection_class_embeddings_input_dim") or 0
+
+
+def _is_plausible(name: str, value: object) -> bool:
+    """Whether a setting has a plausible type and value.
+
+    None stands for the default of diffusers. Settings that affect no tensor size are only checked for huge numbers and nested lists:
+    diffusers checks the rest.
+    """
+    limit = _MAX_VALUES.get(name, _MAX_VALUE)
+    if name in _NUMBERS:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= limit
+    if name in _INTEGERS:
+        return type(value) is int and 0 <= value <= limit
+    if value is None:
+        return True
+    items = value if isinstance(value, list) and (name in _LISTS or name not in _SIZES) else [value]
+    if name in _SIZES:
+        return 0 < len(items) <= _MAX_BLOCKS and all(type(item) is int and 0 < item <= limit for item in items)
+    return all(abs(item) <= limit if isinstance(item, (int, float)) else not isinstance(item, list) for item in items)

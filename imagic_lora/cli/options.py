@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
 
+from ..core.config import DeviceConfig, EditConfig, PresetOrAuto
 from ..core.errors import ImagicError, unreadable
 from ..photos.region import Region
 
@@ -32,6 +33,12 @@ def _whole(_: object, tokens: Sequence[Token]) -> int:
 
 Whole = Annotated[int, Parameter(converter=_whole)]
 """An integer. Without the converter, cyclopts rounds 1.5."""
+
+
+def explicit(sampling: EditConfig | None, device: DeviceConfig | None, preset: PresetOrAuto) -> dict[str, Any]:
+    """Returns the settings of an edit that flags gave, by their groups; a preset is always one of them."""
+    groups = {"edit": sampling, "memory": device}
+    return {name: flags.model_dump(exclude_unset=True) if flags else {} for name, flags in groups.items()} | {"preset": preset}
 
 
 def suggested_etas(eta: float) -> str:

@@ -435,7 +435,6 @@ def test_the_published_index_is_read(copy: Path, folder: Path) -> None:
         ("unet", "block_out_channels", [10**9, 10**9]),
         ("unet", "layers_per_block", 10**6),
         ("unet", "layers_per_block", True),
-        ("unet", "cross_attention_dim", None),
         ("unet", "sample_size", [8, 8]),
         ("unet", "attention_head_dim", -1),
         ("unet", "norm_eps", "x"),
@@ -453,8 +452,21 @@ def test_sizes_are_plausible(tmp_path: Path, folder: Path, file: str, name: str,
     copy = copied(folder, tmp_path)
     said(copy, f"{file}/{'scheduler_config' if file == 'scheduler' else 'config'}.json", **{name: value})
     for open_it in (opened, lambda path: architecture_of(str(path))):
-        with pytest.raises(ImagicError, match=rf"missing or implausible settings: '{file}\.{name}'"):
+        with pytest.raises(ImagicError, match=rf"has implausible settings: '{file}\.{name}'"):
             open_it(copy)
+
+
+@each("part, name", [("vae", "latent_channels"), ("unet", "cross_attention_dim"), ("text_encoder", "hidden_size")])
+@each("left_out", [True, False])
+def test_a_size_that_no_config_states_is_named_with_its_file(tmp_path: Path, folder: Path, part: str, name: str, left_out: bool) -> None:
+    """Left out, or null; with what to do, in the plan and when it is opened."""
+    path = copied(folder, tmp_path) / part / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key != name}
+    path.write_text(json.dumps(config if left_out else config | {name: None}))
+    for open_it in (opened, lambda folder: architecture_of(str(folder))):
+        with pytest.raises(ImagicError, match=rf"does not state sizes of the model \({part}/config\.json: {name}\)") as caught:
+            open_it(path.parents[1])
+        assert "add them to these files" in caught.value.remedy
 
 
 @each("file, values, why", [

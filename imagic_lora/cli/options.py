@@ -124,7 +124,7 @@ def prompt_folders(path: Path, parent: Path) -> dict[Path, str | None]:
         if not path.is_file() or path.stat().st_size > _MAX_PROMPT_FILE:
             got = f"{path} is not a file, or larger than {_MAX_PROMPT_FILE:,} bytes"
             raise ImagicError(got, "a text file with one prompt a line", "check --prompt-file")
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would also split at U+2028 and form feeds
     except OSError as error:
         raise unreadable(path, error) from error
     except UnicodeDecodeError as error:

@@ -8,6 +8,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from torch import Tensor
@@ -30,7 +32,9 @@ from imagic_lora.bases.loading import registry
 from imagic_lora.bases.loading.files import Folder, cast_finite, fingerprint
 from imagic_lora.bases.loading.registry import architecture_of, locate
 from imagic_lora.bases.loading.vetting import read_json
+from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
+from imagic_lora.core.runtime import resolve_runtime
 
 STEPS = torch.tensor([0, 1, 250, 999])
 
@@ -739,3 +743,17 @@ def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
     """Whatever the system says of it."""
     with pytest.raises(ImagicError, match=r"no base called|no file or folder ~no-such-user"):
         locate(name)
+
+
+def test_xformers_is_enabled_on_the_denoiser_or_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As diffusers enables it: here it raises, since there is no card; with a card every attention of the denoiser gets it."""
+    runtime = resolve_runtime(MemoryConfig(device="cpu"))
+    asked = replace(runtime, memory=runtime.memory.model_copy(update={"attention": "xformers"}))
+    with pytest.raises(ImagicError, match=r"xformers does not work on this machine \(.*--attention sdpa"):
+        registry.load_base(str(folder), asked)
+    enabled: set[torch.nn.Module] = set()
+    monkeypatch.setattr(Attention, "set_use_memory_efficient_attention_xformers", lambda self, on, _: on and enabled.add(self))
+    registry.load_base(str(folder), runtime)
+    assert not enabled
+    base = registry.load_base(str(folder), asked)
+    assert enabled == {module for module in base.denoiser.modules() if isinstance(module, Attention)} != set()

@@ -87,8 +87,8 @@ def read_architecture(folder: Path) -> Architecture:
         config, kind = read_json(folder / part / file), part.removesuffix("_2")
         check_keys(folder / part / file, KEYS[kind], config)
         # transformers would read more of a text encoder's config: names of code and files to load
-        heard = {name: config[name] for name in config if name in KEYS[kind].honoured} if part in encoders else config
-        parts[part] = _DEFAULTS.get(part, {}) | heard
+        read = {name: config[name] for name in config if name in KEYS[kind].honoured} if part in encoders else config
+        parts[part] = _DEFAULTS.get(part, {}) | read
     parts["scheduler"]["_class_name"] = index["scheduler"][1]
     check_sizes(folder, parts)
     corrects = index["_class_name"] in _CORRECTING

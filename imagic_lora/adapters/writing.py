@@ -94,7 +94,7 @@ def hidden_folder(parent: Path, prefix: str) -> Iterator[Path]:
     finally:
         try:
             delete(folder)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: it is deleted all the same
             delete(folder)
             raise
 

@@ -105,7 +105,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
         except Stopped as error:
             resumed = [*tokens, *(["--resume"] if "--resume" not in tokens else [])]
             return print_interrupted(str(error), shlex.join(["imagic-lora", *resumed]), tokens)
-        except Exception as error:
+        except Exception as error:  # most are raised again, with their traceback
             explained = _explained(error)
             if explained is None:
                 raise

@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import KINDS, PROMPT, tiny_config
+from common import KINDS, PROMPT, opened, tiny_config
 from PIL import Image
-from tiny import save_tiny
+from tiny import save_tiny, save_tiny_sdxl
 
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.store import Store
-from imagic_lora.core.config import Mode
+from imagic_lora.bases.base import Base
+from imagic_lora.bases.loading.registry import load_base
+from imagic_lora.core.config import MemoryConfig, Mode
+from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.training.fit import fit, result
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker and its child processes
@@ -35,6 +38,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def folder(folders: dict[str, Path]) -> Path:
     """The tiny base that predicts the noise."""
     return folders["epsilon"]
+
+
+@pytest.fixture(scope="module")
+def named(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
+    """A function that opens a base of each kind: prediction types, spacings, families, and eight latent channels."""
+    root = tmp_path_factory.mktemp("more")
+
+    @cache
+    def base(name: str) -> Base:
+        if name == "critters":
+            return load_base("critters", resolve_runtime(MemoryConfig(device="cpu")))
+        if name == "sdxl":
+            return opened(save_tiny_sdxl(root / name))
+        if name == "sample":
+            return opened(save_tiny(root / name, prediction_type="sample"))  # pyright: ignore[reportArgumentType]
+        if name == "trailing":
+            folder = save_tiny(root / name, scheduler="euler")
+            config = folder / "scheduler" / "scheduler_config.json"
+            linspace = config.read_text()
+            assert "linspace" in linspace
+            config.write_text(linspace.replace("linspace", "trailing"))
+            return opened(folder)
+        return opened(folders[name])
+
+    return base
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
 from ..bases.base import Base
-from ..core.conditioning import Conditioning
+from ..core.conditioning import VECTORS, Conditioning
 from ..core.config import Mode, TunedMode
 from ..core.errors import ImagicError
 from ..core.tensors import read, safetensors_pieces
@@ -43,10 +44,15 @@ def read_embeddings(adapter: Adapter) -> dict[str, Conditioning]:
         name, _, tensor_name = key.partition(".")
         embeddings.setdefault(name, {})[tensor_name] = value.float()
     shapes = [{name: value.shape for name, value in tensors.items()} for tensors in embeddings.values()]
-    names, consistent = set(embeddings), all("tokens" in each and each == shapes[0] for each in shapes)
+    vectors = {name: value.shape for name, value in embeddings.get("target", {}).items() if name.startswith(VECTORS)}
+    compared = [each | vectors if name == "null" else each for name, each in zip(embeddings, shapes, strict=True)]
+    names, consistent = set(embeddings), all("tokens" in each and each == compared[0] for each in compared)
+    if consistent and bool(vectors) != ((space := adapter.record.config.embed.space) == "input"):
+        got = f"{adapter.folder / EMBEDDINGS} holds {'' if vectors else 'no '}vectors of tokens; the record says embed.space {space}"
+        raise ImagicError(got, "vectors where embed.space is input, and only there", REMEDY)
     if shapes and consistent and (wrong := [(name, shape) for name, shape in shapes[0].items() if not _is_valid(name, shape)]):
         got = f"{adapter.folder / EMBEDDINGS} holds {wrong[0][0][:80]!r} of the shape {list(wrong[0][1])}"
-        raise ImagicError(got, "tokens [1, T, D], pooled [1, P], mask [1, T], and other inputs [1, ...]", REMEDY)
+        raise ImagicError(got, "tokens and vectors [1, T, D], pooled [1, P], mask [1, T], and other inputs [1, ...]", REMEDY)
     if not consistent or not {"target", "optimised"} <= names <= {"target", "optimised", "null"}:
         listed = ", ".join(sorted(names))[:200] or "none"
         raise ImagicError(
@@ -59,7 +65,7 @@ def read_embeddings(adapter: Adapter) -> dict[str, Conditioning]:
 
 def _is_valid(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor of one conditioning can have this shape; :func:`check_base` compares it with that of the base."""
-    dimensions = {"tokens": max(3, len(shape)), "pooled": 2, "mask": 2}.get(name, len(shape))
+    dimensions = {"tokens": max(3, len(shape)), "pooled": 2, "mask": 2}.get(name, 3 if name.startswith(VECTORS) else len(shape))
     return len(shape) == dimensions and shape[:1] == (1,) and all(shape)
 
 
@@ -117,8 +123,12 @@ def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
             unexpected shapes.
     """
     made_for, mode = adapter.record.base, adapter.record.config.tune.mode
-    shapes = {name: tuple(value.shape) for name, value in read_embeddings(adapter)["target"].tensors().items()}
+    target = read_embeddings(adapter)["target"]
+    shapes = {name: tuple(value.shape) for name, value in replace(target, vectors={}).tensors().items()}
     same = shapes.pop("mask", shapes["tokens"][:2]) == shapes["tokens"][:2] and shapes == base.architecture.conditioning
+    if target.vectors:
+        stored = {name: tuple(value.shape) for name, value in target.vectors.items()}
+        same = same and stored == {name: tuple(value.shape) for name, value in base.encode_vectors("").vectors.items()}
     if made_for.fingerprint != base.fingerprint and not (force and same):
         remedy = "the weights have changed: fit again" if made_for.name == base.name else f"use --base {made_for.name}"
         raise ImagicError(
@@ -181,7 +191,7 @@ def applied(adapter: Adapter, base: Base) -> AbstractContextManager[object]:
 
 
 def save_embeddings(writer: AtomicWriter, named: Mapping[str, Conditioning]) -> None:
-    """Writes conditionings as the fp32 tensors ``<name>.tokens``, ``<name>.pooled`` and one for each extra input.
+    """Writes conditionings as the fp32 tensors ``<name>.tokens``, ``<name>.pooled``, and one for each extra input and vector.
 
     Args:
         writer: of the adapter's folder.

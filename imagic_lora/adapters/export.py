@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -22,7 +21,7 @@ from .lora import LORA_FILE
 from .original_names import original_names
 from .readers import check_layers, notes
 from .record import CARD, EMBEDDINGS, RECORD, REMEDY
-from .writing import check_outputs, pieces, writable
+from .writing import check_outputs, hidden_folder, pieces, writable
 
 Format = Literal["kohya", "diffusers"]
 Files = Mapping[str, Iterable[bytes | memoryview]]
@@ -106,8 +105,8 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
         raise ImagicError(f"{folder} is a stored adapter", "another folder for the exported files", "choose another --out")
     if (taken := [path for path in paths if path.exists()]) and not overwrite:
         raise ImagicError(f"{taken[0]} exists", "a new file", "choose another --out, or use --overwrite")
-    with writable(folder), TemporaryDirectory(prefix=".export-", dir=folder) as hidden:
-        writer = AtomicWriter(Path(hidden))
+    with writable(folder), hidden_folder(folder, ".export-") as hidden:
+        writer = AtomicWriter(hidden)
         for name, content in files.items():
             writer.write(name, content)
         for name, path in zip(files, paths, strict=True):  # after all writes, so that an error leaves existing files unchanged

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from uuid import uuid4
 
 from ..core.errors import ImagicError
 
@@ -73,6 +74,29 @@ def check_outputs(folder: Path, names: Iterable[str]) -> None:
                 raise ImagicError(f"{path} is not a file", "a file, or an unused name", "choose another folder, or move it")
             if path.exists() and not os.access(path, os.W_OK):
                 raise ImagicError(f"{path} cannot be written to", "a writable file", "choose another folder, or change its permissions")
+
+
+@contextmanager
+def hidden_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder for files until they get their final names; deleted at the end, also if an exception interrupts that.
+
+    Args:
+        parent: where it is created.
+        prefix: how its name begins: with a dot.
+
+    Raises:
+        ImagicError: it cannot be deleted.
+    """
+    folder = parent / f"{prefix}{uuid4().hex}"
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        try:
+            delete(folder)
+        except BaseException:  # Ctrl-C too: it is deleted all the same
+            delete(folder)
+            raise
 
 
 def pieces(path: Path) -> Iterator[bytes]:

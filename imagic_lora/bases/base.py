@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -33,6 +34,13 @@ class Token(NamedTuple):
     id: int
     start: int
     end: int
+
+
+class VectorMasks(NamedTuple):
+    """Which vectors of a prompt are of its words, and which are padding, both ``[1, T]`` bool; neither: the start and the end token."""
+
+    words: Tensor
+    padding: Tensor
 
 
 class Base(ABC):
@@ -85,6 +93,22 @@ class Base(ABC):
             Tokens ``[1, T, D]`` and, for families that have it, the pooled embedding ``[1, P]``; fp32, on the runtime's device. The
             result has no size ids or guidance input yet: :meth:`with_added_conditions` adds them.
         """
+
+    @abstractmethod
+    def encode_vectors(self, prompt: str, vectors: Mapping[str, Tensor] | None = None) -> Conditioning:
+        """Encodes the vectors of the tokens of a prompt: what a text encoder looks up for token ids, before its first layer.
+
+        Args:
+            prompt: gives the token ids, on which the pooled embedding and the mask of the padding depend.
+            vectors: vectors by text encoder, ``[1, T, D]``; gradients flow to them. None: those of the prompt.
+
+        Returns:
+            As :meth:`encode_prompt`, with the vectors.
+        """
+
+    @abstractmethod
+    def vector_masks(self, prompt: str) -> dict[str, VectorMasks]:
+        """Which vectors of a prompt are of its words, and which are padding, by text encoder."""
 
     @abstractmethod
     def tokenize(self, prompt: str) -> list[Token]:

@@ -30,6 +30,7 @@ from .commands.reproduce import reproduce
 from .commands.store import list_adapters, remove, rename, show, verify
 from .commands.sweep import sweep
 from .console import print_error, print_interrupted, print_warnings
+from .interrupts import Interrupts
 
 COMMANDS: dict[str, Callable[..., None] | App] = {
     "fit": fit,
@@ -89,47 +90,54 @@ def main(tokens: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         if isinstance(sys.stdout, io.TextIOWrapper):  # stderr does so by default: what a terminal of another encoding lacks is escaped
             sys.stdout.reconfigure(errors="backslashreplace")
-        prepare_environment()
-        print_warnings()
         try:
-            app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
-            if sys.stdout:
-                sys.stdout.flush()  # an error at the exit of Python would have neither a message nor an exit code of its own
-        except CycloptsError as error:
-            if isinstance(error.__cause__, ValidationError):
-                return print_error(settings_error(error.__cause__), tokens)
-            return print_error(ImagicError(str(error), "a command and options that --help lists", "see imagic-lora --help"), tokens)
-        except ImagicError as error:
-            return print_error(error, tokens)
+            with Interrupts():
+                prepare_environment()
+                print_warnings()
+                app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+                if sys.stdout:
+                    sys.stdout.flush()  # an error at the exit of Python would have neither a message nor an exit code of its own
         except BrokenPipeError:  # the reader of the output, such as head, has closed the pipe
             _discard_output()
             return 0
-        except (KeyboardInterrupt, Stopped) as error:
-            if isinstance(error, KeyboardInterrupt):
-                return print_interrupted("nothing was stored", None, tokens)
-            return print_interrupted(
-                str(error), shlex.join(["imagic-lora", *tokens, *(["--resume"] if "--resume" not in tokens else [])]), tokens
-            )
-        except OSError as error:
-            if error.errno in DISK_FULL:
-                got = f"the disk is full{f' ({error.filename})' if error.filename else ''}"
-                code = print_error(ImagicError(got, "enough free disk space", "delete files that are no longer needed"), tokens)
-                if not error.filename:
-                    _discard_output()  # it may be what is full
-                return code
-            if error.errno in _DENIED and error.filename:
-                got = f"{error.filename} cannot be accessed ({error.strerror})"
-                remedy = "check its permissions, or run the command as its owner"
-                return print_error(ImagicError(got, "a path that this user may read and write", remedy), tokens)
-            raise
-        except (MemoryError, RuntimeError) as error:
+        except KeyboardInterrupt as error:
+            return print_interrupted(str(error) or "nothing was stored", None, tokens)
+        except Stopped as error:
+            resumed = [*tokens, *(["--resume"] if "--resume" not in tokens else [])]
+            return print_interrupted(str(error), shlex.join(["imagic-lora", *resumed]), tokens)
+        except Exception as error:  # most are raised again, with their traceback
+            explained = _explained(error)
+            if explained is None:
+                raise
+            code = print_error(explained, tokens)
+            if isinstance(error, OSError) and not error.filename:
+                _discard_output()  # it may be what is full
+            return code
+    return 0
+
+
+def _explained(error: Exception) -> ImagicError | None:
+    """Returns an exception as an error that the user can correct; None if it is not one."""
+    match error:
+        case ImagicError():
+            return error
+        case CycloptsError(__cause__=ValidationError() as cause):
+            return settings_error(cause)
+        case CycloptsError():
+            return ImagicError(str(error), "a command and options that --help lists", "see imagic-lora --help")
+        case OSError(errno=number, filename=path) if number in DISK_FULL:
+            got = f"the disk is full{f' ({path})' if path else ''}"
+            return ImagicError(got, "enough free disk space", "delete files that are no longer needed")
+        case OSError(errno=number, filename=path) if number in _DENIED and path:
+            got = f"{path} cannot be accessed ({error.strerror})"
+            return ImagicError(got, "a path that this user may read and write", "check its permissions, or run the command as its owner")
+        case MemoryError() | RuntimeError():
             from ..memory.limits import is_out_of_memory
 
-            if not is_out_of_memory(error):
-                raise
-            remedy = "use --preset 8gb, or fit the photo at a lower --resolution"
-            return print_error(ImagicError("out of memory", "more free memory", remedy), tokens)
-    return 0
+            if is_out_of_memory(error):
+                remedy = "use --preset 8gb, or fit the photo at a lower --resolution"
+                return ImagicError("out of memory", "more free memory", remedy)
+    return None
 
 
 def _discard_output() -> None:

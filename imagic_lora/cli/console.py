@@ -26,8 +26,18 @@ if TYPE_CHECKING:
     from ..training.stage import StepReport
 
 Value = TypeVar("Value")
-err = Console(stderr=True, emoji=False)
-out = Console(emoji=False)
+
+
+class _Console(Console):
+    """A console whose BrokenPipeError is that of ``print``. That of rich ends the program with exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich in place of raising the error."""
+        raise BrokenPipeError
+
+
+err = _Console(stderr=True, emoji=False)
+out = _Console(emoji=False)
 
 
 _MAX_LENGTH = 2000  # characters of one text; the rest is cut
@@ -220,12 +230,13 @@ def print_interrupted(message: str, command: str | None, tokens: Sequence[str]) 
     Returns:
         The exit code.
     """
-    if "--json" in tokens:
-        print_json({"interrupted": message, "resume": command})
-    err.print(f"[yellow]Interrupted:[/] {plain(message)}", highlight=False)
-    if command:
-        err.print("Resume with:")
-        err.print(f"  {plain(command)}", highlight=False, soft_wrap=True)
+    with suppress(OSError):  # the reader of the output may be gone
+        if "--json" in tokens:
+            print_json({"interrupted": message, "resume": command})
+        err.print(f"[yellow]Interrupted:[/] {plain(message)}", highlight=False)
+        if command:
+            err.print("Resume with:")
+            err.print(f"  {plain(command)}", highlight=False, soft_wrap=True)
     return 130
 
 

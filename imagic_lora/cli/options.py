@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
 
+from ..core.config import DeviceConfig, EditConfig, PresetOrAuto
 from ..core.errors import ImagicError, unreadable
 from ..photos.region import Region
 
@@ -32,6 +33,12 @@ def _whole(_: object, tokens: Sequence[Token]) -> int:
 
 Whole = Annotated[int, Parameter(converter=_whole)]
 """An integer. Without the converter, cyclopts rounds 1.5."""
+
+
+def explicit(sampling: EditConfig | None, device: DeviceConfig | None, preset: PresetOrAuto) -> dict[str, Any]:
+    """Returns the settings of an edit that flags gave, by their groups; a preset is always one of them."""
+    groups = {"edit": sampling, "memory": device}
+    return {name: flags.model_dump(exclude_unset=True) if flags else {} for name, flags in groups.items()} | {"preset": preset}
 
 
 def suggested_etas(eta: float) -> str:
@@ -117,7 +124,7 @@ def prompt_folders(path: Path, parent: Path) -> dict[Path, str | None]:
         if not path.is_file() or path.stat().st_size > _MAX_PROMPT_FILE:
             got = f"{path} is not a file, or larger than {_MAX_PROMPT_FILE:,} bytes"
             raise ImagicError(got, "a text file with one prompt a line", "check --prompt-file")
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would also split at U+2028 and form feeds
     except OSError as error:
         raise unreadable(path, error) from error
     except UnicodeDecodeError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+VECTORS = "vectors."
+"""Prefix of the names of token vectors in a file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,12 +21,15 @@ class Conditioning:
         pooled: ``[B, P]``, the pooled embedding, or None for families without one.
         extra: other inputs of the denoiser by name, such as sizes; stored with the rest, never optimised or interpolated.
         mask: ``[B, T]`` bool, True for the tokens of words, False for padding; None where nothing depends on it.
+        vectors: by text encoder, the vectors of the prompt's tokens that it encoded, ``[1, T, D]``; empty unless a fit optimises them. They
+            are stored with the rest and are no input of the denoiser, so a conditioning for a batch has none.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """A copy on ``device``; ``dtype`` applies to the tokens and the pooled embedding, not to the extra inputs."""
@@ -32,6 +38,7 @@ class Conditioning:
             None if self.pooled is None else self.pooled.to(device, dtype),
             {name: value.to(device) for name, value in self.extra.items()},
             None if self.mask is None else self.mask.to(device),
+            {name: value.to(device) for name, value in self.vectors.items()},
         )
 
     def expand(self, batch: int) -> Conditioning:
@@ -44,33 +51,19 @@ class Conditioning:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, for a file: ``tokens``, every extra input, ``pooled`` and ``mask`` (1 and 0) unless they are None."""
-        named = {"tokens": self.tokens, **self.extra}
+        """All tensors by name, for a file: ``tokens``, every extra input, ``pooled`` and ``mask`` (1 and 0) unless they are None, and the
+        vectors as ``vectors.ENCODER``."""
+        named = {"tokens": self.tokens, **self.extra, **{f"{VECTORS}{name}": value for name, value in self.vectors.items()}}
         named |= {} if self.pooled is None else {"pooled": self.pooled}
         return named if self.mask is None else {**named, "mask": self.mask.float()}
 
     @classmethod
     def from_tensors(cls, named: Mapping[str, Tensor]) -> Conditioning:
         """The inverse of :meth:`tensors`."""
-        extra = {name: value for name, value in named.items() if name not in ("tokens", "pooled", "mask")}
+        vectors = {name.removeprefix(VECTORS): value for name, value in named.items() if name.startswith(VECTORS)}
+        extra = {name: value for name, value in named.items() if name not in ("tokens", "pooled", "mask") and not name.startswith(VECTORS)}
         mask = named.get("mask")
-        return cls(named["tokens"], named.get("pooled"), extra, None if mask is None else mask != 0)
-
-
-def source_conditionings(target: Conditioning, optimised: Conditioning, etas: Sequence[float], source_eta: float) -> list[Conditioning]:
-    """The conditionings with which the photo is inverted before an edit.
-
-    Args:
-        target: conditioning of the target prompt, ``e_tgt``.
-        optimised: conditioning optimised on the photo, ``e_opt``.
-        etas: eta of each edit.
-        source_eta: highest eta of an inversion.
-
-    Returns:
-        For each edit the interpolation at ``min(eta, source_eta)``; edits with equal values share one object.
-    """
-    by_eta = {at: interpolate(target, optimised, at) for at in {min(eta, source_eta) for eta in etas}}
-    return [by_eta[min(eta, source_eta)] for eta in etas]
+        return cls(named["tokens"], named.get("pooled"), extra, None if mask is None else mask != 0, vectors)
 
 
 def interpolate(target: Conditioning, optimised: Conditioning, eta: float) -> Conditioning:

@@ -57,6 +57,11 @@ class EmbedConfig(Config):
     timesteps: Timesteps = "stratified"
     """How the timesteps of the training samples are drawn. stratified: evenly spread over a batch and over successive steps. uniform: each
     one independently."""
+    space: Literal["output", "input"] = "output"
+    """What is optimised. output: the embedding that the text encoder returns, as in the paper. input: the vectors of the prompt's tokens
+    that it encodes, padding included. An edit then shows the words of the target prompt and what the fit stored in the padding as if they
+    were one caption: on the embedded base twice as many edits succeed. Stage 1 needs the text encoders in memory. The learning_rate is
+    about 20 times lower."""
     noise: float = Field(default=0.0, ge=0, le=10)
     """Standard deviation of noise that every training sample adds to the embedding, as a multiple of the standard deviation of the
     embedding of the target prompt. 0: none."""
@@ -116,6 +121,9 @@ class EditConfig(Config):
     source_eta: Annotated[float, _ADVANCED] = Field(default=0.0, ge=0, le=1)
     """Only for start inverted: eta of the embedding with which the photo is inverted. 0: the optimised embedding. The subject keeps its
     identity best at a value just below the eta where the edit begins to appear. An edit at a lower eta is inverted at its own eta."""
+    padding_eta: Annotated[float, _ADVANCED] = Field(default=0.3, ge=0, le=2)
+    """Only for adapters with embed.space input: eta of the padding as a multiple of the eta of the words. The padding holds the identity: a
+    lower value keeps more of the photo."""
     strength: float = Field(default=0.8, gt=0, le=1)
     """Only for start image: how much noise is added to the photo, as a share of the sampling steps. 1: nothing of the photo is kept. Lower
     values keep more."""

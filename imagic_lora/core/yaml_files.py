@@ -12,6 +12,7 @@ from .errors import ImagicError
 
 _TAG = "tag:yaml.org,2002:"
 _FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+_MAX_BYTES = 2**20
 _ALIKE = {  # the plain text that both versions read as this type; YAML 1.1 also has yes, 010 (8), 1:30 (90), 1_000 and dates
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+",
@@ -26,13 +27,13 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Reads the next node and checks it. ``index`` is the key of the node in a mapping, None for a key itself."""
         node = super().compose_node(parent, index)
-        if isinstance(node, yaml.ScalarNode) and node.style is None:
-            self._check_plain(node, f"{index.value}: {node.value}" if isinstance(index, yaml.ScalarNode) else node.value)
+        if isinstance(node, yaml.ScalarNode):  # a tag such as !!int makes a number of quoted text too
+            self._check_scalar(node, f"{index.value}: {node.value}" if isinstance(index, yaml.ScalarNode) else node.value)
         if isinstance(node, yaml.MappingNode):
             self._check_keys(node)
         return node
 
-    def _check_plain(self, node: yaml.ScalarNode, text: str) -> None:
+    def _check_scalar(self, node: yaml.ScalarNode, text: str) -> None:
         alike = _ALIKE.get(node.tag.removeprefix(_TAG))
         if alike and not re.fullmatch(alike, node.value):
             got = f"{self.name}, line {node.start_mark.line + 1}: {text!r} is not the same in YAML 1.1 and YAML 1.2"
@@ -62,6 +63,8 @@ def read_yaml(path: Path, example: str = "configs/") -> dict[str, Any]:
         ImagicError: the file cannot be read, is not YAML, or is not one mapping; a key occurs twice; YAML 1.1 and 1.2 differ on a value.
     """
     try:
+        if path.exists() and not path.is_dir() and (not path.is_file() or path.stat().st_size > _MAX_BYTES):
+            raise ValueError(f"not a file of at most {_MAX_BYTES:,} bytes")  # reading a pipe may block forever
         with path.open("rb") as file:
             content = yaml.load(file, _Loader)  # a SafeLoader
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -55,8 +56,7 @@ class EncodedRequest:
 
     def encode_prompt(self, prompt: str) -> Conditioning:
         """Encodes one more prompt, with added conditions."""
-        height, width = self.canvas.pixels.shape[2:]
-        return self.base.with_added_conditions(self.base.encode_prompt(prompt), height, width, self.guidance_scale)
+        return _completed(self.base, self.canvas, self.guidance_scale, self.base.encode_prompt(prompt))
 
     def noise(self, count: int = 1) -> Tensor:
         """Draws standard normal noise with the seed of the request, on the CPU: the same numbers on every device.
@@ -90,17 +90,19 @@ def encode_request(base: Base, request: EditRequest, guidance_scale: float) -> E
         guidance_scale: scale that images are sampled with; an input of the denoiser of some bases.
     """
     canvas = to_canvas(request.photo, base.resolution, base.size_multiple)
-    height, width = canvas.pixels.shape[2:]
-
-    def complete(conditioning: Conditioning) -> Conditioning:
-        return base.with_added_conditions(conditioning, height, width, guidance_scale)
-
+    complete = partial(_completed, base, canvas, guidance_scale)
     target = complete(base.encode_prompt(request.target_prompt))
     source = None if request.source_prompt is None else complete(base.encode_prompt(request.source_prompt))
     null = base.null()
     clean = base.encode_image(canvas.pixels)
     base.offload_encoders()
     return EncodedRequest(base, request, guidance_scale, canvas, clean, target, source, None if null is None else complete(null))
+
+
+def _completed(base: Base, canvas: Canvas, guidance_scale: float, conditioning: Conditioning) -> Conditioning:
+    """Returns a conditioning with added conditions, such as the size of the canvas."""
+    height, width = canvas.pixels.shape[2:]
+    return base.with_added_conditions(conditioning, height, width, guidance_scale)
 
 
 C = TypeVar("C", bound=SamplingConfig)

@@ -17,11 +17,12 @@ from ..adapters.full import FullWeights, Weights, loaded_full
 from ..adapters.lora import LoraLayers, loaded_lora, swap_lora
 from ..bases.altered import check_unaltered, restore
 from ..bases.base import Base
-from ..core.conditioning import Conditioning, interpolate, source_conditionings
+from ..core.conditioning import Conditioning
 from ..core.config import EditConfig
 from ..photos.canvas import Canvas
 from .checks import check_edit, check_scheduler
 from .generate import generate
+from .mixing import mixtures
 from .pipelines import negative
 
 CACHED = 8  # maximum number of cached adapters; full weights stay on disk
@@ -140,10 +141,10 @@ class Editor:
             check_scheduler(self.base, config)
             stored = self._conditionings(cached, prompt)
             target, null = stored["target"], negative(self.base, config, stored.get("null"))
+            asked, etas = adapter.record.prompt if prompt is None else prompt, [eta for eta, _ in pairs]
+            conditionings, sources = mixtures(self.base, asked, target, stored["optimised"], etas, config)
             self.base.offload_encoders()
             loaded = cached if tuned else replace(cached, weights=None)
-        conditionings = [interpolate(target, stored["optimised"], eta) for eta, _ in pairs]
-        sources = source_conditionings(target, stored["optimised"], [eta for eta, _ in pairs], config.source_eta)
         images = generate(self.base, conditionings, [seed for _, seed in pairs], config, cached.canvas, null, sources)
         for start in range(0, len(pairs), config.batch_size):
             batch = pairs[start : start + config.batch_size]
@@ -162,7 +163,8 @@ class Editor:
         """As :meth:`conditionings`."""
         stored = {name: value.to(self.base.runtime.device) for name, value in cached.embeddings.items()}
         if prompt is not None:
-            stored["target"] = replace(self.base.encode_prompt(prompt), extra=stored["target"].extra)
+            encoded = self.base.encode_vectors(prompt) if stored["target"].vectors else self.base.encode_prompt(prompt)
+            stored["target"] = replace(encoded, extra=stored["target"].extra)
         return stored
 
     def _read(self, adapter: Adapter) -> _CachedAdapter:

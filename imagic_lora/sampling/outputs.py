@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def write_edits(
     region: Region | None = None,
     masks: bool = False,
     embed: bool = True,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Writes every image as soon as it is generated, and the sheet at the end.
 
     Args:
@@ -72,10 +72,9 @@ def write_edits(
         masks: whether the masks of pasted edits are written too.
         embed: False writes the files without metadata.
 
-    Returns:
-        ``file``, ``eta``, ``seed`` and, if it was written, ``mask`` of every image.
+    Yields:
+        ``file``, ``eta``, ``seed`` and, if it was written, ``mask`` of every image, after its files are written.
     """
-    written: list[dict[str, Any]] = []
     rows: dict[tuple[int, str], list[tuple[str, Image.Image]]] = {}
 
     def save(image: Image.Image, path: Path, values: dict[str, Any], parameters: str = "") -> None:
@@ -86,17 +85,17 @@ def write_edits(
         path = folder / image_name(result.eta, result.seed)
         values = of_image(metadata, result)
         save(result.image, path, values, a1111_parameters(ImageMetadata.model_validate(values), result.image.size))
-        written.append({"file": str(path), "eta": result.eta, "seed": result.seed})
+        written = {"file": str(path), "eta": result.eta, "seed": result.seed}
         label, shown = f"eta {exact(result.eta)} seed {result.seed}", region.box if region else (0, 0, *result.image.size)
         rows.setdefault((result.seed, "photo"), [("photo", photo)]).append((label, result.image.crop(shown)))
         if masks and result.mask is not None:
             path = folder / mask_name(result.eta, result.seed)
             save(result.mask, path, {name: value for name, value in values.items() if name != "pixels_sha256"})
-            written[-1]["mask"] = str(path)
+            written["mask"] = str(path)
             rows.setdefault((result.seed, "mask"), [("white: from the edit", photo)]).append((label, result.mask.crop(shown)))
+        yield written
     named = {name: metadata[name] for name in ("adapter", "base", "forced") if name in metadata}
     save(sheet(list(rows.values()), metadata["prompt"]), folder / SHEET, named)
-    return written
 
 
 def _comparable(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -16,8 +18,13 @@ from ..core.runtime import Processes, to_device
 from .stage import Stage
 
 
-def embed_stage(base: Base, latents: Tensor, target: Conditioning, config: EmbedConfig, seed: int, processes: Processes) -> Stage:
+def embed_stage(
+    base: Base, latents: Tensor, target: Conditioning, config: EmbedConfig, seed: int, processes: Processes, prompt: str = ""
+) -> Stage:
     """Returns the stage that starts from the embedding ``e_tgt`` and trains its tokens, and its pooled embedding where there is one.
+
+    If ``target`` has the vectors of its tokens, it trains those of words and padding, and encodes them at every step. Trained start and
+    end tokens would keep less of the photo (docs/log.md).
 
     ``stage.conditioning()`` returns the current embedding with gradients; :func:`optimised` returns a detached copy.
 
@@ -26,12 +33,19 @@ def embed_stage(base: Base, latents: Tensor, target: Conditioning, config: Embed
         target: conditioning of the target prompt; its extra inputs are passed through unchanged.
         seed: seed of noise and timesteps.
         processes: the processes that share the batch.
+        prompt: the target prompt, of which vectors are encoded.
     """
     initial = {"tokens": target.tokens} if target.pooled is None else {"tokens": target.tokens, "pooled": target.pooled}
-    trainables = {name: Parameter(value.detach().float().clone()) for name, value in initial.items()}
+    trained = target.vectors or initial
+    trainables = {name: Parameter(value.detach().float().clone()) for name, value in trained.items()}
+
+    masks = base.vector_masks(prompt) if target.vectors else {}
 
     def conditioning() -> Conditioning:
-        return Conditioning(trainables["tokens"], trainables.get("pooled"), target.extra)
+        if target.vectors:
+            vectors = {name: torch.where((m.words | m.padding)[..., None], trainables[name], target.vectors[name]) for name, m in masks.items()}
+            return replace(base.encode_vectors(prompt, vectors), extra=target.extra, mask=target.mask)
+        return Conditioning(trainables["tokens"], trainables.get("pooled"), target.extra, target.mask)
 
     if not config.noise:
         return Stage("embed", base, latents, conditioning, trainables, config, seed, processes)
@@ -65,4 +79,5 @@ def optimised(stage: Stage) -> Conditioning:
     """Returns ``e_opt``: a detached copy of the current embedding of an embedding stage."""
     current = stage.conditioning()
     pooled = None if current.pooled is None else current.pooled.detach().clone()
-    return Conditioning(current.tokens.detach().clone(), pooled, current.extra)
+    vectors = {name: value.detach().clone() for name, value in current.vectors.items()}
+    return Conditioning(current.tokens.detach().clone(), pooled, current.extra, current.mask, vectors)

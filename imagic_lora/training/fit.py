@@ -153,10 +153,11 @@ def _train_and_store(
     with explain_out_of_memory(base.architecture, config, base.runtime, "embed"):
         run.convergence.measure_frozen(base, run.latents, run.target, processes)
     if e_opt is None:
-        embed = embed_stage(base, run.latents, run.target, config.embed, config.seed, processes)
+        embed = embed_stage(base, run.latents, run.target, config.embed, config.seed, processes, run.prompt)
         yield from stages.run_stage(embed, start, checkpoint)
         e_opt, start, checkpoint = optimised(embed), 0, None
         del embed
+    base.offload_encoders()
     with MODES[config.tune.mode].trainables(base, config.tune, key(config.seed, "lora"), restore) as parameters:
         if "tune" in config.stages:
             tune = tune_stage(base, run.latents, e_opt, parameters, config.tune, config.seed, processes)

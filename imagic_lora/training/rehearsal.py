@@ -15,9 +15,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteSchedu
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Linear, Module, Parameter
+from transformers import BatchEncoding
 
 from ..adapters.modes import MODES
-from ..bases.architecture import Architecture, UNetArchitecture
+from ..bases.architecture import SD3_T5_LENGTH, Architecture, UNetArchitecture
 from ..bases.families.common import LatentBase, tokenizer_of, vae_dtype
 from ..bases.loading.components import TEXT_ENCODERS
 from ..bases.loading.registry import family_of
@@ -106,7 +107,7 @@ def _convert(module: Module, change: Callable[[Tensor], Tensor], recurse: bool =
 
 
 def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) -> LatentBase:
-    """A base of true size with random weights and no tokenizer, for measuring memory and speed.
+    """A base of true size with random weights and no vocabulary, for measuring memory and speed.
 
     Args:
         architecture: configs of the base's components.
@@ -128,8 +129,20 @@ def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) ->
     scheduler = FlowMatchEulerDiscreteScheduler if architecture.process == "flow" else DDIMScheduler
     components = {architecture.component: denoiser, "scheduler": scheduler.from_config(architecture.scheduler), "vae": load("vae")}
     for encoder in architecture.text_encoders:
-        components |= {encoder: load(encoder), tokenizer_of(encoder): None}
+        components |= {encoder: load(encoder), tokenizer_of(encoder): _Padding(architecture.text_encoders[encoder].get("max_position_embeddings", SD3_T5_LENGTH))}
     return family(architecture, components, run.base, None, "", runtime, load)
+
+
+@dataclass
+class _Padding:
+    """In place of a tokenizer: every prompt is padding alone, so no vocabulary is needed."""
+
+    model_max_length: int
+    all_special_ids: tuple[int, ...] = ()
+
+    def __call__(self, prompt: str, **_: Any) -> BatchEncoding:
+        ids = torch.zeros(1, self.model_max_length, dtype=torch.int64)
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.zeros_like(ids)})
 
 
 def counted(base: LatentBase, run: RunConfig) -> CountedWeights:
@@ -157,7 +170,7 @@ def random_conditioning(base: LatentBase, height: int, width: int) -> Conditioni
     """A random conditioning with the shapes of a base, added conditions included.
 
     Args:
-        base: may have no tokenizer.
+        base: may have no vocabulary.
         height: of the image, in pixels.
         width: of the image, in pixels.
     """
@@ -182,11 +195,16 @@ def _stages(base: LatentBase, run: RunConfig, tracker: Tracker) -> Iterator[tupl
     held = tracker.now
     latents = base.encode_image(torch.empty(1, 3, side, side))
     yield "encode", Peak(held, 0, 0, tracker.peak - held)
-    base.offload_encoders()
     conditioning = random_conditioning(base, side, side)
+    if run.embed.space == "input":
+        conditioning = replace(conditioning, vectors=base.encode_vectors("").vectors)
+    else:
+        base.offload_encoders()
     stage = embed_stage(base, latents, conditioning, _two_steps(run.embed), 0, Processes())
     yield "embed", _training_peak(stage, run, tracker)
     del stage
+    base.offload_encoders()
+    conditioning = replace(conditioning, vectors={})
     with MODES[run.tune.mode].trainables(base, run.tune, 0, False) as trainables:
         if "tune" in run.stages:
             stage = tune_stage(base, latents, conditioning, trainables, _two_steps(run.tune), 0, Processes())

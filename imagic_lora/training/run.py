@@ -19,7 +19,7 @@ from ..adapters.contents import record_parts, save_embeddings
 from ..adapters.modes import MODES
 from ..adapters.record import CARD, CONVERGENCE, PHOTO, PREVIEW, PREVIEWS, SOURCE, STEPS, BaseRecord, Record, SourceRecord, StageRecord
 from ..bases.base import Base
-from ..core.conditioning import Conditioning, interpolate, source_conditionings
+from ..core.conditioning import Conditioning
 from ..core.config import RunConfig
 from ..core.environment import library_versions
 from ..core.errors import ImagicWarning
@@ -34,6 +34,7 @@ from ..photos.region import Region
 from ..photos.sheet import sheet
 from ..sampling.checks import check_scheduler
 from ..sampling.generate import generate
+from ..sampling.mixing import mixtures
 from ..sampling.pipelines import negative
 from .monitoring.convergence import Convergence
 from .monitoring.previews import Previews
@@ -138,8 +139,7 @@ class Run:
             etas: interpolation weights.
         """
         config = self.config
-        conditionings = [interpolate(self.target, e_opt, eta) for eta in etas]
-        sources = source_conditionings(self.target, e_opt, etas, config.edit.source_eta)
+        conditionings, sources = mixtures(self.base, self.prompt, self.target, e_opt, etas, config.edit)
         return list(generate(self.base, conditionings, [config.seed] * len(etas), config.edit, self.canvas, self.negative, sources))
 
     def previews_png(self) -> bytes | None:
@@ -237,13 +237,15 @@ def encode_run(
         latents = base.encode_image(canvas.pixels)
     height, width = canvas.pixels.shape[2:]
     scale = config.edit.guidance_scale
-    target, null = base.with_added_conditions(base.encode_prompt(prompt), height, width, scale), base.null()
+    encoded = base.encode_prompt(prompt) if config.embed.space == "output" else base.encode_vectors(prompt)
+    target, null = base.with_added_conditions(encoded, height, width, scale), base.null()
     null = None if null is None else base.with_added_conditions(null, height, width, scale)
     embeddings = {"the embedding of the target prompt": target} | ({"the embedding of the empty prompt": null} if null else {})
     tensors = {f"{name} ({part})": value for name, embedding in embeddings.items() for part, value in embedding.tensors().items()}
     check_finite({"the latents of the photo": latents, **tensors})
     leads_away = negative(base, config.edit, null)
-    base.offload_encoders()
+    if not target.vectors:  # stage 1 needs the text encoders to encode them
+        base.offload_encoders()
     inputs = canvas, latents, target, null, leads_away
     return Run(config, base, photo, region, store_photo, prompt, processes, *inputs, Convergence(config), Previews(config))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from common import PROMPT, TUNED, each, opened, output, tiny_config
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers, _maybe_map_sgm_blocks_to_diffusers
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from faults import Clock, by_calls, every_step
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_sdxl
@@ -435,6 +437,19 @@ def test_a_full_disk_leaves_what_was_there(
     with pytest.raises(ImagicError, match="is full"):
         export(adapter, kind, tmp_path, overwrite=True)
     assert listing(tmp_path) == before
+
+
+@each("error", [KeyboardInterrupt, OSError, PermissionError])
+def test_an_interruption_leaves_no_folder_behind(error: type[BaseException], fitted: Fitted, tmp_path: Path) -> None:
+    """At any step: only files with their final names are in the output folder."""
+    adapter = fitted("lora")
+
+    def exported(clock: Clock) -> None:
+        with suppress(ImagicError):
+            by_calls(clock, lambda: export(adapter, "kohya", tmp_path, overwrite=True), [(Path, "mkdir"), (Path, "replace"), (os, "rmdir")])
+
+    for clock in every_step(exported, error):
+        assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")], f"step {clock.at}"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from torch import Tensor
@@ -30,7 +32,9 @@ from imagic_lora.bases.loading import registry
 from imagic_lora.bases.loading.files import Folder, cast_finite, fingerprint
 from imagic_lora.bases.loading.registry import architecture_of, locate
 from imagic_lora.bases.loading.vetting import read_json
+from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
+from imagic_lora.core.runtime import resolve_runtime
 
 STEPS = torch.tensor([0, 1, 250, 999])
 
@@ -436,7 +440,6 @@ def test_the_published_index_is_read(copy: Path, folder: Path) -> None:
         ("unet", "block_out_channels", [10**9, 10**9]),
         ("unet", "layers_per_block", 10**6),
         ("unet", "layers_per_block", True),
-        ("unet", "cross_attention_dim", None),
         ("unet", "sample_size", [8, 8]),
         ("unet", "attention_head_dim", -1),
         ("unet", "norm_eps", "x"),
@@ -454,8 +457,21 @@ def test_sizes_are_plausible(tmp_path: Path, folder: Path, file: str, name: str,
     copy = copied(folder, tmp_path)
     said(copy, f"{file}/{'scheduler_config' if file == 'scheduler' else 'config'}.json", **{name: value})
     for open_it in (opened, lambda path: architecture_of(str(path))):
-        with pytest.raises(ImagicError, match=rf"missing or implausible settings: '{file}\.{name}'"):
+        with pytest.raises(ImagicError, match=rf"has implausible settings: '{file}\.{name}'"):
             open_it(copy)
+
+
+@each("part, name", [("vae", "latent_channels"), ("unet", "cross_attention_dim"), ("text_encoder", "hidden_size")])
+@each("left_out", [True, False])
+def test_a_size_that_no_config_states_is_named_with_its_file(tmp_path: Path, folder: Path, part: str, name: str, left_out: bool) -> None:
+    """Left out, or null; with what to do, in the plan and when it is opened."""
+    path = copied(folder, tmp_path) / part / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key != name}
+    path.write_text(json.dumps(config if left_out else config | {name: None}))
+    for open_it in (opened, lambda folder: architecture_of(str(folder))):
+        with pytest.raises(ImagicError, match=rf"does not state sizes of the model \({part}/config\.json: {name}\)") as caught:
+            open_it(path.parents[1])
+        assert "add them to these files" in caught.value.remedy
 
 
 @each("file, values, why", [
@@ -728,3 +744,17 @@ def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
     """Whatever the system says of it."""
     with pytest.raises(ImagicError, match=r"no base called|no file or folder ~no-such-user"):
         locate(name)
+
+
+def test_xformers_is_enabled_on_the_denoiser_or_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As diffusers enables it: here it raises, since there is no card; with a card every attention of the denoiser gets it."""
+    runtime = resolve_runtime(MemoryConfig(device="cpu"))
+    asked = replace(runtime, memory=runtime.memory.model_copy(update={"attention": "xformers"}))
+    with pytest.raises(ImagicError, match=r"xformers does not work on this machine \(.*--attention sdpa"):
+        registry.load_base(str(folder), asked)
+    enabled: set[torch.nn.Module] = set()
+    monkeypatch.setattr(Attention, "set_use_memory_efficient_attention_xformers", lambda self, on, _: on and enabled.add(self))
+    registry.load_base(str(folder), runtime)
+    assert not enabled
+    base = registry.load_base(str(folder), asked)
+    assert enabled == {module for module in base.denoiser.modules() if isinstance(module, Attention)} != set()

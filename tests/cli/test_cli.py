@@ -635,7 +635,7 @@ def token(path: tuple[str, ...]) -> str:
 def given(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The settings that fit() is given, in place of fitting; on a machine without a card."""
     found: list[RunConfig] = []
-    monkeypatch.setattr(fitting, "_fit", lambda _i, _p, config, *_: found.append(config))
+    monkeypatch.setattr(fitting, "_run", lambda _start, settings, *_: found.append(settings.run))
     monkeypatch.setattr(fits, "card_and_free_memory", lambda *_: (None, 0))
     return found
 

@@ -48,6 +48,18 @@ assert not loaded, loaded
     assert not (tmp_path / "rex-007").exists()
 
 
+@pytest.mark.parametrize(("tokens", "stream", "code"), [(("bases",), "stdout", 0), (("show", "nobody"), "stderr", 2)])
+def test_a_reader_that_has_gone_changes_no_exit_code(tokens: tuple[str, ...], stream: str, code: int) -> None:
+    """A pipe to a program that has read enough, such as head; of what is said too."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: closed}
+        done = subprocess.run([sys.executable, "-m", "imagic_lora", *tokens], cwd=ROOT, check=False, **streams)
+    assert done.returncode == code
+    assert b"Traceback" not in (done.stdout or b"") + (done.stderr or b"")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 def test_an_output_that_is_full_is_an_error(flags: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ import imagic_lora.cli.console as console
 from imagic_lora.adapters.manifest import manifest_bytes, read_manifest
 from imagic_lora.adapters.record import Record
 from imagic_lora.adapters.store import Store
+from imagic_lora.cli.options import prompt_folders
 from imagic_lora.core.config import EditConfig
 from imagic_lora.photos.png import write_png
 from imagic_lora.photos.reading import read_metadata
@@ -302,6 +303,9 @@ def test_import(run: Run, store: Path, tmp_path: Path) -> None:
 def test_a_file_of_prompts(run: Run, store: Path) -> None:
     """A folder for each, so that no two share a file; the same as each prompt by itself."""
     Path("prompts.txt").write_text("a cat\n\na cat!\na dog\na cat\n")
+    assert list(prompt_folders(Path("prompts.txt"), Path()).values()) == ["a cat", "a cat!", "a dog"]
+    Path("odd.txt").write_bytes("a cat\r\na\u2028dog\x0cjumps\rno".encode())
+    assert list(prompt_folders(Path("odd.txt"), Path()).values()) == ["a cat", "a\u2028dog\x0cjumps", "no"]
     edit = ("edit", "rex", "--store", store, "--steps", 2, "--eta", "0.6")
     code, out, _ = run(*edit, "--prompt-file", "prompts.txt", "--json")
     written = json.loads(out)

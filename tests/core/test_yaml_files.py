@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,23 @@ def test_a_value_with_two_readings_is_rejected(text: str, tmp_path: Path) -> Non
     path.write_text(f"{text.split()[-1]}: 1")
     with pytest.raises(ImagicError, match="line 1"):
         read_yaml(path)
+
+
+@each("text", ['a: !!int "010"', 'a: !!bool "yes"', "a: !!float '1:30'"])
+def test_a_tag_gives_quoted_text_no_other_reading(text: str, tmp_path: Path) -> None:
+    """It makes a number of the text, as without quotes."""
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ImagicError, match="is not the same in YAML"):
+        read_yaml(tmp_path / "run.yaml")
+
+
+def test_what_may_have_no_end_is_not_read(tmp_path: Path) -> None:
+    """A pipe that nobody writes to, a device, and a file of a size that no settings have."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large.yaml").write_text("# " + " " * 2**20)
+    for path in (tmp_path / "pipe", tmp_path / "large.yaml", Path(os.devnull)):
+        with pytest.raises(ImagicError, match="not a file of at most 1,048,576 bytes"):
+            read_yaml(path)
 
 
 @each(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +15,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from faults import Clock, by_calls, every_step
 from peft import LoraConfig
-from tiny import save_tiny_sdxl
 from torch import Tensor
 
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.sampling.attention import (
     AttentionEdit,
     Layer,
@@ -35,20 +30,6 @@ from imagic_lora.sampling.attention import (
 )
 
 BASES = ("epsilon", "v_prediction", "sdxl", "critters")
-
-
-@pytest.fixture(scope="module")
-def named(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function that opens a base of each family."""
-    root = tmp_path_factory.mktemp("more")
-
-    @cache
-    def base(name: str) -> Base:
-        if name == "critters":
-            return load_base("critters", resolve_runtime(MemoryConfig(device="cpu")))
-        return opened(save_tiny_sdxl(root / name) if name == "sdxl" else folders[name])
-
-    return base
 
 
 class Recorder(AttentionEdit):

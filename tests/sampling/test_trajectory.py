@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from common import PROMPT, each, opened
+from common import PROMPT, each
 from diffusers import DDIMInverseScheduler, DDIMScheduler
-from tiny import save_tiny, save_tiny_sdxl
 from torch import Tensor
 
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.core.conditioning import Conditioning, concatenate
-from imagic_lora.core.config import EditConfig, MemoryConfig
+from imagic_lora.core.config import EditConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.photos.canvas import to_canvas
 from imagic_lora.photos.reading import read_photo
 from imagic_lora.sampling.inversion import record_noise
 from imagic_lora.sampling.trajectory import Predict, Step, Trajectory, guided, path, predictions
 
 BASES = ("epsilon", "v_prediction", "sample", "trailing", "sdxl", "critters")
-
-
-@pytest.fixture(scope="module")
-def named(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function that opens a base of each kind: prediction types, spacings, families, and eight latent channels."""
-    root = tmp_path_factory.mktemp("more")
-
-    @cache
-    def base(name: str) -> Base:
-        if name == "critters":
-            return load_base("critters", resolve_runtime(MemoryConfig(device="cpu")))
-        if name == "sdxl":
-            return opened(save_tiny_sdxl(root / name))
-        if name == "sample":
-            return opened(save_tiny(root / name, prediction_type="sample"))  # pyright: ignore[reportArgumentType]
-        if name == "trailing":
-            folder = save_tiny(root / name, scheduler="euler")
-            config = folder / "scheduler" / "scheduler_config.json"
-            linspace = config.read_text()
-            assert "linspace" in linspace
-            config.write_text(linspace.replace("linspace", "trailing"))
-            return opened(folder)
-        return opened(folders[name])
-
-    return base
 
 
 def prompts(base: Base) -> tuple[Conditioning, Conditioning]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -17,7 +19,7 @@ from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError, ImagicWarning
 from ...core.runtime import Runtime
 from ..architecture import Architecture
-from ..base import Base, Token
+from ..base import Base, Token, VectorMasks
 from ..loading import components, schedulers
 from ..loading.files import Files, fingerprint
 from ..loading.vetting import library_errors
@@ -198,6 +200,41 @@ class LatentBase(Base):
         tokenizer = self._tokenizers["tokenizer"]  # a second CLIP tokenizer has the same vocabulary
         encoded = tokenizer(prompt, max_length=tokenizer.model_max_length, truncation=True, return_offsets_mapping=True)
         return [Token(number, *span) for number, span in zip(encoded.input_ids, encoded.offset_mapping, strict=True)]
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> Conditioning:
+        return self.encode(prompt)
+
+    @abstractmethod
+    def encode(self, prompt: str) -> Conditioning:
+        """As :meth:`encode_prompt`, with gradients."""
+
+    def encode_vectors(self, prompt: str, vectors: Mapping[str, Tensor] | None = None) -> Conditioning:
+        encoded: dict[str, Tensor] = {}
+
+        def looked_up(encoder: str) -> Callable[[Any, Any, Tensor], Tensor]:
+            def replaced(_: Any, __: Any, output: Tensor) -> Tensor:
+                encoded[encoder] = output.detach().float() if vectors is None else vectors[encoder]
+                return output if vectors is None else encoded[encoder].to(output)
+
+            return replaced
+
+        with ExitStack() as stack:
+            for encoder in self.architecture.text_encoders:
+                lookup = self._on_device(encoder).get_input_embeddings()
+                stack.callback(lookup.register_forward_hook(looked_up(encoder)).remove)
+            if vectors is not None:  # that the prompt is too long was said when it was encoded
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", ImagicWarning)
+            return replace(self.encode(prompt), vectors=encoded)
+
+    def vector_masks(self, prompt: str) -> dict[str, VectorMasks]:
+        masks: dict[str, VectorMasks] = {}
+        for encoder in self.architecture.text_encoders:
+            ids, mask = self._tokenized(tokenizer_of(encoder), prompt)
+            special = torch.isin(ids, ids.new_tensor(self._tokenizers[tokenizer_of(encoder)].all_special_ids))
+            masks[encoder] = VectorMasks(mask.bool() & ~special, ~mask.bool())
+        return masks
 
     def word_mask(self, prompt: str) -> Tensor:
         return self._tokenized("tokenizer", prompt)[1].bool()

@@ -37,8 +37,7 @@ class StableDiffusion(LatentBase):
         """DDPMScheduler with the noise schedule of training."""
         return self.process.scheduler
 
-    @torch.no_grad()
-    def encode_prompt(self, prompt: str) -> Conditioning:
+    def encode(self, prompt: str) -> Conditioning:
         ids, mask = self._tokenized("tokenizer", prompt)
         mask = (
             mask if self.architecture.text_encoders["text_encoder"].get("use_attention_mask") else None

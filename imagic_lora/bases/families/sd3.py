@@ -34,8 +34,7 @@ class StableDiffusion3(LatentBase):
     def process_of(cls, architecture: Architecture, scheduler: Any) -> Flow:
         return Flow(scheduler.config.shift, scheduler.config.num_train_timesteps)
 
-    @torch.no_grad()
-    def encode_prompt(self, prompt: str) -> Conditioning:
+    def encode(self, prompt: str) -> Conditioning:
         tokens, pooled, has_t5 = [], [], _T5 in self.architecture.text_encoders
         for encoder in ("text_encoder", "text_encoder_2"):
             ids = self._tokenized(tokenizer_of(encoder), prompt, "the CLIP text encoders of this base read" if has_t5 else None)[0]

@@ -27,8 +27,7 @@ class StableDiffusionXL(StableDiffusion):
     }
     unused_components: ClassVar[dict[str, Any]] = {"add_watermarker": False}
 
-    @torch.no_grad()
-    def encode_prompt(self, prompt: str) -> Conditioning:
+    def encode(self, prompt: str) -> Conditioning:
         tokens, pooled = [], None
         for encoder in self.architecture.text_encoders:
             output = self._on_device(encoder)(self._tokenized(tokenizer_of(encoder), prompt)[0], output_hidden_states=True)

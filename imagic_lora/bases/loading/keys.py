@@ -135,7 +135,7 @@ KEYS: dict[str, Keys] = {
 
 
 def check_keys(path: Path, keys: Keys, config: Mapping[str, Any]) -> None:
-    """Checks that nothing in a config is left unheard.
+    """Checks that every key of a config is honoured or harmless.
 
     Args:
         path: file of the config, for messages.
@@ -145,13 +145,13 @@ def check_keys(path: Path, keys: Keys, config: Mapping[str, Any]) -> None:
     Raises:
         ImagicError: a key could change images and is honoured by nothing here, or is unknown.
     """
-    for name, expected in _unheard(keys, config):
+    for name, expected in _unsupported(keys, config):
         got = f"{path} has {name[:60]} = {reprlib.repr(config[name])}, which is not supported"
         raise ImagicError(got, expected, "choose another base; if the setting has no effect on this one, remove it from the file")
 
 
-def _unheard(keys: Keys, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields the keys of a config that would be left unheard, and what is expected instead."""
+def _unsupported(keys: Keys, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields the keys of a config that are neither honoured nor harmless, and what is expected instead."""
     for name, value in config.items():
         if value is None or name.startswith("_") or name in keys.honoured | keys.harmless:
             continue

@@ -206,3 +206,92 @@ def inpainting(got: str) -> ImagicError:
     """The error for an inpainting model, whose U-Net has the mask and the masked photo as inputs."""
     remedy = "choose the base that it was made from: method blended-latent edits inside a mask with any base"
     return ImagicError(f"{got}, as an inpainting model has", "a text-to-image base", remedy)
+<<<<<<< HEAD
+=======
+
+
+def check_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
+    """Checks that the sizes of the components are plausible and match each other.
+
+    The limits ensure that building the components on the meta device takes seconds at most.
+
+    Args:
+        folder: folder of the base, for messages.
+        parts: configs of ``unet``, ``vae``, ``text_encoder``, ``scheduler``, and ``text_encoder_2`` if there is one.
+
+    Raises:
+        ImagicError: a required setting is missing; a setting is implausible; the U-Net has unsupported inputs; sizes do not match.
+    """
+    unet, vae = parts["unet"], parts["vae"]
+    if missing := [f"{part}/config.json: {name}" for part in parts for name in _REQUIRED.get(part, ()) if parts[part].get(name) is None]:
+        got = f"{folder} does not state sizes of the model ({', '.join(missing)})"
+        remedy = "add them to these files, with the sizes of the weights, or download the base again"
+        raise ImagicError(got, "configs with all sizes: defaults of diffusers may not be those of these weights", remedy)
+    if problems := [f"{part}.{name}" for part, config in parts.items() for name, value in config.items() if not _is_plausible(name, value)]:
+        names = ", ".join(repr(name[:60]) for name in problems[:5])
+        raise unusable_base(f"{folder} has implausible settings: {names}", "the configs of a Stable Diffusion base")
+    _check_inputs(folder, unet, has_second=parts.get("text_encoder_2") is not None)
+    block_lists = (
+        (unet["block_out_channels"], int), (unet.get("down_block_types", ()), str),
+        (unet.get("up_block_types", ()), str), (vae["block_out_channels"], int),
+    )  # fmt: skip
+    for blocks, item_type in block_lists:
+        if not isinstance(blocks, list) or not all(isinstance(block, item_type) for block in blocks):
+            raise unusable_base(f"{folder} has the blocks {reprlib.repr(blocks)}", "a list of channel counts or of block types")
+    _check_matching(folder, unet, vae, parts["text_encoder"], parts.get("text_encoder_2"))
+
+
+def _check_inputs(folder: Path, unet: dict[str, Any], has_second: bool) -> None:
+    """Raises ImagicError if the U-Net has added conditions that its family does not have, or lacks those that it has."""
+    added = unet.get("addition_embed_type")
+    if added != ("text_time" if has_second else None):
+        expected = "text_time, for pooled embedding and size ids" if has_second else "none: the U-Net is conditioned on text only"
+        raise unusable_base(f"{folder} has a U-Net with the addition_embed_type {reprlib.repr(added)}", expected)
+
+
+def _check_matching(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], second: dict[str, Any] | None) -> None:
+    """Raises ImagicError if two sizes differ that must be equal."""
+    if unet["in_channels"] == 2 * vae["latent_channels"] + 1:  # latents, mask and masked photo
+        raise _inpainting(f"{folder} has a U-Net with in_channels = {unet['in_channels']}")
+    channels, text_width = len(unet["block_out_channels"]), text["hidden_size"] + (second["hidden_size"] if second else 0)
+    pairs = {
+        "numbers of down_block_types and block_out_channels": (len(unet["down_block_types"]), channels),
+        "numbers of up_block_types and block_out_channels": (len(unet["up_block_types"]), channels),
+        "out_channels and in_channels of the U-Net": (unet["out_channels"], unet["in_channels"]),
+        "latent_channels of the VAE and in_channels of the U-Net": (vae["latent_channels"], unet["in_channels"]),
+        "in_channels of the VAE and channels of an RGB image": (vae.get("in_channels", 3), 3),
+        "out_channels of the VAE and channels of an RGB image": (vae.get("out_channels", 3), 3),
+        "hidden_size of the text encoders and cross_attention_dim": (text_width, unet["cross_attention_dim"]),
+        "size of the added conditions and projection_class_embeddings_input_dim": _added_condition_sizes(unet, second),
+    }
+    for names, (first_size, second_size) in pairs.items():
+        if first_size != second_size:
+            raise unusable_base(f"{folder} has configs that do not match: {names}, {first_size} and {second_size}", "equal sizes")
+
+
+def _added_condition_sizes(unet: dict[str, Any], second: dict[str, Any] | None) -> tuple[int, int]:
+    """Size of pooled embedding plus embedded size ids, and the size that the U-Net's config expects for them; zeros without them."""
+    if second is None:
+        return 0, 0
+    actual = second["projection_dim"] + TIME_IDS * (unet.get("addition_time_embed_dim") or 0)
+    return actual, unet.get("projection_class_embeddings_input_dim") or 0
+
+
+def _is_plausible(name: str, value: object) -> bool:
+    """Whether a setting has a plausible type and value.
+
+    None stands for the default of diffusers. Settings that affect no tensor size are only checked for huge numbers and nested lists:
+    diffusers checks the rest.
+    """
+    limit = _MAX_VALUES.get(name, _MAX_VALUE)
+    if name in _NUMBERS:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= limit
+    if name in _INTEGERS:
+        return type(value) is int and 0 <= value <= limit
+    if value is None:
+        return True
+    items = value if isinstance(value, list) and (name in _LISTS or name not in _SIZES) else [value]
+    if name in _SIZES:
+        return 0 < len(items) <= _MAX_BLOCKS and all(type(item) is int and 0 < item <= limit for item in items)
+    return all(abs(item) <= limit if isinstance(item, (int, float)) else not isinstance(item, list) for item in items)
+>>>>>>> tidy

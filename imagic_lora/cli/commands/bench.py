@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ...core.errors import ImagicError
 from ..console import err, out, plain, print_json, progress
+from ..interrupts import Interrupts
 from ..libraries import import_libraries
 from ..options import Json, Whole
 
@@ -78,7 +79,8 @@ def critters(
         path = base.resolve()
         name += f"-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"  # two bases may have folders of one name
     run = Bench(seed, cases, chosen(methods), out_dir or Path("outputs/bench") / name, base or CRITTERS)
-    results = list(progress(run.results(workers), cases * len(run.methods), "cases x methods"))
+    with Interrupts(lambda: f"the results so far are in {run.out}; the same command continues"):
+        results = list(progress(run.results(workers), cases * len(run.methods), "cases x methods"))
     summary = summarise(run, results)
     page = write_page(run, results, summary)
     (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from ...adapters.writing import check_outputs
 from ...core.config import DEVICE_GROUP, DeviceConfig, EditConfig, PresetOrAuto
 from ...core.errors import ImagicError
-from ..console import err, plain, print_json, progress
+from ..console import err, plain, print_json
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds, prompt_folders
-from ..searching import searched_eta
-
-if TYPE_CHECKING:
-    from ...adapters.adapter import Adapter
-    from ...core.config import RunConfig
-    from ...sampling.keep import Keep
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, explicit, parse_etas, parse_seeds, prompt_folders
 
 _SAMPLING = Group("Sampling (default: the settings stored in the adapter)", sort_key=3)
 AUTO = "auto"
@@ -94,103 +86,25 @@ def edit(
     from ...adapters.store import Store
 
     adapter = Store(store).read(name)
-    record = adapter.record
-    if save_mask and keep is None and record.source.region is None:
+    if save_mask and keep is None and adapter.record.source.region is None:
         got = f"--save-mask without --keep, and adapter {adapter.name} is that of a whole photo"
         raise ImagicError(got, "--save-mask with --keep", "add --keep auto, or leave out --save-mask")
-    import_libraries(bitsandbytes=record.config.memory.quantize != "none")
+    import_libraries(bitsandbytes=adapter.record.config.memory.quantize != "none")
     from ...sampling.keep import read_keep
     from ...sampling.opening import edit_settings
-    from ...sampling.outputs import SHEET
+    from ..editing import Edits
 
-    flags = settings.model_dump(exclude_unset=True) if settings else {}
-    levers = device.model_dump(exclude_unset=True) if device else {}
-    run = edit_settings(adapter, {"edit": flags, "memory": levers, "preset": preset}, base)
-    etas, seeds = ([] if eta == AUTO else parse_etas(eta)) if eta else [record.eta], parse_seeds(seed)
+    run = edit_settings(adapter, explicit(settings, device, preset), base)
+    etas, seeds = ([] if eta == AUTO else parse_etas(eta)) if eta else [adapter.record.eta], parse_seeds(seed)
     folder = out_dir or Path("outputs") / adapter.name
     if prompt_file and (prompt is not None or eta == AUTO):
         raise ImagicError(f"{'--eta auto' if prompt is None else '--prompt'} together with --prompt-file", "one of them", "leave out one")
     prompts = prompt_folders(prompt_file, folder) if prompt_file else {folder: prompt}
-    kept = read_keep(adapter, keep, photo)
-    written, search = _edit(adapter, base, run, etas, seeds, prompts, kept, save_mask, force, overwrite, metadata)
-    sheets = [str(each / SHEET) for each in prompts]
+    edits = Edits(adapter, run, seeds, prompts, read_keep(adapter, keep, photo), save_mask, metadata, overwrite)
+    written, search = edits.write(etas, base, force)
     if as_json:
-        found: dict[str, Any] = {"sheets": sheets} if prompt_file else {"sheet": sheets[0]}
-        print_json({"adapter": adapter.name, "pictures": written} | found | ({"auto": search} if search else {}))
+        sheets: dict[str, Any] = {"sheets": edits.sheets} if prompt_file else {"sheet": edits.sheets[0]}
+        print_json({"adapter": adapter.name, "pictures": written} | sheets | ({"auto": search} if search else {}))
     else:
         plural = "" if len(written) == 1 else "s"
-        err.print(f"[green]Wrote[/] {len(written)} image{plural} and {plain(' '.join(sheets))}")
-
-
-def _edit(
-    adapter: Adapter,
-    base: str | None,
-    run: RunConfig,
-    etas: list[float],
-    seeds: list[int],
-    prompts: dict[Path, str | None],
-    keep: Keep | None,
-    save_mask: bool,
-    force: bool,
-    overwrite: bool,
-    metadata: bool,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Generates the images of all prompts, etas and seeds, and writes those of each prompt into its folder.
-
-    Args:
-        adapter: the stored adapter.
-        base: a base that replaces the one in the adapter's record.
-        run: settings of stage 3 and memory levers.
-        etas: interpolation values, each in [0, 2]; none to search for one.
-        seeds: seeds of the starting noise.
-        prompts: target prompt by output folder; None is that of the adapter.
-        keep: how the edits are pasted into the photo; None for edits of the whole photo.
-        save_mask: whether the masks are written too.
-        force: whether other weights of the same shapes are allowed.
-        overwrite: whether images that were made in another way are replaced.
-        metadata: whether the images say how they were made.
-
-    Returns:
-        ``file``, ``eta``, ``seed`` and, for several prompts, ``prompt`` of every image; and what
-        :func:`~imagic_lora.cli.searching.searched_eta` returns, empty without a search.
-    """
-    from ...adapters.contents import read_canvas
-    from ...memory.levers import EDIT_LEVERS
-    from ...memory.out_of_memory import explain_out_of_memory
-    from ...sampling.checks import check_edit
-    from ...sampling.metadata import image_metadata
-    from ...sampling.opening import open_editor
-    from ...sampling.outputs import SHEET, check_same_edits, image_name, mask_name, write_edits
-
-    config, targets = run.edit, {folder: adapter.record.prompt if one is None else one for folder, one in prompts.items()}
-
-    def names() -> list[str]:
-        kinds = (image_name, mask_name) if save_mask else (image_name,)
-        return [name(eta, seed) for name in kinds for eta in etas for seed in seeds]
-
-    for folder, target_prompt in targets.items():
-        check_edit(etas, seeds, config, target_prompt)
-        check_outputs(folder, [*names(), SHEET])
-    editor = open_editor(adapter, run, base, force)
-    pasting = keep.metadata if keep else {}
-    made = {folder: image_metadata(adapter, editor.base, config, target_prompt) | pasting for folder, target_prompt in targets.items()}
-    others = [None if target_prompt == adapter.record.prompt else target_prompt for target_prompt in targets.values()]
-    first, search, pictures = next(iter(prompts)), dict[str, Any](), list[dict[str, Any]]()
-    written = f"the images written so far are in {first if len(prompts) == 1 else first.parent}"
-    with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", lambda: written, EDIT_LEVERS):
-        if not etas:
-            search = searched_eta(editor, adapter, seeds[0], config, others[0])
-            etas = [search["eta"]]
-            check_outputs(first, names())
-        if not overwrite:
-            for folder, common in made.items():
-                check_same_edits([folder / name for name in names()], common)
-        generated, region = (keep.etas(etas), keep.composite.region) if keep else (etas, None)
-        count = len(generated) * len(seeds)
-        edits = (edit for prompt in others for edit in editor.edit(adapter, generated, seeds, config, prompt))
-        shown, photo = iter(progress(edits, count * len(prompts), "images")), read_canvas(adapter).photo()
-        for folder, common in made.items():
-            part = islice(shown, count)
-            found = write_edits(keep.pasted(part, etas) if keep else part, folder, common, photo, region, save_mask, metadata)
-            pictures += [one | ({"prompt": targets[folder]} if len(prompts) > 1 else {}) for one in found]
-    return pictures, search
+        err.print(f"[green]Wrote[/] {len(written)} image{plural} and {plain(' '.join(edits.sheets))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,15 +19,14 @@ from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_region, slug, s
 from .store import summary
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from ...adapters.adapter import Adapter
     from ...adapters.store import Store
-    from ...bases.architecture import Architecture
     from ...core.runtime import Processes
-    from ...photos.region import Region
     from ...training.configure import Configured
     from ...training.stage import StepReport
+    from ..interrupts import Interrupts
 
 
 LOG_DIR = Path("outputs/tensorboard")
@@ -89,10 +89,14 @@ def fit(
         raise ImagicError(f"--tracker-dir {tracker_dir} without --tracker", "both, or neither", "add --tracker tensorboard")
     launch = read_launch()
     try:
-        run, why, architecture = configured(settings, config, launch)
+        chosen = configured(settings, config, launch)
+        from ...training.fit import fit as fit_steps
+
         name = name or slug(image.stem, "photo")
-        processes, log_dir = _processes(run, launch), (tracker_dir or LOG_DIR) if tracker else None
-        adapter = _fit(image, prompt, run, why, architecture, Store(store), name, overwrite, resume, processes, log_dir, part, store_photo)
+        processes, log_dir = _processes(chosen.run, launch), (tracker_dir or LOG_DIR) if tracker else None
+        start = partial(fit_steps, image, prompt, chosen.run, Store(store), name, overwrite=overwrite, resume=resume)
+        start = partial(start, region=part, store_photo=store_photo, processes=processes)
+        adapter = _run(start, chosen, Store(store), name, processes, log_dir)
     except (KeyboardInterrupt, Stopped):
         if launch.rank:
             sys.exit(130)  # the main process reports it
@@ -105,7 +109,7 @@ def fit(
         folder = plain(adapter.folder)
         photo = f", and the photo's file of {adapter.photo_size / 1e6:.2f} MB" if adapter.photo_size else ""
         err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB{photo}). See {folder}/preview.png, then run:")
-        err.print(f"  imagic-lora edit {adapter.name} --eta {suggested_etas(run.eta)}", highlight=False)
+        err.print(f"  imagic-lora edit {adapter.name} --eta {suggested_etas(chosen.run.eta)}", highlight=False)
 
 
 def configured(settings: RunConfig | None, config: Path | None, launch: Launch) -> Configured:
@@ -127,66 +131,60 @@ def configured(settings: RunConfig | None, config: Path | None, launch: Launch) 
     return configure_run(flags, file, (launch.count, launch.local_rank))
 
 
-def _fit(
-    image: Path,
-    prompt: str,
-    run: RunConfig,
-    why: str,
-    architecture: Architecture,
+def _run(
+    start: Callable[..., Generator[StepReport, None, Adapter | None]],
+    settings: Configured,
     store: Store,
     name: str,
-    overwrite: bool,
-    resume: bool,
     processes: Processes,
     log_dir: Path | None,
-    region: Region | None,
-    store_photo: bool,
 ) -> Adapter | None:
-    """Runs the fit with its progress, and logs it in a folder if there is one. A signal stops it after the current step."""
-    from ...core.runtime import resolve_runtime
-    from ...memory.limits import adapter_bytes
-    from ...training.fit import fit as fit_steps
+    """Runs a fit with its progress, and logs it in a folder if there is one.
+
+    A signal ends the fit at once before its first step, and stops it after the current step later.
+
+    Args:
+        start: starts the fit, given ``stop``.
+        settings: its settings, with the reason for the preset.
+        store, name: where it is stored.
+        processes: the processes of the run; only the main one prints.
+        log_dir: folder of the logs.
+    """
     from ...training.fit import result
     from ...training.monitoring.trackers import check_tensorboard, tracked
     from ..interrupts import Interrupts
 
     if log_dir:
         check_tensorboard(log_dir)
-    with Interrupts() as interrupts:
-        steps = fit_steps(
-            image,
-            prompt,
-            run,
-            store,
-            name,
-            overwrite=overwrite,
-            resume=resume,
-            region=region,
-            store_photo=store_photo,
-            stop=interrupts.stop,
-            processes=processes,
-        )
-
-        def print_settings_first() -> Generator[StepReport, None, Adapter | None]:
-            try:
-                first = next(steps)  # every check of the inputs has passed once this returns
-            except StopIteration as done:  # resumed after the last step
-                return done.value
-            interrupts.finish_step = True
-            if processes.main:
-                print_active_settings(resolve_runtime(run.memory), run, why, processes.count, adapter_bytes(architecture, run))
-            yield first
-            return (yield from steps)
-
-        try:
-            reports = print_settings_first()
+    try:
+        with Interrupts() as interrupts:
+            reports = _settings_first(start(stop=interrupts.stop), settings, processes, interrupts)
             if log_dir and processes.main:
-                reports = tracked(reports, run, name, log_dir)
-            return show_progress(reports, run) if processes.main else result(reports)
-        except KeyboardInterrupt:
-            if name in store.unfinished():
-                raise Stopped("the previous checkpoint is unchanged") from None
-            raise
+                reports = tracked(reports, settings.run, name, log_dir)
+            return show_progress(reports, settings.run) if processes.main else result(reports)
+    except KeyboardInterrupt:
+        if name in store.unfinished():
+            raise Stopped("the previous checkpoint is unchanged") from None
+        raise
+
+
+def _settings_first(
+    steps: Generator[StepReport, None, Adapter | None], settings: Configured, processes: Processes, interrupts: Interrupts
+) -> Generator[StepReport, None, Adapter | None]:
+    """Yields the reports of a fit. The active settings are printed before the first one, when every check of the inputs has passed."""
+    from ...core.runtime import resolve_runtime
+    from ...memory.limits import adapter_bytes
+
+    try:
+        first = next(steps)
+    except StopIteration as done:  # resumed after the last step
+        return done.value
+    interrupts.finish_step = True
+    if processes.main:
+        run, why, architecture = settings
+        print_active_settings(resolve_runtime(run.memory), run, why, processes.count, adapter_bytes(architecture, run))
+    yield first
+    return (yield from steps)
 
 
 def _processes(run: RunConfig, launch: Launch) -> Processes:

@@ -17,7 +17,7 @@ from ...core.errors import ImagicError
 from ...core.text import exact
 from ..console import err, plain, print_json, progress
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, parse_etas
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, explicit, parse_etas
 from .edit import SamplingFlags
 
 if TYPE_CHECKING:
@@ -102,9 +102,8 @@ def sweep(
     import_libraries(bitsandbytes=adapter.record.config.memory.quantize != "none")
     from ...sampling.opening import edit_settings
 
-    flags = settings.model_dump(exclude_unset=True) if settings else {}
-    levers = device.model_dump(exclude_unset=True) if device else {}
-    run = edit_settings(adapter, {"edit": flags, "memory": levers, "preset": preset}, base)
+    given = explicit(settings, device, preset)
+    run = edit_settings(adapter, given, base)
     count = (1 if run.edit.start == "inverted" and not run.edit.ddim_eta else 4) if seeds is None else seeds
     if count < 1:
         raise ImagicError(f"--seeds {count}", "an integer from 1", "choose another value for --seeds")
@@ -112,7 +111,7 @@ def sweep(
         _check_storable(adapter, run, prompt, force)
     metrics = _metrics(adapter, prompt or adapter.record.prompt, clip, dino, source_prompt, offline)
     folder = out_dir or Path("outputs") / adapter.name / "sweep"
-    if "batch_size" not in flags:
+    if "batch_size" not in given["edit"]:
         run = _with_largest_batch(adapter, run, base, len(etas) * count)
     pictures, scores = _run(adapter, base, run, etas, list(range(count)), prompt, before_tuning, force, folder)
     scores = _with_metrics(adapter, pictures, scores, metrics)

@@ -4,7 +4,7 @@ May import: core, bases, loading. Must not know: families, adapters, training, s
 
 - ``architecture.py``: the architecture of a single file; without torch
 - ``detection.py``: the family that its tensors belong to, and the models that only look like one; without torch
-- ``statements.py``: what it says of itself in tensors, metadata and files beside it; without torch
+- ``statements.py``: what it declares about itself in tensors, metadata and files beside it; without torch
 - ``yaml_config.py``: the YAML config of the original code beside it; without torch
 - ``files.py``: its tensors under diffusers' names, and its tokenizer
 """

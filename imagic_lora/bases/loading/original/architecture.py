@@ -23,7 +23,7 @@ _SD2_SMALL = 512  # resolution in pixels of the models of Stable Diffusion 2 tha
 def single_architecture(path: Path, entry: BaseEntry | None, given: Architecture | None = None) -> Architecture:
     """The architecture of a single file in the original layout, which contains no configs.
 
-    What the file says of itself (see ``statements.py``) overrides the configs; what the entry states overrides both.
+    What the file declares about itself (see ``statements.py``) overrides the configs; what the entry states overrides both.
 
     Args:
         path: the file.
@@ -36,49 +36,55 @@ def single_architecture(path: Path, entry: BaseEntry | None, given: Architecture
     """
     tensors, metadata = read_header(path)
     stated: dict[str, Any] = {"prediction_type": entry.prediction, "resolution": entry.resolution} if entry else {}
-    said: dict[str, Any] = agreed(path, statements(path, tensors, metadata), [name for name, value in stated.items() if value])
+    declared: dict[str, Any] = agreed(path, statements(path, tensors, metadata), [name for name, value in stated.items() if value])
     if given:
         check_other_models(path, tensors)
-        return _with_statements(path, given, said)
+        return _with_statements(path, given, declared)
     family = detected_family(path, tensors)
-    prediction = said.get("prediction_type") or stated.get("prediction_type")
+    prediction = declared.get("prediction_type") or stated.get("prediction_type")
     if family == "sd21" and prediction is None:
         raise ImagicError(
             f"{path} does not state its prediction type, and Stable Diffusion 2 exists with both", "epsilon or v_prediction",
             f"add the file to {bases_file()}, with its prediction: see docs/guide/bases.md",
         )  # fmt: skip
     if family == "sd21" and prediction == "epsilon":
-        said = {"resolution": _SD2_SMALL} | said
-    name = str(said.get("published", family)) if family == "sdxl" else family
+        declared = {"resolution": _SD2_SMALL} | declared
+    name = str(declared.get("published", family)) if family == "sdxl" else family
     check_unet(path, name, PUBLISHED[name], tensors)
-    return _with_statements(path, PUBLISHED[name], said)
+    return _with_statements(path, PUBLISHED[name], declared)
 
 
-def _with_statements(path: Path, architecture: Architecture, said: Mapping[str, Any]) -> Architecture:
+def _with_statements(path: Path, architecture: Architecture, declared: Mapping[str, Any]) -> Architecture:
     """The architecture with the settings that a file states.
 
     Raises:
         ImagicError: the number of attention heads differs; a number is implausible.
     """
+<<<<<<< HEAD
     said = dict(said)
     said.pop("published", None)
     unet, vae, scheduler = dict(architecture.denoiser), dict(architecture.vae), dict(architecture.scheduler)
+=======
+    declared = dict(declared)
+    declared.pop("published", None)
+    unet, vae, scheduler = dict(architecture.unet), dict(architecture.vae), dict(architecture.scheduler)
+>>>>>>> tidy
     levels = len(unet["block_out_channels"])
     own = unet.get("attention_head_dim", 8)
     heads = own if isinstance(own, list) else [own] * levels
-    if (stated := said.pop("attention_head_dim", heads)) != heads:
+    if (stated := declared.pop("attention_head_dim", heads)) != heads:
         got = f"the config beside {path} has {reprlib.repr(stated)} attention heads"
         raise ImagicError(got, f"{heads}", f"add the file to {bases_file()} with a matching config: see docs/guide/bases.md")
-    if side := said.pop("resolution", None):
+    if side := declared.pop("resolution", None):
         unet["sample_size"] = side // architecture.vae_scale_factor
-    if factor := said.pop("scaling_factor", None):
+    if factor := declared.pop("scaling_factor", None):
         vae["scaling_factor"] = factor
-    if said.pop("zero_snr", False):
+    if declared.pop("zero_snr", False):
         # sampling begins at the last timestep, which has no signal; a sampler that cannot do that is replaced
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         if scheduler["_class_name"] not in ZERO_SNR_SCHEDULERS:
             scheduler["_class_name"] = "DDIMScheduler"
-    scheduler |= said
+    scheduler |= declared
     parts = {"unet": unet, "vae": vae, "scheduler": scheduler} | architecture.text_encoders
     check_sizes(path, parts)
     return replace(architecture, denoiser=unet, vae=vae, scheduler=scheduler)

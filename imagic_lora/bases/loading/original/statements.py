@@ -1,4 +1,4 @@
-"""What a single file says of itself: in tensors, in its metadata, and in files of the same name beside it. No torch import.
+"""What a single file declares about itself: in tensors, in its metadata, and in files of the same name beside it. No torch import.
 
 ComfyUI writes ``modelspec.predict_key`` and the tensors ``v_pred`` and ``ztsnr``. Kohya's scripts write ``modelspec.prediction_type`` and
 ``modelspec.architecture``, Stability's files ``modelspec.resolution``. SwarmUI reads these keys from a JSON file beside the checkpoint too.
@@ -37,10 +37,10 @@ _SIDES = range(64, 4097)
 
 
 class Statement(NamedTuple):
-    """One thing that a file says of itself.
+    """One thing that a file declares about itself.
 
     Args:
-        source: who says it, for messages.
+        source: where it is declared, for messages.
         setting: ``prediction_type``, ``zero_snr``, ``resolution``, ``published`` (key of the published configs), or a key of the
             scheduler's config or ``scaling_factor`` of the VAE's.
         value: its value in diffusers' terms.
@@ -52,7 +52,7 @@ class Statement(NamedTuple):
 
 
 def statements(path: Path, tensors: Header, metadata: Mapping[str, str]) -> Iterator[Statement]:
-    """Yields everything that a checkpoint says of itself.
+    """Yields everything that a checkpoint declares about itself.
 
     Args:
         path: the file.
@@ -75,19 +75,19 @@ def statements(path: Path, tensors: Header, metadata: Mapping[str, str]) -> Iter
             yield Statement(beside.name, setting, value)
 
 
-def agreed(path: Path, said: Iterable[Statement], overridden: Iterable[str]) -> dict[str, Any]:
+def agreed(path: Path, declared: Iterable[Statement], overridden: Iterable[str]) -> dict[str, Any]:
     """The value of every setting that a file states.
 
     Args:
         path: the file, for messages.
-        said: its statements.
+        declared: its statements.
         overridden: settings that the user's list of bases states, which are left out.
 
     Raises:
         ImagicError: two statements contradict each other.
     """
     found: dict[str, Statement] = {}
-    for statement in said:
+    for statement in declared:
         if statement.setting in overridden:
             continue
         earlier = found.setdefault(statement.setting, statement)
@@ -117,8 +117,8 @@ def _of_metadata(path: Path, source: str, metadata: Mapping[str, str]) -> Iterat
 
 
 def _prediction(path: Path, key: str, value: str) -> str:
-    said = value.lower().strip()
-    if found := next((kind for kind, words in _PREDICTIONS.items() if said in words), None):
+    declared = value.lower().strip()
+    if found := next((kind for kind, words in _PREDICTIONS.items() if declared in words), None):
         return found
     remedy = f"choose another base, or add this one to {bases_file()} with its prediction if the file is wrong"
     raise ImagicError(f"{path} says {key} = {reprlib.repr(value)}", f"one of {', '.join(_PREDICTIONS)}", remedy)

@@ -1,0 +1,125 @@
+"""The images of ``edit``: checked, generated and written; called by ``commands/edit.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..adapters.adapter import Adapter
+from ..adapters.contents import read_canvas
+from ..adapters.writing import check_outputs
+from ..core.config import RunConfig
+from ..memory.levers import EDIT_LEVERS
+from ..memory.out_of_memory import explain_out_of_memory
+from ..sampling.checks import check_edit
+from ..sampling.editor import Editor
+from ..sampling.keep import Keep
+from ..sampling.metadata import image_metadata
+from ..sampling.opening import open_editor
+from ..sampling.outputs import SHEET, check_same_edits, image_name, mask_name, write_edits
+from .console import progress
+from .interrupts import Interrupts
+from .searching import searched_eta
+
+
+@dataclass(frozen=True)
+class Edits:
+    """The edits of an adapter with one or several target prompts, one output folder each.
+
+    Args:
+        adapter: the stored adapter.
+        run: settings of stage 3 and memory levers.
+        seeds: seeds of the starting noise.
+        prompts: target prompt by output folder; None is that of the adapter.
+        keep: how the edits are pasted into the photo; None for edits of the whole photo.
+        save_mask: whether the masks are written too.
+        metadata: whether the images say how they were made.
+        overwrite: whether images that were made in another way are replaced.
+    """
+
+    adapter: Adapter
+    run: RunConfig
+    seeds: Sequence[int]
+    prompts: Mapping[Path, str | None]
+    keep: Keep | None
+    save_mask: bool
+    metadata: bool
+    overwrite: bool
+
+    @property
+    def targets(self) -> dict[Path, str]:
+        """The target prompt by output folder, that of the adapter included."""
+        return {folder: self.adapter.record.prompt if prompt is None else prompt for folder, prompt in self.prompts.items()}
+
+    @property
+    def sheets(self) -> list[str]:
+        """The sheet of every folder."""
+        return [str(folder / SHEET) for folder in self.prompts]
+
+    def write(self, etas: Sequence[float], base: str | None, force: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Generates the images of all prompts, etas and seeds, and writes those of each prompt into its folder.
+
+        Args:
+            etas: interpolation values, each in [0, 2]; none to search for one.
+            base: a base that replaces the one in the adapter's record.
+            force: whether a base with other weights of the same shapes is allowed.
+
+        Returns:
+            ``file``, ``eta``, ``seed`` and, for several prompts, ``prompt`` of every image; and what
+            :func:`~imagic_lora.cli.searching.searched_eta` returns, empty without a search.
+        """
+        for prompt in self.targets.values():
+            check_edit(etas, self.seeds, self.run.edit, prompt)
+        self._check_outputs(etas)
+        editor = open_editor(self.adapter, self.run, base, force)
+        search, written = dict[str, Any](), list[dict[str, Any]]()
+        first, *others = self.prompts
+
+        def saved() -> str:
+            return f"the images written so far are in {first.parent if others else first}" if written else ""
+
+        explained = explain_out_of_memory(editor.base.architecture, self.run, editor.base.runtime, "decode", saved, EDIT_LEVERS)
+        with Interrupts(saved), explained:
+            if not etas:
+                search = searched_eta(editor, self.adapter, self.seeds[0], self.run.edit, self._other(self.targets[first]))
+                etas = [search["eta"]]
+                self._check_outputs(etas)
+            for one in self._written(editor, etas):
+                written.append(one)  # at once: an interruption says whether there are images
+        return written, search
+
+    def _written(self, editor: Editor, etas: Sequence[float]) -> Iterator[dict[str, Any]]:
+        """Generates and writes the images of these etas, and yields each one as :meth:`write` returns it."""
+        pasted = self.keep.metadata if self.keep else {}
+        made = {
+            folder: image_metadata(self.adapter, editor.base, self.run.edit, prompt) | pasted for folder, prompt in self.targets.items()
+        }
+        if not self.overwrite:
+            for folder, common in made.items():
+                check_same_edits([folder / name for name in self._names(etas)], common)
+        generated, region = (self.keep.etas(etas), self.keep.composite.region) if self.keep else (etas, None)
+        count, prompts = len(generated) * len(self.seeds), map(self._other, self.targets.values())
+        edits = (edit for prompt in prompts for edit in editor.edit(self.adapter, generated, self.seeds, self.run.edit, prompt))
+        shown, photo = iter(progress(edits, count * len(made), "images")), read_canvas(self.adapter).photo()
+        for folder, common in made.items():
+            part = islice(shown, count)
+            part = self.keep.pasted(part, etas) if self.keep else part
+            for one in write_edits(part, folder, common, photo, region, self.save_mask, self.metadata):
+                yield one | ({"prompt": common["prompt"]} if len(made) > 1 else {})
+
+    def _other(self, prompt: str) -> str | None:
+        """The prompt if it replaces that of the adapter, whose embedding is stored; else None."""
+        return None if prompt == self.adapter.record.prompt else prompt
+
+    def _names(self, etas: Sequence[float]) -> list[str]:
+        """The names of the images and masks of one prompt."""
+        kinds = (image_name, mask_name) if self.save_mask else (image_name,)
+        return [name(eta, seed) for name in kinds for eta in etas for seed in self.seeds]
+
+    def _check_outputs(self, etas: Sequence[float]) -> None:
+        """Raises ImagicError if a file cannot be written."""
+        for folder in self.prompts:
+            check_outputs(folder, [*self._names(etas), SHEET])

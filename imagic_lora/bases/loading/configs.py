@@ -95,23 +95,10 @@ def read_architecture(folder: Path) -> Architecture:
         ImagicError: a config is missing or cannot be read; the configs do not describe a Stable Diffusion base.
     """
     index = read_index(folder)
-<<<<<<< HEAD
     if index["_class_name"] in FLOW_FAMILIES:
         return _read_sd3(folder, index)
     encoders = [name for name in UNetArchitecture.encoder_classes if name in index]
     parts = _read_parts(folder, index, "unet", encoders, KEYS)
-=======
-    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in index]
-    files = {"unet": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"} | dict.fromkeys(encoders, "config.json")
-    parts: dict[str, dict[str, Any]] = {}
-    for part, file in files.items():
-        config, kind = read_json(folder / part / file), part.removesuffix("_2")
-        check_keys(folder / part / file, KEYS[kind], config)
-        # transformers would read more of a text encoder's config: names of code and files to load
-        read = {name: config[name] for name in config if name in KEYS[kind].honoured} if part in encoders else config
-        parts[part] = _DEFAULTS.get(part, {}) | read
-    parts["scheduler"]["_class_name"] = index["scheduler"][1]
->>>>>>> tidy
     check_sizes(folder, parts)
     corrects = index["_class_name"] in _CORRECTING
     parts["unet"] = _corrected(parts["unet"], corrects)

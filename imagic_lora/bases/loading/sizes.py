@@ -126,11 +126,13 @@ def check_sd3_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
 
 def _check_plausible(folder: Path, parts: dict[str, dict[str, Any]], required: dict[str, tuple[str, ...]]) -> None:
     """Raises ImagicError for a setting that is missing or implausible."""
-    problems = [f"{part}.{name}" for part in parts for name in required.get(part, ()) if parts[part].get(name) is None]
-    problems += [f"{part}.{name}" for part, config in parts.items() for name, value in config.items() if not _is_plausible(name, value)]
-    if problems:
+    if missing := [f"{part}/config.json: {name}" for part in parts for name in required.get(part, ()) if parts[part].get(name) is None]:
+        got = f"{folder} does not state sizes of the model ({', '.join(missing)})"
+        remedy = "add them to these files, with the sizes of the weights, or download the base again"
+        raise ImagicError(got, "configs with all sizes: defaults of diffusers may not be those of these weights", remedy)
+    if problems := [f"{part}.{name}" for part, config in parts.items() for name, value in config.items() if not _is_plausible(name, value)]:
         names = ", ".join(repr(name[:60]) for name in problems[:5])
-        raise unusable_base(f"{folder} has missing or implausible settings: {names}", "the configs of a Stable Diffusion base")
+        raise unusable_base(f"{folder} has implausible settings: {names}", "the configs of a Stable Diffusion base")
 
 
 def _check_equal(folder: Path, pairs: dict[str, tuple[Any, ...]]) -> None:

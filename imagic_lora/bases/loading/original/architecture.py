@@ -60,15 +60,9 @@ def _with_statements(path: Path, architecture: Architecture, declared: Mapping[s
     Raises:
         ImagicError: the number of attention heads differs; a number is implausible.
     """
-<<<<<<< HEAD
-    said = dict(said)
-    said.pop("published", None)
-    unet, vae, scheduler = dict(architecture.denoiser), dict(architecture.vae), dict(architecture.scheduler)
-=======
     declared = dict(declared)
     declared.pop("published", None)
-    unet, vae, scheduler = dict(architecture.unet), dict(architecture.vae), dict(architecture.scheduler)
->>>>>>> tidy
+    unet, vae, scheduler = dict(architecture.denoiser), dict(architecture.vae), dict(architecture.scheduler)
     levels = len(unet["block_out_channels"])
     own = unet.get("attention_head_dim", 8)
     heads = own if isinstance(own, list) else [own] * levels

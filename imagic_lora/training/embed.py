@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..bases.base import Base
-from ..core.conditioning import Conditioning
+from ..core.conditioning import Conditioning, changed, difference
 from ..core.config import EmbedConfig
 from ..core.noise import noise_at
 from ..core.runtime import Processes, to_device
@@ -19,7 +21,9 @@ from .stage import Stage
 def embed_stage(base: Base, latents: Tensor, target: Conditioning, config: EmbedConfig, seed: int, processes: Processes) -> Stage:
     """Returns the stage that starts from the embedding ``e_tgt`` and trains its tokens, and its pooled embedding where there is one.
 
-    ``stage.conditioning()`` returns the current embedding with gradients; :func:`optimised` returns a detached copy.
+    ``stage.conditioning()`` returns the current embedding with gradients; :func:`optimised` returns a detached copy. Where
+    :attr:`~imagic_lora.core.config.EmbedConfig.stores_difference` holds, what is trained is ``d`` of ``e = e_tgt + s d``, at the tokens of
+    the mask of ``target`` or at all; ``s`` is 1, or the root mean square of the token.
 
     Args:
         latents: latents of the photo, ``[1, C, h, w]``.
@@ -28,15 +32,42 @@ def embed_stage(base: Base, latents: Tensor, target: Conditioning, config: Embed
         processes: the processes that share the batch.
     """
     initial = {"tokens": target.tokens} if target.pooled is None else {"tokens": target.tokens, "pooled": target.pooled}
-    trainables = {name: Parameter(value.detach().float().clone()) for name, value in initial.items()}
+    initial = {name: value.detach().float() for name, value in initial.items()}
+    sizes = {name: _size(value, config.relative) for name, value in initial.items()}
+    if config.stores_difference:
+        start = replace(target, tokens=initial["tokens"], pooled=initial.get("pooled"))
+        zeros = difference(start, start)
+        trainables = {name: Parameter(value) for name, value in zeros.items()}
+        units = {name: torch.ones_like(value) * (sizes[name] if config.relative else 1) for name, value in initial.items()}
+        scales = difference(replace(start, tokens=units["tokens"], pooled=units.get("pooled")), _zeros(start))
 
-    def conditioning() -> Conditioning:
-        return Conditioning(trainables["tokens"], trainables.get("pooled"), target.extra)
+        def conditioning() -> Conditioning:
+            return changed(start, {name: scales[name] * value for name, value in trainables.items()})
+    else:
+        trainables = {name: Parameter(value.clone()) for name, value in initial.items()}
+
+        def conditioning() -> Conditioning:
+            return replace(target, tokens=trainables["tokens"], pooled=trainables.get("pooled"))
 
     if not config.noise:
         return Stage("embed", base, latents, conditioning, trainables, config, seed, processes)
-    scales = {name: config.noise * value.detach().float().std() for name, value in initial.items()}
-    return Stage("embed", base, latents, conditioning, trainables, config, seed, processes, partial(with_noise, scales, seed))
+    noise = {name: config.noise * size for name, size in sizes.items()}
+    if config.tokens == "words" and target.mask is not None:  # tokens that are not trained stay those of the target prompt
+        noise["tokens"] = noise["tokens"] * target.mask.view(*target.mask.shape, *(1,) * (target.tokens.ndim - 2))
+    return Stage("embed", base, latents, conditioning, trainables, config, seed, processes, partial(with_noise, noise, seed))
+
+
+def _size(value: Tensor, relative: bool) -> Tensor:
+    """The standard deviation of an embedding, a scalar; if rates are relative, the root mean square of each token, ``[1, T, 1]``."""
+    if not relative:
+        return value.std()
+    channels = tuple(range(min(2, value.ndim - 1), value.ndim))
+    return value.square().mean(dim=channels, keepdim=True).sqrt()
+
+
+def _zeros(start: Conditioning) -> Conditioning:
+    pooled = None if start.pooled is None else torch.zeros_like(start.pooled)
+    return replace(start, tokens=torch.zeros_like(start.tokens), pooled=pooled)
 
 
 def with_noise(scales: Mapping[str, Tensor], seed: int, conditioning: Conditioning, k: int, samples: range) -> Conditioning:
@@ -46,7 +77,7 @@ def with_noise(scales: Mapping[str, Tensor], seed: int, conditioning: Conditioni
     models).
 
     Args:
-        scales: standard deviations of the noise of ``tokens`` and ``pooled``, scalars.
+        scales: standard deviations of the noise of ``tokens`` and ``pooled``, scalars or of the shape ``[1, T, 1]``.
         seed: seed of the run.
         conditioning: conditioning ``[1, ...]``.
         k: index of the step.
@@ -57,12 +88,21 @@ def with_noise(scales: Mapping[str, Tensor], seed: int, conditioning: Conditioni
         noise = noise_at(seed, f"embed/{name}", k, samples, tuple(value.shape[1:]))
         return value + scales[name] * to_device(noise, value.device)
 
+    expanded = conditioning.expand(len(samples))
     pooled = None if conditioning.pooled is None else noisy("pooled", conditioning.pooled)
-    return Conditioning(noisy("tokens", conditioning.tokens), pooled, conditioning.expand(len(samples)).extra)
+    return replace(expanded, tokens=noisy("tokens", conditioning.tokens), pooled=pooled)
 
 
-def optimised(stage: Stage) -> Conditioning:
-    """Returns ``e_opt``: a detached copy of the current embedding of an embedding stage."""
+def optimised(stage: Stage, target: Conditioning | None = None) -> Conditioning:
+    """Returns ``e_opt``: a detached copy of the current embedding of an embedding stage.
+
+    Args:
+        stage: the embedding stage.
+        target: conditioning of the target prompt, if the adapter stores the difference to it: the result has the difference in bf16.
+    """
     current = stage.conditioning()
     pooled = None if current.pooled is None else current.pooled.detach().clone()
-    return Conditioning(current.tokens.detach().clone(), pooled, current.extra)
+    found = replace(current, tokens=current.tokens.detach().clone(), pooled=pooled)
+    if target is None:
+        return found
+    return changed(target, {name: value.bfloat16().float() for name, value in difference(found, target).items()})

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from ..bases.base import Base
-from ..core.conditioning import VECTORS, Conditioning
+from ..core.conditioning import VECTORS, Conditioning, changed, difference
 from ..core.config import Mode, TunedMode
 from ..core.errors import ImagicError
 from ..core.tensors import read, safetensors_pieces
@@ -43,6 +44,7 @@ def read_embeddings(adapter: Adapter) -> dict[str, Conditioning]:
     for key, value in read(adapter.listed(EMBEDDINGS)).items():
         name, _, tensor_name = key.partition(".")
         embeddings.setdefault(name, {})[tensor_name] = value.float()
+    _add_difference(adapter, embeddings)
     shapes = [{name: value.shape for name, value in tensors.items()} for tensors in embeddings.values()]
     vectors = {name: value.shape for name, value in embeddings.get("target", {}).items() if name.startswith(VECTORS)}
     compared = [each | vectors if name == "null" else each for name, each in zip(embeddings, shapes, strict=True)]
@@ -61,6 +63,27 @@ def read_embeddings(adapter: Adapter) -> dict[str, Conditioning]:
             REMEDY,
         )
     return {name: Conditioning.from_tensors(tensors) for name, tensors in embeddings.items()}
+
+
+def _add_difference(adapter: Adapter, embeddings: dict[str, dict[str, Tensor]]) -> None:
+    """Replaces ``difference`` of the optimised embedding by its tokens: those of the target with what was added.
+
+    Raises:
+        ImagicError: its shape does not fit the tokens of the target.
+    """
+    added = embeddings.get("optimised", {}).pop("difference", None)
+    if added is None:
+        return
+    named = embeddings.get("target", {})
+    tokens, mask = named.get("tokens"), named.get("mask")
+    if tokens is not None and tokens.ndim >= 3 and (mask is None or mask.shape == tokens.shape[:2]) and len(tokens) == 1:
+        count = tokens.shape[1] if mask is None else int((mask != 0).sum())
+        if added.shape == (1, count, *tokens.shape[2:]) and "tokens" not in embeddings["optimised"]:
+            target = Conditioning(tokens, mask=None if mask is None else mask != 0)
+            embeddings["optimised"]["tokens"] = changed(target, {"tokens": added}).tokens
+            return
+    got = f"{adapter.folder / EMBEDDINGS} holds optimised.difference of the shape {list(added.shape)}"
+    raise ImagicError(got, "one row for each token of target.mask, or of target.tokens", REMEDY)
 
 
 def _is_valid(name: str, shape: Sequence[int]) -> bool:
@@ -190,19 +213,37 @@ def applied(adapter: Adapter, base: Base) -> AbstractContextManager[object]:
             return nullcontext()
 
 
-def save_embeddings(writer: AtomicWriter, named: Mapping[str, Conditioning]) -> None:
-    """Writes conditionings as the fp32 tensors ``<name>.tokens``, ``<name>.pooled``, and one for each extra input and vector.
+def save_embeddings(writer: AtomicWriter, named: Mapping[str, Conditioning], differs: bool = False) -> None:
+    """Writes conditionings: :func:`embedding_tensors`.
 
     Args:
         writer: of the adapter's folder.
         named: conditionings by name: ``target``, ``optimised``, ``null``.
+        differs: as there.
+    """
+    writer.write(EMBEDDINGS, safetensors_pieces(embedding_tensors(named, differs)))
+
+
+def embedding_tensors(named: Mapping[str, Conditioning], differs: bool = False) -> dict[str, Tensor]:
+    """The tensors of conditionings by name: ``<name>.tokens``, ``<name>.pooled``, ``<name>.mask`` and one for each extra input, in fp32.
+
+    Args:
+        named: conditionings by name: ``target``, ``optimised``, ``null``.
+        differs: whether ``optimised.difference``, in bf16, replaces ``optimised.tokens``: what was added to ``target.tokens``, at the
+            tokens of ``target.mask`` or at all. The tokens of the others are in bf16 too where that loses nothing.
     """
     tensors = {
         f"{name}.{tensor_name}": value.float()
         for name, conditioning in named.items()
         for tensor_name, value in conditioning.tensors().items()
     }
-    writer.write(EMBEDDINGS, safetensors_pieces(tensors))
+    if differs:
+        del tensors["optimised.tokens"]
+        for name in ("target.tokens", "null.tokens"):
+            if name in tensors and torch.equal(tensors[name].bfloat16().float(), tensors[name]):
+                tensors[name] = tensors[name].bfloat16()
+        tensors["optimised.difference"] = difference(named["optimised"], named["target"])["tokens"].bfloat16()
+    return tensors
 
 
 def weights_record(base: Base, mode: TunedMode) -> WeightsRecord:

@@ -16,7 +16,7 @@ from ..core.errors import ImagicError, ImagicWarning
 from ..core.tensors import read, safetensors_pieces
 from .adapter import Adapter
 from .atomic import AtomicWriter
-from .contents import read_canvas, read_embeddings
+from .contents import embedding_tensors, read_canvas, read_embeddings
 from .lora import LORA_FILE
 from .original_names import original_names
 from .readers import check_layers, notes
@@ -133,7 +133,7 @@ def _for_kohya(adapter: Adapter) -> Files:
         warnings.warn(note, ImagicWarning, stacklevel=3)
     return {
         f"{name}.safetensors": safetensors_pieces(tensors, _metadata(adapter)),
-        embeddings: pieces(adapter.listed(EMBEDDINGS)),
+        embeddings: _embeddings(adapter),
         f"{name}.md": [_page(adapter, "\n\n".join(use), embeddings)],
     }
 
@@ -143,7 +143,15 @@ def _for_diffusers(adapter: Adapter) -> Files:
     denoiser = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}[component]
     use = _DIFFUSERS_USE[adapter.record.config.tune.mode].format(denoiser=denoiser, component=component)
     page = _page(adapter, use, EMBEDDINGS)
-    return {file: pieces(adapter.listed(file)) for file in (*adapter.record.weight_files, EMBEDDINGS)} | {CARD: [page]}
+    weights = {file: pieces(adapter.listed(file)) for file in adapter.record.weight_files}
+    return weights | {EMBEDDINGS: _embeddings(adapter), CARD: [page]}
+
+
+def _embeddings(adapter: Adapter) -> Iterable[bytes | memoryview]:
+    """The file of the embeddings, with the optimised one in full: other programs know no difference."""
+    if adapter.record.config.embed.stores_difference:
+        return safetensors_pieces(embedding_tensors(read_embeddings(adapter)))
+    return pieces(adapter.listed(EMBEDDINGS))
 
 
 def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:

@@ -84,6 +84,30 @@ def interpolate(target: Conditioning, optimised: Conditioning, eta: float) -> Co
     return Conditioning(mix(target.tokens, optimised.tokens), pooled, target.extra, target.mask)
 
 
+def difference(optimised: Conditioning, target: Conditioning) -> dict[str, Tensor]:
+    """What was added to a target embedding: ``tokens`` ``[1, n, ...]`` of the trained tokens, and ``pooled`` if there is one.
+
+    Args:
+        optimised: the optimised embedding; its tokens outside of the mask are those of the target.
+        target: the target embedding; the trained tokens are those of its mask, all without one.
+    """
+    tokens = optimised.tokens - target.tokens
+    found = {"tokens": tokens if target.mask is None else tokens[:, target.mask[0]]}
+    if optimised.pooled is not None and target.pooled is not None:
+        found["pooled"] = optimised.pooled - target.pooled
+    return found
+
+
+def changed(target: Conditioning, added: Mapping[str, Tensor]) -> Conditioning:
+    """The inverse of :func:`difference`: the target embedding with what was added. Gradients flow to ``added``."""
+    if target.mask is None:
+        tokens = target.tokens + added["tokens"]
+    else:
+        tokens = target.tokens.index_add(1, target.mask[0].nonzero().flatten(), added["tokens"])
+    pooled = None if target.pooled is None else target.pooled + added["pooled"]
+    return Conditioning(tokens, pooled, target.extra, target.mask)
+
+
 def concatenate(conditionings: list[Conditioning]) -> Conditioning:
     """Concatenates conditionings of equal shapes along the batch dimension, in order."""
     first = conditionings[0]

@@ -65,6 +65,17 @@ class EmbedConfig(Config):
     noise: float = Field(default=0.0, ge=0, le=10)
     """Standard deviation of noise that every training sample adds to the embedding, as a multiple of the standard deviation of the
     embedding of the target prompt. 0: none."""
+    tokens: Literal["words", "all"] = "all"
+    """Tokens that are trained. all: every token, padding too. words: those of the prompt with its start and end; padding stays as it is.
+    Text encoders of language models give hundreds of padding tokens, which no word owns."""
+    relative: bool = False
+    """Learning rate and noise in units of the size of each token (its root mean square) instead of 1: the same rate then fits text encoders
+    of any scale."""
+
+    @property
+    def stores_difference(self) -> bool:
+        """Whether the difference between the optimised and the target embedding is what is trained, and stored in bf16."""
+        return self.relative or self.tokens == "words"
 
 
 class TuneConfig(Config):

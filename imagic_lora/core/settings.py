@@ -23,11 +23,21 @@ _CRITTERS: dict[str, Any] = {  # docs/log.md lists the alternatives that were tr
     "monitoring": {"convergence_every": 10},
 }
 
+_FLOW: dict[str, Any] = {  # not measured; steps and guidance scale as the cards of Stable Diffusion 3.5 have them
+    "embed": {"tokens": "words", "relative": True},
+    "edit": {"steps": 28, "guidance_scale": 4.5},
+}
+
 RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
     "sd": {
         "lora": {},
         "full": {"embed": {"steps": 1000, "learning_rate": 2e-3}, "tune": {"steps": 1500, "learning_rate": 5e-7}},
         "embedding": {},
+    },
+    "flow": {
+        "lora": _FLOW,
+        "full": {**_FLOW, "tune": {"steps": 1500, "learning_rate": 5e-7}},
+        "embedding": _FLOW,
     },
     "critters": {
         "lora": {
@@ -100,15 +110,16 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "")
     return phrases
 
 
-def recipe_of(base: str | None, few_steps: int | None = None, guidance: str = "cfg") -> Recipe:
-    """Returns the recipe of a base: its own, or that of Stable Diffusion.
+def recipe_of(base: str | None, few_steps: int | None = None, guidance: str = "cfg", process: str = "diffusion") -> Recipe:
+    """Returns the recipe of a base: its own, or that of its noise process.
 
     Args:
         base: name of the built-in base; None for another base.
         few_steps: number of sampling steps of a distilled base, or None. A distilled base samples without classifier-free guidance.
         guidance: how the base is guided: ``cfg``, ``embedded`` (the scale is an input of the denoiser) or ``none``.
+        process: noise process of the base: ``diffusion`` or ``flow``.
     """
-    recipe = RECIPES[base] if base in RECIPES else RECIPES["sd"]
+    recipe = RECIPES[base] if base in RECIPES else RECIPES["flow" if process == "flow" else "sd"]
     if few_steps is None:
         return recipe
     sampling = {"edit": {"steps": few_steps, "guidance_scale": _EMBEDDED_GUIDANCE if guidance == "embedded" else 0.0}}
@@ -185,6 +196,13 @@ def _clashes(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, st
     for flag, value in (("--negative-prompt", run.edit.negative_prompt), ("--guidance-rescale", run.edit.guidance_rescale)):
         if flag in named and value and run.edit.guidance_scale <= 1:
             yield flag, f"--guidance-scale {run.edit.guidance_scale:g}", "this setting only with guidance: a guidance scale above 1"
+    space = f"--embed.space {run.embed.space}"
+    if "--padding-eta" in named and run.embed.space != "input":
+        yield "--padding-eta", space, "this setting only with --embed.space input"
+    if run.embed.space == "input" and run.embed.tokens != "all":
+        yield "--embed.tokens", space, "only --embed.tokens all with --embed.space input: words and padding are trained"
+    if run.embed.space == "input" and run.embed.relative:
+        yield "--embed.relative", space, "relative rates only with --embed.space output"
     yield from _monitoring_clashes(run, named)
 
 

@@ -16,6 +16,7 @@ from .symbolic.vae import vae_forward
 from .trained import Counts, trained
 
 _ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_TEXT_WIDTHS, _TEXT_INNERS = 8, 3
 _CUDA_CONTEXT = 500 * 2**20  # bytes of a CUDA context and the kernels of its libraries, before any tensor exists
 _LIBRARIES = 700 * 2**20  # bytes of Python, PyTorch and diffusers in host memory
 _FRAGMENTATION = 0.05  # of everything but the weights, which are allocated once
@@ -214,14 +215,27 @@ class _Planner:
         sample = Peak(sampling, 0, 0, self._denoiser_pass(tuned=True, batch=batch)[1])
         decode = Peak(sampling, 0, 0, self._vae_pass(decode=True, images=run.edit.batch_size)[1])
         preview = Peak(sampling, 0, self.trained.states, max(sample.activations, decode.activations))
+        embed = Peak(training, 0, 0, self._denoiser_pass(batch=run.embed.batch_size, trains="embed")[1])
+        if run.embed.space == "input":  # the encoders stay until the end of the stage, and their activations until the backward pass
+            embed = replace(embed, weights=unet.bytes + self.encoders, activations=embed.activations + self._text_activations())
         return {
             "encode": Peak(encoding, 0, 0, self._vae_pass(decode=False)[1]),
-            "embed": Peak(training, 0, 0, self._denoiser_pass(batch=run.embed.batch_size, trains="embed")[1]),
+            "embed": embed,
             **({"tune": self._tune(tuned)} if "tune" in run.stages else {}),
             **({"preview": preview} if run.previews_every else {}),
             "sample": sample,
             "decode": decode,
         }
+
+    def _text_activations(self) -> int:
+        """Bytes that the text encoders keep for their backward pass; fitted to rehearsals, see docs/internals/memory.md."""
+        total = 0
+        for config in self.architecture.text_encoders.values():
+            width, inner = config.get("hidden_size", config.get("d_model")), config.get("intermediate_size", config.get("d_ff"))
+            layers = config.get("num_hidden_layers", config.get("num_layers"))
+            length = config.get("max_position_embeddings", SD3_T5_LENGTH)
+            total += layers * length * (_TEXT_WIDTHS * width + _TEXT_INNERS * inner)
+        return self.itemsize * total
 
     def _tune(self, weights: int) -> Peak:
         held = self._denoiser_pass(tuned=True, batch=self.run.tune.batch_size, trains="tune")[1]

@@ -17,8 +17,8 @@ def mixed(base: Base, prompt: str, target: Conditioning, optimised: Conditioning
     """Returns ``e_eta``: ``eta * e_tgt + (1 - eta) * e_opt`` (equation 3 of Imagic, arXiv 2210.09276).
 
     Where a fit optimised the vectors of the tokens, these are interpolated, and then encoded: those of words at ``eta``, those of the
-    padding at ``eta * padding_eta``; start and end token stay. The text encoder then sees the words of the target prompt beside what the fit stored in the padding,
-    as if it was a caption of both.
+    padding at ``eta * padding_eta``; start and end token stay. The text encoder then sees the words of the target prompt beside what the
+    fit stored in the padding, as if both were one caption.
 
     Args:
         base: encodes vectors.

@@ -155,7 +155,7 @@ def _train_and_store(
     if e_opt is None:
         embed = embed_stage(base, run.latents, run.target, config.embed, config.seed, processes, run.prompt)
         yield from stages.run_stage(embed, start, checkpoint)
-        e_opt, start, checkpoint = optimised(embed), 0, None
+        e_opt, start, checkpoint = optimised(embed, run.target if config.embed.stores_difference else None), 0, None
         del embed
     base.offload_encoders()
     with MODES[config.tune.mode].trainables(base, config.tune, key(config.seed, "lora"), restore) as parameters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -157,7 +157,8 @@ class Run:
         """
         MODES[self.config.tune.mode].save(self.base, writer)
         embeddings = {"target": self.target, "optimised": e_opt}
-        save_embeddings(writer, embeddings if self.null is None else {**embeddings, "null": self.null})
+        embeddings = embeddings if self.null is None else {**embeddings, "null": self.null}
+        save_embeddings(writer, embeddings, self.config.embed.stores_difference)
         writer.write(SOURCE, [png(to_image(self.canvas.pixels[0]), {})])
         if file := self._photo_file:
             writer.write(file, [self.photo.data])
@@ -240,6 +241,9 @@ def encode_run(
     encoded = base.encode_prompt(prompt) if config.embed.space == "output" else base.encode_vectors(prompt)
     target, null = base.with_added_conditions(encoded, height, width, scale), base.null()
     null = None if null is None else base.with_added_conditions(null, height, width, scale)
+    if config.embed.tokens == "words":
+        target = replace(target, mask=base.word_mask(prompt))
+        null = null and replace(null, mask=base.word_mask(""))
     embeddings = {"the embedding of the target prompt": target} | ({"the embedding of the empty prompt": null} if null else {})
     tensors = {f"{name} ({part})": value for name, embedding in embeddings.items() for part, value in embedding.tensors().items()}
     check_finite({"the latents of the photo": latents, **tensors})

@@ -6,6 +6,7 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from ...core.errors import ImagicError
 from .vetting import TIME_IDS, inpainting, unusable_base
 
 _REQUIRED = {

@@ -51,7 +51,10 @@ def plan(
     given = validated(merged(file, flags))
     built = architecture(given.base)
     run, why = choose_preset(
-        lambda: built, flags, file, recipe_of(known_base(given.base, given.revision).built_in, built.few_steps, built.guidance)
+        lambda: built,
+        flags,
+        file,
+        recipe_of(known_base(given.base, given.revision).built_in, built.few_steps, built.guidance, built.process),
     )
     card = card_and_free_memory(run.memory.device)[0] if given.preset == "auto" else None
     assumed = assumed_for(run, card)

@@ -103,6 +103,7 @@ def page(request: EditRequest, summary: Mapping[str, Any], outcomes: Sequence[Ou
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     return templates.get_template("page.html").render(
         summary=summary,
+        pixelated=max(request.photo.size) < 256,
         photo=_data_url(request.photo),
         mask=_data_url(request.mask) if request.mask else None,
         scores={name: _MEANINGS.get(name, "") for name in names},

@@ -75,14 +75,14 @@ def chosen(names: str) -> tuple[list[str], bool]:
     return [name for name in NAMES if name in wanted], True
 
 
-def missing_need(name: str, given: Iterable[Need]) -> str | None:
+def missing_need(name: str, given: Iterable[Need]) -> Need | None:
     """Returns what a method needs and does not have, such as ``mask``; None if it has everything.
 
     Args:
         name: name of the method.
         given: the optional fields that the request has.
     """
-    requires = frozenset() if name in IMAGIC else SAMPLING[name].requires
+    requires: frozenset[Need] = frozenset() if name in IMAGIC else SAMPLING[name].requires
     return next(iter(sorted(requires - set(given))), None)
 
 

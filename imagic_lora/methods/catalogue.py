@@ -20,8 +20,8 @@ from .magicmix import MagicMix, MagicMixText
 from .sampled import SamplingConfig, SamplingMethod
 from .sdedit import SDEdit
 
-IMAGIC: Mapping[str, Mode] = {"imagic-lora": "lora", "imagic-full": "full", "embedding-only": "embedding"}
-"""Modes of Imagic by the name of the method."""
+IMAGIC: Mapping[str, Mode] = {"imagic-lora": "lora", "embedding-only": "embedding"}
+"""Modes of Imagic by the name of the method; full fine-tuning needs the base in another precision."""
 _CLASSES: tuple[type[SamplingMethod[Any]], ...] = (
     PromptOnly,
     SDEdit,

@@ -23,9 +23,9 @@ from ..imagic import Imagic
 from ..method import NEEDS, EditRequest, Method, Need, Passes
 from ..sampled import SamplingMethod
 
-NAMES = ("imagic-lora", "embedding-only", *SAMPLING)
+NAMES = (*IMAGIC, *SAMPLING)
 """Methods that a comparison can run. Full fine-tuning is left to the command ``fit``: it needs the base in another precision."""
-TRAINS = ("imagic-lora", "embedding-only", "null-text", "prompt-to-prompt")
+TRAINS = (*IMAGIC, "null-text", "prompt-to-prompt")
 """Methods that train something for each photo."""
 _GENERATED = ("magicmix-text", "prompt-to-prompt-text")  # they edit an image of their own, not the photo
 GROUPS: Mapping[str, tuple[str, ...]] = {

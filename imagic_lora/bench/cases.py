@@ -6,10 +6,13 @@ import random
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from ..critters import ATTRIBUTES, Scene
+from PIL import Image, ImageChops, ImageFilter
+
+from ..critters import ATTRIBUTES, Scene, render
 from ..critters.scene import describe, random_scene
 
 Kind = Literal["pose", "colour", "place", "thing", "animal"]
+_BRUSH = 5  # side of the square that a mask grows by, in pixels
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -54,3 +57,16 @@ def case_at(seed: int, index: int) -> Case:
     pose_first = rng.choice((False, True))
     prompt, source_prompt = (describe(scene, {kind}, pose_first) for scene in (truth, source))
     return Case(index, kind, source, truth, prompt, source_prompt)
+
+
+def given_mask(case: Case) -> Image.Image:
+    """Returns the mask of a case for methods that need one: what the true edit changes, and two pixels around it, as a user would paint it.
+
+    It knows the true edit, which no other method does: the row of such a method says that its mask is given.
+
+    Returns:
+        Mode L, of the size of the photo; 255 may change, 0 may not.
+    """
+    changes = ImageChops.difference(render(case.source), render(case.truth)).split()
+    changed = ImageChops.lighter(ImageChops.lighter(changes[0], changes[1]), changes[2])
+    return changed.point([0] + [255] * 255).filter(ImageFilter.MaxFilter(_BRUSH))

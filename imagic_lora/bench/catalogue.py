@@ -11,17 +11,9 @@ from ..core.config import EditConfig, Mode, RunConfig
 from ..core.errors import ImagicError
 from ..core.settings import RECIPES, read_settings, resolve
 from ..core.text import exact
-from ..methods.attention.ledits import LEdits
-from ..methods.attention.prompt_to_prompt import DirectInversion, PromptToPrompt, PromptToPromptText
-from ..methods.diffedit import DiffEdit
+from ..methods.catalogue import GUIDANCE, SAMPLING, default_config
 from ..methods.generated import PromptOnly
 from ..methods.imagic import Imagic
-from ..methods.inversions.ddim import DDIB, DDIMInversion
-from ..methods.inversions.edit_friendly import EditFriendly
-from ..methods.inversions.negative_prompt import NegativePromptInversion, ProximalInversion
-from ..methods.inversions.null_text import NullTextInversion
-from ..methods.inversions.renoise import ReNoise
-from ..methods.magicmix import MagicMix, MagicMixText
 from ..methods.sampled import SamplingMethod
 from ..methods.sdedit import SDEdit, SDEditConfig
 from .bounds import Bounds
@@ -29,8 +21,6 @@ from .critters import Benched
 
 RECIPE_FILES = Path(__file__).parent
 STRENGTHS = (0.5, 0.65, 0.8, 0.9)
-GUIDANCE = 3.0
-"""Guidance scale at which the embedded base follows prompts, for methods without a fit."""
 STARTS: dict[str, dict[str, Any]] = {
     "noise": {"edit": {"start": "noise"}},
     "image": {"edit": {"start": "image"}},
@@ -74,13 +64,17 @@ def other_starts(mode: Mode) -> dict[str, tuple[float, EditConfig]]:
     return {start: (config.eta, config.edit) for start, config in configs.items()}
 
 
-def sampling(method: type[SamplingMethod[Any]]) -> SamplingMethod[Any]:
+def sampling(name: str) -> SamplingMethod[Any]:
     """Returns a method without a fit with its own defaults, at the guidance scale of the embedded base.
 
+    The row of a method that needs a mask ends in ``-given``: it gets the mask of :func:`~imagic_lora.bench.cases.given_mask`.
+
     Args:
-        method: class of the method.
+        name: name of the method.
     """
-    return method({method.name: method.config_class(guidance_scale=GUIDANCE)})
+    method = SAMPLING[name]
+    row = f"{name}-given" if "mask" in method.requires else name
+    return method({row: default_config(method, embedded=True)})
 
 
 def prompt_only() -> PromptOnly:
@@ -106,10 +100,6 @@ def reference(name: str, file: str) -> Imagic:
     return Imagic(name, resolve({"base": "critters", "resolution": None}, read_settings(RECIPE_FILES / file), {}))
 
 
-INVERSIONS = (DDIMInversion, DDIB, NegativePromptInversion, ProximalInversion, NullTextInversion, EditFriendly, ReNoise)
-MIXES = (MagicMix, MagicMixText)
-ATTENTION = (PromptToPrompt, PromptToPromptText, DirectInversion)
-
 CATALOGUE: dict[str, Callable[[], Benched]] = {
     "bounds": Bounds,
     "prompt-only": prompt_only,
@@ -119,8 +109,7 @@ CATALOGUE: dict[str, Callable[[], Benched]] = {
     "embedding-only": lambda: Imagic("embedding-only", defaults("embedding"), other_starts("embedding")),
     "reference": lambda: reference("reference", "reference-imagic.yaml"),
     "reference-retuned": lambda: reference("reference-retuned", "reference-imagic-retuned.yaml"),
-    **{method.name: partial(sampling, method) for method in (*INVERSIONS, *MIXES, *ATTENTION, DiffEdit)},
-    LEdits.name: LEdits,  # its scale is that of the guidance towards a concept
+    **{name: partial(sampling, name) for name in SAMPLING if name not in ("prompt-only", "sdedit")},
 }
 
 

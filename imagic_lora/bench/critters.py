@@ -28,7 +28,7 @@ from ..critters.judge import WEIGHTS, Judge
 from ..methods.method import Context, Cost, EditRequest, EditResult, Method
 from ..photos.png import write_png
 from .bounds import Bounds
-from .cases import Case, case_at
+from .cases import Case, case_at, given_mask
 from .metrics import CritterAlignment
 from .scores import IDENTITY_LIMIT, Score, Scorer
 from .worker import begin_worker
@@ -167,8 +167,9 @@ def _write_case(case: Case, folder: Path) -> None:
 
 
 def _edits(method: Benched, context: Context, case: Case) -> Iterator[EditResult]:
-    """The edits of a case by a method. Only the bounds see the true edit."""
-    request = EditRequest(render(case.source), case.prompt, case.source_prompt, seed=case.index)
+    """The edits of a case by a method. Only the bounds see the true edit, and only methods that need a mask get one."""
+    mask = given_mask(case) if isinstance(method, Method) and "mask" in method.requires else None
+    request = EditRequest(render(case.source), case.prompt, case.source_prompt, mask, seed=case.index)
     return method.edit(context, request, render(case.truth)) if isinstance(method, Bounds) else method.edit(context, request)
 
 

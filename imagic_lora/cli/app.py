@@ -19,6 +19,7 @@ from ..core.errors import ImagicError, Stopped
 from ..core.settings import settings_error
 from .commands.bases import bases
 from .commands.bench import bench
+from .commands.compare import compare, methods
 from .commands.convert import compress, export
 from .commands.demo import demo
 from .commands.doctor import doctor
@@ -36,6 +37,8 @@ COMMANDS: dict[str, Callable[..., None] | App] = {
     "fit": fit,
     "edit": edit,
     "sweep": sweep,
+    "compare": compare,
+    "methods": methods,
     "reproduce": reproduce,
     "list": list_adapters,
     "show": show,

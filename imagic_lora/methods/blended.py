@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from ..bases.base import Base
 from ..sampling.trajectory import Trajectory, guided
-from .masks import binary, latent_mask
+from .masks import binary, latent_mask, sampled_inside
 from .method import Passes
 from .sampled import EncodedRequest, SamplingConfig, SamplingMethod, guided_passes
 
@@ -69,7 +68,5 @@ def blended(encoded: EncodedRequest, config: BlendedConfig, mask: Tensor) -> Ten
     def photo(position: int) -> Tensor:
         return trajectory.noised(clean, noise[[(position - start) % len(noise)]], position)
 
-    latents = photo(start)
-    for step in trajectory.forwards(latents, guided(encoded.base, encoded.target, encoded.null, config.guidance_scale), start):
-        latents = step.latents = torch.where(mask > 0, step.latents, photo(step.end))
-    return latents
+    predict = guided(encoded.base, encoded.target, encoded.null, config.guidance_scale)
+    return sampled_inside(trajectory, predict, mask, photo, start)

@@ -13,12 +13,19 @@ from torch import Tensor
 from ..bases.base import Base
 from ..sampling.trajectory import Trajectory, guided, path, predictions
 from .inversions.inverted import null_of, source_or_null
-from .masks import mask_image
+from .masks import latent_mask, mask_image, sampled_inside
 from .method import Passes
 from .sampled import EncodedRequest, SamplingConfig, SamplingMethod, guided_passes
 
 
-class DiffEditConfig(SamplingConfig):
+class DiffEditMaskConfig(SamplingConfig):
+    """Settings of DiffEdit in a given mask, with the default of diffusers' pipeline."""
+
+    ratio: float = Field(default=0.8, gt=0, le=1)
+    """Noise level up to which the photo is inverted, as a share of the sampling steps. A higher value allows larger edits."""
+
+
+class DiffEditConfig(DiffEditMaskConfig):
     """Settings of DiffEdit, with the defaults of the paper; the limit of the map and the ratio are those of diffusers' pipeline."""
 
     maps: int = Field(default=10, ge=1, le=100)
@@ -29,8 +36,6 @@ class DiffEditConfig(SamplingConfig):
     """Largest difference of predictions that counts, as a multiple of their mean over the image. Larger ones are set to it."""
     mask_threshold: float = Field(default=0.5, gt=0, lt=1)
     """Share of the largest difference above which a position belongs to the mask. A lower value makes the mask larger."""
-    ratio: float = Field(default=0.8, gt=0, le=1)
-    """Noise level up to which the photo is inverted, as a share of the sampling steps. A higher value allows larger edits."""
 
 
 class DiffEdit(SamplingMethod[DiffEditConfig]):
@@ -42,7 +47,7 @@ class DiffEdit(SamplingMethod[DiffEditConfig]):
     3. DDIM with the target prompt from there. After each step the latents outside the mask are those of the inversion at the same noise
        level, and at the end those of the photo.
 
-    A mask in the request has no effect: blended latent diffusion uses it.
+    A mask in the request has no effect: :class:`DiffEditInMask` uses it.
     """
 
     name, config_class, needs_null = "diffedit", DiffEditConfig, True
@@ -53,6 +58,24 @@ class DiffEdit(SamplingMethod[DiffEditConfig]):
 
     def passes_with(self, base: Base, config: DiffEditConfig) -> Passes:
         return Passes(2 * config.maps + int(config.steps * config.ratio) * (1 + guided_passes(config.guidance_scale)))
+
+
+class DiffEditInMask(SamplingMethod[DiffEditMaskConfig]):
+    """DiffEdit (arXiv 2210.11427) in the mask of the request, without the search for one.
+
+    Inside the mask the inverted photo is sampled with the target prompt, so that it keeps more of the photo than blended latent diffusion,
+    which starts from a random noise.
+    """
+
+    name, config_class, needs_null = "diffedit-mask", DiffEditMaskConfig, True
+    requires = frozenset({"mask"})
+
+    def sample(self, encoded: EncodedRequest, config: DiffEditMaskConfig) -> tuple[Image.Image, Mapping[str, Any]]:
+        assert encoded.request.mask is not None
+        return encoded.image(edited(encoded, config, latent_mask(encoded.base, encoded.request.mask, encoded.clean))), {}
+
+    def passes_with(self, base: Base, config: DiffEditMaskConfig) -> Passes:
+        return Passes(int(config.steps * config.ratio) * (1 + guided_passes(config.guidance_scale)))
 
 
 def found_mask(encoded: EncodedRequest, config: DiffEditConfig) -> Tensor:
@@ -79,7 +102,7 @@ def found_mask(encoded: EncodedRequest, config: DiffEditConfig) -> Tensor:
     return (difference.clamp(max=limit) > config.mask_threshold * limit).to(encoded.clean)
 
 
-def edited(encoded: EncodedRequest, config: DiffEditConfig, mask: Tensor) -> Tensor:
+def edited(encoded: EncodedRequest, config: DiffEditMaskConfig, mask: Tensor) -> Tensor:
     """Returns the clean latents of the edit inside a mask, ``[1, C, h, w]``.
 
     Args:
@@ -93,7 +116,5 @@ def edited(encoded: EncodedRequest, config: DiffEditConfig, mask: Tensor) -> Ten
     base, trajectory, null = encoded.base, Trajectory(encoded.base, config.steps), null_of(encoded)
     start = trajectory.position(config.ratio)
     inverted = path(trajectory.backwards(encoded.clean, guided(base, null), end=start))
-    latents = inverted[start]
-    for step in trajectory.forwards(latents, guided(base, encoded.target, null, config.guidance_scale), start):
-        latents = step.latents = torch.where(mask > 0, step.latents, inverted[step.end])
-    return latents
+    predict = guided(base, encoded.target, null, config.guidance_scale)
+    return sampled_inside(trajectory, predict, mask, inverted.__getitem__, start)

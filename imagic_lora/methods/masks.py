@@ -1,7 +1,10 @@
-"""Masks of the area that may change: from the photo to the latents, and back."""
+"""Masks of the area that may change: from the photo to the latents and back, and sampling inside them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -9,6 +12,7 @@ from torch.nn.functional import interpolate
 from ..bases.base import Base
 from ..core.errors import ImagicError
 from ..photos.canvas import Canvas, to_canvas, to_image
+from ..sampling.trajectory import Predict, Trajectory
 
 
 def binary(mask: Image.Image) -> Image.Image:
@@ -47,3 +51,22 @@ def mask_image(canvas: Canvas, mask: Tensor) -> Image.Image:
     """
     pixels = interpolate(mask.float().cpu(), canvas.pixels.shape[2:])[0] * 2 - 1
     return canvas.restored(to_image(pixels.expand(3, -1, -1))).convert("L")
+
+
+def sampled_inside(trajectory: Trajectory, predict: Predict, mask: Tensor, outside: Callable[[int], Tensor], start: int) -> Tensor:
+    """Samples inside a mask. Outside it the latents are given at each position: those of the photo at its noise level.
+
+    Args:
+        trajectory: the noise levels.
+        predict: returns the prediction of each step.
+        mask: ``[1, 1, h, w]``: 1 may change, 0 may not.
+        outside: returns the latents of the photo at a position, ``[1, C, h, w]``; at the clean end those of the photo itself.
+        start: position that sampling starts from, with the latents of the photo.
+
+    Returns:
+        The clean latents, ``[1, C, h, w]``.
+    """
+    latents = outside(start)
+    for step in trajectory.forwards(latents, predict, start):
+        latents = step.latents = torch.where(mask > 0, step.latents, outside(step.end))
+    return latents

@@ -20,11 +20,12 @@ from ..sampling.checks import check_prompt, check_seed
 Need = Literal["source_prompt", "mask", "subject"]
 """Optional fields of a request that a method may require."""
 
-_NEEDED: dict[Need, tuple[str, str]] = {
-    "source_prompt": ("a prompt that describes the photo as it is", "give a source prompt"),
-    "mask": ("a mask of the area that may change", "give a mask"),
-    "subject": ("a noun that names the subject of the photo", "give a subject"),
+NEEDS: dict[Need, tuple[str, str]] = {
+    "source_prompt": ("a prompt that describes the photo as it is", "give a source prompt, or choose another method"),
+    "mask": ("a mask of the area that may change", "give a mask, or choose another method"),
+    "subject": ("a noun that names the subject of the photo", "give a subject, or choose another method"),
 }
+"""What each need is, and what to do without it."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,20 @@ class Passes(NamedTuple):
     forward: int
     backward: int = 0
     at_most: bool = False
+
+
+class Load(NamedTuple):
+    """What a method holds in memory at once besides the weights, for the prediction of its peak.
+
+    Args:
+        samples: largest number of samples in one call of the denoiser without gradients.
+        gradients: whether one sample is passed with gradients to an embedding.
+        maps: bytes of attention probabilities that exist at a time.
+    """
+
+    samples: int
+    gradients: bool = False
+    maps: int = 0
 
 
 @dataclass(frozen=True)
@@ -170,8 +185,7 @@ class Method(ABC):
         check_unaltered(base)
         for need in sorted(self.requires):
             if getattr(request, need) is None:
-                expected, remedy = _NEEDED[need]
-                raise ImagicError(f"method {self.name} without a {need.replace('_', ' ')}", expected, f"{remedy}, or choose another method")
+                raise ImagicError(f"method {self.name} without a {need.replace('_', ' ')}", *NEEDS[need])
         for prompt in (request.target_prompt, request.source_prompt):
             if prompt is not None:
                 check_prompt(prompt)

@@ -18,7 +18,7 @@ from ..core.conditioning import Conditioning
 from ..core.config import Config
 from ..photos.canvas import Canvas, to_canvas, to_image
 from ..sampling.checks import check_pixels
-from .method import Context, EditRequest, EditResult, Method, Passes, metered
+from .method import Context, EditRequest, EditResult, Load, Method, Passes, metered
 
 
 class SamplingConfig(Config):
@@ -161,6 +161,15 @@ class SamplingMethod(Method, Generic[C]):
             base: the base.
             config: settings of the row.
         """
+
+    def load_with(self, base: Base, config: C) -> Load:
+        """Predicts what one row holds in memory at once: by default a guided step of one image.
+
+        Args:
+            base: the base.
+            config: settings of the row.
+        """
+        return Load(guided_passes(config.guidance_scale))
 
 
 def guided_passes(scale: float) -> int:

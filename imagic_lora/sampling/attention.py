@@ -183,6 +183,25 @@ def map_size(latents: Tensor, level: int) -> tuple[int, int]:
     return height, width
 
 
+def map_bytes(base: Base, samples: int, self_queries: int) -> int:
+    """Returns the bytes of attention probabilities that a tapped layer holds at a time, at the resolution of the base.
+
+    A layer holds at most four copies in fp32: the scores, the probabilities, those that an edit returns, and a cast of them.
+
+    Args:
+        base: a base with a U-Net.
+        samples: number of samples in a call of the denoiser.
+        self_queries: largest number of queries of the self-attention that is tapped. Cross-attention is tapped in all layers.
+    """
+    side, tokens = base.resolution // base.architecture.vae_scale_factor, base.architecture.conditioning["tokens"][1]
+    largest = 0
+    for layer, module in attention_layers(base):
+        queries = (side >> layer.level) ** 2
+        keys = tokens if layer.cross else queries if queries <= self_queries else 0
+        largest = max(largest, module.heads * queries * keys)
+    return 4 * 4 * samples * largest
+
+
 def coarsest_cross_layers(base: Base) -> list[Layer]:
     """Returns the cross-attention layers of the down and up blocks at the smallest size of their maps.
 

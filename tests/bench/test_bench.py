@@ -27,7 +27,7 @@ import imagic_lora.bench.catalogue as catalogue
 import imagic_lora.bench.critters as critters
 import imagic_lora.bench.page as page
 import imagic_lora.cli.commands.bench as benching
-from imagic_lora.bench.cases import KINDS, Case, Kind, case_at
+from imagic_lora.bench.cases import KINDS, Case, Kind, case_at, given_mask
 from imagic_lora.bench.catalogue import CATALOGUE, budgeted, chosen, defaults
 from imagic_lora.bench.critters import Bench, Result
 from imagic_lora.bench.metrics import CritterAlignment, pixels
@@ -872,6 +872,8 @@ def test_the_catalogue_has_these_methods() -> None:
         "prompt-to-prompt-text",
         "direct-inversion",
         "diffedit",
+        "diffedit-mask",
+        "blended-latent",
         "ledits++",
     ]
     methods = chosen(",".join(SHIPPED))
@@ -882,6 +884,43 @@ def test_the_catalogue_has_these_methods() -> None:
         rows
     )
     json.dumps([method.settings for method in methods], allow_nan=False)
+
+
+@each("index", range(10))
+def test_a_given_mask_covers_what_the_true_edit_changes(index: int) -> None:
+    """Every changed pixel and those up to two pixels beside it, and no other."""
+    case = case_at(3, index)
+    mask = np.asarray(given_mask(case))
+    changed = (np.asarray(render(case.source)) != np.asarray(render(case.truth))).any(2)
+    near = np.pad(changed, 2)
+    grown = np.any([near[dy : dy + 64, dx : dx + 64] for dy in range(5) for dx in range(5)], axis=0)
+    assert np.array_equal(mask == 255, grown)
+    assert set(np.unique(mask)) <= {0, 255}
+    assert changed.any()
+
+
+def test_only_methods_that_need_a_mask_get_one() -> None:
+    """And their rows say that it is given."""
+    rows = {method.name: method.rows for method in chosen("diffedit,diffedit-mask,blended-latent")}
+    assert rows == {
+        "diffedit": ("diffedit",),
+        "diffedit-mask": ("diffedit-mask-given",),
+        "blended-latent": ("blended-latent-given",),
+    }
+    seen = {}
+
+    class Recorder(Painter):
+        def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
+            seen[self.requires] = request.mask
+            return iter(())
+
+    class Masked(Recorder):
+        requires = frozenset({"mask"})
+
+    for method in (Recorder(Path()), Masked(Path())):
+        list(critters._edits(method, None, case_at(3, 1)))  # pyright: ignore[reportArgumentType]
+    assert seen[frozenset()] is None
+    assert seen[frozenset({"mask"})] == given_mask(case_at(3, 1))
 
 
 def test_methods_come_in_the_order_of_the_list() -> None:

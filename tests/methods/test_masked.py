@@ -18,7 +18,7 @@ from torch import Tensor
 from imagic_lora.bases.base import Base
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.methods.blended import BlendedConfig, BlendedLatentDiffusion, blended
-from imagic_lora.methods.diffedit import DiffEdit, DiffEditConfig, edited, found_mask
+from imagic_lora.methods.diffedit import DiffEdit, DiffEditConfig, DiffEditInMask, DiffEditMaskConfig, edited, found_mask
 from imagic_lora.methods.masks import latent_mask, mask_image
 from imagic_lora.methods.method import Context, EditRequest
 from imagic_lora.methods.sampled import EncodedRequest, SamplingMethod, encode_request
@@ -113,6 +113,20 @@ def test_diffedit_in_a_full_mask_is_ddim_inversion(named: Any, request_: EditReq
     made, width = edited(wanted, config, half(wanted.clean)), wanted.clean.shape[3] // 2
     assert torch.equal(made[..., width:], wanted.clean[..., width:])
     assert (made[..., :width] - wanted.clean[..., :width]).abs().max() > 1e-3
+
+
+def test_diffedit_in_a_given_mask_takes_that_of_the_request(named: Any, request_: EditRequest) -> None:
+    """The image is that of :func:`edited` in the mask at the size of the latents; the passes are as predicted."""
+    base, config = named("epsilon"), DiffEditMaskConfig(steps=5, guidance_scale=3.0)
+    wanted = encoded(base, request_)
+    assert request_.mask is not None
+    method = DiffEditInMask({"row": config})
+    (result,) = method.edit(Context(base), request_)
+    expected = wanted.image(edited(wanted, config, latent_mask(base, request_.mask, wanted.clean)))
+    assert np.array_equal(array(result.image), array(expected))
+    assert (result.cost.forward, result.cost.backward) == method.passes(base)["row"][:2]
+    with pytest.raises(ImagicError, match="diffedit-mask without a mask"):
+        next(DiffEditInMask().edit(Context(base), replace(request_, mask=None)))
 
 
 # blended latent diffusion

@@ -15,13 +15,13 @@ from torch.nn.functional import conv2d, interpolate, pad
 from ...bases.base import Base
 from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError
-from ...sampling.attention import AttentionEdit, Layer, coarsest_cross_layers, map_size, tapped, word_maps
+from ...sampling.attention import AttentionEdit, Layer, coarsest_cross_layers, map_bytes, map_size, tapped, word_maps
 from ...sampling.checks import check_prompt
 from ...sampling.trajectory import Step, predictions
 from ..inversions.edit_friendly import EditFriendly, EditFriendlyConfig
 from ..inversions.inverted import Inverted
 from ..masks import mask_image
-from ..method import EditRequest, Passes
+from ..method import EditRequest, Load, Passes
 from ..sampled import EncodedRequest, SamplingConfig, SamplingMethod
 
 
@@ -101,6 +101,10 @@ class LEdits(SamplingMethod[LEditsConfig]):
 
     def passes_with(self, base: Base, config: LEditsConfig) -> Passes:
         return Passes(config.steps * (2 + len(config.concepts("any"))))
+
+    def load_with(self, base: Base, config: LEditsConfig) -> Load:
+        samples = 1 + len(config.concepts("any"))
+        return Load(samples, maps=map_bytes(base, samples, 0))
 
 
 class ConceptGuidance(AttentionEdit):

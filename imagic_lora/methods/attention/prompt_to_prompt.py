@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from ...bases.base import Base
+from ...sampling.attention import map_bytes
 from ...sampling.trajectory import Trajectory
 from ..inversions.ddim import DDIMInversion
 from ..inversions.edit_friendly import EditFriendly
@@ -19,7 +20,7 @@ from ..inversions.negative_prompt import NegativePromptInversion
 from ..inversions.null_text import NullTextInversion
 from ..inversions.renoise import ReNoise
 from ..masks import mask_image
-from ..method import EditRequest, Passes
+from ..method import EditRequest, Load, Passes
 from ..sampled import EncodedRequest, SamplingConfig, SamplingMethod, guided_passes
 from .branches import two_branches
 from .control import ControlConfig, control
@@ -85,7 +86,7 @@ class AttentionMethod(SamplingMethod[K], Generic[K]):
 
     requires = frozenset({"source_prompt"})
     needs_null = True
-    on_path = False
+    on_path, branches = False, 2
 
     @abstractmethod
     def invert(self, encoded: EncodedRequest, config: K) -> Inverted:
@@ -122,6 +123,10 @@ class AttentionMethod(SamplingMethod[K], Generic[K]):
         """
         return {}
 
+    def load_with(self, base: Base, config: K) -> Load:
+        samples = self.branches * guided_passes(config.guidance_scale) - (self.on_path and config.guidance_scale != 1)
+        return Load(samples, maps=map_bytes(base, samples, config.self_size**2))
+
 
 class PromptToPrompt(AttentionMethod[PromptToPromptConfig]):
     """Prompt-to-Prompt (arXiv 2208.01626) on a photo: the target prompt with the attention maps of the inverted photo.
@@ -141,6 +146,10 @@ class PromptToPrompt(AttentionMethod[PromptToPromptConfig]):
         passes = _INVERSIONS[config.inversion]().passes_with(base, inversion)
         sampled = (config.steps - getattr(inversion, "skip", 0)) * guided_passes(config.guidance_scale)
         return passes._replace(forward=passes.forward + sampled)  # the inverting method samples one branch, here there are two
+
+    def load_with(self, base: Base, config: PromptToPromptConfig) -> Load:
+        inverting = _INVERSIONS[config.inversion]().load_with(base, config.inversion_config())
+        return super().load_with(base, config)._replace(gradients=inverting.gradients)
 
 
 class DirectInversion(AttentionMethod[DirectInversionConfig]):

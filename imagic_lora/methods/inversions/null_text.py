@@ -17,7 +17,7 @@ from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError
 from ...sampling.trajectory import Path, Step, Trajectory, path, predictions
 from ...training.optimizers import loss_scale
-from ..method import Passes
+from ..method import Load, Passes
 from ..sampled import EncodedRequest, SamplingConfig, guided_passes
 from .ddim import pivot
 from .inverted import Inverted, InvertingMethod, null_of
@@ -119,6 +119,9 @@ class NullTextInversion(InvertingMethod[NullTextConfig]):
         else:
             fit = steps * (1 + inner + sampling) if plan.each_step else steps * inner * (2 + sampling)
         return Passes(inversion + fit + steps * sampling, steps * inner, at_most=plan.each_step)
+
+    def load_with(self, base: Base, config: NullTextConfig) -> Load:
+        return super().load_with(base, config)._replace(gradients=config.ablation != "vqae")
 
 
 class _Inversion:

@@ -43,6 +43,18 @@ _WITHOUT_WEIGHTS = (
     "The embeddings in `{embeddings}` are the whole edit.",
     "Eta 0 comes nearest to the photo. Eta 1 is the target prompt itself.",
 )
+_MIXED_EMBEDDINGS = """In place of a prompt, the denoiser gets
+
+    eta * target + (1 - eta) * optimised
+
+computed for `tokens` and, if present, for `pooled`."""
+_MIXED_VECTORS = """The `vectors` are what a text encoder looks up for the tokens of a prompt, before its first layer. In place of those of the
+target prompt, each text encoder gets
+
+    optimised.vectors + share * (target.vectors - optimised.vectors)
+
+where share is eta for the tokens of the words, {padding:g} * eta for the padding, and anything for the start and the end token, which are
+equal. `imagic-lora edit` does this by itself; a program that takes embeddings alone can use `optimised.tokens`, which is eta 0."""
 _PAGE = """# {name}, an edit of one photo
 
 Made by imagic-lora (Imagic, arXiv 2210.09276) for this target prompt:
@@ -64,13 +76,9 @@ with this base:
 {tensors}
 
 `target` is the embedding of the target prompt, `optimised` the embedding of the photo, and `null` the embedding of the empty prompt.
-In place of a prompt, the denoiser gets
+{mixing} {ends} The default eta of this edit is {eta:g}.
 
-    eta * target + (1 - eta) * optimised
-
-computed for `tokens` and, if present, for `pooled`. {ends} The default eta of this edit is {eta:g}.
-
-In diffusers, pass the interpolated `tokens` as `prompt_embeds` and `null` as `negative_prompt_embeds`. SDXL and Stable Diffusion 3 also
+In diffusers, pass the {mixed} as `prompt_embeds` and `null` as `negative_prompt_embeds`. SDXL and Stable Diffusion 3 also
 need `pooled` as `pooled_prompt_embeds`, and SDXL the six numbers of `time_ids` as `original_size`, `crops_coords_top_left` and
 `target_size`.
 
@@ -163,6 +171,7 @@ def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
         for name, conditioning in read_embeddings(adapter).items()
         for tensor_name, value in conditioning.tensors().items()
     }
+    vectors = record.config.embed.space == "input"
     text = _PAGE.format(
         name=adapter.name,
         prompt=json.dumps(record.prompt),
@@ -171,6 +180,8 @@ def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
         role=role.format(embeddings=embeddings),
         ends=ends,
         tensors="\n".join(f"- `{name}` {shape}" for name, shape in sorted(shapes.items())),
+        mixing=_MIXED_VECTORS.format(padding=record.config.edit.padding_eta) if vectors else _MIXED_EMBEDDINGS,
+        mixed="encoded vectors" if vectors else "interpolated `tokens`",
         eta=record.eta,
         steps=record.config.edit.steps,
         guidance=record.config.edit.guidance_scale,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from common import each
 
-from imagic_lora.core.conditioning import Conditioning, concatenate, interpolate, source_conditionings
+from imagic_lora.core.conditioning import Conditioning, concatenate, interpolate
 
 
 def conditioning(seed: int, batch: int = 1, pooled: bool = True) -> Conditioning:
@@ -105,16 +105,6 @@ def test_a_dtype_is_for_what_is_optimised_only() -> None:
         "pooled": torch.float16,
         "sizes": torch.int64,
     }
-
-
-def test_sources_are_where_the_photo_is_inverted() -> None:
-    """At the source eta, or at an eta below it; one object for all that are equal."""
-    target, optimised = conditioning(0), conditioning(1)
-    found = source_conditionings(target, optimised, [0.0, 0.2, 0.4, 0.7, 1.0], 0.4)
-    for one, at in zip(found, [0, 0.2, 0.4, 0.4, 0.4], strict=True):
-        assert torch.equal(one.tokens, interpolate(target, optimised, at).tokens)
-    assert found[2] is found[3] is found[4]
-    assert len({id(one) for one in found}) == 3
 
 
 def test_tokens_of_any_rank_with_a_mask() -> None:

@@ -221,7 +221,8 @@ class LatentBase(Base):
 
         with ExitStack() as stack:
             for encoder in self.architecture.text_encoders:
-                lookup = self._on_device(encoder).get_input_embeddings()
+                model = self._on_device(encoder)  # the encoder of T5 has its own module for the weights that it shares
+                lookup = (model.encoder if hasattr(model, "shared") else model).get_input_embeddings()
                 stack.callback(lookup.register_forward_hook(looked_up(encoder)).remove)
             if vectors is not None:  # that the prompt is too long was said when it was encoded
                 stack.enter_context(warnings.catch_warnings())

@@ -30,9 +30,12 @@ from imagic_lora.adapters.contents import read_canvas, read_embeddings
 from imagic_lora.adapters.export import export
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
+from imagic_lora.bases.layers import text_parameters
+from imagic_lora.bases.loading.components import TEXT_ENCODERS
 from imagic_lora.bases.loading.configs import architecture_at
 from imagic_lora.bases.loading.flow_keys import SD3_KEYS
 from imagic_lora.bases.loading.known import BaseEntry
+from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import architecture_of
 from imagic_lora.bases.loading.vetting import FLOW_FAMILIES
 from imagic_lora.bases.process import Flow
@@ -223,6 +226,23 @@ def test_the_target_is_what_the_steps_integrate(sd3: Path) -> None:
     for ddim_eta in (0.0, 0.6, 1.0):
         found = sampled(base, EditConfig(steps=5, guidance_scale=1.0, ddim_eta=ddim_eta), [3])
         torch.testing.assert_close(found, clean, atol=1e-4, rtol=0)
+
+
+def test_the_published_sizes_are_the_published_ones() -> None:
+    """Of transformer, CLIP-L, bigG and T5-XXL; and text encoders are counted as transformers makes them."""
+    found = {}
+    for name in ("sd3-medium", "sd35-medium"):
+        base = PUBLISHED[name]
+        with torch.device("meta"):
+            transformer: Any = SD3Transformer2DModel.from_config(base.denoiser)
+            for part, config in base.text_encoders.items():
+                kind = base.encoder_classes[part]
+                config_class, model_class = TEXT_ENCODERS[kind]
+                assert text_parameters(config, kind) == model_class(config_class(**config)).num_parameters()
+        sizes = [text_parameters(config, base.encoder_classes[part]) for part, config in base.text_encoders.items()]
+        found[name] = [sum(parameter.numel() for parameter in transformer.parameters()), *sizes]
+    texts = [123_650_304, 694_659_840, 4_762_310_656]
+    assert found == {"sd3-medium": [2_028_328_000, *texts], "sd35-medium": [2_243_171_520, *texts]}
 
 
 # Starts

@@ -136,7 +136,8 @@ class LatentBase(Base):
             parts[tokenizer_of(encoder)] = components.tokenizer(kind, config, files, tokenizer_of(encoder))
         with library_errors(files.path):  # the constructor of a pipeline corrects outdated configs of its components
             cls.pipelines["text2image"](**(dict.fromkeys(cls.optional_components) | parts), **cls.unused_components)
-        weights_hash = fingerprint(files, (denoiser, *architecture.text_encoders), cls.process_of(architecture, parts["scheduler"]))
+        prediction = cls.process_of(architecture, parts["scheduler"]).prediction_type
+        weights_hash = fingerprint(files, (denoiser, *architecture.text_encoders), prediction)
         return cls(architecture, parts, name, revision, weights_hash, runtime, helper)
 
     def offload_encoders(self) -> None:

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteSchedu
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Linear, Module, Parameter
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..adapters.modes import MODES
 from ..bases.architecture import Architecture, UNetArchitecture
@@ -125,8 +126,12 @@ def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) ->
 
     with _default_dtype(torch.float32 if fp32_weights else runtime.dtype):
         denoiser = family.denoiser_class.from_config(architecture.denoiser)
-    scheduler = FlowMatchEulerDiscreteScheduler if architecture.process == "flow" else DDIMScheduler
-    components = {architecture.component: denoiser, "scheduler": scheduler.from_config(architecture.scheduler), "vae": load("vae")}
+    if architecture.process == "flow":
+        with _disable_current_modes():  # its constructor reads the value of a tensor, and fake tensors have none
+            scheduler = FlowMatchEulerDiscreteScheduler.from_config(architecture.scheduler)
+    else:
+        scheduler = DDIMScheduler.from_config(architecture.scheduler)
+    components = {architecture.component: denoiser, "scheduler": scheduler, "vae": load("vae")}
     for encoder in architecture.text_encoders:
         components |= {encoder: load(encoder), tokenizer_of(encoder): None}
     return family(architecture, components, run.base, None, "", runtime, load)

@@ -42,11 +42,14 @@ from imagic_lora.bases.process import Flow
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EditConfig, Mode
 from imagic_lora.core.errors import ImagicError, Stopped
+from imagic_lora.memory.plan import Assumed, predict
+from imagic_lora.memory.symbolic.layers import NotPlanned
 from imagic_lora.photos.canvas import Canvas
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.flow import FlowSampler
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.objective import denoising_loss
+from imagic_lora.training.rehearsal import rehearse
 
 Fit = Callable[[Mode], Adapter]
 TEXT = "a cat on a mat"
@@ -489,3 +492,24 @@ def test_levels_are_those_of_diffusers_scheduler() -> None:
         torch.testing.assert_close(Flow(shift).sigmas(steps), theirs.sigmas, atol=1e-6, rtol=0)
         assert math.isclose(Flow(shift).sigmas(steps)[0].item(), 1.0)
     assert "mu" in inspect.signature(FlowMatchEulerDiscreteScheduler.set_timesteps).parameters
+
+
+def test_its_memory_is_predicted_by_a_rehearsal(sd3: Path, fit_on: Fit) -> None:
+    """No formula knows a transformer; the rehearsal runs its stages, and counts weights and LoRA layers as they are."""
+    architecture, base = architecture_of(str(sd3)), opened(sd3)
+    run, assumed = config_of(sd3), Assumed("cpu", "fp32", "adam")
+    with pytest.raises(NotPlanned, match="a transformer"):
+        predict(architecture, run, assumed)
+    plan = rehearse(architecture, run, assumed)
+    assert list(plan.stages) == ["encode", "embed", "tune", "sample", "decode"]
+    stored = load_file(fit_on("lora").folder / "pytorch_lora_weights.safetensors")
+    lora = sum(value.numel() * 4 for value in stored.values())
+    assert plan.stages["tune"].gradients == lora
+    assert plan.stages["tune"].optimizer == pytest.approx(2 * lora, abs=1024)
+    assert plan.stages["tune"].weights - plan.stages["embed"].weights + plan.stages["embed"].gradients == lora
+    modules = [base.denoiser, *base._helpers.values()]  # pyright: ignore[reportAttributeAccessIssue]
+    weights = sum(one.nbytes for module in modules for one in (*module.parameters(), *module.buffers()))
+    assert plan.stages["encode"].weights == pytest.approx(weights, rel=0.01)
+    full = rehearse(architecture, config_of(sd3, "full"), assumed)
+    parameters = sum(4 * parameter.numel() for parameter in base.denoiser.parameters())
+    assert full.stages["tune"].gradients == parameters

@@ -513,3 +513,27 @@ def test_its_memory_is_predicted_by_a_rehearsal(sd3: Path, fit_on: Fit) -> None:
     full = rehearse(architecture, config_of(sd3, "full"), assumed)
     parameters = sum(4 * parameter.numel() for parameter in base.denoiser.parameters())
     assert full.stages["tune"].gradients == parameters
+
+
+@each("idle, alone", [("keep", False), ("release", True)])
+def test_t5_is_alone_on_the_card(sd3: Path, monkeypatch: pytest.MonkeyPatch, idle: Any, alone: bool) -> None:
+    """Unless everything stays there: the VAE and CLIP leave before T5 comes, and the plan counts T5 alone."""
+    base: Any = opened(sd3, idle=idle)
+    place = {id(helper): "card" for helper in base._helpers.values()}
+    named = {id(helper): name for name, helper in base._helpers.items()}
+    seen: list[set[str]] = []
+
+    def move(module: Any, device: Any = None) -> None:
+        place[id(module)] = "host" if device is not None else "card"
+        if named[id(module)] == "text_encoder_3":
+            seen.append({named[one] for one, where in place.items() if where == "card"})
+
+    monkeypatch.setattr(base, "_move", move)
+    base.encode_image(canvas().pixels)
+    base.encode_prompt(TEXT)
+    assert seen == [{"text_encoder_3"} if alone else {"vae", "text_encoder", "text_encoder_2", "text_encoder_3"}]
+    run = config_of(sd3, memory={"device": "cuda", "idle": idle})
+    weights = rehearse(architecture_of(str(sd3)), run, Assumed("cuda", "bf16", "adam")).stages["encode"].weights
+    sizes = [size // 2 for size in base.helper_bytes()]
+    denoiser = sum(one.nbytes for one in (*base.denoiser.parameters(), *base.denoiser.buffers())) // 2
+    assert weights == pytest.approx(max(sizes) if alone else sum(sizes) + denoiser, rel=0.02)

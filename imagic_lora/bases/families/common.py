@@ -173,6 +173,17 @@ class LatentBase(Base):
             (helper.enable_slicing if memory.vae_slicing else helper.disable_slicing)()
         return helper
 
+    def helper_bytes(self) -> list[int]:
+        """Bytes of the weights of the VAE and of each text encoder; of those that are not released."""
+        loaded = [helper for helper in self._helpers.values() if helper is not None]
+        return [sum(tensor.nbytes for tensor in (*helper.parameters(), *helper.buffers())) for helper in loaded]
+
+    def _make_room(self, name: str) -> None:
+        """Moves the VAE and the other text encoders to host memory before a large one is used, unless ``idle`` is ``keep``."""
+        for other, helper in self._helpers.items():
+            if self.runtime.memory.idle != "keep" and other != name and helper is not None:
+                self._move(helper, torch.device("cpu"))
+
     @property
     def denoiser(self) -> ModelMixin:
         return self._denoiser

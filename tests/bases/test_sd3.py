@@ -18,6 +18,7 @@ import torch
 from common import MODES, PROMPT, array, by_diffusers, each, opened, same, tiny_config, weights
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Img2ImgPipeline
 from diffusers import StableDiffusion3Pipeline as Pipeline
+from PIL import Image
 from safetensors.torch import load_file
 from test_keys import arguments, of_text_encoders, popped, said
 from tiny import save_tiny_sd3
@@ -44,9 +45,14 @@ from imagic_lora.core.config import EditConfig, Mode
 from imagic_lora.core.errors import ImagicError, Stopped
 from imagic_lora.memory.plan import Assumed, predict
 from imagic_lora.memory.symbolic.layers import NotPlanned
+from imagic_lora.methods.generated import generation_passes
+from imagic_lora.methods.imagic import Imagic
+from imagic_lora.methods.inversions.ddim import DDIMInversion
+from imagic_lora.methods.method import Context, EditRequest, metered
 from imagic_lora.photos.canvas import Canvas
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.flow import FlowSampler
+from imagic_lora.sampling.generate import generate
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.objective import denoising_loss
 from imagic_lora.training.rehearsal import rehearse
@@ -537,3 +543,19 @@ def test_t5_is_alone_on_the_card(sd3: Path, monkeypatch: pytest.MonkeyPatch, idl
     sizes = [size // 2 for size in base.helper_bytes()]
     denoiser = sum(one.nbytes for one in (*base.denoiser.parameters(), *base.denoiser.buffers())) // 2
     assert weights == pytest.approx(max(sizes) if alone else sum(sizes) + denoiser, rel=0.02)
+
+
+@each("start", ["noise", "image", "inverted"])
+def test_methods_on_a_flow_take_the_passes_that_they_predict(sd3: Path, start: Any) -> None:
+    """Imagic and sampling from a prompt; methods that walk the levels of DDIM refuse a transformer by name."""
+    base, edit = opened(sd3), EditConfig(steps=4, guidance_scale=3.0, start=start, batch_size=1)
+    request = EditRequest(Image.new("RGB", (50, 37), "red"), PROMPT)
+    imagic = Imagic("imagic", config_of(sd3, edit={"steps": 4, "guidance_scale": 3.0, "start": start}))
+    with metered(base) as meter:
+        one = base.encode_prompt(PROMPT)
+        list(generate(base, [one], [0], edit, canvas(), base.null(), [one]))
+    assert meter.forward == generation_passes(base, edit).forward
+    (found,) = imagic.edit(Context(base), request)
+    assert (found.cost.forward, found.cost.backward) == imagic.passes(base)["imagic"][:2]
+    with pytest.raises(ImagicError, match=r"method ddim.* on .*a transformer"):
+        next(iter(DDIMInversion().edit(Context(base), request)))

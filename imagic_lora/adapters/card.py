@@ -13,6 +13,12 @@ _WEIGHTS: dict[Mode, str] = {
 }
 
 
+_PHOTO_DIFFERENCE = (
+    "(`optimised.difference`: what is added to the target's tokens, at those of `target.mask` or at all; `imagic-lora export` writes them\n"
+    "in full)."
+)
+
+
 def card(prompt: str, base: str, config: RunConfig) -> str:
     """Returns the content of an adapter's ``README.md``. User text is placed in indented code blocks, where Markdown has no effect.
 
@@ -33,7 +39,8 @@ def card(prompt: str, base: str, config: RunConfig) -> str:
             "",
             f"    {json.dumps(base)}",
             "",
-            "`embeddings.safetensors` holds the embeddings of the target prompt (`target.tokens`) and of the photo (`optimised.tokens`).",
+            "`embeddings.safetensors` holds the embeddings of the target prompt (`target.tokens`) and of the photo",
+            _PHOTO_DIFFERENCE if config.embed.stores_difference else "(`optimised.tokens`).",
             "Interpolate them with eta and pass the result as `prompt_embeds`.",
             _WEIGHTS[config.tune.mode],
             "`adapter.json` records the settings of the fit.",

@@ -118,13 +118,14 @@ class EditConfig(Config):
     against overexposed images at a high guidance_scale. 0: off. 1: in full. The paper uses 0.7. Needs a guidance_scale above 1."""
     scheduler: Scheduler = "base"
     """Sampling scheduler of diffusers, built from the config of the base's own. base: the base's own. dpm++2m, dpm++2m-sde and unipc need
-    fewer steps (20 to 30). lcm: for latent consistency models. Start inverted always uses DDIM."""
+    fewer steps (20 to 30). lcm: for latent consistency models. Start inverted always uses DDIM. Flows (Stable Diffusion 3) are sampled by
+    Euler's method: base or euler."""
     karras_sigmas: Annotated[bool, _ADVANCED] = False
     """Space the noise levels as in arXiv 2206.00364, equation 5. Only for dpm++2m, dpm++2m-sde, unipc and euler, or a base with such a
     scheduler."""
     ddim_eta: Annotated[float, _ADVANCED] = Field(default=0.0, ge=0, le=1)
-    """Amount of noise that DDIM adds at every step. 0: none, sampling is deterministic. 1: as much as DDPM. This is not the eta of the
-    interpolation."""
+    """Amount of noise that DDIM, or Euler's method for a flow, adds at every step. 0: none, sampling is deterministic. 1: as much as DDPM.
+    This is not the eta of the interpolation."""
     start: Literal["noise", "image", "inverted"] = "noise"
     """Where sampling starts. noise: from random noise. image: from the photo with added noise (see strength). inverted: from noise that
     reproduces the photo, which keeps position and background best. With ddim_eta 0, inverted is DDIM inversion, and the seed has no effect.
@@ -228,8 +229,8 @@ class RunConfig(Config):
     """Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory of the card, or cpu
     without a card."""
     base: Annotated[str, _flag("base")] = Field(default="sd15", min_length=1)
-    """Base model: a name (sd15, sd21, sdxl, sdxl-turbo, critters, or one of your own; see imagic-lora bases), a folder in diffusers'
-    format, a single .safetensors file, or a Hugging Face hub id."""
+    """Base model: a name (sd15, sd21, sdxl, sdxl-turbo, sd3-medium, sd35-medium, critters, or one of your own; see imagic-lora bases), a
+    folder in diffusers' format, a single .safetensors file, or a Hugging Face hub id."""
     revision: Annotated[str | None, _flag("revision")] = None
     """Branch, tag or commit of the hub id given as base. Without it the default branch is used."""
     resolution: Annotated[int | None, _flag("resolution")] = Field(default=None, ge=8, le=4096)

@@ -19,6 +19,8 @@ from .sampled import C, EncodedRequest, SamplingConfig, SamplingMethod
 class GeneratingMethod(SamplingMethod[C], Generic[C]):
     """A method that generates from the target prompt with the sampling scheduler of the base. It works on every base."""
 
+    supports = frozenset({"unet", "transformer"})
+
     @abstractmethod
     def edit_config(self, config: C) -> EditConfig:
         """Returns the settings of stage 3."""
@@ -54,10 +56,12 @@ def generation_passes(base: Base, config: EditConfig) -> Passes:
     guided = 2 if config.guidance_scale > 1 and base.architecture.guidance == "cfg" else 1
     if config.start == "inverted":
         return Passes(config.steps * (1 + guided))
-    scheduler = base.scheduler()
-    scheduler.set_timesteps(config.steps)
-    calls = len(scheduler.timesteps)
+    calls, order = config.steps, 1  # of a flow
+    if base.architecture.process == "diffusion":
+        scheduler = base.scheduler()
+        scheduler.set_timesteps(config.steps)
+        calls, order = len(scheduler.timesteps), scheduler.order
     if config.start == "image":
         check_sampling(config)
-        calls -= (config.steps - int(config.steps * config.strength)) * scheduler.order
+        calls -= (config.steps - int(config.steps * config.strength)) * order
     return Passes(calls * guided)

@@ -29,6 +29,8 @@ class Imagic(Method):
         others: other ways to sample the same fit: eta and settings of stage 3. Their rows are ``NAME-OTHER``.
     """
 
+    supports = frozenset({"unet", "transformer"})
+
     def __init__(self, name: str, config: RunConfig, others: Mapping[str, tuple[float, EditConfig]] | None = None) -> None:
         self.name, self.config = name, config
         self.ways = {name: (config.eta, config.edit)} | {f"{name}-{other}": way for other, way in (others or {}).items()}

@@ -14,6 +14,7 @@ from ..adapters.modes import MODES
 from ..adapters.store import Store
 from ..adapters.writing import writable
 from ..bases.altered import check_unaltered
+from ..bases.architecture import Architecture
 from ..bases.base import Base
 from ..bases.loading.registry import architecture_of, load_base
 from ..core.config import RunConfig
@@ -47,7 +48,9 @@ def open_base(config: RunConfig, runtime: Runtime | None = None) -> Base:
         ImagicError: the base does not exist, or the run does not fit the free memory.
     """
     runtime = runtime or resolve_runtime(config.memory)
-    check_memory(architecture_of(config.base, config.revision), config, free_memory(runtime.device), assumed_from(runtime))
+    architecture = architecture_of(config.base, config.revision)
+    _check_space(architecture, config)
+    check_memory(architecture, config, free_memory(runtime.device), assumed_from(runtime))
     return load_base(config.base, runtime, config.revision, master_weights=MODES[config.tune.mode].in_base)
 
 
@@ -122,6 +125,14 @@ def fit(
     return adapter
 
 
+def _check_space(architecture: Architecture, config: RunConfig) -> None:
+    """Raises ImagicError if text encoders would be moved while stage 1 trains through them."""
+    moves = "T5EncoderModel" in (architecture.encoder_classes[name] for name in architecture.text_encoders)
+    if config.embed.space == "input" and moves and config.memory.idle != "keep":
+        got = f"--embed.space input together with --idle {config.memory.idle}, with a base that has T5"
+        raise ImagicError(got, "text encoders that stay on the device: --idle keep", "change --idle, or use --embed.space output")
+
+
 def _open_checked(
     base: Base | None, config: RunConfig, processes: Processes, store: Store, saved: Checkpoints, photo: int
 ) -> tuple[Base, RunConfig]:
@@ -130,6 +141,7 @@ def _open_checked(
         base = open_base(config)
     else:
         check_unaltered(base)
+        _check_space(base.architecture, config.model_copy(update={"memory": base.runtime.memory}))
         config = config.model_copy(update={"memory": base.runtime.memory})
     if config.tune.mode == "lora":
         base.lora_targets(config.tune.targets)  # raises for layers that the denoiser does not have

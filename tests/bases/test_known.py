@@ -60,7 +60,7 @@ def test_what_is_known_agrees_with_what_is_published() -> None:
     """Resolution, prediction type and sampling steps of every built-in base."""
     for name, known in SHIPPED.items():
         built = architecture(name)
-        assert (built.resolution, built.scheduler["prediction_type"], built.few_steps) == (
+        assert (built.resolution, built.scheduler.get("prediction_type", built.process), built.few_steps) == (
             known.resolution,
             known.prediction,
             known.few_steps,

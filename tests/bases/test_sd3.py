@@ -18,6 +18,7 @@ import torch
 from common import MODES, PROMPT, array, by_diffusers, each, opened, same, tiny_config, weights
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Img2ImgPipeline
 from diffusers import StableDiffusion3Pipeline as Pipeline
+from PIL import Image
 from safetensors.torch import load_file
 from test_keys import arguments, of_text_encoders, popped, said
 from tiny import save_tiny_sd3
@@ -30,20 +31,31 @@ from imagic_lora.adapters.contents import read_canvas, read_embeddings
 from imagic_lora.adapters.export import export
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
+from imagic_lora.bases.layers import text_parameters
+from imagic_lora.bases.loading.components import TEXT_ENCODERS
 from imagic_lora.bases.loading.configs import architecture_at
 from imagic_lora.bases.loading.flow_keys import SD3_KEYS
 from imagic_lora.bases.loading.known import BaseEntry
+from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import architecture_of
 from imagic_lora.bases.loading.vetting import FLOW_FAMILIES
 from imagic_lora.bases.process import Flow
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EditConfig, Mode
 from imagic_lora.core.errors import ImagicError, Stopped
+from imagic_lora.memory.plan import Assumed, predict
+from imagic_lora.memory.symbolic.layers import NotPlanned
+from imagic_lora.methods.generated import generation_passes
+from imagic_lora.methods.imagic import Imagic
+from imagic_lora.methods.inversions.ddim import DDIMInversion
+from imagic_lora.methods.method import Context, EditRequest, metered
 from imagic_lora.photos.canvas import Canvas
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.flow import FlowSampler
+from imagic_lora.sampling.generate import generate
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.objective import denoising_loss
+from imagic_lora.training.rehearsal import rehearse
 
 Fit = Callable[[Mode], Adapter]
 TEXT = "a cat on a mat"
@@ -223,6 +235,23 @@ def test_the_target_is_what_the_steps_integrate(sd3: Path) -> None:
     for ddim_eta in (0.0, 0.6, 1.0):
         found = sampled(base, EditConfig(steps=5, guidance_scale=1.0, ddim_eta=ddim_eta), [3])
         torch.testing.assert_close(found, clean, atol=1e-4, rtol=0)
+
+
+def test_the_published_sizes_are_the_published_ones() -> None:
+    """Of transformer, CLIP-L, bigG and T5-XXL; and text encoders are counted as transformers makes them."""
+    found = {}
+    for name in ("sd3-medium", "sd35-medium"):
+        base = PUBLISHED[name]
+        with torch.device("meta"):
+            transformer: Any = SD3Transformer2DModel.from_config(base.denoiser)
+            for part, config in base.text_encoders.items():
+                kind = base.encoder_classes[part]
+                config_class, model_class = TEXT_ENCODERS[kind]
+                assert text_parameters(config, kind) == model_class(config_class(**config)).num_parameters()
+        sizes = [text_parameters(config, base.encoder_classes[part]) for part, config in base.text_encoders.items()]
+        found[name] = [sum(parameter.numel() for parameter in transformer.parameters()), *sizes]
+    texts = [123_650_304, 694_659_840, 4_762_310_656]
+    assert found == {"sd3-medium": [2_028_328_000, *texts], "sd35-medium": [2_243_171_520, *texts]}
 
 
 # Starts
@@ -469,3 +498,64 @@ def test_levels_are_those_of_diffusers_scheduler() -> None:
         torch.testing.assert_close(Flow(shift).sigmas(steps), theirs.sigmas, atol=1e-6, rtol=0)
         assert math.isclose(Flow(shift).sigmas(steps)[0].item(), 1.0)
     assert "mu" in inspect.signature(FlowMatchEulerDiscreteScheduler.set_timesteps).parameters
+
+
+def test_its_memory_is_predicted_by_a_rehearsal(sd3: Path, fit_on: Fit) -> None:
+    """No formula knows a transformer; the rehearsal runs its stages, and counts weights and LoRA layers as they are."""
+    architecture, base = architecture_of(str(sd3)), opened(sd3)
+    run, assumed = config_of(sd3), Assumed("cpu", "fp32", "adam")
+    with pytest.raises(NotPlanned, match="a transformer"):
+        predict(architecture, run, assumed)
+    plan = rehearse(architecture, run, assumed)
+    assert list(plan.stages) == ["encode", "embed", "tune", "sample", "decode"]
+    stored = load_file(fit_on("lora").folder / "pytorch_lora_weights.safetensors")
+    lora = sum(value.numel() * 4 for value in stored.values())
+    assert plan.stages["tune"].gradients == lora
+    assert plan.stages["tune"].optimizer == pytest.approx(2 * lora, abs=1024)
+    assert plan.stages["tune"].weights - plan.stages["embed"].weights + plan.stages["embed"].gradients == lora
+    modules = [base.denoiser, *base._helpers.values()]  # pyright: ignore[reportAttributeAccessIssue]
+    weights = sum(one.nbytes for module in modules for one in (*module.parameters(), *module.buffers()))
+    assert plan.stages["encode"].weights == pytest.approx(weights, rel=0.01)
+    full = rehearse(architecture, config_of(sd3, "full"), assumed)
+    parameters = sum(4 * parameter.numel() for parameter in base.denoiser.parameters())
+    assert full.stages["tune"].gradients == parameters
+
+
+@each("idle, alone", [("keep", False), ("release", True)])
+def test_t5_is_alone_on_the_card(sd3: Path, monkeypatch: pytest.MonkeyPatch, idle: Any, alone: bool) -> None:
+    """Unless everything stays there: the VAE and CLIP leave before T5 comes, and the plan counts T5 alone."""
+    base: Any = opened(sd3, idle=idle)
+    place = {id(helper): "card" for helper in base._helpers.values()}
+    named = {id(helper): name for name, helper in base._helpers.items()}
+    seen: list[set[str]] = []
+
+    def move(module: Any, device: Any = None) -> None:
+        place[id(module)] = "host" if device is not None else "card"
+        if named[id(module)] == "text_encoder_3":
+            seen.append({named[one] for one, where in place.items() if where == "card"})
+
+    monkeypatch.setattr(base, "_move", move)
+    base.encode_image(canvas().pixels)
+    base.encode_prompt(TEXT)
+    assert seen == [{"text_encoder_3"} if alone else {"vae", "text_encoder", "text_encoder_2", "text_encoder_3"}]
+    run = config_of(sd3, memory={"device": "cuda", "idle": idle})
+    weights = rehearse(architecture_of(str(sd3)), run, Assumed("cuda", "bf16", "adam")).stages["encode"].weights
+    sizes = [size // 2 for size in base.helper_bytes()]
+    denoiser = sum(one.nbytes for one in (*base.denoiser.parameters(), *base.denoiser.buffers())) // 2
+    assert weights == pytest.approx(max(sizes) if alone else sum(sizes) + denoiser, rel=0.02)
+
+
+@each("start", ["noise", "image", "inverted"])
+def test_methods_on_a_flow_take_the_passes_that_they_predict(sd3: Path, start: Any) -> None:
+    """Imagic and sampling from a prompt; methods that walk the levels of DDIM refuse a transformer by name."""
+    base, edit = opened(sd3), EditConfig(steps=4, guidance_scale=3.0, start=start, batch_size=1)
+    request = EditRequest(Image.new("RGB", (50, 37), "red"), PROMPT)
+    imagic = Imagic("imagic", config_of(sd3, edit={"steps": 4, "guidance_scale": 3.0, "start": start}))
+    with metered(base) as meter:
+        one = base.encode_prompt(PROMPT)
+        list(generate(base, [one], [0], edit, canvas(), base.null(), [one]))
+    assert meter.forward == generation_passes(base, edit).forward
+    (found,) = imagic.edit(Context(base), request)
+    assert (found.cost.forward, found.cost.backward) == imagic.passes(base)["imagic"][:2]
+    with pytest.raises(ImagicError, match=r"method ddim.* on .*a transformer"):
+        next(iter(DDIMInversion().edit(Context(base), request)))

@@ -283,7 +283,7 @@ def test_a_prompt_is_read_and_filled_up_as_by_the_programs_of_single_files(tmp_p
     """OpenAI's encoder with the end of the text, OpenCLIP's with the id of "!", which stays punctuation in a prompt (openclip, ComfyUI)."""
     files = SingleFile(marked(tmp_path / "one.safetensors", MARKS["sdxl"]))
     first, second = (
-        tokenizer(files.architecture.text_encoders[part], files, part.replace("text_encoder", "tokenizer"))
+        tokenizer("CLIPTextModel", files.architecture.text_encoders[part], files, part.replace("text_encoder", "tokenizer"))
         for part in ("text_encoder", "text_encoder_2")
     )
     for text, ids in {"wow! a dog!!": [2781, 256, 320, 1929, 748], "!": [256], "!;-)": first("!;-)").input_ids[1:-1], "": []}.items():

@@ -32,11 +32,11 @@ def test_a_config_is_valid_and_headed_by_its_command(path: Path) -> None:
     """Every setting is known, the file names the command that uses it, and its own name is its base, its preset and its mode."""
     settings = read_yaml(path)
     config = resolve({}, settings, recipe_of(settings["base"]))
-    assert config.base in ("sd15", "sd21", "sdxl", "critters")
+    assert config.base in ("sd15", "sd21", "sdxl", "sd35-medium", "critters")
     assert f"--config {path.relative_to(ROOT)}" in path.read_text()
     if not path.stem.startswith("reference-"):
-        base, *preset, mode = path.stem.split("-")
-        assert (base, preset or ["auto"], mode) == (config.base, [config.preset], config.tune.mode)
+        preset = [] if config.preset == "auto" else [config.preset]
+        assert path.stem == "-".join([config.base, *preset, config.tune.mode])
 
 
 @each("name", ["docs/demo.png", "docs/critters-samples.png", "docs/critterbench.png", "docs/internals/embedded-base.md", "docs/log.md"])

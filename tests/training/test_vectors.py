@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from imagic_lora.adapters.record import EMBEDDINGS
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.registry import architecture_of
-from imagic_lora.core.config import EditConfig, EmbedConfig, RunConfig
+from imagic_lora.core.config import EditConfig, EmbedConfig, MemoryConfig, RunConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import Processes
 from imagic_lora.core.settings import resolve
@@ -185,16 +186,14 @@ def test_vectors_are_where_the_record_says(folder: Path, photo_file: Path, tmp_p
     short = {name: value[:, :-1].clone() if ".vectors." in name else value for name, value in stored.items()}
     for tensors, message in ((without, "holds no vectors"), (short, "shapes")):
         save_file(tensors, path)
-        tampered = Store(tmp_path).get("one")
-        _rehash(tampered)
+        _rehash(adapter)
+        adapter = Store(tmp_path).read("one")
         with pytest.raises(ImagicError, match=message):
-            next(Editor(opened(folder)).edit(Store(tmp_path).get("one"), [1.0], [0], tampered.record.config.edit))
+            next(Editor(opened(folder)).edit(adapter, [1.0], [0], adapter.record.config.edit))
 
 
 def _rehash(adapter: Adapter) -> None:
     """Makes the record name the present hash of the embeddings, so that only their content is wrong."""
-    from hashlib import sha256
-
     record = adapter.folder / "adapter.json"
     old, new = adapter.record.files[EMBEDDINGS], sha256((adapter.folder / EMBEDDINGS).read_bytes()).hexdigest()
     text = record.read_text()
@@ -215,10 +214,19 @@ def test_settings_that_would_have_no_effect_are_refused() -> None:
     assert resolve({"base": "sd15"}, space | {"edit": {"padding_eta": 0.5}}, {}).edit.padding_eta == 0.5
 
 
+def test_t5_is_not_moved_while_it_is_trained_through(photo_file: Path, tmp_path: Path) -> None:
+    """Where encoders make room for T5, the backward pass would not find them: refused before anything is loaded."""
+    folder = save_tiny_sd3(tmp_path / "base")
+    run = tiny_config(folder, embed={"space": "input"}, tune={"targets": "attention"}, memory={"idle": "release"})
+    with pytest.raises(ImagicError, match="--embed.space input"):
+        result(fit(photo_file, PROMPT, run, Store(tmp_path), "one"))
+    assert result(fit(photo_file, PROMPT, run.model_copy(update={"memory": MemoryConfig(device="cpu")}), Store(tmp_path), "one"))
+
+
 def test_an_export_says_how_vectors_mix(folder: Path, photo_file: Path, tmp_path: Path) -> None:
     """The formula for embeddings would be wrong."""
     adapter = fitted(folder, photo_file, tmp_path / "store")
-    pages = [path.read_text() for path in export(adapter, tmp_path / "out") if path.suffix == ".md"]
+    pages = [path.read_text() for path in export(adapter, "diffusers", tmp_path / "out") if path.suffix == ".md"]
     assert len(pages) == 1
     assert "target.vectors" in pages[0]
     assert "eta * target + (1 - eta) * optimised" not in pages[0]

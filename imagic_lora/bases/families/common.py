@@ -138,7 +138,8 @@ class LatentBase(Base):
             parts[tokenizer_of(encoder)] = components.tokenizer(kind, config, files, tokenizer_of(encoder))
         with library_errors(files.path):  # the constructor of a pipeline corrects outdated configs of its components
             cls.pipelines["text2image"](**(dict.fromkeys(cls.optional_components) | parts), **cls.unused_components)
-        weights_hash = fingerprint(files, (denoiser, *architecture.text_encoders), cls.process_of(architecture, parts["scheduler"]))
+        prediction = cls.process_of(architecture, parts["scheduler"]).prediction_type
+        weights_hash = fingerprint(files, (denoiser, *architecture.text_encoders), prediction)
         return cls(architecture, parts, name, revision, weights_hash, runtime, helper)
 
     def offload_encoders(self) -> None:
@@ -173,6 +174,17 @@ class LatentBase(Base):
             (helper.enable_tiling if memory.vae_tiling else helper.disable_tiling)()
             (helper.enable_slicing if memory.vae_slicing else helper.disable_slicing)()
         return helper
+
+    def helper_bytes(self) -> list[int]:
+        """Bytes of the weights of the VAE and of each text encoder; of those that are not released."""
+        loaded = [helper for helper in self._helpers.values() if helper is not None]
+        return [sum(tensor.nbytes for tensor in (*helper.parameters(), *helper.buffers())) for helper in loaded]
+
+    def _make_room(self, name: str) -> None:
+        """Moves the VAE and the other text encoders to host memory before a large one is used, unless ``idle`` is ``keep``."""
+        for other, helper in self._helpers.items():
+            if self.runtime.memory.idle != "keep" and other != name and helper is not None:
+                self._move(helper, torch.device("cpu"))
 
     @property
     def denoiser(self) -> ModelMixin:

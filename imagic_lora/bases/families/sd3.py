@@ -43,6 +43,7 @@ class StableDiffusion3(LatentBase):
             pooled.append(output[0])
         clip, width = torch.cat(tokens, dim=-1).float(), self.architecture.denoiser["joint_attention_dim"]
         if has_t5:
+            self._make_room(_T5)
             t5 = self._on_device(_T5)(self._tokenized(tokenizer_of(_T5), prompt)[0])[0].float()
         else:
             t5 = clip.new_zeros(1, SD3_T5_LENGTH, width)

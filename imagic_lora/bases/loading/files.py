@@ -16,7 +16,6 @@ from torch import Tensor
 from ...core.errors import ImagicError
 from ...core.tensors import open_safetensors
 from ..architecture import Architecture
-from ..process import Process
 from .configs import architecture_at
 from .known import BaseEntry
 from .tokenizers import t5_tokenizer_files, tokenizer_files
@@ -177,7 +176,7 @@ def cast_finite(state: dict[str, Tensor], dtype: torch.dtype, where: Path) -> di
     return state
 
 
-def fingerprint(files: Files, components: Iterable[str], process: Process) -> str:
+def fingerprint(files: Files, components: Iterable[str], prediction: str) -> str:
     """SHA-256 over the prediction type and the name, shape and 16 sampled values of every tensor, the values rounded to half precision.
 
     The same weights have the same fingerprint in fp16, in fp32 and in a single file. Only the first row of each tensor is read, so that it
@@ -186,9 +185,8 @@ def fingerprint(files: Files, components: Iterable[str], process: Process) -> st
     Args:
         files: files of the base.
         components: names of the components to include, in a fixed order.
-        process: noise process of the base; the prediction type ``epsilon`` adds nothing to the hash.
+        prediction: prediction type; ``epsilon`` adds nothing to the hash.
     """
-    prediction = process.prediction_type
     digest = hashlib.sha256(b"" if prediction == "epsilon" else prediction.encode())
     for component in components:
         # older versions of transformers write the prefix

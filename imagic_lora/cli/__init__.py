@@ -7,7 +7,8 @@ May import: every room. No other room imports it.
 - ``libraries.py``: imports of torch and diffusers, as fast as possible
 - ``options.py``: flags that several commands share; parses lists and ranges of etas and seeds
 - ``console.py``: terminal output: tables, progress, warnings, errors, JSON
-- ``interrupts.py``: Ctrl-C and SIGTERM during a fit
+- ``interrupts.py``: Ctrl-C and SIGTERM during a fit and a comparison
 - ``searching.py``: the search of ``edit --eta auto``, with its progress and its cost
+- ``comparing.py``: settings, run and files of ``compare``
 - ``demo.py``: the demo, called by ``commands/demo.py``
 """

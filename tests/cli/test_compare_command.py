@@ -18,6 +18,8 @@ import imagic_lora.cli.comparing as comparing
 from imagic_lora.bases.families.sd import StableDiffusion
 from imagic_lora.methods.comparison.captions import captioned
 
+P2P_EDIT_FRIENDLY = ("--set", "inversion=edit-friendly", "--set", "steps=4")
+
 
 def flags(folder: Path) -> list[str]:
     return ["--base", str(folder), "--device", "cpu"]
@@ -47,6 +49,13 @@ def computes(*_: object, **__: object) -> None:
         (["--methods", "imagic-lora", "--set", "memory.dtype=fp16"], "--set memory"),
         (["--methods", "direct-inversion", "--source", "a cat", "--set", "factors={hat: 2}"], "the word 'hat', which is not in the prompt"),
         (["--methods", "direct-inversion", "--source", "a cat", "--set", "edit=replace"], "2 words in 'a cat' and 3 in"),
+        (["--methods", "edit-friendly", "--set", "steps=4"], "skip 36 with 4 steps"),
+        (
+            ["--methods", "prompt-to-prompt", "--source", "a cat", "--set", "inversion=edit-friendly", "--set", "steps=4"],
+            "skip 36 with 4 steps",
+        ),
+        (["--methods", "magicmix", "--set", "steps=1"], "strength 0.6 with 1 steps"),
+        (["--methods", "diffedit", "--set", "mask_strength=0.01"], "strength 0.01 with 50 steps"),
         (["--source", " "], "an empty prompt"),
         (["--methods", "sdedit,direct-inversion", "--source", "a cat", "--budget", "nan"], "--budget nan"),
         (["--budget", "0"], "--budget 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -132,6 +133,11 @@ def by_diffusers(pipe: Any, adapter: Adapter, eta: float, seed: int, config: Edi
 def array(image: Image.Image) -> np.ndarray:
     """Pixels as signed integers."""
     return np.asarray(image).astype(int)
+
+
+def read_comparison(folder: str) -> dict[str, dict[str, Any]]:
+    """The methods in the results of a comparison, by name."""
+    return {method["name"]: method for method in json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))["methods"]}
 
 
 class SimulatedProcess(Processes):

@@ -48,8 +48,8 @@ _MIXED_EMBEDDINGS = """In place of a prompt, the denoiser gets
     eta * target + (1 - eta) * optimised
 
 computed for `tokens` and, if present, for `pooled`."""
-_MIXED_VECTORS = """The `vectors` are what a text encoder looks up for the tokens of a prompt, before its first layer. In place of those of the
-target prompt, each text encoder gets
+_MIXED_VECTORS = """The `vectors` are what a text encoder looks up for the tokens of a prompt, before its first layer. In place of those
+of the target prompt, each text encoder gets
 
     optimised.vectors + share * (target.vectors - optimised.vectors)
 

@@ -10,5 +10,6 @@ May import: every room. No other room imports it.
 - ``interrupts.py``: Ctrl-C and SIGTERM
 - ``editing.py``: the images of ``edit``: checked, generated and written
 - ``searching.py``: the search of ``edit --eta auto``, with its progress and its cost
+- ``comparing.py``: settings, run and files of ``compare``
 - ``demo.py``: the demo, called by ``commands/demo.py``
 """

@@ -19,13 +19,14 @@ from ..core.errors import ImagicError, Stopped
 from ..core.settings import settings_error
 from .commands.bases import bases
 from .commands.bench import bench
-from .commands.compare import compare, methods
+from .commands.compare import compare
 from .commands.convert import compress, export
 from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.edit import edit
 from .commands.fit import fit
 from .commands.importing import import_adapter
+from .commands.methods import methods
 from .commands.plan import plan
 from .commands.reproduce import reproduce
 from .commands.store import list_adapters, remove, rename, show, verify

@@ -47,6 +47,9 @@ class BlendedLatentDiffusion(SamplingMethod[BlendedConfig]):
         image = encoded.image(blended(encoded, config, latent_mask(encoded.base, mask, encoded.clean)))
         return (Image.composite(image, encoded.request.photo, binary(mask)) if config.paste else image), {}
 
+    def check_config(self, base: Base, config: BlendedConfig) -> None:
+        Trajectory(base, config.steps).position(config.strength)
+
     def passes_with(self, base: Base, config: BlendedConfig) -> Passes:
         return Passes(int(config.steps * config.strength) * guided_passes(config.guidance_scale))
 

@@ -56,6 +56,11 @@ class DiffEdit(SamplingMethod[DiffEditConfig]):
         mask = found_mask(encoded, config)
         return encoded.image(edited(encoded, config, mask)), {"mask": mask_image(encoded.canvas, mask)}
 
+    def check_config(self, base: Base, config: DiffEditConfig) -> None:
+        trajectory = Trajectory(base, config.steps)
+        trajectory.position(config.ratio)
+        trajectory.position(config.mask_strength)
+
     def passes_with(self, base: Base, config: DiffEditConfig) -> Passes:
         return Passes(2 * config.maps + int(config.steps * config.ratio) * (1 + guided_passes(config.guidance_scale)))
 
@@ -73,6 +78,9 @@ class DiffEditInMask(SamplingMethod[DiffEditMaskConfig]):
     def sample(self, encoded: EncodedRequest, config: DiffEditMaskConfig) -> tuple[Image.Image, Mapping[str, Any]]:
         assert encoded.request.mask is not None
         return encoded.image(edited(encoded, config, latent_mask(encoded.base, encoded.request.mask, encoded.clean))), {}
+
+    def check_config(self, base: Base, config: DiffEditMaskConfig) -> None:
+        Trajectory(base, config.steps).position(config.ratio)
 
     def passes_with(self, base: Base, config: DiffEditMaskConfig) -> Passes:
         return Passes(int(config.steps * config.ratio) * (1 + guided_passes(config.guidance_scale)))

@@ -30,6 +30,9 @@ class GeneratingMethod(SamplingMethod[C], Generic[C]):
         (image,) = generate(encoded.base, [target], seeds, self.edit_config(config), encoded.canvas, encoded.null, [target])
         return image, {}
 
+    def check_config(self, base: Base, config: C) -> None:
+        """Does nothing: stage 3 has its own schedulers."""
+
     def passes_with(self, base: Base, config: C) -> Passes:
         return generation_passes(base, self.edit_config(config))
 

@@ -47,6 +47,9 @@ class MagicMix(SamplingMethod[MagicMixConfig]):
     def sample(self, encoded: EncodedRequest, config: MagicMixConfig) -> tuple[Image.Image, Mapping[str, Any]]:
         return encoded.image(mixed(encoded, config, encoded.clean)), {}
 
+    def check_config(self, base: Base, config: MagicMixConfig) -> None:
+        Trajectory(base, config.steps).position(config.start)
+
     def passes_with(self, base: Base, config: MagicMixConfig) -> Passes:
         return Passes(int(config.steps * config.start) * guided_passes(config.guidance_scale))
 

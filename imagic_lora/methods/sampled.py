@@ -18,6 +18,7 @@ from ..core.conditioning import Conditioning
 from ..core.config import Config
 from ..photos.canvas import Canvas, to_canvas, to_image
 from ..sampling.checks import check_pixels
+from ..sampling.trajectory import Trajectory
 from .method import Context, EditRequest, EditResult, Load, Method, Passes, metered
 
 
@@ -137,6 +138,24 @@ class SamplingMethod(Method, Generic[C]):
         with metered(base) as meter:
             image, extras = self.sample(encode_request(base, request, config.guidance_scale), config)
             return EditResult(row, image, meter.cost(), extras)
+
+    def check(self, base: Base, request: EditRequest) -> None:
+        """Checks the request as :meth:`Method.check`, and the settings of every row as :meth:`check_config`."""
+        super().check(base, request)
+        for config in self.configs.values():
+            self.check_config(base, config)
+
+    def check_config(self, base: Base, config: C) -> None:
+        """Checks that settings agree with each other and with the noise schedule of a base.
+
+        Args:
+            base: the base.
+            config: settings of a row.
+
+        Raises:
+            ImagicError: they do not.
+        """
+        Trajectory(base, config.steps)
 
     def passes(self, base: Base) -> dict[str, Passes]:
         return {row: self.passes_with(base, config) for row, config in self.configs.items()}

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..bases.base import Base
 from ..core.errors import ImagicError
 
+_COPIES = 3  # of the probabilities in a tapped layer at its peak, by a count of every tensor (tests/methods/test_loads.py)
 _BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.")
 
 
@@ -186,7 +187,8 @@ def map_size(latents: Tensor, level: int) -> tuple[int, int]:
 def map_bytes(base: Base, samples: int, self_queries: int) -> int:
     """Returns the bytes of attention probabilities that a tapped layer holds at a time, at the resolution of the base.
 
-    A layer holds at most four copies in fp32: the scores, the probabilities, those that an edit returns, and a cast of them.
+    A layer holds three copies in fp32: the scores, the probabilities, and those that an edit returns. Added to the peak of a pass without
+    a tap they are an upper bound, since both peaks need not be at the same layer.
 
     Args:
         base: a base with a U-Net.
@@ -199,7 +201,7 @@ def map_bytes(base: Base, samples: int, self_queries: int) -> int:
         queries = (side >> layer.level) ** 2
         keys = tokens if layer.cross else queries if queries <= self_queries else 0
         largest = max(largest, module.heads * queries * keys)
-    return 4 * 4 * samples * largest
+    return _COPIES * 4 * samples * largest
 
 
 def coarsest_cross_layers(base: Base) -> list[Layer]:

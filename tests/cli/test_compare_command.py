@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from common import Run, each
+import pytest
+import torch
+from common import Run, each, read_comparison
+from models import save_captioner, save_clip, save_dino
 from PIL import Image
+from transformers import BlipForConditionalGeneration, BlipProcessor
 
-import imagic_lora.methods.sampled as sampled
+import imagic_lora.cli.comparing as comparing
+from imagic_lora.bases.families.sd import StableDiffusion
+from imagic_lora.methods.comparison.captions import captioned
+
+P2P_EDIT_FRIENDLY = ("--set", "inversion=edit-friendly", "--set", "steps=4")
 
 
 def flags(folder: Path) -> list[str]:
     return ["--base", str(folder), "--device", "cpu"]
+
+
+def pixels(file: str) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image)
+
+
+def computes(*_: object, **__: object) -> None:
+    """Stands in for everything that a model computes."""
+    raise AssertionError("something is computed")
 
 
 @each(
@@ -30,7 +49,15 @@ def flags(folder: Path) -> list[str]:
         (["--methods", "imagic-lora", "--set", "memory.dtype=fp16"], "--set memory"),
         (["--methods", "direct-inversion", "--source", "a cat", "--set", "factors={hat: 2}"], "the word 'hat', which is not in the prompt"),
         (["--methods", "direct-inversion", "--source", "a cat", "--set", "edit=replace"], "2 words in 'a cat' and 3 in"),
+        (["--methods", "edit-friendly", "--set", "steps=4"], "skip 36 with 4 steps"),
+        (
+            ["--methods", "prompt-to-prompt", "--source", "a cat", "--set", "inversion=edit-friendly", "--set", "steps=4"],
+            "skip 36 with 4 steps",
+        ),
+        (["--methods", "magicmix", "--set", "steps=1"], "strength 0.6 with 1 steps"),
+        (["--methods", "diffedit", "--set", "mask_strength=0.01"], "strength 0.01 with 50 steps"),
         (["--source", " "], "an empty prompt"),
+        (["--methods", "sdedit,direct-inversion", "--source", "a cat", "--budget", "nan"], "--budget nan"),
         (["--budget", "0"], "--budget 0"),
         (["--captioner", "x"], "--captioner without --source auto"),
         (["--offline"], "--offline without"),
@@ -43,10 +70,8 @@ def test_bad_input_is_refused_before_anything_is_computed(
 ) -> None:
     """Exit code 2, one message, and no method has encoded the photo."""
 
-    def computing(*_: object) -> None:
-        raise AssertionError("something is computed")
-
-    monkeypatch.setattr(sampled, "encode_request", computing)
+    for work in ("encode_prompt", "encode_image", "predict", "decode"):
+        monkeypatch.setattr(StableDiffusion, work, computes)
     Image.new("L", (3, 3), 255).save("small.png")
     Path("taken").mkdir(exist_ok=True)
     Path("taken/file").write_text("mine")
@@ -54,6 +79,13 @@ def test_bad_input_is_refused_before_anything_is_computed(
     assert code == 2, err
     assert words in err
     assert not Path("outputs/compare").is_dir() or not any(Path("outputs/compare").iterdir())
+
+
+def test_the_refusals_would_notice_a_computation(run: Run, folder: Path, photo_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in for a computation is reached by a comparison that may run."""
+    monkeypatch.setattr(StableDiffusion, "encode_prompt", computes)
+    with pytest.raises(AssertionError, match="something is computed"):
+        run("compare", photo_file, "a red dog", *flags(folder), "--methods", "sdedit")
 
 
 def test_a_comparison_writes_a_sheet_a_page_and_results(run: Run, folder: Path, photo_file: Path) -> None:
@@ -73,14 +105,103 @@ def test_a_comparison_writes_a_sheet_a_page_and_results(run: Run, folder: Path, 
     assert "http" not in page
     assert page.count("<img") == page.count(" alt=")
     assert json.loads(Path("made/results.json").read_text(encoding="utf-8"))["methods"] == found["methods"]
-    assert np.asarray(Image.open("made/sheet.png")).size
+    assert pixels("made/sheet.png").size
     assert run(*command)[0] == 2
     assert run(*command, "--overwrite")[0] == 0
 
 
-def test_a_budget_leaves_out_what_does_not_fit_it(run: Run, folder: Path, photo_file: Path) -> None:
-    """Nothing runs in no time, and the reason is in the results."""
-    code, out, err = run("compare", photo_file, "a red dog", *flags(folder), "--methods", "sdedit", "--budget", "0.00001", "--json")
+def test_a_mask_limits_the_edit_and_is_shown(run: Run, folder: Path, photo_file: Path) -> None:
+    """Outside it the photo is kept bit for bit; what DiffEdit finds is written; with --overwrite no older file stays."""
+    with Image.open(photo_file) as opened:
+        photo = opened.convert("RGB")
+    mask = Image.new("L", photo.size)
+    mask.paste(255, (0, 0, 20, photo.height))
+    mask.save("mask.png")
+    command = ("compare", photo_file, "a red dog", *flags(folder), "--mask", "mask.png", "--out", "made")
+    code, _, err = run(*command, "--methods", "blended-latent,diffedit")
     assert code == 0, err
-    (method,) = json.loads(out)["methods"]
-    assert "of --budget are left" in method["left_out"]
+    found = read_comparison("made")
+    assert found["blended-latent"]["scores"]["outside"] == 0
+    edit = pixels("made/blended-latent.png")
+    assert np.array_equal(edit[:, 20:], np.asarray(photo)[:, 20:])
+    assert not np.array_equal(edit[:, :20], np.asarray(photo)[:, :20])
+    changed = np.square(pixels("made/diffedit.png").astype(float) - np.asarray(photo))[:, 20:]
+    assert found["diffedit"]["scores"]["outside"] == pytest.approx(np.sqrt(changed.mean()))
+    assert found["diffedit"]["images"] == {"mask": "diffedit.mask.png"}
+    assert pixels("made/diffedit.mask.png").shape[:2] == edit.shape[:2]
+    page = Path("made/index.html").read_text(encoding="utf-8")
+    assert "the mask: white may change" in page
+    assert "diffedit: mask" in page
+    assert run(*command, "--methods", "sdedit", "--overwrite")[0] == 0
+    assert not Path("made/diffedit.png").exists()
+
+
+@pytest.fixture(scope="module")
+def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dino(tmp_path_factory.mktemp("dino"))
+
+
+def test_other_models_score_the_edits(run: Run, folder: Path, photo_file: Path, dino_folder: Path, tmp_path: Path) -> None:
+    """CLIP, its direction with a source prompt, and DINOv2: on the page and in the results."""
+    tail = ("--clip", save_clip(tmp_path / "clip"), "--dino", dino_folder, "--offline", "--out", "made")
+    code, _, err = run("compare", photo_file, "a red dog", *flags(folder), "--methods", "sdedit", "--source", "a cat", *tail)
+    assert code == 0, err
+    scores = read_comparison("made")["sdedit"]["scores"]
+    assert set(scores) == {"alignment", "fidelity", "ssim", "clip", "clip_direction", "dino"}
+    with Image.open(photo_file) as photo, Image.open("made/sdedit.png") as edit:
+        found = comparing.dino_metric(str(dino_folder), True, photo.convert("RGB"))(edit)
+    assert scores["dino"] == pytest.approx(found["dino"], abs=1e-6)
+    page = Path("made/index.html").read_text(encoding="utf-8")
+    assert all(f'<th scope="col">{name}</th>' in page for name in scores)
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_captioner(tmp_path_factory.mktemp("captioner"))
+
+
+def test_a_caption_is_that_of_transformers(captioner: Path) -> None:
+    """By the model's own classes, greedily; another photo has another caption; twice the same."""
+    model: Any = BlipForConditionalGeneration.from_pretrained(captioner)
+    processor: Any = BlipProcessor.from_pretrained(captioner)
+    found = []
+    for photo in (Image.linear_gradient("L").convert("RGB"), Image.new("RGB", (50, 37), (200, 30, 90))):
+        tokens = model.generate(**processor(images=photo, return_tensors="pt"), max_new_tokens=30, do_sample=False)
+        caption = captioned(photo, str(captioner), True)
+        assert caption == processor.decode(tokens[0], skip_special_tokens=True).strip()
+        assert caption == captioned(photo, str(captioner), True)
+        found.append(caption)
+    assert found[0] != found[1]
+
+
+@pytest.mark.filterwarnings("ignore:the prompt is longer than the 14 tokens")
+def test_source_auto_captions_the_photo(run: Run, folder: Path, photo_file: Path, captioner: Path) -> None:
+    """The caption is printed, stored and shown, and is the source prompt of the methods."""
+    with Image.open(photo_file) as photo:
+        caption = captioned(photo.convert("RGB"), str(captioner), True)
+    command = ("compare", photo_file, "a red dog", *flags(folder), "--methods", "ddim-inversion", "--set", "steps=2")
+    code, _, err = run(*command, "--source", "auto", "--captioner", captioner, "--offline", "--out", "auto")
+    assert code == 0, err
+    assert f"Source prompt: {caption}" in err
+    summary = json.loads(Path("auto/results.json").read_text(encoding="utf-8"))
+    assert summary["source_prompt"] == caption
+    assert summary["captioner"] == str(captioner)
+    assert f"(by {captioner})" in Path("auto/index.html").read_text(encoding="utf-8")
+    assert run(*command, "--source", caption, "--out", "given")[0] == 0
+    assert np.array_equal(pixels("auto/ddim-inversion.png"), pixels("given/ddim-inversion.png"))
+
+
+def test_an_empty_caption_or_another_model_is_an_error(
+    run: Run, folder: Path, photo_file: Path, captioner: Path, dino_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is computed."""
+    for work in ("encode_prompt", "encode_image", "predict"):
+        monkeypatch.setattr(StableDiffusion, work, computes)
+    command = ("compare", photo_file, "a red dog", *flags(folder), "--source", "auto", "--offline", "--captioner")
+    code, _, err = run(*command, dino_folder)
+    assert code == 2
+    assert "cannot be loaded" in err
+    monkeypatch.setattr(BlipForConditionalGeneration, "generate", lambda *_, **__: torch.tensor([[5, 2]]))
+    code, _, err = run(*command, captioner)
+    assert code == 2
+    assert "gives an empty caption" in err

@@ -511,7 +511,7 @@ def test_skipping_all_steps_gives_the_photo(base: Base, wanted: EditRequest) -> 
     distances = [float((one - clean).abs().mean()) for one in found]
     assert 0 == distances[0] < distances[1] < distances[2]
     with pytest.raises(ImagicError, match="skip 5 with 4 steps"):
-        latents_of(EditFriendly(), base, wanted, EditFriendlyConfig(skip=5, **GUIDED))
+        next(EditFriendly({"row": EditFriendlyConfig(skip=5, **GUIDED)}).edit(Context(base), wanted))
 
 
 def test_edit_friendly_inversion_is_that_of_stage_3(base: Base, wanted: EditRequest) -> None:

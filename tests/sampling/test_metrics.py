@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,52 +9,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import each
+from models import MEAN, SIDE, STD, save_clip, save_dino
 from PIL import Image
 from tiny import tokenizer
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+from transformers import CLIPModel, Dinov2Model
 
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.sampling.sweeps.metrics import clip_metric, dino_metric, measured
 
-SIDE = 32
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-PROCESSOR = {
-    "do_resize": True,
-    "size": {"shortest_edge": SIDE},
-    "do_center_crop": True,
-    "crop_size": {"height": SIDE, "width": SIDE},
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": MEAN,
-    "image_std": STD,
-    "do_convert_rgb": True,
-}
-LAYERS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, words = tmp_path_factory.mktemp("clip"), tokenizer()
-    torch.manual_seed(0)
-    ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
-    text = LAYERS | {"vocab_size": len(words), "intermediate_size": 32, "max_position_embeddings": 16} | ends
-    vision = LAYERS | {"intermediate_size": 32, "image_size": SIDE, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
-    words.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"image_processor_type": "CLIPImageProcessor"}))
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dino")
-    torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(**LAYERS, mlp_ratio=2, image_size=SIDE, patch_size=8)).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"image_processor_type": "BitImageProcessor"}))
-    return folder
+    return save_dino(tmp_path_factory.mktemp("dino"))
 
 
 def ramp(turned: bool = False) -> Image.Image:

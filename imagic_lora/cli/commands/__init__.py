@@ -5,7 +5,8 @@ May import: every room. Only ``cli/app.py`` and the tests import it.
 - ``fit.py``: fit
 - ``edit.py``: edit
 - ``sweep.py``: sweep
-- ``compare.py``: compare, methods
+- ``compare.py``: compare
+- ``methods.py``: methods
 - ``reproduce.py``: reproduce
 - ``store.py``: list, show, verify, rename, rm
 - ``importing.py``: import

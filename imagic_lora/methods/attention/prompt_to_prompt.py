@@ -141,6 +141,9 @@ class PromptToPrompt(AttentionMethod[PromptToPromptConfig]):
     def invert(self, encoded: EncodedRequest, config: PromptToPromptConfig) -> Inverted:
         return _INVERSIONS[config.inversion]().invert(encoded, config.inversion_config())
 
+    def check_config(self, base: Base, config: PromptToPromptConfig) -> None:
+        _INVERSIONS[config.inversion]().check_config(base, config.inversion_config())
+
     def passes_with(self, base: Base, config: PromptToPromptConfig) -> Passes:
         inversion = config.inversion_config()
         passes = _INVERSIONS[config.inversion]().passes_with(base, inversion)

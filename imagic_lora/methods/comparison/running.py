@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ...bases.base import Base
-from ...core.errors import ImagicError
+from ...core.errors import ImagicError, ImagicWarning
 from ...memory.limits import is_out_of_memory
 from ...photos.canvas import to_canvas
 from ...sampling.sweeps.metrics import Metric, measured
@@ -127,7 +128,7 @@ def compared(base: Base, request: EditRequest, candidates: Sequence[Candidate], 
             continue
         predicted = pace * work(one.passes)
         if budget is not None and spent + predicted > budget:
-            left = f"would take about {predicted:.0f} s, and {max(0.0, budget - spent):.0f} s of --budget are left"
+            left = f"would take about {_seconds(predicted)}, and {_seconds(max(0.0, budget - spent))} of --budget are left"
             yield Outcome(one, left_out=left)
             continue
         start = time.perf_counter()
@@ -146,4 +147,15 @@ def compared(base: Base, request: EditRequest, candidates: Sequence[Candidate], 
         spent += time.perf_counter() - start
         units += result.cost.forward + 2 * result.cost.backward
         pace = spent / units if units else pace
-        yield Outcome(one, result, scorer.score(result.image))
+        try:
+            scores = scorer.score(result.image)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            warnings.warn(f"the scores of {one.name} ran out of memory; its edit is kept without them", ImagicWarning, stacklevel=2)
+            scores = {}
+        yield Outcome(one, result, scores)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"

@@ -37,7 +37,6 @@ class EditFriendly(InvertingMethod[EditFriendlyConfig]):
     name, config_class = "edit-friendly", EditFriendlyConfig
 
     def invert(self, encoded: EncodedRequest, config: EditFriendlyConfig) -> Inverted:
-        check_skip(config)
         base, trajectory = encoded.base, Trajectory(encoded.base, config.steps, config.ddim_eta)
         source, null = source_or_null(encoded), null_of(encoded)
         draws = encoded.noise(config.steps)
@@ -49,12 +48,11 @@ class EditFriendly(InvertingMethod[EditFriendlyConfig]):
             step.latents = path[step.end]
         return Inverted(base, trajectory, path, [source] * config.steps, [null] * config.steps, config.skip, added)
 
+    def check_config(self, base: Base, config: EditFriendlyConfig) -> None:
+        super().check_config(base, config)
+        if config.skip > config.steps:
+            raise ImagicError(f"skip {config.skip} with {config.steps} steps", f"0 to {config.steps}", "reduce skip, or use more steps")
+
     def passes_with(self, base: Base, config: EditFriendlyConfig) -> Passes:
         each_step = guided_passes(config.source_guidance_scale) + guided_passes(config.guidance_scale)
         return Passes((config.steps - config.skip) * each_step)
-
-
-def check_skip(config: EditFriendlyConfig) -> None:
-    """Raises ImagicError if more steps are skipped than there are."""
-    if config.skip > config.steps:
-        raise ImagicError(f"skip {config.skip} with {config.steps} steps", f"0 to {config.steps}", "reduce skip, or use more steps")

@@ -52,6 +52,9 @@ class ReNoise(InvertingMethod[ReNoiseConfig]):
         null = source if config.negative_source else null_of(encoded)
         return Inverted(encoded.base, trajectory, path, [source] * config.steps, [null] * config.steps)
 
+    def check_config(self, base: Base, config: ReNoiseConfig) -> None:
+        Trajectory(base, config.steps).coefficients(0)
+
     def passes_with(self, base: Base, config: ReNoiseConfig) -> Passes:
         inversion, sampling = config.steps * (1 + config.iterations), config.steps * guided_passes(config.guidance_scale)
         return Passes(inversion + sampling, at_most=config.iterations > 1)

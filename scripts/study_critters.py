@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from imagic_lora.bench.catalogue import defaults
 from imagic_lora.bench.metrics import CritterAlignment
 from imagic_lora.bench.scores import Score, Scorer
 from imagic_lora.bench.summary import bootstrapped
-from imagic_lora.core.conditioning import Conditioning, concatenate, interpolate, source_conditionings
+from imagic_lora.core.conditioning import Conditioning, concatenate, interpolate
 from imagic_lora.core.config import Config, EmbedConfig, MemoryConfig, RunConfig, TuneConfig
 from imagic_lora.core.noise import key, noise_at, times_at
 from imagic_lora.core.runtime import resolve_runtime
@@ -54,7 +54,7 @@ MEASURES = {"success": 100, "attributes": 100, "aligned": 100, "kept": 100, "psn
 class Options(Config):
     """Changes of the method that are not settings of the product."""
 
-    initial: Literal["target", "caption", "full"] = "target"
+    initial: Literal["target", "caption", "full", "source"] = "target"
     """Prompt whose embedding stage 1 starts from: the target prompt, the caption of the photo, or its caption with the identity."""
     last_tokens: int | None = Field(default=None, ge=1)
     """Stage 1 optimises only this many tokens, the last ones (HiPer, arXiv 2303.08767)."""
@@ -65,6 +65,10 @@ class Options(Config):
     clean latents."""
     times_from: float = Field(default=0.0, ge=0, lt=1)
     """Smallest time of the training samples, in [0, 1)."""
+    times_to: float = Field(default=1.0, gt=0, le=1)
+    """Largest time of the training samples of stage 2, in (0, 1]."""
+    embed_to: float = Field(default=1.0, gt=0, le=1)
+    """Largest time of the training samples of stage 1, in (0, 1]."""
     rank_falls: bool = False
     """The rank of LoRA falls linearly with the timestep (T-LoRA, arXiv 2507.05964)."""
     lora_scale: float = 1.0
@@ -74,9 +78,25 @@ class Options(Config):
     skip: int = Field(default=0, ge=0)
     """Start inverted: number of sampling steps left out, from the noisiest on (arXiv 2304.06140)."""
     late_eta: float | None = None
-    """Eta of the last half of the sampling steps."""
+    """Eta of the last sampling steps."""
+    late_from: float = 0.5
+    """Share of the sampling steps before :attr:`late_eta`."""
     up_eta: float | None = None
     """Eta of the cross-attention of the U-Net's decoder."""
+    space: Literal["output", "input"] = "output"
+    """Stage 1 optimises the text encoder's output, or the vectors of the prompt's tokens before it."""
+    free_ends: bool = False
+    """Whether the start and the end token are trained too; only in the input space."""
+    words_first: int = 0
+    """Stage 1 optimises the words of the prompt alone for so many steps, and then the other tokens alone."""
+    direction: Literal["", "empty", "source"] = ""
+    """Adds eta times the difference of e_tgt to the embedding of the null or source prompt to e_opt."""
+    pad_eta: float | None = None
+    """Eta of the tokens after the words of the target prompt."""
+    mix: Literal["embeddings", "predictions", "apart"] = "embeddings"
+    """What eta mixes: the embeddings; the predictions at both; the prediction of the fitted denoiser at e_opt and the base's at e_tgt."""
+    plain: Literal["fitted", "base"] = "fitted"
+    """Denoiser of the prediction at the null embedding."""
     by_truth: bool = False
     """Sample at the embedding of the full caption of the true edit instead of a mixture: a bound, not a method."""
 
@@ -105,17 +125,37 @@ class Variant:
 
     def fit_key(self) -> str:
         """A text that is equal for variants with the same fit."""
-        options = self.options.model_dump(include={"initial", "last_tokens", "fitted", "weighting", "times_from", "rank_falls"})
+        options = self.options.model_dump(
+            include={"initial", "last_tokens", "fitted", "weighting", "times_from", "times_to", "rank_falls"}
+            | {"embed_to", "space", "free_ends", "words_first"}
+        )
         return json.dumps([self.config.model_dump(include={"embed", "tune"}, mode="json"), options])
 
 
 @dataclass
 class Fitted:
-    """The fit of all cases: their embeddings and LoRA layers, ``[cases, ...]``."""
+    """The fit of all cases: their embeddings, token vectors and LoRA layers, ``[cases, ...]``."""
 
     target: Conditioning
     optimised: Conditioning
+    inputs: tuple[Tensor, Tensor]
     layers: dict[str, Parameter]
+
+
+def token_vectors(base: Any, prompts: Sequence[str]) -> Tensor:
+    """The vectors of the tokens of prompts before the text encoder, ``[prompts, T, D]``."""
+    ids = torch.cat([base._tokenized("tokenizer", prompt)[0] for prompt in prompts])
+    return base._on_device("text_encoder").get_input_embeddings()(ids).detach()
+
+
+def encoded(base: Any, vectors: Tensor) -> Conditioning:
+    """The output of the text encoder for vectors of tokens; differentiable."""
+    encoder = base._on_device("text_encoder")
+    hook = encoder.get_input_embeddings().register_forward_hook(lambda *_: vectors)
+    try:
+        return Conditioning(encoder(torch.full(vectors.shape[:2], 0))[0])
+    finally:
+        hook.remove()
 
 
 def own_layers(base: Base, config: TuneConfig, cases: Sequence[Case]) -> dict[str, Parameter]:
@@ -127,10 +167,23 @@ def own_layers(base: Base, config: TuneConfig, cases: Sequence[Case]) -> dict[st
     return {name: Parameter(torch.stack([layers[name] for layers in initial])) for name in initial[0]}
 
 
+WITHOUT: list[bool] = []
+"""Not empty while the LoRA layers are switched off."""
+
+
+def predict(base: Base, x: Tensor, t: Tensor, conditioning: Conditioning, fitted: bool) -> Tensor:
+    """The prediction of the fitted denoiser or of the base's."""
+    WITHOUT[:] = [] if fitted else [True]
+    predicted = base.predict(x, t.expand(len(x)), conditioning)
+    WITHOUT.clear()
+    return predicted
+
+
 @contextmanager
 def applied(base: Base, layers: dict[str, Parameter], scale: float, options: Options, sampling: bool) -> Iterator[None]:
     """Adds LoRA layers to the denoiser, one set per sample; a batch of ``n * cases`` samples repeats the sets ``n`` times."""
     modules: dict[str, Any] = dict(base.denoiser.named_modules())
+    WITHOUT.clear()
     times: list[Tensor] = []
     hooks = [base.denoiser.register_forward_pre_hook(lambda _, args: times.__setitem__(slice(None), [args[1]]))]
     for name in sorted({name.split(".lora_")[0] for name in layers}):
@@ -151,6 +204,8 @@ def _added(down: Tensor, up: Tensor, scale: float, times: list[Tensor] | None) -
 
     def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         (x,) = inputs[:1]
+        if WITHOUT:
+            return output
         repeats, rank = len(x) // len(down), down.shape[1]
         a, b = (layer.flatten(2).repeat(repeats, 1, 1) for layer in (down, up))
         if times is not None:
@@ -176,7 +231,7 @@ def weights(base: Base, times: Tensor, weighting: str) -> Tensor:
 def train(
     base: Base,
     latents: Tensor,
-    conditioning: Conditioning,
+    conditioning_of: Callable[[], Conditioning],
     groups: Sequence[tuple[Sequence[Parameter], float]],
     stage: Literal["embed", "tune"],
     config: EmbedConfig | TuneConfig,
@@ -189,12 +244,21 @@ def train(
     for step in range(config.steps):
         noise = torch.stack([noise_at(case.index, stage, step, samples, tuple(latents.shape[1:])) for case in cases])
         times = torch.stack([times_at(case.index, stage, step, samples, config.batch_size, config.timesteps) for case in cases])
-        times = options.times_from + (1 - options.times_from) * times
+        times = options.times_from + ((options.times_to if stage == "tune" else options.embed_to) - options.times_from) * times
         for sample in samples:
-            loss = denoising_loss(base, latents, conditioning, noise[:, sample], times[:, sample])
+            loss = denoising_loss(base, latents, conditioning_of(), noise[:, sample], times[:, sample])
             ((loss * weights(base, times[:, sample], options.weighting)).sum() / config.batch_size).backward()
-        if last and conditioning.tokens.grad is not None:
-            conditioning.tokens.grad[:, :-last] = 0
+        gradient = groups[0][0][0].grad
+        if stage == "embed" and gradient is not None:
+            if last:
+                gradient[:, :-last] = 0
+            if options.words_first:
+                words = word_mask(base, cases)
+                gradient[~words if step < options.words_first else words] = 0
+            if options.space == "input" and not options.free_ends:
+                ends = word_mask(base, cases).sum(1)
+                gradient[:, 0] = 0
+                gradient[torch.arange(len(ends)), ends] = 0
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -207,23 +271,30 @@ def fitted(base: Base, latents: Tensor, cases: Sequence[Case], variant: Variant)
         "target": lambda case: case.prompt,
         "caption": lambda case: caption(case.source),
         "full": lambda c: longest_caption(c.source),
+        "source": lambda case: case.source_prompt,
     }
     target, initial = (
         concatenate([base.encode_prompt(prompts[kind](case)) for case in cases]).tokens for kind in ("target", options.initial)
     )
-    tokens = Parameter(initial.clone())
+    vectors = token_vectors(base, [prompts[options.initial](case) for case in cases])
+    tokens = Parameter(vectors.clone() if options.space == "input" else initial.clone())
     embedding = ([tokens], config.embed.learning_rate)
     layers = own_layers(base, config.tune, cases)
+
+    def current() -> Conditioning:
+        return encoded(base, tokens) if options.space == "input" else Conditioning(tokens)
+
     with applied(base, layers, scale_of(config.tune), options, sampling=False):
         lora = (list(layers.values()), config.tune.learning_rate)
         if options.fitted == "joint":
             both = config.tune.model_copy(update={"steps": config.embed.steps + config.tune.steps})
-            train(base, latents, Conditioning(tokens), [embedding, lora], "tune", both, cases, options)
+            train(base, latents, current, [embedding, lora], "tune", both, cases, options)
         if options.fitted in ("both", "embedding"):
-            train(base, latents, Conditioning(tokens), [embedding], "embed", config.embed, cases, options)
+            train(base, latents, current, [embedding], "embed", config.embed, cases, options)
+        optimised = Conditioning(current().tokens.detach())
         if options.fitted in ("both", "layers"):
-            train(base, latents, Conditioning(tokens.detach()), [lora], "tune", config.tune, cases, options)
-    return Fitted(Conditioning(target), Conditioning(tokens.detach()), layers)
+            train(base, latents, lambda: optimised, [lora], "tune", config.tune, cases, options)
+    return Fitted(Conditioning(target), Conditioning(current().tokens.detach()), (vectors, tokens.detach()), layers)
 
 
 def scale_of(config: TuneConfig) -> float:
@@ -248,12 +319,33 @@ def decoder_sees(base: Base, tokens: Tensor | None) -> Iterator[None]:
             hook.remove()
 
 
+def word_mask(base: Base, cases: Sequence[Case]) -> Tensor:
+    """Which tokens are the words of the target prompts, with the start token, ``[cases, T]``."""
+    pads = base.encode_prompt("").tokens
+    counts = [len(base._tokenizers["tokenizer"](case.prompt).input_ids) - 1 for case in cases]
+    return torch.arange(pads.shape[1]) < torch.tensor(counts)[:, None]
+
+
 @torch.no_grad()
 def edited(base: Base, latents: Tensor, fit: Fitted, cases: Sequence[Case], variant: Variant) -> Tensor:
     """Latents of the edits of all cases."""
     config, options, eta = variant.config.edit, variant.options, variant.config.eta
-    (source,) = source_conditionings(fit.target, fit.optimised, [eta], config.source_eta)
+    source = interpolate(fit.target, fit.optimised, min(eta, config.source_eta))
     mixes = [interpolate(fit.target, fit.optimised, eta if some is None else some) for some in (None, options.late_eta, options.up_eta)]
+    if options.direction:
+        origin = concatenate([base.encode_prompt(case.source_prompt if options.direction == "source" else "") for case in cases])
+        mixes = [Conditioning(fit.optimised.tokens + eta * (fit.target.tokens - origin.tokens))] * 3
+    if options.space == "input":
+        words = word_mask(base, cases)[..., None]
+        if options.free_ends:
+            words = words | torch.nn.functional.pad(words, (0, 0, 1, 0))[:, :-1]
+        shares = torch.where(words, eta, 0.0 if options.pad_eta is None else options.pad_eta)
+        with torch.no_grad():
+            mixes = [encoded(base, fit.inputs[1] + shares * (fit.inputs[0] - fit.inputs[1]))] * 3
+    elif options.pad_eta is not None:
+        words = word_mask(base, cases)[..., None]
+        pads = interpolate(fit.target, fit.optimised, options.pad_eta).tokens
+        mixes = [Conditioning(torch.where(words, mix.tokens, pads)) for mix in mixes]
     if options.by_truth:
         mixes = [concatenate([base.encode_prompt(longest_caption(case.truth)) for case in cases])] * 3
         source = concatenate([base.encode_prompt(longest_caption(case.source)) for case in cases])
@@ -276,9 +368,15 @@ def edited(base: Base, latents: Tensor, fit: Fitted, cases: Sequence[Case], vari
     back.added, null = list(added[first:]), base.null()
     for k, t in enumerate(back.timesteps[first:]):
         with decoder_sees(base, None if options.up_eta is None else mixes[2].tokens):
-            predicted = base.predict(x, t.expand(len(x)), mixes[k >= (config.steps - first) / 2])
+            late = k >= (config.steps - first) * options.late_from
+            if options.mix == "embeddings":
+                predicted = predict(base, x, t, mixes[late], True)
+            else:
+                share = eta if not late or options.late_eta is None else options.late_eta
+                opt = predict(base, x, t, fit.optimised, True)
+                predicted = opt + share * (predict(base, x, t, fit.target, options.mix == "predictions") - opt)
         if config.guidance_scale > 1 and null is not None:
-            plain = base.predict(x, t.expand(len(x)), null)
+            plain = predict(base, x, t, null, options.plain == "fitted")
             predicted = plain + config.guidance_scale * (predicted - plain)
         (x,) = back.step(predicted, t, x, eta=config.ddim_eta)
     return x
@@ -292,7 +390,8 @@ def study(
     known = {row["key"]: [Score(**score) for score in row["scores"]] for row in map(json.loads, store.open())} if store.exists() else {}
     fits: dict[str, Fitted] = {}
     for variant in variants:
-        row_key = json.dumps([variant.name, variant.config.model_dump(mode="json"), variant.options.model_dump(), len(cases)])
+        options = variant.options.model_dump(exclude_defaults=True)
+        row_key = json.dumps([variant.name, variant.config.model_dump(mode="json"), options, len(cases)])
         if row_key not in known:
             if variant.fit_key() not in fits:
                 fits = {variant.fit_key(): fitted(base, latents, cases, variant)}

@@ -119,7 +119,7 @@ def configured(names: Sequence[str], needs: Sequence[Need], given: Mapping[str, 
     plain_run = validated(levers)
     architecture = architecture_of(plain_run.base, plain_run.revision)
     built_in = known_base(plain_run.base, plain_run.revision).built_in
-    recipe = recipe_of(built_in, architecture.few_steps, architecture.embeds_guidance)
+    recipe = recipe_of(built_in, architecture.few_steps, architecture.guidance, architecture.process)
     run: RunConfig | None = None
     found: dict[str, Method | str] = {}
     for name in names:

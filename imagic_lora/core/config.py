@@ -59,9 +59,8 @@ class EmbedConfig(Config):
     one independently."""
     space: Literal["output", "input"] = "output"
     """What is optimised. output: the embedding that the text encoder returns, as in the paper. input: the vectors of the prompt's tokens
-    that it encodes, padding included. An edit then shows the words of the target prompt and what the fit stored in the padding as if they
-    were one caption: on the embedded base twice as many edits succeed. Stage 1 needs the text encoders in memory. The learning_rate is
-    about 20 times lower."""
+    that it encodes, padding included. An edit then encodes the words of the target prompt and what the fit stored in the padding as one
+    caption (measured in docs/log.md). Stage 1 needs the text encoders in memory, and a learning_rate that suits the size of the vectors."""
     noise: float = Field(default=0.0, ge=0, le=10)
     """Standard deviation of noise that every training sample adds to the embedding, as a multiple of the standard deviation of the
     embedding of the target prompt. 0: none."""

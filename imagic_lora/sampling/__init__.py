@@ -2,6 +2,7 @@
 
 May import: core, photos, bases, memory, adapters. Must not know: training, methods, commands.
 
+- ``mixing.py``: interpolates the embeddings, or the vectors of the tokens, of photo and target prompt
 - ``generate.py``: generates images from conditionings and seeds, in batches
 - ``diffusion.py``: latents of a batch through pipelines and schedulers of diffusers
 - ``flow.py``: latents of a batch on a flow base, by our own Euler steps

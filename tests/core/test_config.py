@@ -46,6 +46,7 @@ COMPANIONS: dict[Leaf, dict[str, Any]] = {
     ("memory", "autocast_cache"): {"tune": {"mode": "full"}},
     ("edit", "strength"): {"edit": {"start": "image"}},
     ("edit", "source_eta"): {"edit": {"start": "inverted"}},
+    ("edit", "padding_eta"): {"embed": {"space": "input"}},
     ("monitoring", "patience"): {"monitoring": {"early_stop": "both"}},
     ("monitoring", "min_improvement"): {"monitoring": {"early_stop": "both"}},
 }
@@ -263,6 +264,7 @@ CLASHES = {
     "--strength and --start noise": ({"edit": {"strength": 0.8}}, {}),
     "--strength and --start inverted": ({"edit": {"strength": 0.5}}, {"edit": {"start": "inverted"}}),
     "--source-eta and --start image": ({"edit": {"source_eta": 0.3}}, {"edit": {"start": "image"}}),
+    "--padding-eta and --embed.space output": ({"edit": {"padding_eta": 0.3}}, {}),
     "--early-stop and --convergence-every 0": ({"monitoring": {"early_stop": "both"}}, {"monitoring": {"convergence_every": 0}}),
     "--early-stop and --mode embedding": ({"monitoring": {"early_stop": "tune"}}, EMBEDDING),
     "--preview-every and --mode embedding": ({"monitoring": {"preview_every": 10}}, EMBEDDING),

@@ -236,9 +236,9 @@ class LatentBase(Base):
                 model = self._on_device(encoder)  # the encoder of T5 has its own module for the weights that it shares
                 lookup = (model.encoder if hasattr(model, "shared") else model).get_input_embeddings()
                 stack.callback(lookup.register_forward_hook(looked_up(encoder)).remove)
-            if vectors is not None:  # that the prompt is too long was said when it was encoded
+            if vectors is not None:
                 stack.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore", ImagicWarning)
+                warnings.simplefilter("ignore", ImagicWarning)  # that the prompt is too long was said when it was encoded
             return replace(self.encode(prompt), vectors=encoded)
 
     def vector_masks(self, prompt: str) -> dict[str, VectorMasks]:

@@ -87,7 +87,7 @@ class Bench:
 
         def step() -> None:
             noise = torch.randn(batch, *latents.shape[1:], device=self.device)
-            timesteps = torch.randint(0, base.process.scheduler.config.num_train_timesteps, (batch,), device=self.device)
+            timesteps = torch.randint(0, base.architecture.scheduler["num_train_timesteps"], (batch,), device=self.device)
             predicted = base.predict(base.noised(latents.expand_as(noise), noise, timesteps), timesteps, text)
             F.mse_loss(predicted.float(), noise).backward()
             optimizer.step()

@@ -24,7 +24,7 @@ from imagic_lora.adapters.contents import save_embeddings, weights_record
 from imagic_lora.adapters.lora import attached, save_lora
 from imagic_lora.adapters.record import SOURCE, BaseRecord, Record, SourceRecord
 from imagic_lora.adapters.store import Store
-from imagic_lora.bases.families.sd import StableDiffusion
+from imagic_lora.bases.families.common import LatentBase
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.core.config import MemoryConfig, RunConfig
@@ -37,7 +37,7 @@ EXAMPLES = Path(__file__).parent.parent / "adapters"
 MEMORY = MemoryConfig(device="cpu", dtype="fp32")
 
 
-def random_adapter(base: StableDiffusion, store: Store, name: str, run: RunConfig, seed: int) -> Adapter:
+def random_adapter(base: LatentBase, store: Store, name: str, run: RunConfig, seed: int) -> Adapter:
     """A stored adapter with random LoRA layers and embeddings and a blank photo, of the sizes that fit() gives."""
     side, generator = base.resolution, torch.Generator().manual_seed(seed)
     record = Record(

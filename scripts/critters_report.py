@@ -22,6 +22,7 @@ from torch import Tensor
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.known import CRITTERS
 from imagic_lora.bases.loading.registry import load_base
+from imagic_lora.bases.process import Diffusion
 from imagic_lora.bench.metrics import CritterAlignment, pixels
 from imagic_lora.bench.scores import IDENTITY_LIMIT
 from imagic_lora.core.conditioning import Conditioning, concatenate
@@ -114,7 +115,8 @@ def gains(base: Base, scenes: list[Scene], timesteps: tuple[int, ...]) -> dict[s
     Returns:
         For each factor, the response at each timestep.
     """
-    alphas, velocity = base.training_scheduler.alphas_cumprod, base.training_scheduler.config["prediction_type"] == "v_prediction"
+    assert isinstance(base.process, Diffusion)
+    alphas, velocity = base.process.scheduler.alphas_cumprod, base.prediction_type == "v_prediction"
     clean = encoded(base, scenes)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
 

@@ -31,6 +31,7 @@ from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.known import CRITTERS
 from imagic_lora.bases.loading.progress import hide_progress_bars
 from imagic_lora.bases.loading.registry import load_base
+from imagic_lora.bases.process import Diffusion
 from imagic_lora.bench.cases import Case, case_at
 from imagic_lora.bench.catalogue import defaults
 from imagic_lora.bench.metrics import CritterAlignment
@@ -223,7 +224,8 @@ def weights(base: Base, times: Tensor, weighting: str) -> Tensor:
     """Weight of each sample's loss, ``[B]``."""
     if weighting == "uniform":
         return torch.ones(len(times))
-    snr = compute_snr(base.training_scheduler, base.timesteps(times))
+    assert isinstance(base.process, Diffusion)
+    snr = compute_snr(base.process.scheduler, base.timesteps(times))
     clean = 1 / snr if base.prediction_type == "epsilon" else 1 / (snr + 1)  # times the base's own loss: the error of the clean latents
     return clean if weighting == "clean" else snr.clamp(max=5) * clean
 
@@ -321,9 +323,8 @@ def decoder_sees(base: Base, tokens: Tensor | None) -> Iterator[None]:
 
 def word_mask(base: Base, cases: Sequence[Case]) -> Tensor:
     """Which tokens are the words of the target prompts, with the start token, ``[cases, T]``."""
-    pads = base.encode_prompt("").tokens
-    counts = [len(base._tokenizers["tokenizer"](case.prompt).input_ids) - 1 for case in cases]
-    return torch.arange(pads.shape[1]) < torch.tensor(counts)[:, None]
+    length, counts = base.encode_prompt("").tokens.shape[1], [len(base.tokenize(case.prompt)) - 1 for case in cases]
+    return torch.arange(length) < torch.tensor(counts)[:, None]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from diffusers.utils import logging
 
 from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
-from imagic_lora.bases.families.sd import StableDiffusion
+from imagic_lora.bases.families.common import LatentBase
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.runtime import Processes, resolve_runtime
@@ -49,7 +49,7 @@ def timed(name: str, tracker: Tracker, predicted: dict[str, int]) -> Iterator[No
     print(f"| {name} | {seconds:.1f} | {peak / 2**20:,.0f} | {predicted[name] / 2**20:,.0f} | {peak / predicted[name]:.3f} |", flush=True)
 
 
-def one_step_each(base: StableDiffusion, run: RunConfig, side: int, tracker: Tracker, predicted: dict[str, int]) -> None:
+def one_step_each(base: LatentBase, run: RunConfig, side: int, tracker: Tracker, predicted: dict[str, int]) -> None:
     """Runs one step of every stage with the package's code and prints a row for each."""
     with timed("encode", tracker, predicted):
         latents = base.encode_image(torch.rand(1, 3, side, side) * 2 - 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -147,11 +146,11 @@ def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
     """
     made_for, mode = adapter.record.base, adapter.record.config.tune.mode
     target = read_embeddings(adapter)["target"]
-    shapes = {name: tuple(value.shape) for name, value in replace(target, vectors={}).tensors().items()}
-    same = shapes.pop("mask", shapes["tokens"][:2]) == shapes["tokens"][:2] and shapes == base.architecture.conditioning
+    shapes = {name: tuple(value.shape) for name, value in target.tensors().items()}
+    expected = base.architecture.conditioning
     if target.vectors:
-        stored = {name: tuple(value.shape) for name, value in target.vectors.items()}
-        same = same and stored == {name: tuple(value.shape) for name, value in base.encode_vectors("").vectors.items()}
+        expected |= {f"{VECTORS}{name}": shape for name, shape in base.architecture.vectors.items()}
+    same = shapes.pop("mask", shapes["tokens"][:2]) == shapes["tokens"][:2] and shapes == expected
     if made_for.fingerprint != base.fingerprint and not (force and same):
         remedy = "the weights have changed: fit again" if made_for.name == base.name else f"use --base {made_for.name}"
         raise ImagicError(
@@ -174,7 +173,7 @@ def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
             REMEDY,
         )
     if not same:
-        raise ImagicError(f"adapter {adapter.name} has embeddings of shapes {shapes}", f"{base.architecture.conditioning}", REMEDY)
+        raise ImagicError(f"adapter {adapter.name} has embeddings of shapes {shapes}", f"{expected}", REMEDY)
 
 
 def read_weights(adapter: Adapter, base: Base, force: bool = False) -> StoredWeights:

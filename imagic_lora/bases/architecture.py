@@ -52,6 +52,15 @@ class Architecture(ABC):
         """Shapes of the tensors of one conditioning with added conditions, ``B = 1``, by name; without the mask of the words."""
 
     @property
+    def vectors(self) -> dict[str, tuple[int, int, int]]:
+        """Shapes ``[1, T, D]`` of the vectors of the tokens of one prompt, by text encoder."""
+        texts = self.text_encoders.items()
+        return {
+            name: (1, text.get("max_position_embeddings", SD3_T5_LENGTH), text["hidden_size"] if "hidden_size" in text else text["d_model"])
+            for name, text in texts
+        }
+
+    @property
     @abstractmethod
     def guidance(self) -> Guidance:
         """How the base is guided."""

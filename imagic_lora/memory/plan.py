@@ -233,9 +233,10 @@ class _Planner:
         two of its inner width: within 5% of a rehearsal for Stable Diffusion 1.5 and SDXL.
         """
         elements = 0
-        for config in self.architecture.text_encoders.values():
+        for name, config in self.architecture.text_encoders.items():
+            _, length, width = self.architecture.vectors[name]
             inner = config["intermediate_size"] * (2 if config.get("hidden_act", "quick_gelu") == "quick_gelu" else 1)
-            elements += config["num_hidden_layers"] * config["max_position_embeddings"] * (6 * config["hidden_size"] + inner)
+            elements += config["num_hidden_layers"] * length * (6 * width + inner)
         return self.itemsize * elements
 
     def _tune(self, weights: int) -> Peak:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import BatchEncoding
 
 from ..adapters.modes import MODES
-from ..bases.architecture import SD3_T5_LENGTH, Architecture, UNetArchitecture
+from ..bases.architecture import Architecture, UNetArchitecture
 from ..bases.families.common import LatentBase, tokenizer_of, vae_dtype
 from ..bases.loading.components import TEXT_ENCODERS
 from ..bases.loading.registry import family_of
@@ -141,7 +141,7 @@ def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) ->
     for encoder in architecture.text_encoders:
         components |= {
             encoder: load(encoder),
-            tokenizer_of(encoder): _Padding(architecture.text_encoders[encoder].get("max_position_embeddings", SD3_T5_LENGTH)),
+            tokenizer_of(encoder): _Padding(architecture.vectors[encoder][1]),
         }
     return family(architecture, components, run.base, None, "", runtime, load)
 

@@ -49,13 +49,14 @@ from imagic_lora.sampling.inversion import NoiseRecorder, NoiseReplayer
 from imagic_lora.training.objective import denoising_loss
 from imagic_lora.training.optimizers import build_optimizer
 
+ENCODER = "text_encoder"
 MEASURES = {"success": 100, "attributes": 100, "aligned": 100, "kept": 100, "psnr": 1}  # factors to percent, and dB to the true edit
 
 
 class Options(Config):
     """Changes of the method that are not settings of the product."""
 
-    initial: Literal["target", "caption", "full", "source"] = "target"
+    initial: Literal["target", "caption", "full"] = "target"
     """Prompt whose embedding stage 1 starts from: the target prompt, the caption of the photo, or its caption with the identity."""
     last_tokens: int | None = Field(default=None, ge=1)
     """Stage 1 optimises only this many tokens, the last ones (HiPer, arXiv 2303.08767)."""
@@ -68,8 +69,6 @@ class Options(Config):
     """Smallest time of the training samples, in [0, 1)."""
     times_to: float = Field(default=1.0, gt=0, le=1)
     """Largest time of the training samples of stage 2, in (0, 1]."""
-    embed_to: float = Field(default=1.0, gt=0, le=1)
-    """Largest time of the training samples of stage 1, in (0, 1]."""
     rank_falls: bool = False
     """The rank of LoRA falls linearly with the timestep (T-LoRA, arXiv 2507.05964)."""
     lora_scale: float = 1.0
@@ -78,26 +77,6 @@ class Options(Config):
     """Layers whose LoRA update is left out while sampling (Forgedit, arXiv 2309.10556)."""
     skip: int = Field(default=0, ge=0)
     """Start inverted: number of sampling steps left out, from the noisiest on (arXiv 2304.06140)."""
-    late_eta: float | None = None
-    """Eta of the last sampling steps."""
-    late_from: float = 0.5
-    """Share of the sampling steps before :attr:`late_eta`."""
-    up_eta: float | None = None
-    """Eta of the cross-attention of the U-Net's decoder."""
-    space: Literal["output", "input"] = "output"
-    """Stage 1 optimises the text encoder's output, or the vectors of the prompt's tokens before it."""
-    free_ends: bool = False
-    """Whether the start and the end token are trained too; only in the input space."""
-    words_first: int = 0
-    """Stage 1 optimises the words of the prompt alone for so many steps, and then the other tokens alone."""
-    direction: Literal["", "empty", "source"] = ""
-    """Adds eta times the difference of e_tgt to the embedding of the null or source prompt to e_opt."""
-    pad_eta: float | None = None
-    """Eta of the tokens after the words of the target prompt."""
-    mix: Literal["embeddings", "predictions", "apart"] = "embeddings"
-    """What eta mixes: the embeddings; the predictions at both; the prediction of the fitted denoiser at e_opt and the base's at e_tgt."""
-    plain: Literal["fitted", "base"] = "fitted"
-    """Denoiser of the prediction at the null embedding."""
     by_truth: bool = False
     """Sample at the embedding of the full caption of the true edit instead of a mixture: a bound, not a method."""
 
@@ -126,37 +105,17 @@ class Variant:
 
     def fit_key(self) -> str:
         """A text that is equal for variants with the same fit."""
-        options = self.options.model_dump(
-            include={"initial", "last_tokens", "fitted", "weighting", "times_from", "times_to", "rank_falls"}
-            | {"embed_to", "space", "free_ends", "words_first"}
-        )
+        options = self.options.model_dump(include={"initial", "last_tokens", "fitted", "weighting", "times_from", "times_to", "rank_falls"})
         return json.dumps([self.config.model_dump(include={"embed", "tune"}, mode="json"), options])
 
 
 @dataclass
 class Fitted:
-    """The fit of all cases: their embeddings, token vectors and LoRA layers, ``[cases, ...]``."""
+    """The fit of all cases: their embeddings, with the vectors of the tokens in the input space, and LoRA layers, ``[cases, ...]``."""
 
     target: Conditioning
     optimised: Conditioning
-    inputs: tuple[Tensor, Tensor]
     layers: dict[str, Parameter]
-
-
-def token_vectors(base: Any, prompts: Sequence[str]) -> Tensor:
-    """The vectors of the tokens of prompts before the text encoder, ``[prompts, T, D]``."""
-    ids = torch.cat([base._tokenized("tokenizer", prompt)[0] for prompt in prompts])
-    return base._on_device("text_encoder").get_input_embeddings()(ids).detach()
-
-
-def encoded(base: Any, vectors: Tensor) -> Conditioning:
-    """The output of the text encoder for vectors of tokens; differentiable."""
-    encoder = base._on_device("text_encoder")
-    hook = encoder.get_input_embeddings().register_forward_hook(lambda *_: vectors)
-    try:
-        return Conditioning(encoder(torch.full(vectors.shape[:2], 0))[0])
-    finally:
-        hook.remove()
 
 
 def own_layers(base: Base, config: TuneConfig, cases: Sequence[Case]) -> dict[str, Parameter]:
@@ -168,23 +127,10 @@ def own_layers(base: Base, config: TuneConfig, cases: Sequence[Case]) -> dict[st
     return {name: Parameter(torch.stack([layers[name] for layers in initial])) for name in initial[0]}
 
 
-WITHOUT: list[bool] = []
-"""Not empty while the LoRA layers are switched off."""
-
-
-def predict(base: Base, x: Tensor, t: Tensor, conditioning: Conditioning, fitted: bool) -> Tensor:
-    """The prediction of the fitted denoiser or of the base's."""
-    WITHOUT[:] = [] if fitted else [True]
-    predicted = base.predict(x, t.expand(len(x)), conditioning)
-    WITHOUT.clear()
-    return predicted
-
-
 @contextmanager
 def applied(base: Base, layers: dict[str, Parameter], scale: float, options: Options, sampling: bool) -> Iterator[None]:
     """Adds LoRA layers to the denoiser, one set per sample; a batch of ``n * cases`` samples repeats the sets ``n`` times."""
     modules: dict[str, Any] = dict(base.denoiser.named_modules())
-    WITHOUT.clear()
     times: list[Tensor] = []
     hooks = [base.denoiser.register_forward_pre_hook(lambda _, args: times.__setitem__(slice(None), [args[1]]))]
     for name in sorted({name.split(".lora_")[0] for name in layers}):
@@ -205,8 +151,6 @@ def _added(down: Tensor, up: Tensor, scale: float, times: list[Tensor] | None) -
 
     def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         (x,) = inputs[:1]
-        if WITHOUT:
-            return output
         repeats, rank = len(x) // len(down), down.shape[1]
         a, b = (layer.flatten(2).repeat(repeats, 1, 1) for layer in (down, up))
         if times is not None:
@@ -233,7 +177,7 @@ def weights(base: Base, times: Tensor, weighting: str) -> Tensor:
 def train(
     base: Base,
     latents: Tensor,
-    conditioning_of: Callable[[], Conditioning],
+    conditioning: Callable[[], Conditioning],
     groups: Sequence[tuple[Sequence[Parameter], float]],
     stage: Literal["embed", "tune"],
     config: EmbedConfig | TuneConfig,
@@ -246,21 +190,13 @@ def train(
     for step in range(config.steps):
         noise = torch.stack([noise_at(case.index, stage, step, samples, tuple(latents.shape[1:])) for case in cases])
         times = torch.stack([times_at(case.index, stage, step, samples, config.batch_size, config.timesteps) for case in cases])
-        times = options.times_from + ((options.times_to if stage == "tune" else options.embed_to) - options.times_from) * times
+        times = options.times_from + ((options.times_to if stage == "tune" else 1.0) - options.times_from) * times
         for sample in samples:
-            loss = denoising_loss(base, latents, conditioning_of(), noise[:, sample], times[:, sample])
+            loss = denoising_loss(base, latents, conditioning(), noise[:, sample], times[:, sample])
             ((loss * weights(base, times[:, sample], options.weighting)).sum() / config.batch_size).backward()
         gradient = groups[0][0][0].grad
-        if stage == "embed" and gradient is not None:
-            if last:
-                gradient[:, :-last] = 0
-            if options.words_first:
-                words = word_mask(base, cases)
-                gradient[~words if step < options.words_first else words] = 0
-            if options.space == "input" and not options.free_ends:
-                ends = word_mask(base, cases).sum(1)
-                gradient[:, 0] = 0
-                gradient[torch.arange(len(ends)), ends] = 0
+        if last and gradient is not None and (stage == "embed" or options.fitted == "joint"):
+            gradient[:, :-last] = 0
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -273,19 +209,19 @@ def fitted(base: Base, latents: Tensor, cases: Sequence[Case], variant: Variant)
         "target": lambda case: case.prompt,
         "caption": lambda case: caption(case.source),
         "full": lambda c: longest_caption(c.source),
-        "source": lambda case: case.source_prompt,
     }
-    target, initial = (
-        concatenate([base.encode_prompt(prompts[kind](case)) for case in cases]).tokens for kind in ("target", options.initial)
-    )
-    vectors = token_vectors(base, [prompts[options.initial](case) for case in cases])
-    tokens = Parameter(vectors.clone() if options.space == "input" else initial.clone())
-    embedding = ([tokens], config.embed.learning_rate)
-    layers = own_layers(base, config.tune, cases)
+    target, initial = (conditioned(base, [prompts[kind](case) for case in cases], config.embed) for kind in ("target", options.initial))
+    tokens = Parameter((initial.vectors.get(ENCODER, initial.tokens)).clone())
+    masks = [base.vector_masks(prompts[options.initial](case))[ENCODER] for case in cases]
+    trained = torch.cat([words | padding for words, padding in masks])[..., None]
 
     def current() -> Conditioning:
-        return encoded(base, tokens) if options.space == "input" else Conditioning(tokens)
+        if not initial.vectors:
+            return Conditioning(tokens)
+        return base.encode_vectors("", {ENCODER: torch.where(trained, tokens, initial.vectors[ENCODER])})
 
+    embedding = ([tokens], config.embed.learning_rate)
+    layers = own_layers(base, config.tune, cases)
     with applied(base, layers, scale_of(config.tune), options, sampling=False):
         lora = (list(layers.values()), config.tune.learning_rate)
         if options.fitted == "joint":
@@ -293,10 +229,29 @@ def fitted(base: Base, latents: Tensor, cases: Sequence[Case], variant: Variant)
             train(base, latents, current, [embedding, lora], "tune", both, cases, options)
         if options.fitted in ("both", "embedding"):
             train(base, latents, current, [embedding], "embed", config.embed, cases, options)
-        optimised = Conditioning(current().tokens.detach())
+        with torch.no_grad():
+            optimised = current()
         if options.fitted in ("both", "layers"):
             train(base, latents, lambda: optimised, [lora], "tune", config.tune, cases, options)
-    return Fitted(Conditioning(target), Conditioning(current().tokens.detach()), (vectors, tokens.detach()), layers)
+    return Fitted(target, Conditioning(optimised.tokens.detach(), vectors=optimised.vectors), layers)
+
+
+@torch.no_grad()
+def conditioned(base: Base, prompts: Sequence[str], config: EmbedConfig) -> Conditioning:
+    """The conditionings of prompts as one batch, ``[cases, ...]``, with the vectors of their tokens in the input space."""
+    if config.space == "output":
+        return concatenate([base.encode_prompt(prompt) for prompt in prompts])
+    return base.encode_vectors("", {ENCODER: torch.cat([base.encode_vectors(prompt).vectors[ENCODER] for prompt in prompts])})
+
+
+@torch.no_grad()
+def mixed(base: Base, fit: Fitted, cases: Sequence[Case], eta: float, padding_eta: float) -> Conditioning:
+    """As :func:`imagic_lora.sampling.mixing.mixed`, for a batch of cases."""
+    if not fit.optimised.vectors:
+        return interpolate(fit.target, fit.optimised, eta)
+    words, padding = (torch.cat(parts) for parts in zip(*(base.vector_masks(case.prompt)[ENCODER] for case in cases), strict=True))
+    shares = (eta * words + eta * padding_eta * padding)[..., None]
+    return base.encode_vectors("", {ENCODER: torch.lerp(fit.optimised.vectors[ENCODER], fit.target.vectors[ENCODER], shares)})
 
 
 def scale_of(config: TuneConfig) -> float:
@@ -304,51 +259,13 @@ def scale_of(config: TuneConfig) -> float:
     return 1.0 if config.alpha is None else config.alpha / config.rank
 
 
-@contextmanager
-def decoder_sees(base: Base, tokens: Tensor | None) -> Iterator[None]:
-    """Replaces the tokens that the cross-attention of the U-Net's decoder sees, ``[B, T, D]``; None leaves them."""
-
-    def replace(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, "encoder_hidden_states": tokens}
-
-    modules = base.denoiser.named_modules() if tokens is not None else ()
-    own = [module for name, module in modules if name.startswith("up_blocks.") and name.endswith(".attn2")]
-    hooks = [module.register_forward_pre_hook(replace, with_kwargs=True) for module in own]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def word_mask(base: Base, cases: Sequence[Case]) -> Tensor:
-    """Which tokens are the words of the target prompts, with the start token, ``[cases, T]``."""
-    length, counts = base.encode_prompt("").tokens.shape[1], [len(base.tokenize(case.prompt)) - 1 for case in cases]
-    return torch.arange(length) < torch.tensor(counts)[:, None]
-
-
 @torch.no_grad()
 def edited(base: Base, latents: Tensor, fit: Fitted, cases: Sequence[Case], variant: Variant) -> Tensor:
     """Latents of the edits of all cases."""
     config, options, eta = variant.config.edit, variant.options, variant.config.eta
-    source = interpolate(fit.target, fit.optimised, min(eta, config.source_eta))
-    mixes = [interpolate(fit.target, fit.optimised, eta if some is None else some) for some in (None, options.late_eta, options.up_eta)]
-    if options.direction:
-        origin = concatenate([base.encode_prompt(case.source_prompt if options.direction == "source" else "") for case in cases])
-        mixes = [Conditioning(fit.optimised.tokens + eta * (fit.target.tokens - origin.tokens))] * 3
-    if options.space == "input":
-        words = word_mask(base, cases)[..., None]
-        if options.free_ends:
-            words = words | torch.nn.functional.pad(words, (0, 0, 1, 0))[:, :-1]
-        shares = torch.where(words, eta, 0.0 if options.pad_eta is None else options.pad_eta)
-        with torch.no_grad():
-            mixes = [encoded(base, fit.inputs[1] + shares * (fit.inputs[0] - fit.inputs[1]))] * 3
-    elif options.pad_eta is not None:
-        words = word_mask(base, cases)[..., None]
-        pads = interpolate(fit.target, fit.optimised, options.pad_eta).tokens
-        mixes = [Conditioning(torch.where(words, mix.tokens, pads)) for mix in mixes]
+    mix, source = (mixed(base, fit, cases, at, config.padding_eta) for at in (eta, min(eta, config.source_eta)))
     if options.by_truth:
-        mixes = [concatenate([base.encode_prompt(longest_caption(case.truth)) for case in cases])] * 3
+        mix = concatenate([base.encode_prompt(longest_caption(case.truth)) for case in cases])
         source = concatenate([base.encode_prompt(longest_caption(case.source)) for case in cases])
     path: Any = NoiseRecorder.from_config(base.scheduler().config)
     path.set_timesteps(config.steps)
@@ -367,17 +284,10 @@ def edited(base: Base, latents: Tensor, fit: Fitted, cases: Sequence[Case], vari
     back: Any = NoiseReplayer.from_config(path.config)
     back.set_timesteps(config.steps)
     back.added, null = list(added[first:]), base.null()
-    for k, t in enumerate(back.timesteps[first:]):
-        with decoder_sees(base, None if options.up_eta is None else mixes[2].tokens):
-            late = k >= (config.steps - first) * options.late_from
-            if options.mix == "embeddings":
-                predicted = predict(base, x, t, mixes[late], True)
-            else:
-                share = eta if not late or options.late_eta is None else options.late_eta
-                opt = predict(base, x, t, fit.optimised, True)
-                predicted = opt + share * (predict(base, x, t, fit.target, options.mix == "predictions") - opt)
+    for t in back.timesteps[first:]:
+        predicted = base.predict(x, t.expand(len(x)), mix)
         if config.guidance_scale > 1 and null is not None:
-            plain = predict(base, x, t, null, options.plain == "fitted")
+            plain = base.predict(x, t.expand(len(x)), null)
             predicted = plain + config.guidance_scale * (predicted - plain)
         (x,) = back.step(predicted, t, x, eta=config.ddim_eta)
     return x

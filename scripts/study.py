@@ -16,6 +16,7 @@ from diffusers.utils import logging
 from study_batch import Fitted, Options, Variant, edited, encoded, fitted
 from study_cases import study_keep, study_ranks
 from study_eta import study_eta
+from study_null_text import study_null_text
 from study_store import Study, paired, values
 
 from imagic_lora.bases.loading.known import CRITTERS
@@ -96,6 +97,7 @@ STUDIES: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
     "eta": (study_eta, 100),
     "keep": (study_keep, 60),
     "ranks": (study_ranks, 3),
+    "null-text": (study_null_text, 8),
 }
 """Each study with its number of cases."""
 
@@ -122,6 +124,10 @@ def main() -> None:
     eta.add_argument("changes", nargs="?", default="", help="changes of the defaults, as for settings")
     eta.add_argument("--choose", type=int, default=1, help="seed of the cases that eta and rule are chosen on")
     eta.add_argument("--claim", type=int, default=7, help="seed of the cases that they are claimed on")
+    null = parsers.choices["null-text"]
+    null.add_argument("--steps", type=int, default=50, help="number of sampling steps")
+    null.add_argument("--guidance-scale", type=float, default=7.5)
+    null.add_argument("--inner", type=int, nargs="+", default=[1, 2, 5, 10, 20], help="optimisation steps at each sampling step")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

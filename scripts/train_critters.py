@@ -2,8 +2,10 @@
 
 Trains the VAE, the judge, CLIP, and the text encoder with the U-Net, in this order, on rendered images and their captions, and writes a
 folder with the layout of ``imagic_lora/critters/data``. ``--transformer-of BASE``, or ``make critters-dit``, trains the flow transformer of
-``critters-dit`` with the VAE and the text encoder of a finished base, and writes ``imagic_lora/critters/dit``. The state is saved every two minutes: the same command resumes after an
-interruption, and skips what is finished. docs/internals/embedded-base.md documents the recipe, its time and its results.
+``critters-dit`` with the VAE and the text encoder of a finished base, and writes ``imagic_lora/critters/dit``.
+
+The state is saved every two minutes: the same command resumes after an interruption, and skips what is finished.
+docs/internals/embedded-base.md documents the recipe, its time and its results.
 """
 
 from __future__ import annotations
@@ -304,7 +306,7 @@ PARTS: dict[str, tuple[Callable[[Settings, int], None], int, str]] = {
 }
 """Each part with its function, its number of steps, and the weights that it writes last."""
 TRANSFORMER: dict[str, tuple[Callable[[Settings, int], None], int, str]] = {
-    "transformer": (train_transformer, 16_000, "transformer/diffusion_pytorch_model.safetensors"),
+    "transformer": (train_transformer, 10_000, "transformer/diffusion_pytorch_model.safetensors"),
 }
 """As :data:`PARTS`, of ``critters-dit``."""
 
@@ -315,7 +317,10 @@ def main() -> None:
         "--work", type=Path, default=Path("outputs/critters"), help="folder of images, states and logs; the base is WORK/data"
     )
     parser.add_argument(
-        "--transformer-of", type=Path, metavar="BASE", help="make the transformer of critters-dit, for the VAE and text encoder of this base"
+        "--transformer-of",
+        type=Path,
+        metavar="BASE",
+        help="make the transformer of critters-dit, for the VAE and text encoder of this base",
     )
     parser.add_argument("--seed", type=int, default=0, help="the shipped base has seed 0")
     parser.add_argument("--pictures", type=int, default=40_000, help="number of images in the training set")

@@ -17,7 +17,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -260,12 +260,12 @@ def train_transformer(settings: Settings, steps: int) -> None:
 
     The text encoder stays as it is. Modulations and the last layer begin at zero (adaLN-Zero, arXiv 2212.09748).
     """
-    words, text = tokenizer(settings.parts), CLIPTextModel.from_pretrained(settings.parts / "text_encoder").float()
+    words, loaded = tokenizer(settings.parts), cast(Any, CLIPTextModel).from_pretrained(settings.parts / "text_encoder")
+    text: Any = loaded.float().to(settings.device).eval()
     batch, transformer = captioned(settings, words), SD3Transformer2DModel(**DIT)
     for name, parameter in transformer.named_parameters():
         if name.startswith(("norm_out", "proj_out")) or ".norm1" in name:
             torch.nn.init.zeros_(parameter)
-    text.to(settings.device).eval()
     run = Run(settings, "transformer", transformer, steps, lr=6e-4, muon=2e-3, held=0.4)
 
     def loss_of(rng: np.random.Generator) -> torch.Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from ..core.errors import ImagicError
 from .layers import LORA_TARGETS, TRANSFORMER_TARGETS
-from .loading.vetting import TIME_IDS
+from .loading.vetting import TIME_IDS, inpainting_channels
 
 SD3_T5_LENGTH = 256
 """Number of T5 tokens of Stable Diffusion 3: the default of diffusers' pipeline."""
@@ -76,14 +78,37 @@ class Architecture(ABC):
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
+    def size_multiple(self) -> int:
+        """Height and width of an image must be multiples of this number of pixels: diffusers' pipelines require multiples of 8."""
+        return math.lcm(8, self.vae_scale_factor)
+
+    @property
     def latent_channels(self) -> int:
-        """Channels ``C`` of the latents that the denoiser takes."""
-        return self.denoiser["in_channels"]
+        """Channels ``C`` of the latents."""
+        return self.vae["latent_channels"]
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the denoiser fills a mask: its inputs are the noisy latents, the mask, and the latents of the photo without the area."""
+        return self.denoiser["in_channels"] == inpainting_channels(self.latent_channels)
 
     @property
     def resolution(self) -> int:
         """Side of the square images that the base was trained on, in pixels."""
         return self.denoiser["sample_size"] * self.vae_scale_factor
+
+
+def check_text_to_image(architecture: Architecture, name: str, what: str) -> None:
+    """Raises ImagicError for an inpainting model.
+
+    Args:
+        architecture: configs of the base.
+        name: name of the base, for the message.
+        what: what needs a text-to-image base, for the message.
+    """
+    if architecture.inpaints:
+        remedy = "choose the base that it was made from, or edit inside a mask: imagic-lora compare --methods inpaint --mask MASK"
+        raise ImagicError(f"{what} on {name}, an inpainting model", "a text-to-image base", remedy)
 
 
 @dataclass(frozen=True)

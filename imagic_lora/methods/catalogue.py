@@ -11,6 +11,7 @@ from .attention.prompt_to_prompt import DirectInversion, PromptToPrompt, PromptT
 from .blended import BlendedLatentDiffusion
 from .diffedit import DiffEdit, DiffEditInMask
 from .generated import PromptOnly
+from .inpaint import Inpaint
 from .inversions.ddim import DDIB, DDIMInversion
 from .inversions.edit_friendly import EditFriendly
 from .inversions.negative_prompt import NegativePromptInversion, ProximalInversion
@@ -40,6 +41,7 @@ _CLASSES: tuple[type[SamplingMethod[Any]], ...] = (
     DiffEdit,
     DiffEditInMask,
     BlendedLatentDiffusion,
+    Inpaint,
     LEdits,
 )
 SAMPLING: Mapping[str, type[SamplingMethod[Any]]] = {method.name: method for method in _CLASSES}

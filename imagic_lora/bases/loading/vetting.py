@@ -34,8 +34,14 @@ _JOINT_COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tokenizer_3": ("transformers", ("T5Tokenizer", "T5TokenizerFast")),
 }
 FAMILIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # library and classes of each component, by pipeline class
-    **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline"), _COMPONENTS),
-    **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), _COMPONENTS | _SECOND_TEXT_ENCODER),
+    **dict.fromkeys(
+        ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline"),
+        _COMPONENTS,
+    ),
+    **dict.fromkeys(
+        ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+        _COMPONENTS | _SECOND_TEXT_ENCODER,
+    ),
 }
 FLOW_FAMILIES = dict.fromkeys(("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"), _JOINT_COMPONENTS)  # as FAMILIES
 OPTIONAL = ("text_encoder_3", "tokenizer_3")  # components that a base may lack: [null, null] in its index
@@ -173,8 +179,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     index = read_json(path)
     family = index.get("_class_name")
-    if isinstance(family, str) and "Inpaint" in family:
-        raise inpainting(f"{folder} has the pipeline class {family[:60]!r}")
     known = FAMILIES | FLOW_FAMILIES
     if not isinstance(family, str) or family not in known:
         got = f"{folder} has the pipeline class {reprlib.repr(family)}"
@@ -202,7 +206,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def inpainting(got: str) -> ImagicError:
-    """The error for an inpainting model, whose U-Net has the mask and the masked photo as inputs."""
-    remedy = "choose the base that it was made from: method blended-latent edits inside a mask with any base"
-    return ImagicError(f"{got}, as an inpainting model has", "a text-to-image base", remedy)
+def inpainting_channels(latent_channels: int) -> int:
+    """Input channels of the U-Net of an inpainting model: noisy latents, the mask, and the latents of the photo without the masked area."""
+    return 2 * latent_channels + 1

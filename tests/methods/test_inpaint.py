@@ -32,7 +32,7 @@ KINDS = ("epsilon", "v_prediction", "sdxl")
 
 
 @pytest.fixture(scope="module")
-def folders(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def inpainting(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An inpainting model of each kind, made from a tiny text-to-image base."""
     root = tmp_path_factory.mktemp("inpainting")
     sources = folders | {"sdxl": save_tiny_sdxl(root / "sources")}
@@ -79,13 +79,13 @@ def by_diffusers(folder: Path, base: Base, request: EditRequest, strength: float
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_inpainting_is_that_of_diffusers(folders: dict[str, Path], request_: EditRequest, kind: str) -> None:
+def test_inpainting_is_that_of_diffusers(inpainting: dict[str, Path], request_: EditRequest, kind: str) -> None:
     """From noise alone and from the noised photo; the mask and the masked photo both change the result."""
-    base = opened(folders[kind])
+    base = opened(inpainting[kind])
     wanted = encode_request(base, request_, 3.0)
     for strength in (1.0, 0.6):
         made = inpainted(wanted, InpaintConfig(steps=10, guidance_scale=3.0, strength=strength))
-        torch.testing.assert_close(made, by_diffusers(folders[kind], base, request_, strength), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(made, by_diffusers(inpainting[kind], base, request_, strength), rtol=1e-3, atol=1e-3)
     assert request_.mask is not None
     other = replace(request_, mask=request_.mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     assert (inpainted(encode_request(base, other, 3.0), InpaintConfig(steps=10, strength=0.6)) - made).abs().max() > 1e-2
@@ -100,9 +100,9 @@ def test_new_inputs_of_weight_zero_change_nothing(folder: Path, tmp_path: Path, 
     torch.testing.assert_close(made, last(wanted.noise(), sampled), rtol=1e-5, atol=1e-5)
 
 
-def test_pixels_outside_the_mask_are_those_of_the_photo(folders: dict[str, Path], request_: EditRequest) -> None:
+def test_pixels_outside_the_mask_are_those_of_the_photo(inpainting: dict[str, Path], request_: EditRequest) -> None:
     """Unless they are not pasted; the passes are as predicted, and the base is as before."""
-    base = opened(folders["epsilon"])
+    base = opened(inpainting["epsilon"])
     before = weights(base.denoiser)
     configs = {
         "pasted": InpaintConfig(steps=4),
@@ -122,15 +122,15 @@ def test_pixels_outside_the_mask_are_those_of_the_photo(folders: dict[str, Path]
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sdxl"])
-def test_a_single_file_is_the_folder(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_single_file_is_the_folder(inpainting: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """With the config of the folder, and with that of the text-to-image base that the model was made from: the same weights."""
-    path = write_single(folders[kind], tmp_path / "one.safetensors")
+    path = write_single(inpainting[kind], tmp_path / "one.safetensors")
     plain = (save_tiny if kind == "epsilon" else save_tiny_sdxl)(tmp_path / "plain")
-    entries = {"same": folders[kind], "plain": plain}
+    entries = {"same": inpainting[kind], "plain": plain}
     lines = [f"{name}:\n  source: {path}\n  config: {config}\n" for name, config in entries.items()]
     (tmp_path / "bases.yaml").write_text("".join(lines))
     monkeypatch.setenv("IMAGIC_LORA_BASES", str(tmp_path / "bases.yaml"))
-    expected = opened(folders[kind])
+    expected = opened(inpainting[kind])
     for name in entries:
         base: Any = opened(name)  # pyright: ignore[reportArgumentType]
         assert base.architecture.inpaints
@@ -139,14 +139,14 @@ def test_a_single_file_is_the_folder(folders: dict[str, Path], tmp_path: Path, m
 
 
 def test_what_needs_a_text_to_image_base_is_refused_by_name(
-    folders: dict[str, Path], folder: Path, photo_file: Path, tmp_path: Path, request_: EditRequest
+    inpainting: dict[str, Path], folder: Path, photo_file: Path, tmp_path: Path, request_: EditRequest
 ) -> None:
     """A fit, every other method, a pipeline without a mask, a prediction without one; and inpainting on another base."""
-    base: Any = opened(folders["epsilon"])
+    base: Any = opened(inpainting["epsilon"])
     with pytest.raises(ImagicError, match="a fit on .*, an inpainting model.*--methods inpaint"):
-        result(fit(photo_file, "a dog", tiny_config(folders["epsilon"]), Store(tmp_path), "x", base=base))
+        result(fit(photo_file, "a dog", tiny_config(inpainting["epsilon"]), Store(tmp_path), "x", base=base))
     with pytest.raises(ImagicError, match="a fit on .*, an inpainting model"):
-        result(fit(photo_file, "a dog", tiny_config(folders["epsilon"]), Store(tmp_path), "x"))
+        result(fit(photo_file, "a dog", tiny_config(inpainting["epsilon"]), Store(tmp_path), "x"))
     for kind in SAMPLING.values():
         if kind is not Inpaint:
             with pytest.raises(ImagicError, match=rf"method {kind.name} on .*, an inpainting U-Net.*choose method inpaint"):
@@ -162,7 +162,7 @@ def test_what_needs_a_text_to_image_base_is_refused_by_name(
         plain.with_masked_photo(plain.encode_prompt("a"), torch.zeros(1, 1, 8, 8), torch.zeros(1, 4, 8, 8))
 
 
-def test_a_pipeline_that_clips_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_pipeline_that_clips_is_refused(inpainting: dict[str, Path], tmp_path: Path) -> None:
     """The inpainting pipeline of diffusers does not correct it, unlike the text-to-image one; the default of DDIM is to clip."""
     folder = save_inpainting(save_tiny(tmp_path / "plain"), tmp_path / "base")
     config = folder / "scheduler" / "scheduler_config.json"

@@ -143,20 +143,20 @@ def test_what_needs_a_text_to_image_base_is_refused_by_name(
 ) -> None:
     """A fit, every other method, a pipeline without a mask, a prediction without one; and inpainting on another base."""
     base: Any = opened(inpainting["epsilon"])
-    with pytest.raises(ImagicError, match="a fit on .*, an inpainting model.*--methods inpaint"):
+    with pytest.raises(ImagicError, match=r"a fit on .*, an inpainting model.*--methods inpaint"):
         result(fit(photo_file, "a dog", tiny_config(inpainting["epsilon"]), Store(tmp_path), "x", base=base))
-    with pytest.raises(ImagicError, match="a fit on .*, an inpainting model"):
+    with pytest.raises(ImagicError, match=r"a fit on .*, an inpainting model"):
         result(fit(photo_file, "a dog", tiny_config(inpainting["epsilon"]), Store(tmp_path), "x"))
     for kind in SAMPLING.values():
         if kind is not Inpaint:
             with pytest.raises(ImagicError, match=rf"method {kind.name} on .*, an inpainting U-Net.*choose method inpaint"):
                 kind().check(base, request_)
-    with pytest.raises(ImagicError, match="the pipeline StableDiffusionPipeline on .*, an inpainting model"):
+    with pytest.raises(ImagicError, match=r"the pipeline StableDiffusionPipeline on .*, an inpainting model"):
         base.pipeline("text2image")
-    with pytest.raises(ImagicError, match="a prediction without a mask on .*, an inpainting model"):
+    with pytest.raises(ImagicError, match=r"a prediction without a mask on .*, an inpainting model"):
         base.predict(torch.zeros(1, 4, 8, 8), torch.tensor([3]), base.encode_prompt("a"))
     plain = opened(folder)
-    with pytest.raises(ImagicError, match="method inpaint on .*, a unet.*blended-latent"):
+    with pytest.raises(ImagicError, match=r"method inpaint on .*, a unet.*blended-latent"):
         Inpaint().check(plain, request_)
     with pytest.raises(ImagicError, match="a mask for the denoiser"):
         plain.with_masked_photo(plain.encode_prompt("a"), torch.zeros(1, 1, 8, 8), torch.zeros(1, 4, 8, 8))

@@ -51,7 +51,9 @@ class FlowSampler:
             raise ImagicError(f"Euler steps of a flow on {base.name}", "a flow base", "choose another base")
         self.base, self.config, self.canvas = base, config, canvas
         self.null = null if config.guidance_scale > 1 else None
-        self.sigmas: list[float] = base.process.sigmas(config.steps).tolist()
+        height, width = (side // base.architecture.vae_scale_factor for side in canvas.pixels.shape[2:])
+        self._shape = (base.architecture.latent_channels, height, width)
+        self.sigmas: list[float] = base.process.sigmas(config.steps, height * width).tolist()
         self._clean = None if config.start == "noise" else base.encode_image(canvas.pixels)
         self._inversion = cache(self._recorded if config.ddim_eta else self._inverted)
 
@@ -89,10 +91,7 @@ class FlowSampler:
 
     def _noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Standard normal noise ``[B, C, h, w]``, drawn on the CPU: that of an image depends only on its seed."""
-        factor = self.base.architecture.vae_scale_factor
-        height, width = (side // factor for side in self.canvas.pixels.shape[2:])
-        shape = (self.base.architecture.latent_channels, height, width)
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.base.runtime.device)
+        return torch.stack([torch.randn(self._shape, generator=generator) for generator in generators]).to(self.base.runtime.device)
 
     def _noised(self, clean: Tensor, noise: Tensor, position: int) -> Tensor:
         return self.base.noised(clean, noise, torch.full((len(noise),), self.sigmas[position], device=noise.device))

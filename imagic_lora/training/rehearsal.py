@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Linear, Module, Parameter
@@ -126,7 +126,7 @@ def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) ->
     def load(name: str) -> Any:
         with _default_dtype(vae_dtype(architecture, runtime.dtype) if name == "vae" else runtime.dtype):
             if name == "vae":
-                return AutoencoderKL.from_config(architecture.vae)
+                return family.vae_class.from_config(architecture.vae)
             config_class, model_class = TEXT_ENCODERS[architecture.encoder_classes[name]]
             return model_class(config_class(**architecture.text_encoders[name]))
 

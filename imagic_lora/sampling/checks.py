@@ -64,12 +64,16 @@ def check_scheduler(base: Base, config: EditConfig) -> None:
 
     Raises:
         ImagicError: the scheduler does not support the number of steps or Karras sigmas; or it samples at timesteps
-            that a distilled base was not trained at. The base is a flow, and the scheduler is one of diffusion.
+            that a distilled base was not trained at. The base is a flow, and the scheduler is one of diffusion, or there is guidance
+            and the base has none.
     """
     if isinstance(base.process, Flow):
         if config.scheduler not in ("base", "euler") or config.karras_sigmas:
             got = f"scheduler {config.scheduler}{' with Karras sigmas' if config.karras_sigmas else ''} on {base.name}, a flow"
             raise ImagicError(got, "base or euler: flows are sampled by Euler's method", "use --scheduler base --no-karras-sigmas")
+        if config.guidance_scale > 1 and base.architecture.guidance == "none":
+            got = f"guidance scale {config.guidance_scale:g} on {base.name}, a distilled base that samples without guidance"
+            raise ImagicError(got, "a guidance scale of at most 1", "leave out --guidance-scale, or use --guidance-scale 0")
         return
     scheduler = base.sampler(config.scheduler, config.karras_sigmas)
     try:

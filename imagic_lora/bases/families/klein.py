@@ -71,7 +71,7 @@ class Flux2Klein(LatentBase):
     def _tokenized(self, name: str, prompt: str, reader: str | None = None) -> tuple[Tensor, Tensor]:
         tokenizer = self._tokenizers[name]
         text, limit = _MESSAGE.format(prompt), tokenizer.model_max_length
-        ids, added = tokenizer(text).input_ids, len(tokenizer(_MESSAGE.format("")).input_ids)
+        ids, added = tokenizer(text, verbose=False).input_ids, len(tokenizer(_MESSAGE.format("")).input_ids)
         if len(ids) > limit:
             removed = tokenizer.decode(ids[limit:]).removesuffix(_MESSAGE.partition("{}")[2])
             message = f"the prompt is longer than the {limit - added} tokens that this base encodes; the end is cut off: {removed!r}"

@@ -1,4 +1,4 @@
-"""Every key of the configs of Stable Diffusion 3 and FLUX.2 klein: honoured, harmless, or refused, as in ``keys.py``. This module does not import torch."""
+"""Every key of the configs of Stable Diffusion 3 and FLUX.2 klein: honoured, harmless, or refused, as in ``keys.py``. No torch import."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ KLEIN_KEYS: dict[str, Keys] = {
         # the tokenizer has the ids of its special tokens, and the mask that of padding
         (KEYS["text_encoder"].harmless | names("sliding_window max_window_layers bos_token_id eos_token_id pad_token_id"))
         - {"rope_theta", "rope_scaling"},
-        KEYS["text_encoder"].refused | {"use_sliding_window": False, "rope_scaling": None},
+        {**KEYS["text_encoder"].refused, "use_sliding_window": False, "rope_scaling": None},
     ),
     # the chat template is compared with Qwen3's, and not run
     "tokenizer": Keys(

@@ -58,7 +58,7 @@ _STABILITY_COMMUNITY = "Stability AI Community License"
 _FLUX = "FLUX Non-Commercial License v2.1"
 
 SHIPPED: dict[str, BaseEntry] = {  # no revision is pinned, because none is verified
-    "critters": BaseEntry(source=str(CRITTERS), resolution=64, prediction="epsilon", licence="MIT"),
+    "critters": BaseEntry(source=str(CRITTERS), resolution=64, prediction="epsilon", licence="Apache-2.0"),
     "sd15": BaseEntry(
         source="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, prediction="epsilon", licence="CreativeML Open RAIL-M"
     ),
@@ -185,6 +185,12 @@ def known_base(given: str, revision: str | None = None) -> KnownBase:
     inherited = SHIPPED[built_in].model_dump(exclude={"source", "revision"}) if built_in else {}
     completed = entry.model_copy(update={key: value for key, value in inherited.items() if getattr(entry, key) is None})
     return KnownBase(name, entry.source if name == given else _source(given, entry), completed, built_in)
+
+
+def licence_of(given: str, revision: str | None = None) -> str | None:
+    """Name of the licence of a base's weights; None where no list says it. Arguments as for :func:`known_base`."""
+    entry = known_base(given, revision).entry
+    return entry.licence if entry else None
 
 
 def _added(given: str) -> dict[str, BaseEntry]:

@@ -130,9 +130,7 @@ for _size, _transformer, _text in (  # 3.9 and 9.1 billion parameters, with Qwen
         {"hidden_size": 4096, "intermediate_size": 12288},
     ),
 ):
-    PUBLISHED[f"klein-base-{_size}"] = KleinArchitecture(
-        _KLEIN | _transformer, _KLEIN_VAE, {"text_encoder": _QWEN3 | _text}, _KLEIN_FLOW
-    )
+    PUBLISHED[f"klein-base-{_size}"] = KleinArchitecture(_KLEIN | _transformer, _KLEIN_VAE, {"text_encoder": _QWEN3 | _text}, _KLEIN_FLOW)
     PUBLISHED[f"klein-{_size}"] = replace(PUBLISHED[f"klein-base-{_size}"], few_steps=SHIPPED[f"klein-{_size}"].few_steps)
 
 PUBLISHED["sdxl-turbo"] = replace(  # distilled from SDXL (arXiv 2311.17042)

@@ -173,7 +173,9 @@ def check_klein_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
             "out_channels and in_channels of the transformer": (
                 transformer.get("out_channels") or transformer["in_channels"], transformer["in_channels"],
             ),
-            "latent_channels of the VAE in patches and in_channels of the transformer": (4 * vae["latent_channels"], transformer["in_channels"]),
+            "latent_channels of the VAE in patches and in_channels of the transformer": (
+                4 * vae["latent_channels"], transformer["in_channels"],
+            ),
             "in_channels of the VAE and channels of an RGB image": (vae.get("in_channels", 3), 3),
             "out_channels of the VAE and channels of an RGB image": (vae.get("out_channels", 3), 3),
             "number of axes_dims_rope and of the coordinates of a position": (len(transformer["axes_dims_rope"]), 4),

@@ -41,8 +41,9 @@ def qwen_tokenizer_files(folder: Path) -> dict[str, str]:
     """
     settings, place = read_json(folder / TOKENIZER_FILES[0], _MAX_BYTES), folder / CHAT_TEMPLATE
     template = read_text(place) if place.exists() else settings.get("chat_template")
-    if not isinstance(template, str) or (missing := [part for part in _QWEN3_TEMPLATE if part not in template]):
-        got = f"{folder} has a chat template without {missing[0]}" if isinstance(template, str) else f"{folder} has no chat template"
+    missing = [part for part in _QWEN3_TEMPLATE if not isinstance(template, str) or part not in template]
+    if missing:
+        got = f"{folder} has {'a' if template else 'no'} chat template{f' without {missing[0]}' if template else ''}"
         raise unusable_base(got, "the chat template of Qwen3, as FLUX.2 klein has it")
     return {
         name: _settings(folder / name, KLEIN_KEYS["tokenizer"]) if name in TOKENIZER_FILES[:2] else _vetted(folder / name)
@@ -119,7 +120,9 @@ def _vetted(path: Path) -> str:
         model = content["model"]
         for part in ("padding", "truncation"):
             if (direction := (content.get(part) or {}).get("direction", "Right")) != "Right":
-                raise unusable_base(f"{path} has {part} with the direction {str(direction)[:20]!r}", "Right, as every tokenizer of this kind")
+                raise unusable_base(
+                    f"{path} has {part} with the direction {str(direction)[:20]!r}", "Right, as every tokenizer of this kind"
+                )
         content = _NULL_PARTS | {
             "added_tokens": content["added_tokens"],
             "model": {"type": "BPE", "vocab": model["vocab"], "merges": model["merges"]},

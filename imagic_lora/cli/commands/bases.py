@@ -26,7 +26,9 @@ def bases(*, as_json: Json = False) -> None:
     for name, base in known.items():
         pixels, steps = (str(value) if value else "" for value in (base.resolution, base.few_steps))
         source = "in this package" if name == "critters" else f"{base.source}{f' at {base.revision}' if base.revision else ''}"
-        table.add_row(*map(plain, (name if name in SHIPPED else f"{name} (yours)", pixels, base.prediction or "", steps, base.licence or "", source)))
+        table.add_row(
+            *map(plain, (name if name in SHIPPED else f"{name} (yours)", pixels, base.prediction or "", steps, base.licence or "", source))
+        )
     out.print(table)
     variable = "" if os.environ.get(VARIABLE) else f", or in the file that {VARIABLE} names"
     err.print(f"Add your own in {plain(bases_file())}{variable}", highlight=False)

@@ -361,7 +361,7 @@ def test_layers_that_comfyui_does_not_know_are_refused(klein: Path, photo_file: 
 
 
 def test_the_fingerprint_is_of_the_weights(klein: Path, fit_on: Fit, tmp_path: Path) -> None:
-    """Equal in half precision, and whatever the layers hold that are not read; another one for other weights, whose adapters are refused."""
+    """Equal whatever the layers hold that are not read; another one for other weights, whose adapters are refused."""
     half = save_tiny_klein(tmp_path / "half", dtype=torch.bfloat16)
     other = save_tiny_klein(tmp_path / "other", seed=1)
     shutil.copytree(klein, tmp_path / "unread")

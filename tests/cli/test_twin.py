@@ -73,7 +73,7 @@ def test_the_page_of_an_adapter_names_the_licence_of_its_base(run: Run, places: 
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    ("flags", "message"),
     [(("--base", "fast"), "--twin together with --base"), (("--guidance-scale", 4), "guidance scale 4 on fast.*without guidance")],
 )
 def test_what_a_twin_cannot_do_is_refused(run: Run, places: dict[str, Path], flags: tuple[Any, ...], message: str) -> None:

@@ -46,6 +46,8 @@ class Architecture(ABC):
     """Name of the denoiser in a diffusers pipeline."""
     process: ClassVar[Literal["diffusion", "flow"]]
     """Noise process: :class:`~imagic_lora.bases.process.Diffusion` or :class:`~imagic_lora.bases.process.Flow`."""
+    takes_reference: ClassVar[bool] = False
+    """Whether the denoiser takes a reference image beside the noisy one."""
     encoder_classes: ClassVar[dict[str, str]]
     """Classes of transformers of the text encoders, by component name. A base may lack the optional ones."""
 
@@ -185,6 +187,7 @@ class KleinArchitecture(Architecture):
     side: int = 1024
 
     component, process = "transformer", "flow"
+    takes_reference = True
     encoder_classes: ClassVar[dict[str, str]] = {"text_encoder": "Qwen3ForCausalLM"}
 
     @property

@@ -125,19 +125,25 @@ class EditConfig(Config):
     ddim_eta: Annotated[float, _ADVANCED] = Field(default=0.0, ge=0, le=1)
     """Amount of noise that DDIM, or Euler's method for a flow, adds at every step. 0: none, sampling is deterministic. 1: as much as DDPM.
     This is not the eta of the interpolation."""
-    start: Literal["noise", "image", "inverted"] = "noise"
+    start: Literal["noise", "image", "inverted", "flow"] = "noise"
     """Where sampling starts. noise: from random noise. image: from the photo with added noise (see strength). inverted: from noise that
     reproduces the photo, which keeps position and background best. With ddim_eta 0, inverted is DDIM inversion, and the seed has no effect.
-    With a ddim_eta above 0 it is edit-friendly inversion (arXiv 2304.06140), which depends on the seed and allows larger changes."""
+    With a ddim_eta above 0 it is edit-friendly inversion (arXiv 2304.06140), which depends on the seed and allows larger changes.
+    flow, only on a flow: from the photo along the difference of the velocities for the edit and for the photo (FlowEdit, arXiv 2412.08629,
+    with the optimised embedding as the source prompt). Nothing is inverted, and eta 0 is the photo."""
     source_eta: Annotated[float, _ADVANCED] = Field(default=0.0, ge=0, le=1)
-    """Only for start inverted: eta of the embedding with which the photo is inverted. 0: the optimised embedding. The subject keeps its
-    identity best at a value just below the eta where the edit begins to appear. An edit at a lower eta is inverted at its own eta."""
+    """Only for starts inverted and flow: eta of the embedding with which the photo is inverted, or that stands for it. 0: the optimised
+    embedding. The subject keeps its identity best at a value just below the eta where the edit begins to appear. An edit at a lower eta is
+    inverted at its own eta."""
     padding_eta: Annotated[float, _ADVANCED] = Field(default=0.3, ge=0, le=2)
     """Only for adapters with embed.space input: eta of the padding as a multiple of the eta of the words. The padding holds the identity: a
     lower value keeps more of the photo."""
     strength: float = Field(default=0.8, gt=0, le=1)
-    """Only for start image: how much noise is added to the photo, as a share of the sampling steps. 1: nothing of the photo is kept. Lower
-    values keep more."""
+    """Only for starts image and flow: how much noise is added to the photo, as a share of the sampling steps. 1: nothing of the photo is
+    kept by start image. Lower values keep more."""
+    reference: bool = False
+    """Only on FLUX.2 klein: the denoiser also sees the photo without noise, as the reference image of an instruction edit, so that identity
+    comes from the adapter and from the photo. Takes about twice the time."""
     batch_size: int = Field(default=4, ge=1, le=256)
     """Number of images generated at once. A smaller number needs less memory."""
 

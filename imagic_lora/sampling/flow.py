@@ -46,10 +46,12 @@ class FlowSampler:
     def __init__(self, base: Base, config: EditConfig, canvas: Canvas, null: Conditioning | None) -> None:
         height, width = (side // base.architecture.vae_scale_factor for side in canvas.pixels.shape[2:])
         self.trajectory = FlowTrajectory(base, config.steps, height * width, config.ddim_eta)
-        self.base, self.config = base, config
+        self.base, self.config, self.canvas = base, config, canvas
         self.null = null if config.guidance_scale > 1 else None
         self._shape = (base.architecture.latent_channels, height, width)
         self._clean = None if config.start == "noise" else base.encode_image(canvas.pixels)
+        self._completed = cache(self._with_reference)
+        self.null = self.null and self._completed(self.null)
         self._inversion = cache(self._recorded if config.ddim_eta else self._inverted)
 
     @torch.no_grad()
@@ -62,8 +64,11 @@ class FlowSampler:
             sources: conditionings of the photo, for each image.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        conditionings, sources = ([self._completed(one) for one in group] for group in (conditionings, sources))
         start = self._start(generators, seeds, sources)
         latents, predict = start.latents, self._velocity(concatenate(list(conditionings)), self.null)
+        if self.config.start == "flow":
+            predict = self._difference(predict, generators, concatenate(list(sources)))
         for step in self.trajectory.forwards(latents, predict, start.position):
             if start.added:
                 step.latents = step.latents + start.added[step.index - start.position]
@@ -78,15 +83,21 @@ class FlowSampler:
             found = [self._inversion(source, seed) for source, seed in zip(sources, seeds, strict=True)]
             latents, *added = (torch.cat(parts) for parts in zip(*found, strict=True))
             return Start(latents, 0, added or None)
-        noise = self._noise(generators)
         if self._clean is None:
-            return Start(noise, 0)
+            return Start(self._noise(generators), 0)
         position = self.trajectory.position(config.strength)
+        if config.start == "flow":
+            return Start(self._clean.expand(len(seeds), *self._shape), position)
+        noise = self._noise(generators)
         return Start(self.trajectory.noised(self._clean, noise, position), position)
 
     def _noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Standard normal noise ``[B, C, h, w]``, drawn on the CPU: that of an image depends only on its seed."""
         return torch.stack([torch.randn(self._shape, generator=generator) for generator in generators]).to(self.base.runtime.device)
+
+    def _with_reference(self, conditioning: Conditioning) -> Conditioning:
+        """The conditioning, with the photo as a reference image if the settings say so."""
+        return self.base.with_reference(conditioning, self.canvas.pixels) if self.config.reference else conditioning
 
     def _velocity(self, conditioning: Conditioning, null: Conditioning | None) -> Predict:
         """The prediction of a step, guided as the settings say."""
@@ -94,6 +105,12 @@ class FlowSampler:
         return lambda latents, step: velocity(
             self.base, latents, step.timestep, conditioning, null, config.guidance_scale, config.guidance_rescale
         )
+
+    def _difference(self, predict: Predict, generators: Sequence[torch.Generator], source: Conditioning) -> Predict:
+        """The prediction of a step from the photo: the velocity for the edit without that for the photo, both guided."""
+        assert self._clean is not None
+        clean, away = self._clean, self._velocity(source, self.null)
+        return lambda latents, step: difference(self.trajectory, clean, self._noise(generators), predict, away)(latents, step)
 
     def _inverted(self, source: Conditioning, seed: int) -> tuple[Tensor, ...]:
         """The noise from which Euler's method without guidance reproduces the photo, ``[1, C, h, w]``: its steps backwards."""
@@ -142,3 +159,23 @@ def velocity(
     if null is None:
         return with_prompt
     return guided(with_prompt, base.predict(latents, sigmas, null).float(), scale, rescale)
+
+
+def difference(trajectory: FlowTrajectory, clean: Tensor, noise: Tensor, towards: Predict, away: Predict) -> Predict:
+    """Returns the prediction of FlowEdit (arXiv 2412.08629, equation 11), for latents that start as those of the photo.
+
+    Photo and edit get the same noise, and the edit moves by the difference of their velocities. Where both predict the same it is exactly
+    the photo.
+
+    Args:
+        trajectory: the levels.
+        clean: latents of the photo, ``[1, C, h, w]``.
+        noise: of the step, ``[B, C, h, w]``.
+        towards, away: predict the velocity for the edit and for the photo.
+    """
+
+    def predict(latents: Tensor, step: Step) -> Tensor:
+        noised = trajectory.noised(clean, noise, step.start)
+        return towards(noised + (latents - clean), step) - away(noised, step)
+
+    return predict

@@ -16,6 +16,7 @@ import torch
 from common import MODES, PROMPT, array, by_diffusers, each, opened, same, tiny_config, weights
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers import Flux2KleinPipeline as Pipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_keys import arguments, popped, said
 from tiny import save_tiny_klein, save_tiny_sd3
@@ -516,3 +517,53 @@ def test_its_memory_is_predicted_by_a_rehearsal(klein: Path, fit_on: Fit) -> Non
     modules = [base.denoiser, *base._helpers.values()]  # pyright: ignore[reportAttributeAccessIssue]
     held = sum(one.nbytes for module in modules for one in (*module.parameters(), *module.buffers()))
     assert plan.stages["encode"].weights == pytest.approx(held, rel=0.01)
+
+
+# The photo as a reference
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_reference_is_that_of_diffusers(klein: Path, plain: Any, guidance: float) -> None:
+    """The image of an instruction edit: clean tokens beside the noisy ones, with and without guidance; two images of a batch."""
+    base, photo = opened(klein), Image.radial_gradient("L").resize((48, 64)).convert("RGB")
+    where = Canvas(torch.tensor(array(photo)).permute(2, 0, 1)[None] / 127.5 - 1, (0, 0, 48, 64), (48, 64))
+    expected = plain(
+        image=photo, prompt=TEXT, num_inference_steps=2, guidance_scale=guidance, height=64, width=48,
+        generator=torch.Generator().manual_seed(4), output_type="latent",
+    ).images  # fmt: skip
+    config = EditConfig(steps=2, guidance_scale=guidance, reference=True)
+    found = sampled(base, config, [3, 4], where)
+    close(found[1:], base.normalized(base._on_device("vae"), expected))  # pyright: ignore[reportAttributeAccessIssue]
+    without = sampled(base, config.model_copy(update={"reference": False}), [3, 4], where)
+    assert (found - without).abs().max() > 1e-2
+
+
+@each("start", ["noise", "flow", "inverted"])
+def test_an_adapter_edits_with_the_photo_as_reference(klein: Path, twin: Path, fit_on: Fit, start: Any) -> None:
+    """From every start, and on the twin; the reference changes the picture, and start flow still gives the photo at eta 0."""
+    adapter, config = fit_on("lora"), EditConfig(steps=2, guidance_scale=2.0, start=start, reference=True)
+    plain_config = config.model_copy(update={"reference": False})
+    editor = Editor(opened(klein))
+    pictures = {one.eta: array(one.image) for one in editor.edit(adapter, [0.0, 1.0], [0], config)}
+    others = {one.eta: array(one.image) for one in editor.edit(adapter, [0.0, 1.0], [0], plain_config)}
+    assert (pictures[1.0] != others[1.0]).any()
+    assert (pictures[0.0] == others[0.0]).all() == (start == "flow")
+    distilled = config.model_copy(update={"guidance_scale": 0.0})
+    assert next(Editor(opened(twin), force=True).edit(adapter, [0.5], [0], distilled)).image.size == read_canvas(adapter).size
+
+
+def test_a_base_without_references_refuses_one(photo_file: Path, tmp_path: Path) -> None:
+    """By name, before anything is sampled; a plan counts what a reference takes."""
+    place = save_tiny_sd3(tmp_path / "sd3")
+    adapter = result(fit(photo_file, PROMPT, config_of(place), Store(tmp_path / "store"), "one"))
+    assert adapter is not None
+    with pytest.raises(ImagicError, match=r"--reference on .*sd3. Expected: a base whose denoiser takes a reference image"):
+        next(Editor(opened(place)).edit(adapter, [0.5], [0], EditConfig(steps=2, reference=True)))
+
+
+def test_a_plan_counts_the_reference(klein: Path) -> None:
+    """Twice the tokens of the image."""
+    architecture, assumed = architecture_of(str(klein)), Assumed("cpu", "fp32", "adam")
+    both = [rehearse(architecture, config_of(klein, edit={"reference": on}, resolution=128), assumed) for on in (False, True)]
+    assert both[0].stages["sample"].activations < both[1].stages["sample"].activations
+    assert both[0].stages["tune"] == both[1].stages["tune"]

@@ -51,7 +51,8 @@ class _Symbolic4bit(Linear):
     def __init__(self, layer: Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.weight = Parameter(torch.empty(layer.weight.numel() // 2, dtype=torch.uint8), requires_grad=False)
-        self.scales = Parameter(torch.empty(layer.weight.numel() // BLOCK_4BIT), requires_grad=False)
+        # no parameter: the precision of a model is that of its parameters of floating point, and bitsandbytes has none for scales
+        self.register_buffer("scales", torch.empty(layer.weight.numel() // BLOCK_4BIT, dtype=torch.float32))
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

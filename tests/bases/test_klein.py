@@ -525,17 +525,17 @@ def test_its_memory_is_predicted_by_a_rehearsal(klein: Path, fit_on: Fit) -> Non
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_a_reference_is_that_of_diffusers(klein: Path, plain: Any, guidance: float) -> None:
     """The image of an instruction edit: clean tokens beside the noisy ones, with and without guidance; two images of a batch."""
-    base, photo = opened(klein), Image.radial_gradient("L").resize((48, 64)).convert("RGB")
-    where = Canvas(torch.tensor(array(photo)).permute(2, 0, 1)[None] / 127.5 - 1, (0, 0, 48, 64), (48, 64))
+    base, photo = opened(klein), Image.radial_gradient("L").resize((80, 64)).convert("RGB")
+    where = Canvas(torch.tensor(array(photo)).permute(2, 0, 1)[None] / 127.5 - 1, (0, 0, 80, 64), (80, 64))
     expected = plain(
-        image=photo, prompt=TEXT, num_inference_steps=2, guidance_scale=guidance, height=64, width=48,
+        image=photo, prompt=TEXT, num_inference_steps=2, guidance_scale=guidance, height=64, width=80,
         generator=torch.Generator().manual_seed(4), output_type="latent",
     ).images  # fmt: skip
     config = EditConfig(steps=2, guidance_scale=guidance, reference=True)
     found = sampled(base, config, [3, 4], where)
     close(found[1:], base.normalized(base._on_device("vae"), expected))  # pyright: ignore[reportAttributeAccessIssue]
     without = sampled(base, config.model_copy(update={"reference": False}), [3, 4], where)
-    assert (found - without).abs().max() > 1e-2
+    assert (found - without).abs().max() > 1e-3
 
 
 @each("start", ["noise", "flow", "inverted"])

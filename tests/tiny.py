@@ -166,11 +166,14 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((c, -3.0) for c in letters)], extra_ids=0)
 
 
-def save_tiny_sd3(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, t5: bool = True, shift: float = 3.0) -> Path:
+def save_tiny_sd3(
+    folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, t5: bool = True, shift: float = 3.0, wide: bool = False
+) -> Path:
     """A Stable Diffusion 3.5 pipeline for 32x32 images with 4x8x8 latents, one layer of dual attention and one without.
 
     Args:
         t5: False saves it without T5.
+        wide: whether layers of T5 have rows of 64 values, the block size of 4-bit quantization.
     """
     torch.manual_seed(seed)
     words, texts = tokenizer(), t5_tokenizer()
@@ -191,7 +194,9 @@ def save_tiny_sd3(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float3
     with torch.no_grad():
         for parameter in transformer.parameters():  # as initialised, most of the conditioning changes nothing
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    config = T5Config(vocab_size=len(texts), d_model=48, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        vocab_size=len(texts), d_model=48, d_kv=32 if wide else 8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
     pipe = StableDiffusion3Pipeline(
         transformer,
         FlowMatchEulerDiscreteScheduler(shift=shift),
@@ -257,7 +262,7 @@ def save_tiny_klein(
         Qwen3Config(
             vocab_size=len(words),
             hidden_size=8,
-            intermediate_size=16,
+            intermediate_size=64,  # the block size of 4-bit weights
             num_hidden_layers=28,
             num_attention_heads=2,
             num_key_value_heads=1,

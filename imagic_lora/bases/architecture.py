@@ -18,6 +18,9 @@ KLEIN_LENGTH = 512
 KLEIN_LAYERS = (9, 18, 27)
 """Layers of Qwen3 whose outputs are the channels of FLUX.2 klein's tokens, as in diffusers' pipeline; those above are not loaded."""
 
+LARGE_ENCODERS = ("T5EncoderModel", "Qwen3ForCausalLM")
+"""Classes of text encoders of billions of parameters: each is alone on the device while it encodes, and may be quantized."""
+
 Guidance = Literal["cfg", "embedded", "none"]
 """How a base is guided. ``cfg``: classifier-free guidance, a second pass. ``embedded``: the scale is an input of the denoiser. ``none``."""
 

@@ -189,6 +189,10 @@ class MemoryConfig(DeviceConfig):
     """Quantization of the frozen denoiser. nf4: its linear layers are stored in 4 bits, in the fit and in later edits (arXiv 2305.14314);
     needs bitsandbytes. Only for modes lora and embedding."""
 
+    quantize_text: Annotated[Literal["none", "nf4"], _flag("quantize-text")] = "none"
+    """Quantization of large text encoders, T5 and Qwen3, whose weights are most of the memory while a prompt is encoded. nf4: their linear
+    layers are stored in 4 bits, in the fit and in later edits; needs bitsandbytes. CLIP stays as it is."""
+
     @field_validator("master_weights", mode="before")
     @classmethod
     def _not_plain_bf16(cls, value: object) -> object:

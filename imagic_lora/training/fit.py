@@ -14,7 +14,7 @@ from ..adapters.modes import MODES
 from ..adapters.store import Store
 from ..adapters.writing import writable
 from ..bases.altered import check_unaltered
-from ..bases.architecture import Architecture
+from ..bases.architecture import LARGE_ENCODERS, Architecture
 from ..bases.base import Base
 from ..bases.loading.registry import architecture_of, load_base
 from ..core.config import RunConfig
@@ -34,7 +34,6 @@ from .run import encode_run
 from .stage import StepReport
 from .tune import tune_stage
 
-_LARGE = ("T5EncoderModel", "Qwen3ForCausalLM")  # text encoders that are alone on the device while they encode
 Value = TypeVar("Value")
 
 
@@ -129,7 +128,7 @@ def fit(
 
 def _check_space(architecture: Architecture, config: RunConfig) -> None:
     """Raises ImagicError if text encoders would be moved while stage 1 trains through them."""
-    moves = any(architecture.encoder_classes[name] in _LARGE for name in architecture.text_encoders)
+    moves = any(architecture.encoder_classes[name] in LARGE_ENCODERS for name in architecture.text_encoders)
     if config.embed.space == "input" and moves and config.memory.idle != "keep":
         got = f"--embed.space input together with --idle {config.memory.idle}, with a base that has a large text encoder"
         raise ImagicError(got, "text encoders that stay on the device: --idle keep", "change --idle, or use --embed.space output")

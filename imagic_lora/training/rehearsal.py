@@ -86,6 +86,7 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Pl
     runtime = Runtime(torch.device("cpu"), DTYPES[assumed.dtype], assumed.optimizer, memory, {})
     with FakeTensorMode(), patch.object(Module, "_apply", _convert), Tracker() as tracker:
         base = random_base(architecture, run, runtime)
+        base.load_encoders()
         sizes = base.helper_bytes()
         helpers, largest = sum(sizes), max(sizes)
         counts = None if isinstance(architecture, UNetArchitecture) else counted(base, run)

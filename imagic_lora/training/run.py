@@ -108,6 +108,8 @@ class Run:
         if self.base.architecture.guidance == "embedded":
             inputs["guidance_scale"] = config.edit.guidance_scale
         weights = {"master_weights": runtime.memory.master_weights, "quantize": runtime.memory.quantize}
+        if runtime.memory.quantize_text != "none":
+            inputs["quantize_text"] = runtime.memory.quantize_text
         if stage == "tune":
             inputs |= weights | {"tune": config.tune.model_dump(mode="json")}
         return inputs if finished else inputs | weights | {"optimizer": runtime.optimizer}

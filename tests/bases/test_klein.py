@@ -19,7 +19,7 @@ from diffusers import Flux2KleinPipeline as Pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_keys import arguments, popped, said
-from tiny import save_tiny_klein, save_tiny_sd3
+from tiny import save_tiny, save_tiny_klein, save_tiny_sd3
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, Qwen2Tokenizer, Qwen3Config
 
@@ -457,7 +457,7 @@ def test_a_setting_that_nothing_honours_is_refused_by_its_name(klein: Path, tmp_
         ("text_encoder/config.json", {"layer_types": ["sliding_attention"]}, "full_attention alone"),
         ("text_encoder/config.json", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "the rope_type default"),
         ("text_encoder/config.json", {"rope_parameters": {"rope_theta": -1}}, "a rope_theta"),
-        ("text_encoder/config.json", {"intermediate_size": 32}, "weights. Expected: the"),
+        ("text_encoder/config.json", {"intermediate_size": 128}, "weights. Expected: the"),
         ("text_encoder/config.json", {"hidden_act": "os.system"}, "cannot be loaded"),
         ("scheduler/scheduler_config.json", {"shift": 0}, "'scheduler.shift'"),
         ("model_index.json", {"is_distilled": "yes"}, "is_distilled = 'yes'"),
@@ -567,3 +567,29 @@ def test_a_plan_counts_the_reference(klein: Path) -> None:
     both = [rehearse(architecture, config_of(klein, edit={"reference": on}, resolution=128), assumed) for on in (False, True)]
     assert both[0].stages["sample"].activations < both[1].stages["sample"].activations
     assert both[0].stages["tune"] == both[1].stages["tune"]
+
+
+# Memory
+
+
+@each("family, idle", [("klein", "keep"), ("klein", "release"), ("sd3", "release")])
+def test_a_large_text_encoder_is_quantized(klein: Path, tmp_path: Path, family: str, idle: Any) -> None:
+    """Its linear layers, on every loading; the embedding is nearly the same, and a plan counts the smaller weights."""
+    folder = klein if family == "klein" else save_tiny_sd3(tmp_path / "sd3", wide=True)
+    name = "text_encoder" if family == "klein" else "text_encoder_3"
+    whole, small = opened(folder).encode_prompt(TEXT).tokens, opened(folder, idle=idle, quantize_text="nf4")
+    found: Any = small.encode_prompt(TEXT).tokens
+    assert 0 < (found - whole).abs().mean() < 0.3 * whole.std()
+    small.offload_encoders()
+    assert torch.equal(small.encode_prompt(TEXT).tokens, found)
+    kinds = [type(one).__name__ for one in small._helpers[name].modules()]  # pyright: ignore[reportAttributeAccessIssue]
+    assert "Linear4bit" in kinds
+    run = config_of(folder, memory={"idle": idle, "quantize_text": "nf4"})
+    plans = [rehearse(architecture_of(str(folder)), one, Assumed("cpu", "fp32", "adam")) for one in (config_of(folder), run)]
+    assert plans[1].stages["encode"].weights < plans[0].stages["encode"].weights
+
+
+def test_clip_is_not_quantized(tmp_path: Path) -> None:
+    """The lever would do nothing."""
+    with pytest.raises(ImagicError, match=r"--quantize-text nf4 with .*whose text encoder is CLIP"):
+        opened(save_tiny(tmp_path / "sd"), quantize_text="nf4")

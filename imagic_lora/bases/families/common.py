@@ -18,7 +18,7 @@ from torch import Tensor
 from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError, ImagicWarning
 from ...core.runtime import Runtime
-from ..architecture import Architecture
+from ..architecture import LARGE_ENCODERS, Architecture
 from ..base import Base, Token, VectorMasks
 from ..loading import components, schedulers
 from ..loading.files import Files, fingerprint
@@ -42,7 +42,7 @@ class LatentBase(Base):
         reload: reads a component (the VAE or a text encoder) again after it was released. Its argument is the component's name.
 
     Raises:
-        ImagicError: ``--attention xformers`` without a working xformers.
+        ImagicError: ``--attention xformers`` without a working xformers; ``--quantize-text`` without a large text encoder.
     """
 
     denoiser_class: ClassVar[Any]
@@ -74,6 +74,9 @@ class LatentBase(Base):
         self.size_multiple = math.lcm(8, architecture.vae_scale_factor)  # diffusers' pipelines require multiples of 8
         self.resolution = architecture.resolution
         self.freeze(self._denoiser)
+        if runtime.memory.quantize_text == "nf4" and not any(kind in LARGE_ENCODERS for kind in self._kinds()):
+            got = f"--quantize-text nf4 with {name}, whose text encoder is CLIP"
+            raise ImagicError(got, "a base with T5 or Qwen3", "leave out --quantize-text: CLIP is small")
         if runtime.memory.quantize == "nf4":
             quantize_linear(self._denoiser, runtime.dtype, runtime.device)
         if runtime.memory.idle == "keep":
@@ -168,12 +171,25 @@ class LatentBase(Base):
             self._helpers[name] = self._reload(name)
         helper = self._helpers[name]
         self.freeze(helper)
+        kind = self.architecture.encoder_classes.get(name)
+        if self.runtime.memory.quantize_text == "nf4" and kind in LARGE_ENCODERS and not hasattr(helper, "is_loaded_in_4bit"):
+            # T5 casts what goes into its layers wo to the type of their weights, which 4-bit weights do not have
+            quantize_linear(helper, self.runtime.dtype, self.runtime.device, skipped=("wo",))
         self._move(helper)
         if name == "vae":
             memory = self.runtime.memory
             (helper.enable_tiling if memory.vae_tiling else helper.disable_tiling)()
             (helper.enable_slicing if memory.vae_slicing else helper.disable_slicing)()
         return helper
+
+    def _kinds(self) -> list[str]:
+        """The classes of the text encoders."""
+        return [self.architecture.encoder_classes[encoder] for encoder in self.architecture.text_encoders]
+
+    def load_encoders(self) -> None:
+        """Reads and prepares the text encoders, as their first use does."""
+        for encoder in self.architecture.text_encoders:
+            self._on_device(encoder)
 
     def helper_bytes(self) -> list[int]:
         """Bytes of the weights of the VAE and of each text encoder; of those that are not released."""

@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter
 from ...core.config import DEVICE_GROUP, DeviceConfig, EditConfig, PresetOrAuto
 from ...core.errors import ImagicError
 from ..console import err, plain, print_json
-from ..libraries import import_libraries
+from ..libraries import import_libraries, quantized
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, explicit, parse_etas, parse_seeds, prompt_folders
 
 _SAMPLING = Group("Sampling (default: the settings stored in the adapter)", sort_key=3)
@@ -93,7 +93,7 @@ def edit(
     if save_mask and keep is None and adapter.record.source.region is None:
         got = f"--save-mask without --keep, and adapter {adapter.name} is that of a whole photo"
         raise ImagicError(got, "--save-mask with --keep", "add --keep auto, or leave out --save-mask")
-    import_libraries(bitsandbytes=adapter.record.config.memory.quantize != "none")
+    import_libraries(bitsandbytes=quantized(adapter.record.config.memory))
     from ...sampling.keep import read_keep
     from ...sampling.opening import edit_settings, twin_of
     from ..editing import Edits

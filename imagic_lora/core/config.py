@@ -117,8 +117,8 @@ class EditConfig(Config):
     against overexposed images at a high guidance_scale. 0: off. 1: in full. The paper uses 0.7. Needs a guidance_scale above 1."""
     scheduler: Scheduler = "base"
     """Sampling scheduler of diffusers, built from the config of the base's own. base: the base's own. dpm++2m, dpm++2m-sde and unipc need
-    fewer steps (20 to 30). lcm: for latent consistency models. Start inverted always uses DDIM. Flows (Stable Diffusion 3) are sampled by
-    Euler's method: base or euler."""
+    fewer steps (20 to 30). lcm: for latent consistency models. Start inverted always uses DDIM. Flows (Stable Diffusion 3, FLUX.2 klein)
+    are sampled by Euler's method: base or euler."""
     karras_sigmas: Annotated[bool, _ADVANCED] = False
     """Space the noise levels as in arXiv 2206.00364, equation 5. Only for dpm++2m, dpm++2m-sde, unipc and euler, or a base with such a
     scheduler."""
@@ -238,8 +238,8 @@ class RunConfig(Config):
     """Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory of the card, or cpu
     without a card."""
     base: Annotated[str, _flag("base")] = Field(default="sd15", min_length=1)
-    """Base model: a name (sd15, sd21, sdxl, sdxl-turbo, sd3-medium, sd35-medium, critters, or one of your own; see imagic-lora bases), a
-    folder in diffusers' format, a single .safetensors file, or a Hugging Face hub id."""
+    """Base model: a name (sd15, sd21, sdxl, sdxl-turbo, sd3-medium, sd35-medium, klein-base-4b, klein-base-9b, critters, or one of your
+    own; see imagic-lora bases), a folder in diffusers' format, a single .safetensors file, or a Hugging Face hub id."""
     revision: Annotated[str | None, _flag("revision")] = None
     """Branch, tag or commit of the hub id given as base. Without it the default branch is used."""
     resolution: Annotated[int | None, _flag("resolution")] = Field(default=None, ge=8, le=4096)

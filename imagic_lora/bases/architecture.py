@@ -178,6 +178,18 @@ class SD3Architecture(Architecture):
 
 
 @dataclass(frozen=True)
+class SD3ClipArchitecture(SD3Architecture):
+    """The transformer of Stable Diffusion 3 with one CLIP text encoder, and no tokens of T5."""
+
+    encoder_classes: ClassVar[dict[str, str]] = {"text_encoder": "CLIPTextModel"}
+
+    @property
+    def conditioning(self) -> dict[str, tuple[int, ...]]:
+        text = self.text_encoders["text_encoder"]
+        return {"tokens": (1, text["max_position_embeddings"], text["hidden_size"]), "pooled": (1, text["hidden_size"])}
+
+
+@dataclass(frozen=True)
 class KleinArchitecture(Architecture):
     """FLUX.2 klein. Latents are those of the VAE in patches of 2 x 2: four times its channels at half its height and width.
 

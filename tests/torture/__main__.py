@@ -33,6 +33,7 @@ SEED = 1
 
 def run(name: str) -> tuple[list[str], float]:
     """The results of one torture, and its duration in seconds."""
+    torch.set_grad_enabled(True)  # an exception inside torch's own context managers, as "interruptions" makes them, leaves it off
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         results = list(import_module(f"torture.{name}").torture(TORTURES[name][0], SEED, Path(folder)))

@@ -187,10 +187,10 @@ def _in_weights(method: str, value: float) -> Iterator[None]:
 def _in_embedding(value: float) -> Iterator[None]:
     plain = run.save_embeddings
 
-    def wrong(writer: Any, named: dict[str, Conditioning]) -> None:
+    def wrong(writer: Any, named: dict[str, Conditioning], *shape: Any) -> None:
         tokens = named["optimised"].tokens.clone()
         tokens.view(-1)[0] = value
-        plain(writer, named | {"optimised": Conditioning(tokens)})
+        plain(writer, named | {"optimised": Conditioning(tokens)}, *shape)
 
     with patch.object(run, "save_embeddings", wrong):
         yield

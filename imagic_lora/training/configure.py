@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..bases.architecture import Architecture, check_text_to_image
+from ..bases.architecture import Architecture
 from ..bases.loading.known import known_base
 from ..bases.loading.registry import architecture_of
 from ..core.config import RunConfig
@@ -40,7 +40,7 @@ def configure_run(flags: Mapping[str, Any], file: Mapping[str, Any], processes: 
     """
     given = validated(merged(file, flags))
     architecture = architecture_of(given.base, given.revision)
-    check_text_to_image(architecture, given.base, "a fit")
+    architecture.check_trainable(given.base)
     recipe = recipe_of(known_base(given.base, given.revision).built_in, architecture.few_steps, architecture.guidance, architecture.process)
     return Configured(*choose_preset(lambda: architecture, flags, file, recipe, processes=processes), architecture)
 

@@ -39,7 +39,6 @@ def plan(
         Run the training code on tensors without data instead of computing the sizes; takes about ten seconds. Flow transformers are
         always predicted in this way.
     """
-    from ...bases.architecture import check_text_to_image
     from ...bases.loading.configs import architecture
     from ...bases.loading.known import known_base
     from ...memory.plan import predict
@@ -51,7 +50,7 @@ def plan(
         flags = merged({stage: {"batch_size": batch} for stage in validated(merged(file, flags)).stages}, flags)
     given = validated(merged(file, flags))
     built = architecture(given.base)
-    check_text_to_image(built, given.base, "the plan of a fit")
+    built.check_trainable(given.base)
     run, why = choose_preset(
         lambda: built,
         flags,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -209,6 +212,27 @@ def save_tiny_sd3(
         texts if t5 else None,
     )
     pipe.to(dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def save_inpainting(source: Path, folder: Path, scale: float = 1.0) -> Path:
+    """An inpainting model made from a text-to-image base in diffusers' format, as such models are; returns its folder.
+
+    Args:
+        scale: of the random weights of the new inputs; at 0 they change nothing.
+    """
+    shutil.copytree(source, folder)
+    folder.chmod(0o755)
+    index, config = folder / "model_index.json", folder / "unet" / "config.json"
+    index.write_text(index.read_text().replace('Pipeline"', 'InpaintPipeline"'))
+    unet = json.loads(config.read_text())
+    added = unet["in_channels"] + 1
+    config.write_text(json.dumps(unet | {"in_channels": unet["in_channels"] + added}))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    first = weights["conv_in.weight"]
+    new = scale * torch.randn(len(first), added, *first.shape[2:], generator=torch.Generator().manual_seed(5)) * first.std()
+    save_file(weights | {"conv_in.weight": torch.cat([first, new.to(first)], dim=1)}, file)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from ..core.errors import ImagicError
 from .layers import LORA_TARGETS, TRANSFORMER_TARGETS, klein_targets
-from .loading.vetting import TIME_IDS
+from .loading.vetting import TIME_IDS, inpainting_channels
 
 SD3_T5_LENGTH = 256
 """Number of T5 tokens of Stable Diffusion 3: the default of diffusers' pipeline."""
@@ -89,9 +90,19 @@ class Architecture(ABC):
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
+    def size_multiple(self) -> int:
+        """Height and width of an image must be multiples of this number of pixels: diffusers' pipelines require multiples of 8."""
+        return math.lcm(8, self.vae_scale_factor)
+
+    @property
     def latent_channels(self) -> int:
-        """Channels ``C`` of the latents that the denoiser takes."""
-        return self.denoiser["in_channels"]
+        """Channels ``C`` of the latents."""
+        return self.vae["latent_channels"]
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the denoiser fills a mask: its inputs are the noisy latents, the mask, and the latents of the photo without the area."""
+        return self.denoiser["in_channels"] == inpainting_channels(self.latent_channels)
 
     @property
     def resolution(self) -> int:
@@ -109,12 +120,27 @@ class Architecture(ABC):
             name: of the base, for the message.
 
         Raises:
-            ImagicError: it is a distilled flow. The loss of a fit has its minimum at the velocity of the many-step model.
+            ImagicError: it is an inpainting model, or a distilled flow. The loss of a fit has its minimum at the velocity of the many-step
+                model.
         """
+        check_text_to_image(self, name, "a fit")
         if self.process == "flow" and self.few_steps:
             got = f"a fit on {name}, a flow that is distilled to {self.few_steps} steps"
             expected = "a base that is not distilled: the loss of a fit undoes the distillation, and images blur"
             raise ImagicError(got, expected, "fit on the base that it was made from, and sample on this one with edit --twin")
+
+
+def check_text_to_image(architecture: Architecture, name: str, what: str) -> None:
+    """Raises ImagicError for an inpainting model.
+
+    Args:
+        architecture: configs of the base.
+        name: name of the base, for the message.
+        what: what needs a text-to-image base, for the message.
+    """
+    if architecture.inpaints:
+        remedy = "choose the base that it was made from, or edit inside a mask: imagic-lora compare --methods inpaint --mask MASK"
+        raise ImagicError(f"{what} on {name}, an inpainting model", "a text-to-image base", remedy)
 
 
 @dataclass(frozen=True)
@@ -229,6 +255,10 @@ class KleinArchitecture(Architecture):
     @property
     def vae_scale_factor(self) -> int:
         return 2 * super().vae_scale_factor
+
+    @property
+    def latent_channels(self) -> int:
+        return self.denoiser["in_channels"]
 
     @property
     def resolution(self) -> int:

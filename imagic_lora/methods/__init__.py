@@ -10,6 +10,7 @@ May import: core, photos, bases, memory, adapters, sampling, training. Must not 
 - ``magicmix.py``: MagicMix, of a photo or of a prompt with a prompt
 - ``diffedit.py``: DiffEdit, which finds its own mask, or takes a given one
 - ``blended.py``: blended latent diffusion, in a given mask
+- ``inpaint.py``: inpainting by a model that was trained for it
 - ``masks.py``: masks of the photo and of the latents, sampling inside a mask
 - ``catalogue.py``: the methods by name
 - ``comparison/``: several methods on one photo, on one page

@@ -13,6 +13,7 @@ from .diffedit import DiffEdit, DiffEditInMask
 from .flows.flowedit import FlowEdit
 from .flows.rf_inversion import RFInversion
 from .generated import PromptOnly
+from .inpaint import Inpaint
 from .inversions.ddim import DDIB, DDIMInversion
 from .inversions.edit_friendly import EditFriendly
 from .inversions.negative_prompt import NegativePromptInversion, ProximalInversion
@@ -42,6 +43,7 @@ _CLASSES: tuple[type[SamplingMethod[Any]], ...] = (
     DiffEdit,
     DiffEditInMask,
     BlendedLatentDiffusion,
+    Inpaint,
     LEdits,
     FlowEdit,
     RFInversion,

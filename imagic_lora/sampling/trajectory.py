@@ -260,6 +260,18 @@ def path(steps: Iterable[Step]) -> Path:
     return latents
 
 
+def last(latents: Tensor, steps: Iterable[Step]) -> Tensor:
+    """Runs the steps and returns the latents after the last one.
+
+    Args:
+        latents: returned if there are no steps.
+        steps: a running loop.
+    """
+    for step in steps:
+        latents = step.latents
+    return latents
+
+
 def predictions(base: Base, latents: Tensor, timestep: float, *conditionings: Conditioning) -> tuple[Tensor, ...]:
     """Returns the predictions for the same latents at several conditionings, each ``[B, C, h, w]``, in one call of the denoiser.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -71,7 +70,7 @@ class LatentBase(Base):
         self._helpers: dict[str, Any] = {helper: parts[helper] for helper in ("vae", *architecture.text_encoders)}
         self._reload = reload
         self._half_moved: WeakSet[Any] = WeakSet()  # modules whose move was interrupted: some of their tensors are elsewhere
-        self.size_multiple = math.lcm(8, architecture.vae_scale_factor)  # diffusers' pipelines require multiples of 8
+        self.size_multiple = architecture.size_multiple
         self.resolution = architecture.resolution
         self.freeze(self._denoiser)
         if runtime.memory.quantize_text == "nf4" and not any(kind in LARGE_ENCODERS for kind in self._kinds()):
@@ -140,7 +139,8 @@ class LatentBase(Base):
             kind = architecture.encoder_classes[encoder]
             parts[tokenizer_of(encoder)] = components.tokenizer(kind, config, files, tokenizer_of(encoder))
         with library_errors(files.path):  # the constructor of a pipeline corrects outdated configs of its components
-            cls.pipelines["text2image"](**(dict.fromkeys(cls.optional_components) | parts), **cls.unused_components)
+            pipeline = cls.pipelines["inpaint" if architecture.inpaints else "text2image"]
+            pipeline(**(dict.fromkeys(cls.optional_components) | parts), **cls.unused_components)
         prediction = cls.process_of(architecture, parts["scheduler"]).prediction_type
         weights_hash = fingerprint(files, (denoiser, *architecture.text_encoders), prediction)
         return cls(architecture, parts, name, revision, weights_hash, runtime, helper)

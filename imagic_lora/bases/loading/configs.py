@@ -21,6 +21,8 @@ _CONSISTENCY_STEPS = 4  # sampling steps of a consistency model whose entry name
 _KLEIN_STEPS = 4  # of the distilled FLUX.2 klein
 
 _CORRECTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # pipelines that correct outdated configs when they are loaded
+_CORRECTING_SIZES = (*_CORRECTING, "StableDiffusionInpaintPipeline")
+_CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")  # whose default is clip_sample = true
 _DEFAULTS: dict[str, dict[str, Any]] = {"unet": _UNET, "text_encoder": _TEXT, "text_encoder_2": _TEXT}
 _SD3_DEFAULTS = {**_DEFAULTS, "transformer": _SD3, "text_encoder_3": _T5}
 
@@ -121,9 +123,9 @@ def read_architecture(folder: Path, others: Path | None = None) -> Architecture:
     encoders = [name for name in UNetArchitecture.encoder_classes if name in index]
     parts = _read_parts(folder, index, "unet", encoders, _DEFAULTS, others)
     check_sizes(folder, parts)
-    corrects = index["_class_name"] in _CORRECTING
-    parts["unet"] = _corrected(parts["unet"], corrects)
-    if parts["scheduler"].get("clip_sample") and not corrects and "text_encoder_2" not in index:
+    parts["unet"] = _corrected(parts["unet"], index["_class_name"] in _CORRECTING_SIZES)
+    clips = parts["scheduler"].get("clip_sample", index["scheduler"][1] in _CLIPPING)
+    if clips and index["_class_name"] not in _CORRECTING and "text_encoder_2" not in index:
         raise unusable_base(f"{folder} has a {index['_class_name']} with clip_sample", "clip_sample = false")
     empty_is_zeros = index.get("force_zeros_for_empty_prompt", True) is True and "text_encoder_2" in index
     steps = _CONSISTENCY_STEPS if index["scheduler"][1] in _CONSISTENCY_SCHEDULERS else None

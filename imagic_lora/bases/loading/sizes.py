@@ -8,7 +8,7 @@ from typing import Any
 
 from ...core.errors import ImagicError
 from ..architecture import KLEIN_LAYERS
-from .vetting import TIME_IDS, inpainting, unusable_base
+from .vetting import TIME_IDS, inpainting_channels, unusable_base
 
 _REQUIRED = {
     "unet": ("sample_size", "in_channels", "out_channels", "cross_attention_dim", "layers_per_block", "block_out_channels"),
@@ -236,14 +236,14 @@ def _check_inputs(folder: Path, unet: dict[str, Any], has_second: bool) -> None:
 
 def _check_matching(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], second: dict[str, Any] | None) -> None:
     """Raises ImagicError if two sizes differ that must be equal."""
-    if unet["in_channels"] == 2 * vae["latent_channels"] + 1:  # latents, mask and masked photo
-        raise inpainting(f"{folder} has a U-Net with in_channels = {unet['in_channels']}")
+    inpaints = unet["in_channels"] == inpainting_channels(vae["latent_channels"])
+    latents = vae["latent_channels"] if inpaints else unet["in_channels"]
     channels, text_width = len(unet["block_out_channels"]), text["hidden_size"] + (second["hidden_size"] if second else 0)
     pairs = {
         "numbers of down_block_types and block_out_channels": (len(unet["down_block_types"]), channels),
         "numbers of up_block_types and block_out_channels": (len(unet["up_block_types"]), channels),
-        "out_channels and in_channels of the U-Net": (unet["out_channels"], unet["in_channels"]),
-        "latent_channels of the VAE and in_channels of the U-Net": (vae["latent_channels"], unet["in_channels"]),
+        "out_channels and in_channels of the U-Net": (unet["out_channels"], latents),
+        "latent_channels of the VAE and in_channels of the U-Net": (vae["latent_channels"], latents),
         "in_channels of the VAE and channels of an RGB image": (vae.get("in_channels", 3), 3),
         "out_channels of the VAE and channels of an RGB image": (vae.get("out_channels", 3), 3),
         "hidden_size of the text encoders and cross_attention_dim": (text_width, unet["cross_attention_dim"]),

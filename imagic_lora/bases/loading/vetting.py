@@ -40,8 +40,14 @@ _KLEIN_COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tokenizer": ("transformers", ("Qwen2Tokenizer", "Qwen2TokenizerFast")),
 }
 FAMILIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # library and classes of each component, by pipeline class
-    **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline"), _COMPONENTS),
-    **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), _COMPONENTS | _SECOND_TEXT_ENCODER),
+    **dict.fromkeys(
+        ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline"),
+        _COMPONENTS,
+    ),
+    **dict.fromkeys(
+        ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+        _COMPONENTS | _SECOND_TEXT_ENCODER,
+    ),
 }
 FLOW_FAMILIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # as FAMILIES
     **dict.fromkeys(("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"), _JOINT_COMPONENTS),
@@ -183,8 +189,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     index = read_json(path)
     family = index.get("_class_name")
-    if isinstance(family, str) and "Inpaint" in family:
-        raise inpainting(f"{folder} has the pipeline class {family[:60]!r}")
     known = FAMILIES | FLOW_FAMILIES
     if not isinstance(family, str) or family not in known:
         got = f"{folder} has the pipeline class {reprlib.repr(family)}"
@@ -218,13 +222,12 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def inpainting_channels(latent_channels: int) -> int:
+    """Input channels of the U-Net of an inpainting model: noisy latents, the mask, and the latents of the photo without the masked area."""
+    return 2 * latent_channels + 1
+
+
 def keys_of(index: Mapping[str, Any]) -> Mapping[str, Keys]:
     """The keys that the configs of a base can have, by component, for the content of its checked ``model_index.json``."""
     components = FLOW_FAMILIES.get(index["_class_name"])
     return KEYS if components is None else KLEIN_KEYS if components is _KLEIN_COMPONENTS else SD3_KEYS
-
-
-def inpainting(got: str) -> ImagicError:
-    """The error for an inpainting model, whose U-Net has the mask and the masked photo as inputs."""
-    remedy = "choose the base that it was made from: method blended-latent edits inside a mask with any base"
-    return ImagicError(f"{got}, as an inpainting model has", "a text-to-image base", remedy)

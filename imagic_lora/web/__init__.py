@@ -1,0 +1,9 @@
+"""The studio in the browser (extra ``web``): ``imagic-lora web``. It may import every other room; no room but ``cli/commands/web.py`` imports
+it. The server never imports torch: the worker process alone runs models, and it calls the functions of the command line.
+
+jobs.py        a job, and the queue of jobs in the store's folder
+durable.py     files that survive a crash: JSON replaced atomically, a log of events
+worker.py      the process that runs one job after another
+running.py     one job: the call of the command's function, its progress as events
+supervisor.py  starts the worker, stops and cancels its job, explains how it ended
+"""

@@ -31,6 +31,7 @@ from .commands.plan import plan
 from .commands.reproduce import reproduce
 from .commands.store import list_adapters, remove, rename, show, verify
 from .commands.sweep import sweep
+from .commands.web import web
 from .console import print_error, print_interrupted, print_warnings
 from .interrupts import Interrupts
 
@@ -54,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None] | App] = {
     "bench": bench,
     "demo": demo,
     "doctor": doctor,
+    "web": web,
 }
 
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)

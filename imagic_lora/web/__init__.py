@@ -1,5 +1,5 @@
-"""The studio in the browser (extra ``web``): ``imagic-lora web``. It may import every other room; no room but ``cli/commands/web.py`` imports
-it. The server never imports torch: the worker process alone runs models, and it calls the functions of the command line.
+"""The studio in the browser (extra ``web``): ``imagic-lora web``. It may import every other room; only the command imports it.
+The server never imports torch: the worker process alone runs models, and it calls the functions of the command line.
 
 jobs.py        a job, and the queue of jobs in the store's folder
 durable.py     files that survive a crash: JSON replaced atomically, a log of events

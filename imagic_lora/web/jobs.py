@@ -223,6 +223,4 @@ class Queue:
             if not (self.folder(name) / "job.json").exists():
                 return None  # deleted, or the server was killed before it wrote the job
             created = float(name.split("-")[0])
-            return Job(
-                id=name, kind="unreadable", arguments={}, state="failed", place=created, created=created, problem=Problem.of(error)
-            )
+            return Job(id=name, kind="unreadable", arguments={}, state="failed", place=created, created=created, problem=Problem.of(error))

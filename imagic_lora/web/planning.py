@@ -1,4 +1,4 @@
-"""The memory plan of a fit, by ``imagic-lora plan`` in a process of its own: some bases are predicted by torch, which the server has not."""
+"""The memory plan of a fit, by ``imagic-lora plan`` in a process of its own: the server has no torch, which some bases need."""
 
 from __future__ import annotations
 

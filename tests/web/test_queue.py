@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from imagic_lora.adapters.store import Store
@@ -79,7 +78,9 @@ def test_jobs_run_in_their_order_which_can_be_changed(queue: Queue):
     assert {job.id for job in queue.jobs()} == {first.id, second.id}
 
 
-@pytest.mark.parametrize("name", ["../../x", "1234567890-0123456789abcdef/..", "", "1234567890-0123456789abcdeF", "1234567890-0123456789abcdef\n"])
+@pytest.mark.parametrize(
+    "name", ["../../x", "1234567890-0123456789abcdef/..", "", "1234567890-0123456789abcdeF", "1234567890-0123456789abcdef\n"]
+)
 def test_ids_are_no_paths(queue: Queue, name: str):
     with pytest.raises(ImagicError, match="no job"):
         queue.read(name)
@@ -120,6 +121,7 @@ def test_the_server_side_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
 
 
+@pytest.mark.web
 def test_a_fit_an_edit_and_an_error_run_one_after_another(queue: Queue, supervisor: Supervisor):
     fitted = fit(queue)
     edited = queue.submit("edit", {"name": "rex", "eta": "0,0.7", "settings": {"steps": 2}})
@@ -144,6 +146,7 @@ def test_a_fit_an_edit_and_an_error_run_one_after_another(queue: Queue, supervis
     assert "stepps" in problem.got
 
 
+@pytest.mark.web
 def test_a_fit_stops_with_a_checkpoint_and_resumes(queue: Queue, supervisor: Supervisor):
     job = fit(queue, embed_steps=5000)
     until(supervisor, lambda: bool(steps(queue, job)))
@@ -161,6 +164,7 @@ def test_a_fit_stops_with_a_checkpoint_and_resumes(queue: Queue, supervisor: Sup
     assert Store(queue.store).unfinished() == []
 
 
+@pytest.mark.web
 def test_sigkill_of_the_worker_is_shown_and_its_fit_resumes(queue: Queue, supervisor: Supervisor):
     job, waiting = fit(queue, embed_steps=5000), queue.submit("edit", {"name": "none"})
     until(supervisor, lambda: any(event["step"] > 10 for event in steps(queue, job)))
@@ -178,10 +182,13 @@ def test_sigkill_of_the_worker_is_shown_and_its_fit_resumes(queue: Queue, superv
     supervisor.cancel(resumed.id)
 
 
+@pytest.mark.web
 def test_sigkill_of_the_server_loses_nothing(queue: Queue):
     """The fit goes on without a server; the next one finds it, and starts no second worker."""
     job, second = fit(queue, embed_steps=5000), fit(queue, "mia")
-    code = "import sys, time; from pathlib import Path; from imagic_lora.web.supervisor import *; s = Supervisor(Queue(Path(sys.argv[1])))\n"
+    code = (
+        "import sys, time; from pathlib import Path; from imagic_lora.web.supervisor import *; s = Supervisor(Queue(Path(sys.argv[1])))\n"
+    )
     server = subprocess.Popen([sys.executable, "-c", code + "while True: s.check(); time.sleep(.05)", str(queue.store)])
     end = time.monotonic() + 300
     while not steps(queue, job):
@@ -200,7 +207,7 @@ def test_sigkill_of_the_server_loses_nothing(queue: Queue):
     supervisor.cancel(job.id)
     until(supervisor, lambda: queue.read(second.id).state in ENDED)
     assert queue.read(second.id).state == "done", queue.read(second.id)
-    os.kill(psutil.Process(read_worker(queue).pid).pid, signal.SIGKILL)  # type: ignore[union-attr]
+    supervisor.close()
 
 
 def test_a_fit_whose_worker_died_without_a_server_is_found(queue: Queue, supervisor: Supervisor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import html
+import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LOCAL = r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?\Z"
 MAX_UPLOAD = 100 * 2**20
 _MAX_BODY = 2**20  # bytes of every request that is no upload
 _COOKIE = "imagic-lora-session"
@@ -58,7 +60,7 @@ class Access:
         """Whether a ``Host`` header names this server: a page of another name could otherwise reach it by rebinding its DNS name."""
         if self.host not in LOOPBACK:
             return bool(header)  # the session cookie belongs to a host
-        return urlsplit(f"//{header}").hostname in LOOPBACK
+        return re.match(_LOCAL, header) is not None
 
     def admits(self, cookies: str) -> bool:
         """Whether a ``Cookie`` header holds a session."""

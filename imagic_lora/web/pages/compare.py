@@ -24,7 +24,7 @@ class CompareTab:
         self._studio, self._form = studio, Form()
         with ui.element("div").classes("columns"):
             with ui.element("form").props('onsubmit="return false" aria-label="New comparison"'):
-                self._photo = PhotoField(studio.uploads, "Drop a photo here, or press + to choose one")
+                self._photo = PhotoField(studio.uploads, "Drop a photo here, or press to choose one")
                 self._form.text("prompt", "target prompt", "Describes the edited image")
                 self._form.text("source", "source prompt", "Describes the photo as it is. Many methods need one")
                 self._form.text("methods", "methods", "Names separated by commas, all, or fast: those that train nothing", value="fast")
@@ -46,7 +46,7 @@ class CompareTab:
         prompt, source, methods, base, budget, seed = (self._form.fields[name].value.strip() for name in names)
         try:
             if not self._photo.stored:
-                raise ImagicError("no photo", "a photo", "drop one, or press +")
+                raise ImagicError("no photo", "a photo", "drop one, or press the button")
             if not prompt:
                 raise ImagicError("--prompt is empty", "what the edited image shows", "describe it, for example: a dog jumping")
             if not (seed.isascii() and seed.isdigit()):

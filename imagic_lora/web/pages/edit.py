@@ -20,6 +20,7 @@ from ..fields import settings_of
 from ..studio import Studio
 from .forms import Form
 from .jobview import JobView
+from .photos import upload_button
 
 MAX_RECALL = 64 * 2**20
 
@@ -122,8 +123,7 @@ class EditTab:
                 with ui.row().classes("buttons"):
                     ui.button("Generate", on_click=self._generate)
                 ui.label("Or recall the settings of an image that was made here:").classes("hint")
-                self._recalled = ui.upload(label="Drop a PNG", auto_upload=True, max_file_size=MAX_RECALL, on_upload=self._recall)
-                self._recalled.props('flat bordered accept="image/png"').classes("upload")
+                self._recalled = upload_button("Drop a PNG here, or press to choose one", "image/png", MAX_RECALL, self._recall)
             self._job = ui.element("div")
         self._show_last()
 

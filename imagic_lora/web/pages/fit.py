@@ -34,7 +34,7 @@ class FitTab:
         every = settings_of(RunConfig)
         with ui.element("div").classes("columns"):
             with ui.element("form").props('onsubmit="return false" aria-label="New fit"'):
-                self._photo = PhotoField(studio.uploads, "Drop a photo here, or press + to choose one", region=True, change=self._named)
+                self._photo = PhotoField(studio.uploads, "Drop a photo here, or press to choose one", region=True, change=self._named)
                 self._form.add("image", self._photo, "--image")
                 self._form.add("region", self._photo.region)
                 self._form.text("prompt", "target prompt", "Describes the edited image, for example: a dog jumping")
@@ -120,7 +120,7 @@ class FitTab:
         overwrite = self._overwrite.value
         try:
             if not self._photo.stored:
-                raise ImagicError("no photo", "a photo", "drop one, or press +")
+                raise ImagicError("no photo", "a photo", "drop one, or press the button")
             if not prompt:
                 raise ImagicError("--prompt is empty", "what the edited image shows", "describe it, for example: a dog jumping")
             if region:

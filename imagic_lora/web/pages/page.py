@@ -29,7 +29,6 @@ def build(studio: Studio, tab: str) -> None:
         studio: the studio.
         tab: the tab that is open at first.
     """
-    ui.colors(primary="#1a5a96")
     ui.add_css(_STYLE)
     built: set[str] = set()
 

@@ -12,6 +12,24 @@ from ..guard import MAX_UPLOAD
 from ..uploads import Uploads
 
 
+def upload_button(label: str, accept: str, most: int, received: Callable[[events.UploadEventArguments], Any]) -> ui.upload:
+    """Shows a button that chooses a file and onto which one can be dropped. The uploader of Quasar, which has no labels, is hidden.
+
+    Args:
+        label: text of the button.
+        accept: what the browser offers.
+        most: bytes of a file.
+        received: called with the upload.
+    """
+    upload = ui.upload(auto_upload=True, max_file_size=most, on_upload=received).props(f'accept="{accept}"')
+    upload.style("display: none")
+    button = ui.button(label, color=None).props("outline no-caps").classes("drop")
+    button.on("click", js_handler=f"() => getElement({upload.id}).pickFiles()")
+    button.on("dragover", js_handler="(event) => event.preventDefault()")
+    button.on("drop", js_handler=f"(event) => {{ event.preventDefault(); getElement({upload.id}).addFiles(event.dataTransfer.files) }}")
+    return upload
+
+
 class PhotoField:
     """An upload with its preview.
 
@@ -32,9 +50,8 @@ class PhotoField:
         self._uploads, self._change = uploads, change
         self._corner: tuple[float, float] | None = None
         self._scale = 1.0
-        self._upload = ui.upload(label=label, auto_upload=True, max_files=1, max_file_size=MAX_UPLOAD, on_upload=self._received)
+        self._upload = upload_button(label, "image/*,.heic,.tif,.tiff", MAX_UPLOAD, self._received)
         self._upload.on("rejected", lambda: self.fail(f"The file is no photo, or larger than {MAX_UPLOAD / 2**20:.0f} MB."))
-        self._upload.props('flat bordered accept="image/*,.heic,.tif,.tiff"').classes("upload")
         self._problem = ui.label().classes("problem").props('role="alert"')
         self._problem.visible = False
         self._image = ui.interactive_image(cross=False, on_mouse=self._mouse if region else None, events=["mousedown", "mouseup"])

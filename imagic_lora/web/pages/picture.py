@@ -36,13 +36,12 @@ def show_picture(path: Path, url: str, before: str | None, use: Callable[[dict[s
             ui.link("Download with metadata", f"{url}?download=1").classes("download")
         with ui.element("div").classes("compare"):
             ui.html(f'<img src="{url}" alt="The edited image">', sanitize=False)
-            if before:
-                shown = ui.html(f'<img src="{before}" alt="The photo">', sanitize=False).classes("before")
+            over = ui.html(f'<img src="{before}" alt="The photo">' if before else "", sanitize=False).classes("before")
         if before:
             ui.label("Before / after")
             slider = ui.slider(min=0, max=100, value=0).props('aria-label="Share of the photo that is shown"').classes("field")
-            slider.on_value_change(lambda: shown.style(f"clip-path: inset(0 {100 - slider.value}% 0 0)"))
-            shown.style("clip-path: inset(0 100% 0 0)")
+            slider.on_value_change(lambda: over.style(f"clip-path: inset(0 {100 - slider.value}% 0 0)"))
+        over.style("clip-path: inset(0 100% 0 0)")
         if metadata:
             with ui.expansion("Settings of this image", value=True).classes("field"), ui.element("dl").classes("facts"):
                 for name, value in metadata.items():

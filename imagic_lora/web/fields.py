@@ -54,7 +54,7 @@ def settings_of(model: type[BaseModel], group: str = "") -> list[Setting]:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             found += settings_of(annotation, path)
             continue
-        flags = [one.name[0] for one in field.metadata if isinstance(one, Parameter) and one.name]
+        flags = [next(iter(one.name)) for one in field.metadata if isinstance(one, Parameter) and one.name]
         kind, choices = _kind(annotation)
         limits = {type(one): one for one in field.metadata if isinstance(one, Ge | Gt | Le | Lt)}
         low = next((float(getattr(limits[t], n)) for t, n in ((Ge, "ge"), (Gt, "gt")) if t in limits), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from fastapi import HTTPException
 from fastapi.responses import FileResponse
-from nicegui import app, run, ui
+from nicegui import app, ui
 
 from ..adapters.record import CONVERGENCE, PREVIEW, PREVIEWS, SOURCE
 from ..adapters.store import check_name
@@ -44,7 +45,7 @@ def serve(studio: Studio, access: Access, port: int, show: bool) -> None:
         build(studio, tab)
 
     async def check() -> None:
-        await run.io_bound(studio.supervisor.check)
+        await asyncio.to_thread(studio.supervisor.check)
 
     app.on_startup(studio.uploads.sweep)
     app.on_startup(lambda: app.timer(_EVERY, check))

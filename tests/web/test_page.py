@@ -112,7 +112,9 @@ def test_an_edit_fills_a_grid_and_its_images_recall_their_settings(page: Any, tm
     assert panel.locator('[id="eta"]').input_value() == "0.8"
     for field in ("eta", "seed", "steps"):
         setting(panel, field, "1")
+        panel.locator(f'[id="{field}"]').blur()
     panel.locator("input[type=file]").set_input_files(path)
+    page.wait_for_timeout(500)
     page.wait_for_function("[...document.querySelectorAll('[id=\"eta\"]')].some(e => e.offsetParent && e.value === '0.8')")
     assert [panel.locator(f'[id="{field}"]').input_value() for field in ("seed", "steps")] == ["3", "5"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from nicegui import run, ui
+from nicegui import ui
 
 from ...adapters.adapter import Adapter
 from ...core.errors import ImagicError
@@ -81,7 +83,7 @@ class AdaptersTab:
                 )
             with ui.row().classes("buttons"):
                 for label, action in (("Rename", self._rename), ("Verify", self._verify), ("Export", self._export)):
-                    ui.button(label, on_click=lambda action=action: action(name)).props(f'flat dense aria-label="{label} {name}"')
+                    ui.button(label, on_click=partial(action, name)).props(f'flat dense aria-label="{label} {name}"')
                 if record.config.tune.mode == "full":
                     ui.button("Compress", on_click=lambda: self._compress(name)).props(f'flat dense aria-label="Compress {name}"')
                 ui.button("Delete", on_click=lambda: self._delete(name)).props(f'flat dense aria-label="Delete {name}"')
@@ -122,7 +124,7 @@ class AdaptersTab:
     async def _verify(self, name: str) -> None:
         self._problem.visible = False
         try:
-            await run.io_bound(self._studio.store.read, name)
+            await asyncio.to_thread(self._studio.store.read, name)
             self._status.text = f"Verified {name}: unchanged"
         except ImagicError as error:
             self._problem.text, self._problem.visible = str(error), True

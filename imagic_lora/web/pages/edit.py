@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from nicegui import events, run, ui
+from nicegui import events, ui
 from pydantic import ValidationError
 
 from ...adapters.adapter import Adapter
@@ -146,7 +147,7 @@ class EditTab:
         self._marked.text = f"Eta {exact(record.eta)} is {source}: lower keeps more of the photo, higher follows the prompt"
 
     def _slid(self) -> None:
-        self._form.fields["eta"].value = exact(round(self._slider.value, 2))
+        self._form.fields["eta"].value = exact(round(self._slider.value or 0.0, 2))
 
     def _generate(self) -> None:
         """Adds the edit to the queue."""
@@ -184,7 +185,7 @@ class EditTab:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "image.png"
                 path.write_bytes(data)
-                metadata = await run.io_bound(read_metadata, path)
+                metadata = await asyncio.to_thread(read_metadata, path)
             self._use(metadata)
         except ImagicError as error:
             self._form.show(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from nicegui import run, ui
+from nicegui import ui
 
 from ...adapters.store import check_name
 from ...cli.options import parse_region, slug
@@ -78,7 +78,7 @@ class FitTab:
             return
         given = self._form.given()
         try:
-            shown = await run.io_bound(defaults, given)
+            shown = await asyncio.to_thread(defaults, given)
             self._form.clear()
             self._form.show_defaults(shown, but=("memory", "preset", "base"))
             self._show_plan(None)
@@ -117,7 +117,7 @@ class FitTab:
         given, region = self._form.given(), self._photo.region.value or ""
         prompt = self._form.fields["prompt"].value.strip()
         name = self._form.fields["name"].value.strip() or slug(self._photo.name, "photo")
-        overwrite = self._overwrite.value
+        overwrite = bool(self._overwrite.value)
         try:
             if not self._photo.stored:
                 raise ImagicError("no photo", "a photo", "drop one, or press the button")
@@ -126,7 +126,7 @@ class FitTab:
             if region:
                 parse_region(region)
             check_name(name)
-            await run.io_bound(self._studio.store.check_free, name, overwrite)
+            await asyncio.to_thread(self._studio.store.check_free, name, overwrite)
             if name in self._studio.store.unfinished() and not overwrite:
                 got = f"--name {name}: an unfinished fit has it"
                 raise ImagicError(got, "an unused name", "resume that fit in the queue, or let it be replaced")

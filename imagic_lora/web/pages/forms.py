@@ -135,7 +135,7 @@ def _show_default(element: Any, setting: Setting, default: Any) -> None:
     shown = {True: "yes", False: "no"}.get(default, default) if setting.kind == "bool" else default
     text = "" if shown in (None, "") else f"{shown:g}" if isinstance(shown, float) else str(shown)
     if isinstance(element, ui.select):
-        element.set_options({None: f"default: {text}", **{key: value for key, value in element.options.items() if key is not None}})
+        element.set_options({None: f"default: {text}", **{name: name for name in setting.choices or ("yes", "no")}})
         element.props("stack-label")
     else:
         element.props(f'stack-label placeholder="{text}"')

@@ -41,7 +41,7 @@ def build(studio: Studio, tab: str) -> None:
 
     with ui.header().classes("header"):
         ui.label("imagic-lora").classes("title").props('role="heading" aria-level="1"')
-        with ui.tabs(on_change=lambda event: opened(event.value)).props("dense mobile-arrows outside-arrows align=left") as tabs:
+        with ui.tabs(on_change=lambda event: opened(str(event.value))).props("dense mobile-arrows outside-arrows align=left") as tabs:
             for name in TABS:
                 ui.tab(name, label=name.capitalize())
     start = tab if tab in TABS else "fit"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from nicegui import events, run, ui
+from nicegui import events, ui
 
 from ...core.errors import ImagicError
 from ..guard import MAX_UPLOAD
@@ -70,8 +71,8 @@ class PhotoField:
         """Stores an upload and shows it upright."""
         self._problem.visible = False
         try:
-            stored = await run.io_bound(self._uploads.add, event.file.name, await event.file.read())
-            width, height = await run.io_bound(self._uploads.size, stored)
+            data = await event.file.read()
+            stored, (width, height) = await asyncio.to_thread(self._store, event.file.name, data)
         except ImagicError as error:
             self.fail(f"{error.got}. Expected: {error.expected}. What to do: {error.remedy}.")
             return
@@ -85,6 +86,11 @@ class PhotoField:
         self._image.visible, self.region.value = True, ""
         if self._change:
             self._change()
+
+    def _store(self, name: str, data: bytes) -> tuple[str, tuple[int, int]]:
+        """Stores an upload, and returns its path and its size; in a thread, because decoding takes time."""
+        stored = self._uploads.add(name, data)
+        return stored, self._uploads.size(stored)
 
     def _mouse(self, event: events.MouseEventArguments) -> None:
         """Draws the region from the corner where the button went down to the one where it came up."""

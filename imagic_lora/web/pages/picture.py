@@ -40,7 +40,7 @@ def show_picture(path: Path, url: str, before: str | None, use: Callable[[dict[s
         if before:
             ui.label("Before / after")
             slider = ui.slider(min=0, max=100, value=0).props('aria-label="Share of the photo that is shown"').classes("field")
-            slider.on_value_change(lambda: over.style(f"clip-path: inset(0 {100 - slider.value}% 0 0)"))
+            slider.on_value_change(lambda: over.style(f"clip-path: inset(0 {100 - (slider.value or 0)}% 0 0)"))
         over.style("clip-path: inset(0 100% 0 0)")
         if metadata:
             with ui.expansion("Settings of this image", value=True).classes("field"), ui.element("dl").classes("facts"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from nicegui import ui
@@ -68,7 +69,7 @@ class QueueTab:
                 ("Cancel", "Cancel", lambda: self._studio.supervisor.cancel(job.id), True),
             ]
             for label, what, action, enabled in buttons:
-                button = ui.button(label, on_click=lambda action=action: self._do(action)).props("flat dense")
+                button = ui.button(label, on_click=partial(self._do, action)).props("flat dense")
                 button.props(f'aria-label="{what}: {job.kind}"').set_enabled(enabled)
 
     def _ended(self, job: Job) -> None:

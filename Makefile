@@ -56,6 +56,9 @@ docs-settings: $(READY) ## write docs/reference/settings.md from the config mode
 critters: $(READY) ## make the embedded base from nothing: outputs/critters/data; hours on two cores, resumes
 	$(BIN)/python scripts/train_critters.py
 
+critters-dit: $(READY) ## make the transformer of critters-dit from nothing: outputs/critters-dit/data; hours on two cores, resumes
+	$(BIN)/python scripts/train_critters.py --work outputs/critters-dit --transformer-of imagic_lora/critters/data
+
 critters-report: $(READY) ## measure the embedded base and draw its sample sheet
 	$(BIN)/python scripts/critters_report.py
 
@@ -79,4 +82,4 @@ clean: ## remove outputs, caches and .venv
 	rm -rf outputs dist $(VENV) .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test web test-web test-slow test-gpu torture lint check docs-settings critters critters-report bench-critters bench-memory bench-speed bench-swaps dist clean
+.PHONY: help setup demo test web test-web test-slow test-gpu torture lint check docs-settings critters critters-dit critters-report bench-critters bench-memory bench-speed bench-swaps dist clean

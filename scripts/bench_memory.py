@@ -14,18 +14,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging
+from measuring import settings, table
 
-from imagic_lora.adapters.full import unfrozen
-from imagic_lora.adapters.lora import attached
+from imagic_lora.adapters.modes import MODES as WEIGHTS
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.runtime import Processes, resolve_runtime
-from imagic_lora.core.settings import PRESETS, merged, recipe_of, resolve
+from imagic_lora.core.settings import PRESETS, merged
 from imagic_lora.memory.limits import is_out_of_memory
 from imagic_lora.memory.plan import Plan, assume, predict
 from imagic_lora.training.embed import embed_stage
@@ -93,12 +94,6 @@ SD 1.5, 512 x 512, batch 1, four images at once; predicted, without allowances. 
 """
 
 
-def settings(base: str, mode: Mode, preset: str, *changes: dict[str, Any]) -> RunConfig:
-    """The configuration of a run: a preset and changes to it."""
-    given = merged({"base": base, "preset": preset, "tune": {"mode": mode}}, *changes)
-    return resolve(given, {}, recipe_of(base))
-
-
 def mib(size: float) -> str:
     """A size in bytes as text, in whole MiB."""
     return f"{size / 2**20:,.0f}"
@@ -109,9 +104,8 @@ def exact(run: RunConfig) -> Plan:
     return rehearse(architecture(run.base), run, assume(run))
 
 
-def predicted_table() -> list[str]:
-    """The predicted peaks of every base, mode and preset, as lines of a Markdown table."""
-    lines = ["| base | mode | preset | encode | embed | tune | sample | decode | with allowances | quick / exact |", "|" + "---|" * 10]
+def predicted_rows() -> Iterator[list[str]]:
+    """The predicted peaks of every base, mode and preset."""
     cases: list[tuple[str, Mode, str, dict[str, Any]]] = []
     for base, mode, preset in itertools.product(("sd15", "sd21", "sdxl", "critters"), MODES, PRESETS):
         cases.append((base, mode, preset, {}))
@@ -121,28 +115,22 @@ def predicted_table() -> list[str]:
     for base, mode, preset, change in cases:
         run = settings(base, mode, preset, change)
         counted, quick = exact(run), predict(architecture(base), run)
-        stages = " | ".join(mib(peak.total) for peak in counted.stages.values())
         name = ", ".join([mode, *(value for group in change.values() for value in group.values())])
-        ratio = quick.peak_bytes / counted.peak_bytes
-        lines.append(f"| {base} | {name} | {preset} | {stages} | **{mib(counted.peak_bytes)}** | {ratio:.3f} |")
-        print(lines[-1], flush=True)
-    return lines
+        stages = [mib(peak.total) for peak in counted.stages.values()]
+        yield [base, name, preset, *stages, f"**{mib(counted.peak_bytes)}**", f"{quick.peak_bytes / counted.peak_bytes:.3f}"]
 
 
-def ladder_table(mode: Mode) -> list[str]:
+def ladder_rows(mode: Mode) -> Iterator[list[str]]:
     """Memory levers added one after the other to SD 1.5 at 512 pixels, batch 1: the peak of the worst stage and what each lever saves."""
-    lines = ["| levers, each added to those above | worst stage | peak MiB | saved | tune MiB | saved |", "|" + "---|" * 6]
     change: dict[str, Any] = {}
     before: tuple[int, int] | None = None
     for name, lever in LADDERS[mode]:
         change = merged(change, lever)
-        plan = rehearse(architecture("sd15"), run := settings("sd15", mode, "auto", change), assume(run))
+        plan = exact(settings("sd15", mode, "auto", change))
         now = plan.stages[worst := max(plan.stages, key=lambda stage: plan.stages[stage].total)].total, plan.stages["tune"].total
         saved = [mib(b - n) if before else "" for b, n in zip(before or now, now, strict=True)]
-        lines.append(f"| {name} | {worst} | {mib(now[0])} | {saved[0]} | {mib(now[1])} | {saved[1]} |")
-        print(lines[-1], flush=True)
+        yield [name, worst, mib(now[0]), saved[0], mib(now[1]), saved[1]]
         before = now
-    return lines
 
 
 def measure(run: RunConfig, cap: float | None) -> dict[str, Any]:
@@ -158,8 +146,7 @@ def measure(run: RunConfig, cap: float | None) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / torch.cuda.get_device_properties(0).total_memory))
     completed = False
     try:
-        card = architecture(run.base)
-        base = random_base(card, run, resolve_runtime(run.memory))
+        base = random_base(architecture(run.base), run, resolve_runtime(run.memory))
         side = run.resolution or base.resolution
         latents = base.encode_image(torch.zeros(1, 3, side, side))
         base.offload_encoders()
@@ -168,7 +155,7 @@ def measure(run: RunConfig, cap: float | None) -> dict[str, Any]:
         for k in range(2):
             stage.step(k)
         del stage
-        with attached(base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(base, restore=False) as trainables, torch.enable_grad():
+        with WEIGHTS[run.tune.mode].trainables(base, run.tune, 0, False) as trainables, torch.enable_grad():
             stage = tune_stage(base, latents, text, trainables, run.tune, 0, Processes())
             for k in range(2):
                 stage.step(k)
@@ -195,10 +182,8 @@ def in_a_process(run: RunConfig, cap: float | None = None) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measured_table() -> list[str]:
-    """The measured peaks of presets and plain settings on a card, without and with memory limits, as lines of a Markdown table."""
-    caps = " | ".join(f"{cap} GiB" for cap in CAPS)
-    lines = [f"| base | run | allocated | reserved | process | predicted / process | {caps} |", "|" + "---|" * (6 + len(CAPS))]
+def measured_rows() -> Iterator[list[str]]:
+    """The measured peaks of presets and plain settings on a card, without and with memory limits."""
     cases = [
         (base, f"{mode}, {preset}", settings(base, mode, preset))
         for base in ("sd15", "sd21")
@@ -211,11 +196,9 @@ def measured_table() -> list[str]:
     for base, name, run in cases:
         unlimited, plan = in_a_process(run), predict(architecture(base), run)
         capped = ["yes" if in_a_process(run, cap)["completed"] else "no" for cap in CAPS]
-        sizes = " | ".join(mib(unlimited[kind]) for kind in ("allocated", "reserved", "process"))
+        sizes = [mib(unlimited[kind]) for kind in ("allocated", "reserved", "process")]
         ratio = plan.peak_bytes / unlimited["process"] if unlimited["process"] else float("nan")
-        lines.append(f"| {base} | {name} | {sizes} | {ratio:.2f} | {' | '.join(capped)} |")
-        print(lines[-1], flush=True)
-    return lines
+        yield [base, name, *sizes, f"{ratio:.2f}", *capped]
 
 
 def main() -> None:
@@ -228,15 +211,18 @@ def main() -> None:
         print(json.dumps(measure(RunConfig.model_validate_json(args.one), args.cap or None)))
         return
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    page = [*_ABOUT.splitlines(), "", *predicted_table(), "", *_LADDERS_ABOUT.splitlines()]
+    stages = ("encode", "embed", "tune", "sample", "decode")
+    predicted = table(("base", "mode", "preset", *stages, "with allowances", "quick / exact"), predicted_rows())
+    page = [*_ABOUT.splitlines(), "", *predicted, "", *_LADDERS_ABOUT.splitlines()]
     for mode in MODES:
-        page += ["", f"Mode {mode}:", "", *ladder_table(mode)]
+        columns = ("levers, each added to those above", "worst stage", "peak MiB", "saved", "tune MiB", "saved")
+        page += ["", f"Mode {mode}:", "", *table(columns, ladder_rows(mode))]
     page += ["", "## Measured", ""]
-    page += (
-        [f"On {card}, random weights.", "", *measured_table()]
-        if card
-        else ["Not yet: no card was available. `make bench-memory` on one adds it."]
-    )
+    if card:
+        columns = ("base", "run", "allocated", "reserved", "process", "predicted / process", *(f"{cap} GiB" for cap in CAPS))
+        page += [f"On {card}, random weights.", "", *table(columns, measured_rows())]
+    else:
+        page += ["Not yet: no card was available. `make bench-memory` on one adds it."]
     PAGE.write_text("\n".join(page) + "\n", encoding="utf-8")
     print(f"wrote {PAGE}")
 

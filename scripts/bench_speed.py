@@ -16,34 +16,36 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.utils import logging
+from measuring import opened, settings, table
+from PIL import Image
 from torch.nn import Parameter
 from torch.profiler import profile
 
-from imagic_lora.adapters.full import unfrozen
-from imagic_lora.adapters.lora import attached
+from imagic_lora.adapters.modes import MODES
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EditConfig, Mode, RunConfig
-from imagic_lora.core.runtime import Processes, peak_memory, resolve_runtime
-from imagic_lora.core.settings import merged, recipe_of, resolve
+from imagic_lora.core.runtime import Processes, peak_memory
 from imagic_lora.memory.plan import assume, predict
 from imagic_lora.photos.canvas import to_canvas
 from imagic_lora.sampling.generate import generate
 from imagic_lora.training.embed import embed_stage
-from imagic_lora.training.fit import open_base
-from imagic_lora.training.rehearsal import random_base
 from imagic_lora.training.stage import Stage
 from imagic_lora.training.tune import tune_stage
 
 PAGE = Path("docs/internals/speed.md")
 Step = Callable[[], Any]
+Cells = tuple[object, ...]
+STAGES = ("base", "size", "stage", "batch", "optimizer", "ours, steps/s", "plain, steps/s", "ratio")
+IMAGES = ("base", "size", "what", "ours, images/s", "plain, images/s", "ratio")
 LEVERS: list[tuple[str, Mode, dict[str, Any], dict[str, Any]]] = [
     ("gradient checkpointing", "lora", {}, {"gradient_checkpointing": True}),
     ("NF4 base", "lora", {}, {"quantize": "nf4"}),
@@ -102,7 +104,7 @@ class Bench:
             tokens = Parameter(self.text.tokens.clone())
             yield embed_stage(self.base, self.latents, self.text, run.embed, 0, Processes()), [tokens], Conditioning(tokens)
             return
-        with attached(self.base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(self.base, restore=False) as trainables:
+        with MODES[run.tune.mode].trainables(self.base, run.tune, 0, False) as trainables:
             yield tune_stage(self.base, self.latents, self.text, trainables, run.tune, 0, Processes()), list(trainables.values()), self.text
 
 
@@ -163,50 +165,26 @@ def compare(first: Step, second: Step, rounds: int, steps: int) -> tuple[float, 
     return a, b, statistics.median(second / first for first, second in pairs)
 
 
-def row(*cells: object) -> str:
-    """A row of a Markdown table, which is also printed."""
-    line = "| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
-    print(line, flush=True)
-    return line
-
-
-def settings(base: str, mode: Mode, memory: dict[str, Any], batch: int | None = None) -> RunConfig:
-    """The configuration of a run with the given memory settings and batch size."""
-    sizes = {"embed": {"batch_size": batch}, "tune": {"batch_size": batch}} if batch else {}
-    return resolve(merged({"base": base, "tune": {"mode": mode}, "memory": memory}, sizes), {}, recipe_of(base))
-
-
-def opened(run: RunConfig) -> Base:
-    """The embedded base, or another base at true size with random weights."""
-    if run.base == "critters":
-        return open_base(run)
-    return random_base(architecture(run.base), run, resolve_runtime(run.memory))
-
-
-def stages_table(base: str, side: int, rounds: int, steps: int, memory: dict[str, Any], batch: int | None = None) -> list[str]:
-    """Steps per second of both stages, by the package and by the plain loop, as lines of a Markdown table."""
-    lines = []
+def stage_rows(base: str, side: int, rounds: int, steps: int, memory: dict[str, Any], batch: int | None = None) -> Iterator[Cells]:
+    """Steps per second of both stages, by the package and by the plain loop."""
     kinds: tuple[tuple[str, Mode], ...] = (("embed", "lora"), ("tune", "lora"), ("tune", "full"))
     for name, mode in kinds:
-        run = settings(base, mode, memory, batch)
+        sizes = {"embed": {"batch_size": batch}, "tune": {"batch_size": batch}} if batch else {}
+        run = settings(base, mode, "auto", {"memory": memory}, sizes)
         bench = Bench(opened(run), side)
         with bench.stage(name, run) as (stage, parameters, text):
             plain = plain_optimizer(bench.base.runtime.optimizer, parameters, stage.config.learning_rate)
             loop = synchronised(bench.plain(parameters, text, plain, stage.config.batch_size))
             a, b, ratio = compare(ours(stage), loop, rounds, steps)
         label = name if name == "embed" else f"tune, {mode}"
-        lines.append(
-            row(base, f"{side} px", label, stage.config.batch_size, bench.base.runtime.optimizer, 1 / a, 1 / b, f"**{ratio:.3f}**")
-        )
+        yield base, f"{side} px", label, stage.config.batch_size, bench.base.runtime.optimizer, 1 / a, 1 / b, f"**{ratio:.3f}**"
         del bench, stage, parameters, loop, plain
-    return lines
 
 
-def generation_row(base: str, side: int, rounds: int, sampler_steps: int) -> str:
-    """Images per second, by the package and by diffusers' pipeline alone, as a row of a Markdown table."""
-    run = settings(base, "lora", {})
-    bench = Bench(opened(run), side)
-    canvas = to_canvas(_grey(side), side, bench.base.size_multiple)
+def generation_row(base: str, side: int, rounds: int, sampler_steps: int) -> Cells:
+    """Images per second, by the package and by diffusers' pipeline alone."""
+    bench = Bench(opened(settings(base, "lora", "auto")), side)
+    canvas = to_canvas(Image.new("RGB", (side, side), "grey"), side, bench.base.size_multiple)
     config = EditConfig(steps=sampler_steps, guidance_scale=3.0, batch_size=2)
     pipe: Any = bench.base.pipeline("text2image")
 
@@ -220,35 +198,24 @@ def generation_row(base: str, side: int, rounds: int, sampler_steps: int) -> str
     a, b, ratio = compare(
         lambda: list(generate(bench.base, [bench.text] * 2, [0, 1], config, canvas, bench.text, [bench.text])), plain, rounds, 1
     )
-    return row(base, f"{side} px", f"two pictures, {sampler_steps} steps", 2 / a, 2 / b, f"**{ratio:.3f}**")
+    return base, f"{side} px", f"two pictures, {sampler_steps} steps", 2 / a, 2 / b, f"**{ratio:.3f}**"
 
 
-def _grey(side: int) -> Any:
-    from PIL import Image
-
-    return Image.new("RGB", (side, side), "grey")
-
-
-def levers_table(base: str, side: int, rounds: int, steps: int) -> list[str]:
+def lever_rows(base: str, side: int, rounds: int, steps: int) -> Iterator[Cells]:
     """Time of a tuning step with each lever divided by the time without, and the memory that the lever saves at SD 1.5's true size."""
-    lines = []
     for name, mode, without, lever in LEVERS:
-        pair = [settings(base, mode, memory) for memory in (lever, without)]
+        pair = [settings(base, mode, "auto", {"memory": memory}) for memory in (lever, without)]
         benches = [Bench(opened(run), side) for run in pair]
-        contexts = [bench.stage("tune", run) for bench, run in zip(benches, pair, strict=True)]
-        stages = [context.__enter__()[0] for context in contexts]
-        a, b, _ = compare(ours(stages[0]), ours(stages[1]), rounds, steps)
-        card = [settings("sd15", mode, memory) for memory in (lever, without)]
-        sizes = [predict(architecture("sd15"), run, assume(run)).stages["tune"].total for run in card]
-        for context in contexts:
-            context.__exit__(None, None, None)
-        lines.append(row(name, mode, f"{(sizes[1] - sizes[0]) / 2**20:,.0f}", f"{a / b:.2f}"))
-    return lines
+        with benches[0].stage("tune", pair[0]) as (first, _, _), benches[1].stage("tune", pair[1]) as (second, _, _):
+            a, b, _ = compare(ours(first), ours(second), rounds, steps)
+            card = [settings("sd15", mode, "auto", {"memory": memory}) for memory in (lever, without)]
+            sizes = [predict(architecture("sd15"), run, assume(run)).stages["tune"].total for run in card]
+        yield name, mode, f"{(sizes[1] - sizes[0]) / 2**20:,.0f}", f"{a / b:.2f}"
 
 
-def profile_table(base: str, side: int, steps: int) -> list[str]:
-    """The ten operations with the largest share of a tuning step's time, as lines of a Markdown table."""
-    run = settings(base, "lora", {})
+def profile_rows(base: str, side: int, steps: int) -> Iterator[Cells]:
+    """The ten operations with the largest share of a tuning step's time."""
+    run = settings(base, "lora", "auto")
     bench = Bench(opened(run), side)
     with bench.stage("tune", run) as (stage, _, _):
         step = ours(stage)
@@ -258,7 +225,7 @@ def profile_table(base: str, side: int, steps: int) -> list[str]:
     card = torch.cuda.is_available()
     total = sum(_own_time(event, card) for event in profiler.key_averages())
     top = sorted(profiler.key_averages(), key=lambda event: -_own_time(event, card))[:10]
-    return [row(f"`{event.key}`", event.count // steps, f"{_own_time(event, card) / total:.1%}") for event in top]
+    yield from ((f"`{event.key}`", event.count // steps, f"{_own_time(event, card) / total:.1%}") for event in top)
 
 
 def _own_time(event: Any, card: bool) -> float:
@@ -266,13 +233,9 @@ def _own_time(event: Any, card: bool) -> float:
     return event.self_device_time_total if card else event.self_cpu_time_total
 
 
-def on_a_card(rounds: int, steps: int) -> list[str]:
-    """SD 1.5 at 512 pixels on a card: batch sizes, the compiler, channels_last; lines of the page."""
-    lines = ["", "## On the card", "", *_head("base", "size", "stage", "batch", "optimizer", "ours, steps/s", "plain, steps/s", "ratio")]
-    for batch in (1, 4, 8):
-        lines += stages_table("sd15", 512, rounds, steps, {"gradient_checkpointing": True}, batch)
-    lines += ["", *_head("base", "size", "variant", "steps/s with", "steps/s without", "ratio")]
-    run = settings("sd15", "lora", {})
+def changed_rows(rounds: int, steps: int) -> Iterator[Cells]:
+    """Stage embed of SD 1.5 at 512 pixels, compiled and in channels_last, compared with the plain model."""
+    run = settings("sd15", "lora", "auto")
     for name in ("compiled", "channels_last"):
         first, second = Bench(opened(run), 512), Bench(opened(run), 512)
         unet: Any = first.base.denoiser
@@ -282,17 +245,15 @@ def on_a_card(rounds: int, steps: int) -> list[str]:
             unet.to(memory_format=torch.channels_last)
         with first.stage("embed", run) as (changed, _, _), second.stage("embed", run) as (before, _, _):
             a, b, ratio = compare(ours(changed), ours(before), rounds, steps)
-        lines.append(row("sd15", "512 px", f"embed, {name}", 1 / a, 1 / b, f"**{ratio:.3f}**"))
-    return [
-        *lines,
-        "",
-        *_head("base", "size", "what", "ours, images/s", "plain, images/s", "ratio"),
-        generation_row("sd15", 512, rounds, 30),
-    ]
+        yield "sd15", "512 px", f"embed, {name}", 1 / a, 1 / b, f"**{ratio:.3f}**"
 
 
-def _head(*names: str) -> list[str]:
-    return [row(*names), "|" + "---|" * len(names)]
+def on_a_card(rounds: int, steps: int) -> list[str]:
+    """SD 1.5 at 512 pixels on a card: batch sizes, the compiler, channels_last; lines of the page."""
+    batches = chain.from_iterable(stage_rows("sd15", 512, rounds, steps, {"gradient_checkpointing": True}, batch) for batch in (1, 4, 8))
+    lines = ["", "## On the card", "", *table(STAGES, batches)]
+    lines += ["", *table(("base", "size", "variant", "steps/s with", "steps/s without", "ratio"), changed_rows(rounds, steps))]
+    return [*lines, "", *table(IMAGES, [generation_row("sd15", 512, rounds, 30)])]
 
 
 def main() -> None:
@@ -305,31 +266,24 @@ def main() -> None:
     )
     args = parser.parse_args()
     logging.disable_progress_bar()
-    head = _head("base", "size", "stage", "batch", "optimizer", "ours, steps/s", "plain, steps/s", "ratio")
-    table = [*head, *stages_table("critters", 64, args.rounds, args.steps, {})]
+    stages = table(STAGES, stage_rows("critters", 64, args.rounds, args.steps, {}))
     peak = f"Peak host memory of the process after the embedded base's stages: {peak_memory(torch.device('cpu')) / 2**20:,.0f} MiB."
     print(peak)
     if args.only_critters:
         return
-    table += stages_table("sd15", args.side, args.rounds, 1, {"optimizer": "adam8bit"})
-    images = [
-        *_head("base", "size", "what", "ours, images/s", "plain, images/s", "ratio"),
-        generation_row("critters", 64, args.rounds, 10),
-    ]
-    images += [generation_row("sd15", args.side, 3, 4)]
-    levers = [*_head("lever", "mode", "saves in tune, MiB", "time"), *levers_table("critters", 64, args.rounds, args.steps)]
-    where = [*_head("operation", "calls a step", "share"), *profile_table("critters", 64, 5)]
-    card = (
-        on_a_card(args.rounds, args.steps)
-        if torch.cuda.is_available()
-        else ["", "No card was available: nothing here was measured on one."]
-    )
-    page = _page(table, peak, images, levers, where, card)
+    stages += table(STAGES, stage_rows("sd15", args.side, args.rounds, 1, {"optimizer": "adam8bit"}))[2:]
+    sizes = (("critters", 64, args.rounds, 10), ("sd15", args.side, 3, 4))
+    images = table(IMAGES, (generation_row(*size) for size in sizes))
+    levers = table(("lever", "mode", "saves in tune, MiB", "time"), lever_rows("critters", 64, args.rounds, args.steps))
+    where = table(("operation", "calls a step", "share"), profile_rows("critters", 64, 5))
+    nothing = ["", "No card was available: nothing here was measured on one."]
+    card = on_a_card(args.rounds, args.steps) if torch.cuda.is_available() else nothing
+    page = _page(stages, peak, images, levers, where, card)
     PAGE.write_text("\n".join(page) + "\n", encoding="utf-8")
     print(f"wrote {PAGE}")
 
 
-def _page(table: list[str], peak: str, images: list[str], levers: list[str], where: list[str], card: list[str]) -> list[str]:
+def _page(stages: list[str], peak: str, images: list[str], levers: list[str], where: list[str], card: list[str]) -> list[str]:
     threads = torch.get_num_threads()
     text = f"""# Speed
 
@@ -361,7 +315,7 @@ LEVERS
 PyTorch's profiler, stage tune, mode lora, embedded base.
 
 WHERE"""
-    parts = {"TABLE": table, "PICTURES": images, "LEVERS": levers, "WHERE": where}
+    parts = {"TABLE": stages, "PICTURES": images, "LEVERS": levers, "WHERE": where}
     return [line for name in text.split("\n") for line in parts.get(name, [name])] + card
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from measuring import table
 from PIL import Image
 
 from imagic_lora.bench.cases import case_at
 from imagic_lora.bench.catalogue import budgeted
 from imagic_lora.bench.critters import Bench
-from imagic_lora.bench.page import Table, tables
+from imagic_lora.bench.page import tables
 from imagic_lora.bench.summary import summarise
 from imagic_lora.methods.imagic import Imagic
 from imagic_lora.photos.sheet import sheet
@@ -52,8 +53,7 @@ def cost(summary: dict[str, Any], ours: dict[str, Any], note: str) -> Any:
         for name, row in summary["methods"].items():
             if row["cost"] and row["cost"]["evaluations"]:
                 _point(axis, row, measure, name)
-        curve = [row for name, row in ours["methods"].items() if not name.endswith("-best")]
-        curve.sort(key=lambda row: row["cost"]["evaluations"])
+        curve = sorted(ours["methods"].values(), key=lambda row: row["cost"]["evaluations"])
         x, y = [row["cost"]["evaluations"] for row in curve], [100 * row[measure]["mean"] for row in curve]
         axis.plot(x, y, "k--", marker="s", label=note)
         axis.axhline(100 * summary["methods"]["oracle"][measure]["mean"], color="green", linewidth=1, label="oracle")
@@ -61,12 +61,6 @@ def cost(summary: dict[str, Any], ours: dict[str, Any], note: str) -> Any:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8)
     return figure
-
-
-def markdown(table: Table) -> str:
-    """A table in Markdown."""
-    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _point(axis: Any, row: dict[str, Any], measure: str, name: str) -> None:
@@ -85,8 +79,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     summary = json.loads((args.bench / "summary.json").read_text(encoding="utf-8"))
-    for title, table in tables(summary).items():
-        print(f"{title}\n\n{markdown(table)}\n")
+    for title, one in tables(summary).items():
+        print(f"\n{title}\n")
+        table(one.columns, one.rows)
     first_cases(args.bench, summary["seed"], args.rows).save(DOCS / "critterbench.png")
     ours = budgets(args.bench / "budgets", args.times, args.seed, args.cases, args.workers)
     note = f"imagic-lora, steps x\n{', '.join(f'{factor:g}' for factor in args.times)}\n({args.cases} cases of seed {args.seed})"

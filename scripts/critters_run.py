@@ -34,17 +34,24 @@ class Settings:
         seed: seed of the initial weights and of everything that a step draws.
         pictures: number of images in the training set.
         device: ``cpu`` or ``cuda``.
+        base: folder of the base whose VAE, tokenizer and text encoder are used; None for the one that is made.
     """
 
     work: Path
     seed: int
     pictures: int
     device: str
+    base: Path | None = None
 
     @property
     def out(self) -> Path:
         """Folder of the finished base, with the layout of ``imagic_lora/critters/data``."""
         return self.work / "data"
+
+    @property
+    def parts(self) -> Path:
+        """Folder of the finished VAE, tokenizer and text encoder."""
+        return self.base or self.out
 
 
 def drawn(index: int) -> np.ndarray:
@@ -141,7 +148,8 @@ class Muon(torch.optim.Optimizer):
 
 def is_hidden(name: str, parameter: torch.nn.Parameter) -> bool:
     """Whether Muon may train a parameter: a matrix or convolution that is neither an embedding nor the first or last layer."""
-    return parameter.ndim >= 2 and not any(part in name for part in ("embedding", "conv_in", "conv_out", "quant_conv"))
+    others = ("embed", "conv_in", "conv_out", "quant_conv", "norm_out")
+    return parameter.ndim >= 2 and not any(part in name for part in others) and name != "proj_out.weight"  # of a transformer
 
 
 class Run:

@@ -1,8 +1,11 @@
-"""Make the embedded base from nothing: ``python scripts/train_critters.py``, or ``make critters``.
+"""Make the embedded bases from nothing: ``python scripts/train_critters.py``, or ``make critters``.
 
 Trains the VAE, the judge, CLIP, and the text encoder with the U-Net, in this order, on rendered images and their captions, and writes a
-folder with the layout of ``imagic_lora/critters/data``. The state is saved every two minutes: the same command resumes after an
-interruption, and skips what is finished. docs/internals/embedded-base.md documents the recipe, its time and its results.
+folder with the layout of ``imagic_lora/critters/data``. ``--transformer-of BASE``, or ``make critters-dit``, trains the flow transformer of
+``critters-dit`` with the VAE and the text encoder of a finished base, and writes ``imagic_lora/critters/dit``.
+
+The state is saved every two minutes: the same command resumes after an interruption, and skips what is finished.
+docs/internals/embedded-base.md documents the recipe, its time and its results.
 """
 
 from __future__ import annotations
@@ -14,13 +17,21 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from critters_run import Run, Settings, pictures, tensor, tokenizer, tokens
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
 from imagic_lora.critters import ATTRIBUTES, SIZE, sample_caption, scene_at
@@ -48,6 +59,20 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 4,
     "norm_num_groups": 16,
 }
+DIT: dict[str, Any] = {
+    "sample_size": 8,
+    "patch_size": 1,
+    "in_channels": 8,
+    "out_channels": 8,
+    "num_layers": 5,
+    "num_attention_heads": 6,
+    "attention_head_dim": 32,
+    "joint_attention_dim": 128,
+    "caption_projection_dim": 192,
+    "pooled_projection_dim": 128,
+    "pos_embed_max_size": 8,
+    "qk_norm": "rms_norm",
+}
 VISION: dict[str, Any] = {
     "image_size": SIZE,
     "patch_size": 8,
@@ -66,8 +91,9 @@ SCHEDULE: dict[str, Any] = {  # that of Stable Diffusion, with v-prediction
     "steps_offset": 1,
     "prediction_type": "v_prediction",
 }
+SHIFT = 1.0  # of the transformer's levels of noise while it samples and is fitted; 1 leaves them evenly spaced
 VAE_NOISE = 0.1  # standard deviation of the noise that the decoder is trained with and that the encoder predicts as its own
-BATCH = {"vae": 16, "judge": 64, "clip": 96, "unet": 64}
+BATCH = {"vae": 16, "judge": 64, "clip": 96, "unet": 64, "transformer": 64}
 
 
 def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
@@ -87,7 +113,7 @@ def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
 
 def finished_vae(settings: Settings) -> Any:
     """The VAE that was trained, in single precision."""
-    vae: Any = AutoencoderKL.from_pretrained(settings.out / "vae")
+    vae: Any = AutoencoderKL.from_pretrained(settings.parts / "vae")
     return vae.float().to(settings.device).eval()
 
 
@@ -149,7 +175,7 @@ def train_judge(settings: Settings, steps: int) -> None:
 
 def train_clip(settings: Settings, steps: int) -> None:
     """Trains CLIP; equal captions in a batch are all targets of each other's images."""
-    words, data = tokenizer(settings.out), pictures(settings)
+    words, data = tokenizer(settings.parts), pictures(settings)
     vision = CLIPVisionConfig(**VISION)
     clip = CLIPModel(CLIPConfig(text_config=text_config(words).to_dict(), vision_config=vision.to_dict(), projection_dim=128))
     run = Run(settings, "clip", clip, steps, lr=1e-3)
@@ -181,27 +207,43 @@ def encoded(settings: Settings) -> torch.Tensor:
     return torch.from_numpy(np.load(path))
 
 
-def train_unet(settings: Settings, steps: int) -> None:
-    """Trains the U-Net and the text encoder together, on images and captions, 10% of which are dropped for classifier-free guidance.
+def captioned(settings: Settings, words: CLIPTokenizer) -> Callable[[np.random.Generator, int], tuple[torch.Tensor, ...]]:
+    """What a denoiser is trained on.
 
-    The loss is that of v-prediction (arXiv 2202.00512), truncated above an SNR of 5 (min-SNR, arXiv 2303.09556). Timesteps are stratified.
+    Returns:
+        A function of a generator and a batch size that draws latents with the noise of the VAE, noise, stratified times in [0, 1), and the
+        token ids of captions, 10% of which are empty for classifier-free guidance.
     """
-    words, data = tokenizer(settings.out), encoded(settings)
-    parts = torch.nn.ModuleDict({"unet": UNet2DConditionModel(**UNET), "text": CLIPTextModel(text_config(words))})
-    scheduler: Any = DDIMScheduler(**SCHEDULE)
-    alphas = scheduler.alphas_cumprod.to(settings.device)
-    vae_noise = VAE_NOISE * finished_vae(settings).config.scaling_factor
-    run = Run(settings, "unet", parts, steps, lr=6e-4, muon=2e-3, held=0.4)
+    data, vae_noise = encoded(settings), VAE_NOISE * finished_vae(settings).config.scaling_factor
 
-    def loss_of(rng: np.random.Generator) -> torch.Tensor:
-        indices, draw = rng.integers(0, len(data), BATCH["unet"]), random.Random(int(rng.integers(2**62)))
+    def batch(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, ...]:
+        indices, draw = rng.integers(0, len(data), size), random.Random(int(rng.integers(2**62)))
         captions = ["" if draw.random() < 0.1 else sample_caption(scene_at("train", int(k)), draw) for k in indices]
         clean = data[indices].to(settings.device).float()
         clean = clean + vae_noise * torch.randn_like(clean)
         noise = torch.randn_like(clean)
-        timesteps = 1000 * (torch.arange(len(clean)) + torch.rand(len(clean))) / len(clean)
-        timesteps = timesteps.long().to(settings.device)
-        states = parts["text"](tokens(words, captions, settings.device)).last_hidden_state
+        times = ((torch.arange(size) + torch.rand(size)) / size).to(settings.device)
+        return clean, noise, times, tokens(words, captions, settings.device)
+
+    return batch
+
+
+def train_unet(settings: Settings, steps: int) -> None:
+    """Trains the U-Net and the text encoder together, on images and captions.
+
+    The loss is that of v-prediction (arXiv 2202.00512), truncated above an SNR of 5 (min-SNR, arXiv 2303.09556).
+    """
+    words = tokenizer(settings.parts)
+    batch = captioned(settings, words)
+    parts = torch.nn.ModuleDict({"unet": UNet2DConditionModel(**UNET), "text": CLIPTextModel(text_config(words))})
+    scheduler: Any = DDIMScheduler(**SCHEDULE)
+    alphas = scheduler.alphas_cumprod.to(settings.device)
+    run = Run(settings, "unet", parts, steps, lr=6e-4, muon=2e-3, held=0.4)
+
+    def loss_of(rng: np.random.Generator) -> torch.Tensor:
+        clean, noise, times, ids = batch(rng, BATCH["unet"])
+        timesteps = (1000 * times).long()
+        states = parts["text"](ids).last_hidden_state
         predicted = parts["unet"](scheduler.add_noise(clean, noise, timesteps), timesteps, states).sample.float()
         alpha = alphas[timesteps]
         target = scheduler.get_velocity(clean, noise, timesteps)
@@ -211,6 +253,38 @@ def train_unet(settings: Settings, steps: int) -> None:
     for _ in run.train(loss_of):
         pass
     export_pipeline(settings, run.averaged(), words, scheduler)
+
+
+def train_transformer(settings: Settings, steps: int) -> None:
+    """Trains the transformer of ``critters-dit`` on images and captions by flow matching (arXiv 2210.02747, 2403.03206).
+
+    The text encoder stays as it is. Modulations and the last layer begin at zero (adaLN-Zero, arXiv 2212.09748).
+    """
+    words, loaded = tokenizer(settings.parts), cast(Any, CLIPTextModel).from_pretrained(settings.parts / "text_encoder")
+    text: Any = loaded.float().to(settings.device).eval()
+    batch, transformer = captioned(settings, words), SD3Transformer2DModel(**DIT)
+    for name, parameter in transformer.named_parameters():
+        if name.startswith(("norm_out", "proj_out")) or ".norm1" in name:
+            torch.nn.init.zeros_(parameter)
+    run = Run(settings, "transformer", transformer, steps, lr=6e-4, muon=2e-3, held=0.4)
+
+    def loss_of(rng: np.random.Generator) -> torch.Tensor:
+        clean, noise, times, ids = batch(rng, BATCH["transformer"])
+        with torch.no_grad():
+            states = text(ids)
+        sigmas = 1 - times
+        noised = torch.lerp(clean, noise, sigmas[:, None, None, None])
+        predicted = transformer(noised, states.last_hidden_state, states.pooler_output, 1000 * sigmas).sample.float()
+        return (predicted - (noise - clean)).square().mean()
+
+    for _ in run.train(loss_of):
+        pass
+    run.averaged()
+    transformer.cpu().half().save_pretrained(settings.out / "transformer")
+    vae, scheduler = finished_vae(settings), FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler.save_pretrained(settings.out / "scheduler")
+    none: dict[str, Any] = dict.fromkeys(("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"))
+    StableDiffusion3Pipeline(transformer, scheduler, vae, text, words, **none).save_config(settings.out)
 
 
 def export_pipeline(settings: Settings, parts: Any, words: CLIPTokenizer, scheduler: Any) -> None:
@@ -231,6 +305,10 @@ PARTS: dict[str, tuple[Callable[[Settings, int], None], int, str]] = {
     "unet": (train_unet, 6400, "unet/diffusion_pytorch_model.safetensors"),
 }
 """Each part with its function, its number of steps, and the weights that it writes last."""
+TRANSFORMER: dict[str, tuple[Callable[[Settings, int], None], int, str]] = {
+    "transformer": (train_transformer, 10_000, "transformer/diffusion_pytorch_model.safetensors"),
+}
+"""As :data:`PARTS`, of ``critters-dit``."""
 
 
 def main() -> None:
@@ -238,19 +316,29 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("outputs/critters"), help="folder of images, states and logs; the base is WORK/data"
     )
+    parser.add_argument(
+        "--transformer-of",
+        type=Path,
+        metavar="BASE",
+        help="make the transformer of critters-dit, for the VAE and text encoder of this base",
+    )
     parser.add_argument("--seed", type=int, default=0, help="the shipped base has seed 0")
     parser.add_argument("--pictures", type=int, default=40_000, help="number of images in the training set")
     parser.add_argument("--steps", type=float, default=1.0, metavar="FACTOR", help="multiplies the number of steps of every part")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    settings = Settings(args.work, args.seed, args.pictures, args.device)
+    base: Path | None = args.transformer_of
+    settings = Settings(args.work, args.seed, args.pictures, args.device, base)
     record = {"seed": args.seed, "pictures": args.pictures, "steps": args.steps}
+    if base:
+        parts = [base / "vae" / "diffusion_pytorch_model.safetensors", base / "text_encoder" / "model.safetensors"]
+        record["parts"] = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
     args.work.mkdir(parents=True, exist_ok=True)
     stored = args.work / "settings.json"
     if stored.exists() and json.loads(stored.read_text()) != record:
         parser.error(f"got {json.dumps(record)}; {stored} has {stored.read_text()}; choose another --work for another base")
     stored.write_text(json.dumps(record))
-    for train, steps, weights in PARTS.values():
+    for train, steps, weights in (TRANSFORMER if base else PARTS).values():
         if not (settings.out / weights).exists():
             torch.manual_seed(args.seed)
             train(settings, max(1, round(steps * args.steps)))

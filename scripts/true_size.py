@@ -14,28 +14,20 @@ from contextlib import contextmanager
 
 import torch
 from diffusers.utils import logging
+from measuring import settings
 
-from imagic_lora.adapters.full import unfrozen
-from imagic_lora.adapters.lora import attached
+from imagic_lora.adapters.modes import MODES
 from imagic_lora.bases.families.common import LatentBase
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.runtime import Processes, resolve_runtime
-from imagic_lora.core.settings import merged, recipe_of, resolve
 from imagic_lora.memory.plan import assume, predict
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.embed import embed_stage
 from imagic_lora.training.rehearsal import random_base, random_conditioning
 from imagic_lora.training.tune import tune_stage
 
-MODES: dict[Mode, dict[str, object]] = {"lora": {}, "full": {"master_weights": "bf16-stochastic"}}
-
-
-def settings(base: str, mode: Mode, side: int) -> RunConfig:
-    """The settings of preset 8gb, in bf16 on the CPU, with one step per stage."""
-    memory = {"device": "cpu", "dtype": "bf16", "optimizer": "adam8bit", **MODES[mode]}
-    given = {"base": base, "preset": "8gb", "resolution": side, "tune": {"mode": mode}, "memory": memory}
-    return resolve(merged(given, {"embed": {"steps": 1}, "tune": {"steps": 1}}), {}, recipe_of(base))
+LEVERS: dict[Mode, dict[str, object]] = {"lora": {}, "full": {"master_weights": "bf16-stochastic"}}
 
 
 @contextmanager
@@ -60,8 +52,7 @@ def one_step_each(base: LatentBase, run: RunConfig, side: int, tracker: Tracker,
         stage.step(0)
         stage.check()
     del stage
-    trained = attached(base, run.tune, 0) if run.tune.mode == "lora" else unfrozen(base, restore=False)
-    with trained as trainables:
+    with MODES[run.tune.mode].trainables(base, run.tune, 0, False) as trainables:
         with timed("tune", tracker, predicted):
             stage = tune_stage(base, latents, text, trainables, run.tune, 0, Processes())
             stage.step(0)
@@ -80,10 +71,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="sdxl", choices=PUBLISHED)
     parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--mode", choices=MODES, default="lora")
+    parser.add_argument("--mode", choices=LEVERS, default="lora")
     args = parser.parse_args()
     logging.disable_progress_bar()
-    run = settings(args.base, args.mode, args.side)
+    memory = {"device": "cpu", "dtype": "bf16", "optimizer": "adam8bit", **LEVERS[args.mode]}
+    one_step = {"resolution": args.side, "memory": memory, "embed": {"steps": 1}, "tune": {"steps": 1}}
+    run = settings(args.base, args.mode, "8gb", one_step)
     architecture = PUBLISHED[args.base]
     predicted = {name: peak.total for name, peak in predict(architecture, run, assume(run, "cpu")).stages.items()}
     print(f"{args.base}, {args.mode}, {args.side} pixels, bf16 on the CPU, {torch.get_num_threads()} threads, random weights\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -198,4 +198,34 @@ def save_tiny_sd3(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float3
         texts if t5 else None,
     )
     pipe.to(dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_sd3_clip(folder: Path, others: Path, width: int = 16) -> Path:
+    """The transformer and the scheduler of a flow whose VAE and text encoder are those of :func:`save_tiny` in another folder."""
+    torch.manual_seed(5)
+    transformer: Any = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=width,
+        caption_projection_dim=16,
+        pooled_projection_dim=width,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    none: dict[str, Any] = dict.fromkeys(("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    transformer.save_pretrained(folder / "transformer")
+    scheduler.save_pretrained(folder / "scheduler")
+    texts: Any = CLIPTextModel.from_pretrained(others / "text_encoder")
+    vae: Any = AutoencoderKL.from_pretrained(others / "vae")
+    StableDiffusion3Pipeline(transformer, scheduler, vae, texts, tokenizer(), **none).save_config(folder)
     return folder

@@ -138,3 +138,15 @@ class SD3Architecture(Architecture):
     def vae_overflows_fp16(self) -> bool:
         """It does not: diffusers' pipeline has no such case."""
         return False
+
+
+@dataclass(frozen=True)
+class SD3ClipArchitecture(SD3Architecture):
+    """The transformer of Stable Diffusion 3 with one CLIP text encoder, and no tokens of T5."""
+
+    encoder_classes: ClassVar[dict[str, str]] = {"text_encoder": "CLIPTextModel"}
+
+    @property
+    def conditioning(self) -> dict[str, tuple[int, ...]]:
+        text = self.text_encoders["text_encoder"]
+        return {"tokens": (1, text["max_position_embeddings"], text["hidden_size"]), "pooled": (1, text["hidden_size"])}

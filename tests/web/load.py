@@ -50,9 +50,8 @@ def main() -> None:
         assert [read_metadata(path)["seed"] for path in pictures] == [int(job.arguments["seed"])], job
     done.set()
     server.close()
-    print(
-        f"{right} of {CLIENTS} right, asked within {asked:.0f} s, all answered after {took:.0f} s, server at most {memory[0] / 2**20:.0f} MB"
-    )
+    times = f"asked within {asked:.0f} s, all answered after {took:.0f} s"
+    print(f"{right} of {CLIENTS} right, {times}, server at most {memory[0] / 2**20:.0f} MB")
 
 
 def ask(page: Page, seed: int) -> None:

@@ -5,5 +5,5 @@ May import: core, bases. Must not know: adapters, training, sampling, commands.
 - ``common.py``: what all families share: devices, the VAE, tokenizers, loading
 - ``sd.py``: Stable Diffusion 1.x and 2.x
 - ``sdxl.py``: Stable Diffusion XL
-- ``sd3.py``: Stable Diffusion 3 and 3.5
+- ``sd3.py``: Stable Diffusion 3 and 3.5, and their transformer with one CLIP text encoder
 """

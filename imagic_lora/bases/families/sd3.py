@@ -71,3 +71,19 @@ class StableDiffusion3(LatentBase):
     def denoise(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         levels = timesteps * self.process.trained
         return self._denoiser(x_t, conditioning.tokens, conditioning.pooled, levels).sample
+
+
+class StableDiffusion3Clip(StableDiffusion3):
+    """The transformer of Stable Diffusion 3 with one CLIP text encoder: last states and pooled state are tokens and pooled embedding.
+
+    diffusers' pipeline takes them as ``prompt_embeds`` and ``pooled_prompt_embeds``: it encodes prompts with two CLIP encoders only.
+    """
+
+    optional_components: ClassVar[tuple[str, ...]] = ("text_encoder_2", "tokenizer_2", _T5, tokenizer_of(_T5))
+
+    def encode(self, prompt: str) -> Conditioning:
+        output = self._on_device("text_encoder")(self._tokenized("tokenizer", prompt)[0])
+        return Conditioning(output.last_hidden_state.float(), output.pooler_output.float())
+
+    def word_mask(self, prompt: str) -> Tensor:
+        return LatentBase.word_mask(self, prompt)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ImagicError
-from ..architecture import Architecture, SD3Architecture, UNetArchitecture
+from ..architecture import Architecture, SD3Architecture, SD3ClipArchitecture, UNetArchitecture
 from .flow_keys import SD3_KEYS
 from .keys import KEYS, Keys, check_keys
 from .known import SHIPPED, BaseEntry, bases_file, known_base, local_path
@@ -58,7 +58,10 @@ def architecture_at(path: Path, entry: BaseEntry | None) -> Architecture:
         got = f"config = {entry.config!r} for the folder {path}"
         raise ImagicError(got, "config only for a single file", "remove config: a folder has its own configs")
     if path.is_dir():
-        return with_entry(read_architecture(path), entry)
+        return with_entry(read_architecture(path, folder_of_parts(entry)), entry)
+    if entry and entry.parts:
+        got = f"parts = {entry.parts!r} for the file {path}"
+        raise ImagicError(got, "parts only for a folder", "remove parts: config names the configs and the tokenizer of a single file")
     given = _given_architecture(path, entry.config) if entry and entry.config else None
     return with_entry(single_architecture(path, entry, given), entry)
 
@@ -88,17 +91,41 @@ def with_entry(architecture: Architecture, entry: BaseEntry | None) -> Architect
     return replace(architecture, denoiser=denoiser, scheduler=scheduler, few_steps=entry.few_steps or architecture.few_steps)
 
 
-def read_architecture(folder: Path) -> Architecture:
+def folder_of_parts(entry: BaseEntry | None) -> Path | None:
+    """The folder of the components that the folder of a base lacks; None if its entry names none.
+
+    Raises:
+        ImagicError: what the entry names is no local folder in diffusers' format.
+    """
+    if entry is None or entry.parts is None:
+        return None
+    folder = local_path(known_base(entry.parts).source)
+    if folder is None or not (folder / "model_index.json").is_file():
+        got = f"parts = {entry.parts!r} for the base {entry.source}"
+        raise ImagicError(got, "a folder in diffusers' format, or the name of a base that is one", f"correct {bases_file()}")
+    return folder
+
+
+def component_folder(folder: Path, part: str, others: Path | None) -> Path:
+    """The folder of a component: of a base's own folder, or of the one with the components that it lacks."""
+    return folder / part if others is None or (folder / part).is_dir() else others / part
+
+
+def read_architecture(folder: Path, others: Path | None = None) -> Architecture:
     """The architecture of a folder in diffusers' format.
+
+    Args:
+        folder: folder of the base.
+        others: folder with the components that it lacks.
 
     Raises:
         ImagicError: a config is missing or cannot be read; the configs do not describe a Stable Diffusion base.
     """
     index = read_index(folder)
     if index["_class_name"] in FLOW_FAMILIES:
-        return _read_sd3(folder, index)
+        return _read_sd3(folder, index, others)
     encoders = [name for name in UNetArchitecture.encoder_classes if name in index]
-    parts = _read_parts(folder, index, "unet", encoders, KEYS)
+    parts = _read_parts(folder, index, "unet", encoders, KEYS, others)
     check_sizes(folder, parts)
     corrects = index["_class_name"] in _CORRECTING
     parts["unet"] = _corrected(parts["unet"], corrects)
@@ -110,18 +137,19 @@ def read_architecture(folder: Path) -> Architecture:
     return UNetArchitecture(parts["unet"], parts["vae"], texts, parts["scheduler"], empty_is_zeros, steps)
 
 
-def _read_sd3(folder: Path, index: dict[str, Any]) -> SD3Architecture:
-    """The architecture of a folder of Stable Diffusion 3, which may lack T5."""
-    encoders = [name for name in SD3Architecture.encoder_classes if index.get(name) not in (None, [None, None])]
-    parts = _read_parts(folder, index, "transformer", encoders, SD3_KEYS)
+def _read_sd3(folder: Path, index: dict[str, Any], others: Path | None) -> SD3Architecture:
+    """The architecture of a folder of Stable Diffusion 3, which may lack T5, or have one CLIP text encoder alone."""
+    kind = SD3ClipArchitecture if index["text_encoder"][1] == "CLIPTextModel" else SD3Architecture
+    encoders = [name for name in kind.encoder_classes if index.get(name) not in (None, [None, None])]
+    parts = _read_parts(folder, index, "transformer", encoders, SD3_KEYS, others)
     check_sd3_sizes(folder, parts)
     texts = {name: parts[name] for name in encoders}
     transformer = {name: value for name, value in parts["transformer"].items() if name != "_diffusers_version"}
-    return SD3Architecture(transformer, parts["vae"], texts, parts["scheduler"])
+    return kind(transformer, parts["vae"], texts, parts["scheduler"])
 
 
 def _read_parts(
-    folder: Path, index: dict[str, Any], denoiser: str, encoders: Sequence[str], keys: Mapping[str, Keys]
+    folder: Path, index: dict[str, Any], denoiser: str, encoders: Sequence[str], keys: Mapping[str, Keys], others: Path | None
 ) -> dict[str, dict[str, Any]]:
     """The checked configs of a folder by component, with the defaults of their classes where these are needed.
 
@@ -131,12 +159,14 @@ def _read_parts(
         denoiser: component name of the denoiser.
         encoders: component names of the text encoders.
         keys: the keys that a component's config can have; the second text encoder has those of the first.
+        others: folder with the components that the folder lacks.
     """
     files = {denoiser: "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"} | dict.fromkeys(encoders, "config.json")
     parts: dict[str, dict[str, Any]] = {}
     for part, file in files.items():
-        config, kind = read_json(folder / part / file), part.removesuffix("_2")
-        check_keys(folder / part / file, keys[kind], config)
+        path, kind = component_folder(folder, part, others) / file, part.removesuffix("_2")
+        config = read_json(path)
+        check_keys(path, keys[kind], config)
         # transformers would read more of a text encoder's config: names of code and files to load
         heard = {name: config[name] for name in config if name in keys[kind].honoured} if part in encoders else config
         parts[part] = _DEFAULTS.get(part, {}) | heard

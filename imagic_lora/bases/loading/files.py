@@ -16,7 +16,7 @@ from torch import Tensor
 from ...core.errors import ImagicError
 from ...core.tensors import open_safetensors
 from ..architecture import Architecture
-from .configs import architecture_at
+from .configs import architecture_at, component_folder, folder_of_parts
 from .known import BaseEntry
 from .tokenizers import t5_tokenizer_files, tokenizer_files
 from .vetting import unusable_base
@@ -75,10 +75,10 @@ class Files(ABC):
 
 
 class Folder(Files):
-    """A base in diffusers' own format: ``model_index.json`` and a folder for each component."""
+    """A base in diffusers' own format: ``model_index.json`` and a folder for each component, some of which may be those of another base."""
 
     def component_path(self, part: str) -> Path:
-        return self.path / part
+        return component_folder(self.path, part, folder_of_parts(self.entry))
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """Tensors of a component by diffusers' names, without position ids, which are buffers and not weights.
@@ -88,7 +88,7 @@ class Folder(Files):
                 more than 2**33 weights.
         """
         tensors: dict[str, Tensor] = {}
-        for path in weight_files(self.path, part):
+        for path in weight_files(self.component_path(part).parent, part):
             for name, tensor in weights(path).items():
                 if name in tensors:
                     raise unusable_base(f"{path} holds {name[:80]!r}, and so does another file of the folder", "each tensor once")
@@ -100,7 +100,7 @@ class Folder(Files):
         return check_count(used_tensors(self.architecture.encoder_classes.get(part), tensors), self.component_path(part))
 
     def tokenizer(self, part: str) -> dict[str, str]:
-        return (t5_tokenizer_files if part == "tokenizer_3" else tokenizer_files)(self.path / part)
+        return (t5_tokenizer_files if part == "tokenizer_3" else tokenizer_files)(self.component_path(part))
 
 
 def weight_files(folder: Path, component: str) -> list[Path]:

@@ -22,7 +22,7 @@ VARIABLE = "IMAGIC_LORA_BASES"
 """Environment variable with the path of the user's file of bases."""
 _REMEDY = "correct the file: docs/guide/bases.md has an example"
 _EXPECTED = {  # by the type of pydantic's error
-    "extra_forbidden": "source, revision, config, resolution, prediction or few_steps",
+    "extra_forbidden": "source, revision, config, parts, resolution, prediction or few_steps",
     "string_pattern_mismatch": "a name of letters, digits, '.', '_' and '-'",
 }
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -36,6 +36,7 @@ class BaseEntry(Config):
         revision: branch, tag or commit of a hub id.
         config: source of the configs and the tokenizer of a single file: ``sd15``, ``sd21``, ``sdxl``, ``sdxl-turbo``, or a folder in
             diffusers' format. None: the published configs of the model family, which is detected from the file's tensor names.
+        parts: a folder in diffusers' format, or the name of a base that is one, with the components that the source, a folder, lacks.
         resolution: side of the square images that the base was trained on, in pixels. None: as its config says.
         prediction: prediction type of the denoiser. None: as its scheduler config says.
         few_steps: number of sampling steps of a distilled base. A fit trains only at their timesteps; for LCM at those of its distillation.
@@ -44,6 +45,7 @@ class BaseEntry(Config):
     source: str = Field(min_length=1)
     revision: str | None = None
     config: str | None = None
+    parts: str | None = None
     resolution: int | None = Field(default=None, ge=8, le=4096)
     prediction: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None
     few_steps: int | None = Field(default=None, ge=1, le=50)

@@ -10,11 +10,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from ...core.errors import ImagicError
 from ...core.runtime import Runtime
 from ...core.text import check_utf8
-from ..architecture import Architecture, SD3Architecture
+from ..architecture import Architecture, SD3Architecture, SD3ClipArchitecture
 from ..base import Base
 from ..families.common import LatentBase
 from ..families.sd import StableDiffusion
-from ..families.sd3 import StableDiffusion3
+from ..families.sd3 import StableDiffusion3, StableDiffusion3Clip
 from ..families.sdxl import StableDiffusionXL
 from .configs import with_entry
 from .files import STEMS, Files, Folder, weight_files
@@ -67,6 +67,8 @@ def files_of(name: str, revision: str | None = None, configs: bool = False) -> F
 
 def family_of(architecture: Architecture) -> type[LatentBase]:
     """The class of the family that an architecture belongs to."""
+    if isinstance(architecture, SD3ClipArchitecture):
+        return StableDiffusion3Clip
     if isinstance(architecture, SD3Architecture):
         return StableDiffusion3
     return StableDiffusionXL if "text_encoder_2" in architecture.text_encoders else StableDiffusion

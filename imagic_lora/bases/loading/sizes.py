@@ -84,15 +84,17 @@ def check_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
 
 
 def check_sd3_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
-    """As :func:`check_sizes`, of Stable Diffusion 3.
+    """As :func:`check_sizes`, of Stable Diffusion 3, and of its transformer with one CLIP text encoder alone.
 
     Args:
         folder: folder of the base, for messages.
-        parts: configs of ``transformer``, ``vae``, ``scheduler``, ``text_encoder``, ``text_encoder_2``, and of ``text_encoder_3`` if there
-            is one.
+        parts: configs of ``transformer``, ``vae``, ``scheduler``, ``text_encoder``; ``text_encoder_2`` and ``text_encoder_3``
+            if the base has them.
     """
-    _check_plausible(folder, parts, _REQUIRED_SD3)
-    transformer, vae, texts = parts["transformer"], parts["vae"], [parts["text_encoder"], parts["text_encoder_2"]]
+    alone = "text_encoder_2" not in parts
+    _check_plausible(folder, parts, _REQUIRED_SD3 | ({"text_encoder": _REQUIRED["text_encoder"]} if alone else {}))
+    transformer, vae = parts["transformer"], parts["vae"]
+    texts = [parts["text_encoder"]] if alone else [parts["text_encoder"], parts["text_encoder_2"]]
     t5 = parts.get("text_encoder_3", {"d_model": transformer["joint_attention_dim"]})
     if not isinstance(blocks := vae["block_out_channels"], list):
         raise unusable_base(f"{folder} has the blocks {reprlib.repr(blocks)}", "a list of channel counts")
@@ -114,15 +116,19 @@ def check_sd3_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
             "out_channels of the VAE and channels of an RGB image": (vae.get("out_channels", 3), 3),
             "caption_projection_dim and width of the transformer": (transformer["caption_projection_dim"], inner),
             "d_model of T5 and joint_attention_dim": (t5["d_model"], transformer["joint_attention_dim"]),
-            "projection_dim of the CLIP text encoders and pooled_projection_dim": (
-                sum(text["projection_dim"] for text in texts), transformer["pooled_projection_dim"],
+            "width of the pooled embedding and pooled_projection_dim": (
+                sum(text["hidden_size" if alone else "projection_dim"] for text in texts), transformer["pooled_projection_dim"],
             ),
-            "max_position_embeddings of the CLIP text encoders": tuple(text["max_position_embeddings"] for text in texts),
+            "max_position_embeddings of the CLIP text encoders": (
+                texts[0]["max_position_embeddings"], texts[-1]["max_position_embeddings"],
+            ),
         },
     )  # fmt: skip
     if (width := sum(text["hidden_size"] for text in texts)) > transformer["joint_attention_dim"]:
         got = f"{folder} has CLIP text encoders of {width} channels together"
         raise unusable_base(got, f"at most {transformer['joint_attention_dim']}, the joint_attention_dim of the transformer")
+    if alone and width != transformer["joint_attention_dim"]:
+        raise unusable_base(f"{folder} has a text encoder of {width} channels", "the joint_attention_dim of the transformer")
 
 
 def _check_plausible(folder: Path, parts: dict[str, dict[str, Any]], required: dict[str, tuple[str, ...]]) -> None:

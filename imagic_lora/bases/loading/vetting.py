@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # library and c
     **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), _COMPONENTS | _SECOND_TEXT_ENCODER),
 }
 FLOW_FAMILIES = dict.fromkeys(("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"), _JOINT_COMPONENTS)  # as FAMILIES
+_CLIP_COMPONENTS = {part: _COMPONENTS[part] for part in ("text_encoder", "tokenizer")}  # of a base with this text encoder alone
 OPTIONAL = ("text_encoder_3", "tokenizer_3")  # components that a base may lack: [null, null] in its index
 MAX_HEADER = 2**22  # bytes of a safetensors header; that of a Stable Diffusion XL single file has about a sixth of this
 TIME_IDS = 6  # original height and width, top and left of the crop, target height and width (arXiv 2307.01952)
@@ -180,6 +181,11 @@ def read_index(folder: Path) -> dict[str, Any]:
         got = f"{folder} has the pipeline class {reprlib.repr(family)}"
         raise ImagicError(got, f"one of {', '.join(known)}", "choose a Stable Diffusion base")
     components, flow = known[family], family in FLOW_FAMILIES
+    if flow and index.get("text_encoder") == ["transformers", "CLIPTextModel"]:
+        absent = [part for part in components if "text_encoder" in part or "tokenizer" in part if part not in _CLIP_COMPONENTS]
+        if more := [part for part in absent if index.get(part) not in (None, [None, None])]:
+            raise unusable_base(f"{path} has {', '.join(more)} beside a CLIPTextModel", "CLIPTextModelWithProjection as text_encoder")
+        components = {part: kinds for part, kinds in components.items() if part not in absent} | _CLIP_COMPONENTS
     for part, (library, classes) in components.items():
         if part in OPTIONAL and all(index.get(one) in (None, [None, None]) for one in OPTIONAL):
             continue
@@ -194,7 +200,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise ImagicError(got, f"one of {', '.join(schedulers)}", "choose another base")
     allowed = {*components, "scheduler", *_UNUSED}
     for name, value in index.items():
-        if name not in allowed and not name.startswith("_") and isinstance(value, (list, dict)):
+        if name not in allowed and not name.startswith("_") and isinstance(value, (list, dict)) and value != [None, None]:
             raise unusable_base(f"{path} has a component {reprlib.repr(name)}", f"only {', '.join(sorted(allowed))}")
     check_keys(path, (SD3_KEYS if flow else KEYS)["model_index"], index)
     if not isinstance(zeros := index.get("force_zeros_for_empty_prompt"), (bool, type(None))):

@@ -100,7 +100,7 @@ def _best(curves: Curves, values: list[float]) -> float:
 
 
 RULES: Mapping[str, Callable[[Curves], float]] = {"product": product, "balance": balance, "onset": onset, "jump": jump}
-"""The rules by name. ``scripts/study_eta.py`` compares them."""
+"""The rules by name. ``scripts/study.py eta`` compares them."""
 RULE = "product"
 """The rule that is used."""
 

@@ -84,6 +84,7 @@ class Queue:
     def __init__(self, store: Path) -> None:
         self.store = store
         self.root = store / ".web"
+        self._known: dict[str, tuple[tuple[int, int], Job]] = {}  # by id: the state of its file when it was read, and the job
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -216,11 +217,18 @@ class Queue:
                 delete(self.folder(job_id))
 
     def _listed(self, name: str) -> Job | None:
-        """A job of :meth:`jobs`; None if it was deleted meanwhile."""
+        """A job of :meth:`jobs`; None if it was deleted meanwhile. It is read again only if its file was replaced."""
         try:
-            return self.read(name)
+            facts = (self.folder(name) / "job.json").stat()
+            state = (facts.st_mtime_ns, facts.st_ino)
+            known = self._known.get(name)
+            if known is None or known[0] != state:
+                known = self._known[name] = (state, self.read(name))
+            return known[1]
+        except FileNotFoundError:
+            return None  # deleted, or the server was killed before it wrote the job
         except ImagicError as error:
             if not (self.folder(name) / "job.json").exists():
-                return None  # deleted, or the server was killed before it wrote the job
+                return None
             created = float(name.split("-")[0])
             return Job(id=name, kind="unreadable", arguments={}, state="failed", place=created, created=created, problem=Problem.of(error))

@@ -143,6 +143,19 @@ class Base(ABC):
         """
         return conditioning
 
+    def with_reference(self, conditioning: Conditioning, image: Tensor) -> Conditioning:
+        """Adds an image that the denoiser sees without noise beside its own to the conditioning's ``extra``.
+
+        Args:
+            conditioning: of one prompt, ``B = 1``.
+            image: ``[1, 3, H, W]`` in [-1, 1], of any size that :meth:`encode_image` takes.
+
+        Raises:
+            ImagicError: the denoiser takes no such image (:attr:`~imagic_lora.bases.architecture.Architecture.takes_reference`).
+        """
+        expected = "a base whose denoiser takes a reference image, such as FLUX.2 klein"
+        raise ImagicError(f"a reference image on {self.name}", expected, "leave out --reference, or choose another base")
+
     def pipeline_kwargs(self, conditioning: Conditioning, null: Conditioning | None) -> dict[str, Any]:
         """Keyword arguments that pass a conditioning to a diffusers pipeline of this family.
 

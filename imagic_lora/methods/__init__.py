@@ -14,5 +14,6 @@ May import: core, photos, bases, memory, adapters, sampling, training. Must not 
 - ``catalogue.py``: the methods by name
 - ``comparison/``: several methods on one photo, on one page
 - ``inversions/``: methods that invert the photo: DDIM inversion, DDIB, null-text inversion and others
+- ``flows/``: methods for flows alone: FlowEdit, RF-Inversion
 - ``attention/``: methods that read or change attention: Prompt-to-Prompt, direct inversion, LEDITS++
 """

@@ -40,6 +40,7 @@ from ..methods.method import NEEDS, EditRequest, Method, Need
 from ..sampling.sweeps.metrics import Metric, clip_metric, dino_metric
 from .console import err, plain
 from .interrupts import Interrupts
+from .listening import listener
 
 AUTO = "auto"
 """The value of ``--source`` that asks for a caption by a model."""
@@ -260,6 +261,7 @@ def _run_all(
 
         def count(module: object, inputs: Sequence[Tensor], output: object) -> None:
             bar.advance(task, len(inputs[0]))
+            listener().progress("methods", min(bar.tasks[0].completed, total), total)
 
         hook = base.denoiser.register_forward_hook(count)
         try:

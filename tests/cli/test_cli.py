@@ -800,7 +800,7 @@ def test_every_device_setting_of_an_edit_reaches_its_runtime(
 
 @each(
     "command",
-    ["", "fit", "edit", "list", "show", "verify", "rm", "compress", "export", "plan", "bases", "bench critters", "demo", "doctor"],
+    ["", "fit", "edit", "list", "show", "verify", "rm", "compress", "export", "plan", "bases", "bench critters", "demo", "doctor", "web"],
 )
 def test_help_explains_every_command(command: str, run: Run) -> None:
     """Help exits with 0 and names what it is about."""

@@ -16,4 +16,5 @@ May import: every room. Only ``cli/app.py`` and the tests import it.
 - ``bench.py``: bench
 - ``demo.py``: demo
 - ``doctor.py``: doctor
+- ``web.py``: ``web``
 """

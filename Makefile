@@ -26,6 +26,19 @@ test-slow: $(READY) ## run the slow tests
 test-gpu: $(READY) ## run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
+web: $(READY) ## open the studio in the browser on the embedded base, and the adapters of ./adapters
+	$(BIN)/imagic-lora web --base critters --open-browser
+
+AXE := $(VENV)/axe/node_modules/axe-core/axe.min.js
+
+$(AXE): $(READY)
+	npm install --silent --no-save --prefix $(VENV)/axe axe-core@4.14.1
+	@touch $@
+
+test-web: $(READY) ## run the tests of the studio in headless Chromium, under 3 minutes; they need chromium and npm
+	if command -v npm >/dev/null; then $(MAKE) $(AXE); fi
+	$(BIN)/pytest -m web
+
 torture: $(READY) ## fault injection: kills, power cuts, full disks, flipped bits, hostile files; up to half an hour
 	PYTHONPATH=tests $(BIN)/python -m torture
 
@@ -69,4 +82,4 @@ clean: ## remove outputs, caches and .venv
 	rm -rf outputs dist $(VENV) .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test test-slow test-gpu torture lint check docs-settings critters critters-dit critters-report bench-critters bench-memory bench-speed bench-swaps dist clean
+.PHONY: help setup demo test web test-web test-slow test-gpu torture lint check docs-settings critters critters-dit critters-report bench-critters bench-memory bench-speed bench-swaps dist clean

@@ -19,13 +19,14 @@ _PHOTO_DIFFERENCE = (
 )
 
 
-def card(prompt: str, base: str, config: RunConfig) -> str:
+def card(prompt: str, base: str, config: RunConfig, licence: str | None) -> str:
     """Returns the content of an adapter's ``README.md``. User text is placed in indented code blocks, where Markdown has no effect.
 
     Args:
         prompt: the target prompt.
         base: name of the base.
         config: settings of the fit.
+        licence: name of the licence of the base; None if it is not known.
     """
     return "\n".join(
         [
@@ -39,6 +40,7 @@ def card(prompt: str, base: str, config: RunConfig) -> str:
             "",
             f"    {json.dumps(base)}",
             "",
+            *([f"whose licence ({json.dumps(licence)}) also applies to what is made from its weights.", ""] if licence else []),
             "`embeddings.safetensors` holds the embeddings of the target prompt (`target.tokens`) and of the photo",
             _PHOTO_DIFFERENCE if config.embed.stores_difference else "(`optimised.tokens`).",
             "Interpolate them with eta and pass the result as `prompt_embeds`.",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..bases.altered import check_unaltered
 from ..bases.base import Base
+from ..bases.loading.known import licence_of
 from ..core.errors import ImagicError
 from ..core.tensors import read, shapes
 from .adapter import Adapter
@@ -174,4 +175,5 @@ def _fill(writer: AtomicWriter, adapter: Adapter, base: Base, record: Record) ->
         writer.write(name, [adapter.listed(name).read_bytes()])
     assert record.compressed is not None
     note = _CARD.format(name=adapter.name, rank=record.config.tune.rank, lost=f"{record.compressed.error:.1%}")
-    writer.write(CARD, [(card(record.prompt, record.base.name, record.config) + note).encode()])
+    page = card(record.prompt, record.base.name, record.config, licence_of(record.base.name, record.base.revision))
+    writer.write(CARD, [(page + note).encode()])

@@ -26,6 +26,8 @@ from .writing import check_outputs, hidden_folder, pieces, writable
 Format = Literal["kohya", "diffusers"]
 Files = Mapping[str, Iterable[bytes | memoryview]]
 _OPENCLIP_WIDTH = 1024  # of the embeddings of Stable Diffusion 2
+Version = Literal["v1", "v2", "xl", "sd3", "flux2-klein"]
+_DENOISERS: dict[str, str] = {"sd3": "SD3Transformer2DModel", "flux2-klein": "Flux2Transformer2DModel"}
 _STABILITY = "https://github.com/Stability-AI/generative-models"
 _KOHYA_USE = "Copy `{name}.safetensors` to the LoRA folder of ComfyUI or A1111 and use it at strength 1."
 _COMFYUI_USE = "Copy `{name}.safetensors` to the LoRA folder of ComfyUI and use it at strength 1. A1111 does not read it."
@@ -134,7 +136,7 @@ def _for_kohya(adapter: Adapter) -> Files:
     layers = {key.partition(".")[0] for key in tensors}
     check_layers(layers)
     use = [
-        (_KOHYA_USE if _version(adapter) != "sd3" else _COMFYUI_USE).format(name=name),
+        (_KOHYA_USE if _component(adapter) == "unet" else _COMFYUI_USE).format(name=name),
         *notes(layers, adapter.record.prompt, _version(adapter) != "v1"),
     ]
     for note in use[1:]:
@@ -148,7 +150,7 @@ def _for_kohya(adapter: Adapter) -> Files:
 
 def _for_diffusers(adapter: Adapter) -> Files:
     component = _component(adapter)
-    denoiser = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}[component]
+    denoiser = _DENOISERS.get(_version(adapter), "UNet2DConditionModel")
     use = _DIFFUSERS_USE[adapter.record.config.tune.mode].format(denoiser=denoiser, component=component)
     page = _page(adapter, use, EMBEDDINGS)
     weights = {file: pieces(adapter.listed(file)) for file in adapter.record.weight_files}
@@ -226,11 +228,11 @@ def _component(adapter: Adapter) -> str:
     return next((part.component for part in adapter.record.parts), "unet")
 
 
-def _version(adapter: Adapter) -> Literal["v1", "v2", "xl", "sd3"]:
-    """Derives the version of Stable Diffusion from its denoiser and the shapes of the embeddings."""
-    if _component(adapter) == "transformer":
-        return "sd3"
+def _version(adapter: Adapter) -> Version:
+    """Derives the version of Stable Diffusion, or FLUX.2 klein, from the denoiser and the shapes of the embeddings."""
     target = read_embeddings(adapter)["target"]
+    if _component(adapter) == "transformer":
+        return "flux2-klein" if target.pooled is None else "sd3"
     if target.pooled is not None:
         return "xl"
     return "v2" if target.tokens.shape[-1] == _OPENCLIP_WIDTH else "v1"
@@ -241,9 +243,12 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
     record, tune, version = adapter.record, adapter.record.config.tune, _version(adapter)
     height, width = read_canvas(adapter).pixels.shape[2:]
     second = "v2-768-v" if height * width > 512 * 512 else "v2-512"  # a guess: the record does not contain the prediction type of the base
+    versions = {"v1": "v1", "v2": second, "xl": "xl-v1-base", "sd3": "3"}
+    architecture = f"stable-diffusion-{versions[version]}" if version in versions else "flux-2-klein"
+    names = {"v1": "sd_v1", "v2": "sd_v2", "xl": "sdxl_base_v1-0", "sd3": "sd3", "flux2-klein": "flux2_klein"}
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"stable-diffusion-{ {'v1': 'v1', 'v2': second, 'xl': 'xl-v1-base', 'sd3': '3'}[version] }/lora",
+        "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": _STABILITY if version == "xl" else "diffusers",
         "modelspec.title": adapter.name,
         "modelspec.resolution": f"{width}x{height}",
@@ -252,7 +257,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(tune.rank),
         "ss_network_alpha": str(float(tune.rank)),
-        "ss_base_model_version": {"v1": "sd_v1", "v2": "sd_v2", "xl": "sdxl_base_v1-0", "sd3": "sd3"}[version],
+        "ss_base_model_version": names[version],
         "ss_v2": str(version == "v2"),
         "ss_sd_model_name": record.base.name,
         "ss_output_name": adapter.name,

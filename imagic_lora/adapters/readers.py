@@ -10,7 +10,9 @@ from ..core.errors import ImagicError
 _OUTSIDE_OF_BLOCKS = re.compile(  # the names in diffusers, then those in Stability's code
     r"lora_unet_(conv_in|conv_out|(time|add)_embedding_linear_[12]|input_blocks_0_0|out_2|time_embed_[02]|label_emb_0_[02])"
 )
-_READ_BY_NOBODY = "lora_unet_time_embedding_cond_proj"
+_READ_BY_NOBODY = re.compile(  # ComfyUI has other names for these layers of FLUX.2 klein
+    r"lora_unet_time_embedding_cond_proj|lora_transformer_(time_guidance_embed_.*|(double|single)_stream_modulation_.*)"
+)
 _SYNTAX = re.compile(r"[()\[\]{}<>\\]|//|\b(AND|BREAK)\b|\bembedding:")
 
 
@@ -20,9 +22,10 @@ def check_layers(layers: Collection[str]) -> None:
     Args:
         layers: names of the layers in that layout.
     """
-    if _READ_BY_NOBODY in layers:
-        remedy = "use --format diffusers, or fit with --targets attention+conv"
-        raise ImagicError("a LoRA layer on time_embedding.cond_proj", "layers that a program reads in the format kohya", remedy)
+    if unread := sorted(layer for layer in layers if _READ_BY_NOBODY.fullmatch(layer)):
+        layer, kind = ("time_embedding.cond_proj", "conv") if unread[0].startswith("lora_unet") else (unread[0], "mlp")
+        remedy = f"use --format diffusers, or fit with --targets attention+{kind}"
+        raise ImagicError(f"a LoRA layer on {layer}", "layers that a program reads in the format kohya", remedy)
 
 
 def notes(layers: Collection[str], prompt: str, openclip: bool) -> list[str]:

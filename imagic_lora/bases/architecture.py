@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from .layers import LORA_TARGETS, TRANSFORMER_TARGETS
-from .loading.vetting import TIME_IDS
+from ..core.errors import ImagicError
+from .layers import LORA_TARGETS, TRANSFORMER_TARGETS, klein_targets
+from .loading.vetting import TIME_IDS, inpainting_channels
 
 SD3_T5_LENGTH = 256
 """Number of T5 tokens of Stable Diffusion 3: the default of diffusers' pipeline."""
+KLEIN_LENGTH = 512
+"""Number of tokens of FLUX.2 klein, as in diffusers' pipeline."""
+KLEIN_LAYERS = (9, 18, 27)
+"""Layers of Qwen3 whose outputs are the channels of FLUX.2 klein's tokens, as in diffusers' pipeline; those above are not loaded."""
+
+LARGE_ENCODERS = ("T5EncoderModel", "Qwen3ForCausalLM")
+"""Classes of text encoders of billions of parameters: each is alone on the device while it encodes, and may be quantized."""
 
 Guidance = Literal["cfg", "embedded", "none"]
 """How a base is guided. ``cfg``: classifier-free guidance, a second pass. ``embedded``: the scale is an input of the denoiser. ``none``."""
@@ -41,10 +50,15 @@ class Architecture(ABC):
     """Name of the denoiser in a diffusers pipeline."""
     process: ClassVar[Literal["diffusion", "flow"]]
     """Noise process: :class:`~imagic_lora.bases.process.Diffusion` or :class:`~imagic_lora.bases.process.Flow`."""
+    takes_reference: ClassVar[bool] = False
+    """Whether the denoiser takes a reference image beside the noisy one."""
     encoder_classes: ClassVar[dict[str, str]]
     """Classes of transformers of the text encoders, by component name. A base may lack the optional ones."""
-    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Suffixes of the names of the layers that LoRA adapts, by preset."""
+
+    @property
+    @abstractmethod
+    def lora_targets(self) -> Mapping[str, tuple[str, ...]]:
+        """Suffixes of the names of the layers that LoRA adapts, by preset."""
 
     @property
     @abstractmethod
@@ -76,14 +90,57 @@ class Architecture(ABC):
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
+    def size_multiple(self) -> int:
+        """Height and width of an image must be multiples of this number of pixels: diffusers' pipelines require multiples of 8."""
+        return math.lcm(8, self.vae_scale_factor)
+
+    @property
     def latent_channels(self) -> int:
-        """Channels ``C`` of the latents that the denoiser takes."""
-        return self.denoiser["in_channels"]
+        """Channels ``C`` of the latents."""
+        return self.vae["latent_channels"]
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the denoiser fills a mask: its inputs are the noisy latents, the mask, and the latents of the photo without the area."""
+        return self.denoiser["in_channels"] == inpainting_channels(self.latent_channels)
 
     @property
     def resolution(self) -> int:
         """Side of the square images that the base was trained on, in pixels."""
         return self.denoiser["sample_size"] * self.vae_scale_factor
+
+    def with_resolution(self, resolution: int) -> Architecture:
+        """The architecture of a base that was trained on images of another size."""
+        return replace(self, denoiser=self.denoiser | {"sample_size": resolution // self.vae_scale_factor})
+
+    def check_trainable(self, name: str) -> None:
+        """Checks that a fit can train the base.
+
+        Args:
+            name: of the base, for the message.
+
+        Raises:
+            ImagicError: it is an inpainting model, or a distilled flow. The loss of a fit has its minimum at the velocity of the many-step
+                model.
+        """
+        check_text_to_image(self, name, "a fit")
+        if self.process == "flow" and self.few_steps:
+            got = f"a fit on {name}, a flow that is distilled to {self.few_steps} steps"
+            expected = "a base that is not distilled: the loss of a fit undoes the distillation, and images blur"
+            raise ImagicError(got, expected, "fit on the base that it was made from, and sample on this one with edit --twin")
+
+
+def check_text_to_image(architecture: Architecture, name: str, what: str) -> None:
+    """Raises ImagicError for an inpainting model.
+
+    Args:
+        architecture: configs of the base.
+        name: name of the base, for the message.
+        what: what needs a text-to-image base, for the message.
+    """
+    if architecture.inpaints:
+        remedy = "choose the base that it was made from, or edit inside a mask: imagic-lora compare --methods inpaint --mask MASK"
+        raise ImagicError(f"{what} on {name}, an inpainting model", "a text-to-image base", remedy)
 
 
 @dataclass(frozen=True)
@@ -92,7 +149,10 @@ class UNetArchitecture(Architecture):
 
     component, process = "unet", "diffusion"
     encoder_classes: ClassVar[dict[str, str]] = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
-    lora_targets = LORA_TARGETS
+
+    @property
+    def lora_targets(self) -> Mapping[str, tuple[str, ...]]:
+        return LORA_TARGETS
 
     @property
     def conditioning(self) -> dict[str, tuple[int, ...]]:
@@ -122,7 +182,10 @@ class SD3Architecture(Architecture):
         "text_encoder_2": "CLIPTextModelWithProjection",
         "text_encoder_3": "T5EncoderModel",
     }
-    lora_targets = TRANSFORMER_TARGETS
+
+    @property
+    def lora_targets(self) -> Mapping[str, tuple[str, ...]]:
+        return TRANSFORMER_TARGETS
 
     @property
     def conditioning(self) -> dict[str, tuple[int, ...]]:
@@ -132,7 +195,7 @@ class SD3Architecture(Architecture):
 
     @property
     def guidance(self) -> Guidance:
-        return "cfg"
+        return "none" if self.few_steps else "cfg"
 
     @property
     def vae_overflows_fp16(self) -> bool:
@@ -150,3 +213,56 @@ class SD3ClipArchitecture(SD3Architecture):
     def conditioning(self) -> dict[str, tuple[int, ...]]:
         text = self.text_encoders["text_encoder"]
         return {"tokens": (1, text["max_position_embeddings"], text["hidden_size"]), "pooled": (1, text["hidden_size"])}
+
+
+@dataclass(frozen=True)
+class KleinArchitecture(Architecture):
+    """FLUX.2 klein. Latents are those of the VAE in patches of 2 x 2: four times its channels at half its height and width.
+
+    The config of the text encoder has the layers that are loaded, not all that the files hold.
+
+    Args:
+        side: side of the square images that the base was trained on, in pixels; no config of diffusers states it.
+    """
+
+    side: int = 1024
+
+    component, process = "transformer", "flow"
+    takes_reference = True
+    encoder_classes: ClassVar[dict[str, str]] = {"text_encoder": "Qwen3ForCausalLM"}
+
+    @property
+    def lora_targets(self) -> Mapping[str, tuple[str, ...]]:
+        return klein_targets(self.denoiser["num_single_layers"])
+
+    @property
+    def conditioning(self) -> dict[str, tuple[int, ...]]:
+        return {"tokens": (1, KLEIN_LENGTH, self.denoiser["joint_attention_dim"])}
+
+    @property
+    def vectors(self) -> dict[str, tuple[int, int, int]]:
+        return {"text_encoder": (1, KLEIN_LENGTH, self.text_encoders["text_encoder"]["hidden_size"])}
+
+    @property
+    def guidance(self) -> Guidance:
+        return "none" if self.few_steps else "cfg"
+
+    @property
+    def vae_overflows_fp16(self) -> bool:
+        """It does not: diffusers' pipeline has no such case."""
+        return False
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return 2 * super().vae_scale_factor
+
+    @property
+    def latent_channels(self) -> int:
+        return self.denoiser["in_channels"]
+
+    @property
+    def resolution(self) -> int:
+        return self.side
+
+    def with_resolution(self, resolution: int) -> Architecture:
+        return replace(self, side=resolution)

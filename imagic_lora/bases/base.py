@@ -20,7 +20,7 @@ from .process import Process
 if TYPE_CHECKING:
     from .altered import Alteration
 
-PipelineKind = Literal["text2image", "image2image"]
+PipelineKind = Literal["text2image", "image2image", "inpaint"]
 
 
 class Token(NamedTuple):
@@ -142,6 +142,33 @@ class Base(ABC):
             A conditioning with the same tokens and pooled embedding. ``extra`` is unchanged for families without added conditions.
         """
         return conditioning
+
+    def with_masked_photo(self, conditioning: Conditioning, mask: Tensor, masked: Tensor) -> Conditioning:
+        """Adds what an inpainting model sees of the photo to the conditioning's ``extra``.
+
+        Args:
+            conditioning: of one prompt, ``B = 1``.
+            mask: ``[1, 1, h, w]``: 1 is to be filled, 0 is kept.
+            masked: latents of the photo, whose pixels inside the mask are grey, ``[1, C, h, w]``.
+
+        Raises:
+            ImagicError: the base is no inpainting model.
+        """
+        expected = "an inpainting model, whose U-Net takes the mask and the masked photo"
+        raise ImagicError(f"a mask for the denoiser of {self.name}", expected, "choose an inpainting base, or method blended-latent")
+
+    def with_reference(self, conditioning: Conditioning, image: Tensor) -> Conditioning:
+        """Adds an image that the denoiser sees without noise beside its own to the conditioning's ``extra``.
+
+        Args:
+            conditioning: of one prompt, ``B = 1``.
+            image: ``[1, 3, H, W]`` in [-1, 1], of any size that :meth:`encode_image` takes.
+
+        Raises:
+            ImagicError: the denoiser takes no such image (:attr:`~imagic_lora.bases.architecture.Architecture.takes_reference`).
+        """
+        expected = "a base whose denoiser takes a reference image, such as FLUX.2 klein"
+        raise ImagicError(f"a reference image on {self.name}", expected, "leave out --reference, or choose another base")
 
     def pipeline_kwargs(self, conditioning: Conditioning, null: Conditioning | None) -> dict[str, Any]:
         """Keyword arguments that pass a conditioning to a diffusers pipeline of this family.

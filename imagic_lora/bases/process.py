@@ -99,11 +99,15 @@ class Flow(Process):
         """The velocity ``noise - x_0``, from image to noise."""
         return noise - clean
 
-    def sigmas(self, steps: int) -> Tensor:
-        """The levels of a sampling with ``steps`` steps, descending from 1 to 0, fp32 ``[steps + 1]``.
+    def sigmas(self, steps: int, positions: int) -> Tensor:
+        """The levels of a sampling, descending from 1 to 0, fp32 ``[steps + 1]``.
 
         As FlowMatchEulerDiscreteScheduler of diffusers has them: evenly spaced from 1 to the lowest trained level, then shifted, then 0.
         The lowest level is shifted already.
+
+        Args:
+            steps: number of steps.
+            positions: of the latents, ``h * w``. Some families shift the levels of a larger image further towards noise.
         """
         lowest = self.shifted(torch.tensor(1 / self.trained, dtype=torch.float64))
         times = torch.linspace(1.0, lowest.item(), steps, dtype=torch.float64)

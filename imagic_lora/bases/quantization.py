@@ -1,4 +1,4 @@
-"""4-bit quantization of the linear layers of a frozen denoiser (NF4 of QLoRA, arXiv 2305.14314)."""
+"""4-bit quantization of the linear layers of a frozen denoiser or text encoder (NF4 of QLoRA, arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from torch.nn import Linear, Module, Parameter
 from .layers import BLOCK_4BIT
 
 
-def quantize_linear(denoiser: Any, dtype: torch.dtype, device: torch.device) -> None:
+def quantize_linear(denoiser: Any, dtype: torch.dtype, device: torch.device, skipped: tuple[str, ...] = ()) -> None:
     """Replaces every linear layer in place by a layer with 4-bit weights on ``device`` that computes in ``dtype``.
 
     Layers whose number of input features is not a multiple of 64 stay unchanged: the CPU kernel of bitsandbytes uses wrong scales for them
     (measured with 0.50.2). diffusers' own loader quantizes in the same way, but does not support CPUs.
 
     Args:
-        denoiser: a diffusers model. PEFT recognises the 4-bit layers when LoRA layers are attached afterwards.
+        denoiser: a diffusers model, or a text encoder. PEFT recognises the 4-bit layers when LoRA layers are attached afterwards.
+        dtype, device: of the computation.
+        skipped: names of layers inside of their modules that stay unchanged.
     """
     for module in list(denoiser.modules()):
         for name, layer in list(module.named_children()):
-            if type(layer) is Linear and layer.in_features % BLOCK_4BIT == 0:
+            if type(layer) is Linear and name not in skipped and layer.in_features % BLOCK_4BIT == 0:
                 setattr(module, name, _quantized(layer, dtype, device))
     denoiser.is_loaded_in_4bit = True  # PEFT reads this attribute
 
@@ -51,7 +53,8 @@ class _Symbolic4bit(Linear):
     def __init__(self, layer: Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.weight = Parameter(torch.empty(layer.weight.numel() // 2, dtype=torch.uint8), requires_grad=False)
-        self.scales = Parameter(torch.empty(layer.weight.numel() // BLOCK_4BIT), requires_grad=False)
+        # no parameter: the precision of a model is that of its parameters of floating point, and bitsandbytes has none for scales
+        self.register_buffer("scales", torch.empty(layer.weight.numel() // BLOCK_4BIT, dtype=torch.float32))
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

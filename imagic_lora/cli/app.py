@@ -31,6 +31,7 @@ from .commands.plan import plan
 from .commands.reproduce import reproduce
 from .commands.store import list_adapters, remove, rename, show, verify
 from .commands.sweep import sweep
+from .commands.web import web
 from .console import print_error, print_interrupted, print_warnings
 from .interrupts import Interrupts
 
@@ -54,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None] | App] = {
     "bench": bench,
     "demo": demo,
     "doctor": doctor,
+    "web": web,
 }
 
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -110,7 +112,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
             resumed = [*tokens, *(["--resume"] if "--resume" not in tokens else [])]
             return print_interrupted(str(error), shlex.join(["imagic-lora", *resumed]), tokens)
         except Exception as error:  # most are raised again, with their traceback
-            explained = _explained(error)
+            explained = explained_error(error)
             if explained is None:
                 raise
             code = print_error(explained, tokens)
@@ -120,7 +122,7 @@ def main(tokens: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _explained(error: Exception) -> ImagicError | None:
+def explained_error(error: Exception) -> ImagicError | None:
     """Returns an exception as an error that the user can correct; None if it is not one."""
     match error:
         case ImagicError():

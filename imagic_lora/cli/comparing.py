@@ -24,14 +24,23 @@ from ..memory.levers import EDIT_LEVERS
 from ..memory.limits import OutOfMemory
 from ..memory.presets import EDIT_STAGES, choose_preset
 from ..methods.catalogue import IMAGIC
-from ..methods.comparison.candidates import Candidate, candidate, imagic_method, missing_need, sampling_method
+from ..methods.comparison.candidates import (
+    Candidate,
+    candidate,
+    check_method_base,
+    imagic_method,
+    missing_need,
+    sampling_method,
+)
 from ..methods.comparison.captions import CAPTIONER, captioned
 from ..methods.comparison.report import files, results
 from ..methods.comparison.running import Outcome, Scorer, cheapest_first, compared, work
+from ..methods.masks import check_area
 from ..methods.method import NEEDS, EditRequest, Method, Need
 from ..sampling.sweeps.metrics import Metric, clip_metric, dino_metric
 from .console import err, plain
 from .interrupts import Interrupts
+from .listening import listener
 
 AUTO = "auto"
 """The value of ``--source`` that asks for a caption by a model."""
@@ -90,6 +99,11 @@ class Models:
         return found
 
 
+def optional_fields(source: bool, mask: bool) -> list[Need]:
+    """Returns the optional fields that a request has."""
+    return [*(["source_prompt"] if source else []), *(["mask"] if mask else [])]
+
+
 class Setup(NamedTuple):
     """The settings of a comparison before its base is loaded.
 
@@ -104,26 +118,40 @@ class Setup(NamedTuple):
     methods: dict[str, Method | str]
 
 
-def configured(names: Sequence[str], needs: Sequence[Need], given: Mapping[str, Any], levers: Mapping[str, Any]) -> Setup:
+def configured(
+    names: Sequence[str], named: bool, source: bool, mask: Image.Image | None, given: Mapping[str, Any], levers: Mapping[str, Any]
+) -> Setup:
     """Resolves the settings of the base and of every method, without loading the base.
 
     Args:
         names: names of the methods.
-        needs: the optional fields that the request will have.
+        named: whether the methods were asked for by name, so that each must be able to run.
+        source: whether the request will have a source prompt.
+        mask: the mask of the request.
         given: settings of the one method, as nested mappings.
         levers: base, preset and memory levers that were given.
 
     Raises:
-        ImagicError: a setting is unknown or out of range, or the base cannot be read.
+        ImagicError: a setting is unknown or out of range, the base cannot be read, the area of the mask is too small, or a method that was
+            asked for by name cannot work on the base.
     """
     plain_run = validated(levers)
     architecture = architecture_of(plain_run.base, plain_run.revision)
     built_in = known_base(plain_run.base, plain_run.revision).built_in
     recipe = recipe_of(built_in, architecture.few_steps, architecture.guidance, architecture.process)
+    if mask is not None:
+        check_area(architecture, mask)
     run: RunConfig | None = None
     found: dict[str, Method | str] = {}
     for name in names:
-        need = missing_need(name, needs)
+        try:
+            check_method_base(name, architecture, plain_run.base)
+        except ImagicError as error:
+            if named:
+                raise
+            found[name] = f"needs {error.expected}"
+            continue
+        need = missing_need(name, optional_fields(source, mask is not None))
         if need is not None:
             found[name] = f"needs {NEEDS[need][0]}"
         elif name in IMAGIC:
@@ -233,6 +261,7 @@ def _run_all(
 
         def count(module: object, inputs: Sequence[Tensor], output: object) -> None:
             bar.advance(task, len(inputs[0]))
+            listener().progress("methods", min(bar.tasks[0].completed, total), total)
 
         hook = base.denoiser.register_forward_hook(count)
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ..core.config import RunConfig
 from ..core.errors import ImagicError, ImagicWarning
+from .listening import listener
 
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
@@ -162,6 +163,7 @@ def show_progress(steps: Generator[StepReport, None, Adapter | None], run: RunCo
                 report = next(steps)
             except StopIteration as done:
                 return done.value
+            listener().step(report, run)
             if report.stage not in started:
                 started.add(report.stage)
                 relative = ""
@@ -182,8 +184,8 @@ def show_progress(steps: Generator[StepReport, None, Adapter | None], run: RunCo
                 err.print(message, highlight=False)
 
 
-def progress(items: Iterable[Value], total: int, label: str) -> Iterable[Value]:
-    """Returns the items unchanged, and shows a progress bar while they are consumed.
+def progress(items: Iterable[Value], total: int, label: str) -> Iterator[Value]:
+    """Yields the items unchanged, and shows a progress bar while they are consumed.
 
     Args:
         items: any iterable.
@@ -192,7 +194,9 @@ def progress(items: Iterable[Value], total: int, label: str) -> Iterable[Value]:
     """
     from rich.progress import track
 
-    return track(items, label, total=total, console=err, disable=not err.is_terminal)
+    for done, item in enumerate(track(items, label, total=total, console=err, disable=not err.is_terminal), 1):
+        listener().progress(label, done, total)
+        yield item
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:

@@ -38,6 +38,7 @@ class Edits:
         save_mask: whether the masks are written too.
         metadata: whether the images say how they were made.
         overwrite: whether images that were made in another way are replaced.
+        twin: whether the base that samples is the twin of the adapter's.
     """
 
     adapter: Adapter
@@ -48,6 +49,7 @@ class Edits:
     save_mask: bool
     metadata: bool
     overwrite: bool
+    twin: bool = False
 
     @property
     def targets(self) -> dict[Path, str]:
@@ -74,7 +76,7 @@ class Edits:
         for prompt in self.targets.values():
             check_edit(etas, self.seeds, self.run.edit, prompt)
         self._check_outputs(etas)
-        editor = open_editor(self.adapter, self.run, base, force)
+        editor = open_editor(self.adapter, self.run, base, force, self.twin)
         search, written = dict[str, Any](), list[dict[str, Any]]()
         first, *others = self.prompts
 

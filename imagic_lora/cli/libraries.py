@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from ..core.config import MemoryConfig
 from ..core.environment import quick_imports, wait_passively_on_busy_machine
 from ..core.errors import ImagicError
 from ..core.machine import find_card
@@ -37,6 +38,11 @@ def import_libraries(bitsandbytes: bool = False) -> None:
 
         is_bnb_4bit_available()  # PEFT asks once and remembers the answer: otherwise it imports bitsandbytes with the first LoRA layer
         hide_progress_bars()
+
+
+def quantized(memory: MemoryConfig) -> bool:
+    """Whether memory levers quantize anything, so that bitsandbytes is needed."""
+    return "nf4" in (memory.quantize, memory.quantize_text)
 
 
 def _check_folders() -> None:

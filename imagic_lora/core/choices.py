@@ -62,7 +62,8 @@ def levers(memory: MemoryConfig) -> list[str]:
     names = [name.replace("_", " ") for name in switches if getattr(memory, name)]
     names += [f"{memory.idle} idle components"] if memory.idle != "keep" else []
     names += [f"{memory.master_weights} master weights"] if memory.master_weights != "fp32" else []
-    return names + ([f"{memory.quantize} base"] if memory.quantize != "none" else [])
+    names += [f"{memory.quantize} base"] if memory.quantize != "none" else []
+    return names + ([f"{memory.quantize_text} text encoders"] if memory.quantize_text != "none" else [])
 
 
 def _device(memory: MemoryConfig, card: Card | None) -> tuple[str, str]:
@@ -110,8 +111,9 @@ def _check_installed(memory: MemoryConfig, cuda: bool, dtype: DtypeName) -> None
             "fp16 or bf16 arithmetic",
             "leave out --autocast-cache: fp32 weights are not cast",
         )
-    if memory.quantize == "nf4":
-        _check_bitsandbytes("nf4", "none", "--quantize")
+    for flag, value in (("--quantize", memory.quantize), ("--quantize-text", memory.quantize_text)):
+        if value == "nf4":
+            _check_bitsandbytes("nf4", "none", flag)
 
 
 def _check_bitsandbytes(value: str, alternative: str, flag: str) -> None:

@@ -117,27 +117,33 @@ class EditConfig(Config):
     against overexposed images at a high guidance_scale. 0: off. 1: in full. The paper uses 0.7. Needs a guidance_scale above 1."""
     scheduler: Scheduler = "base"
     """Sampling scheduler of diffusers, built from the config of the base's own. base: the base's own. dpm++2m, dpm++2m-sde and unipc need
-    fewer steps (20 to 30). lcm: for latent consistency models. Start inverted always uses DDIM. Flows (Stable Diffusion 3) are sampled by
-    Euler's method: base or euler."""
+    fewer steps (20 to 30). lcm: for latent consistency models. Start inverted always uses DDIM. Flows (Stable Diffusion 3, FLUX.2 klein)
+    are sampled by Euler's method: base or euler."""
     karras_sigmas: Annotated[bool, _ADVANCED] = False
     """Space the noise levels as in arXiv 2206.00364, equation 5. Only for dpm++2m, dpm++2m-sde, unipc and euler, or a base with such a
     scheduler."""
     ddim_eta: Annotated[float, _ADVANCED] = Field(default=0.0, ge=0, le=1)
     """Amount of noise that DDIM, or Euler's method for a flow, adds at every step. 0: none, sampling is deterministic. 1: as much as DDPM.
     This is not the eta of the interpolation."""
-    start: Literal["noise", "image", "inverted"] = "noise"
+    start: Literal["noise", "image", "inverted", "flow"] = "noise"
     """Where sampling starts. noise: from random noise. image: from the photo with added noise (see strength). inverted: from noise that
     reproduces the photo, which keeps position and background best. With ddim_eta 0, inverted is DDIM inversion, and the seed has no effect.
-    With a ddim_eta above 0 it is edit-friendly inversion (arXiv 2304.06140), which depends on the seed and allows larger changes."""
+    With a ddim_eta above 0 it is edit-friendly inversion (arXiv 2304.06140), which depends on the seed and allows larger changes.
+    flow, only on a flow: from the photo along the difference of the velocities for the edit and for the photo (FlowEdit, arXiv 2412.08629,
+    with the optimised embedding as the source prompt). Nothing is inverted, and eta 0 is the photo."""
     source_eta: Annotated[float, _ADVANCED] = Field(default=0.0, ge=0, le=1)
-    """Only for start inverted: eta of the embedding with which the photo is inverted. 0: the optimised embedding. The subject keeps its
-    identity best at a value just below the eta where the edit begins to appear. An edit at a lower eta is inverted at its own eta."""
+    """Only for starts inverted and flow: eta of the embedding with which the photo is inverted, or that stands for it. 0: the optimised
+    embedding. The subject keeps its identity best at a value just below the eta where the edit begins to appear. An edit at a lower eta is
+    inverted at its own eta."""
     padding_eta: Annotated[float, _ADVANCED] = Field(default=0.3, ge=0, le=2)
     """Only for adapters with embed.space input: eta of the padding as a multiple of the eta of the words. The padding holds the identity: a
     lower value keeps more of the photo."""
     strength: float = Field(default=0.8, gt=0, le=1)
-    """Only for start image: how much noise is added to the photo, as a share of the sampling steps. 1: nothing of the photo is kept. Lower
-    values keep more."""
+    """Only for starts image and flow: how much noise is added to the photo, as a share of the sampling steps. 1: nothing of the photo is
+    kept by start image. Lower values keep more."""
+    reference: bool = False
+    """Only on FLUX.2 klein: the denoiser also sees the photo without noise, as the reference image of an instruction edit, so that identity
+    comes from the adapter and from the photo. Takes about twice the time."""
     batch_size: int = Field(default=4, ge=1, le=256)
     """Number of images generated at once. A smaller number needs less memory."""
 
@@ -182,6 +188,10 @@ class MemoryConfig(DeviceConfig):
     quantize: Annotated[Literal["none", "nf4"], _flag("quantize")] = "none"
     """Quantization of the frozen denoiser. nf4: its linear layers are stored in 4 bits, in the fit and in later edits (arXiv 2305.14314);
     needs bitsandbytes. Only for modes lora and embedding."""
+
+    quantize_text: Annotated[Literal["none", "nf4"], _flag("quantize-text")] = "none"
+    """Quantization of large text encoders, T5 and Qwen3, whose weights are most of the memory while a prompt is encoded. nf4: their linear
+    layers are stored in 4 bits, in the fit and in later edits; needs bitsandbytes. CLIP stays as it is."""
 
     @field_validator("master_weights", mode="before")
     @classmethod
@@ -228,8 +238,8 @@ class RunConfig(Config):
     """Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory of the card, or cpu
     without a card."""
     base: Annotated[str, _flag("base")] = Field(default="sd15", min_length=1)
-    """Base model: a name (sd15, sd21, sdxl, sdxl-turbo, sd3-medium, sd35-medium, critters, or one of your own; see imagic-lora bases), a
-    folder in diffusers' format, a single .safetensors file, or a Hugging Face hub id."""
+    """Base model: a name (sd15, sd21, sdxl, sdxl-turbo, sd3-medium, sd35-medium, klein-base-4b, klein-base-9b, critters, or one of your
+    own; see imagic-lora bases), a folder in diffusers' format, a single .safetensors file, or a Hugging Face hub id."""
     revision: Annotated[str | None, _flag("revision")] = None
     """Branch, tag or commit of the hub id given as base. Without it the default branch is used."""
     resolution: Annotated[int | None, _flag("resolution")] = Field(default=None, ge=8, le=4096)

@@ -190,9 +190,11 @@ def _clashes(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, st
         yield "--autocast-cache", "--master-weights bf16-stochastic", "the autocast cache only with fp32 master weights"
     if memory.master_weights != "fp32" and memory.dtype in ("fp16", "fp32"):
         yield "--master-weights", f"--dtype {memory.dtype}", "bf16 master weights only with bf16 arithmetic"
-    for flag, start in (("--strength", "image"), ("--source-eta", "inverted")):
-        if flag in named and run.edit.start != start:
-            yield flag, f"--start {run.edit.start}", f"this setting only with --start {start}"
+    for flag, starts in (("--strength", ("image", "flow")), ("--source-eta", ("inverted", "flow"))):
+        if flag in named and run.edit.start not in starts:
+            yield flag, f"--start {run.edit.start}", f"this setting only with --start {' or '.join(starts)}"
+    if "--ddim-eta" in named and run.edit.ddim_eta and run.edit.start == "flow":
+        yield "--ddim-eta", "--start flow", "noise after steps only with another --start: start flow adds its own at every level"
     for flag, value in (("--negative-prompt", run.edit.negative_prompt), ("--guidance-rescale", run.edit.guidance_rescale)):
         if flag in named and value and run.edit.guidance_scale <= 1:
             yield flag, f"--guidance-scale {run.edit.guidance_scale:g}", "this setting only with guidance: a guidance scale above 1"

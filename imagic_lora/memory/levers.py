@@ -31,6 +31,7 @@ FIT_LEVERS: Levers = [
     ("--preview-every 0", {"monitoring": {"preview_every": 0}}),
     (_STOCHASTIC, {"memory": {"master_weights": "bf16-stochastic"}}),
     ("--quantize nf4", {"memory": {"quantize": "nf4"}}),
+    ("--quantize-text nf4", {"memory": {"quantize_text": "nf4"}}),
     ("--mode lora", {"tune": {"mode": "lora"}, "memory": {"master_weights": "fp32", "autocast_cache": False}}),
 ]
 """Levers of the command ``fit``."""

@@ -107,7 +107,8 @@ def choose_preset_for_edit(base: Callable[[], Architecture], adapter_run: RunCon
     # an edit opens the base without master weights, so full weights take the memory of the base's own, and are planned as LoRA
     mode: Mode = "embedding" if adapter_run.tune.mode == "embedding" else "lora"
     recipe: Recipe = {mode: {"resolution": adapter_run.resolution, "edit": adapter_run.edit.model_dump()}}
-    file = {"tune": {"mode": mode}, "memory": {"quantize": adapter_run.memory.quantize}}
+    memory = adapter_run.memory
+    file = {"tune": {"mode": mode}, "memory": {"quantize": memory.quantize, "quantize_text": memory.quantize_text}}
     return choose_preset(base, given, file, recipe, EDIT_STAGES, EDIT_LEVERS)[0]
 
 

@@ -10,9 +10,11 @@ May import: core, photos, bases, memory, adapters, sampling, training. Must not 
 - ``magicmix.py``: MagicMix, of a photo or of a prompt with a prompt
 - ``diffedit.py``: DiffEdit, which finds its own mask, or takes a given one
 - ``blended.py``: blended latent diffusion, in a given mask
+- ``inpaint.py``: inpainting by a model that was trained for it
 - ``masks.py``: masks of the photo and of the latents, sampling inside a mask
 - ``catalogue.py``: the methods by name
 - ``comparison/``: several methods on one photo, on one page
 - ``inversions/``: methods that invert the photo: DDIM inversion, DDIB, null-text inversion and others
+- ``flows/``: methods for flows alone: FlowEdit, RF-Inversion
 - ``attention/``: methods that read or change attention: Prompt-to-Prompt, direct inversion, LEDITS++
 """

@@ -44,7 +44,7 @@ class BlendedLatentDiffusion(SamplingMethod[BlendedConfig]):
     def sample(self, encoded: EncodedRequest, config: BlendedConfig) -> tuple[Image.Image, Mapping[str, Any]]:
         mask = encoded.request.mask
         assert mask is not None
-        image = encoded.image(blended(encoded, config, latent_mask(encoded.base, mask, encoded.clean)))
+        image = encoded.image(blended(encoded, config, latent_mask(encoded.base.architecture, mask).to(encoded.clean)))
         return (Image.composite(image, encoded.request.photo, binary(mask)) if config.paste else image), {}
 
     def check_config(self, base: Base, config: BlendedConfig) -> None:

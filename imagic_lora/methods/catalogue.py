@@ -10,7 +10,10 @@ from .attention.ledits import LEdits
 from .attention.prompt_to_prompt import DirectInversion, PromptToPrompt, PromptToPromptText
 from .blended import BlendedLatentDiffusion
 from .diffedit import DiffEdit, DiffEditInMask
+from .flows.flowedit import FlowEdit
+from .flows.rf_inversion import RFInversion
 from .generated import PromptOnly
+from .inpaint import Inpaint
 from .inversions.ddim import DDIB, DDIMInversion
 from .inversions.edit_friendly import EditFriendly
 from .inversions.negative_prompt import NegativePromptInversion, ProximalInversion
@@ -40,7 +43,10 @@ _CLASSES: tuple[type[SamplingMethod[Any]], ...] = (
     DiffEdit,
     DiffEditInMask,
     BlendedLatentDiffusion,
+    Inpaint,
     LEdits,
+    FlowEdit,
+    RFInversion,
 )
 SAMPLING: Mapping[str, type[SamplingMethod[Any]]] = {method.name: method for method in _CLASSES}
 """Methods that only sample with the frozen base, by name."""
@@ -51,10 +57,10 @@ GUIDANCE = 3.0
 def default_config(method: type[SamplingMethod[Any]], embedded: bool) -> SamplingConfig:
     """Returns the settings of a method: its own defaults, and on the embedded base its guidance scale.
 
-    The scale of LEDITS++ is that of the guidance towards a concept, and does not depend on the base.
+    The scale of LEDITS++ is that of the guidance towards a concept, and does not depend on the base; those of FlowEdit are a pair.
 
     Args:
         method: class of the method.
         embedded: whether the base is the embedded one.
     """
-    return method.config_class(guidance_scale=GUIDANCE) if embedded and method is not LEdits else method.config_class()
+    return method.config_class(guidance_scale=GUIDANCE) if embedded and method not in (LEdits, FlowEdit) else method.config_class()

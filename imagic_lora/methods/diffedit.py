@@ -77,7 +77,7 @@ class DiffEditInMask(SamplingMethod[DiffEditMaskConfig]):
 
     def sample(self, encoded: EncodedRequest, config: DiffEditMaskConfig) -> tuple[Image.Image, Mapping[str, Any]]:
         assert encoded.request.mask is not None
-        return encoded.image(edited(encoded, config, latent_mask(encoded.base, encoded.request.mask, encoded.clean))), {}
+        return encoded.image(edited(encoded, config, latent_mask(encoded.base.architecture, encoded.request.mask).to(encoded.clean))), {}
 
     def check_config(self, base: Base, config: DiffEditMaskConfig) -> None:
         Trajectory(base, config.steps).position(config.ratio)

@@ -64,7 +64,7 @@ def generation_passes(base: Base, config: EditConfig) -> Passes:
         scheduler = base.scheduler()
         scheduler.set_timesteps(config.steps)
         calls, order = len(scheduler.timesteps), scheduler.order
-    if config.start == "image":
+    if config.start in ("image", "flow"):
         check_sampling(config)
         calls -= (config.steps - int(config.steps * config.strength)) * order
-    return Passes(calls * guided)
+    return Passes(calls * guided * (2 if config.start == "flow" else 1))

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..bases.base import Base
+from ..bases.architecture import Architecture
 from ..core.errors import ImagicError
 from ..photos.canvas import Canvas, to_canvas, to_image
 from ..sampling.trajectory import Predict, Trajectory
@@ -20,26 +20,34 @@ def binary(mask: Image.Image) -> Image.Image:
     return mask.point([0] * 128 + [255] * 128)
 
 
-def latent_mask(base: Base, mask: Image.Image, latents: Tensor) -> Tensor:
-    """Returns the mask of a request at the size of the latents, by the nearest pixel.
+def canvas_mask(architecture: Architecture, mask: Image.Image) -> Tensor:
+    """Returns the mask of a request on the canvas of the photo.
 
     Args:
-        base: the base.
+        architecture: configs of the base.
         mask: mode L, of the size of the photo; values of 128 and above may change.
-        latents: of the photo, ``[1, C, h, w]``.
 
     Returns:
-        1 where the latents may change and 0 elsewhere, ``[1, 1, h, w]``.
-
-    Raises:
-        ImagicError: the mask is not empty, but nothing of it is left at the size of the latents.
+        1 where pixels may change and 0 elsewhere, ``[1, 1, H, W]`` in fp32 on the CPU.
     """
-    pixels = to_canvas(binary(mask).convert("RGB"), base.resolution, base.size_multiple).pixels[:, :1]
-    small = interpolate((pixels > 0).float(), latents.shape[2:])
-    if binary(mask).getbbox() and not small.any():
-        got = f"a mask whose area is smaller than {base.architecture.vae_scale_factor} pixels at the resolution of the base"
-        raise ImagicError(got, "a mask that covers at least one position of the latents", "enlarge the area of the mask")
-    return small.to(latents)
+    return (to_canvas(binary(mask).convert("RGB"), architecture.resolution, architecture.size_multiple).pixels[:, :1] > 0).float()
+
+
+def latent_mask(architecture: Architecture, mask: Image.Image) -> Tensor:
+    """Returns the mask of a request at the size of the latents, by the nearest pixel: as :func:`canvas_mask`, but ``[1, 1, h, w]``."""
+    pixels, factor = canvas_mask(architecture, mask), architecture.vae_scale_factor
+    return interpolate(pixels, (pixels.shape[2] // factor, pixels.shape[3] // factor))
+
+
+def check_area(architecture: Architecture, mask: Image.Image) -> None:
+    """Raises ImagicError if a mask is not black everywhere, but nothing of it is left at the size of the latents."""
+    if mask.getbbox() is None or latent_mask(architecture, mask).any():
+        return
+    if binary(mask).getbbox() is None:
+        got, expected = f"a mask whose lightest value is {mask.getextrema()[1]}", "128 and above where the photo may change"
+        raise ImagicError(got, expected, "paint that area white")
+    got = f"a mask whose area is smaller than {architecture.vae_scale_factor} pixels at the resolution of the base"
+    raise ImagicError(got, "a mask that covers at least one position of the latents", "enlarge the area of the mask")
 
 
 def mask_image(canvas: Canvas, mask: Tensor) -> Image.Image:

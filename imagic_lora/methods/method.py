@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 from ..bases.altered import check_unaltered
+from ..bases.architecture import Architecture
 from ..bases.base import Base
 from ..core.errors import ImagicError
 from ..sampling.checks import check_prompt, check_seed
+from .masks import check_area
 
 Need = Literal["source_prompt", "mask", "subject"]
 """Optional fields of a request that a method may require."""
@@ -133,7 +135,7 @@ class Method(ABC):
         rows: names of the rows that report its images.
         settings: everything that its images depend on besides the request and the base, as JSON values.
         requires: optional fields of a request that the method cannot do without.
-        supports: denoisers that the method works with.
+        supports: denoisers that the method works with: ``unet``, ``transformer``, ``inpainting U-Net``.
         needs_null: whether the method needs classifier-free guidance, which bases with the guidance scale as an input do not have.
     """
 
@@ -174,14 +176,9 @@ class Method(ABC):
 
         Raises:
             ImagicError: the base is not supported or has an adapter applied, a required field is missing, a prompt is empty or not UTF-8,
-                the seed is out of range, or the mask does not have the size of the photo.
+                the seed is out of range, or the mask does not have the size of the photo or is too small.
         """
-        if base.component not in self.supports or (self.needs_null and base.architecture.guidance != "cfg"):
-            kind = f"a {base.component}" + (
-                " that takes the guidance scale as an input" if base.architecture.guidance == "embedded" else ""
-            )
-            expected = " or ".join(sorted(self.supports)) + (" with classifier-free guidance" if self.needs_null else "")
-            raise ImagicError(f"method {self.name} on {base.name}, {kind}", f"a {expected}", "choose another base or another method")
+        self.check_base(self.name, base.architecture, base.name)
         check_unaltered(base)
         for need in sorted(self.requires):
             if getattr(request, need) is None:
@@ -193,6 +190,36 @@ class Method(ABC):
         if request.mask is not None and request.mask.size != request.photo.size:
             got, size = "a mask of {} x {} pixels".format(*request.mask.size), "{} x {}, the size of the photo".format(*request.photo.size)
             raise ImagicError(got, size, "scale the mask")
+        if request.mask is not None and "mask" in self.requires:
+            check_area(base.architecture, request.mask)
+
+    @classmethod
+    def check_base(cls, name: str, architecture: Architecture, base: str) -> None:
+        """Checks that the method can work on a base, before it is loaded.
+
+        Args:
+            name: name of the method, for the message.
+            architecture: configs of the base.
+            base: name of the base, for the message.
+
+        Raises:
+            ImagicError: the denoiser is of another kind.
+        """
+        kind = "inpainting U-Net" if architecture.inpaints else architecture.component
+        if kind in cls.supports and (architecture.guidance == "cfg" or not cls.needs_null):
+            return
+        kind = f"{_with_article(kind)}" + (" that takes the guidance scale as an input" if architecture.guidance == "embedded" else "")
+        expected = " or ".join(sorted(cls.supports)) + (" with classifier-free guidance" if cls.needs_null else "")
+        remedy = "choose another base or another method"
+        if architecture.inpaints:
+            remedy = "choose method inpaint, or the base that this one was made from"
+        elif "inpainting U-Net" in cls.supports:
+            remedy = "choose an inpainting base, or method blended-latent, which edits inside a mask with any base"
+        raise ImagicError(f"method {name} on {base}, {kind}", _with_article(expected), remedy)
+
+
+def _with_article(noun: str) -> str:
+    return f"an {noun}" if noun.startswith("i") else f"a {noun}"
 
 
 class CostMeter:

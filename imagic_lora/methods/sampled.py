@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
@@ -19,6 +19,7 @@ from ..core.config import Config
 from ..photos.canvas import Canvas, to_canvas, to_image
 from ..sampling.checks import check_pixels
 from ..sampling.trajectory import Trajectory
+from .masks import canvas_mask, latent_mask
 from .method import Context, EditRequest, EditResult, Load, Method, Passes, metered
 
 
@@ -38,7 +39,7 @@ class EncodedRequest:
     Args:
         base: the base.
         request: the request.
-        guidance_scale: scale that images are sampled with.
+        completed: adds the added conditions to the conditioning of a prompt.
         canvas: the photo at the resolution of the base.
         clean: latents of the photo, ``[1, C, h, w]``, the mode of the VAE.
         target: conditioning of the target prompt, with added conditions.
@@ -48,7 +49,7 @@ class EncodedRequest:
 
     base: Base
     request: EditRequest
-    guidance_scale: float
+    completed: Callable[[Conditioning], Conditioning]
     canvas: Canvas
     clean: Tensor
     target: Conditioning
@@ -57,7 +58,7 @@ class EncodedRequest:
 
     def encode_prompt(self, prompt: str) -> Conditioning:
         """Encodes one more prompt, with added conditions."""
-        return _completed(self.base, self.canvas, self.guidance_scale, self.base.encode_prompt(prompt))
+        return self.completed(self.base.encode_prompt(prompt))
 
     def noise(self, count: int = 1) -> Tensor:
         """Draws standard normal noise with the seed of the request, on the CPU: the same numbers on every device.
@@ -91,19 +92,30 @@ def encode_request(base: Base, request: EditRequest, guidance_scale: float) -> E
         guidance_scale: scale that images are sampled with; an input of the denoiser of some bases.
     """
     canvas = to_canvas(request.photo, base.resolution, base.size_multiple)
-    complete = partial(_completed, base, canvas, guidance_scale)
-    target = complete(base.encode_prompt(request.target_prompt))
-    source = None if request.source_prompt is None else complete(base.encode_prompt(request.source_prompt))
+    target = base.encode_prompt(request.target_prompt)
+    source = None if request.source_prompt is None else base.encode_prompt(request.source_prompt)
     null = base.null()
     clean = base.encode_image(canvas.pixels)
+    masked = _masked_photo(base, canvas, request.mask) if base.architecture.inpaints and request.mask is not None else None
     base.offload_encoders()
-    return EncodedRequest(base, request, guidance_scale, canvas, clean, target, source, None if null is None else complete(null))
+    complete = partial(_completed, base, canvas, guidance_scale, masked)
+    source, null = (None if one is None else complete(one) for one in (source, null))
+    return EncodedRequest(base, request, complete, canvas, clean, complete(target), source, null)
 
 
-def _completed(base: Base, canvas: Canvas, guidance_scale: float, conditioning: Conditioning) -> Conditioning:
-    """Returns a conditioning with added conditions, such as the size of the canvas."""
+def _completed(
+    base: Base, canvas: Canvas, guidance_scale: float, masked: tuple[Tensor, Tensor] | None, conditioning: Conditioning
+) -> Conditioning:
+    """Returns a conditioning with added conditions, such as the size of the canvas and the masked photo of an inpainting model."""
     height, width = canvas.pixels.shape[2:]
-    return base.with_added_conditions(conditioning, height, width, guidance_scale)
+    conditioning = base.with_added_conditions(conditioning, height, width, guidance_scale)
+    return conditioning if masked is None else base.with_masked_photo(conditioning, *masked)
+
+
+def _masked_photo(base: Base, canvas: Canvas, mask: Image.Image) -> tuple[Tensor, Tensor]:
+    """Returns the mask at the size of the latents, and the latents of the photo whose pixels inside the mask are grey."""
+    pixels = canvas.pixels * (1 - canvas_mask(base.architecture, mask))
+    return latent_mask(base.architecture, mask).to(base.runtime.device), base.encode_image(pixels)
 
 
 C = TypeVar("C", bound=SamplingConfig)

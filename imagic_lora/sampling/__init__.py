@@ -5,7 +5,7 @@ May import: core, photos, bases, memory, adapters. Must not know: training, meth
 - ``mixing.py``: interpolates the embeddings, or the vectors of the tokens, of photo and target prompt
 - ``generate.py``: generates images from conditionings and seeds, in batches
 - ``diffusion.py``: latents of a batch through pipelines and schedulers of diffusers
-- ``flow.py``: latents of a batch on a flow base, by our own Euler steps
+- ``flow.py``: latents of a batch on a flow base, by our own Euler steps, from every start
 - ``guidance.py``: the formula of classifier-free guidance
 - ``trajectory.py``: the one loop over noise levels, from noise to photo or back, for methods that change latents or predictions on the way
 - ``attention.py``: reads and changes the attention probabilities of a U-Net, and restores its processors

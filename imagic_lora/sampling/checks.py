@@ -45,8 +45,8 @@ def check_sampling(config: EditConfig) -> None:
     """Checks settings of the sampling that exclude each other on every base.
 
     Raises:
-        ImagicError: ``start="image"`` and the strength leave less than one sampling step; the start cannot take the scheduler; the negative
-            prompt is not UTF-8.
+        ImagicError: ``start="image"`` or ``"flow"`` and the strength leave less than one sampling step; the start cannot take the scheduler
+            or ``ddim_eta``; the negative prompt is not UTF-8.
     """
     if config.start == "inverted" and (config.scheduler not in ("base", "ddim") or config.karras_sigmas):
         got = f"scheduler {config.scheduler}{' with Karras sigmas' if config.karras_sigmas else ''} with start inverted"
@@ -54,7 +54,10 @@ def check_sampling(config: EditConfig) -> None:
         raise ImagicError(got, "DDIM, because the photo is inverted by DDIM run backwards", remedy)
     check_utf8(config.negative_prompt, "the negative prompt")
     warn_of_weights(config.negative_prompt)
-    if config.start == "image" and int(config.steps * config.strength) < 1:
+    if config.start == "flow" and config.ddim_eta:
+        got = f"ddim_eta {config.ddim_eta:g} with start flow"
+        raise ImagicError(got, "ddim_eta 0: start flow adds noise of its own at every level", "use --ddim-eta 0, or another --start")
+    if config.start in ("image", "flow") and int(config.steps * config.strength) < 1:
         got = f"strength {config.strength:g} with {config.steps} steps"
         raise ImagicError(got, "strength * steps of at least 1", "increase the strength or the number of steps")
 
@@ -63,14 +66,24 @@ def check_scheduler(base: Base, config: EditConfig) -> None:
     """Checks that a base can be sampled with the scheduler of the settings.
 
     Raises:
-        ImagicError: the scheduler does not support the number of steps or Karras sigmas; or it samples at timesteps
-            that a distilled base was not trained at. The base is a flow, and the scheduler is one of diffusion.
+        ImagicError: the scheduler does not support the number of steps or Karras sigmas; or it samples at timesteps that a distilled base
+            was not trained at. The base takes no reference image. The base is a flow, and the scheduler is one of diffusion, or there is
+            guidance and the base has none. The base is a diffusion, and the start is one of flows.
     """
+    if config.reference and not base.architecture.takes_reference:
+        expected = "a base whose denoiser takes a reference image, such as FLUX.2 klein"
+        raise ImagicError(f"--reference on {base.name}", expected, "leave out --reference, or choose another base")
     if isinstance(base.process, Flow):
         if config.scheduler not in ("base", "euler") or config.karras_sigmas:
             got = f"scheduler {config.scheduler}{' with Karras sigmas' if config.karras_sigmas else ''} on {base.name}, a flow"
             raise ImagicError(got, "base or euler: flows are sampled by Euler's method", "use --scheduler base --no-karras-sigmas")
+        if config.guidance_scale > 1 and base.architecture.guidance == "none":
+            got = f"guidance scale {config.guidance_scale:g} on {base.name}, a distilled base that samples without guidance"
+            raise ImagicError(got, "a guidance scale of at most 1", "leave out --guidance-scale, or use --guidance-scale 0")
         return
+    if config.start == "flow":
+        got = f"start flow on {base.name}, a diffusion"
+        raise ImagicError(got, "a flow, such as Stable Diffusion 3 or FLUX.2 klein", "use --start inverted, or another base")
     scheduler = base.sampler(config.scheduler, config.karras_sigmas)
     try:
         scheduler.set_timesteps(config.steps)

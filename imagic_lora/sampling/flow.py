@@ -1,14 +1,12 @@
 """Stage 3 on a flow base: Euler's method over the levels of noise, from noise to image and back (arXiv 2209.03003).
 
-A sampling of ``N`` steps has the levels ``s_0 = 1 > s_1 > ... > s_N = 0``. Step ``i`` leads from ``s_i`` to ``s_{i+1}`` with the velocity
-at ``s_i``. An inversion takes the steps backwards, each with the velocity at the same level, on the latents of its cleaner end.
+The loop and the arithmetic of a step are those of :class:`~imagic_lora.sampling.trajectory.FlowTrajectory`; this module has the starts.
 
 No pipeline of diffusers is used: of its flow families some have no image-to-image, none can be inverted, and guidance differs.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -17,12 +15,11 @@ import torch
 from torch import Tensor
 
 from ..bases.base import Base
-from ..bases.process import Flow
 from ..core.conditioning import Conditioning, concatenate
 from ..core.config import EditConfig
-from ..core.errors import ImagicError
 from ..photos.canvas import Canvas
 from .guidance import guided
+from .trajectory import FlowTrajectory, Predict, Step
 
 
 class Start(NamedTuple):
@@ -47,12 +44,14 @@ class FlowSampler:
     """
 
     def __init__(self, base: Base, config: EditConfig, canvas: Canvas, null: Conditioning | None) -> None:
-        if not isinstance(base.process, Flow):
-            raise ImagicError(f"Euler steps of a flow on {base.name}", "a flow base", "choose another base")
+        height, width = (side // base.architecture.vae_scale_factor for side in canvas.pixels.shape[2:])
+        self.trajectory = FlowTrajectory(base, config.steps, height * width, config.ddim_eta)
         self.base, self.config, self.canvas = base, config, canvas
         self.null = null if config.guidance_scale > 1 else None
-        self.sigmas: list[float] = base.process.sigmas(config.steps).tolist()
+        self._shape = (base.architecture.latent_channels, height, width)
         self._clean = None if config.start == "noise" else base.encode_image(canvas.pixels)
+        self._completed = cache(self._with_reference)
+        self.null = self.null and self._completed(self.null)
         self._inversion = cache(self._recorded if config.ddim_eta else self._inverted)
 
     @torch.no_grad()
@@ -65,14 +64,17 @@ class FlowSampler:
             sources: conditionings of the photo, for each image.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        conditionings, sources = ([self._completed(one) for one in group] for group in (conditionings, sources))
         start = self._start(generators, seeds, sources)
-        latents, conditioning = start.latents, concatenate(list(conditionings))
-        for number, index in enumerate(range(start.position, self.config.steps)):
-            latents, std = self._mean(latents, index, conditioning, self.null)
+        latents, predict = start.latents, self._velocity(concatenate(list(conditionings)), self.null)
+        if self.config.start == "flow":
+            predict = self._difference(predict, generators, concatenate(list(sources)))
+        for step in self.trajectory.forwards(latents, predict, start.position):
             if start.added:
-                latents = latents + start.added[number]
-            elif std:
-                latents = latents + std * self._noise(generators)
+                step.latents = step.latents + start.added[step.index - start.position]
+            elif std := self.trajectory.standard_deviation(step.index):
+                step.latents = step.latents + std * self._noise(generators)
+            latents = step.latents
         return latents
 
     def _start(self, generators: list[torch.Generator], seeds: Sequence[int], sources: Sequence[Conditioning]) -> Start:
@@ -81,56 +83,40 @@ class FlowSampler:
             found = [self._inversion(source, seed) for source, seed in zip(sources, seeds, strict=True)]
             latents, *added = (torch.cat(parts) for parts in zip(*found, strict=True))
             return Start(latents, 0, added or None)
-        noise = self._noise(generators)
         if self._clean is None:
-            return Start(noise, 0)
-        position = config.steps - int(config.steps * config.strength)
-        return Start(self._noised(self._clean, noise, position), position)
+            return Start(self._noise(generators), 0)
+        position = self.trajectory.position(config.strength)
+        if config.start == "flow":
+            return Start(self._clean.expand(len(seeds), *self._shape), position)
+        noise = self._noise(generators)
+        return Start(self.trajectory.noised(self._clean, noise, position), position)
 
     def _noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Standard normal noise ``[B, C, h, w]``, drawn on the CPU: that of an image depends only on its seed."""
-        factor = self.base.architecture.vae_scale_factor
-        height, width = (side // factor for side in self.canvas.pixels.shape[2:])
-        shape = (self.base.architecture.latent_channels, height, width)
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.base.runtime.device)
+        return torch.stack([torch.randn(self._shape, generator=generator) for generator in generators]).to(self.base.runtime.device)
 
-    def _noised(self, clean: Tensor, noise: Tensor, position: int) -> Tensor:
-        return self.base.noised(clean, noise, torch.full((len(noise),), self.sigmas[position], device=noise.device))
+    def _with_reference(self, conditioning: Conditioning) -> Conditioning:
+        """The conditioning, with the photo as a reference image if the settings say so."""
+        return self.base.with_reference(conditioning, self.canvas.pixels) if self.config.reference else conditioning
 
-    def _velocity(self, latents: Tensor, index: int, conditioning: Conditioning, null: Conditioning | None) -> Tensor:
-        """The guided velocity ``[B, C, h, w]`` fp32 at the level of a step; the null conditioning is a pass of its own."""
-        sigma = torch.full((len(latents),), self.sigmas[index], device=latents.device)
-        with_prompt = self.base.predict(latents, sigma, conditioning).float()
-        if null is None:
-            return with_prompt
-        without = self.base.predict(latents, sigma, null).float()
-        return guided(with_prompt, without, self.config.guidance_scale, self.config.guidance_rescale)
+    def _velocity(self, conditioning: Conditioning, null: Conditioning | None) -> Predict:
+        """The prediction of a step, guided as the settings say."""
+        config = self.config
+        return lambda latents, step: velocity(
+            self.base, latents, step.timestep, conditioning, null, config.guidance_scale, config.guidance_rescale
+        )
 
-    def _mean(self, latents: Tensor, index: int, conditioning: Conditioning, null: Conditioning | None) -> tuple[Tensor, float]:
-        """Takes a step without its noise.
-
-        With ``ddim_eta`` 0 this is Euler's step. Otherwise a share of the noise in the latents is replaced: the standard deviation of the
-        new noise is ``ddim_eta`` times that of the ancestral step, ``s' sqrt(1 - ((1 - s) s' / ((1 - s') s))^2)``. It is that of DDIM
-        (arXiv 2010.02502, equation 16) for signal ``1 - s`` and noise ``s``.
-
-        Returns:
-            The mean of the next latents, and the standard deviation of the noise to add.
-        """
-        now, after = self.sigmas[index], self.sigmas[index + 1]
-        velocity = self._velocity(latents, index, conditioning, null)
-        if not self.config.ddim_eta or not after:
-            return latents + (after - now) * velocity, 0.0
-        std = self.config.ddim_eta * after * math.sqrt(1 - ((1 - now) * after / ((1 - after) * now)) ** 2)
-        clean, noise = latents - now * velocity, latents + (1 - now) * velocity
-        return (1 - after) * clean + math.sqrt(after**2 - std**2) * noise, std
+    def _difference(self, predict: Predict, generators: Sequence[torch.Generator], source: Conditioning) -> Predict:
+        """The prediction of a step from the photo: the velocity for the edit without that for the photo, both guided."""
+        assert self._clean is not None
+        clean, away = self._clean, self._velocity(source, self.null)
+        return lambda latents, step: difference(self.trajectory, clean, self._noise(generators), predict, away)(latents, step)
 
     def _inverted(self, source: Conditioning, seed: int) -> tuple[Tensor, ...]:
         """The noise from which Euler's method without guidance reproduces the photo, ``[1, C, h, w]``: its steps backwards."""
         assert self._clean is not None
-        latents = self._clean
-        for index in reversed(range(self.config.steps)):
-            latents = latents + (self.sigmas[index] - self.sigmas[index + 1]) * self._velocity(latents, index, source, None)
-        return (latents,)
+        *_, last = self.trajectory.backwards(self._clean, self._velocity(source, None))
+        return (last.latents,)
 
     def _recorded(self, source: Conditioning, seed: int) -> tuple[Tensor, ...]:
         """The noise of every step with which the photo is reproduced: edit-friendly inversion (arXiv 2304.06140) with the steps of a flow.
@@ -142,7 +128,54 @@ class FlowSampler:
             The latents before the first step, then the noise that each step adds, all ``[1, C, h, w]``.
         """
         assert self._clean is not None
-        generator = torch.Generator().manual_seed(seed)
-        path = [self._noised(self._clean, self._noise([generator]), position) for position in range(self.config.steps)]
-        means = [self._mean(latents, index, source, None)[0] for index, latents in enumerate(path)]
+        trajectory, generator, predict = self.trajectory, torch.Generator().manual_seed(seed), self._velocity(source, None)
+        path = [trajectory.noised(self._clean, self._noise([generator]), position) for position in range(trajectory.steps)]
+        steps = [Step(i, trajectory.timesteps[i], i, i + 1, latents, latents) for i, latents in enumerate(path)]
+        means = [trajectory.moved(predict(step.before, step), step) for step in steps]
         return path[0], *(after - mean for after, mean in zip([*path[1:], self._clean], means, strict=True))
+
+
+def velocity(
+    base: Base,
+    latents: Tensor,
+    sigma: float,
+    conditioning: Conditioning,
+    null: Conditioning | None,
+    scale: float = 1.0,
+    rescale: float = 0.0,
+) -> Tensor:
+    """Returns the guided velocity ``[B, C, h, w]``, fp32. The null conditioning is a pass of its own: it may have another length.
+
+    Args:
+        base: a flow.
+        latents: ``[B, C, h, w]``.
+        sigma: their level, in (0, 1].
+        conditioning: with added conditions, of batch size ``B`` or 1.
+        null: what guidance leads away from; None for no guidance.
+        scale, rescale: as for :func:`~imagic_lora.sampling.guidance.guided`.
+    """
+    sigmas = torch.full((len(latents),), sigma, device=latents.device)
+    with_prompt = base.predict(latents, sigmas, conditioning).float()
+    if null is None:
+        return with_prompt
+    return guided(with_prompt, base.predict(latents, sigmas, null).float(), scale, rescale)
+
+
+def difference(trajectory: FlowTrajectory, clean: Tensor, noise: Tensor, towards: Predict, away: Predict) -> Predict:
+    """Returns the prediction of FlowEdit (arXiv 2412.08629, equation 11), for latents that start as those of the photo.
+
+    Photo and edit get the same noise, and the edit moves by the difference of their velocities. Where both predict the same it is exactly
+    the photo.
+
+    Args:
+        trajectory: the levels.
+        clean: latents of the photo, ``[1, C, h, w]``.
+        noise: of the step, ``[B, C, h, w]``.
+        towards, away: predict the velocity for the edit and for the photo.
+    """
+
+    def predict(latents: Tensor, step: Step) -> Tensor:
+        noised = trajectory.noised(clean, noise, step.start)
+        return towards(noised + (latents - clean), step) - away(noised, step)
+
+    return predict

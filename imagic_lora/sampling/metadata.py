@@ -160,7 +160,7 @@ def a1111_parameters(metadata: ImageMetadata, size: tuple[int, int]) -> str:
         "Seed": metadata.seed,
         "Size": f"{size[0]}x{size[1]}",
         "Model": re.split(r"[/\\]", metadata.base.rstrip("/\\"))[-1].removesuffix(".safetensors"),
-        "Denoising strength": exact(edit.strength) if edit.start == "image" else None,
+        "Denoising strength": exact(edit.strength) if edit.start in ("image", "flow") else None,
         "Imagic adapter": metadata.adapter,
         "Imagic eta": exact(metadata.eta),
         "Version": f"{_PROGRAM} {metadata.versions.get(_PROGRAM, '')}",

@@ -4,32 +4,68 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..bases.loading import registry
+from ..bases.loading.known import bases_file, known_base, named_bases
 from ..core.config import RunConfig
-from ..core.errors import ImagicWarning
+from ..core.errors import ImagicError, ImagicWarning
 from ..core.runtime import resolve_runtime
+from ..core.settings import recipe_of
 from ..memory.presets import choose_preset_for_edit
 from .editor import Editor
+from .metadata import ImageMetadata
+
+_OF_THE_TWIN = ("steps", "guidance_scale")
 
 
-def edit_settings(adapter: Adapter, given: Mapping[str, Any], base: str | None = None) -> RunConfig:
+def twin_of(adapter: Adapter) -> str:
+    """Name of the distilled twin of an adapter's base, which samples in few steps with the same adapter.
+
+    Raises:
+        ImagicError: no list of bases names one.
+    """
+    made_for = adapter.record.base
+    entry = known_base(made_for.name, made_for.revision).entry
+    if entry is None or entry.twin is None:
+        twins = ", ".join(sorted(name for name, known in named_bases().items() if known.twin))
+        got = f"--twin with adapter {adapter.name}, and no twin of its base {made_for.name} is known"
+        raise ImagicError(got, f"an adapter of one of {twins}", f"leave out --twin, or name the twin in {bases_file()}")
+    return entry.twin
+
+
+def made_by_twin(adapter: Adapter, metadata: ImageMetadata) -> bool:
+    """Whether an image was made with the twin of its adapter's base."""
+    made_for = adapter.record.base
+    entry = known_base(made_for.name, made_for.revision).entry
+    return metadata.forced is not None and entry is not None and entry.twin == metadata.base
+
+
+def edit_settings(adapter: Adapter, given: Mapping[str, Any], base: str | None = None, twin: bool = False) -> RunConfig:
     """Returns the settings of an edit: those of the adapter, with the memory levers of this machine.
 
     Args:
         adapter: the stored adapter.
         given: explicit settings of the groups ``edit`` and ``memory``, and ``preset``.
         base: a base that replaces the one in the adapter's record.
+        twin: whether that base is the twin, whose steps and guidance scale replace those of the adapter.
 
     Raises:
         ImagicError: as :func:`~imagic_lora.memory.presets.choose_preset_for_edit`.
     """
-    return choose_preset_for_edit(lambda: registry.architecture_of(*_source(adapter, base)), adapter.record.config, given)
+    architecture, stored = cache(lambda: registry.architecture_of(*_source(adapter, base))), adapter.record.config
+    if twin:
+        found = architecture()
+        own = recipe_of(known_base(base or "").built_in, found.few_steps, found.guidance, found.process)["lora"].get("edit", {})
+        stored = stored.model_copy(
+            update={"edit": stored.edit.model_copy(update={name: own[name] for name in _OF_THE_TWIN if name in own})}
+        )
+    return choose_preset_for_edit(architecture, stored, given)
 
 
-def open_editor(adapter: Adapter, run: RunConfig, base: str | None = None, force: bool = False) -> Editor:
+def open_editor(adapter: Adapter, run: RunConfig, base: str | None = None, force: bool = False, twin: bool = False) -> Editor:
     """Loads the base of an adapter.
 
     Args:
@@ -37,14 +73,15 @@ def open_editor(adapter: Adapter, run: RunConfig, base: str | None = None, force
         run: settings from :func:`edit_settings`.
         base: as there.
         force: whether a base with other weights of the same shapes is allowed; a warning names both bases.
+        twin: whether the base is the twin of the adapter's, whose weights are others of the same shapes.
 
     Raises:
         ImagicError: as :func:`~imagic_lora.bases.loading.registry.load_base`.
     """
     name, revision = _source(adapter, base)
-    editor = Editor(registry.load_base(name, resolve_runtime(run.memory), revision), force)
+    editor = Editor(registry.load_base(name, resolve_runtime(run.memory), revision), force or twin)
     made_for = adapter.record.base
-    if force and editor.base.fingerprint != made_for.fingerprint:
+    if force and not twin and editor.base.fingerprint != made_for.fingerprint:
         message = f"adapter {adapter.name} was made for base {made_for.name} and is applied to base {editor.base.name}"
         warnings.warn(message, ImagicWarning, stacklevel=2)
     return editor

@@ -1,4 +1,4 @@
-"""The one loop over noise levels: DDIM from noise to photo, and its inversion from photo to noise.
+"""The one loop over noise levels, from noise to photo and back: DDIM on a diffusion, Euler's method on a flow.
 
 Levels. A trajectory of ``N`` steps has ``N + 1`` *positions*. Position 0 has the most noise, position ``N`` is the clean end, and position
 ``p < N`` has the noise level of ``timesteps[p]``. Step ``i`` joins the positions ``i`` and ``i + 1`` in either direction:
@@ -6,7 +6,8 @@ Levels. A trajectory of ``N`` steps has ``N + 1`` *positions*. Position 0 has th
     forwards   position i  ->  i + 1   DDIM step, prediction at timesteps[i] on the latents of position i
     backwards  position i + 1  ->  i   inverse step, prediction at timesteps[i] on the latents of position i + 1
 
-So both directions evaluate the denoiser at the timestep of the noisier end, as ``DDIMInverseScheduler`` and the code of null-text inversion
+On a flow the timestep is sigma, the share of noise, and a step is one of Euler's method along the velocity.
+Both directions evaluate the denoiser at the timestep of the noisier end, as ``DDIMInverseScheduler`` and the code of null-text inversion
 do. A *path* maps positions to latents: ``path[p]`` of an inversion and ``path[p]`` of a sampling always have the same noise level.
 
 Hooks. The loops are generators. A method changes the latents between two steps in the body of its ``for`` loop, by assigning
@@ -18,12 +19,15 @@ Hooks. The loops are generators. A method changes the latents between two steps 
         step.latents = torch.lerp(pivot[step.end], step.latents, mask)
     edited = step.latents
 
-The arithmetic of a step is that of diffusers' DDIMScheduler and DDIMInverseScheduler, for every prediction type. Latents are fp32.
+The arithmetic of a step on a diffusion is that of diffusers' DDIMScheduler and DDIMInverseScheduler, for every prediction type. Latents
+are fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +35,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 from torch import Tensor
 
 from ..bases.base import Base
+from ..bases.process import Flow
 from ..core.conditioning import Conditioning, concatenate
 from ..core.errors import ImagicError
 from .guidance import guided as combined
@@ -45,7 +50,7 @@ class Step:
 
     Args:
         index: number of the step, in [0, N); it joins the positions ``index`` and ``index + 1``.
-        timestep: timestep of the prediction: that of position ``index``, in both directions.
+        timestep: timestep of the prediction: that of position ``index``, in both directions. On a flow it is sigma.
         start: position that the step starts from.
         end: position that the step leads to.
         before: latents at ``start``, ``[B, C, h, w]``.
@@ -53,7 +58,7 @@ class Step:
     """
 
     index: int
-    timestep: int
+    timestep: float
     start: int
     end: int
     before: Tensor
@@ -64,28 +69,16 @@ Predict = Callable[[Tensor, Step], Tensor]
 """Returns the prediction of the denoiser for latents ``[B, C, h, w]`` at ``step.timestep``, of the type that the base predicts."""
 
 
-class Trajectory:
-    """The noise levels of DDIM on a base, and the loops over them.
+class Levels(ABC):
+    """The noise levels of a sampling, and the loops over them.
 
-    Args:
-        base: the base. Its noise schedule, prediction type and spacing of timesteps are used, and its denoiser is not.
+    Attributes:
         steps: number of steps ``N`` from position 0 to the clean end.
-        ddim_eta: noise of a step forwards, 0 (DDIM) to 1 (DDPM). A step returns the mean of the next latents; the caller adds the noise.
-
-    Raises:
-        ImagicError: the noise schedule has less timesteps than ``steps``.
+        timesteps: timestep of each position but the clean end, descending.
     """
 
-    def __init__(self, base: Base, steps: int, ddim_eta: float = 0.0) -> None:
-        self.steps, self.ddim_eta = steps, ddim_eta
-        self._forward, self._inverse = base.scheduler(DDIMScheduler), base.scheduler(DDIMInverseScheduler)
-        trained = self._forward.config.num_train_timesteps
-        if not 1 <= steps <= trained:
-            raise ImagicError(f"{steps} sampling steps", f"1 to {trained}, the timesteps of {base.name}", "change the number of steps")
-        for scheduler in (self._forward, self._inverse):
-            scheduler.set_timesteps(steps)
-        self.timesteps = [int(timestep) for timestep in self._forward.timesteps]
-        """Timestep of each position but the clean end, descending."""
+    steps: int
+    timesteps: Sequence[float]
 
     def position(self, strength: float) -> int:
         """Returns the position from which a share of the steps remains: ``N - int(N * strength)``, as in diffusers' image-to-image.
@@ -102,20 +95,27 @@ class Trajectory:
             raise ImagicError(got, "strength * steps of at least 1, strength at most 1", "change the strength or the number of steps")
         return self.steps - remaining
 
+    @abstractmethod
     def noised(self, clean: Tensor, noise: Tensor, position: int) -> Tensor:
-        """Adds noise: ``sqrt(a) x_0 + sqrt(1 - a) noise`` at the noise level of a position; the clean end returns ``clean``.
+        """Adds noise of the level of a position; the clean end returns ``clean``.
 
         Args:
             clean: latents ``x_0``, ``[B, C, h, w]``.
             noise: standard normal, the same shape.
             position: in [0, N].
         """
-        if position == self.steps:
-            return clean
-        return self._forward.add_noise(clean, noise, torch.full((len(clean),), self.timesteps[position]))
+
+    @abstractmethod
+    def moved(self, prediction: Tensor, step: Step) -> Tensor:
+        """Returns the latents at ``step.end`` for a prediction on the latents ``step.before``. Gradients flow to both.
+
+        Args:
+            prediction: of the type that the base predicts, ``[B, C, h, w]``.
+            step: the step; its ``latents`` are not read.
+        """
 
     def forwards(self, latents: Tensor, predict: Predict, start: int = 0, end: int | None = None) -> Iterator[Step]:
-        """Samples: DDIM from a position towards the clean end, without gradients.
+        """Samples: from a position towards the clean end, without gradients.
 
         Args:
             latents: at position ``start``, ``[B, C, h, w]``.
@@ -128,7 +128,7 @@ class Trajectory:
         return self._walk(latents, predict, range(start, self.steps if end is None else end), backwards=False)
 
     def backwards(self, latents: Tensor, predict: Predict, start: int | None = None, end: int = 0) -> Iterator[Step]:
-        """Inverts: DDIM from a position towards noise (arXiv 2010.02502, section 4.3), without gradients.
+        """Inverts: from a position towards noise (arXiv 2010.02502, section 4.3), without gradients.
 
         Args:
             latents: at position ``start``, ``[B, C, h, w]``.
@@ -148,13 +148,36 @@ class Trajectory:
             yield step
             latents = step.latents
 
-    def moved(self, prediction: Tensor, step: Step) -> Tensor:
-        """Returns the latents at ``step.end`` for a prediction on the latents ``step.before``. Gradients flow to both.
 
-        Args:
-            prediction: of the type that the base predicts, ``[B, C, h, w]``.
-            step: the step; its ``latents`` are not read.
-        """
+class Trajectory(Levels):
+    """The noise levels of DDIM on a base.
+
+    Args:
+        base: the base. Its noise schedule, prediction type and spacing of timesteps are used, and its denoiser is not.
+        steps: number of steps ``N`` from position 0 to the clean end.
+        ddim_eta: noise of a step forwards, 0 (DDIM) to 1 (DDPM). A step returns the mean of the next latents; the caller adds the noise.
+
+    Raises:
+        ImagicError: the noise schedule has less timesteps than ``steps``.
+    """
+
+    def __init__(self, base: Base, steps: int, ddim_eta: float = 0.0) -> None:
+        self.steps, self.ddim_eta = steps, ddim_eta
+        self._forward, self._inverse = base.scheduler(DDIMScheduler), base.scheduler(DDIMInverseScheduler)
+        trained = self._forward.config.num_train_timesteps
+        if not 1 <= steps <= trained:
+            raise ImagicError(f"{steps} sampling steps", f"1 to {trained}, the timesteps of {base.name}", "change the number of steps")
+        for scheduler in (self._forward, self._inverse):
+            scheduler.set_timesteps(steps)
+        self.timesteps = [int(timestep) for timestep in self._forward.timesteps]
+
+    def noised(self, clean: Tensor, noise: Tensor, position: int) -> Tensor:
+        """``sqrt(a) x_0 + sqrt(1 - a) noise``."""
+        if position == self.steps:
+            return clean
+        return self._forward.add_noise(clean, noise, torch.full((len(clean),), self.timesteps[position]))
+
+    def moved(self, prediction: Tensor, step: Step) -> Tensor:
         if step.end < step.start:
             return self._inverse.step(prediction, step.timestep, step.before, return_dict=False)[0]
         no_noise = torch.zeros_like(step.before) if self.ddim_eta else None
@@ -178,6 +201,53 @@ class Trajectory:
         return a, b
 
 
+class FlowTrajectory(Levels):
+    """The levels of Euler's method on a flow (arXiv 2209.03003).
+
+    Args:
+        base: a flow. Its levels are used, and its denoiser is not.
+        steps: number of steps ``N`` from position 0, sigma 1, to the clean end, sigma 0.
+        positions: of the latents, ``h * w``, which the levels of some families depend on.
+        ddim_eta: noise of a step forwards, 0 to 1. A step returns the mean of the next latents; the caller adds noise of
+            :meth:`standard_deviation`.
+
+    Raises:
+        ImagicError: the base is not a flow.
+    """
+
+    def __init__(self, base: Base, steps: int, positions: int, ddim_eta: float = 0.0) -> None:
+        if not isinstance(base.process, Flow):
+            raise ImagicError(f"Euler steps of a flow on {base.name}", "a flow base", "choose another base")
+        self.steps, self.ddim_eta, self._process = steps, ddim_eta, base.process
+        self.sigmas: list[float] = base.process.sigmas(steps, positions).tolist()
+        """Sigma of each position, the clean end included."""
+        self.timesteps = self.sigmas[:-1]
+
+    def noised(self, clean: Tensor, noise: Tensor, position: int) -> Tensor:
+        """``(1 - s) x_0 + s noise``."""
+        return self._process.noised(clean, noise, torch.full((len(noise),), self.sigmas[position], device=noise.device))
+
+    def moved(self, prediction: Tensor, step: Step) -> Tensor:
+        """Euler's step along the velocity; forwards with ``ddim_eta`` a share of the noise in the latents is left out."""
+        now, after = self.sigmas[step.start], self.sigmas[step.end]
+        std = self.standard_deviation(step.index) if step.end > step.start else 0.0
+        if not std:
+            return step.before + (after - now) * prediction
+        clean, noise = step.before - now * prediction, step.before + (1 - now) * prediction
+        return (1 - after) * clean + math.sqrt(after**2 - std**2) * noise
+
+    def standard_deviation(self, index: int) -> float:
+        """Standard deviation of the noise to add after a step forwards: it replaces the noise that the step left out.
+
+        It is ``ddim_eta`` times that of the ancestral step, ``s' sqrt(1 - ((1 - s) s' / ((1 - s') s))^2)``, which is that of DDIM (arXiv
+        2010.02502, equation 16) for signal ``1 - s`` and noise ``s``; 0 for the last step.
+        """
+        now, after = self.sigmas[index], self.sigmas[index + 1]
+        if not self.ddim_eta or not after:
+            return 0.0
+        return self.ddim_eta * after * math.sqrt(1 - ((1 - now) * after / ((1 - after) * now)) ** 2)
+
+
 def path(steps: Iterable[Step]) -> Path:
     """Runs the steps and returns the latents at every position, the first one included.
 
@@ -190,7 +260,19 @@ def path(steps: Iterable[Step]) -> Path:
     return latents
 
 
-def predictions(base: Base, latents: Tensor, timestep: int, *conditionings: Conditioning) -> tuple[Tensor, ...]:
+def last(latents: Tensor, steps: Iterable[Step]) -> Tensor:
+    """Runs the steps and returns the latents after the last one.
+
+    Args:
+        latents: returned if there are no steps.
+        steps: a running loop.
+    """
+    for step in steps:
+        latents = step.latents
+    return latents
+
+
+def predictions(base: Base, latents: Tensor, timestep: float, *conditionings: Conditioning) -> tuple[Tensor, ...]:
     """Returns the predictions for the same latents at several conditionings, each ``[B, C, h, w]``, in one call of the denoiser.
 
     Args:

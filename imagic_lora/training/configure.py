@@ -40,6 +40,7 @@ def configure_run(flags: Mapping[str, Any], file: Mapping[str, Any], processes: 
     """
     given = validated(merged(file, flags))
     architecture = architecture_of(given.base, given.revision)
+    architecture.check_trainable(given.base)
     recipe = recipe_of(known_base(given.base, given.revision).built_in, architecture.few_steps, architecture.guidance, architecture.process)
     return Configured(*choose_preset(lambda: architecture, flags, file, recipe, processes=processes), architecture)
 

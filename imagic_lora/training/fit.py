@@ -14,7 +14,7 @@ from ..adapters.modes import MODES
 from ..adapters.store import Store
 from ..adapters.writing import writable
 from ..bases.altered import check_unaltered
-from ..bases.architecture import Architecture
+from ..bases.architecture import LARGE_ENCODERS, Architecture
 from ..bases.base import Base
 from ..bases.loading.registry import architecture_of, load_base
 from ..core.config import RunConfig
@@ -49,6 +49,7 @@ def open_base(config: RunConfig, runtime: Runtime | None = None) -> Base:
     """
     runtime = runtime or resolve_runtime(config.memory)
     architecture = architecture_of(config.base, config.revision)
+    architecture.check_trainable(config.base)
     _check_space(architecture, config)
     check_memory(architecture, config, free_memory(runtime.device), assumed_from(runtime))
     return load_base(config.base, runtime, config.revision, master_weights=MODES[config.tune.mode].in_base)
@@ -127,9 +128,9 @@ def fit(
 
 def _check_space(architecture: Architecture, config: RunConfig) -> None:
     """Raises ImagicError if text encoders would be moved while stage 1 trains through them."""
-    moves = "T5EncoderModel" in (architecture.encoder_classes[name] for name in architecture.text_encoders)
+    moves = any(architecture.encoder_classes[name] in LARGE_ENCODERS for name in architecture.text_encoders)
     if config.embed.space == "input" and moves and config.memory.idle != "keep":
-        got = f"--embed.space input together with --idle {config.memory.idle}, with a base that has T5"
+        got = f"--embed.space input together with --idle {config.memory.idle}, with a base that has a large text encoder"
         raise ImagicError(got, "text encoders that stay on the device: --idle keep", "change --idle, or use --embed.space output")
 
 
@@ -141,6 +142,7 @@ def _open_checked(
         base = open_base(config)
     else:
         check_unaltered(base)
+        base.architecture.check_trainable(base.name)
         _check_space(base.architecture, config.model_copy(update={"memory": base.runtime.memory}))
         config = config.model_copy(update={"memory": base.runtime.memory})
     if config.tune.mode == "lora":

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Linear, Module, Parameter
@@ -86,6 +86,7 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Pl
     runtime = Runtime(torch.device("cpu"), DTYPES[assumed.dtype], assumed.optimizer, memory, {})
     with FakeTensorMode(), patch.object(Module, "_apply", _convert), Tracker() as tracker:
         base = random_base(architecture, run, runtime)
+        base.load_encoders()
         sizes = base.helper_bytes()
         helpers, largest = sum(sizes), max(sizes)
         counts = None if isinstance(architecture, UNetArchitecture) else counted(base, run)
@@ -126,7 +127,7 @@ def random_base(architecture: Architecture, run: RunConfig, runtime: Runtime) ->
     def load(name: str) -> Any:
         with _default_dtype(vae_dtype(architecture, runtime.dtype) if name == "vae" else runtime.dtype):
             if name == "vae":
-                return AutoencoderKL.from_config(architecture.vae)
+                return family.vae_class.from_config(architecture.vae)
             config_class, model_class = TEXT_ENCODERS[architecture.encoder_classes[name]]
             return model_class(config_class(**architecture.text_encoders[name]))
 
@@ -263,7 +264,10 @@ def _sampling_peaks(
     Returns:
         The bytes that are held before, and those that ``sample`` and ``decode`` allocate at their peak.
     """
-    base.encode_image(torch.empty(1, 3, *(side * base.architecture.vae_scale_factor for side in latents.shape[2:])))  # loads the VAE
+    image = torch.empty(1, 3, *(side * base.architecture.vae_scale_factor for side in latents.shape[2:]))
+    base.encode_image(image)  # loads the VAE
+    if run.edit.reference:
+        conditioning = base.with_reference(conditioning, image)
     held, count, activations = tracker.now, run.edit.batch_size, dict[str, int]()
     tracker.reset_peak()
     batch = count * passes_per_step(base.architecture, run)

@@ -19,6 +19,7 @@ from ..adapters.contents import record_parts, save_embeddings
 from ..adapters.modes import MODES
 from ..adapters.record import CARD, CONVERGENCE, PHOTO, PREVIEW, PREVIEWS, SOURCE, STEPS, BaseRecord, Record, SourceRecord, StageRecord
 from ..bases.base import Base
+from ..bases.loading.known import licence_of
 from ..core.conditioning import Conditioning
 from ..core.config import RunConfig
 from ..core.environment import library_versions
@@ -107,6 +108,8 @@ class Run:
         if self.base.architecture.guidance == "embedded":
             inputs["guidance_scale"] = config.edit.guidance_scale
         weights = {"master_weights": runtime.memory.master_weights, "quantize": runtime.memory.quantize}
+        if runtime.memory.quantize_text != "none":
+            inputs["quantize_text"] = runtime.memory.quantize_text
         if stage == "tune":
             inputs |= weights | {"tune": config.tune.model_dump(mode="json")}
         return inputs if finished else inputs | weights | {"optimizer": runtime.optimizer}
@@ -168,7 +171,7 @@ class Run:
         if convergence := self.convergence.picture():
             writer.write(CONVERGENCE, [png(convergence, {"prompt": self.prompt})])
         writer.write(STEPS, ["".join(f"{json.dumps(line)}\n" for line in self._step_lines()).encode()])
-        writer.write(CARD, [card(self.prompt, self.base.name, self.config).encode()])
+        writer.write(CARD, [card(self.prompt, self.base.name, self.config, licence_of(self.base.name, self.base.revision)).encode()])
 
     def _step_lines(self) -> Iterator[dict[str, Any]]:
         """Yields the losses of every step, in the order of the steps."""

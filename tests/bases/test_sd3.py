@@ -263,11 +263,11 @@ def test_steps_with_noise_keep_the_distribution(sd3: Path) -> None:
     base.predict = lambda x_t, timesteps, conditioning: x_t / timesteps.view(-1, 1, 1, 1)
     sampler = FlowSampler(base, EditConfig(steps=6, guidance_scale=1.0, ddim_eta=0.7), canvas(), None)
     latents, generator = torch.randn(4000, 4, 1, 1, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
-    for index in range(5):
-        latents, std = sampler._mean(latents, index, base.null(), None)
+    for step in sampler.trajectory.forwards(latents, sampler._velocity(base.null(), None), end=5):
+        std = sampler.trajectory.standard_deviation(step.index)
         assert std > 0
-        latents = latents + std * torch.randn(latents.shape, generator=generator)
-        assert latents.std().item() == pytest.approx(sampler.sigmas[index + 1], rel=0.03)
+        step.latents = step.latents + std * torch.randn(latents.shape, generator=generator)
+        assert step.latents.std().item() == pytest.approx(sampler.trajectory.sigmas[step.end], rel=0.03)
 
 
 def test_an_inverted_photo_comes_back(sd3: Path) -> None:
@@ -476,7 +476,7 @@ def test_a_hostile_tokenizer_is_refused(sd3: Path, tmp_path: Path, change: Calla
         opened(tmp_path / "base")
 
 
-@each("entry, message", [({"prediction": "epsilon"}, "prediction epsilon.*a flow"), ({"few_steps": 4}, "few_steps 4.*not distilled")])
+@each("entry, message", [({"prediction": "epsilon"}, "prediction epsilon.*a flow")])
 def test_a_list_of_bases_cannot_say_what_a_flow_is_not(sd3: Path, entry: dict[str, Any], message: str) -> None:
     """It would be ignored."""
     with pytest.raises(ImagicError, match=message):
@@ -495,8 +495,8 @@ def test_levels_are_those_of_diffusers_scheduler() -> None:
     for shift, steps in ((3.0, 28), (1.0, 10), (6.93, 50), (0.5, 3)):
         theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
         theirs.set_timesteps(steps)
-        torch.testing.assert_close(Flow(shift).sigmas(steps), theirs.sigmas, atol=1e-6, rtol=0)
-        assert math.isclose(Flow(shift).sigmas(steps)[0].item(), 1.0)
+        torch.testing.assert_close(Flow(shift).sigmas(steps, 1), theirs.sigmas, atol=1e-6, rtol=0)
+        assert math.isclose(Flow(shift).sigmas(steps, 1)[0].item(), 1.0)
     assert "mu" in inspect.signature(FlowMatchEulerDiscreteScheduler.set_timesteps).parameters
 
 

@@ -800,7 +800,7 @@ def test_every_device_setting_of_an_edit_reaches_its_runtime(
 
 @each(
     "command",
-    ["", "fit", "edit", "list", "show", "verify", "rm", "compress", "export", "plan", "bases", "bench critters", "demo", "doctor"],
+    ["", "fit", "edit", "list", "show", "verify", "rm", "compress", "export", "plan", "bases", "bench critters", "demo", "doctor", "web"],
 )
 def test_help_explains_every_command(command: str, run: Run) -> None:
     """Help exits with 0 and names what it is about."""
@@ -808,6 +808,9 @@ def test_help_explains_every_command(command: str, run: Run) -> None:
     assert code == 0
     assert "Usage" in out
     assert "None" not in out
+
+
+KLEIN = ("klein-base-4b", "klein-base-9b", "klein-4b", "klein-9b")
 
 
 def test_the_bases_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -818,7 +821,7 @@ def test_the_bases_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pat
     code, out, _ = run("bases", "--json")
     found = json.loads(out)
     assert (code, found["file"]) == (0, str(path))
-    assert list(found["bases"]) == ["critters", "sd15", "sd21", "sdxl", "sd3-medium", "sd35-medium", "sdxl-turbo", "mine"]
+    assert list(found["bases"]) == ["critters", "sd15", "sd21", "sdxl", "sd3-medium", "sd35-medium", *KLEIN, "sdxl-turbo", "mine"]
     assert found["bases"]["mine"]["source"] == "owner/name"
     code, out, err = run("bases")
     assert code == 0

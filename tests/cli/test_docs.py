@@ -32,7 +32,7 @@ def test_a_config_is_valid_and_headed_by_its_command(path: Path) -> None:
     """Every setting is known, the file names the command that uses it, and its own name is its base, its preset and its mode."""
     settings = read_yaml(path)
     config = resolve({}, settings, recipe_of(settings["base"]))
-    assert config.base in ("sd15", "sd21", "sdxl", "sd35-medium", "critters")
+    assert config.base in ("sd15", "sd21", "sdxl", "sd35-medium", "klein-base-4b", "critters")
     assert f"--config {path.relative_to(ROOT)}" in path.read_text()
     if not path.stem.startswith("reference-"):
         preset = [] if config.preset == "auto" else [config.preset]

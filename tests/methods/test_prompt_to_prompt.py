@@ -32,12 +32,12 @@ from imagic_lora.methods.attention.prompt_to_prompt import (
 )
 from imagic_lora.methods.attention.words import Prompt, aligned
 from imagic_lora.methods.inversions.ddim import DDIMInversion
-from imagic_lora.methods.inversions.inverted import Inverted, last
+from imagic_lora.methods.inversions.inverted import Inverted
 from imagic_lora.methods.method import Context, EditRequest
 from imagic_lora.methods.sampled import EncodedRequest, SamplingConfig, encode_request
 from imagic_lora.photos.reading import read_photo
 from imagic_lora.sampling.attention import Layer, attention_layers, coarsest_cross_layers
-from imagic_lora.sampling.trajectory import Trajectory
+from imagic_lora.sampling.trajectory import Trajectory, last
 
 BASES = ("epsilon", "v_prediction", "sdxl", "critters")
 CROSS, SELF = Layer("down_blocks.0.attn2", True, "down", 0), Layer("down_blocks.0.attn1", False, "down", 0)

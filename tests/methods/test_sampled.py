@@ -28,7 +28,7 @@ from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.methods.generated import PromptOnly
 from imagic_lora.methods.inversions.ddim import DDIB, DDIBConfig, DDIMInversion
 from imagic_lora.methods.inversions.edit_friendly import EditFriendly, EditFriendlyConfig
-from imagic_lora.methods.inversions.inverted import InvertingMethod, last
+from imagic_lora.methods.inversions.inverted import InvertingMethod
 from imagic_lora.methods.inversions.negative_prompt import (
     NegativePromptInversion,
     ProximalConfig,
@@ -45,6 +45,7 @@ from imagic_lora.methods.sampled import EncodedRequest, SamplingConfig, Sampling
 from imagic_lora.methods.sdedit import SDEdit, SDEditConfig
 from imagic_lora.photos.reading import read_photo
 from imagic_lora.sampling.generate import generate
+from imagic_lora.sampling.trajectory import last
 
 GUIDED = {"steps": 4, "guidance_scale": 3.0}
 CAPTIONS = ("a hen", "a fox")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from torch import Tensor
 from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError, ImagicWarning
 from ...core.runtime import Runtime
-from ..architecture import Architecture
+from ..architecture import LARGE_ENCODERS, Architecture
 from ..base import Base, Token, VectorMasks
 from ..loading import components, schedulers
 from ..loading.files import Files, fingerprint
@@ -33,7 +32,7 @@ def tokenizer_of(encoder: str) -> str:
 
 
 class LatentBase(Base):
-    """A base of a denoiser, an AutoencoderKL and text encoders.
+    """A base of a denoiser, a VAE and text encoders.
 
     Args:
         architecture: configs of the components.
@@ -42,11 +41,13 @@ class LatentBase(Base):
         reload: reads a component (the VAE or a text encoder) again after it was released. Its argument is the component's name.
 
     Raises:
-        ImagicError: ``--attention xformers`` without a working xformers.
+        ImagicError: ``--attention xformers`` without a working xformers; ``--quantize-text`` without a large text encoder.
     """
 
     denoiser_class: ClassVar[Any]
     """Class of the denoiser in diffusers."""
+    vae_class: ClassVar[Any] = AutoencoderKL
+    """Class of the VAE in diffusers."""
     optional_components: ClassVar[tuple[str, ...]] = ()
     """Components of the pipeline that a base may lack."""
     unused_components: ClassVar[dict[str, Any]] = {}
@@ -69,11 +70,12 @@ class LatentBase(Base):
         self._helpers: dict[str, Any] = {helper: parts[helper] for helper in ("vae", *architecture.text_encoders)}
         self._reload = reload
         self._half_moved: WeakSet[Any] = WeakSet()  # modules whose move was interrupted: some of their tensors are elsewhere
-        vae = parts["vae"].config
-        self._scaling, self._shift = vae.scaling_factor, vae.get("shift_factor") or 0.0
-        self.size_multiple = math.lcm(8, architecture.vae_scale_factor)  # diffusers' pipelines require multiples of 8
+        self.size_multiple = architecture.size_multiple
         self.resolution = architecture.resolution
         self.freeze(self._denoiser)
+        if runtime.memory.quantize_text == "nf4" and not any(kind in LARGE_ENCODERS for kind in self._kinds()):
+            got = f"--quantize-text nf4 with {name}, whose text encoder is CLIP"
+            raise ImagicError(got, "a base with T5 or Qwen3", "leave out --quantize-text: CLIP is small")
         if runtime.memory.quantize == "nf4":
             quantize_linear(self._denoiser, runtime.dtype, runtime.device)
         if runtime.memory.idle == "keep":
@@ -123,7 +125,7 @@ class LatentBase(Base):
 
         def helper(part: str) -> Any:
             if part == "vae":
-                return components.model(AutoencoderKL, architecture.vae, files, part, vae_dtype(architecture, dtype))
+                return components.model(cls.vae_class, architecture.vae, files, part, vae_dtype(architecture, dtype))
             kind = architecture.encoder_classes[part]
             return components.text_encoder(kind, architecture.text_encoders[part], files, part, dtype)
 
@@ -137,7 +139,8 @@ class LatentBase(Base):
             kind = architecture.encoder_classes[encoder]
             parts[tokenizer_of(encoder)] = components.tokenizer(kind, config, files, tokenizer_of(encoder))
         with library_errors(files.path):  # the constructor of a pipeline corrects outdated configs of its components
-            cls.pipelines["text2image"](**(dict.fromkeys(cls.optional_components) | parts), **cls.unused_components)
+            pipeline = cls.pipelines["inpaint" if architecture.inpaints else "text2image"]
+            pipeline(**(dict.fromkeys(cls.optional_components) | parts), **cls.unused_components)
         prediction = cls.process_of(architecture, parts["scheduler"]).prediction_type
         weights_hash = fingerprint(files, (denoiser, *architecture.text_encoders), prediction)
         return cls(architecture, parts, name, revision, weights_hash, runtime, helper)
@@ -168,12 +171,25 @@ class LatentBase(Base):
             self._helpers[name] = self._reload(name)
         helper = self._helpers[name]
         self.freeze(helper)
+        kind = self.architecture.encoder_classes.get(name)
+        if self.runtime.memory.quantize_text == "nf4" and kind in LARGE_ENCODERS and not hasattr(helper, "is_loaded_in_4bit"):
+            # T5 casts what goes into its layers wo to the type of their weights, which 4-bit weights do not have
+            quantize_linear(helper, self.runtime.dtype, self.runtime.device, skipped=("wo",))
         self._move(helper)
         if name == "vae":
             memory = self.runtime.memory
             (helper.enable_tiling if memory.vae_tiling else helper.disable_tiling)()
             (helper.enable_slicing if memory.vae_slicing else helper.disable_slicing)()
         return helper
+
+    def _kinds(self) -> list[str]:
+        """The classes of the text encoders."""
+        return [self.architecture.encoder_classes[encoder] for encoder in self.architecture.text_encoders]
+
+    def load_encoders(self) -> None:
+        """Reads and prepares the text encoders, as their first use does."""
+        for encoder in self.architecture.text_encoders:
+            self._on_device(encoder)
 
     def helper_bytes(self) -> list[int]:
         """Bytes of the weights of the VAE and of each text encoder; of those that are not released."""
@@ -255,14 +271,20 @@ class LatentBase(Base):
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
         vae = self._on_device("vae")
-        latents = vae.encode(image.to(self.runtime.device, vae.dtype)).latent_dist.mode().float()
-        return (latents - self._shift) * self._scaling
+        return self.normalized(vae, vae.encode(image.to(self.runtime.device, vae.dtype)).latent_dist.mode().float())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         vae = self._on_device("vae")
-        latents = latents.to(self.runtime.device, vae.dtype) / self._scaling
-        return vae.decode(latents + self._shift).sample.float()
+        return vae.decode(self.denormalized(vae, latents.to(self.runtime.device, vae.dtype))).sample.float()
+
+    def normalized(self, vae: Any, encoded: Tensor) -> Tensor:
+        """The latents ``[B, C, h, w]`` of the denoiser, from those of the VAE."""
+        return (encoded - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+    def denormalized(self, vae: Any, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`normalized`."""
+        return latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
 
     def predict(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         self._move(self._denoiser)

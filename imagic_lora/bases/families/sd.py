@@ -6,17 +6,25 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from ...core.conditioning import Conditioning
 from ...core.config import Scheduler
-from ..architecture import Architecture
+from ..architecture import Architecture, check_text_to_image
 from ..base import PipelineKind
 from ..loading import schedulers
 from ..process import Diffusion
 from .common import LatentBase
+
+MASKED_PHOTO = "masked_photo"
+"""Added condition of an inpainting model: the mask, and the latents of the photo without the masked area, ``[1, 1 + C, h, w]``."""
 
 
 class StableDiffusion(LatentBase):
@@ -24,7 +32,11 @@ class StableDiffusion(LatentBase):
 
     process: Diffusion
     denoiser_class = UNet2DConditionModel
-    pipelines: ClassVar[dict[PipelineKind, Any]] = {"text2image": StableDiffusionPipeline, "image2image": StableDiffusionImg2ImgPipeline}
+    pipelines: ClassVar[dict[PipelineKind, Any]] = {
+        "text2image": StableDiffusionPipeline,
+        "image2image": StableDiffusionImg2ImgPipeline,
+        "inpaint": StableDiffusionInpaintPipeline,
+    }
     unused_components: ClassVar[dict[str, Any]] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     @classmethod
@@ -69,7 +81,17 @@ class StableDiffusion(LatentBase):
     def pipeline_kwargs(self, conditioning: Conditioning, null: Conditioning | None) -> dict[str, Any]:
         return {"prompt_embeds": conditioning.tokens, "negative_prompt_embeds": None if null is None else null.tokens}
 
+    def with_masked_photo(self, conditioning: Conditioning, mask: Tensor, masked: Tensor) -> Conditioning:
+        if not self.architecture.inpaints:
+            return super().with_masked_photo(conditioning, mask, masked)
+        inputs = torch.cat([mask, masked], dim=1).to(conditioning.tokens)
+        return replace(conditioning, extra={**conditioning.extra, MASKED_PHOTO: inputs})
+
     def denoise(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        if self.architecture.inpaints:
+            if MASKED_PHOTO not in conditioning.extra:
+                check_text_to_image(self.architecture, self.name, "a prediction without a mask")
+            x_t = torch.cat([x_t, conditioning.extra[MASKED_PHOTO]], dim=1)
         return self._denoiser(x_t, timesteps, conditioning.tokens, **self.added_conditions(conditioning)).sample
 
     def scheduler(self, scheduler_class: type | None = None) -> Any:
@@ -79,6 +101,8 @@ class StableDiffusion(LatentBase):
         return schedulers.sampler(self._scheduler, name, karras_sigmas)
 
     def pipeline(self, kind: PipelineKind, scheduler_class: type | None = None) -> Any:
+        if kind != "inpaint":
+            check_text_to_image(self.architecture, self.name, f"the pipeline {self.pipelines[kind].__name__}")
         self._move(self._denoiser)
         pipe = self.pipelines[kind](
             vae=self._on_device("vae"),

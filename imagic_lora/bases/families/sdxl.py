@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 
 from ...core.conditioning import Conditioning
 from ..base import PipelineKind
@@ -24,6 +24,7 @@ class StableDiffusionXL(StableDiffusion):
     pipelines: ClassVar[dict[PipelineKind, Any]] = {
         "text2image": StableDiffusionXLPipeline,
         "image2image": StableDiffusionXLImg2ImgPipeline,
+        "inpaint": StableDiffusionXLInpaintPipeline,
     }
     unused_components: ClassVar[dict[str, Any]] = {"add_watermarker": False}
 

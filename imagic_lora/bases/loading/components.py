@@ -17,20 +17,34 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
-from ..architecture import SD3_T5_LENGTH
+from ..architecture import KLEIN_LENGTH, SD3_T5_LENGTH
 from ..layers import text_parameters
 from .files import Files, cast_finite
+from .tokenizers import QWEN_START
 from .vetting import library_errors, unusable_base
+
+
+class Qwen3Layers(Qwen3Model):
+    """The first layers of Qwen3, whose last output is that of a layer: the norm comes after layers that are not loaded."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__(config)
+        self.norm = torch.nn.Identity()
+
 
 TEXT_ENCODERS: dict[str, tuple[Any, Any]] = {
     "CLIPTextModel": (CLIPTextConfig, CLIPTextModel),
     "CLIPTextModelWithProjection": (CLIPTextConfig, CLIPTextModelWithProjection),
     "T5EncoderModel": (T5Config, T5EncoderModel),
+    "Qwen3ForCausalLM": (Qwen3Config, Qwen3Layers),
 }
 """Classes of transformers by name: of the config, and of the model."""
 _PROBE = "a1~\u4e00"  # includes characters that some vocabularies lack
@@ -54,9 +68,10 @@ def model(model_class: Any, config: dict[str, Any], files: Files, part: str, dty
         module: Any = model_class.from_config(config)
     state = files.tensors(part)
     module._fix_state_dict_keys_on_load(state)  # renames outdated names, which the VAE of Stable Diffusion 1.5 has
-    expected = {name: value.shape for name, value in module.state_dict().items()}
+    counters = {name: torch.zeros((), dtype=torch.int64) for name in module.state_dict() if name.endswith("num_batches_tracked")}
+    expected = {name: value.shape for name, value in module.state_dict().items() if name not in counters}
     _check_names_and_shapes(expected, {name: value.shape for name, value in state.items()}, path)
-    module.load_state_dict(cast_finite(state, dtype, path), assign=True)
+    module.load_state_dict(cast_finite(state, dtype, path) | counters, assign=True)
     if any(buffer.is_meta for buffer in module.buffers()):
         raise unusable_base(f"{path} has buffers that no weight file contains", "a denoiser or VAE of Stable Diffusion")
     return module
@@ -117,7 +132,25 @@ def tokenizer(kind: str, text: dict[str, Any], files: Files, part: str) -> Any:
     Raises:
         ImagicError: the tokenizer cannot be read, or its ids or lengths do not match the text encoder.
     """
-    return (_t5_tokenizer if kind == "T5EncoderModel" else _clip_tokenizer)(text, files, part)
+    return {"T5EncoderModel": _t5_tokenizer, "Qwen3ForCausalLM": _qwen_tokenizer}.get(kind, _clip_tokenizer)(text, files, part)
+
+
+def _qwen_tokenizer(text: dict[str, Any], files: Files, part: str) -> Qwen2Tokenizer:
+    """As :func:`tokenizer`, with the number of tokens that the denoiser takes."""
+    path, vocabulary_size = files.component_path(part), text["vocab_size"]
+    with TemporaryDirectory() as copy, library_errors(path):
+        for name, content in files.tokenizer(part).items():
+            Path(copy, name).write_text(content, encoding="utf-8")
+        qwen = Qwen2Tokenizer.from_pretrained(copy, local_files_only=True)
+        qwen.model_max_length = KLEIN_LENGTH
+        ids = qwen(_PROBE, padding="max_length", max_length=KLEIN_LENGTH, truncation=True).input_ids
+        start, highest, padding = qwen(QWEN_START).input_ids, max(qwen.get_vocab().values()), qwen.pad_token_id
+    if len(ids) != KLEIN_LENGTH or ids[-1] != padding or len(start) != 1:
+        got = f"{path} encodes a prompt as {len(ids)} tokens that end with {ids[-1:]}, and the start of a message as {len(start)}"
+        raise unusable_base(got, f"{KLEIN_LENGTH} tokens that end with padding, and one token")
+    if highest >= vocabulary_size:
+        raise unusable_base(f"{path} has the token id {highest}", f"ids below {vocabulary_size}, the vocab_size of the text encoder")
+    return qwen
 
 
 def _t5_tokenizer(text: dict[str, Any], files: Files, part: str) -> T5Tokenizer:

@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ImagicError
-from ..architecture import Architecture, SD3Architecture, SD3ClipArchitecture, UNetArchitecture
-from .flow_keys import SD3_KEYS
-from .keys import KEYS, Keys, check_keys
+from ..architecture import KLEIN_LAYERS, Architecture, KleinArchitecture, SD3Architecture, SD3ClipArchitecture, UNetArchitecture
+from .keys import Keys, check_keys
 from .known import SHIPPED, BaseEntry, bases_file, known_base, local_path
 from .original.architecture import single_architecture
 from .published import _SD3, _T5, _TEXT, _UNET, PUBLISHED
-from .sizes import check_sd3_sizes, check_sizes
-from .vetting import FLOW_FAMILIES, read_index, read_json, unusable_base
+from .sizes import check_klein_sizes, check_sd3_sizes, check_sizes, rope_theta
+from .vetting import FLOW_FAMILIES, keys_of, read_index, read_json, unusable_base
 
 _CONSISTENCY_SCHEDULERS = ("LCMScheduler", "TCDScheduler")  # of latent consistency models (arXiv 2310.04378)
 _CONSISTENCY_STEPS = 4  # sampling steps of a consistency model whose entry names none
+_KLEIN_STEPS = 4  # of the distilled FLUX.2 klein
 
 _CORRECTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # pipelines that correct outdated configs when they are loaded
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "unet": _UNET, "text_encoder": _TEXT, "text_encoder_2": _TEXT, "transformer": _SD3, "text_encoder_3": _T5,
-}  # fmt: skip
+_CORRECTING_SIZES = (*_CORRECTING, "StableDiffusionInpaintPipeline")
+_CLIPPING = ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler")  # whose default is clip_sample = true
+_DEFAULTS: dict[str, dict[str, Any]] = {"unet": _UNET, "text_encoder": _TEXT, "text_encoder_2": _TEXT}
+_SD3_DEFAULTS = {**_DEFAULTS, "transformer": _SD3, "text_encoder_3": _T5}
 
 
 def architecture(base: str) -> Architecture:
@@ -74,21 +75,16 @@ def with_entry(architecture: Architecture, entry: BaseEntry | None) -> Architect
     """
     if entry is None:
         return architecture
-    scheduler, is_flow = dict(architecture.scheduler), isinstance(architecture, SD3Architecture)
+    scheduler, is_flow = dict(architecture.scheduler), architecture.process == "flow"
     if entry.prediction and (entry.prediction == "flow") != is_flow:
         got = f"prediction {entry.prediction} for the base {entry.source}, {'a flow transformer' if is_flow else 'a U-Net'}"
         raise ImagicError(got, "flow" if is_flow else "epsilon, v_prediction or sample", f"correct {bases_file()}")
-    if is_flow and entry.few_steps:
-        got = f"few_steps {entry.few_steps} for the base {entry.source}, a flow"
-        raise ImagicError(got, "a flow base that is not distilled: the loss of a fit does not train distilled ones", "choose another base")
     if entry.prediction and not is_flow:
         scheduler["prediction_type"] = entry.prediction
-    if entry.few_steps and scheduler["_class_name"] not in _CONSISTENCY_SCHEDULERS:
+    if entry.few_steps and not is_flow and scheduler["_class_name"] not in _CONSISTENCY_SCHEDULERS:
         scheduler["timestep_spacing"] = "trailing"  # distilled bases sample from the last timestep, which is pure noise
-    denoiser = architecture.denoiser
-    if entry.resolution:
-        denoiser = denoiser | {"sample_size": entry.resolution // architecture.vae_scale_factor}
-    return replace(architecture, denoiser=denoiser, scheduler=scheduler, few_steps=entry.few_steps or architecture.few_steps)
+    sized = architecture.with_resolution(entry.resolution) if entry.resolution else architecture
+    return replace(sized, scheduler=scheduler, few_steps=entry.few_steps or architecture.few_steps)
 
 
 def folder_of_parts(entry: BaseEntry | None) -> Path | None:
@@ -123,13 +119,13 @@ def read_architecture(folder: Path, others: Path | None = None) -> Architecture:
     """
     index = read_index(folder)
     if index["_class_name"] in FLOW_FAMILIES:
-        return _read_sd3(folder, index, others)
+        return (_read_klein if index["_class_name"] == "Flux2KleinPipeline" else _read_sd3)(folder, index, others)
     encoders = [name for name in UNetArchitecture.encoder_classes if name in index]
-    parts = _read_parts(folder, index, "unet", encoders, KEYS, others)
+    parts = _read_parts(folder, index, "unet", encoders, _DEFAULTS, others)
     check_sizes(folder, parts)
-    corrects = index["_class_name"] in _CORRECTING
-    parts["unet"] = _corrected(parts["unet"], corrects)
-    if parts["scheduler"].get("clip_sample") and not corrects and "text_encoder_2" not in index:
+    parts["unet"] = _corrected(parts["unet"], index["_class_name"] in _CORRECTING_SIZES)
+    clips = parts["scheduler"].get("clip_sample", index["scheduler"][1] in _CLIPPING)
+    if clips and index["_class_name"] not in _CORRECTING and "text_encoder_2" not in index:
         raise unusable_base(f"{folder} has a {index['_class_name']} with clip_sample", "clip_sample = false")
     empty_is_zeros = index.get("force_zeros_for_empty_prompt", True) is True and "text_encoder_2" in index
     steps = _CONSISTENCY_STEPS if index["scheduler"][1] in _CONSISTENCY_SCHEDULERS else None
@@ -141,15 +137,36 @@ def _read_sd3(folder: Path, index: dict[str, Any], others: Path | None) -> SD3Ar
     """The architecture of a folder of Stable Diffusion 3, which may lack T5, or have one CLIP text encoder alone."""
     kind = SD3ClipArchitecture if index["text_encoder"][1] == "CLIPTextModel" else SD3Architecture
     encoders = [name for name in kind.encoder_classes if index.get(name) not in (None, [None, None])]
-    parts = _read_parts(folder, index, "transformer", encoders, SD3_KEYS, others)
+    parts = _read_parts(folder, index, "transformer", encoders, _SD3_DEFAULTS, others)
     check_sd3_sizes(folder, parts)
     texts = {name: parts[name] for name in encoders}
-    transformer = {name: value for name, value in parts["transformer"].items() if name != "_diffusers_version"}
-    return kind(transformer, parts["vae"], texts, parts["scheduler"])
+    return kind(_public(parts["transformer"]), parts["vae"], texts, parts["scheduler"])
+
+
+def _read_klein(folder: Path, index: dict[str, Any], others: Path | None) -> KleinArchitecture:
+    """The architecture of a folder of FLUX.2 klein; that of its text encoder has only the layers that are read."""
+    parts = _read_parts(folder, index, "transformer", ["text_encoder"], {}, others)
+    check_klein_sizes(folder, parts)
+    text = {name: value for name, value in parts["text_encoder"].items() if name not in ("rope_theta", "layer_types")}
+    text |= {"num_hidden_layers": KLEIN_LAYERS[-1]}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": rope_theta(folder, parts["text_encoder"])}
+    steps = _KLEIN_STEPS if index.get("is_distilled") else None
+    transformer, vae = _public(parts["transformer"]), parts["vae"]
+    return KleinArchitecture(transformer, vae, {"text_encoder": text}, parts["scheduler"], few_steps=steps)
+
+
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without diffusers' notes on itself."""
+    return {name: value for name, value in config.items() if name != "_diffusers_version"}
 
 
 def _read_parts(
-    folder: Path, index: dict[str, Any], denoiser: str, encoders: Sequence[str], keys: Mapping[str, Keys], others: Path | None
+    folder: Path,
+    index: dict[str, Any],
+    denoiser: str,
+    encoders: Sequence[str],
+    defaults: Mapping[str, dict[str, Any]],
+    others: Path | None,
 ) -> dict[str, dict[str, Any]]:
     """The checked configs of a folder by component, with the defaults of their classes where these are needed.
 
@@ -158,9 +175,10 @@ def _read_parts(
         index: content of its ``model_index.json``.
         denoiser: component name of the denoiser.
         encoders: component names of the text encoders.
-        keys: the keys that a component's config can have; the second text encoder has those of the first.
+        defaults: those of the classes, by component, where a config may leave them out.
         others: folder with the components that the folder lacks.
     """
+    keys: Mapping[str, Keys] = keys_of(index)
     files = {denoiser: "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"} | dict.fromkeys(encoders, "config.json")
     parts: dict[str, dict[str, Any]] = {}
     for part, file in files.items():
@@ -169,7 +187,7 @@ def _read_parts(
         check_keys(path, keys[kind], config)
         # transformers would read more of a text encoder's config: names of code and files to load
         heard = {name: config[name] for name in config if name in keys[kind].honoured} if part in encoders else config
-        parts[part] = _DEFAULTS.get(part, {}) | heard
+        parts[part] = defaults.get(part, {}) | heard
     parts["scheduler"]["_class_name"] = index["scheduler"][1]
     return parts
 
@@ -201,6 +219,6 @@ def _given_architecture(path: Path, config: str) -> Architecture:
         )
     given = published.get(config) or read_architecture(folder or path)
     if not isinstance(given, UNetArchitecture):
-        got = f"config {config!r} of {path}, of Stable Diffusion 3"
+        got = f"config {config!r} of {path}, of a flow"
         raise ImagicError(got, "a config of Stable Diffusion 1, 2 or XL for a single file", "use a folder in diffusers' format")
     return given

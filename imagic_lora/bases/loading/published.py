@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..architecture import Architecture, SD3Architecture, UNetArchitecture
+from ..architecture import KLEIN_LAYERS, Architecture, KleinArchitecture, SD3Architecture, UNetArchitecture
 from .known import SHIPPED
 
 _UNET: dict[str, Any] = {
@@ -106,6 +106,32 @@ for _name, _transformer in {  # 2.0 and 2.2 billion parameters, 1024x1024 pixels
         },
         _FLOW,
     )
+
+_KLEIN: dict[str, Any] = {
+    "patch_size": 1, "in_channels": 128, "attention_head_dim": 128, "timestep_guidance_channels": 256, "mlp_ratio": 3.0,
+    "axes_dims_rope": [32, 32, 32, 32], "rope_theta": 2000, "guidance_embeds": False,
+}  # fmt: skip
+_KLEIN_VAE: dict[str, Any] = _VAE | {"latent_channels": 32, "sample_size": 1024, "batch_norm_eps": 1e-4, "patch_size": [2, 2]}
+_QWEN3: dict[str, Any] = {
+    "vocab_size": 151936, "num_hidden_layers": KLEIN_LAYERS[-1], "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "max_position_embeddings": 40960, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}  # fmt: skip
+_KLEIN_FLOW = _FLOW | {"use_dynamic_shifting": True}
+
+for _size, _transformer, _text in (  # 3.9 and 9.1 billion parameters, with Qwen3-4B and Qwen3-8B (the conversion of diffusers)
+    (
+        "4b",
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+        {"hidden_size": 2560, "intermediate_size": 9728},
+    ),
+    (
+        "9b",
+        {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+        {"hidden_size": 4096, "intermediate_size": 12288},
+    ),
+):
+    PUBLISHED[f"klein-base-{_size}"] = KleinArchitecture(_KLEIN | _transformer, _KLEIN_VAE, {"text_encoder": _QWEN3 | _text}, _KLEIN_FLOW)
+    PUBLISHED[f"klein-{_size}"] = replace(PUBLISHED[f"klein-base-{_size}"], few_steps=SHIPPED[f"klein-{_size}"].few_steps)
 
 PUBLISHED["sdxl-turbo"] = replace(  # distilled from SDXL (arXiv 2311.17042)
     PUBLISHED["sdxl"],

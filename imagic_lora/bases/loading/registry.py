@@ -10,9 +10,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from ...core.errors import ImagicError
 from ...core.runtime import Runtime
 from ...core.text import check_utf8
-from ..architecture import Architecture, SD3Architecture, SD3ClipArchitecture
+from ..architecture import Architecture, KleinArchitecture, SD3Architecture, SD3ClipArchitecture
 from ..base import Base
 from ..families.common import LatentBase
+from ..families.klein import Flux2Klein
 from ..families.sd import StableDiffusion
 from ..families.sd3 import StableDiffusion3, StableDiffusion3Clip
 from ..families.sdxl import StableDiffusionXL
@@ -21,12 +22,12 @@ from .files import STEMS, Files, Folder, weight_files
 from .known import bases_file, known_base, local_path, named_bases
 from .original.files import SingleFile
 from .published import PUBLISHED
-from .tokenizers import TOKENIZER_FILES
+from .tokenizers import CHAT_TEMPLATE, TOKENIZER_FILES
 
 _CONFIGS = [  # files to download from a hub repository; downloading neither parses nor executes them
     "model_index.json",
     "scheduler/scheduler_config.json",
-    *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2", "tokenizer_3") for name in TOKENIZER_FILES),
+    *(f"{part}/{name}" for part in ("tokenizer", "tokenizer_2", "tokenizer_3") for name in (*TOKENIZER_FILES, CHAT_TEMPLATE)),
     *(f"{part}/config.json" for part in STEMS),
 ]
 
@@ -71,6 +72,8 @@ def family_of(architecture: Architecture) -> type[LatentBase]:
         return StableDiffusion3Clip
     if isinstance(architecture, SD3Architecture):
         return StableDiffusion3
+    if isinstance(architecture, KleinArchitecture):
+        return Flux2Klein
     return StableDiffusionXL if "text_encoder_2" in architecture.text_encoders else StableDiffusion
 
 

@@ -53,8 +53,8 @@ def scheduler(config: dict[str, Any], files: Files, few_steps: int | None = None
                 f"{path} names the scheduler {reprlib.repr(name)}", "a scheduler of diffusers whose dependencies are installed"
             )
         trial = scheduler_class.from_config(config)
-        if name in FLOW_SCHEDULERS:
-            trial.set_timesteps(min(10, trial.config.num_train_timesteps))
+        if name in FLOW_SCHEDULERS:  # mu is the shift of a scheduler that gets it with the number of steps
+            trial.set_timesteps(min(10, trial.config.num_train_timesteps), mu=1.0)
             return scheduler_class.from_config(config)
         if (prediction := trial.config.prediction_type) not in ("epsilon", "v_prediction", "sample"):
             raise ImagicError(f"{path} predicts {reprlib.repr(prediction)}", "epsilon, v_prediction or sample", "choose another base")

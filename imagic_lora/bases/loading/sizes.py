@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ImagicError
-from .vetting import TIME_IDS, inpainting, unusable_base
+from ..architecture import KLEIN_LAYERS
+from .vetting import TIME_IDS, inpainting_channels, unusable_base
 
 _REQUIRED = {
     "unet": ("sample_size", "in_channels", "out_channels", "cross_attention_dim", "layers_per_block", "block_out_channels"),
@@ -28,8 +29,24 @@ _REQUIRED_SD3 = {
     "text_encoder_3": ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
     "scheduler": ("shift",),
 }  # fmt: skip
-_LISTS = ("block_out_channels", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads")
-_SIZES = {name for names in (*_REQUIRED.values(), *_REQUIRED_SD3.values()) for name in names} - {"shift"} | {
+_REQUIRED_KLEIN = {
+    "transformer": (
+        "patch_size", "in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
+        "timestep_guidance_channels", "mlp_ratio", "axes_dims_rope", "rope_theta",
+    ),
+    "vae": (*_REQUIRED["vae"], "patch_size"),
+    "text_encoder": (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    ),
+    "scheduler": ("shift",),
+}  # fmt: skip
+_FLOATS = ("shift", "mlp_ratio", "rope_theta")
+_LISTS = (
+    "block_out_channels", "decoder_block_out_channels", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads",
+    "axes_dims_rope", "patch_size",
+)  # fmt: skip
+_ALL_REQUIRED = (*_REQUIRED.values(), *_REQUIRED_SD3.values(), *_REQUIRED_KLEIN.values())
+_SIZES = {name for names in _ALL_REQUIRED for name in names} - set(_FLOATS) | {
     *_LISTS,
     "norm_num_groups",
     "num_train_timesteps",
@@ -37,8 +54,11 @@ _SIZES = {name for names in (*_REQUIRED.values(), *_REQUIRED_SD3.values()) for n
 _SIZES |= {"relative_attention_num_buckets", "relative_attention_max_distance"}
 _SIZES |= {"addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim"}
 _NUMBERS = (
+    *_FLOATS,
     "scaling_factor",
-    "shift",
+    "batch_norm_eps",
+    "rms_norm_eps",
+    "eps",
     "layer_norm_epsilon",
     "norm_eps",
     "layer_norm_eps",
@@ -52,6 +72,7 @@ _MAX_VALUES = {
     "reverse_transformer_layers_per_block": 10,
     "num_hidden_layers": 64,
     "num_layers": 64,
+    "num_single_layers": 128,
     "pos_embed_max_size": 1024,
 }
 _MAX_VALUE = 2**20  # of every other setting
@@ -131,6 +152,62 @@ def check_sd3_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
         raise unusable_base(f"{folder} has a text encoder of {width} channels", "the joint_attention_dim of the transformer")
 
 
+def check_klein_sizes(folder: Path, parts: dict[str, dict[str, Any]]) -> None:
+    """As :func:`check_sizes`, of FLUX.2 klein.
+
+    Args:
+        folder: folder of the base, for messages.
+        parts: configs of ``transformer``, ``vae``, ``text_encoder`` and ``scheduler``.
+    """
+    _check_plausible(folder, parts, _REQUIRED_KLEIN)
+    transformer, vae, text = parts["transformer"], parts["vae"], parts["text_encoder"]
+    lists = [vae["block_out_channels"], vae.get("decoder_block_out_channels") or vae["block_out_channels"], transformer["axes_dims_rope"]]
+    if not all(isinstance(sizes, list) for sizes in lists):
+        raise unusable_base(f"{folder} has the sizes {reprlib.repr(lists)}", "lists of channel counts and of the sizes of positions")
+    if any(isinstance(transformer[name], list) for name in ("attention_head_dim", "num_attention_heads")):
+        raise unusable_base(f"{folder} has a transformer with lists of sizes", "one number for every size")
+    if text["num_hidden_layers"] < KLEIN_LAYERS[-1]:
+        got = f"{folder} has a text encoder of {text['num_hidden_layers']} layers"
+        raise unusable_base(got, f"at least {KLEIN_LAYERS[-1]}, the last that is read")
+    if set(text.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        raise unusable_base(f"{folder} has a text encoder with the layers {reprlib.repr(text['layer_types'])}", "full_attention alone")
+    _check_equal(
+        folder,
+        {
+            "patch_size of the transformer and that of packed latents": (transformer["patch_size"], 1),
+            "patch_size of the VAE and that of latents": (vae["patch_size"], [2, 2]),
+            "out_channels and in_channels of the transformer": (
+                transformer.get("out_channels") or transformer["in_channels"], transformer["in_channels"],
+            ),
+            "latent_channels of the VAE in patches and in_channels of the transformer": (
+                4 * vae["latent_channels"], transformer["in_channels"],
+            ),
+            "in_channels of the VAE and channels of an RGB image": (vae.get("in_channels", 3), 3),
+            "out_channels of the VAE and channels of an RGB image": (vae.get("out_channels", 3), 3),
+            "number of axes_dims_rope and of the coordinates of a position": (len(transformer["axes_dims_rope"]), 4),
+            "axes_dims_rope and attention_head_dim": (sum(transformer["axes_dims_rope"]), transformer["attention_head_dim"]),
+            "hidden_size of the text encoder in three layers and joint_attention_dim": (
+                len(KLEIN_LAYERS) * text["hidden_size"], transformer["joint_attention_dim"],
+            ),
+        },
+    )  # fmt: skip
+
+
+def rope_theta(folder: Path, text: dict[str, Any]) -> float:
+    """The base of the rotary positions of a text encoder, which older configs state by itself.
+
+    Raises:
+        ImagicError: it has other positions than the default ones, or none.
+    """
+    rope = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta")}
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    kinds = {name: value for name, value in rope.items() if name != "rope_theta"} if isinstance(rope, dict) else {}
+    if kinds not in ({}, {"rope_type": "default"}) or not isinstance(theta, (int, float)) or not 0 < theta <= 2**30:
+        got = f"{folder} has a text encoder with the positions {reprlib.repr(rope)}"
+        raise unusable_base(got, "a rope_theta, and the rope_type default")
+    return float(theta)
+
+
 def _check_plausible(folder: Path, parts: dict[str, dict[str, Any]], required: dict[str, tuple[str, ...]]) -> None:
     """Raises ImagicError for a setting that is missing or implausible."""
     if missing := [f"{part}/config.json: {name}" for part in parts for name in required.get(part, ()) if parts[part].get(name) is None]:
@@ -139,7 +216,7 @@ def _check_plausible(folder: Path, parts: dict[str, dict[str, Any]], required: d
         raise ImagicError(got, "configs with all sizes: defaults of diffusers may not be those of these weights", remedy)
     if problems := [f"{part}.{name}" for part, config in parts.items() for name, value in config.items() if not _is_plausible(name, value)]:
         names = ", ".join(repr(name[:60]) for name in problems[:5])
-        raise unusable_base(f"{folder} has implausible settings: {names}", "the configs of a Stable Diffusion base")
+        raise unusable_base(f"{folder} has implausible settings: {names}", "the configs of a base of this family")
 
 
 def _check_equal(folder: Path, pairs: dict[str, tuple[Any, ...]]) -> None:
@@ -159,14 +236,14 @@ def _check_inputs(folder: Path, unet: dict[str, Any], has_second: bool) -> None:
 
 def _check_matching(folder: Path, unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any], second: dict[str, Any] | None) -> None:
     """Raises ImagicError if two sizes differ that must be equal."""
-    if unet["in_channels"] == 2 * vae["latent_channels"] + 1:  # latents, mask and masked photo
-        raise inpainting(f"{folder} has a U-Net with in_channels = {unet['in_channels']}")
+    inpaints = unet["in_channels"] == inpainting_channels(vae["latent_channels"])
+    latents = vae["latent_channels"] if inpaints else unet["in_channels"]
     channels, text_width = len(unet["block_out_channels"]), text["hidden_size"] + (second["hidden_size"] if second else 0)
     pairs = {
         "numbers of down_block_types and block_out_channels": (len(unet["down_block_types"]), channels),
         "numbers of up_block_types and block_out_channels": (len(unet["up_block_types"]), channels),
-        "out_channels and in_channels of the U-Net": (unet["out_channels"], unet["in_channels"]),
-        "latent_channels of the VAE and in_channels of the U-Net": (vae["latent_channels"], unet["in_channels"]),
+        "out_channels and in_channels of the U-Net": (unet["out_channels"], latents),
+        "latent_channels of the VAE and in_channels of the U-Net": (vae["latent_channels"], latents),
         "in_channels of the VAE and channels of an RGB image": (vae.get("in_channels", 3), 3),
         "out_channels of the VAE and channels of an RGB image": (vae.get("out_channels", 3), 3),
         "hidden_size of the text encoders and cross_attention_dim": (text_width, unet["cross_attention_dim"]),

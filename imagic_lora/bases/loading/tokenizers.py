@@ -1,4 +1,4 @@
-"""The files of a CLIP tokenizer, without settings that could name other files, and CLIP's own vocabulary. No torch import."""
+"""The files of a tokenizer, without settings that could name other files, and CLIP's own vocabulary. No torch import."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .flow_keys import SD3_KEYS
+from .flow_keys import KLEIN_KEYS, SD3_KEYS
 from .keys import KEYS, Keys, check_keys
 from .vetting import read_json, read_text, unusable_base
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "vocab.json", "added_tokens.json", "merges.txt")
 _NULL_PARTS = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
-_MAX_BYTES = 2**23
+QWEN_START = "<|im_start|>"
+"""The token that starts a message in the chat template of Qwen3."""
+CHAT_TEMPLATE = "chat_template.jinja"
+_QWEN3_TEMPLATE = (QWEN_START, "<|im_end|>", "add_generation_prompt", "enable_thinking", r"<think>\n\n</think>\n\n")
+_MAX_BYTES = 2**24
 _UNKNOWN = 2  # id of T5's unknown token
 
 
@@ -21,9 +25,31 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
     """The files in a tokenizer's folder: vetted content by file name. Missing files are left out.
 
     Raises:
-        ImagicError: a file cannot be read, is not valid JSON, or is larger than 8 MiB; a setting is not supported.
+        ImagicError: a file cannot be read, is not valid JSON, or is larger than 16 MiB; a setting is not supported.
     """
     return {name: _vetted(folder / name) for name in TOKENIZER_FILES if (folder / name).exists()}
+
+
+def qwen_tokenizer_files(folder: Path) -> dict[str, str]:
+    """As :func:`tokenizer_files`, of the tokenizer of Qwen3.
+
+    Its chat template is a program (Jinja), which is not run: the family writes a prompt as Qwen3's template does without thinking. A
+    template without the parts of Qwen3's is refused.
+
+    Raises:
+        ImagicError: as there; there is no chat template, or it is not that of Qwen3.
+    """
+    settings, place = read_json(folder / TOKENIZER_FILES[0], _MAX_BYTES), folder / CHAT_TEMPLATE
+    template = read_text(place) if place.exists() else settings.get("chat_template")
+    missing = [part for part in _QWEN3_TEMPLATE if not isinstance(template, str) or part not in template]
+    if missing:
+        got = f"{folder} has {'a' if template else 'no'} chat template{f' without {missing[0]}' if template else ''}"
+        raise unusable_base(got, "the chat template of Qwen3, as FLUX.2 klein has it")
+    return {
+        name: _settings(folder / name, KLEIN_KEYS["tokenizer"]) if name in TOKENIZER_FILES[:2] else _vetted(folder / name)
+        for name in TOKENIZER_FILES
+        if (folder / name).exists()
+    }
 
 
 def t5_tokenizer_files(folder: Path) -> dict[str, str]:
@@ -90,11 +116,13 @@ def _vetted(path: Path) -> str:
     if path.suffix == ".txt":
         return read_text(path, _MAX_BYTES)
     content = read_json(path, _MAX_BYTES)
-    if path.name == "tokenizer.json":  # transformers rebuilds the other parts of a CLIP tokenizer, which are fixed
+    if path.name == "tokenizer.json":  # transformers rebuilds the other parts of a CLIP or Qwen tokenizer, which are fixed
         model = content["model"]
         for part in ("padding", "truncation"):
             if (direction := (content.get(part) or {}).get("direction", "Right")) != "Right":
-                raise unusable_base(f"{path} has {part} with the direction {str(direction)[:20]!r}", "Right, as every CLIP tokenizer")
+                raise unusable_base(
+                    f"{path} has {part} with the direction {str(direction)[:20]!r}", "Right, as every tokenizer of this kind"
+                )
         content = _NULL_PARTS | {
             "added_tokens": content["added_tokens"],
             "model": {"type": "BPE", "vocab": model["vocab"], "merges": model["merges"]},

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...core.errors import ImagicError
-from .flow_keys import SD3_KEYS
-from .keys import KEYS, check_keys
+from .flow_keys import KLEIN_KEYS, SD3_KEYS
+from .keys import KEYS, Keys, check_keys
 
 _COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
@@ -33,11 +33,26 @@ _JOINT_COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "text_encoder_3": ("transformers", ("T5EncoderModel",)),
     "tokenizer_3": ("transformers", ("T5Tokenizer", "T5TokenizerFast")),
 }
-FAMILIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # library and classes of each component, by pipeline class
-    **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline"), _COMPONENTS),
-    **dict.fromkeys(("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"), _COMPONENTS | _SECOND_TEXT_ENCODER),
+_KLEIN_COMPONENTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "transformer": ("diffusers", ("Flux2Transformer2DModel",)),
+    "vae": ("diffusers", ("AutoencoderKLFlux2",)),
+    "text_encoder": ("transformers", ("Qwen3ForCausalLM",)),
+    "tokenizer": ("transformers", ("Qwen2Tokenizer", "Qwen2TokenizerFast")),
 }
-FLOW_FAMILIES = dict.fromkeys(("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"), _JOINT_COMPONENTS)  # as FAMILIES
+FAMILIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # library and classes of each component, by pipeline class
+    **dict.fromkeys(
+        ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline"),
+        _COMPONENTS,
+    ),
+    **dict.fromkeys(
+        ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+        _COMPONENTS | _SECOND_TEXT_ENCODER,
+    ),
+}
+FLOW_FAMILIES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # as FAMILIES
+    **dict.fromkeys(("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"), _JOINT_COMPONENTS),
+    "Flux2KleinPipeline": _KLEIN_COMPONENTS,
+}
 _CLIP_COMPONENTS = {part: _COMPONENTS[part] for part in ("text_encoder", "tokenizer")}  # of a base with this text encoder alone
 OPTIONAL = ("text_encoder_3", "tokenizer_3")  # components that a base may lack: [null, null] in its index
 MAX_HEADER = 2**22  # bytes of a safetensors header; that of a Stable Diffusion XL single file has about a sixth of this
@@ -54,7 +69,7 @@ ZERO_SNR_SCHEDULERS = (  # those that know rescale_betas_zero_snr (arXiv 2305.08
     "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # never loaded, so any class is accepted
-_MAX_CONTAINERS = 2**17  # lists and objects of a JSON file; the largest file, that of a tokenizer, has 49,000
+_MAX_CONTAINERS = 2**18  # lists and objects of a JSON file; the largest file, that of Qwen3's tokenizer, has about 152,000
 
 
 def unusable_base(got: str, expected: str) -> ImagicError:
@@ -174,14 +189,12 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     index = read_json(path)
     family = index.get("_class_name")
-    if isinstance(family, str) and "Inpaint" in family:
-        raise inpainting(f"{folder} has the pipeline class {family[:60]!r}")
     known = FAMILIES | FLOW_FAMILIES
     if not isinstance(family, str) or family not in known:
         got = f"{folder} has the pipeline class {reprlib.repr(family)}"
-        raise ImagicError(got, f"one of {', '.join(known)}", "choose a Stable Diffusion base")
+        raise ImagicError(got, f"one of {', '.join(known)}", "choose a base of one of these families")
     components, flow = known[family], family in FLOW_FAMILIES
-    if flow and index.get("text_encoder") == ["transformers", "CLIPTextModel"]:
+    if components is _JOINT_COMPONENTS and index.get("text_encoder") == ["transformers", "CLIPTextModel"]:
         absent = [part for part in components if "text_encoder" in part or "tokenizer" in part if part not in _CLIP_COMPONENTS]
         if more := [part for part in absent if index.get(part) not in (None, [None, None])]:
             raise unusable_base(f"{path} has {', '.join(more)} beside a CLIPTextModel", "CLIPTextModelWithProjection as text_encoder")
@@ -202,13 +215,19 @@ def read_index(folder: Path) -> dict[str, Any]:
     for name, value in index.items():
         if name not in allowed and not name.startswith("_") and isinstance(value, (list, dict)) and value != [None, None]:
             raise unusable_base(f"{path} has a component {reprlib.repr(name)}", f"only {', '.join(sorted(allowed))}")
-    check_keys(path, (SD3_KEYS if flow else KEYS)["model_index"], index)
-    if not isinstance(zeros := index.get("force_zeros_for_empty_prompt"), (bool, type(None))):
-        raise unusable_base(f"{path} has force_zeros_for_empty_prompt = {reprlib.repr(zeros)}", "true or false")
+    check_keys(path, keys_of(index)["model_index"], index)
+    for name in ("force_zeros_for_empty_prompt", "is_distilled"):
+        if not isinstance(value := index.get(name), (bool, type(None))):
+            raise unusable_base(f"{path} has {name} = {reprlib.repr(value)}", "true or false")
     return index
 
 
-def inpainting(got: str) -> ImagicError:
-    """The error for an inpainting model, whose U-Net has the mask and the masked photo as inputs."""
-    remedy = "choose the base that it was made from: method blended-latent edits inside a mask with any base"
-    return ImagicError(f"{got}, as an inpainting model has", "a text-to-image base", remedy)
+def inpainting_channels(latent_channels: int) -> int:
+    """Input channels of the U-Net of an inpainting model: noisy latents, the mask, and the latents of the photo without the masked area."""
+    return 2 * latent_channels + 1
+
+
+def keys_of(index: Mapping[str, Any]) -> Mapping[str, Keys]:
+    """The keys that the configs of a base can have, by component, for the content of its checked ``model_index.json``."""
+    components = FLOW_FAMILIES.get(index["_class_name"])
+    return KEYS if components is None else KLEIN_KEYS if components is _KLEIN_COMPONENTS else SD3_KEYS

@@ -1,6 +1,6 @@
 """The commands, one file for each group. A command imports torch and diffusers inside its function, and only if it needs them.
 
-May import: every room. Only ``cli/app.py`` and the tests import it.
+May import: every room. Only ``cli/app.py``, the worker of the studio and the tests import it.
 
 - ``fit.py``: fit
 - ``edit.py``: edit
@@ -16,4 +16,5 @@ May import: every room. Only ``cli/app.py`` and the tests import it.
 - ``bench.py``: bench
 - ``demo.py``: demo
 - ``doctor.py``: doctor
+- ``web.py``: web
 """

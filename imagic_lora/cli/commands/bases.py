@@ -22,11 +22,13 @@ def bases(*, as_json: Json = False) -> None:
     if as_json:
         print_json({"file": str(bases_file()), "bases": {name: base.model_dump(mode="json") for name, base in known.items()}})
         return
-    table = Table("name", "pixels", "predicts", "steps", "source")
+    table = Table("name", "pixels", "predicts", "steps", "licence", "source")
     for name, base in known.items():
         pixels, steps = (str(value) if value else "" for value in (base.resolution, base.few_steps))
         source = "in this package" if name == "critters" else f"{base.source}{f' at {base.revision}' if base.revision else ''}"
-        table.add_row(*map(plain, (name if name in SHIPPED else f"{name} (yours)", pixels, base.prediction or "", steps, source)))
+        table.add_row(
+            *map(plain, (name if name in SHIPPED else f"{name} (yours)", pixels, base.prediction or "", steps, base.licence or "", source))
+        )
     out.print(table)
     variable = "" if os.environ.get(VARIABLE) else f", or in the file that {VARIABLE} names"
     err.print(f"Add your own in {plain(bases_file())}{variable}", highlight=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import yaml
 from cyclopts import Parameter
@@ -16,9 +16,6 @@ from ...core.settings import merged
 from ..console import err, plain, print_json
 from ..libraries import import_libraries
 from ..options import Flag, Json, Whole, slug
-
-if TYPE_CHECKING:
-    from ...methods.method import Need
 
 
 def compare(
@@ -99,13 +96,13 @@ def compare(
     from ..comparing import AUTO, Models, check_made, configured, opened, run, write
 
     models = Models(captioner, clip, dino, offline)
-    names, named, needs = _chosen(methods, given, source is not None, mask is not None)
+    names, named = _chosen(methods, given, source is not None, mask is not None)
     _check_prompts(prompt, source, seed)
     models.check(source)
     photo = read_photo(image)
     area = read_mask(mask, photo.image.size) if mask is not None else None
     levers = {"memory": device.model_dump(exclude_unset=True) if device else {}, "preset": preset} | ({"base": base} if base else {})
-    setup = configured(names, needs, given, levers)
+    setup = configured(names, named, source is not None, area.image if area else None, given, levers)
     source, caption_by = models.caption(photo.image) if source == AUTO else (source, None)
     request = EditRequest(photo.image, prompt, source, area.image if area else None, seed=seed)
     metrics = models.metrics(request)
@@ -128,21 +125,21 @@ def compare(
         print_json(summary | {"folder": str(folder)})
 
 
-def _chosen(methods: str, given: dict[str, Any], source: bool, mask: bool) -> tuple[list[str], bool, list[Need]]:
-    """Returns the names of the methods, whether they were named one by one, and the optional fields of the request.
+def _chosen(methods: str, given: dict[str, Any], source: bool, mask: bool) -> tuple[list[str], bool]:
+    """Returns the names of the methods, and whether they were named one by one.
 
     Raises:
         ImagicError: a name is unknown, ``--set`` has not one method, or a method that was named lacks what it needs.
     """
     from ...methods.comparison.candidates import check_needs, chosen
+    from ..comparing import optional_fields
 
     names, named = chosen(methods)
     if given and (len(names) != 1 or not named):
         raise ImagicError(f"--set with --methods {methods}", "one method, whose setting it is", "name that method alone in --methods")
-    needs: list[Need] = [*(["source_prompt"] if source else []), *(["mask"] if mask else [])]
     if named:
-        check_needs(names, needs)
-    return names, named, needs
+        check_needs(names, optional_fields(source, mask))
+    return names, named
 
 
 def _check_prompts(prompt: str, source: str | None, seed: int) -> None:

@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter
 from ...core.config import DEVICE_GROUP, DeviceConfig, EditConfig, PresetOrAuto
 from ...core.errors import ImagicError
 from ..console import err, plain, print_json
-from ..libraries import import_libraries
+from ..libraries import import_libraries, quantized
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, explicit, parse_etas, parse_seeds, prompt_folders
 
 _SAMPLING = Group("Sampling (default: the settings stored in the adapter)", sort_key=3)
@@ -36,6 +36,7 @@ def edit(
     device: Annotated[DeviceConfig | None, Parameter(name="*", group=DEVICE_GROUP)] = None,
     preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
     base: str | None = None,
+    twin: Flag = False,
     force: Flag = False,
     store: StoreDir = DEFAULT_STORE,
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
@@ -74,6 +75,9 @@ def edit(
         Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory.
     base
         Load the base from this name, folder, file or hub id instead. The weights must be the same; format and precision may differ.
+    twin
+        Sample with the distilled twin of the adapter's base, in its few steps and without guidance: klein-4b for klein-base-4b. The
+        metadata of the images record it.
     force
         Allow a base with other weights of the same shapes. The metadata of the images record it.
     out_dir
@@ -89,18 +93,21 @@ def edit(
     if save_mask and keep is None and adapter.record.source.region is None:
         got = f"--save-mask without --keep, and adapter {adapter.name} is that of a whole photo"
         raise ImagicError(got, "--save-mask with --keep", "add --keep auto, or leave out --save-mask")
-    import_libraries(bitsandbytes=adapter.record.config.memory.quantize != "none")
+    import_libraries(bitsandbytes=quantized(adapter.record.config.memory))
     from ...sampling.keep import read_keep
-    from ...sampling.opening import edit_settings
+    from ...sampling.opening import edit_settings, twin_of
     from ..editing import Edits
 
-    run = edit_settings(adapter, explicit(settings, device, preset), base)
+    if twin and base:
+        raise ImagicError("--twin together with --base", "one of them", "leave out one")
+    base = twin_of(adapter) if twin else base
+    run = edit_settings(adapter, explicit(settings, device, preset), base, twin)
     etas, seeds = ([] if eta == AUTO else parse_etas(eta)) if eta else [adapter.record.eta], parse_seeds(seed)
     folder = out_dir or Path("outputs") / adapter.name
     if prompt_file and (prompt is not None or eta == AUTO):
         raise ImagicError(f"{'--eta auto' if prompt is None else '--prompt'} together with --prompt-file", "one of them", "leave out one")
     prompts = prompt_folders(prompt_file, folder) if prompt_file else {folder: prompt}
-    edits = Edits(adapter, run, seeds, prompts, read_keep(adapter, keep, photo), save_mask, metadata, overwrite)
+    edits = Edits(adapter, run, seeds, prompts, read_keep(adapter, keep, photo), save_mask, metadata, overwrite, twin)
     written, search = edits.write(etas, base, force)
     if as_json:
         sheets: dict[str, Any] = {"sheets": edits.sheets} if prompt_file else {"sheet": edits.sheets[0]}

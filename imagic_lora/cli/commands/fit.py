@@ -125,7 +125,7 @@ def configured(settings: RunConfig | None, config: Path | None, launch: Launch) 
     flags = merged({"memory": launched_settings()}, settings.model_dump(exclude_unset=True) if settings else {})
     file = read_settings(config) if config else {}
     memory = merged(file, flags)["memory"]  # both are valid
-    import_libraries(bitsandbytes="quantize" in memory or "optimizer" in memory)
+    import_libraries(bitsandbytes="quantize" in memory or "quantize_text" in memory or "optimizer" in memory)
     from ...training.configure import configure_run
 
     return configure_run(flags, file, (launch.count, launch.local_rank))

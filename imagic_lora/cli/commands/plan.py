@@ -50,6 +50,7 @@ def plan(
         flags = merged({stage: {"batch_size": batch} for stage in validated(merged(file, flags)).stages}, flags)
     given = validated(merged(file, flags))
     built = architecture(given.base)
+    built.check_trainable(given.base)
     run, why = choose_preset(
         lambda: built,
         flags,

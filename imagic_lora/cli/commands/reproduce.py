@@ -119,7 +119,7 @@ def _made_again(
     from ...memory.out_of_memory import explain_out_of_memory
     from ...photos.png import write_png
     from ...sampling.metadata import a1111_parameters, image_metadata, of_image
-    from ...sampling.opening import edit_settings, open_editor
+    from ...sampling.opening import edit_settings, made_by_twin, open_editor
     from ...sampling.outputs import check_same_edits
     from ...sampling.reproduce import batches, finish, generate_again, what_differs
 
@@ -128,9 +128,11 @@ def _made_again(
     if then.device == "cuda" and find_card() is None:
         memory |= {"device": "cpu", "dtype": "auto", "attention": "sdpa"}
     check_outputs(path.parent, [path.name])
+    twin = base is None and made_by_twin(adapter, metadata)
+    base = metadata.base if twin else base
     sizes = [len(batch) for batch in batches(metadata)]
     run = edit_settings(adapter, {"edit": {"batch_size": max(sizes)}, "memory": memory, "preset": preset}, base)
-    editor = open_editor(adapter, run, base, force or metadata.forced is not None)
+    editor = open_editor(adapter, run, base, force or metadata.forced is not None, twin)
     if editor.base.fingerprint != metadata.base_fingerprint and not force:
         got = (
             f"base {editor.base.name} has other weights than {metadata.base}, which made the image (hash {metadata.base_fingerprint[:12]})"

@@ -16,7 +16,7 @@ from ...core.config import DeviceConfig, PresetOrAuto
 from ...core.errors import ImagicError
 from ...core.text import exact
 from ..console import err, plain, print_json, progress
-from ..libraries import import_libraries
+from ..libraries import import_libraries, quantized
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, explicit, parse_etas
 from .edit import SamplingFlags
 
@@ -99,7 +99,7 @@ def sweep(
     etas = sorted({0.0, *parse_etas(eta)})
     if len(etas) < 3:
         raise ImagicError(f"--eta {eta}", "at least two etas besides 0", "use for example --eta 0:1.2:0.1")
-    import_libraries(bitsandbytes=adapter.record.config.memory.quantize != "none")
+    import_libraries(bitsandbytes=quantized(adapter.record.config.memory))
     from ...sampling.opening import edit_settings
 
     given = explicit(settings, device, preset)

@@ -159,7 +159,7 @@ class ConceptGuidance(AttentionEdit):
         self._masks.append(torch.cat(used).amax(0, keepdim=True))
         return guided
 
-    def mask(self, term: Tensor, attention: Tensor, timestep: int) -> Tensor:
+    def mask(self, term: Tensor, attention: Tensor, timestep: float) -> Tensor:
         """Returns the mask of a concept, ``[1, 1, h, w]``: 1 where its guidance acts, 0 elsewhere.
 
         Args:

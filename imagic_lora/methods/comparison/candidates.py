@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ...bases.architecture import Architecture
 from ...bases.base import Base
 from ...core.config import RunConfig
 from ...core.errors import ImagicError
@@ -27,10 +28,10 @@ NAMES = (*IMAGIC, *SAMPLING)
 """Methods that a comparison can run. Full fine-tuning is left to the command ``fit``: it needs the base in another precision."""
 TRAINS = (*IMAGIC, "null-text", "prompt-to-prompt")
 """Methods that train something for each photo."""
-_GENERATED = ("magicmix-text", "prompt-to-prompt-text")  # they edit an image of their own, not the photo
+_WITHOUT_PHOTO = ("prompt-only", "magicmix-text", "prompt-to-prompt-text")  # they make or edit an image of their own
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "all": tuple(name for name in NAMES if name not in _GENERATED),
-    "fast": tuple(name for name in NAMES if name not in (*_GENERATED, *TRAINS, "ddib")),
+    "all": tuple(name for name in NAMES if name not in _WITHOUT_PHOTO),
+    "fast": tuple(name for name in NAMES if name not in (*_WITHOUT_PHOTO, *TRAINS, "ddib")),
 }
 """Methods by the name of a group: all that edit the photo; those that train nothing and take at most 260 passes."""
 
@@ -84,6 +85,17 @@ def missing_need(name: str, given: Iterable[Need]) -> Need | None:
     """
     requires: frozenset[Need] = frozenset() if name in IMAGIC else SAMPLING[name].requires
     return next(iter(sorted(requires - set(given))), None)
+
+
+def check_method_base(name: str, architecture: Architecture, base: str) -> None:
+    """Raises ImagicError if a method cannot work on a base.
+
+    Args:
+        name: name of the method.
+        architecture: configs of the base.
+        base: name of the base, for the message.
+    """
+    (Imagic if name in IMAGIC else SAMPLING[name]).check_base(name, architecture, base)
 
 
 def check_needs(names: Iterable[str], given: Iterable[Need]) -> None:

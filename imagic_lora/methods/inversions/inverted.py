@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...bases.base import Base
 from ...core.conditioning import Conditioning
-from ...sampling.trajectory import Path, Step, Trajectory, guided
+from ...sampling.trajectory import Path, Step, Trajectory, guided, last
 from ..sampled import C, EncodedRequest, SamplingMethod
 
 
@@ -76,18 +76,6 @@ class Inverted:
             scale: guidance scale.
         """
         return last(self.path[self.start], self.sample(self.sources, scale))
-
-
-def last(latents: Tensor, steps: Iterator[Step]) -> Tensor:
-    """Runs the steps and returns the latents after the last one.
-
-    Args:
-        latents: returned if there are no steps.
-        steps: a running loop.
-    """
-    for step in steps:
-        latents = step.latents
-    return latents
 
 
 def source_or_null(encoded: EncodedRequest) -> Conditioning:

@@ -43,7 +43,7 @@ class ReNoise(InvertingMethod[ReNoiseConfig]):
         path: Path = {config.steps: encoded.clean}
         for step in trajectory.backwards(encoded.clean, guided(encoded.base, source)):
 
-            def predict(latents: Tensor, timestep: int = step.timestep) -> Tensor:
+            def predict(latents: Tensor, timestep: float = step.timestep) -> Tensor:
                 return predictions(encoded.base, latents, timestep, source)[0]
 
             iterates = [step.latents, *fixed_point(trajectory, step, predict, config.iterations)]

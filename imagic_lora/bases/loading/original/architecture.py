@@ -13,8 +13,8 @@ from ...architecture import Architecture
 from ..known import BaseEntry, bases_file
 from ..published import PUBLISHED
 from ..sizes import check_sizes
-from ..vetting import ZERO_SNR_SCHEDULERS, read_header
-from .detection import check_other_models, check_unet, detected_family
+from ..vetting import ZERO_SNR_SCHEDULERS, inpainting_channels, read_header
+from .detection import Header, check_other_models, check_unet, detected_family, first_layer
 from .statements import agreed, statements
 
 _SD2_SMALL = 512  # resolution in pixels of the models of Stable Diffusion 2 that predict the noise
@@ -39,9 +39,13 @@ def single_architecture(path: Path, entry: BaseEntry | None, given: Architecture
     declared: dict[str, Any] = agreed(path, statements(path, tensors, metadata), [name for name, value in stated.items() if value])
     if given:
         check_other_models(path, tensors)
-        return _with_statements(path, given, declared)
+        return _with_statements(path, _with_inputs(given, tensors), declared)
     family = detected_family(path, tensors)
+    name = str(declared.get("published", family)) if family == "sdxl" else family
+    published = _with_inputs(PUBLISHED[name], tensors)
     prediction = declared.get("prediction_type") or stated.get("prediction_type")
+    if family == "sd21" and prediction is None and published.inpaints:
+        prediction = declared["prediction_type"] = "epsilon"  # as in diffusers and ComfyUI: there is no other one
     if family == "sd21" and prediction is None:
         raise ImagicError(
             f"{path} does not state its prediction type, and Stable Diffusion 2 exists with both", "epsilon or v_prediction",
@@ -49,18 +53,28 @@ def single_architecture(path: Path, entry: BaseEntry | None, given: Architecture
         )  # fmt: skip
     if family == "sd21" and prediction == "epsilon":
         declared = {"resolution": _SD2_SMALL} | declared
-    name = str(declared.get("published", family)) if family == "sdxl" else family
-    check_unet(path, name, PUBLISHED[name], tensors)
-    return _with_statements(path, PUBLISHED[name], declared)
+    check_unet(path, name, published, tensors)
+    return _with_statements(path, published, declared)
+
+
+def _with_inputs(architecture: Architecture, tensors: Header) -> Architecture:
+    """The architecture with the input channels of an inpainting model, if the first layer of the file has them."""
+    channels = inpainting_channels(architecture.latent_channels)
+    if first_layer(tensors)[1:2] != [channels]:
+        return architecture
+    return replace(architecture, denoiser=architecture.denoiser | {"in_channels": channels})
 
 
 def _with_statements(path: Path, architecture: Architecture, declared: Mapping[str, Any]) -> Architecture:
     """The architecture with the settings that a file states.
 
     Raises:
-        ImagicError: the number of attention heads differs; a number is implausible.
+        ImagicError: the number of attention heads differs; a number is implausible; an inpainting model is declared and is none.
     """
     declared = dict(declared)
+    if declared.pop("inpaints", False) and not architecture.inpaints:
+        got = f"the config beside {path} has conditioning_key = 'hybrid', and the file is no inpainting model"
+        raise ImagicError(got, "crossattn, or a U-Net with the inputs of an inpainting model", "correct or remove the config")
     declared.pop("published", None)
     unet, vae, scheduler = dict(architecture.denoiser), dict(architecture.vae), dict(architecture.scheduler)
     levels = len(unet["block_out_channels"])

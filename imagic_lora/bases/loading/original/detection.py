@@ -54,7 +54,7 @@ _PARTS = {  # what a file that is no whole checkpoint holds, by a pattern of ten
     r"(cond_stage_model\.|conditioner\.)?.*(text_model|token_embedding|resblocks)": "a text encoder",
 }
 _ALIKE = {  # models that look like a supported one, by what differs and how
-    "in_channels": {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler", 5: "a depth model"},
+    "in_channels": {8: "an InstructPix2Pix model", 7: "an upscaler", 5: "a depth model"},
     "label_emb": {1536: "unCLIP", 2048: "unCLIP", 2560: "the refiner"},
     "transformer_layers": {
         (0, 2, 4): "SSD-1B", (0, 1, 2): "Segmind-Vega", (2, 5, 0): "KOALA-700M", (2, 6, 0): "KOALA-1B",
@@ -104,9 +104,14 @@ def check_unet(path: Path, name: str, architecture: Architecture, tensors: Heade
         raise ImagicError(got, f"{what} = {expected}", remedy)
 
 
+def first_layer(tensors: Header) -> list[int]:
+    """Shape of the first layer of the U-Net; empty if there is none."""
+    return _shape(tensors, "input_blocks.0.0.weight")
+
+
 def _differences(unet: Mapping[str, Any], tensors: Header) -> Iterator[tuple[str, Any, Any]]:
     """Yields what differs between a U-Net's config and its tensors: its name, its value in the file, and the expected one."""
-    first, last = _shape(tensors, "input_blocks.0.0.weight"), _shape(tensors, "out.2.weight")
+    first, last = first_layer(tensors), _shape(tensors, "out.2.weight")
     added, context = _shape(tensors, "label_emb.0.0.weight"), _shape(tensors, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")
     values = {
         "in_channels": (first[1:2], unet["in_channels"]),

@@ -41,8 +41,8 @@ class Statement(NamedTuple):
 
     Args:
         source: where it is declared, for messages.
-        setting: ``prediction_type``, ``zero_snr``, ``resolution``, ``published`` (key of the published configs), or a key of the
-            scheduler's config or ``scaling_factor`` of the VAE's.
+        setting: ``prediction_type``, ``zero_snr``, ``resolution``, ``published`` (key of the published configs), ``inpaints``, or a key of
+            the scheduler's config or ``scaling_factor`` of the VAE's.
         value: its value in diffusers' terms.
     """
 

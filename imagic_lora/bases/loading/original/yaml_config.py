@@ -14,11 +14,14 @@ from ..vetting import read_text
 
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _SCALINGS = {"EpsScaling": "epsilon", "VScaling": "v_prediction"}
+_INPUTS = {"crossattn": "text", "hybrid": "inpainting"}  # what conditions the U-Net; the channels of its first layer tell the rest
 _SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}  # diffusers' names for those of the original code
 _NUMBERS = {"timesteps": "num_train_timesteps", "linear_start": "beta_start", "linear_end": "beta_end", "scale_factor": "scaling_factor"}
 
 _PARAMS = Keys(  # the arguments of LatentDiffusion, DDPM, and DiffusionEngine
-    honoured=names("parameterization beta_schedule denoiser_config cond_stage_config unet_config network_config", " ".join(_NUMBERS)),
+    honoured=names(
+        "parameterization conditioning_key beta_schedule denoiser_config cond_stage_config unet_config network_config", " ".join(_NUMBERS)
+    ),
     harmless=names(
         # training
         "base_learning_rate monitor use_ema reset_ema reset_num_ema_updates ema_decay_rate loss_type loss_fn_config log_every_t",
@@ -29,9 +32,10 @@ _PARAMS = Keys(  # the arguments of LatentDiffusion, DDPM, and DiffusionEngine
         "first_stage_key cond_stage_key input_key image_size channels clip_denoised first_stage_config conditioner_config network_wrapper",
         "concat_mode cond_stage_forward cosine_s disable_first_stage_autocast en_and_decode_n_samples_a_time embedding_reg_weight",
         "unfreeze_model model_lr",
+        "finetune_keys keep_finetune_dims masked_image_key",  # of inpainting models
     ),
     refused={
-        "conditioning_key": "crossattn", "scale_by_std": False, "given_betas": None, "use_positional_encodings": False,
+        "concat_keys": ["mask", "masked_image"], "scale_by_std": False, "given_betas": None, "use_positional_encodings": False,
         "force_null_conditioning": False,
     },
 )  # fmt: skip
@@ -75,6 +79,8 @@ def yaml_settings(path: Path) -> dict[str, Any]:
         raise _unsupported(path, bad[0], params[bad[0]], "a number")
     if "parameterization" in params:
         settings["prediction_type"] = _known(path, "parameterization", params["parameterization"], _PREDICTIONS)
+    if _known(path, "conditioning_key", params.get("conditioning_key", "crossattn"), _INPUTS) == "inpainting":
+        settings["inpaints"] = True
     if "beta_schedule" in params:
         settings["beta_schedule"] = _known(path, "beta_schedule", params["beta_schedule"], _SCHEDULES)
     _check_layer(path, params, text)

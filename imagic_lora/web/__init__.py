@@ -1,0 +1,16 @@
+"""The studio in the browser (extra ``web``): ``imagic-lora web``. It may import every other room; only the command imports it.
+The server never imports torch: the worker process alone runs models, and it calls the functions of the command line.
+
+- ``jobs.py``: a job, and the queue of jobs in the store's folder
+- ``durable.py``: files that survive a crash: JSON replaced atomically, a log of events
+- ``worker.py``: the process that runs one job after another
+- ``running.py``: one job: the call of the command's function, its progress as events
+- ``supervisor.py``: starts the worker, stops and cancels its job, explains how it ended
+- ``studio.py``: what the pages share
+- ``uploads.py``: uploaded photos and their previews
+- ``fields.py``: the fields of a form, from the settings models
+- ``planning.py``: the memory plan, by a process of its own
+- ``guard.py``: who may speak to the server
+- ``server.py``: the server: addresses of images, the page
+- ``pages/``: the page: one file a tab
+"""

@@ -1,0 +1,9 @@
+"""The page, in NiceGUI: what it shows and what its buttons call. Nothing here knows a setting, a limit or a default.
+
+- ``page.py``: the header, the tabs, colours and styles
+- ``forms.py``: a form from settings; errors beside the field that they name
+- ``photos.py``: the field that takes a photo, with its preview and region
+- ``jobview.py``: a job while it runs and when it has ended: progress, curve, previews, images, buttons
+- ``picture.py``: one image in full size: its settings, before and after, download
+- ``fit.py``, ``queue.py``, ``edit.py``, ``sweep.py``, ``compare.py``, ``adapters.py``: one tab each
+"""

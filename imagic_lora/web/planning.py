@@ -1,0 +1,63 @@
+"""The memory plan of a fit, by ``imagic-lora plan`` in a process of its own: the server has no torch, which some bases need."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..bases.loading.configs import architecture
+from ..bases.loading.known import known_base
+from ..core.config import RunConfig
+from ..core.errors import ImagicError
+from ..core.settings import recipe_of, resolve, validated
+
+_SECONDS = 120
+_slots = asyncio.Semaphore(2)
+
+
+async def planned(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the JSON of ``imagic-lora plan``.
+
+    Args:
+        settings: the settings of the fit that are given, nested.
+
+    Raises:
+        ImagicError: the error that the command prints.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "settings.yaml"
+        file.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
+        command = (sys.executable, "-m", "imagic_lora", "plan", "--json", "--config", str(file))
+        async with _slots:
+            pipe = asyncio.subprocess.PIPE
+            process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+            try:
+                output, errors = await asyncio.wait_for(process.communicate(), _SECONDS)
+            except TimeoutError:
+                process.kill()
+                raise ImagicError(f"no plan after {_SECONDS} s", "a plan", "start the fit, which checks the memory itself") from None
+    try:
+        answer = json.loads(output)
+    except ValueError as error:
+        last = (errors.decode("utf-8", "replace").strip().splitlines() or ["no output"])[-1][:300]
+        raise ImagicError(f"imagic-lora plan failed: {last}", "a plan", "run it in a terminal") from error
+    if "error" in answer:
+        problem = answer["error"]
+        raise ImagicError(*(str(problem[name]).replace(str(file), "the settings") for name in ("got", "expected", "remedy")))
+    return answer
+
+
+def defaults(settings: dict[str, Any]) -> RunConfig:
+    """Returns the settings of a fit with the defaults of its base and mode, without the memory levers that a preset chooses.
+
+    Raises:
+        ImagicError: a setting is invalid, or the base does not exist.
+    """
+    given = validated(settings)
+    built = architecture(given.base)
+    recipe = recipe_of(known_base(given.base, given.revision).built_in, built.few_steps, built.guidance, built.process)
+    return resolve(settings, {}, recipe)

@@ -1,6 +1,6 @@
 """Fits the two example adapters in ``adapters/`` with the defaults: ``python scripts/make_examples.py``.
 
-The eta of each was chosen by eye.
+The scenes and the eta of each were chosen by eye.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from imagic_lora.training.fit import fit, open_base, result
 
 STORE = Path(__file__).parent.parent / "adapters"
 EXAMPLES = {  # demo scene, target prompt, eta
-    "rex-jumps": (45, "a dog jumping", 0.7),
-    "mia-wears-a-hat": (98, "a cat wearing a hat", 0.7),
+    "rex-jumps": (105, "a dog jumping", 1.0),
+    "mia-wears-a-hat": (98, "a cat wearing a hat", 0.8),
 }
 
 

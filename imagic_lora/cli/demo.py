@@ -23,7 +23,7 @@ from ..sampling.pipelines import negative
 from ..training.fit import fit, open_base
 from ..training.stage import StepReport
 
-SCENE = 45
+SCENE = 105
 CHANGE = {"pose": "jumping"}
 ETAS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

@@ -17,9 +17,9 @@ from .yaml_files import read_yaml
 Recipe = Mapping[Mode, Mapping[str, Any]]
 
 _CRITTERS: dict[str, Any] = {  # docs/log.md lists the alternatives that were tried
-    "eta": 0.7,
-    "embed": {"steps": 60, "learning_rate": 5e-2},
-    "edit": {"guidance_scale": 1.5, "steps": 23, "start": "inverted", "ddim_eta": 1.0, "source_eta": 0.35},
+    "eta": 1.0,
+    "embed": {"space": "input", "steps": 120, "learning_rate": 3e-3},
+    "edit": {"guidance_scale": 2.0, "steps": 23, "start": "inverted", "ddim_eta": 1.0, "source_eta": 0.1, "padding_eta": 0.4},
     "monitoring": {"convergence_every": 10},
 }
 

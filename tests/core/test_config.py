@@ -334,9 +334,9 @@ def test_a_file_is_valid_by_itself(tmp_path: Path) -> None:
 
 
 @each("path", CONFIGS)
-@each("recipe", list(RECIPES))
+@each("recipe", ["sd", "flow"])
 def test_every_shipped_config_resolves(path: Path, recipe: str) -> None:
-    """Each of its values arrives, over either recipe."""
+    """Each of its values arrives, over the recipe of either process."""
     found = resolve({}, read_yaml(path), RECIPES[recipe]).model_dump()
     assert merged(found, read_yaml(path)) == found
 

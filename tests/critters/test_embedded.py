@@ -17,7 +17,7 @@ from imagic_lora.bases.loading.known import CRITTERS
 from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.bench.metrics import CritterAlignment, pixels, psnr
 from imagic_lora.cli import app as cli
-from imagic_lora.core.conditioning import concatenate, interpolate
+from imagic_lora.core.conditioning import concatenate
 from imagic_lora.core.config import EditConfig, MemoryConfig
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
@@ -39,13 +39,13 @@ def test_they_are_small_and_never_pickles() -> None:
 
 
 def test_the_vae_keeps_held_out_pictures() -> None:
-    """At least 26 dB PSNR, mean over 64 pictures."""
+    """At least 31 dB PSNR, mean over 64 pictures."""
     vae = AutoencoderKL.from_pretrained(CRITTERS / "vae").eval()
     pictures = pixels([render(scene) for scene in HELD_OUT])
     with torch.no_grad():
         back = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
     error = (back - pictures).square().flatten(1).mean(1)
-    assert (10 * torch.log10(4 / error)).mean() >= 26
+    assert (10 * torch.log10(4 / error)).mean() >= 31
 
 
 def test_the_judge_is_right_on_held_out_renders() -> None:
@@ -57,7 +57,7 @@ def test_the_judge_is_right_on_held_out_renders() -> None:
 
 
 def test_plain_diffusers_samples_what_the_prompt_says() -> None:
-    """Of 12 samples by StableDiffusionPipeline.from_pretrained, the judge finds the prompted pose in at least 9."""
+    """Of 12 samples by StableDiffusionPipeline.from_pretrained, the judge finds each of pose, animal, colour and place in 11 at least."""
     pipe = StableDiffusionPipeline.from_pretrained(CRITTERS)
     pipe.set_progress_bar_config(disable=True)
     asked = HELD_OUT[:12]
@@ -65,7 +65,9 @@ def test_plain_diffusers_samples_what_the_prompt_says() -> None:
     prompts = [caption(scene) for scene in asked]
     made = pipe(prompts, height=64, width=64, guidance_scale=3.0, num_inference_steps=20, generator=generator).images
     seen = Judge.load().read_scenes(pixels(made))
-    assert sum(one.attributes["pose"] == scene.pose for one, scene in zip(seen, asked, strict=True)) >= 9
+    for attribute in ("pose", "animal", "colour", "place"):
+        right = [one.attributes[attribute] == getattr(scene, attribute) for one, scene in zip(seen, asked, strict=True)]
+        assert sum(right) >= 11, attribute
 
 
 def unguided(*configs: EditConfig) -> list[Image.Image]:
@@ -118,23 +120,6 @@ def test_the_response_to_a_factor_is_a_share_of_its_true_difference() -> None:
     assert set(response) == {"facing", *IDENTITY}
     assert 0.5 < response["x"][0] < 1.1
     assert abs(response["sun"][0]) < 0.1
-
-
-def test_a_mixture_of_texts_is_the_edit_of_the_photo() -> None:
-    """The longest caption of the photo and a target prompt for another pose, mixed at eta 0.7, nothing fitted, from the photo's noise: of
-    8 pictures the judge sees the pose in at least 7, and the animal of the photo looking the same way in at least 7."""
-    base, judge = load_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), Judge.load()
-    config = EditConfig(steps=23, guidance_scale=1.0, start="inverted", ddim_eta=1.0)
-    posed, kept = 0, 0
-    for seed, scene in enumerate(HELD_OUT[:8]):
-        truth = scene.edited(pose="jumping" if scene.pose != "jumping" else "sleeping")
-        photo, target = base.encode_prompt(longest_caption(scene)), base.encode_prompt(f"a {truth.pose} {truth.animal}")
-        canvas, mix = to_canvas(render(scene), 64, 8), interpolate(target, photo, 0.7)
-        (sight,) = judge.read_scenes(pixels([next(generate(base, [mix], [seed], config, canvas, None, [photo]))]))
-        posed += sight.attributes["pose"] == truth.pose
-        kept += sight.attributes["animal"] == truth.animal and sight.facing == truth.facing
-    assert posed >= 7
-    assert kept >= 7
 
 
 def test_clip_prefers_the_true_caption() -> None:

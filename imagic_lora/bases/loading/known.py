@@ -60,7 +60,7 @@ _STABILITY_COMMUNITY = "Stability AI Community License"
 _FLUX = "FLUX Non-Commercial License v2.1"
 
 SHIPPED: dict[str, BaseEntry] = {  # no revision is pinned, because none is verified
-    "critters": BaseEntry(source=str(CRITTERS), resolution=64, prediction="epsilon", licence="Apache-2.0"),
+    "critters": BaseEntry(source=str(CRITTERS), resolution=64, prediction="v_prediction", licence="Apache-2.0"),
     "sd15": BaseEntry(
         source="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, prediction="epsilon", licence="CreativeML Open RAIL-M"
     ),

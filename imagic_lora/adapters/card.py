@@ -40,7 +40,11 @@ def card(prompt: str, base: str, config: RunConfig, licence: str | None) -> str:
             "",
             f"    {json.dumps(base)}",
             "",
-            *([f"whose licence ({json.dumps(licence)}) also applies to what is made from its weights.", ""] if licence else []),
+            *(
+                ["The licence of the base also applies to what is made from its weights:", "", f"    {json.dumps(licence)}", ""]
+                if licence
+                else []
+            ),
             "`embeddings.safetensors` holds the embeddings of the target prompt (`target.tokens`) and of the photo",
             _PHOTO_DIFFERENCE if config.embed.stores_difference else "(`optimised.tokens`).",
             "Interpolate them with eta and pass the result as `prompt_embeds`.",

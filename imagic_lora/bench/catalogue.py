@@ -109,7 +109,7 @@ CATALOGUE: dict[str, Callable[[], Benched]] = {
     "embedding-only": lambda: Imagic("embedding-only", defaults("embedding"), other_starts("embedding")),
     "reference": lambda: reference("reference", "reference-imagic.yaml"),
     "reference-retuned": lambda: reference("reference-retuned", "reference-imagic-retuned.yaml"),
-    **{name: partial(sampling, name) for name in SAMPLING if name not in ("prompt-only", "sdedit")},
+    **{name: partial(sampling, name) for name in SAMPLING if name not in ("prompt-only", "sdedit") and "unet" in SAMPLING[name].supports},
 }
 
 

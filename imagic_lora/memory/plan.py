@@ -21,6 +21,7 @@ _LIBRARIES = 700 * 2**20  # bytes of Python, PyTorch and diffusers in host memor
 _FRAGMENTATION = 0.05  # of everything but the weights, which are allocated once
 _ROUNDING = 8  # bytes an element: stochastic rounding updates bf16 weights on fp32 copies of weight and gradient
 _STORED_EMBEDDINGS = 3  # target, optimised, unconditional; each stored in fp32
+_STORED_VECTORS = 2  # in the input space: target, optimised; each stored in fp32
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,8 @@ class _Planner:
     def plan(self, stages: dict[str, Peak]) -> Plan:
         """The plan with these peaks."""
         embeddings = _STORED_EMBEDDINGS * 4 * sum(prod(shape) for shape in self.architecture.conditioning.values())
+        if self.run.embed.space == "input":
+            embeddings += _STORED_VECTORS * 4 * sum(prod(shape) for shape in self.architecture.vectors.values())
         cuda = self.assumed.device == "cuda"
         return Plan(
             self.assumed,

@@ -268,6 +268,7 @@ def _sampling_peaks(
     base.encode_image(image)  # loads the VAE
     if run.edit.reference:
         conditioning = base.with_reference(conditioning, image)
+    del image
     held, count, activations = tracker.now, run.edit.batch_size, dict[str, int]()
     tracker.reset_peak()
     batch = count * passes_per_step(base.architecture, run)

@@ -102,7 +102,7 @@ def run_job(queue: Queue, job: Job) -> bool:
     except KeyboardInterrupt as error:
         queue.end(job.id, "stopped", message=str(error) or "nothing was stored")
         return False
-    except Exception as error:
+    except Exception as error:  # the worker outlives a job: its error is stored with the job, and a traceback beside it
         problem = explained_error(error)
         if problem is not None:
             queue.end(job.id, "failed", problem=Problem.of(problem))

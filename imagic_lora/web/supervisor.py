@@ -56,7 +56,7 @@ class Supervisor:
                 worker = read_worker(self.queue)
                 process = worker.process() if worker else None
                 if process:
-                    with suppress(psutil.Error):
+                    with suppress(psutil.Error):  # it has ended by itself
                         process.kill()
                         process.wait(_END_SECONDS)
                 self.queue.end_locked(job, "cancelled", message="cancelled while it ran")
@@ -84,7 +84,7 @@ class Supervisor:
         """Ends the worker: its job stops as by :meth:`stop`. One that does not end in time is killed."""
         worker = read_worker(self.queue)
         if worker and (process := worker.process()):
-            with suppress(psutil.Error):
+            with suppress(psutil.Error):  # it has ended by itself
                 process.terminate()
                 try:
                     process.wait(_END_SECONDS)
@@ -98,7 +98,7 @@ class Supervisor:
         with self.queue.locked():
             worker = read_worker(self.queue)
             if self.queue.read(job_id).state == "running" and worker:
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError):  # it has ended by itself
                     os.kill(worker.pid, number)
 
     def _discard(self, job: Job) -> None:
@@ -127,7 +127,7 @@ class Supervisor:
             text = f"the worker was killed by {name}" + (" (out of memory, or by hand)" if name == "SIGKILL" else "")
         else:
             text = f"the worker ended with exit code {code}"
-        with suppress(OSError):
+        with suppress(OSError):  # the exit code is the message without the log
             lines = self._log.read_text("utf-8", "replace")[-4000:].strip().splitlines()
             text += f": {' '.join(lines[-3:])[-600:]}" if lines and code is not None else ""
         return text

@@ -85,5 +85,5 @@ class Uploads:
         used = {str(job.arguments.get(name)) for job in self._queue.jobs() for name in ("image", "mask", "photo", "keep")}
         for path in self.folder.glob("*") if self.folder.is_dir() else ():
             if f"uploads/{path.name.removesuffix('.preview')}" not in used and time.time() - path.stat().st_mtime > _KEEP:
-                with suppress(OSError):
+                with suppress(OSError):  # the next start tries again
                     path.unlink()

@@ -244,7 +244,7 @@ def test_a_plan_takes_its_layers_for_what_they_are(wide: Path) -> None:
         fake = some_layers()
         quantize_linear(fake, torch.float32, torch.device("cpu"))
         assert not layers(fake, Linear)
-        planned = sum(weight.untyped_storage().nbytes() for weight in fake.parameters())
+        planned = sum(weight.untyped_storage().nbytes() for weight in (*fake.parameters(), *fake.buffers()))
         assert held(real) - 2 * 64 == planned
         x = torch.ones(3, 512, requires_grad=True)
         with Tracker() as tracker:

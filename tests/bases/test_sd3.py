@@ -402,7 +402,9 @@ KNOWN: dict[str, Callable[[], set[str]]] = {
     "text_encoder_3": of_t5,
     "tokenizer_3": of_tokenizer,
     "scheduler": lambda: arguments(FlowMatchEulerDiscreteScheduler.__init__),
-    "model_index": lambda: set().union(*(arguments(__import__("diffusers").__dict__[name].__init__) for name in FLOW_FAMILIES)),
+    "model_index": lambda: set().union(
+        *(arguments(__import__("diffusers").__dict__[name].__init__) for name in FLOW_FAMILIES if "3" in name)
+    ),
 }
 
 

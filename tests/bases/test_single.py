@@ -216,7 +216,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, write: Callable[[Path]
     [
         (lambda found: [found.pop(name) for name in list(found) if name.startswith("first_stage")], "holds 0 tensors of a vae"),
         (lambda found: found.pop("model.diffusion_model.out.0.weight"), "tensors of .* are missing"),
-        (lambda found: found.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)}), "have another shape"),
+        (lambda found: found.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 7, 3, 3)}), "have another shape"),
         (lambda found: found.pop("cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias"), r"holds .* weights"),
         (lambda found: found.update({"model.diffusion_model.out.0.weight": torch.full((8,), torch.nan)}), "NaN"),
         (lambda found: found.pop("model.diffusion_model.input_blocks.2.0.op.bias"), "lacks .*downsamplers.0.conv.bias"),

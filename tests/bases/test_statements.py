@@ -227,7 +227,7 @@ ALIKE: list[tuple[str, dict[str, Any], str]] = [
     ("sd21", {"names": ["depth_model.model.x"]}, "is the depth model"),
     ("sd21", {"names": ["embedder.model.ln_final.weight"]}, "is unCLIP"),
     ("sd15", {"names": [UNET + "input_blocks.1.1.transformer_blocks.0.fuser.alpha_attn"]}, "is GLIGEN"),
-    ("sd15", {"unet": {"input_blocks.0.0.weight": [320, 9, 3, 3]}}, "in_channels = 9, as an inpainting model has"),
+    ("sd15", {"unet": {"input_blocks.0.0.weight": [320, 7, 3, 3]}}, "in_channels = 7"),
     ("sd15", {"unet": {"input_blocks.0.0.weight": [320, 8, 3, 3]}}, "in_channels = 8, as an InstructPix2Pix model has"),
     ("sd21", {"unet": {"input_blocks.0.0.weight": [320, 5, 3, 3]}}, "in_channels = 5, as a depth model has"),
     ("sd21", {"unet": {"label_emb.0.0.weight": [1280, 2048]}}, "label_emb = 2048, as unCLIP has"),

@@ -938,11 +938,11 @@ def test_an_unknown_method_is_refused(names: str) -> None:
 
 
 @each("mode", ["lora", "full"])
-def test_ours_takes_a_tenth_of_the_reference(mode: Mode) -> None:
+def test_ours_takes_a_seventh_of_the_reference(mode: Mode) -> None:
     """Of its passes through the denoiser, the edit included."""
     (theirs,) = chosen("reference")
     assert isinstance(theirs, Imagic)
-    assert passes(defaults(mode)) <= 0.1 * passes(theirs.config)
+    assert passes(defaults(mode)) <= passes(theirs.config) / 7
 
 
 def test_another_budget_goes_as_long_a_way() -> None:
@@ -992,7 +992,8 @@ def test_the_retuned_reference_is_what_its_file_gives_the_command() -> None:
     fitted = resolve({"resolution": None}, file, RECIPES["critters"]).model_dump()
     measured = method.config.model_dump()
     assert measured["edit"]["start"] == "noise"
-    assert fitted["edit"].pop("source_eta") != measured["edit"].pop("source_eta")
+    for name in ("source_eta", "padding_eta"):
+        assert fitted["edit"].pop(name) != measured["edit"].pop(name)
     assert fitted.pop("monitoring") != measured.pop("monitoring")  # what only informs is left out of a benchmark
     assert fitted == measured
 

@@ -759,7 +759,10 @@ STARTS = (
 def test_edit_flags_override_what_the_adapter_stored(start: dict[str, Any], run: Run, store: Path) -> None:
     """Each setting of stage 3, from its flag to the metadata of the picture it made."""
     values = {"guidance_scale": 2.0, "steps": 3, "ddim_eta": 0.5, "batch_size": 2, "negative_prompt": "a cat", **start}
-    assert set(values).union(*STARTS) == set(EditConfig.model_fields) - {"padding_eta"}  # which this adapter does not have
+    assert set(values).union(*STARTS) == set(EditConfig.model_fields) - {
+        "padding_eta",
+        "reference",
+    }  # which this adapter and base do not have
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     code, out, _ = run("edit", "rex", "--store", store, *flags, "--overwrite", "--json")
     assert code == 0

@@ -67,7 +67,7 @@ def test_the_twin_samples_with_its_own_steps(run: Run, places: dict[str, Path]) 
 
 def test_the_page_of_an_adapter_names_the_licence_of_its_base(run: Run, places: dict[str, Path]) -> None:
     """And so does the list of bases."""
-    assert 'whose licence ("for tests")' in (places["store"] / "rex/README.md").read_text()
+    assert '    "for tests"' in (places["store"] / "rex/README.md").read_text()
     code, out, _ = run("bases", "--json")
     assert (code, json.loads(out)["bases"]["klein-base-9b"]["licence"]) == (0, "FLUX Non-Commercial License v2.1")
 

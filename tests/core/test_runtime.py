@@ -180,6 +180,7 @@ PULLED: list[tuple[dict[str, Any], str]] = [
     ({"idle": "release"}, "release idle components"),
     ({"master_weights": "bf16-stochastic"}, "bf16-stochastic master weights"),
     ({"quantize": "nf4"}, "nf4 base"),
+    ({"quantize_text": "nf4"}, "nf4 text encoders"),
     (
         {"gradient_checkpointing": True, "vae_slicing": True, "idle": "release"},
         "gradient checkpointing, vae slicing, release idle components",

@@ -63,8 +63,8 @@ critters-report: $(READY) ## measure the embedded base and draw its sample sheet
 	$(BIN)/python scripts/critters_report.py
 
 bench-critters: $(READY) ## run CritterBench with all methods, hours on two cores; resumes: docs/internals/critterbench.md
-	$(BIN)/imagic-lora bench critters --cases 60 --seed 7 --workers 2
-	$(BIN)/python scripts/critterbench_figures.py outputs/bench/critters-7
+	$(BIN)/imagic-lora bench critters --cases 60 --seed 11 --workers 2
+	$(BIN)/python scripts/critterbench_figures.py outputs/bench/critters-11
 
 bench-memory: $(READY) ## predict peak memory, and measure it on a card: docs/internals/memory-model.md
 	$(BIN)/python scripts/bench_memory.py

@@ -1,4 +1,4 @@
-"""The figures of docs/internals/critterbench.md: ``python scripts/critterbench_figures.py outputs/bench/critters-7``.
+"""The figures of docs/internals/critterbench.md: ``python scripts/critterbench_figures.py outputs/bench/critters-11``.
 
 ``critterbench.png`` shows the edits of the first cases of a run of ``imagic-lora bench critters`` by several methods.
 ``critterbench-cost.png`` shows the scores of every method against its cost, and those of imagic-lora with fewer and with more steps of both
@@ -26,7 +26,7 @@ from imagic_lora.methods.imagic import Imagic
 from imagic_lora.photos.sheet import sheet
 
 DOCS = Path(__file__).parent.parent / "docs"
-METHODS = ("oracle", "imagic-lora", "imagic-full", "embedding-only", "reference-retuned", "reference", "sdedit-0.65", "prompt-only")
+METHODS = ("oracle", "imagic-lora", "imagic-full", "embedding-only", "imagic-lora-noise", "reference-retuned", "sdedit-0.65", "prompt-only")
 
 
 def first_cases(folder: Path, seed: int, count: int) -> Image.Image:

@@ -49,4 +49,4 @@ def test_every_command_of_a_newcomer_works(bin_folder: Path, tmp_path: Path) -> 
     assert "rex" in imagic("list")
     summary = imagic("bench", "critters", "--cases", "1", "--methods", "bounds,imagic-lora", "--json")
     assert '"failed": 0' in summary
-    assert (tmp_path / "outputs/bench/critters-7/index.html").is_file()
+    assert (tmp_path / "outputs/bench/critters-11/index.html").is_file()

@@ -28,7 +28,7 @@ bench = App(name="bench", help="Benchmark editing methods on images whose true e
 def critters(
     *,
     cases: Whole = 60,
-    seed: Whole = 7,
+    seed: Whole = 11,
     methods: str | None = None,
     base: Path | None = None,
     workers: Whole = 1,
@@ -47,7 +47,7 @@ def critters(
     cases
         Number of edits. Half of them change the pose.
     seed
-        Seed of the cases. The published results use seed 7; the defaults were chosen on other seeds.
+        Seed of the cases. The published results use seed 11; the defaults were chosen on other seeds.
     methods
         Methods to run, separated by commas. Default: all of bounds, prompt-only, sdedit, imagic-lora, imagic-full, embedding-only,
         reference, reference-retuned, ddim-inversion, ddib, negative-prompt, proximal, null-text, edit-friendly, renoise, magicmix,

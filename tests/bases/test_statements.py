@@ -220,6 +220,18 @@ def test_a_schedule_without_signal_at_its_end_is_sampled_as_it_is_trained(
     assert scheduler.alphas_cumprod[-1] < 1e-7
 
 
+@each("kind", ["sd15", "sd21", "sdxl"])
+def test_an_inpainting_model_is_told_by_its_first_layer(tmp_path: Path, kind: str) -> None:
+    """Stable Diffusion 2 then needs no prediction type; the YAML config of such models may lie beside it, and beside no other."""
+    config = params(conditioning_key="hybrid", finetune_keys=None) if kind == "sd15" else None
+    found = read(file(tmp_path, kind, unet={"input_blocks.0.0.weight": [320, 9, 3, 3]}, config=config))
+    assert found.inpaints
+    assert (found.denoiser["in_channels"], found.latent_channels) == (9, 4)
+    assert found.scheduler["prediction_type"] == "epsilon"
+    assert found.resolution == {"sd15": 512, "sd21": 512, "sdxl": 1024}[kind]
+    assert not PUBLISHED[kind].inpaints
+
+
 ALIKE: list[tuple[str, dict[str, Any], str]] = [
     ("sdxl", {"names": ["edm_mean", "edm_std"]}, "is Playground v2.5"),
     ("sdxl", {"names": ["edm_vpred.sigma_max"]}, "is a model with the noise process of EDM, such as CosXL"),

@@ -12,6 +12,7 @@ import torch
 from common import Run, each, read_comparison
 from models import save_captioner, save_clip, save_dino
 from PIL import Image
+from tiny import save_inpainting
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 import imagic_lora.cli.comparing as comparing
@@ -41,6 +42,8 @@ def computes(*_: object, **__: object) -> None:
         (["--methods", "null-text"], "null-text without a source prompt"),
         (["--methods", "blended-latent"], "blended-latent without a mask"),
         (["--methods", "sdedit", "--mask", "small.png"], "has 3x3 pixels"),
+        (["--methods", "all", "--mask", "point.png"], "a mask whose area is smaller than"),
+        (["--methods", "blended-latent", "--mask", "dark.png"], "a mask whose lightest value is 127"),
         (["--methods", "nonsense"], "nonsense"),
         (["--methods", "sdedit", "--set", "strenght=1"], "strenght"),
         (["--methods", "sdedit", "--set", "strength=3"], "strength = 3"),
@@ -73,6 +76,11 @@ def test_bad_input_is_refused_before_anything_is_computed(
     for work in ("encode_prompt", "encode_image", "predict", "decode"):
         monkeypatch.setattr(StableDiffusion, work, computes)
     Image.new("L", (3, 3), 255).save("small.png")
+    with Image.open(photo_file) as photo:
+        point, dark = Image.new("L", photo.size), Image.new("L", photo.size, 127)
+    point.putpixel((3, 3), 255)
+    point.save("point.png")
+    dark.save("dark.png")
     Path("taken").mkdir(exist_ok=True)
     Path("taken/file").write_text("mine")
     code, _, err = run("compare", photo_file, "a red dog", *flags(folder), *extra)
@@ -134,6 +142,31 @@ def test_a_mask_limits_the_edit_and_is_shown(run: Run, folder: Path, photo_file:
     assert "diffedit: mask" in page
     assert run(*command, "--methods", "sdedit", "--overwrite")[0] == 0
     assert not Path("made/diffedit.png").exists()
+
+
+def test_an_inpainting_base_inpaints_and_nothing_else(run: Run, folder: Path, photo_file: Path, tmp_path: Path) -> None:
+    """A group says why the others are left out, and on another base why inpaint is; a fit and its plan are refused."""
+    base = save_inpainting(folder, tmp_path / "inpainting")
+    with Image.open(photo_file) as photo:
+        mask = Image.new("L", photo.size)
+    mask.paste(255, (0, 0, 20, mask.height))
+    mask.save("mask.png")
+    code, _, err = run("compare", photo_file, "a red dog", *flags(base), "--mask", "mask.png", "--methods", "all", "--out", "made")
+    assert code == 0, err
+    found = read_comparison("made")
+    assert [name for name, method in found.items() if method["left_out"] is None] == ["inpaint"]
+    assert found["inpaint"]["predicted"]["passes"]["forward"] == found["inpaint"]["cost"]["forward"] == 100
+    assert found["inpaint"]["predicted"]["peak_bytes"] > 0
+    assert found["inpaint"]["scores"]["outside"] == 0
+    assert found["sdedit"]["left_out"] == "needs a transformer or unet"
+    assert "prompt-only" not in found
+    code, _, err = run("compare", photo_file, "a red dog", *flags(folder), "--mask", "mask.png", "--methods", "inpaint", "--out", "other")
+    assert code == 2
+    assert "a unet" in err
+    for command in (("fit", photo_file, "a red dog", "--name", "x"), ("plan",)):
+        code, _, err = run(*command, *flags(base))
+        assert code == 2
+        assert "an inpainting model" in err
 
 
 @pytest.fixture(scope="module")

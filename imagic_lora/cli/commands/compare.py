@@ -57,7 +57,7 @@ def compare(
     source
         Source prompt: describes the photo as it is. Many methods need one. auto: a caption by the model of --captioner.
     mask
-        What may change: an image of the size of the photo; white may change, black may not. Two methods need it, and no other uses it.
+        What may change: an image of the size of the photo; white may change, black may not. Three methods need it, and no other uses it.
     methods
         Names separated by commas (imagic-lora methods lists them), all: every method that edits the photo, or fast: those that train
         nothing for the photo and take few passes.

@@ -135,9 +135,9 @@ def _command(*tokens: object) -> tuple[int, Printed]:
 
 def _card(made: Fitted, work: Path, text: str) -> None:
     """The Markdown card has foreign text only in indented blocks."""
-    card, plain = run.card(text, text, made.config(), text), run.card("a cat", "tiny", made.config(), "MIT")
+    card, plain = run.card(text, text, made.config(), text), run.card("a cat", "tiny", made.config(), "MIT" if text else None)
     quoted = [json.loads(line) for line in card.split("\n") if line.startswith("    ")]
-    assert quoted == [text, text, text], f"reads {quoted}"
+    assert quoted == [text, text, *([text] if text else [])], f"reads {quoted}"
     assert [line for line in card.split("\n") if not line.startswith("    ")] == [
         line for line in plain.split("\n") if not line.startswith("    ")
     ]

@@ -51,7 +51,7 @@ class Architecture(ABC):
     process: ClassVar[Literal["diffusion", "flow"]]
     """Noise process: :class:`~imagic_lora.bases.process.Diffusion` or :class:`~imagic_lora.bases.process.Flow`."""
     takes_reference: ClassVar[bool] = False
-    """Whether the denoiser takes a reference image beside the noisy one."""
+    """Whether the denoiser takes a reference image in addition to the noisy one."""
     encoder_classes: ClassVar[dict[str, str]]
     """Classes of transformers of the text encoders, by component name. A base may lack the optional ones."""
 
@@ -120,14 +120,9 @@ class Architecture(ABC):
             name: of the base, for the message.
 
         Raises:
-            ImagicError: it is an inpainting model, or a distilled flow. The loss of a fit has its minimum at the velocity of the many-step
-                model.
+            ImagicError: it is an inpainting model.
         """
         check_text_to_image(self, name, "a fit")
-        if self.process == "flow" and self.few_steps:
-            got = f"a fit on {name}, a flow that is distilled to {self.few_steps} steps"
-            expected = "a base that is not distilled: the loss of a fit undoes the distillation, and images blur"
-            raise ImagicError(got, expected, "fit on the base that it was made from, and sample on this one with edit --twin")
 
 
 def check_text_to_image(architecture: Architecture, name: str, what: str) -> None:
@@ -173,10 +168,33 @@ class UNetArchitecture(Architecture):
 
 
 @dataclass(frozen=True)
-class SD3Architecture(Architecture):
-    """Stable Diffusion 3 and 3.5. The pooled embeddings of both CLIP encoders are inputs of the transformer."""
+class FlowArchitecture(Architecture):
+    """A flow transformer. One that is distilled to few steps samples without guidance."""
 
     component, process = "transformer", "flow"
+
+    @property
+    def guidance(self) -> Guidance:
+        return "none" if self.few_steps else "cfg"
+
+    @property
+    def vae_overflows_fp16(self) -> bool:
+        """It does not: diffusers' pipelines of flows have no such case."""
+        return False
+
+    def check_trainable(self, name: str) -> None:
+        """As there; a distilled flow is refused too: the loss of a fit has its minimum at the velocity of the many-step model."""
+        super().check_trainable(name)
+        if self.few_steps:
+            got = f"a fit on {name}, a flow that is distilled to {self.few_steps} steps"
+            expected = "a base that is not distilled: the loss of a fit undoes the distillation, and images blur"
+            raise ImagicError(got, expected, "fit on the base that it was made from, and sample on this one with edit --twin")
+
+
+@dataclass(frozen=True)
+class SD3Architecture(FlowArchitecture):
+    """Stable Diffusion 3 and 3.5. The pooled embeddings of both CLIP encoders are inputs of the transformer."""
+
     encoder_classes: ClassVar[dict[str, str]] = {
         "text_encoder": "CLIPTextModelWithProjection",
         "text_encoder_2": "CLIPTextModelWithProjection",
@@ -193,15 +211,6 @@ class SD3Architecture(Architecture):
         tokens = (1, clip + SD3_T5_LENGTH, self.denoiser["joint_attention_dim"])
         return {"tokens": tokens, "pooled": (1, self.denoiser["pooled_projection_dim"])}
 
-    @property
-    def guidance(self) -> Guidance:
-        return "none" if self.few_steps else "cfg"
-
-    @property
-    def vae_overflows_fp16(self) -> bool:
-        """It does not: diffusers' pipeline has no such case."""
-        return False
-
 
 @dataclass(frozen=True)
 class SD3ClipArchitecture(SD3Architecture):
@@ -216,7 +225,7 @@ class SD3ClipArchitecture(SD3Architecture):
 
 
 @dataclass(frozen=True)
-class KleinArchitecture(Architecture):
+class KleinArchitecture(FlowArchitecture):
     """FLUX.2 klein. Latents are those of the VAE in patches of 2 x 2: four times its channels at half its height and width.
 
     The config of the text encoder has the layers that are loaded, not all that the files hold.
@@ -227,7 +236,6 @@ class KleinArchitecture(Architecture):
 
     side: int = 1024
 
-    component, process = "transformer", "flow"
     takes_reference = True
     encoder_classes: ClassVar[dict[str, str]] = {"text_encoder": "Qwen3ForCausalLM"}
 
@@ -242,15 +250,6 @@ class KleinArchitecture(Architecture):
     @property
     def vectors(self) -> dict[str, tuple[int, int, int]]:
         return {"text_encoder": (1, KLEIN_LENGTH, self.text_encoders["text_encoder"]["hidden_size"])}
-
-    @property
-    def guidance(self) -> Guidance:
-        return "none" if self.few_steps else "cfg"
-
-    @property
-    def vae_overflows_fp16(self) -> bool:
-        """It does not: diffusers' pipeline has no such case."""
-        return False
 
     @property
     def vae_scale_factor(self) -> int:

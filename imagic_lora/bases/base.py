@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .altered import Alteration
 
 PipelineKind = Literal["text2image", "image2image", "inpaint"]
+REFERENCE = "reference"
+"""Added condition of a base that takes a reference image: its latents, ``[1, C, h, w]``."""
 
 
 class Token(NamedTuple):
@@ -157,18 +160,28 @@ class Base(ABC):
         expected = "an inpainting model, whose U-Net takes the mask and the masked photo"
         raise ImagicError(f"a mask for the denoiser of {self.name}", expected, "choose an inpainting base, or method blended-latent")
 
-    def with_reference(self, conditioning: Conditioning, image: Tensor) -> Conditioning:
-        """Adds an image that the denoiser sees without noise beside its own to the conditioning's ``extra``.
+    def with_reference(self, conditioning: Conditioning, latents: Tensor) -> Conditioning:
+        """Adds a reference image, which the denoiser sees without noise in addition to its own, to the conditioning's ``extra``.
 
         Args:
             conditioning: of one prompt, ``B = 1``.
-            image: ``[1, 3, H, W]`` in [-1, 1], of any size that :meth:`encode_image` takes.
+            latents: of the image, by :meth:`encode_image`, ``[1, C, h, w]`` of any size.
 
         Raises:
-            ImagicError: the denoiser takes no such image (:attr:`~imagic_lora.bases.architecture.Architecture.takes_reference`).
+            ImagicError: as :meth:`check_reference`.
         """
-        expected = "a base whose denoiser takes a reference image, such as FLUX.2 klein"
-        raise ImagicError(f"a reference image on {self.name}", expected, "leave out --reference, or choose another base")
+        self.check_reference()
+        return replace(conditioning, extra={**conditioning.extra, REFERENCE: latents})
+
+    def check_reference(self) -> None:
+        """Checks that the denoiser takes a reference image.
+
+        Raises:
+            ImagicError: it does not (:attr:`~imagic_lora.bases.architecture.Architecture.takes_reference`).
+        """
+        if not self.architecture.takes_reference:
+            expected = "a base whose denoiser takes a reference image, such as FLUX.2 klein"
+            raise ImagicError(f"--reference on {self.name}", expected, "leave out --reference, or choose another base")
 
     def pipeline_kwargs(self, conditioning: Conditioning, null: Conditioning | None) -> dict[str, Any]:
         """Keyword arguments that pass a conditioning to a diffusers pipeline of this family.

@@ -70,9 +70,8 @@ def check_scheduler(base: Base, config: EditConfig) -> None:
             was not trained at. The base takes no reference image. The base is a flow, and the scheduler is one of diffusion, or there is
             guidance and the base has none. The base is a diffusion, and the start is one of flows.
     """
-    if config.reference and not base.architecture.takes_reference:
-        expected = "a base whose denoiser takes a reference image, such as FLUX.2 klein"
-        raise ImagicError(f"--reference on {base.name}", expected, "leave out --reference, or choose another base")
+    if config.reference:
+        base.check_reference()
     if isinstance(base.process, Flow):
         if config.scheduler not in ("base", "euler") or config.karras_sigmas:
             got = f"scheduler {config.scheduler}{' with Karras sigmas' if config.karras_sigmas else ''} on {base.name}, a flow"

@@ -19,7 +19,7 @@ from ..core.conditioning import Conditioning, concatenate
 from ..core.config import EditConfig
 from ..photos.canvas import Canvas
 from .guidance import guided
-from .trajectory import FlowTrajectory, Predict, Step
+from .trajectory import FlowTrajectory, Predict, Step, last
 
 
 class Start(NamedTuple):
@@ -49,8 +49,10 @@ class FlowSampler:
         self.base, self.config, self.canvas = base, config, canvas
         self.null = null if config.guidance_scale > 1 else None
         self._shape = (base.architecture.latent_channels, height, width)
-        self._clean = None if config.start == "noise" else base.encode_image(canvas.pixels)
-        self._completed = cache(self._with_reference)
+        photo = base.encode_image(canvas.pixels) if config.start != "noise" or config.reference else None
+        self._clean = None if config.start == "noise" else photo
+        self._reference = photo if config.reference else None
+        self._completed = cache(self._with_reference)  # one object for each conditioning: the inversions are kept by their conditioning
         self.null = self.null and self._completed(self.null)
         self._inversion = cache(self._recorded if config.ddim_eta else self._inverted)
 
@@ -97,7 +99,7 @@ class FlowSampler:
 
     def _with_reference(self, conditioning: Conditioning) -> Conditioning:
         """The conditioning, with the photo as a reference image if the settings say so."""
-        return self.base.with_reference(conditioning, self.canvas.pixels) if self.config.reference else conditioning
+        return conditioning if self._reference is None else self.base.with_reference(conditioning, self._reference)
 
     def _velocity(self, conditioning: Conditioning, null: Conditioning | None) -> Predict:
         """The prediction of a step, guided as the settings say."""
@@ -115,8 +117,7 @@ class FlowSampler:
     def _inverted(self, source: Conditioning, seed: int) -> tuple[Tensor, ...]:
         """The noise from which Euler's method without guidance reproduces the photo, ``[1, C, h, w]``: its steps backwards."""
         assert self._clean is not None
-        *_, last = self.trajectory.backwards(self._clean, self._velocity(source, None))
-        return (last.latents,)
+        return (last(self._clean, self.trajectory.backwards(self._clean, self._velocity(source, None))),)
 
     def _recorded(self, source: Conditioning, seed: int) -> tuple[Tensor, ...]:
         """The noise of every step with which the photo is reproduced: edit-friendly inversion (arXiv 2304.06140) with the steps of a flow.

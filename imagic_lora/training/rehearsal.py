@@ -265,10 +265,10 @@ def _sampling_peaks(
         The bytes that are held before, and those that ``sample`` and ``decode`` allocate at their peak.
     """
     image = torch.empty(1, 3, *(side * base.architecture.vae_scale_factor for side in latents.shape[2:]))
-    base.encode_image(image)  # loads the VAE
+    encoded = base.encode_image(image)  # loads the VAE
     if run.edit.reference:
-        conditioning = base.with_reference(conditioning, image)
-    del image
+        conditioning = base.with_reference(conditioning, encoded)
+    del image, encoded
     held, count, activations = tracker.now, run.edit.batch_size, dict[str, int]()
     tracker.reset_peak()
     batch = count * passes_per_step(base.architecture, run)

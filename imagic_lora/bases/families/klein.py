@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from ...core.conditioning import Conditioning
 from ...core.errors import ImagicWarning
 from ..architecture import KLEIN_LAYERS, Architecture
-from ..base import PipelineKind, Token
+from ..base import REFERENCE, PipelineKind, Token
 from ..process import Flow
 from .common import LatentBase
 
@@ -95,9 +94,6 @@ class Flux2Klein(LatentBase):
     def null(self) -> Conditioning | None:
         return None if self.architecture.guidance == "none" else self.encode_prompt("")
 
-    def with_reference(self, conditioning: Conditioning, image: Tensor) -> Conditioning:
-        return replace(conditioning, extra={**conditioning.extra, "reference": self.encode_image(image)})
-
     def normalized(self, vae: Any, encoded: Tensor) -> Tensor:
         mean, std = _statistics(vae, encoded)
         return (pixel_unshuffle(encoded, 2) - mean) / std
@@ -109,7 +105,7 @@ class Flux2Klein(LatentBase):
     def denoise(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         batch, channels, height, width = x_t.shape
         images, positions = [x_t], [_positions(x_t, 0)]
-        if (reference := conditioning.extra.get("reference")) is not None:
+        if (reference := conditioning.extra.get(REFERENCE)) is not None:
             images.append(reference.to(x_t.dtype))
             positions.append(_positions(reference, _REFERENCE_TIME))
         length = conditioning.tokens.shape[1]

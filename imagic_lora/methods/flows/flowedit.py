@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...bases.base import Base
 from ...sampling.flow import difference
-from ...sampling.trajectory import FlowTrajectory, Step
+from ...sampling.trajectory import FlowTrajectory, Step, last
 from ..method import Passes
 from ..sampled import EncodedRequest, SamplingConfig, guided_passes
 from .walking import FlowMethod, guided_velocity
@@ -50,19 +50,16 @@ class FlowEdit(FlowMethod[FlowEditConfig]):
             parts = [difference(trajectory, clean, next(noises), towards, away)(latents, step) for _ in range(config.average)]
             return sum(parts[1:], parts[0]) / config.average
 
-        latents = clean
-        for step in trajectory.forwards(clean, predict, start, turn):
-            latents = step.latents
-        if turn < trajectory.steps:
-            noised = trajectory.noised(clean, next(noises), turn) + (latents - clean)
-            for step in trajectory.forwards(noised, towards, turn):
-                latents = step.latents
-        return latents
+        latents = last(clean, trajectory.forwards(clean, predict, start, turn))
+        if turn == trajectory.steps:
+            return latents
+        noised = trajectory.noised(clean, next(noises), turn) + (latents - clean)
+        return last(noised, trajectory.forwards(noised, towards, turn))
 
     def passes_with(self, base: Base, config: FlowEditConfig) -> Passes:
         taken, towards = int(config.steps * config.strength), guided_passes(config.guidance_scale)
-        last = min(taken, config.last_steps)
-        return Passes((taken - last) * config.average * (towards + guided_passes(config.source_guidance_scale)) + last * towards)
+        alone = min(taken, config.last_steps)
+        return Passes((taken - alone) * config.average * (towards + guided_passes(config.source_guidance_scale)) + alone * towards)
 
     def check_config(self, base: Base, config: FlowEditConfig) -> None:
         FlowTrajectory(base, config.steps, 1).position(config.strength)

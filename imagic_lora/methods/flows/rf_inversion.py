@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...bases.base import Base
-from ...sampling.trajectory import FlowTrajectory, Step
+from ...sampling.trajectory import FlowTrajectory, Step, last
 from ..method import Passes
 from ..sampled import EncodedRequest, SamplingConfig, guided_passes
 from .walking import FlowMethod, guided_velocity
@@ -49,12 +49,8 @@ class RFInversion(FlowMethod[RFInversionConfig]):
             share = config.pull if step.index < int(config.steps * config.stop) else 0.0
             return torch.lerp(down(latents, step), (latents - clean) / sigmas[step.start], share)
 
-        latents = clean
-        for step in trajectory.backwards(clean, to_noise):
-            latents = step.latents
-        for step in trajectory.forwards(latents, to_photo):
-            latents = step.latents
-        return latents
+        noised = last(clean, trajectory.backwards(clean, to_noise))
+        return last(noised, trajectory.forwards(noised, to_photo))
 
     def passes_with(self, base: Base, config: RFInversionConfig) -> Passes:
         return Passes(config.steps * (1 + guided_passes(config.guidance_scale)))

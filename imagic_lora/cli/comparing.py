@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..adapters.atomic import atomic_folder
 from ..bases.base import Base
+from ..bases.loading.configs import recipe_for
 from ..bases.loading.known import known_base
 from ..bases.loading.registry import architecture_of, load_base
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
 from ..core.runtime import free_memory, resolve_runtime
-from ..core.settings import merged, recipe_of, validated
+from ..core.settings import merged, validated
 from ..memory.levers import EDIT_LEVERS
 from ..memory.limits import OutOfMemory
 from ..memory.presets import EDIT_STAGES, choose_preset
@@ -137,8 +138,8 @@ def configured(
     """
     plain_run = validated(levers)
     architecture = architecture_of(plain_run.base, plain_run.revision)
-    built_in = known_base(plain_run.base, plain_run.revision).built_in
-    recipe = recipe_of(built_in, architecture.few_steps, architecture.guidance, architecture.process)
+    embedded = known_base(plain_run.base, plain_run.revision).built_in == "critters"
+    recipe = recipe_for(architecture, plain_run.base, plain_run.revision)
     if mask is not None:
         check_area(architecture, mask)
     run: RunConfig | None = None
@@ -163,7 +164,7 @@ def configured(
             run = run or config
             found[name] = imagic_method(name, config, given)
         else:
-            found[name] = sampling_method(name, given, built_in == "critters", architecture.few_steps)
+            found[name] = sampling_method(name, given, embedded, architecture.few_steps)
     if run is None:
         run, _ = choose_preset(lambda: architecture, merged(levers, {"tune": {"mode": "embedding"}}), {}, recipe, EDIT_STAGES, EDIT_LEVERS)
     return Setup(run, free_memory(resolve_runtime(run.memory).device), found)

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..bases.loading import registry
+from ..bases.loading.configs import recipe_for
 from ..bases.loading.known import bases_file, known_base, named_bases
 from ..core.config import RunConfig
 from ..core.errors import ImagicError, ImagicWarning
 from ..core.runtime import resolve_runtime
-from ..core.settings import recipe_of
 from ..memory.presets import choose_preset_for_edit
 from .editor import Editor
 from .metadata import ImageMetadata
@@ -58,7 +58,7 @@ def edit_settings(adapter: Adapter, given: Mapping[str, Any], base: str | None =
     architecture, stored = cache(lambda: registry.architecture_of(*_source(adapter, base))), adapter.record.config
     if twin:
         found = architecture()
-        own = recipe_of(known_base(base or "").built_in, found.few_steps, found.guidance, found.process)["lora"].get("edit", {})
+        own = recipe_for(found, base or "")["lora"].get("edit", {})
         stored = stored.model_copy(
             update={"edit": stored.edit.model_copy(update={name: own[name] for name in _OF_THE_TWIN if name in own})}
         )

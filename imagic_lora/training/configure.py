@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..bases.architecture import Architecture
-from ..bases.loading.known import known_base
+from ..bases.loading.configs import recipe_for
 from ..bases.loading.registry import architecture_of
 from ..core.config import RunConfig
-from ..core.settings import merged, recipe_of, validated
+from ..core.settings import merged, validated
 from ..memory.presets import choose_preset
 
 
@@ -41,7 +41,7 @@ def configure_run(flags: Mapping[str, Any], file: Mapping[str, Any], processes: 
     given = validated(merged(file, flags))
     architecture = architecture_of(given.base, given.revision)
     architecture.check_trainable(given.base)
-    recipe = recipe_of(known_base(given.base, given.revision).built_in, architecture.few_steps, architecture.guidance, architecture.process)
+    recipe = recipe_for(architecture, given.base, given.revision)
     return Configured(*choose_preset(lambda: architecture, flags, file, recipe, processes=processes), architecture)
 
 

@@ -38,6 +38,10 @@ class Problem(BaseModel):
         """The same as an exception."""
         return cls(got=error.got, expected=error.expected, remedy=error.remedy)
 
+    def error(self) -> ImagicError:
+        """The exception."""
+        return ImagicError(self.got, self.expected, self.remedy)
+
 
 class Job(BaseModel):
     """One command that the worker runs.

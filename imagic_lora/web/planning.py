@@ -9,11 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..bases.loading.configs import architecture
-from ..bases.loading.known import known_base
+from ..bases.loading.configs import architecture, recipe_for
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
-from ..core.settings import recipe_of, resolve, validated
+from ..core.settings import resolve, validated
 
 _SECONDS = 120
 _slots = asyncio.Semaphore(2)
@@ -58,6 +57,4 @@ def defaults(settings: dict[str, Any]) -> RunConfig:
         ImagicError: a setting is invalid, or the base does not exist.
     """
     given = validated(settings)
-    built = architecture(given.base)
-    recipe = recipe_of(known_base(given.base, given.revision).built_in, built.few_steps, built.guidance, built.process)
-    return resolve(settings, {}, recipe)
+    return resolve(settings, {}, recipe_for(architecture(given.base), given.base, given.revision))

@@ -65,10 +65,6 @@ class Supervisor:
                 return
         self._discard(job)
 
-    def discard(self, job_id: str) -> None:
-        """Deletes the checkpoints of a fit that was stopped or has crashed, so that it can no longer be resumed."""
-        self._discard(self.queue.read(job_id))
-
     def resume(self, job_id: str) -> Job:
         """Adds a job that continues a fit which was stopped or has crashed, or repeats another job that did not end well.
 
@@ -76,7 +72,7 @@ class Supervisor:
             ImagicError: the job waits, runs or is done.
         """
         job = self.queue.read(job_id)
-        if job.state not in ("stopped", "crashed", "failed", "cancelled") or job.kind == "unreadable":
+        if not repeatable(job):
             raise ImagicError(f"job {job_id} has the state {job.state}", "a job that did not end well", "start a new job")
         return self.queue.submit(job.kind, job.arguments | ({"resume": True} if resumable(self.queue, job) else {}))
 
@@ -131,6 +127,11 @@ class Supervisor:
             lines = self._log.read_text("utf-8", "replace")[-4000:].strip().splitlines()
             text += f": {' '.join(lines[-3:])[-600:]}" if lines and code is not None else ""
         return text
+
+
+def repeatable(job: Job) -> bool:
+    """Returns whether a job did not end well and can be run once more."""
+    return job.state in ("stopped", "crashed", "failed", "cancelled") and job.kind != "unreadable"
 
 
 def resumable(queue: Queue, job: Job) -> bool:

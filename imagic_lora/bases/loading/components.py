@@ -135,48 +135,54 @@ def tokenizer(kind: str, text: dict[str, Any], files: Files, part: str) -> Any:
     return {"T5EncoderModel": _t5_tokenizer, "Qwen3ForCausalLM": _qwen_tokenizer}.get(kind, _clip_tokenizer)(text, files, part)
 
 
+def _from_vetted(tokenizer_class: Any, files: Files, part: str) -> Any:
+    """A tokenizer of this class, from a temporary folder that holds only the vetted files of a component."""
+    with TemporaryDirectory() as copy:
+        for name, content in files.tokenizer(part).items():
+            Path(copy, name).write_text(content, encoding="utf-8")
+        return tokenizer_class.from_pretrained(copy, local_files_only=True)
+
+
+def _check_ids(path: Path, highest: int, vocabulary_size: int) -> None:
+    """Raises ImagicError if a tokenizer has ids for which the text encoder has no embedding."""
+    if highest >= vocabulary_size:
+        raise unusable_base(f"{path} has the token id {highest}", f"ids below {vocabulary_size}, the vocab_size of the text encoder")
+
+
 def _qwen_tokenizer(text: dict[str, Any], files: Files, part: str) -> Qwen2Tokenizer:
     """As :func:`tokenizer`, with the number of tokens that the denoiser takes."""
     path, vocabulary_size = files.component_path(part), text["vocab_size"]
-    with TemporaryDirectory() as copy, library_errors(path):
-        for name, content in files.tokenizer(part).items():
-            Path(copy, name).write_text(content, encoding="utf-8")
-        qwen = Qwen2Tokenizer.from_pretrained(copy, local_files_only=True)
+    with library_errors(path):
+        qwen: Qwen2Tokenizer = _from_vetted(Qwen2Tokenizer, files, part)
         qwen.model_max_length = KLEIN_LENGTH
         ids = qwen(_PROBE, padding="max_length", max_length=KLEIN_LENGTH, truncation=True).input_ids
         start, highest, padding = qwen(QWEN_START).input_ids, max(qwen.get_vocab().values()), qwen.pad_token_id
     if len(ids) != KLEIN_LENGTH or ids[-1] != padding or len(start) != 1:
         got = f"{path} encodes a prompt as {len(ids)} tokens that end with {ids[-1:]}, and the start of a message as {len(start)}"
         raise unusable_base(got, f"{KLEIN_LENGTH} tokens that end with padding, and one token")
-    if highest >= vocabulary_size:
-        raise unusable_base(f"{path} has the token id {highest}", f"ids below {vocabulary_size}, the vocab_size of the text encoder")
+    _check_ids(path, highest, vocabulary_size)
     return qwen
 
 
 def _t5_tokenizer(text: dict[str, Any], files: Files, part: str) -> T5Tokenizer:
     """As :func:`tokenizer`, with the number of tokens that the denoiser takes."""
     path, vocabulary_size = files.component_path(part), text["vocab_size"]
-    with TemporaryDirectory() as copy, library_errors(path):
-        for name, content in files.tokenizer(part).items():
-            Path(copy, name).write_text(content, encoding="utf-8")
-        t5 = T5Tokenizer.from_pretrained(copy, local_files_only=True)
+    with library_errors(path):
+        t5: T5Tokenizer = _from_vetted(T5Tokenizer, files, part)
         t5.model_max_length = SD3_T5_LENGTH
         ids = t5(_PROBE, padding="max_length", max_length=SD3_T5_LENGTH, truncation=True).input_ids
         highest, end, padding = max(t5.get_vocab().values()), t5.eos_token_id, t5.pad_token_id
     if len(ids) != SD3_T5_LENGTH or end not in ids or ids[-1] != padding:
         raise unusable_base(f"{path} encodes a prompt as {len(ids)} tokens that end with {ids[-1:]}", "T5's end token and padding")
-    if highest >= vocabulary_size:
-        raise unusable_base(f"{path} has the token id {highest}", f"ids below {vocabulary_size}, the vocab_size of the text encoder")
+    _check_ids(path, highest, vocabulary_size)
     return t5
 
 
 def _clip_tokenizer(text: dict[str, Any], files: Files, part: str) -> CLIPTokenizer:
     """As :func:`tokenizer`."""
     path, length, vocabulary_size = files.component_path(part), text["max_position_embeddings"], text["vocab_size"]
-    with TemporaryDirectory() as copy, library_errors(path):
-        for name, content in files.tokenizer(part).items():
-            Path(copy, name).write_text(content, encoding="utf-8")
-        clip = CLIPTokenizer.from_pretrained(copy, local_files_only=True)
+    with library_errors(path):
+        clip: CLIPTokenizer = _from_vetted(CLIPTokenizer, files, part)
         if padding := files.padding(part):
             clip.pad_token = padding  # after the tokenizer is built, which would otherwise take it out of every prompt
         if clip.model_max_length < length:
@@ -191,6 +197,5 @@ def _clip_tokenizer(text: dict[str, Any], files: Files, part: str) -> CLIPTokeni
         raise unusable_base(
             f"{path} encodes a prompt as {len(ids)} tokens that begin with {ids[:1]}", f"{length} tokens that begin with CLIP's start token"
         )
-    if highest >= vocabulary_size:
-        raise unusable_base(f"{path} has the token id {highest}", f"ids below {vocabulary_size}, the vocab_size of the text encoder")
+    _check_ids(path, highest, vocabulary_size)
     return clip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ImagicError
+from ...core.settings import Recipe, recipe_of
 from ..architecture import KLEIN_LAYERS, Architecture, KleinArchitecture, SD3Architecture, SD3ClipArchitecture, UNetArchitecture
 from .keys import Keys, check_keys
 from .known import SHIPPED, BaseEntry, bases_file, known_base, local_path
@@ -85,6 +86,17 @@ def with_entry(architecture: Architecture, entry: BaseEntry | None) -> Architect
         scheduler["timestep_spacing"] = "trailing"  # distilled bases sample from the last timestep, which is pure noise
     sized = architecture.with_resolution(entry.resolution) if entry.resolution else architecture
     return replace(sized, scheduler=scheduler, few_steps=entry.few_steps or architecture.few_steps)
+
+
+def recipe_for(architecture: Architecture, base: str, revision: str | None = None) -> Recipe:
+    """The recipe of a base: its own, or that of its noise process, with the sampling of a distilled base.
+
+    Args:
+        architecture: configs of the base.
+        base: name, folder, file or hub id of the base.
+        revision: revision of a hub id.
+    """
+    return recipe_of(known_base(base, revision).built_in, architecture.few_steps, architecture.guidance, architecture.process)
 
 
 def folder_of_parts(entry: BaseEntry | None) -> Path | None:

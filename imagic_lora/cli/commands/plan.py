@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ...core.config import RunConfig
-from ...core.settings import merged, read_settings, recipe_of, validated
+from ...core.settings import merged, read_settings, validated
 from ..console import print_json, print_plan
 from ..libraries import import_libraries
 from ..options import Flag, Json, Whole
@@ -39,8 +39,7 @@ def plan(
         Run the training code on tensors without data instead of computing the sizes; takes about ten seconds. Flow transformers are
         always predicted in this way.
     """
-    from ...bases.loading.configs import architecture
-    from ...bases.loading.known import known_base
+    from ...bases.loading.configs import architecture, recipe_for
     from ...memory.plan import predict
     from ...memory.presets import assumed_for, card_and_free_memory, choose_preset
 
@@ -55,7 +54,7 @@ def plan(
         lambda: built,
         flags,
         file,
-        recipe_of(known_base(given.base, given.revision).built_in, built.few_steps, built.guidance, built.process),
+        recipe_for(built, given.base, given.revision),
     )
     card = card_and_free_memory(run.memory.device)[0] if given.preset == "auto" else None
     assumed = assumed_for(run, card)

@@ -9,8 +9,6 @@ from ...core.errors import ImagicError
 from ..console import err, plain
 from ..options import DEFAULT_STORE, Flag, StoreDir, Whole
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 def web(
     *,
@@ -45,14 +43,15 @@ def web(
     open_browser
         Open the page in the browser.
     """
+    from ...web.guard import LOOPBACK, Access
+
     secret, user = _secret(auth, token)
-    if host not in _LOOPBACK and secret is None:
+    if host not in LOOPBACK and secret is None:
         got = f"--host {host} without --auth and --token"
         raise ImagicError(got, "a password or a token for an address that others reach", "add --token, or leave out --host")
     if not 1 <= port <= 65535:
         raise ImagicError(f"--port {port}", "a number from 1 to 65535", "use for example --port 7860")
     try:
-        from ...web.guard import Access
         from ...web.server import serve
         from ...web.studio import Studio
     except ModuleNotFoundError as error:

@@ -13,7 +13,7 @@ from ...adapters.adapter import Adapter
 from ...core.errors import ImagicError
 from ..studio import Studio
 from .forms import Form
-from .jobview import JobView
+from .jobview import JobPlace
 
 _ORDERS: dict[str, Callable[[Adapter], Any]] = {
     "name": lambda adapter: adapter.name.casefold(),
@@ -43,7 +43,7 @@ class AdaptersTab:
         self._problem = ui.label().classes("problem").props('role="alert"')
         self._problem.visible = False
         self._list = ui.element("div").classes("field")
-        self._job = ui.element("div")
+        self._job = JobPlace(studio, None, ended=self.update)
         self._names: list[str] = []
         self.update()
         ui.timer(2.0, self._refresh)
@@ -136,7 +136,7 @@ class AdaptersTab:
             form.add("format", ui.select(options, value="kohya", label="format").props('outlined dense for="format"').classes("field"))
 
         self._ask(
-            f"Export {name}", "Export", fill, lambda form: self._submit("export", {"name": name, "kind": form.fields["format"].value})
+            f"Export {name}", "Export", fill, lambda form: self._job.submit("export", {"name": name, "kind": form.fields["format"].value})
         )
 
     def _compress(self, name: str) -> None:
@@ -144,7 +144,7 @@ class AdaptersTab:
             rank = form.fields["rank"].value.strip()
             if not (rank.isascii() and rank.isdigit()):
                 raise ImagicError(f"--rank {rank}", "an integer from 1", "use for example 16")
-            self._submit("compress", {"adapter": name, "rank": int(rank)})
+            self._job.submit("compress", {"adapter": name, "rank": int(rank)})
 
         hint = "Of the LoRA matrices. A higher rank is nearer to the full adapter, and larger"
         self._ask(f"Compress {name}", "Compress", lambda form: form.text("rank", "rank", hint, value="16"), compress)
@@ -158,9 +158,3 @@ class AdaptersTab:
             self._status.text = f"Deleted {name}"
 
         self._ask(f"Delete {name}?", "Delete", fill, delete)
-
-    def _submit(self, kind: Any, arguments: dict[str, Any]) -> None:
-        job = self._studio.queue.submit(kind, arguments)
-        self._job.clear()
-        with self._job:
-            JobView(self._studio, job, ended=self.update)

@@ -9,7 +9,7 @@ from nicegui import ui
 from ...core.errors import ImagicError
 from ..studio import Studio
 from .forms import Form
-from .jobview import JobView
+from .jobview import JobPlace
 from .photos import PhotoField
 
 
@@ -21,7 +21,7 @@ class CompareTab:
     """
 
     def __init__(self, studio: Studio) -> None:
-        self._studio, self._form = studio, Form()
+        self._form = Form()
         with ui.element("div").classes("columns"):
             with ui.element("form").props('onsubmit="return false" aria-label="New comparison"'):
                 self._photo = PhotoField(studio.uploads, "Drop a photo here, or press to choose one")
@@ -33,11 +33,7 @@ class CompareTab:
                 self._form.text("seed", "seed", "Seed of every random number", value="0")
                 self._form.banner()
                 ui.button("Compare", on_click=self._start)
-            self._job = ui.element("div")
-        compared = [job for job in studio.queue.jobs() if job.kind == "compare"]
-        if compared:
-            with self._job:
-                JobView(studio, compared[-1])
+            self._job = JobPlace(studio, "compare")
 
     def _start(self) -> None:
         """Adds the comparison to the queue."""
@@ -53,13 +49,9 @@ class CompareTab:
                 raise ImagicError(f"--seed {seed}", "an integer from 0", "choose another seed")
             optional: dict[str, Any] = {"source": source, "base": base, "budget": _seconds(budget)}
             arguments = {"image": self._photo.stored, "prompt": prompt, "methods": methods, "seed": int(seed)}
-            job = self._studio.queue.submit("compare", arguments | {name: value for name, value in optional.items() if value})
+            self._job.submit("compare", arguments | {name: value for name, value in optional.items() if value})
         except ImagicError as error:
             self._form.show(error)
-            return
-        self._job.clear()
-        with self._job:
-            JobView(self._studio, job)
 
 
 def _seconds(text: str) -> float | None:

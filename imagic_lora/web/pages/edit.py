@@ -20,7 +20,7 @@ from ...photos.reading import read_metadata
 from ..fields import settings_of
 from ..studio import Studio
 from .forms import Form
-from .jobview import JobView
+from .jobview import JobPlace
 from .photos import upload_button
 
 MAX_RECALL = 64 * 2**20
@@ -125,14 +125,7 @@ class EditTab:
                     ui.button("Generate", on_click=self._generate)
                 ui.label("Or recall the settings of an image that was made here:").classes("hint")
                 self._recalled = upload_button("Drop a PNG here, or press to choose one", "image/png", MAX_RECALL, self._recall)
-            self._job = ui.element("div")
-        self._show_last()
-
-    def _show_last(self) -> None:
-        edits = [job for job in self._studio.queue.jobs() if job.kind == "edit"]
-        if edits:
-            with self._job:
-                JobView(self._studio, edits[-1], self._use)
+            self._job = JobPlace(studio, "edit", self._use)
 
     def _chosen(self, adapter: Adapter) -> None:
         """Shows the defaults of an adapter."""
@@ -168,13 +161,9 @@ class EditTab:
                 raise settings_error(error) from error
             optional = {"eta": eta, "prompt": prompt, "keep": keep, "settings": given}
             arguments |= {"seed": seed} | {name: value for name, value in optional.items() if value}
-            job = self._studio.queue.submit("edit", arguments)
+            self._job.submit("edit", arguments)
         except ImagicError as error:
             self._form.show(error)
-            return
-        self._job.clear()
-        with self._job:
-            JobView(self._studio, job, self._use)
 
     async def _recall(self, event: events.UploadEventArguments) -> None:
         """Takes the settings from a PNG."""

@@ -15,7 +15,7 @@ from ..fields import settings_of
 from ..planning import defaults, planned
 from ..studio import Studio
 from .forms import Form
-from .jobview import JobView
+from .jobview import JobPlace
 from .photos import PhotoField
 
 _FIRST = ("base", "preset", "tune.mode")
@@ -54,17 +54,8 @@ class FitTab:
                 self._form.banner()
                 self._plan = ui.element("div").classes("plan").props('role="status" aria-label="Memory plan"')
                 ui.button("Start", on_click=self._start)
-            self._job = ui.element("div")
-        self._show_last()
+            self._job = JobPlace(studio, "fit")
         ui.timer(0.1, self._changed, once=True)
-
-    def _show_last(self) -> None:
-        """Shows the fit that runs, or the last one: after a reload it is there again."""
-        fits = [job for job in self._studio.queue.jobs() if job.kind == "fit"]
-        current = next((job for job in fits if job.state == "running"), fits[-1] if fits else None)
-        if current:
-            with self._job:
-                JobView(self._studio, current)
 
     def _named(self) -> None:
         self._form.fields["name"].props(f'stack-label placeholder="{slug(self._photo.name, "photo")}"')
@@ -132,11 +123,7 @@ class FitTab:
                 raise ImagicError(got, "an unused name", "resume that fit in the queue, or let it be replaced")
             arguments = {"image": self._photo.stored, "prompt": prompt, "name": name, "settings": given, "overwrite": overwrite}
             arguments |= {"store_photo": self._photo_kept.value} | ({"region": region} if region else {})
-            job = self._studio.queue.submit("fit", arguments)
+            self._job.submit("fit", arguments)
         except ImagicError as error:
             named = error.got if error.got.startswith("--") or "--name" not in error.remedy else f"--name: {error.got}"
             self._form.show(ImagicError(named, error.expected, error.remedy))
-            return
-        self._job.clear()
-        with self._job:
-            JobView(self._studio, job)

@@ -105,11 +105,10 @@ class Form:
         """Shows an error beside the field that it names, otherwise in the banner."""
         self.clear()
         name = field_of(error.got, self._flags)
-        text = f"{error.got}. Expected: {error.expected}. What to do: {error.remedy}."
         if name and isinstance(self.fields[name], ValidationElement):
-            self.fields[name].error = text
+            self.fields[name].error = str(error)
         elif self._banner:
-            self._banner.text, self._banner.visible = text, True
+            self._banner.text, self._banner.visible = str(error), True
 
 
 def _element(setting: Setting, default: Any, change: Callable[[], Any] | None) -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 from nicegui import ui
 
 from ...core.errors import ImagicError
-from ..jobs import ENDED, Job
+from ..jobs import ENDED, Job, Kind
 from ..running import OUTPUT
 from ..studio import Studio
-from ..supervisor import resumable
+from ..supervisor import repeatable, resumable
 from .picture import show_picture
 
 _EVERY = 0.5  # seconds between two looks
@@ -28,6 +28,38 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class JobPlace:
+    """Where a tab shows its job. After a reload the last job of its kind is there again, or the one that runs.
+
+    Args:
+        studio: the studio.
+        kind: of the jobs that are shown after a reload; None for none.
+        use: as for :class:`JobView`.
+        ended: as there, for jobs that are submitted here.
+    """
+
+    def __init__(
+        self, studio: Studio, kind: str | None, use: Callable[[dict[str, Any]], Any] | None = None, ended: Callable[[], Any] = int
+    ) -> None:
+        self._studio, self._use, self._ended, self._element = studio, use, ended, ui.element("div")
+        jobs = [job for job in studio.queue.jobs() if job.kind == kind]
+        if jobs:
+            self._show(next((job for job in jobs if job.state == "running"), jobs[-1]))
+
+    def submit(self, kind: Kind, arguments: dict[str, Any]) -> None:
+        """Adds a job to the queue, and shows it in the place of the last one.
+
+        Raises:
+            ImagicError: as :meth:`~imagic_lora.web.jobs.Queue.submit`.
+        """
+        self._show(self._studio.queue.submit(kind, arguments))
+
+    def _show(self, job: Job) -> None:
+        self._element.clear()
+        with self._element:
+            JobView(self._studio, job, self._use, self._ended)
 
 
 class JobView:
@@ -157,8 +189,7 @@ class JobView:
         took = f", {duration(job.ended - job.started)}" if job.ended and job.started else ""
         self._heading.text = f"{job.kind} {job.title[:80]}: {STATES[job.state]}{took}"
         self._bar.visible = job.state in ("queued", "running")
-        problem = job.problem
-        self._message.text = f"{problem.got}. Expected: {problem.expected}. What to do: {problem.remedy}." if problem else job.message
+        self._message.text = str(job.problem.error()) if job.problem else job.message
         self._message.visible = bool(self._message.text)
         self._buttons.clear()
         queue, supervisor = self._studio.queue, self._studio.supervisor
@@ -167,7 +198,7 @@ class JobView:
                 ui.button("Stop", on_click=lambda: self._do(lambda: supervisor.stop(job.id))).tooltip("Saves what is done")
             if job.state in ("queued", "running"):
                 ui.button("Cancel", on_click=lambda: self._do(lambda: supervisor.cancel(job.id))).props("outline")
-            if job.state in ("stopped", "crashed", "failed", "cancelled") and job.kind != "unreadable":
+            if repeatable(job):
                 label = "Resume" if resumable(queue, job) else "Run again"
                 ui.button(label, on_click=lambda: self._do(lambda: self._again(job)))
             for file in (job.result or {}).get("files", []) if job.kind == "export" else ():

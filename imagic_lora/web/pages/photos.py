@@ -74,7 +74,7 @@ class PhotoField:
             data = await event.file.read()
             stored, (width, height) = await asyncio.to_thread(self._store, event.file.name, data)
         except ImagicError as error:
-            self.fail(f"{error.got}. Expected: {error.expected}. What to do: {error.remedy}.")
+            self.fail(str(error))
             return
         finally:
             self._upload.reset()

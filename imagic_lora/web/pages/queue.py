@@ -11,7 +11,7 @@ from nicegui import ui
 from ...core.errors import ImagicError
 from ..jobs import ENDED, Job
 from ..studio import Studio
-from ..supervisor import resumable
+from ..supervisor import repeatable, resumable
 from .jobview import STATES, JobView
 
 _SHOWN = 50  # jobs that have ended
@@ -78,7 +78,7 @@ class QueueTab:
             ui.label(f"{job.kind} {job.title[:60]}: {STATES[job.state]}" + (f" ({text[:300]})" if text else "")).classes("grow")
             if job.kind != "unreadable":
                 ui.button("Show", on_click=lambda: self._show(job)).props("flat dense")
-            if job.state in ("stopped", "crashed", "failed", "cancelled") and job.kind != "unreadable":
+            if repeatable(job):
                 label = "Resume" if resumable(self._studio.queue, job) else "Run again"
                 ui.button(label, on_click=lambda: self._do(lambda: self._studio.supervisor.resume(job.id))).props("flat dense")
             ui.button("Delete", on_click=lambda: self._do(lambda: self._studio.queue.remove(job.id))).props("flat dense")

@@ -14,7 +14,7 @@ from ..fields import settings_of
 from ..studio import Studio
 from .edit import Choice
 from .forms import Form
-from .jobview import JobView
+from .jobview import JobPlace
 
 
 class SweepTab:
@@ -25,7 +25,7 @@ class SweepTab:
     """
 
     def __init__(self, studio: Studio) -> None:
-        self._studio, self._form = studio, Form()
+        self._form = Form()
         self._choice = Choice(studio, self._form, self._chosen)
         with ui.element("div").classes("columns"):
             with ui.element("form").props('onsubmit="return false" aria-label="New sweep"'):
@@ -38,11 +38,7 @@ class SweepTab:
                 self._stored = ui.checkbox("Store the suggested eta in the adapter: the default of later edits")
                 self._form.banner()
                 ui.button("Start the sweep", on_click=self._start)
-            self._job = ui.element("div")
-        sweeps = [job for job in studio.queue.jobs() if job.kind == "sweep"]
-        if sweeps:
-            with self._job:
-                JobView(studio, sweeps[-1])
+            self._job = JobPlace(studio, "sweep")
 
     def _chosen(self, adapter: Adapter) -> None:
         self._form.show_defaults(adapter.record.config.edit)
@@ -57,10 +53,6 @@ class SweepTab:
                 raise ImagicError(f"--seeds {seeds}", "an integer from 1", "choose another number of seeds")
             optional: dict[str, Any] = {"prompt": prompt, "seeds": int(seeds or 0), "settings": self._form.given()}
             arguments = {"name": self._choice.name(), "eta": eta, "store_eta": self._stored.value}
-            job = self._studio.queue.submit("sweep", arguments | {name: value for name, value in optional.items() if value})
+            self._job.submit("sweep", arguments | {name: value for name, value in optional.items() if value})
         except ImagicError as error:
             self._form.show(error)
-            return
-        self._job.clear()
-        with self._job:
-            JobView(self._studio, job)

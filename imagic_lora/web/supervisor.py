@@ -72,7 +72,7 @@ class Supervisor:
             ImagicError: the job waits, runs or is done.
         """
         job = self.queue.read(job_id)
-        if not repeatable(job):
+        if job.kind == "unreadable" or not repeatable(job):
             raise ImagicError(f"job {job_id} has the state {job.state}", "a job that did not end well", "start a new job")
         return self.queue.submit(job.kind, job.arguments | ({"resume": True} if resumable(self.queue, job) else {}))
 

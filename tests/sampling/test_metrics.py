@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import CLIPModel, Dinov2Model
 
 from imagic_lora.core.errors import ImagicError
+from imagic_lora.methods.comparison.captions import captioned
 from imagic_lora.sampling.sweeps.metrics import clip_metric, dino_metric, measured
 
 
@@ -75,6 +77,26 @@ def test_a_model_that_cannot_be_used_is_an_error(clip_folder: Path, dino_folder:
     with pytest.raises(ImagicError, match=f"{flag} {name} cannot be loaded") as caught:
         load()
     assert "--offline" in caught.value.remedy
+
+
+def test_offline_asks_no_other_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for an adapter of the model, which the loaders of transformers look for first."""
+    asked: list[object] = []
+
+    def lookup(host: object, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    loads = [
+        lambda: clip_metric("nobody/nothing", True, ramp(), "a cat", None),
+        lambda: dino_metric("nobody/nothing", True, ramp()),
+        lambda: captioned(ramp(), "nobody/nothing", True),
+    ]
+    for load in loads:
+        with pytest.raises(ImagicError, match="nobody/nothing cannot be loaded"):
+            load()
+    assert asked == []
 
 
 def test_a_pickle_is_not_read(clip_folder: Path, tmp_path: Path) -> None:

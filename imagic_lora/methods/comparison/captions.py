@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ...core.errors import ImagicError
+from ...sampling.sweeps.metrics import model_options
 
 CAPTIONER = "Salesforce/blip-image-captioning-large"
 """Hub id of the default captioner: unlike the smaller one of the same authors it is published in safetensors. 1.9 GB."""
@@ -28,9 +29,7 @@ def captioned(photo: Image.Image, source: str, offline: bool) -> str:
         ImagicError: the model is not there, is no captioner, or gives an empty caption.
     """
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            source, local_files_only=offline, use_safetensors=True, dtype=torch.float32
-        )
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, **model_options(offline))
         processor: Any = AutoProcessor.from_pretrained(source, local_files_only=offline)
         inputs = processor(images=photo, return_tensors="pt")
         tokens = model.eval().generate(**inputs, max_new_tokens=_LONGEST, do_sample=False)

@@ -80,6 +80,17 @@ def dino_metric(source: str, offline: bool, photo: Image.Image) -> Metric:
     return lambda image: {"dino": (look(image) @ before).item()}
 
 
+def model_options(offline: bool) -> dict[str, Any]:
+    """Options of the loaders of transformers, for a model in fp32 from safetensors files.
+
+    Args:
+        offline: whether only the cache of the hub is used. The loaders look for a PEFT adapter of the model first, and ask the hub for it
+            unless that is said apart.
+    """
+    local = {"local_files_only": offline}
+    return {**local, "adapter_kwargs": local, "use_safetensors": True, "dtype": torch.float32}
+
+
 def measured(metrics: Sequence[Metric], image: Image.Image) -> dict[str, float]:
     """Returns the scores of an image by several metrics."""
     return {name: value for metric in metrics for name, value in metric(image).items()}
@@ -99,7 +110,7 @@ class _Model:
         Raises:
             ValueError: it is a model of another kind.
         """
-        network: Any = AutoModel.from_pretrained(source, local_files_only=offline, use_safetensors=True, dtype=torch.float32)
+        network: Any = AutoModel.from_pretrained(source, **model_options(offline))
         if network.config.model_type != kind:
             raise ValueError(f"its model_type is {network.config.model_type}")
         return cls(network.eval(), AutoImageProcessor.from_pretrained(source, local_files_only=offline))

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import KINDS, PROMPT, opened, tiny_config
+from common import KINDS, PROMPT, Run, opened, tiny_config
 from PIL import Image
 from tiny import save_tiny, save_tiny_sdxl
 
+import imagic_lora.cli.app as cli
+import imagic_lora.cli.console as console
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
@@ -95,3 +97,18 @@ def fitted(folders: dict[str, Path], photo_file: Path, tmp_path_factory: pytest.
         return make(mode, seed, kind)
 
     return fitted_adapter
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command in an empty folder: its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console.err, "width", 200)
+
+    def command(*tokens: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(token) for token in tokens])
+        out, err = capsys.readouterr()
+        return code, out, " ".join(err.split())
+
+    return command

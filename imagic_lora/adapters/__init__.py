@@ -1,7 +1,7 @@
 """Adapters on disk: LoRA weights, full weights or none, both embeddings, and a record of the fit.
 
-May import: core, photos, bases. Must not know: training, sampling, commands. No torch in ``atomic``, ``manifest``, ``record``,
-``adapter``, ``store``.
+May import: core, photos, bases. Must not know: training, sampling, commands. No torch in ``atomic``, ``durable``, ``manifest``,
+``record``, ``adapter``, ``store``.
 
 - ``store.py``: a folder of adapters, with one writer per name
 - ``adapter.py``: a stored adapter: its folder, its record and its files
@@ -9,6 +9,7 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``atomic.py``: folders that are written atomically
 - ``manifest.py``: manifests of hashes, which verify the files of a folder
 - ``writing.py``: folders that files are written to, and the errors of writing
+- ``durable.py``: single files that survive a crash: a text replaced atomically, a log of events
 - ``contents.py``: embeddings, photo and weights of a stored adapter, checked before use
 - ``lora.py``: LoRA layers: attach, save, load, swap
 - ``full.py``: full weights: train, save, load

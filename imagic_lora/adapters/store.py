@@ -53,7 +53,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
     """The name as file systems compare it that ignore case; Windows ignores dots at its end, too."""
     return name.casefold().rstrip(".")
 
@@ -260,7 +260,7 @@ class Store:
     def _twin(self, name: str) -> str | None:
         """Returns the name of an adapter or of an unfinished fit that differs from ``name`` in case or final dots only."""
         others = [*self._entries(), *self.unfinished()]
-        return next((other for other in others if other != name and re.match(NAME, other) and _folded(other) == _folded(name)), None)
+        return next((other for other in others if other != name and re.match(NAME, other) and folded(other) == folded(name)), None)
 
     def _recover_all(self) -> None:
         """Recovers interrupted writes. Names that are being written and a store that cannot be written to are skipped."""

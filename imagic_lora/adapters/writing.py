@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from uuid import uuid4
 
-from ..core.errors import ImagicError
+from ..core.errors import DiskFull, ImagicError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 2**24  # bytes that are copied at once
@@ -25,7 +25,8 @@ def writable(root: Path) -> Iterator[None]:
         root: the folder; parents are created too.
 
     Raises:
-        ImagicError: the disk is full or the folder cannot be written to.
+        DiskFull: the disk is full.
+        ImagicError: the folder cannot be written to.
     """
     try:
         if not root.is_dir():
@@ -37,7 +38,7 @@ def writable(root: Path) -> Iterator[None]:
             existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
             got = f"the disk of {root} is full or over its quota ({shutil.disk_usage(existing).free / 2**20:,.0f} MiB free)"
             remedy = "free some space and run the command again, with --resume for an interrupted fit; everything stored before is intact"
-            raise ImagicError(got, "free space for the files", remedy) from error
+            raise DiskFull(got, "free space for the files", remedy) from error
         raise ImagicError(
             f"{root} cannot be written to ({getattr(error, 'strerror', None) or error})", "a writable folder", "choose another folder"
         ) from error

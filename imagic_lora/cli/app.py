@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from ..adapters.writing import DISK_FULL
 from ..core.environment import prepare_environment
-from ..core.errors import ImagicError, Stopped
+from ..core.errors import ImagicError, SomeFailed, Stopped
 from ..core.settings import settings_error
 from .commands.bases import bases
+from .commands.batch import batch
 from .commands.bench import bench
 from .commands.compare import compare
 from .commands.convert import compress, export
@@ -37,6 +38,7 @@ from .interrupts import Interrupts
 
 COMMANDS: dict[str, Callable[..., None] | App] = {
     "fit": fit,
+    "batch": batch,
     "edit": edit,
     "sweep": sweep,
     "compare": compare,
@@ -90,7 +92,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
         tokens: the command line without the name of the program; None is ``sys.argv``.
 
     Returns:
-        The exit code: 0 done, 2 an error that the user can correct, 130 interrupted.
+        The exit code: 0 done, 2 an error that the user can correct, 3 some of many failed (``batch``), 130
+        interrupted.
     """
     tokens = sys.argv[1:] if tokens is None else list(tokens)
     with warnings.catch_warnings():
@@ -103,6 +106,8 @@ def main(tokens: Sequence[str] | None = None) -> int:
                 app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
                 if sys.stdout:
                     sys.stdout.flush()  # an error at the exit of Python would have neither a message nor an exit code of its own
+        except SomeFailed:
+            return 3
         except BrokenPipeError:  # the reader of the output, such as head, has closed the pipe
             _discard_output()
             return 0

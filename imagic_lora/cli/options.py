@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -12,7 +11,7 @@ from cyclopts import Parameter, Token
 
 from ..core.config import DeviceConfig, EditConfig, PresetOrAuto
 from ..core.errors import ImagicError, unreadable
-from ..photos.region import Region
+from ..core.text import slug
 
 Flag = Annotated[bool, Parameter(negative=())]
 """A switch without the negative form ``--no-...`` that cyclopts adds by default."""
@@ -66,20 +65,6 @@ def parse_etas(text: str) -> list[float]:
         raise ImagicError(f"--eta {text}", expected, "use for example --eta 0.3:1:0.1") from error
 
 
-def parse_region(text: str) -> Region:
-    """Parses a region of the photo, ``X,Y,W,H`` in pixels.
-
-    Raises:
-        ImagicError: the text is not four whole numbers.
-    """
-    try:
-        x, y, width, height = (int(part) for part in text.split(","))
-    except ValueError as error:
-        expected = "X,Y,W,H: four whole numbers, the left and top edge, the width and the height in pixels of the photo"
-        raise ImagicError(f"--region {text}", expected, "use for example --region 1200,800,1024,1024") from error
-    return Region(x, y, width, height)
-
-
 def parse_seeds(text: str) -> list[int]:
     """Parses seeds: ``0``, ``0,3``, or a range ``0:4`` that excludes its end. One that occurs twice is returned once.
 
@@ -100,11 +85,6 @@ def parse_seeds(text: str) -> list[int]:
     except ValueError as error:
         expected = "an integer from 0, several integers separated by commas, or start:end with at most 10000 seeds"
         raise ImagicError(f"--seed {text}", expected, "use for example --seed 0:4") from error
-
-
-def slug(text: str, fallback: str) -> str:
-    """Returns a text as a part of a file name: letters, digits, ``.``, ``_`` and ``-``; the fallback if nothing remains."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:100] or fallback
 
 
 def prompt_folders(path: Path, parent: Path) -> dict[Path, str | None]:

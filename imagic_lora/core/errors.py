@@ -29,6 +29,14 @@ class ImagicWarning(UserWarning):
     """A warning for the user. The work continues."""
 
 
+class DiskFull(ImagicError):
+    """A disk has too little free space: whatever else is written to it fails as well."""
+
+
+class SomeFailed(Exception):
+    """Some of several independent pieces of work failed, and the others are done. The failures have been reported."""
+
+
 class Stopped(Exception):
     """A fit has stopped on request. Its progress is saved; the message says where it stopped."""
 

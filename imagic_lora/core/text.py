@@ -1,6 +1,8 @@
-"""Text that files and libraries accept, whole UTF-8 characters; and numbers as text."""
+"""Text that files and libraries accept, whole UTF-8 characters; parts of file names; numbers as text."""
 
 from __future__ import annotations
+
+import re
 
 from .errors import ImagicError
 
@@ -30,3 +32,8 @@ def exact(number: float) -> str:
     """Returns the shortest text that reads back as the same number, for names and labels: two numbers never share one."""
     short = f"{number:g}"
     return short if float(short) == number else repr(number)
+
+
+def slug(text: str, fallback: str) -> str:
+    """Returns a text as a part of a file name: letters, digits, ``.``, ``_`` and ``-``; the fallback if nothing remains."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:100] or fallback

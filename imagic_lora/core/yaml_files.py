@@ -13,6 +13,7 @@ from .errors import ImagicError
 _TAG = "tag:yaml.org,2002:"
 _FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
 _MAX_BYTES = 2**20
+_MAX_MERGED = 10_000  # keys that merge keys add; each can double them, so that a few lines fill the memory
 _ALIKE = {  # the plain text that both versions read as this type; YAML 1.1 also has yes, 010 (8), 1:30 (90), 1_000 and dates
     "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+",
@@ -24,6 +25,8 @@ _ALIKE = {  # the plain text that both versions read as this type; YAML 1.1 also
 class _Loader(yaml.SafeLoader):
     """Reads plain data, never objects. The message of every error gives the line."""
 
+    _merged = 0
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Reads the next node and checks it. ``index`` is the key of the node in a mapping, None for a key itself."""
         node = super().compose_node(parent, index)
@@ -32,6 +35,15 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, yaml.MappingNode):
             self._check_keys(node)
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Replaces the merge keys of a mapping by the keys of the merged mappings, within bounds."""
+        before = len(node.value)
+        super().flatten_mapping(node)
+        self._merged += max(0, len(node.value) - before)
+        if self._merged > _MAX_MERGED:
+            got = f"{self.name}, line {node.start_mark.line + 1}: merge keys (<<) add more than {_MAX_MERGED:,} keys"
+            raise ImagicError(got, "merge keys that add few keys", "write the keys out")
 
     def _check_scalar(self, node: yaml.ScalarNode, text: str) -> None:
         alike = _ALIKE.get(node.tag.removeprefix(_TAG))

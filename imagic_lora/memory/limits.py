@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..bases.architecture import Architecture
 from ..core.config import RunConfig
-from ..core.errors import ImagicError
+from ..core.errors import DiskFull, ImagicError
 from .levers import EDIT_LEVERS, FIT_LEVERS, Levers, next_lever
 from .plan import Assumed, assume, predict
 from .symbolic.layers import NotPlanned
@@ -70,7 +70,7 @@ def check_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Pat
         photo: bytes of the photo's file that the adapter keeps.
 
     Raises:
-        ImagicError: the disk has too little free space.
+        DiskFull: the disk has too little free space.
     """
     try:
         plan = predict(base, run, assumed)
@@ -81,7 +81,7 @@ def check_disk(base: Architecture, run: RunConfig, assumed: Assumed, folder: Pat
         parts = f"the adapter {gib(plan.adapter)}, two checkpoints of {gib(plan.checkpoint)}"
         got = f"{gib(free)} free on the disk of {folder}, and the fit needs {gib(need)} more ({parts})"
         smaller = ", or use --mode lora" if run.tune.mode == "full" else ""
-        raise ImagicError(got, "disk space for the adapter and both checkpoints", f"free some space, or choose another --store{smaller}")
+        raise DiskFull(got, "disk space for the adapter and both checkpoints", f"free some space, or choose another --store{smaller}")
 
 
 def out_of_memory_error(

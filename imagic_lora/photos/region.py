@@ -64,3 +64,17 @@ class Region(NamedTuple):
 
     def __str__(self) -> str:
         return ",".join(map(str, self))
+
+
+def parse_region(text: str) -> Region:
+    """Parses a region of the photo, ``X,Y,W,H`` in pixels.
+
+    Raises:
+        ImagicError: the text is not four whole numbers.
+    """
+    try:
+        x, y, width, height = (int(part) for part in text.split(","))
+    except ValueError as error:
+        expected = "X,Y,W,H: four whole numbers, the left and top edge, the width and the height in pixels of the photo"
+        raise ImagicError(f"--region {text}", expected, "use for example --region 1200,800,1024,1024") from error
+    return Region(x, y, width, height)

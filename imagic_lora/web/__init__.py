@@ -2,7 +2,6 @@
 The server never imports torch: the worker process alone runs models, and it calls the functions of the command line.
 
 - ``jobs.py``: a job, and the queue of jobs in the store's folder
-- ``durable.py``: files that survive a crash: JSON replaced atomically, a log of events
 - ``worker.py``: the process that runs one job after another
 - ``running.py``: one job: the call of the command's function, its progress as events
 - ``supervisor.py``: starts the worker, stops and cancels its job, explains how it ended

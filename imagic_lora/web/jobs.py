@@ -13,9 +13,9 @@ from typing import Any, Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..adapters.durable import EventLog, write_text
 from ..adapters.writing import delete, writable
 from ..core.errors import ImagicError
-from .durable import EventLog, write_json
 
 Kind = Literal["fit", "edit", "sweep", "compare", "export", "compress"]
 State = Literal["queued", "running", "done", "failed", "crashed", "stopped", "cancelled"]
@@ -154,7 +154,7 @@ class Queue:
 
     def save(self, job: Job) -> None:
         """Writes a job; the caller holds the lock."""
-        write_json(self.folder(job.id) / "job.json", job.model_dump_json(indent=1))
+        write_text(self.folder(job.id) / "job.json", job.model_dump_json(indent=1))
 
     def jobs(self) -> list[Job]:
         """Returns all jobs, the oldest first. One whose file cannot be read has the kind ``unreadable`` and says why."""

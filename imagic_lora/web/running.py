@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from ..adapters.durable import EventLog
 from ..cli.interrupts import Interrupts
 from ..cli.listening import listening
 from ..core.config import DeviceConfig, EditConfig, RunConfig
 from ..core.errors import ImagicWarning, Stopped
 from ..core.settings import settings_error
-from .durable import EventLog
 from .jobs import Job, Problem, Queue
 
 if TYPE_CHECKING:

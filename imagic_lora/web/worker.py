@@ -12,8 +12,8 @@ import psutil
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..adapters.durable import write_text
 from ..core.environment import prepare_environment
-from .durable import write_json
 from .jobs import Queue
 from .running import run_job
 
@@ -82,7 +82,7 @@ def work(store: Path, idle: float = IDLE) -> int:
         with queue.locked():
             mark_crashed(queue, "the worker ended without saying why")  # it holds the lock, so no other worker runs
             me = psutil.Process()
-            write_json(queue.root / "worker.json", WorkerFile(pid=me.pid, started=me.create_time()).model_dump_json())
+            write_text(queue.root / "worker.json", WorkerFile(pid=me.pid, started=me.create_time()).model_dump_json())
         last = time.monotonic()
         while time.monotonic() - last < idle:
             job = queue.take()

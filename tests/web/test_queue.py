@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from imagic_lora.adapters.durable import EventLog, write_text
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.web.durable import EventLog, write_json
 from imagic_lora.web.jobs import ENDED, Job, Queue
 from imagic_lora.web.supervisor import Supervisor, resumable
 from imagic_lora.web.worker import read_worker
@@ -109,10 +109,10 @@ def test_an_event_that_was_cut_is_none_and_hides_no_other(tmp_path: Path):
 
 
 def test_a_file_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_json(tmp_path / "a.json", "1")
+    write_text(tmp_path / "a.json", "1")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(ImagicError):
-        write_json(tmp_path / "a.json", "2")
+        write_text(tmp_path / "a.json", "2")
     assert (tmp_path / "a.json").read_text() == "1"
 
 

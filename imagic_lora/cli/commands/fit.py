@@ -13,9 +13,11 @@ from ...core.config import RunConfig
 from ...core.errors import ImagicError, Stopped
 from ...core.launch import Launch, launched_settings, read_launch
 from ...core.settings import merged, read_settings
+from ...core.text import slug
+from ...photos.region import parse_region
 from ..console import err, plain, print_active_settings, print_json, show_progress
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_region, slug, suggested_etas
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, suggested_etas
 from .store import summary
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from typing import Any
 from nicegui import ui
 
 from ...adapters.store import check_name
-from ...cli.options import parse_region, slug
 from ...core.config import RunConfig
 from ...core.errors import ImagicError
+from ...core.text import slug
+from ...photos.region import parse_region
 from ..fields import settings_of
 from ..planning import defaults, planned
 from ..studio import Studio

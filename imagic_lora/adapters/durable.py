@@ -1,4 +1,4 @@
-"""Files of the queue: JSON that is replaced atomically, and a log of events that one process appends to and others read."""
+"""Single files that survive a crash: a text that is replaced atomically, and a log of events that one process appends to."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..adapters.writing import flush_folder, writable
+from .writing import flush_folder, writable
 
 _MAX_READ = 4 * 2**20  # bytes of a log that are read at once
 
 
-def write_json(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Replaces a file by a text. After a crash or a power failure the file is either the old or the new one.
 
     Raises:
@@ -29,7 +29,7 @@ def write_json(path: Path, text: str) -> None:
 
 
 class EventLog:
-    """The events of a job: one JSON object a line. An incomplete last line of a killed writer is not an event.
+    """Events, one JSON object a line. An incomplete last line of a killed writer is not an event.
 
     Args:
         path: the file; created by the first event.

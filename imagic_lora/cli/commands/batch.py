@@ -1,0 +1,122 @@
+"""The command ``batch``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ...core.config import RunConfig
+from ...core.errors import ImagicError, SomeFailed
+from ...core.launch import read_launch
+from ...core.settings import read_settings
+from ...core.text import slug
+from ..console import err, plain, print_json
+from ..libraries import import_libraries
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds
+
+if TYPE_CHECKING:
+    from ...fleet.batch import Batch
+
+
+def batch(
+    photos: Annotated[Path, Parameter(name="LIST")],
+    *,
+    prompt: str | None = None,
+    edits: Annotated[str | None, Parameter(name="--edit")] = None,  # before the settings, whose group is --edit.*
+    settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
+    config: Path | None = None,
+    store: StoreDir = DEFAULT_STORE,
+    out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
+    overwrite: Flag = False,
+    retry_failed: Flag = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter for every photo of a list.
+
+    The whole list is checked before anything starts. The base is loaded once. A photo that fails does not end the run. The same command
+    continues an interrupted run: what is done is not done again. The exit code is 3 if some photos failed.
+
+        imagic-lora batch photos.csv --base sd15 --edit "eta=0.5:0.9:0.1 seed=0:2"
+
+    Parameters
+    ----------
+    photos
+        CSV, JSONL or YAML file with the columns photo and prompt, and any of name, region and the settings below (tune.rank or rank, seed,
+        ...). Paths of photos are relative to its folder. Or a folder of photos, with --prompt.
+    prompt
+        Target prompt of all lines without one.
+    config
+        YAML file of settings for all lines. It overrides the preset, flags override the file, and the columns of a line override both.
+    edits
+        Also generate images from every adapter: eta=ETA and seed=SEED in the notation of imagic-lora edit, separated by a space. Without
+        eta: that of the adapter; without seed: 0.
+    out_dir
+        Folder for results.jsonl, the contact sheet index.html, and the images. Default: outputs/batch/ and the name of LIST.
+    overwrite
+        Replace adapters and images of the same names that were made with other settings; discard checkpoints of other fits.
+    retry_failed
+        Also try the lines again that failed in an earlier run and have not changed since.
+    """
+    etas, seeds = _edits(edits)
+    if (launch := read_launch()).count > 1:
+        got = f"batch in {launch.count} processes of a launcher"
+        raise ImagicError(got, "one process", "start it without accelerate launch")
+    flags = settings.model_dump(exclude_unset=True) if settings else {}
+    file = read_settings(config) if config else {}
+    import_libraries()
+    from ...fleet.batch import Batch
+    from ...fleet.lists import ListError
+    from ...fleet.table import Table
+    from ...fleet.work import Work
+    from ..batching import print_problems, run
+
+    out = out_dir or Path("outputs") / "batch" / slug(photos.stem or photos.absolute().name, "list")
+    try:
+        entries = Table(photos, flags, file).entries(prompt)
+        work = Work(store, out, etas, seeds, overwrite)
+        made = Batch(photos, entries, work)
+        with made.locked():
+            left = made.left(retry_failed)
+            made.begin()
+            run(made, left)
+    except ListError as error:
+        print_problems(error)
+        raise error if as_json else error.short from None
+    _report(made, as_json)
+
+
+def _edits(text: str | None) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The etas and the seeds of ``--edit``; no etas for those of the adapters, and no seeds without the flag."""
+    if text is None:
+        return (), ()
+    parts = dict[str, str]()
+    for part in text.split():
+        name, separator, value = part.partition("=")
+        if name not in ("eta", "seed") or not separator or name in parts:
+            expected = "eta=ETA and seed=SEED, each at most once, separated by a space"
+            raise ImagicError(f"--edit {text!r}", expected, 'use for example --edit "eta=0.5:0.9:0.1 seed=0:2"')
+        parts[name] = value
+    return tuple(parse_etas(parts["eta"]) if "eta" in parts else ()), tuple(parse_seeds(parts.get("seed", "0")))
+
+
+def _report(made: Batch, as_json: bool) -> None:
+    """Prints what came of a batch.
+
+    Raises:
+        SomeFailed: photos failed.
+    """
+    from ...fleet.batch import PAGE, RESULTS
+
+    failed, out = made.failed, made.work.out
+    done = len(made.rows) - len(failed)
+    if as_json:
+        rows: list[dict[str, Any]] = [{"name": row["name"], "error": row["error"]["got"]} for row in failed]
+        print_json({"done": done, "failed": rows, "results": str(out / RESULTS), "page": str(out / PAGE)})
+    colour = "yellow" if failed else "green"
+    err.print(f"[{colour}]{done} done, {len(failed)} failed.[/] See {plain(out / PAGE)} and {plain(out / RESULTS)}", highlight=False)
+    if failed:
+        names = ", ".join(row["name"] for row in failed[:10]) + (", ..." if len(failed) > 10 else "")
+        err.print(f"Failed: {plain(names)}. Try them again: the same command with --retry-failed", highlight=False)
+        raise SomeFailed

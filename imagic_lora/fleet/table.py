@@ -1,0 +1,133 @@
+"""The table of a batch: every line of the list checked, with its settings, before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..adapters.store import check_name, folded
+from ..core.config import RunConfig
+from ..core.errors import ImagicError
+from ..core.settings import merged, validated
+from ..core.text import check_utf8, slug
+from ..photos.region import Region, parse_region
+from ..sampling.checks import check_prompt, check_sampling
+from ..training.configure import configure_run
+from .columns import sorted_columns
+from .lists import Problems, Row, read_list
+
+_FREE = ("seed", "eta")  # settings that no check and no preset depends on
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the list: one photo, one prompt, one adapter.
+
+    Args:
+        place: where it is in the list, for messages.
+        name: name of the adapter.
+        photo: path of the photo.
+        prompt: the target prompt.
+        region: the part of the photo to fit; None is all of it.
+        config: the settings of its fit.
+    """
+
+    place: str
+    name: str
+    photo: Path
+    prompt: str
+    region: Region | None
+    config: RunConfig
+
+
+@dataclass
+class Table:
+    """Makes the entries of a list.
+
+    Args:
+        path: the list; the paths of photos are relative to its folder.
+        flags, file: explicitly given settings of all lines, as nested mappings; a setting of a line overrides them.
+    """
+
+    path: Path
+    flags: Mapping[str, Any]
+    file: Mapping[str, Any]
+    problems: Problems = field(default_factory=Problems)
+    _configs: dict[str, RunConfig | ImagicError] = field(default_factory=dict)
+
+    def entries(self, prompt: str | None = None) -> list[Entry]:
+        """Reads and checks the list.
+
+        Args:
+            prompt: target prompt of the lines without one.
+
+        Raises:
+            ListError: lines are wrong; it names all of them.
+            ImagicError: as :func:`~imagic_lora.fleet.lists.read_list`.
+        """
+        rows = read_list(self.path, prompt, self.problems)
+        entries = [entry for row in rows if (entry := self._entry(row))]
+        self._check_names(entries)
+        self.problems.raise_any(self.path)
+        return entries
+
+    def _entry(self, row: Row) -> Entry | None:
+        """The entry of a line; None if it is wrong."""
+        try:
+            own, given = sorted_columns(row.values)
+            for column in own:
+                if not isinstance(own[column], str):
+                    raise ImagicError(f"{column} = {own[column]!r}", "text, in quotes if it consists of digits", "")
+            if missing := [column for column in ("photo", "prompt") if column not in own]:
+                raise ImagicError(f"no {' and no '.join(missing)}", "a photo and a target prompt in every line (or --prompt)", "")
+            photo = self._photo(own["photo"])
+            check_prompt(own["prompt"])
+            name = check_name(own["name"]) if "name" in own else slug(photo.stem, "photo")
+            region = parse_region(own["region"]) if "region" in own else None
+            return Entry(row.place, name, photo, own["prompt"], region, self._config(given))
+        except ImagicError as error:
+            self.problems.add(row.place, error.got, error.expected)
+            return None
+
+    def _photo(self, text: str) -> Path:
+        check_utf8(text, "the photo")
+        photo = (self.path if self.path.is_dir() else self.path.parent) / text
+        try:
+            if photo.is_file() and photo.stat().st_size:
+                return photo
+            got = "is empty" if photo.is_file() else "is a folder" if photo.is_dir() else "does not exist"
+        except (OSError, ValueError) as error:
+            got = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise ImagicError(f"the photo {photo} {got}", "the path of a photo, relative to the folder of the list", "")
+
+    def _config(self, given: Mapping[str, Any]) -> RunConfig:
+        """The settings of a line. The preset is chosen once for equal settings: the seed and eta do not change it."""
+        free = {name: given[name] for name in _FREE if name in given}
+        rest = {name: value for name, value in given.items() if name not in free}
+        key = json.dumps(rest, sort_keys=True, default=repr)
+        if key not in self._configs:
+            self._configs[key] = self._checked(rest)
+        found = self._configs[key]
+        if isinstance(found, ImagicError):
+            raise found
+        return found.model_copy(update={name: getattr(validated(free), name) for name in free})
+
+    def _checked(self, given: Mapping[str, Any]) -> RunConfig | ImagicError:
+        try:
+            run = configure_run(merged(self.flags, given), self.file).run
+            check_sampling(run.edit)
+        except ImagicError as error:
+            return error
+        return run
+
+    def _check_names(self, entries: Sequence[Entry]) -> None:
+        """Adds the names that occur twice to the problems."""
+        first: dict[str, Entry] = {}
+        for entry in entries:
+            other = first.setdefault(folded(entry.name), entry)
+            if other is not entry:
+                got = f"the name {entry.name!r} is that of {other.place}"
+                self.problems.add(entry.place, got, "a name of its own; without a column name it is made from the file name of the photo")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..core.errors import ImagicWarning, Stopped
 from ..fleet.batch import Batch, grouped, run_here
@@ -47,7 +47,7 @@ def run(batch: Batch, left: Sequence[Entry], run_groups: Run = run_here) -> None
     try:
         with Interrupts() as interrupts, shown:
             for item in run_groups(grouped(left), batch.work, interrupts.stop):
-                interrupts.finish_step = isinstance(item, Update) and item.stage in _TRAINING
+                interrupts.finish_step = run_groups is not run_here or (isinstance(item, Update) and item.stage in _TRAINING)
                 if isinstance(item, Outcome):
                     batch.record(item)
                 shown.show(item)
@@ -71,7 +71,7 @@ class Shown:
 
     total: int
     done: int
-    _started: float = field(default_factory=time.monotonic)
+    _started: float | None = None
     _new: int = 0
 
     def __enter__(self) -> Shown:
@@ -89,13 +89,14 @@ class Shown:
     @property
     def left(self) -> str:
         """The remaining time in words: the photos that are left at the mean time of those of this run."""
-        if not self._new:
+        if not self._new or self._started is None:
             return ""
         seconds = (time.monotonic() - self._started) / self._new * (self.total - self.done)
         return f"{duration(seconds)} left" if self.total > self.done else ""
 
     def show(self, item: Update | Outcome) -> None:
         """Shows the progress or the outcome of a photo."""
+        self._started = time.monotonic() if self._started is None else self._started  # the base is loaded
         if isinstance(item, Update):
             steps = f" {item.step}/{item.steps}" if item.steps else ""
             self._bar.update(self._task, description=f"{plain(item.name)}: {item.stage}{steps}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class ImagicError(Exception):
@@ -19,6 +20,9 @@ class ImagicError(Exception):
     def __init__(self, got: str, expected: str, remedy: str) -> None:
         self.got, self.expected, self.remedy = got, expected, remedy
         super().__init__(f"{got}. Expected: {expected}. What to do: {remedy}.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.got, self.expected, self.remedy)  # an exception is pickled with the arguments of Exception otherwise
 
 
 class NotFinite(ImagicError):

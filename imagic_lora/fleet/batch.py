@@ -62,13 +62,13 @@ class Batch:
             for lock in (self.marker, self.work.out / ".lock"):
                 check_outputs(lock.parent, [])
                 held = FileLock(lock)
-                try:
-                    with writable(lock.parent):
+                with writable(lock.parent):
+                    try:
                         held.acquire(timeout=_LOCK_SECONDS)
-                except Timeout as error:
-                    got = f"another batch of {self.path} is running, or writes to {self.work.out}"
-                    remedy = "wait until it is done, or choose another --out"
-                    raise ImagicError(got, "one batch a list and a folder of results", remedy) from error
+                    except Timeout as error:
+                        got = f"another batch of {self.path} is running, or writes to {self.work.out}"
+                        remedy = "wait until it is done, or choose another --out"
+                        raise ImagicError(got, "one batch a list and a folder of results", remedy) from error
                 stack.callback(_unlock, held, lock)
             check_outputs(self.work.out, [RESULTS, PAGE])
             yield

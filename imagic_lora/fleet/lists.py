@@ -205,7 +205,7 @@ def _yaml(path: Path, problems: Problems) -> Iterator[Row]:
         if isinstance(values, dict) and all(isinstance(name, str) for name in values):
             yield Row(f"photo {number}", _flattened(values))
         else:
-            problems.add(f"photo {number}", f"it is a {type(values).__name__}", "a mapping of photo, prompt and settings")
+            problems.add(f"photo {number}", f"it is no mapping but {type(values).__name__}", "a mapping of photo, prompt and settings")
 
 
 def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:

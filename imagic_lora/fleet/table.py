@@ -94,7 +94,7 @@ class Table:
 
     def _photo(self, text: str) -> Path:
         check_utf8(text, "the photo")
-        photo = (self.path if self.path.is_dir() else self.path.parent) / text
+        photo = (self.path if self.path.is_dir() else self.path.parent).absolute() / text
         try:
             if photo.is_file() and photo.stat().st_size:
                 return photo

@@ -77,8 +77,8 @@ class Work:
     """What is done with every photo.
 
     Args:
-        store: folder of the adapters.
-        out: folder of the results.
+        store: folder of the adapters, an absolute path: another process has another working folder.
+        out: folder of the results, the same.
         etas, seeds: the edits of every adapter; none without seeds.
         overwrite: whether adapters and edits that were made in another way are replaced.
     """

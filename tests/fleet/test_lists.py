@@ -18,6 +18,8 @@ from imagic_lora.fleet.columns import settings
 from imagic_lora.fleet.table import Entry, Table
 from imagic_lora.photos.region import Region
 
+_LISTS = "\n".join(["a0: &a0 {x: 1}", *(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]" for k in range(1, 60)), "photos: *a59"])
+_MERGED = "\n".join(["a0: &a0 {x: 1, y: 2}", *(f"a{k}: &a{k}\n  <<: [*a{k - 1}, *a{k - 1}]" for k in range(1, 60))])
 FLAGS = {"base": "critters", "memory": {"device": "cpu"}}
 
 
@@ -114,8 +116,11 @@ def test_all_wrong_lines_are_named_at_once(photos: Path) -> None:
         "notes.txt,a dog,four,,,lorra",
     ]
     found = problems(photos / "list.csv", "\n".join(lines))
-    expected = ["line 2: tune.rank = '0'", "line 3: the photo", "line 4: no photo", "line 5: no prompt", "line 6: '../x' is not a valid name",
-                "line 7: --region 1;2", "line 9: the name 'ONE' is that of line 8", "line 10: --rank", "line 11: 3 cells", "line 12: tune.mode = 'lorra'"]  # fmt: skip
+    expected = [
+        "line 2: tune.rank = '0'", "line 3: the photo", "line 4: no photo", "line 5: no prompt", "line 6: '../x' is not a valid name",
+        "line 7: --region 1;2", "line 9: the name 'ONE' is that of line 8", "line 10: --rank", "line 11: 3 cells",
+        "line 12: tune.mode = 'lorra'",
+    ]  # fmt: skip
     for start in expected:
         assert any(problem.startswith(start) for problem in found), (start, found)
     assert len(found) == len(expected)
@@ -135,7 +140,7 @@ def test_equal_problems_are_one(photos: Path) -> None:
     "an empty YAML list": ("photos: []", "list.yaml", "holds no photos"),
     "another key": ("pictures: []", "list.yaml", "holds the keys 'pictures'"),
     "no list": ("photos: {a: 1}", "list.yaml", "photos of .* is a dict"),
-    "numbers in YAML": ("photos: [1, 2]", "list.yaml", "photo 1, photo 2: it is a int"),
+    "numbers in YAML": ("photos: [1, 2]", "list.yaml", "photo 1, photo 2: it is no mapping"),
     "Latin-1": ("photo,prompt\na.png,ein Käfer\n".encode("latin1"), "list.csv", "line 2: the byte 0xe4 is not UTF-8"),
     "an open quote": ('photo,prompt\na.png,"a cat\n', "list.csv", "cannot be read"),
     "a column twice": ("photo,prompt,photo\na.png,x,a.png\n", "list.csv", "'photo' occurs twice"),
@@ -149,8 +154,8 @@ def test_equal_problems_are_one(photos: Path) -> None:
     "a nested value": ('{"photo": "a.png", "prompt": "x", "tune": {"rank": {"a": 1}}}', "list.jsonl", "tune.rank = "),
     "another ending": ("a.png", "list.txt", "is no list of photos"),
     "a NUL": ("photo,prompt\na\0.png,x\n", "list.csv", "cannot be read|does not exist"),
-    "a bomb": ("\n".join(["a0: &a0 {x: 1}", *(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]" for k in range(1, 60)), "photos: *a59"]), "list.yaml", "holds the keys"),
-    "a bomb of merge keys": ("\n".join(["a0: &a0 {x: 1, y: 2}", *(f"a{k}: &a{k}\n  <<: [*a{k - 1}, *a{k - 1}]" for k in range(1, 60))]), "list.yaml", "merge keys"),
+    "a bomb": (_LISTS, "list.yaml", "holds the keys"),
+    "a bomb of merge keys": (_MERGED, "list.yaml", "merge keys"),
 })  # fmt: skip
 def test_a_bad_list_is_an_error(photos: Path, content: str | bytes, name: str, said: str) -> None:
     start = time.perf_counter()

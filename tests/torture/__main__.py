@@ -19,6 +19,7 @@ TORTURES = {  # number of cases and description; the longest first
     "numbers": (10_000, "NaN and infinity in latents, losses, gradients, weights; both stages, modes lora and full"),
     "interruptions": (1_500, "an exception at steps inside every change of a base or of a name; Ctrl-C at any time; equal to before"),
     "disk": (10_000, "a full disk at every write of an adapter, of a checkpoint, of a whole fit"),
+    "batches": (50, "the driver of a batch killed at any time; completed, every photo exactly once, equal to an uninterrupted one"),
     "photos": (500, "malformed and unusual images: read correctly, or rejected"),
     "power": (1_000_000, "power failure after every file operation of a save; unflushed data is lost"),
     "races": (50, "two and three writers of one name: one succeeds, the others report it"),

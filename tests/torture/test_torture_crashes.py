@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from imagic_lora.adapters import atomic as durable
-from torture import disk, kills, power
+from torture import batches, disk, kills, power
 
 Torture = Callable[[int, int, Path], Iterator[str]]
 
 
 @pytest.mark.parametrize(
-    ("torture", "cases"), [(kills.torture, 4), (power.torture, 120), (disk.torture, 7)], ids=["kills", "power", "disk"]
+    ("torture", "cases"),
+    [(kills.torture, 4), (batches.torture, 2), (power.torture, 120), (disk.torture, 7)],
+    ids=["kills", "batches", "power", "disk"],
 )
 def test_nothing_is_lost(torture: Torture, cases: int, tmp_path: Path) -> None:
     """Either the previous or the new version is complete."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from ...core.config import RunConfig
 from ...core.errors import ImagicError, SomeFailed
@@ -14,10 +14,13 @@ from ...core.settings import read_settings
 from ...core.text import slug
 from ..console import err, plain, print_json
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, parse_etas, parse_seeds
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, parse_etas, parse_seeds
 
 if TYPE_CHECKING:
     from ...fleet.batch import Batch
+    from ...fleet.on_ray import Cluster
+
+_RAY = Group("Ray: several GPUs and machines", sort_key=8)
 
 
 def batch(
@@ -29,6 +32,10 @@ def batch(
     config: Path | None = None,
     store: StoreDir = DEFAULT_STORE,
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
+    ray: Annotated[str | None, Parameter(group=_RAY)] = None,
+    workers: Annotated[Whole | None, Parameter(group=_RAY)] = None,
+    gpus_per_worker: Annotated[float | None, Parameter(group=_RAY)] = None,
+    max_in_flight: Annotated[Whole | None, Parameter(group=_RAY)] = None,
     overwrite: Flag = False,
     retry_failed: Flag = False,
     as_json: Json = False,
@@ -54,20 +61,31 @@ def batch(
         eta: that of the adapter; without seed: 0.
     out_dir
         Folder for results.jsonl, the contact sheet index.html, and the images. Default: outputs/batch/ and the name of LIST.
+    ray
+        Work on a cluster of Ray: its address, auto for the one of this machine, or local to start Ray on this machine. Every worker holds
+        the base, and fits one photo at a time. All nodes must see the list's photos, --store and --out under the same paths.
+    workers
+        Number of workers. Default: one for each GPU, or the share of one that --gpus-per-worker gives; without GPUs one for each CPU core.
+    gpus_per_worker
+        GPUs of a worker; 0.5 puts two workers on each card. Default: 1, where there is a GPU.
+    max_in_flight
+        Number of photos that are worked on at the same time, to spare a shared disk. Default: one for each worker.
     overwrite
         Replace adapters and images of the same names that were made with other settings; discard checkpoints of other fits.
     retry_failed
         Also try the lines again that failed in an earlier run and have not changed since.
     """
     etas, seeds = _edits(edits)
+    cluster = _cluster(ray, workers, gpus_per_worker, max_in_flight)
     if (launch := read_launch()).count > 1:
         got = f"batch in {launch.count} processes of a launcher"
         raise ImagicError(got, "one process", "start it without accelerate launch")
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     file = read_settings(config) if config else {}
-    import_libraries()
-    from ...fleet.batch import Batch
+    import_libraries(bitsandbytes=True)  # a column may ask for it
+    from ...fleet.batch import Batch, run_here
     from ...fleet.lists import ListError
+    from ...fleet.on_ray import RayRun
     from ...fleet.table import Table
     from ...fleet.work import Work
     from ..batching import print_problems, run
@@ -75,12 +93,12 @@ def batch(
     out = out_dir or Path("outputs") / "batch" / slug(photos.stem or photos.absolute().name, "list")
     try:
         entries = Table(photos, flags, file).entries(prompt)
-        work = Work(store, out, etas, seeds, overwrite)
+        work = Work(store.absolute(), out.absolute(), etas, seeds, overwrite)
         made = Batch(photos, entries, work)
         with made.locked():
             left = made.left(retry_failed)
             made.begin()
-            run(made, left)
+            run(made, left, RayRun(cluster, made.marker) if cluster else run_here)
     except ListError as error:
         print_problems(error)
         raise error if as_json else error.short from None
@@ -99,6 +117,29 @@ def _edits(text: str | None) -> tuple[tuple[float, ...], tuple[int, ...]]:
             raise ImagicError(f"--edit {text!r}", expected, 'use for example --edit "eta=0.5:0.9:0.1 seed=0:2"')
         parts[name] = value
     return tuple(parse_etas(parts["eta"]) if "eta" in parts else ()), tuple(parse_seeds(parts.get("seed", "0")))
+
+
+def _cluster(address: str | None, workers: int | None, gpus: float | None, max_in_flight: int | None) -> Cluster | None:
+    """Where the work is done; None for this process.
+
+    Raises:
+        ImagicError: a number is out of range, or given without ``--ray``.
+    """
+    from ...fleet.on_ray import Cluster
+
+    flags = {"--workers": workers, "--gpus-per-worker": gpus, "--max-in-flight": max_in_flight}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if address is None:
+        if given:
+            raise ImagicError(f"{next(iter(given))} without --ray", "both, or neither", "add --ray local, or the address of a cluster")
+        return None
+    for name, value in given.items():
+        least = 0 if name == "--gpus-per-worker" else 1
+        if not least <= value <= 100_000:
+            raise ImagicError(f"{name} {value:g}", f"a number from {least}", f"choose another value for {name}")
+    if gpus is not None and gpus > 1 and gpus != int(gpus):
+        raise ImagicError(f"--gpus-per-worker {gpus:g}", "a whole number, or a fraction below 1", "choose another value")
+    return Cluster(address, workers, 1.0 if gpus is None else gpus, max_in_flight)
 
 
 def _report(made: Batch, as_json: bool) -> None:

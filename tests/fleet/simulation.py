@@ -1,0 +1,106 @@
+"""A batch of many adapters by stub fits that take no time: what is left is the cost of the store, the results and the contact sheet.
+
+``PYTHONPATH=tests python tests/fleet/simulation.py 10000``: copies of one adapter of the size of a LoRA of ``critters`` are stored under
+the locks and atomic writes of real fits. Prints JSON: seconds and peak memory of each part. ``--no-fsync`` leaves the flushes to the disk
+out, whose time depends on the disk alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from imagic_lora.adapters.store import Store
+from imagic_lora.adapters.writing import pieces
+from imagic_lora.fleet.batch import Batch, grouped
+from imagic_lora.fleet.table import Table
+from imagic_lora.fleet.work import Outcome, Work
+
+EXAMPLE = Path(__file__).parents[2] / "adapters"
+
+
+def stub_fit(example: Any, store: Store, entry: Any) -> Outcome:
+    """What a fit does to a store: checks the name, locks it, writes the adapter atomically."""
+    with store.locked(entry.name) as held:
+        held.check_free(entry.name, overwrite=False)
+        photo = entry.photo.read_bytes()
+        assert photo
+        record = example.record.model_copy(
+            update={"name": entry.name, "prompt": entry.prompt, "config": entry.config, "source": example.record.source}
+        )
+        adapter = held.write(record, lambda writer: [writer.write(file, pieces(example.folder / file)) for file in example.record.files])
+    return Outcome(entry, adapter.folder, 0.1, {"relative_loss": {"embed": 0.9}})
+
+
+def peak_mib() -> float:
+    """The peak memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def simulate(folder: Path, count: int) -> dict[str, Any]:
+    """Runs the batch, then ``list``, the resumed batch and the contact sheet."""
+    example = Store(EXAMPLE).read("rex-jumps")
+    photos = folder / "photos"
+    photos.mkdir()
+    data = (example.folder / "source.png").read_bytes()
+    for k in range(count):
+        (photos / f"p{k:05d}.png").write_bytes(data)
+    (folder / "list.csv").write_text("photo,prompt,seed\n" + "".join(f"photos/p{k:05d}.png,a dog jumping,{k}\n" for k in range(count)))
+    found: dict[str, Any] = {"count": count}
+
+    def timed(name: str, start: float) -> None:
+        found[name] = round(time.perf_counter() - start, 2)
+
+    start = time.perf_counter()
+    entries = Table(folder / "list.csv", {"base": "critters", "memory": {"device": "cpu"}}, {}).entries()
+    timed("checking the list", start)
+    batch, store = Batch(folder / "list.csv", entries, Work(folder / "store", folder / "out")), Store(folder / "store")
+    with batch.locked():
+        batch.begin()
+        start, tenth = time.perf_counter(), max(1, count // 10)
+        writing = recording = 0.0
+        for k, (entry,) in enumerate(grouped(batch.left(False)), 1):
+            before = time.perf_counter()
+            outcome = stub_fit(example, store, entry)
+            stored = time.perf_counter()
+            batch.record(outcome)
+            writing, recording = writing + stored - before, recording + time.perf_counter() - stored
+            if k % tenth == 0:
+                found[f"ms a photo up to {k}"] = {
+                    "store": round(1000 * writing / tenth, 1),
+                    "record and thumbnails": round(1000 * recording / tenth, 1),
+                }
+                writing = recording = 0.0
+        timed("all stub fits", start)
+        start = time.perf_counter()
+        page = batch.write_page()
+        timed("contact sheet", start)
+    found["contact sheet MB"] = round(page.stat().st_size / 1e6, 2)
+    found["peak MiB of the driver"] = round(peak_mib())
+    start = time.perf_counter()
+    again = Batch(folder / "list.csv", entries, Work(folder / "store", folder / "out"))
+    found["left for a second run"] = len(again.left(False))
+    again.begin()
+    timed("second run", start)
+    code = "import sys; from imagic_lora.cli.app import main; main(sys.argv[1:]); print(open('/proc/self/status').read(), file=sys.stderr)"
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "list", "--store", str(folder / "store")], capture_output=True, text=True, check=True
+    )
+    timed("list", start)
+    found["list lines"], found["list MiB"] = len(done.stdout.splitlines()), round(int(done.stderr.split("VmHWM:")[1].split()[0]) / 1024)
+    return found
+
+
+if __name__ == "__main__":
+    if "--no-fsync" in sys.argv:
+        os.fsync = lambda handle: None
+    with tempfile.TemporaryDirectory() as root:
+        print(json.dumps(simulate(Path(root), int(sys.argv[1])), indent=1))

@@ -6,6 +6,7 @@ dead actor again. All actors write to one store, on a file system that all nodes
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -108,7 +109,7 @@ def connect(cluster: Cluster) -> Any:
     try:
         with warnings.catch_warnings(), _own_signals():
             warnings.simplefilter("ignore")
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         got = f"Ray at {cluster.address} cannot be used ({next(iter(str(error).strip().splitlines()), type(error).__name__)})"
         raise ImagicError(got, "local, auto, or the address of a running cluster", "check it by: ray status") from error

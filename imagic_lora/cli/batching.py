@@ -54,7 +54,7 @@ def run(batch: Batch, left: Sequence[Entry], run_groups: Run = run_here) -> None
     except (KeyboardInterrupt, Stopped) as error:
         batch.write_page()
         raise KeyboardInterrupt(f"{shown.done} of {shown.total} photos are stored or failed; the same command continues") from error
-    except Exception:
+    except Exception:  # whatever ended the run: the page shows what is done
         batch.write_page()
         raise
     batch.write_page()

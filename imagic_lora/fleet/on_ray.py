@@ -108,7 +108,7 @@ def connect(cluster: Cluster) -> Any:
         raise ImagicError("--ray, but Ray is not installed", "the extra ray", 'install it: pip install "imagic-lora[ray]"') from error
     try:
         with warnings.catch_warnings(), _own_signals():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # of Ray's start, which concern its developers
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         got = f"Ray at {cluster.address} cannot be used ({next(iter(str(error).strip().splitlines()), type(error).__name__)})"
@@ -226,7 +226,7 @@ class RayRun:
     def _progress(self, ray: Any, actors: Sequence[Any]) -> Iterator[Update]:
         """What the actors work on, of those that answer."""
         for number, _ in self._running.values():
-            with suppress(ray.exceptions.RayError):
+            with suppress(ray.exceptions.RayError):  # one that is starting or has died tells nothing
                 if update := ray.get(actors[number].progress.remote(), timeout=_POLL):
                     yield update
 

@@ -11,6 +11,7 @@ May import: every room but ``web``, which ``commands/web.py`` starts. Only ``web
 - ``interrupts.py``: Ctrl-C and SIGTERM
 - ``editing.py``: the images of ``edit``: checked, generated and written
 - ``searching.py``: the search of ``edit --eta auto``, with its progress and its cost
+- ``batching.py``: the run of ``batch``, with its progress and its results
 - ``comparing.py``: settings, run and files of ``compare``
 - ``demo.py``: the demo, called by ``commands/demo.py``
 """

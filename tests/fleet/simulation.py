@@ -1,8 +1,8 @@
 """A batch of many adapters by stub fits that take no time: what is left is the cost of the store, the results and the contact sheet.
 
-``PYTHONPATH=tests python tests/fleet/simulation.py 10000``: copies of one adapter of the size of a LoRA of ``critters`` are stored under
-the locks and atomic writes of real fits. Prints JSON: seconds and peak memory of each part. ``--no-fsync`` leaves the flushes to the disk
-out, whose time depends on the disk alone.
+``python tests/fleet/simulation.py 10000``: copies of one adapter of the size of a LoRA of ``critters`` are stored under
+the locks and atomic writes of real fits. Prints JSON: seconds and peak memory of each part. ``--linked`` links the files
+of the adapters instead of copying them and leaves the flushes out: the time of the disk is that of a run without it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,26 +18,45 @@ import time
 from pathlib import Path
 from typing import Any
 
+from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.atomic import AtomicWriter, atomic_folder
+from imagic_lora.adapters.record import RECORD
 from imagic_lora.adapters.store import Store
 from imagic_lora.adapters.writing import pieces
 from imagic_lora.fleet.batch import Batch, grouped
-from imagic_lora.fleet.table import Table
+from imagic_lora.fleet.table import Entry, Table
 from imagic_lora.fleet.work import Outcome, Work
 
 EXAMPLE = Path(__file__).parents[2] / "adapters"
 
 
-def stub_fit(example: Any, store: Store, entry: Any) -> Outcome:
-    """What a fit does to a store: checks the name, locks it, writes the adapter atomically."""
+def stub_fit(example: Adapter, store: Store, entry: Entry, linked: bool) -> Outcome:
+    """What a fit does to a store: checks the name twice under its lock, writes the adapter atomically.
+
+    Args:
+        example: the adapter that is copied.
+        store: the store.
+        entry: the line of the list.
+        linked: whether the files but the record are hard links to those of the example.
+    """
+    update = {"name": entry.name, "prompt": entry.prompt, "config": entry.config}
+    record = example.record.model_copy(update=update)
+
+    def fill(writer: AtomicWriter) -> None:
+        for file, digest in example.record.files.items():
+            if linked:
+                (writer.folder / file).hardlink_to(example.folder / file)
+                writer.files[file] = digest
+            else:
+                writer.write(file, pieces(example.folder / file))
+
     with store.locked(entry.name) as held:
         held.check_free(entry.name, overwrite=False)
-        photo = entry.photo.read_bytes()
-        assert photo
-        record = example.record.model_copy(
-            update={"name": entry.name, "prompt": entry.prompt, "config": entry.config, "source": example.record.source}
-        )
-        adapter = held.write(record, lambda writer: [writer.write(file, pieces(example.folder / file)) for file in example.record.files])
-    return Outcome(entry, adapter.folder, 0.1, {"relative_loss": {"embed": 0.9}})
+        held.check_free(entry.name, overwrite=False)
+        with atomic_folder(store.root / entry.name) as writer:
+            fill(writer)
+            writer.write_manifest(RECORD, record)
+    return Outcome(entry, store.root / entry.name, 0.1, {"relative_loss": {"embed": 0.9}})
 
 
 def peak_mib() -> float:
@@ -44,9 +64,10 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def simulate(folder: Path, count: int) -> dict[str, Any]:
+def simulate(folder: Path, count: int, linked: bool) -> dict[str, Any]:
     """Runs the batch, then ``list``, the resumed batch and the contact sheet."""
-    example = Store(EXAMPLE).read("rex-jumps")
+    shutil.copytree(EXAMPLE / "rex-jumps", folder / "example" / "rex-jumps")
+    example = Store(folder / "example").read("rex-jumps")
     photos = folder / "photos"
     photos.mkdir()
     data = (example.folder / "source.png").read_bytes()
@@ -68,7 +89,7 @@ def simulate(folder: Path, count: int) -> dict[str, Any]:
         writing = recording = 0.0
         for k, (entry,) in enumerate(grouped(batch.left(False)), 1):
             before = time.perf_counter()
-            outcome = stub_fit(example, store, entry)
+            outcome = stub_fit(example, store, entry, linked)
             stored = time.perf_counter()
             batch.record(outcome)
             writing, recording = writing + stored - before, recording + time.perf_counter() - stored
@@ -100,7 +121,7 @@ def simulate(folder: Path, count: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if "--no-fsync" in sys.argv:
+    if "--linked" in sys.argv:
         os.fsync = lambda handle: None
     with tempfile.TemporaryDirectory() as root:
-        print(json.dumps(simulate(Path(root), int(sys.argv[1])), indent=1))
+        print(json.dumps(simulate(Path(root), int(sys.argv[1]), "--linked" in sys.argv), indent=1))

@@ -3,6 +3,7 @@
 May import: every room. Only ``cli/app.py``, the worker of the studio and the tests import it.
 
 - ``fit.py``: fit
+- ``batch.py``: batch
 - ``edit.py``: edit
 - ``sweep.py``: sweep
 - ``compare.py``: compare

@@ -48,7 +48,7 @@ class Batch:
     @property
     def marker(self) -> Path:
         """The lock file of this list in the store, which every worker must see."""
-        name = hashlib.sha256(os.fsencode(self.path.absolute())).hexdigest()[:16]
+        name = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:16]
         return self.work.store / f".batch-{name}.lock"
 
     @contextmanager

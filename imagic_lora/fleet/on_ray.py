@@ -168,7 +168,8 @@ class RayRun:
             Stopped: ``stop`` returned True; the actors have saved checkpoints.
             ImagicError: Ray cannot be used, a node does not see the store, or an error that ends the whole run.
         """
-        waiting = iter(groups)
+        if not (waiting := list(groups)):
+            return
         ray = connect(self.cluster)
         try:
             count, resources = actor_resources(ray, self.cluster)
@@ -176,7 +177,7 @@ class RayRun:
             actors = [self._actor(ray, k, resources, work) for k in range(count)]
             if refused := next(filter(None, ray.get([actor.check.remote() for actor in actors])), None):
                 raise ImagicError(refused, "a store on a file system that all nodes share", "choose another --store")
-            yield from self._outcomes(ray, actors, waiting, limit, stop)
+            yield from self._outcomes(ray, actors, iter(waiting), limit, stop)
         finally:
             ray.shutdown()
 

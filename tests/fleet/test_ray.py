@@ -124,6 +124,8 @@ def test_without_ray_the_extra_is_named(batch: Batch, monkeypatch: pytest.Monkey
     code, _, said = batch("--ray", "local")
     assert code == 2
     assert "imagic-lora[ray]" in said
+    assert batch()[0] == 0
+    assert batch("--ray", "local")[0] == 0  # nothing is left, so that nothing is started
 
 
 @pytest.mark.parametrize(

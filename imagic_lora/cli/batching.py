@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from ..core.errors import ImagicWarning, Stopped
 from ..fleet.batch import Batch, grouped, run_here
 from ..fleet.lists import ListError
+from ..fleet.outcome import Outcome, Update
 from ..fleet.table import Entry
-from ..fleet.work import Outcome, Update, Work
+from ..fleet.work import Work
 from .console import err, plain
 from .interrupts import Interrupts
 from .listening import listener

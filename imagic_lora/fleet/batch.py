@@ -19,9 +19,10 @@ from ..adapters.store import Store
 from ..adapters.writing import check_outputs, writable
 from ..core.errors import ImagicError
 from .lists import ListError, Problem
+from .outcome import Outcome, Update, digest, scores_of, stored
 from .sheet import PAGE, has_thumbnails, write_page, write_thumbnails
 from .table import Entry
-from .work import Outcome, Update, Work, Worker, base_key, digest, scores_of, stored
+from .work import Work, Worker, base_key
 
 RESULTS = "results.jsonl"
 _LOCK_SECONDS = 0.5  # longer than another command needs to see that it is locked

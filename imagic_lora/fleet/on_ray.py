@@ -21,8 +21,9 @@ from ..core.environment import prepare_environment, quick_imports
 from ..core.errors import ImagicError, Stopped
 
 if TYPE_CHECKING:  # an actor imports this module before it can prepare the import of torch
+    from .outcome import Outcome, Update
     from .table import Entry
-    from .work import Outcome, Update, Work
+    from .work import Work
 
 RETRIES = 2
 """How often a photo is tried again after its actor has died: one that kills every actor must not stop the others."""
@@ -244,7 +245,7 @@ def _controlled(ray: Any) -> type[FleetWorker]:
 
 def _result(ray: Any, task: Any, group: Sequence[Entry]) -> tuple[list[Outcome], ImagicError | None]:
     """The outcomes of a task; failures of its photos if its actor has died again and again."""
-    from .work import Outcome
+    from .outcome import Outcome
 
     try:
         return ray.get(task)

@@ -27,7 +27,7 @@ def write_thumbnails(out: Path, row: dict[str, Any]) -> None:
 
     Args:
         out: folder of the results.
-        row: from :meth:`~imagic_lora.fleet.work.Outcome.row`.
+        row: from :meth:`~imagic_lora.fleet.outcome.Outcome.row`.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -76,7 +76,7 @@ def write_page(out: Path, title: str, rows: Sequence[dict[str, Any]]) -> Path:
     Args:
         out: folder of the results, which holds the thumbnails.
         title: heading of the page.
-        rows: from :meth:`~imagic_lora.fleet.work.Outcome.row`; ``state`` may also be ``waiting``.
+        rows: from :meth:`~imagic_lora.fleet.outcome.Outcome.row`; ``state`` may also be ``waiting``.
 
     Raises:
         ImagicError: the disk is full, or the folder cannot be written to.

@@ -24,8 +24,9 @@ from imagic_lora.adapters.record import RECORD
 from imagic_lora.adapters.store import Store
 from imagic_lora.adapters.writing import pieces
 from imagic_lora.fleet.batch import Batch, grouped
+from imagic_lora.fleet.outcome import Outcome
 from imagic_lora.fleet.table import Entry, Table
-from imagic_lora.fleet.work import Outcome, Work
+from imagic_lora.fleet.work import Work
 
 EXAMPLE = Path(__file__).parents[2] / "adapters"
 

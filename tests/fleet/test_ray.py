@@ -20,7 +20,7 @@ from batches import TINY, Batch, contents
 
 from imagic_lora.core.errors import DiskFull, ImagicError, Stopped
 from imagic_lora.fleet.on_ray import RETRIES, Cluster, RayRun, actor_resources
-from imagic_lora.fleet.work import Outcome, Update
+from imagic_lora.fleet.outcome import Outcome, Update
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 400

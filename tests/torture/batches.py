@@ -16,8 +16,9 @@ from PIL import Image
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.errors import ImagicWarning
 from imagic_lora.fleet.batch import RESULTS, Batch, grouped, run_here
+from imagic_lora.fleet.outcome import Outcome
 from imagic_lora.fleet.table import Entry, Table
-from imagic_lora.fleet.work import Outcome, Work
+from imagic_lora.fleet.work import Work
 
 from .small import World, apart
 

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import AXE, REPO, Server, need
+from PIL import Image
 
-from imagic_lora.photos.reading import read_metadata
+from imagic_lora.photos.reading import read_mask, read_metadata, read_photo
+from imagic_lora.web.jobs import Queue
 
 pytestmark = pytest.mark.web
 PHOTO = REPO / "adapters/rex-jumps/source.png"
@@ -40,13 +43,75 @@ def page(context: Any, server: Server) -> Iterator[Any]:
 
 def opened(page: Any, tab: str) -> Any:
     page.get_by_role("tab", name=tab).click()
-    panel = page.locator(".content").filter(visible=True)
+    panel = page.locator(f'.content[data-tab="{tab.lower()}"]')
     panel.wait_for()
     return panel
 
 
 def setting(panel: Any, path: str, value: str) -> None:
     panel.locator(f'[id="{path}"]').fill(value)
+
+
+def drawn(page: Any, drawing: Any, points: list[tuple[float, float]]) -> None:
+    """Draws with the mouse on a photo, through points that are shares of its width and height."""
+    drawing.scroll_into_view_if_needed()
+    box = drawing.bounding_box()
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places:
+        page.mouse.move(*place, steps=4)
+    page.mouse.up()
+
+
+def chosen(page: Any, panel: Any, field: str, option: str) -> None:
+    panel.locator(f'[id="{field}"]').click()
+    page.get_by_role("option", name=option).click()
+
+
+def unfolded(panel: Any, title: str, field: str) -> None:
+    """Opens a part of a form, unless it is open."""
+    if not panel.locator(f'[id="{field}"]').is_visible():
+        panel.locator(".q-expansion-item").get_by_text(title, exact=True).click()
+        panel.locator(f'[id="{field}"]').wait_for()
+
+
+def submitted(server: Server, kind: str) -> dict[str, Any]:
+    """The arguments of the last job of a kind."""
+    return [job for job in Queue(server.store).jobs() if job.kind == kind][-1].arguments
+
+
+def test_a_finger_draws_a_region_and_a_reload_keeps_the_form(browser: Any, server: Server):
+    """On a phone; typed numbers are drawn too. The form is kept in this tab of this browser, and no other one sees its photo."""
+    context = browser.new_context(viewport={"width": 390, "height": 850}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(server.url)
+    panel = page.locator(".content").filter(visible=True)
+    panel.locator("input[type=file]").set_input_files(PHOTO)
+    canvas = panel.locator(".drawing canvas")
+    page.wait_for_function("[...document.querySelectorAll('.drawing canvas')].some(e => e.width === 64)")
+    box = canvas.bounding_box()
+    touch = context.new_cdp_session(page)
+    for kind, place in (("touchStart", (0.25, 0.25)), ("touchMove", (0.5, 0.6)), ("touchMove", (0.75, 0.75)), ("touchEnd", None)):
+        at = [{"x": box["x"] + place[0] * box["width"], "y": box["y"] + place[1] * box["height"]}] if place else []
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": at})
+    page.wait_for_function("document.getElementById('region').value === '16,16,32,32'")
+    setting(panel, "region", "8,8,40,40")
+    setting(panel, "prompt", "a dog in a hat")
+    page.wait_for_function("JSON.parse(sessionStorage['imagic-lora fit'] || '{}').fields?.prompt === 'a dog in a hat'")
+    page.wait_for_function("document.querySelector('.drawing canvas').getContext('2d').getImageData(8, 20, 1, 1).data[3] > 0")
+    page.reload()
+    page.wait_for_function("document.getElementById('region')?.value === '8,8,40,40'")
+    panel = page.locator(".content").filter(visible=True)
+    assert panel.locator('[id="prompt"]').input_value() == "a dog in a hat"
+    canvas.wait_for()
+    other = browser.new_page()
+    other.goto(server.url)
+    other.get_by_text("Predicted peak").wait_for(timeout=SLOW)
+    assert other.locator('[id="prompt"]').input_value() == ""
+    assert other.locator(".drawing canvas").filter(visible=True).count() == 0
+    other.context.close()
+    context.close()
 
 
 def test_a_photo_and_its_plan_and_errors_beside_their_fields(page: Any):
@@ -109,14 +174,68 @@ def test_an_edit_fills_a_grid_and_its_images_recall_their_settings(page: Any, tm
     assert read_metadata(path)["eta"] == 0.8
     setting(panel, "eta", "1")
     dialog.get_by_role("button", name="Use these again").click()
-    assert panel.locator('[id="eta"]').input_value() == "0.8"
+    page.wait_for_function("[...document.querySelectorAll('[id=\"eta\"]')].some(e => e.offsetParent && e.value === '0.8')")
     for field in ("eta", "seed", "steps"):
         setting(panel, field, "1")
         panel.locator(f'[id="{field}"]').blur()
-    panel.locator("input[type=file]").set_input_files(path)
+    panel.locator("input[type=file]").last.set_input_files(path)
     page.wait_for_timeout(500)
     page.wait_for_function("[...document.querySelectorAll('[id=\"eta\"]')].some(e => e.offsetParent && e.value === '0.8')")
     assert [panel.locator(f'[id="{field}"]').input_value() for field in ("seed", "steps")] == ["3", "5"]
+
+
+def test_a_mask_is_painted_or_a_file_and_what_it_leaves_stays(page: Any, server: Server, tmp_path: Path):
+    panel = opened(page, "Edit")
+    panel.get_by_role("button", name="rex-jumps").click()
+    panel.get_by_text("rex-jumps: a dog").wait_for()
+    unfolded(panel, "Sampling", "steps")
+    for field, value in (("eta", "1"), ("seed", "5"), ("steps", "2")):
+        setting(panel, field, value)
+    chosen(page, panel, "keep", "mask:")
+    canvas = panel.locator(".drawing canvas").filter(visible=True)
+    canvas.wait_for()
+    panel.get_by_role("button", name="Generate").click()
+    panel.get_by_text("--keep without a mask").wait_for()
+    brush = panel.get_by_role("slider", name="Size of the brush")
+    for _ in range(6):
+        brush.press("ArrowRight")
+    panel.locator('.drawing[data-brush="0.14"]').wait_for()
+    Image.new("L", (9, 9), 255).save(tmp_path / "mask.png")
+    panel.locator(".mask input[type=file]").last.set_input_files(tmp_path / "mask.png")
+    panel.get_by_text("has 9x9 pixels. Expected: the size of the photo, 64x64 pixels").wait_for()
+    drawn(page, canvas, [(0.5, 0.2), (0.5, 0.8)])
+    panel.get_by_text("Painted: what is coloured may change").wait_for()
+    draft = "JSON.parse(sessionStorage['imagic-lora edit']).more.mask.painted"
+    page.wait_for_function(f"{draft}.length > 99")
+    painted = page.evaluate(draft)
+    panel.get_by_role("button", name="Erase").click()
+    panel.locator(".drawing[data-tool=erase]").wait_for()
+    drawn(page, canvas, [(0.2, 0.8), (0.8, 0.8)])
+    page.wait_for_function(f"(painted) => {draft} !== painted", arg=painted)
+    page.reload()
+    panel = page.locator(".content").filter(visible=True)
+    panel.get_by_text("Painted: what is coloured may change").wait_for()
+    panel.get_by_role("button", name="Generate").click()
+    panel.get_by_role("button", name="Open eta1-seed5").wait_for(timeout=SLOW)
+    mask = np.asarray(read_mask(server.store / ".web" / submitted(server, "edit")["keep"], (64, 64)).image)
+    assert (mask[16:32, 32] == 255).all()  # painted
+    assert (mask[32, 28:36] == 255).all()  # by a larger brush
+    assert (mask[48:54, 32] == 0).all()  # erased
+    assert (mask[:, :16] == 0).all()
+    panel.get_by_role("button", name="Open eta1-seed5").click()
+    with page.expect_download() as download:
+        page.get_by_role("dialog").get_by_role("link", name="Download with metadata").click()
+    download.value.save_as(tmp_path / "image.png")
+    images = [np.asarray(read_photo(path).image) for path in (tmp_path / "image.png", PHOTO)]
+    assert (images[0][mask == 0] == images[1][mask == 0]).all()
+    assert (images[0] != images[1]).any()
+    page.get_by_role("dialog").get_by_role("button", name="Use these again").click()
+    panel.get_by_text("From a file").wait_for()
+    chosen(page, panel, "keep", "auto:")
+    panel.get_by_role("button", name="Generate").click()
+    panel.get_by_text("edit rex-jumps: done").wait_for(timeout=SLOW)
+    page.wait_for_function("JSON.parse(sessionStorage['imagic-lora edit']).fields.keep === 'auto'")
+    assert submitted(server, "edit")["keep"] == "auto"
 
 
 def test_a_sweep_shows_its_sheet_and_suggests(page: Any):
@@ -129,17 +248,57 @@ def test_a_sweep_shows_its_sheet_and_suggests(page: Any):
     panel.get_by_role("button", name="Start the sweep").click()
     panel.get_by_text("Suggested eta:").wait_for(timeout=SLOW)
     panel.get_by_role("button", name="Open sheet").wait_for()
-    panel.get_by_role("img", name="Scores over eta").wait_for()
+    chart = panel.get_by_role("img", name="Scores over eta")
+    chart.scroll_into_view_if_needed()
+    number = int((chart.get_attribute("id") or "c0")[1:])
+    page.wait_for_function("(number) => getElement(number).chart?.convertToPixel({seriesIndex: 0}, [0, 0])", arg=number)
+    x, y = page.evaluate(
+        "(number) => { const chart = getElement(number).chart, [series] = chart.getOption().series;"
+        "return chart.convertToPixel({seriesIndex: 0}, series.data.find(([eta]) => eta === 0.5).slice(0, 2)) }",
+        number,
+    )
+    box = chart.bounding_box()
+    page.mouse.click(box["x"] + x, box["y"] + y)
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("0.5", exact=True).wait_for()
+    dialog.get_by_role("button", name="Close").click()
+    dialog.wait_for(state="hidden")
+    panel.get_by_role("row", name="0 Open eta0-seed0").get_by_role("button", name="Open eta1-seed0").press("Enter")
+    dialog.get_by_role("button", name="Use these again").click()
+    dialog.wait_for(state="hidden")
+    panel = page.locator(".content").filter(visible=True)
+    page.wait_for_function("document.getElementById('eta').offsetParent && document.getElementById('eta').value === '1'")
+    assert panel.locator('[id="steps"]').input_value() == "2"
 
 
-def test_methods_are_compared(page: Any):
+def test_methods_are_compared(page: Any, server: Server):
     panel = opened(page, "Compare")
-    panel.locator("input[type=file]").set_input_files(PHOTO)
+    panel.locator(".subject input[type=file]").set_input_files(PHOTO)
     panel.locator(".preview img").first.wait_for()
     setting(panel, "prompt", "a dog jumping")
     setting(panel, "methods", "sdedit")
+    setting(panel, "settings", "strength=7")
+    panel.get_by_role("button", name="Compare").click()
+    panel.locator(".q-field", has=page.locator('[id="settings"]')).get_by_text("strength").wait_for(timeout=SLOW)
+    setting(panel, "settings", "strength=0.6\nsteps=4")
+    panel.get_by_text("Scores and captions by other models").click()
+    setting(panel, "clip", "nobody/nothing")
+    chosen(page, panel, "offline", "yes")
+    panel.get_by_role("button", name="Compare").click()
+    panel.locator(".q-field", has=page.locator('[id="clip"]')).get_by_text("--clip nobody/nothing cannot be loaded").wait_for(timeout=SLOW)
+    setting(panel, "clip", "")
+    chosen(page, panel, "offline", "default")
+    setting(panel, "methods", "blended-latent")
+    setting(panel, "settings", "steps=4")
+    panel.get_by_text("Mask: what may change").click()
+    canvas = panel.locator(".mask .drawing canvas").filter(visible=True)
+    page.wait_for_function("[...document.querySelectorAll('.mask .drawing canvas')].some(e => e.offsetParent && e.width === 64)")
+    drawn(page, canvas, [(0.3, 0.3), (0.7, 0.3), (0.7, 0.7), (0.3, 0.7), (0.3, 0.3)])
+    panel.get_by_text("Painted: what is coloured may change").wait_for()
     panel.get_by_role("button", name="Compare").click()
     panel.get_by_text("compare a dog jumping: done").wait_for(timeout=SLOW)
+    arguments = submitted(server, "compare")
+    assert (arguments["settings"], arguments["mask"][:8]) == (["steps=4"], "uploads/")
     panel.get_by_role("button", name="Open sheet").wait_for()
     assert panel.get_by_role("link", name="Open the page").count() == 1
 

@@ -4,7 +4,7 @@ const COLOUR = "#ff2fc4";
 
 export default {
   template: `
-    <div class="drawing">
+    <div class="drawing" :data-tool="!brush ? 'rectangle' : erase ? 'erase' : 'paint'" :data-brush="brush">
       <img ref="photo" :src="src" :alt="label" draggable="false" @load="loaded">
       <div v-if="brush && box" class="outline" :style="{left: box[0] * 100 + '%', top: box[1] * 100 + '%', width: box[2] * 100 + '%', height: box[3] * 100 + '%'}"></div>
       <canvas ref="canvas" aria-hidden="true" :style="{opacity: brush ? 0.6 : 1}"

@@ -36,7 +36,7 @@ def build(studio: Studio, tab: str) -> None:
     def opened(name: str) -> None:
         ui.run_javascript(f"history.replaceState(null, '', '/?tab={name}')")
         if name not in built:
-            with panels[name], ui.element("div").classes("content"):
+            with panels[name], ui.element("div").classes("content").props(f'data-tab="{name}"'):
                 built[name] = TABS[name](studio, use)
 
     def use(metadata: dict[str, Any]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,12 @@ def test_a_finger_draws_a_region_and_a_reload_keeps_the_form(browser: Any, serve
     panel = page.locator(".content").filter(visible=True)
     assert panel.locator('[id="prompt"]').input_value() == "a dog in a hat"
     canvas.wait_for()
+    hostile = {"fields": {"prompt": 5, "tune.mode": "x", "tune.rank": "1", "name": ["a"]}, "more": {"photo": "../../etc/passwd", "name": 3}}
+    page.evaluate("(text) => sessionStorage.setItem('imagic-lora fit', text)", json.dumps(hostile))
+    page.reload()
+    page.get_by_text("Predicted peak").wait_for(timeout=SLOW)
+    assert [page.locator(f'[id="{field}"]').input_value() for field in ("prompt", "region", "name")] == ["", "", ""]
+    assert canvas.filter(visible=True).count() == 0
     other = browser.new_page()
     other.goto(server.url)
     other.get_by_text("Predicted peak").wait_for(timeout=SLOW)
@@ -112,6 +121,28 @@ def test_a_finger_draws_a_region_and_a_reload_keeps_the_form(browser: Any, serve
     assert other.locator(".drawing canvas").filter(visible=True).count() == 0
     other.context.close()
     context.close()
+
+
+def test_an_upload_without_a_length_ends_at_its_limit(browser: Any, server: Server):
+    """200 MB in chunks to the address of an open page: refused on the way, and nothing is kept."""
+    page, addresses = browser.new_page(), []
+    page.on("request", lambda request: addresses.append(request.url) if request.method == "POST" else None)
+    page.goto(server.url)
+    page.locator("input[type=file]").set_input_files(PHOTO)
+    page.locator(".drawing canvas").wait_for(timeout=SLOW)
+    kept = set((server.store / ".web/uploads").iterdir())
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        connection.putrequest("POST", addresses[0].removeprefix(server.url))
+        for name, value in (("Origin", server.url), ("Content-Type", "multipart/form-data; boundary=x"), ("Transfer-Encoding", "chunked")):
+            connection.putheader(name, value)
+        connection.endheaders()
+        head, block = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n', b"0" * 2**20
+        with suppress(OSError):  # the server closes the connection
+            for part in (head, *[block] * 200):
+                connection.send(b"%x\r\n%s\r\n" % (len(part), part))
+        assert connection.getresponse().status == 413
+    assert set((server.store / ".web/uploads").iterdir()) == kept
+    page.context.close()
 
 
 def test_a_photo_and_its_plan_and_errors_beside_their_fields(page: Any):

@@ -16,7 +16,7 @@ from conftest import AXE, REPO, Server, need
 from PIL import Image
 
 from imagic_lora.photos.reading import read_mask, read_metadata, read_photo
-from imagic_lora.web.jobs import Queue
+from imagic_lora.web.jobs import ENDED, Job, Queue
 
 pytestmark = pytest.mark.web
 PHOTO = REPO / "adapters/rex-jumps/source.png"
@@ -79,9 +79,22 @@ def unfolded(panel: Any, title: str, field: str) -> None:
         panel.locator(f'[id="{field}"]').wait_for()
 
 
-def submitted(server: Server, kind: str) -> dict[str, Any]:
-    """The arguments of the last job of a kind."""
-    return [job for job in Queue(server.store).jobs() if job.kind == kind][-1].arguments
+def finished(page: Any, server: Server, kind: str, before: int) -> Job:
+    """Waits for the end of a job that is submitted as the next one of its kind, and returns it.
+
+    Args:
+        before: number of jobs of this kind before.
+    """
+    for _ in range(SLOW // 200):
+        jobs = [job for job in Queue(server.store).jobs() if job.kind == kind]
+        if len(jobs) > before and jobs[-1].state in ENDED:
+            return jobs[-1]
+        page.wait_for_timeout(200)
+    raise AssertionError(f"no end of {kind}")
+
+
+def count(server: Server, kind: str) -> int:
+    return sum(job.kind == kind for job in Queue(server.store).jobs())
 
 
 def test_a_finger_draws_a_region_and_a_reload_keeps_the_form(browser: Any, server: Server):
@@ -246,9 +259,11 @@ def test_a_mask_is_painted_or_a_file_and_what_it_leaves_stays(page: Any, server:
     page.reload()
     panel = page.locator(".content").filter(visible=True)
     panel.get_by_text("Painted: what is coloured may change").wait_for()
+    edits = count(server, "edit")
     panel.get_by_role("button", name="Generate").click()
-    panel.get_by_role("button", name="Open eta1-seed5").wait_for(timeout=SLOW)
-    mask = np.asarray(read_mask(server.store / ".web" / submitted(server, "edit")["keep"], (64, 64)).image)
+    job = finished(page, server, "edit", edits)
+    assert job.state == "done", job
+    mask = np.asarray(read_mask(server.store / ".web" / job.arguments["keep"], (64, 64)).image)
     assert (mask[16:32, 32] == 255).all()  # painted
     assert (mask[32, 28:36] == 255).all()  # by a larger brush
     assert (mask[48:54, 32] == 0).all()  # erased
@@ -264,9 +279,8 @@ def test_a_mask_is_painted_or_a_file_and_what_it_leaves_stays(page: Any, server:
     panel.get_by_text("From a file").wait_for()
     chosen(page, panel, "keep", "auto:")
     panel.get_by_role("button", name="Generate").click()
-    panel.get_by_text("edit rex-jumps: done").wait_for(timeout=SLOW)
-    page.wait_for_function("JSON.parse(sessionStorage['imagic-lora edit']).fields.keep === 'auto'")
-    assert submitted(server, "edit")["keep"] == "auto"
+    job = finished(page, server, "edit", edits + 1)
+    assert (job.state, job.arguments["keep"]) == ("done", "auto"), job
 
 
 def test_a_sweep_shows_its_sheet_and_suggests(page: Any):
@@ -326,9 +340,10 @@ def test_methods_are_compared(page: Any, server: Server):
     page.wait_for_function("[...document.querySelectorAll('.mask .drawing canvas')].some(e => e.offsetParent && e.width === 64)")
     drawn(page, canvas, [(0.3, 0.3), (0.7, 0.3), (0.7, 0.7), (0.3, 0.7), (0.3, 0.3)])
     panel.get_by_text("Painted: what is coloured may change").wait_for()
+    compared = count(server, "compare")
     panel.get_by_role("button", name="Compare").click()
+    arguments = finished(page, server, "compare", compared).arguments
     panel.get_by_text("compare a dog jumping: done").wait_for(timeout=SLOW)
-    arguments = submitted(server, "compare")
     assert (arguments["settings"], arguments["mask"][:8]) == (["steps=4"], "uploads/")
     panel.get_by_role("button", name="Open sheet").wait_for()
     assert panel.get_by_role("link", name="Open the page").count() == 1

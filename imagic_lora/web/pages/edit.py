@@ -181,7 +181,8 @@ class EditTab:
         self._choice.choose(name)
         if self._choice.adapter is None or self._choice.adapter.name != name:
             return
-        self._form.set(config.model_dump())
+        stored = self._choice.adapter.record.config.edit  # its settings are not given again: some exclude each other as flags
+        self._form.set({field: value for field, value in config.model_dump().items() if value != getattr(stored, field)})
         values = {"eta": exact(eta), "seed": str(seed), "prompt": prompt, "keep": keep if keep in ("", "auto") else "mask"}
         for field, value in values.items():
             self._form.fields[field].value = value

@@ -12,6 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from .errors import ImagicError
 
 _QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.free,compute_cap", "--format=csv,noheader,nounits")
 _AMD_DEVICES = Path("/sys/class/drm")
+_reusable: list[Callable[[str], int]] = []
 _DRIVER_TIMEOUT = 5  # seconds after which a driver that does not answer counts as none
 
 
@@ -63,7 +66,7 @@ def find_card(index: int | None = None) -> Card | None:
         return None
     device: int = torch.cuda.current_device() if index is None else _checked(index, torch.cuda.device_count())
     native_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    return Card(device, torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0], native_bf16)
+    return Card(device, torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0] + reusable_memory("cuda"), native_bf16)
 
 
 def _checked(index: int, count: int) -> int:
@@ -76,7 +79,26 @@ def _checked(index: int, count: int) -> int:
 
 def free_host_memory() -> int:
     """Available host memory in bytes."""
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available + reusable_memory("cpu")
+
+
+def reusable_memory(device: str) -> int:
+    """Bytes on a type of device that this process holds, and gives back before it loads a model."""
+    return sum(held(device) for held in _reusable)
+
+
+@contextmanager
+def counted_as_free(held: Callable[[str], int]) -> Iterator[None]:
+    """Counts memory of this process as free inside the context.
+
+    Args:
+        held: returns the bytes on a type of device, ``cuda`` or ``cpu``.
+    """
+    _reusable.append(held)
+    try:
+        yield
+    finally:
+        _reusable.remove(held)
 
 
 def bitsandbytes_error() -> Exception | None:

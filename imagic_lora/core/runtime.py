@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .choices import choose_runtime
 from .config import MemoryConfig
-from .machine import find_card, free_host_memory
+from .machine import find_card, free_host_memory, reusable_memory
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -52,7 +52,7 @@ def resolve_runtime(memory: MemoryConfig) -> Runtime:
 def free_memory(device: torch.device) -> int:
     """Free memory of a device in bytes; host memory for the CPU."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + reusable_memory("cuda")
     return free_host_memory()
 
 

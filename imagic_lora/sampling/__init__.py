@@ -15,6 +15,7 @@ May import: core, photos, bases, memory, adapters. Must not know: training, meth
 - ``editor.py``: the Editor, which keeps one base loaded and switches adapters
 - ``keep.py``: edits pasted into the photo at its full size
 - ``opening.py``: from a stored adapter to an Editor: settings for this machine, and the base
+- ``kept.py``: keeps an editor from one edit to the next, in a process that runs many
 - ``outputs.py``: the files of an edit: names, the check that no other image is replaced, the sheet
 - ``metadata.py``: the metadata of an image: its schema, and the text that A1111 reads
 - ``reproduce.py``: makes an image again from its metadata, and compares the pixels

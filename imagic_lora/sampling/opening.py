@@ -16,6 +16,7 @@ from ..core.errors import ImagicError, ImagicWarning
 from ..core.runtime import resolve_runtime
 from ..memory.presets import choose_preset_for_edit
 from .editor import Editor
+from .kept import opened, stamp
 from .metadata import ImageMetadata
 
 _OF_THE_TWIN = ("steps", "guidance_scale")
@@ -66,7 +67,7 @@ def edit_settings(adapter: Adapter, given: Mapping[str, Any], base: str | None =
 
 
 def open_editor(adapter: Adapter, run: RunConfig, base: str | None = None, force: bool = False, twin: bool = False) -> Editor:
-    """Loads the base of an adapter.
+    """Loads the base of an adapter, or takes the one that this process has kept (:mod:`~imagic_lora.sampling.kept`).
 
     Args:
         adapter: the stored adapter; its weights are loaded by the first edit.
@@ -78,8 +79,12 @@ def open_editor(adapter: Adapter, run: RunConfig, base: str | None = None, force
     Raises:
         ImagicError: as :func:`~imagic_lora.bases.loading.registry.load_base`.
     """
-    name, revision = _source(adapter, base)
-    editor = Editor(registry.load_base(name, resolve_runtime(run.memory), revision), force or twin)
+    (name, revision), forced = _source(adapter, base), force or twin
+    runtime = resolve_runtime(run.memory)
+    editor = opened(
+        lambda: (name, revision, runtime, forced, stamp(registry.locate(name, revision))),
+        lambda: Editor(registry.load_base(name, runtime, revision), forced),
+    )
     made_for = adapter.record.base
     if force and not twin and editor.base.fingerprint != made_for.fingerprint:
         message = f"adapter {adapter.name} was made for base {made_for.name} and is applied to base {editor.base.name}"

@@ -52,6 +52,22 @@ def check_same_edits(paths: Iterable[Path], metadata: dict[str, Any]) -> None:
             raise ImagicError(got, "an unused name, or the same edit", "choose another --out, or use --overwrite")
 
 
+def write_edit(edit: Edit, folder: Path, metadata: dict[str, Any], embed: bool = True) -> Path:
+    """Writes an image, and returns its file.
+
+    Args:
+        edit: the image.
+        folder: output folder.
+        metadata: written into the image, with what :func:`~imagic_lora.sampling.metadata.of_image` adds.
+        embed: False writes the file without metadata.
+    """
+    values, path = of_image(metadata, edit), folder / image_name(edit.eta, edit.seed)
+    parameters = a1111_parameters(ImageMetadata.model_validate(values), edit.image.size)
+    with writable(folder):
+        write_png(edit.image, path, values if embed else None, parameters if embed else "")
+    return path
+
+
 def write_edits(
     edits: Iterable[Edit],
     folder: Path,
@@ -77,20 +93,17 @@ def write_edits(
     """
     rows: dict[tuple[int, str], list[tuple[str, Image.Image]]] = {}
 
-    def save(image: Image.Image, path: Path, values: dict[str, Any], parameters: str = "") -> None:
+    def save(image: Image.Image, path: Path, values: dict[str, Any]) -> None:
         with writable(folder):
-            write_png(image, path, values if embed else None, parameters if embed else "")
+            write_png(image, path, values if embed else None)
 
     for result in edits:
-        path = folder / image_name(result.eta, result.seed)
-        values = of_image(metadata, result)
-        save(result.image, path, values, a1111_parameters(ImageMetadata.model_validate(values), result.image.size))
-        written = {"file": str(path), "eta": result.eta, "seed": result.seed}
+        written = {"file": str(write_edit(result, folder, metadata, embed)), "eta": result.eta, "seed": result.seed}
         label, shown = f"eta {exact(result.eta)} seed {result.seed}", region.box if region else (0, 0, *result.image.size)
         rows.setdefault((result.seed, "photo"), [("photo", photo)]).append((label, result.image.crop(shown)))
         if masks and result.mask is not None:
             path = folder / mask_name(result.eta, result.seed)
-            save(result.mask, path, {name: value for name, value in values.items() if name != "pixels_sha256"})
+            save(result.mask, path, {name: value for name, value in of_image(metadata, result).items() if name != "pixels_sha256"})
             written["mask"] = str(path)
             rows.setdefault((result.seed, "mask"), [("white: from the edit", photo)]).append((label, result.mask.crop(shown)))
         yield written

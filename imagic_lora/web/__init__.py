@@ -6,8 +6,8 @@ The server never imports torch: the worker process alone runs models, and it cal
 - ``running.py``: one job: the call of the command's function, its progress as events
 - ``supervisor.py``: starts the worker, stops and cancels its job, explains how it ended
 - ``studio.py``: what the pages share
-- ``uploads.py``: uploaded photos and their previews
-- ``fields.py``: the fields of a form, from the settings models
+- ``uploads.py``: uploaded photos and masks, painted masks, and their previews
+- ``fields.py``: the fields of a form, from the settings models and the functions of the commands
 - ``planning.py``: the memory plan, by a process of its own
 - ``guard.py``: who may speak to the server
 - ``server.py``: the server: addresses of images, the page

@@ -1,12 +1,15 @@
-"""The fields of a form, read from the settings models: label, help, limits, choices and default are written in ``core/config.py`` alone."""
+"""The fields of a form. Label, help, limits, choices and defaults are those of the settings models and of the commands' functions."""
 
 from __future__ import annotations
 
+import inspect
 import re
 import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import docstring_parser
 from annotated_types import Ge, Gt, Le, Lt
 from cyclopts import Parameter
 from pydantic import BaseModel
@@ -20,7 +23,7 @@ class Setting:
         path: its place in the model, such as ``tune.rank``.
         flag: its flag on the command line.
         help: its help text.
-        kind: ``int``, ``float``, ``text``, ``bool`` or ``choice``.
+        kind: ``int``, ``float``, ``text``, ``bool``, ``choice`` or ``lines``: several texts.
         choices: the values of a choice.
         low, high: limits of a number; None where there is none.
         default: the built-in default; a base, a preset or an adapter may have another.
@@ -64,6 +67,25 @@ def settings_of(model: type[BaseModel], group: str = "") -> list[Setting]:
     return found
 
 
+def arguments_of(function: Callable[..., Any], names: Sequence[str]) -> list[Setting]:
+    """Returns arguments of the function of a command: their help is in its docstring.
+
+    Args:
+        function: the function.
+        names: the arguments, in the order in which they are returned.
+    """
+    hints, defaults = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
+    helps = {one.arg_name: " ".join((one.description or "").split()) for one in docstring_parser.parse(function.__doc__ or "").params}
+    found = []
+    for name in names:
+        annotation, default = hints[name], defaults[name].default
+        flags = [next(iter(one.name)) for one in getattr(annotation, "__metadata__", ()) if isinstance(one, Parameter) and one.name]
+        kind, choices = _kind(annotation)
+        flag = flags[0] if flags else f"--{name.replace('_', '-')}"
+        found.append(Setting(name, flag, helps[name], kind, choices, None, None, None if default is inspect.Parameter.empty else default))
+    return found
+
+
 def nested(values: dict[str, Any]) -> dict[str, Any]:
     """Returns values by path, such as ``tune.rank``, as nested mappings."""
     found: dict[str, Any] = {}
@@ -99,8 +121,10 @@ def field_of(message: str, fields: dict[str, str]) -> str | None:
 
 def _kind(annotation: Any) -> tuple[str, tuple[str, ...]]:
     """The kind of an annotation and, if it is a Literal, its values."""
-    if get_origin(annotation) in (Union, types.UnionType):
+    while get_origin(annotation) in (Union, types.UnionType, Annotated):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) is Literal:
         return "choice", tuple(get_args(annotation))
+    if get_origin(annotation) is list:
+        return "lines", ()
     return {int: "int", float: "float", bool: "bool"}.get(annotation, "text"), ()

@@ -22,12 +22,14 @@ from ..cli.listening import listening
 from ..core.config import DeviceConfig, EditConfig, RunConfig
 from ..core.errors import ImagicWarning, Stopped
 from ..core.settings import settings_error
+from ..sampling.kept import KeptEditor
 from .jobs import Job, Problem, Queue
 
 if TYPE_CHECKING:
     from ..training.stage import StepReport
 
 OUTPUT = "out"
+_EDITS = ("edit", "sweep")
 _EVERY = 0.25  # seconds between two events of progress
 _GROUPS = {"fit": {"settings": RunConfig}, "edit": {"settings": EditConfig, "device": DeviceConfig}}
 _GROUPS |= {"sweep": _GROUPS["edit"], "compare": {"device": DeviceConfig}}
@@ -84,8 +86,13 @@ class Progress:
         self._log.append({"kind": "warning", "text": text})
 
 
-def run_job(queue: Queue, job: Job) -> bool:
+def run_job(queue: Queue, job: Job, kept: KeptEditor) -> bool:
     """Runs a job, and records how it ended.
+
+    Args:
+        queue: the queue.
+        job: the job.
+        kept: the editor of the last edit; an edit or a sweep uses it again, and every other job releases it first.
 
     Returns:
         Whether the process may run another job: after an interruption or an unexpected error it may not.
@@ -95,7 +102,7 @@ def run_job(queue: Queue, job: Job) -> bool:
     progress = Progress(queue.events(job.id), queue.folder(job.id))
     try:
         with Interrupts(), listening(progress), _warnings(progress):
-            result = _result(queue, job)
+            result = _result(queue, job, kept)
     except Stopped as error:
         queue.end(job.id, "stopped", message=str(error))
         return False
@@ -115,10 +122,12 @@ def run_job(queue: Queue, job: Job) -> bool:
     return True
 
 
-def _result(queue: Queue, job: Job) -> dict[str, Any]:
+def _result(queue: Queue, job: Job, kept: KeptEditor) -> dict[str, Any]:
     """Calls the function of the command, and returns the JSON that it prints."""
     output = io.StringIO()
-    with contextlib.redirect_stdout(output):
+    if job.kind not in _EDITS:
+        kept.release()
+    with contextlib.redirect_stdout(output), kept.reused() if job.kind in _EDITS else contextlib.nullcontext():
         command(job.kind)(**_arguments(queue, job))
     return json.loads(output.getvalue())
 

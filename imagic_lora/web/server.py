@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from nicegui import app, ui
 
 from ..adapters.record import CONVERGENCE, PREVIEW, PREVIEWS, SOURCE
@@ -19,6 +19,7 @@ from .guard import Access, Guard
 from .pages.page import build
 from .running import OUTPUT
 from .studio import Studio
+from .uploads import photo_of, preview_png
 
 _OF_ADAPTERS = (PREVIEW, SOURCE, CONVERGENCE, PREVIEWS)
 _PATH = r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,3}\Z"
@@ -64,6 +65,12 @@ def _add_files(studio: Studio) -> None:
         with _missing():
             studio.uploads.path(name)
             return _file(studio.uploads.folder, studio.uploads.preview(name).name, "image/png")
+
+    @app.get("/adapters/{name}/photo")
+    def photo(name: str) -> Response:
+        with _missing():
+            image = photo_of(studio.store.read(check_name(name), verify=False))
+            return Response(preview_png(image), media_type="image/png", headers={"Cache-Control": "private, no-cache"})
 
     @app.get("/adapters/{name}/{file}")
     def of_adapter(name: str, file: str) -> FileResponse:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
+import io
 import re
 import secrets
+import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
 
+from ..adapters.adapter import Adapter
+from ..adapters.record import SOURCE
 from ..adapters.writing import writable
 from ..core.errors import ImagicError
-from ..photos.reading import read_photo
+from ..photos.reading import read_mask, read_photo
 from .guard import MAX_UPLOAD
 from .jobs import Queue
 
@@ -42,8 +50,57 @@ class Uploads:
         Raises:
             ImagicError: it is no photo that ``fit`` reads, or too large.
         """
+        return self._add(name, data, lambda path: read_photo(path).image)
+
+    def add_mask(self, name: str, data: bytes, size: tuple[int, int]) -> str:
+        """Stores a mask as :meth:`add` stores a photo.
+
+        Args:
+            name: its name on the machine of the user.
+            data: its content.
+            size: width and height of the photo.
+
+        Raises:
+            ImagicError: as :func:`~imagic_lora.photos.reading.read_mask`, or it is too large.
+        """
+        return self._add(name, data, lambda path: read_mask(path, size).image)
+
+    def add_painted(self, url: str, size: tuple[int, int]) -> str:
+        """Stores a mask that was painted on the preview of a photo, at the size of the photo.
+
+        Args:
+            url: a PNG as a ``data:`` URL.
+            size: width and height of the photo.
+
+        Raises:
+            ImagicError: it is no PNG, nothing is painted, or it is too large.
+        """
+        kind, _, text = url.partition(",")
+        try:
+            data = base64.b64decode(text, validate=True) if kind == "data:image/png;base64" else b""
+        except binascii.Error:
+            data = b""
+        with tempfile.TemporaryDirectory() as folder:
+            (path := Path(folder) / "mask.png").write_bytes(data)
+            painted = read_photo(path).image.getchannel("G").resize(size, Image.Resampling.BICUBIC)
+        whole = io.BytesIO()
+        painted.point([0] * 128 + [255] * 128).save(whole, "PNG")
+        return self.add_mask("mask.png", whole.getvalue(), size)
+
+    def mask_of(self, sha256: str) -> str | None:
+        """Returns the mask with this hash that a job used; None if it is not here any more."""
+        for job in reversed(self._queue.jobs()):
+            stored = job.arguments.get("keep")
+            if isinstance(stored, str) and stored != "auto":
+                with suppress(ImagicError, OSError):
+                    if hashlib.sha256(self.path(stored).read_bytes()).hexdigest() == sha256:
+                        return stored
+        return None
+
+    def _add(self, name: str, data: bytes, read: Callable[[Path], Image.Image]) -> str:
+        """Stores a file that can be read, with its preview."""
         if not data or len(data) > MAX_UPLOAD:
-            raise ImagicError(f"a photo of {len(data):,} bytes", f"1 to {MAX_UPLOAD:,} bytes", "choose another photo")
+            raise ImagicError(f"a file of {len(data):,} bytes", f"1 to {MAX_UPLOAD:,} bytes", "choose another file")
         ending = Path(name).suffix.lower()
         stored = secrets.token_hex(16) + (ending if re.match(r"\.[a-z0-9]{1,5}\Z", ending) else "")
         path = self.folder / stored
@@ -51,14 +108,13 @@ class Uploads:
             self.folder.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         try:
-            photo = read_photo(path).image
-            photo.thumbnail((_PREVIEW, _PREVIEW), Image.Resampling.LANCZOS)
-            clean = Image.frombytes("RGB", photo.size, photo.convert("RGB").tobytes())  # pixels only
-            clean.save(self.preview(stored), "PNG")
+            preview = preview_png(read(path))
         except ImagicError as error:
             path.unlink()
             shown = re.sub(r"[^A-Za-z0-9._ -]", "?", Path(name).name)[:100]
             raise ImagicError(error.got.replace(str(path), shown), error.expected, error.remedy) from error
+        with writable(self.folder):
+            self.preview(stored).write_bytes(preview)
         return f"uploads/{stored}"
 
     def size(self, stored: str) -> tuple[int, int]:
@@ -87,3 +143,26 @@ class Uploads:
             if f"uploads/{path.name.removesuffix('.preview')}" not in used and time.time() - path.stat().st_mtime > _KEEP:
                 with suppress(OSError):  # the next start tries again
                     path.unlink()
+
+
+def preview_png(image: Image.Image) -> bytes:
+    """Returns a preview of an image as PNG: its pixels, scaled down, and nothing else of its file."""
+    image.thumbnail((_PREVIEW, _PREVIEW), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    Image.frombytes("RGB", image.size, image.convert("RGB").tobytes()).save(file, "PNG")
+    return file.getvalue()
+
+
+def holds_photo(adapter: Adapter) -> bool:
+    """Returns whether an adapter holds its photo at full size, so that edits can be pasted into it."""
+    source = adapter.record.source
+    left, top, right, bottom = source.box
+    return source.file is not None or (source.region is None and (right - left, bottom - top) == source.size)
+
+
+def photo_of(adapter: Adapter) -> Image.Image:
+    """Returns the photo of an adapter as it holds it: upright, RGB; that of a region without the photo is the region, scaled."""
+    source = adapter.record.source
+    if source.file is not None:
+        return read_photo(adapter.listed(source.file)).image
+    return read_photo(adapter.listed(SOURCE)).image.crop(source.box)

@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..adapters.durable import write_text
 from ..core.environment import prepare_environment
+from ..sampling.kept import KeptEditor
 from .jobs import Queue
 from .running import run_job
 
-IDLE = 120.0  # seconds without a job after which the process ends and frees its memory
+IDLE = 120.0  # seconds without a job after which the process ends and frees its memory, that of the kept base included
 _WAIT = 0.2  # seconds between two looks at the queue
 
 
@@ -83,13 +84,13 @@ def work(store: Path, idle: float = IDLE) -> int:
             mark_crashed(queue, "the worker ended without saying why")  # it holds the lock, so no other worker runs
             me = psutil.Process()
             write_text(queue.root / "worker.json", WorkerFile(pid=me.pid, started=me.create_time()).model_dump_json())
-        last = time.monotonic()
+        last, kept = time.monotonic(), KeptEditor()
         while time.monotonic() - last < idle:
             job = queue.take()
             if job is None:
                 time.sleep(_WAIT)
                 continue
-            if not run_job(queue, job):
+            if not run_job(queue, job, kept):
                 return 130
             last = time.monotonic()
     return 0

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from common import Run, each
+from PIL import Image
 
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.record import EtaRecord
@@ -51,6 +53,58 @@ def test_sweep_writes_a_sheet_a_plot_and_every_score(run: Run) -> None:
     assert found["sheet"] == str(folder / "sheet.png")
     again = json.loads(run(*SWEEP, "--seeds", 1, "--json")[1])
     assert again["scores"][0]["alignment"] == pytest.approx(found["scores"][0]["alignment"], rel=1e-3)
+
+
+def test_the_images_of_a_sweep_are_those_of_edit(run: Run) -> None:
+    """Every point of the plot has its image, made as ``edit`` makes it; ``reproduce`` makes it again; another sweep replaces them all."""
+    images = Path("outputs/rex/sweep/images")
+    rows = json.loads(run(*SWEEP, "--seeds", 2, "--before-tuning", "--json")[1])["scores"]
+    named = {row["file"]: (row["eta"], row["seed"]) for row in rows if row["tuned"]}
+    assert {f"images/{path.name}" for path in images.iterdir()} == set(named)
+    assert {row["file"] for row in rows if not row["tuned"]} == {""}
+    for file, made in named.items():
+        metadata = read_metadata(images.parent / file)
+        assert (metadata["eta"], metadata["seed"]) == made
+    code, _, err = run("reproduce", images / "eta0.5-seed1.png")
+    assert code == 0, err
+    assert run("edit", "rex", "--eta", 0.5, "--seed", 1, "--steps", 2)[0] == 0
+    pixels = [
+        np.asarray(read_photo(path).image).astype(int) for path in (images / "eta0.5-seed1.png", Path("outputs/rex/eta0.5-seed1.png"))
+    ]
+    assert abs(pixels[0] - pixels[1]).max() <= 1  # of another batch
+    (images / "mine.png").write_bytes(b"")
+    assert run("sweep", "rex", "--eta", "0.3,0.4", "--seeds", 1, "--steps", 2)[0] == 0
+    assert {path.name for path in images.iterdir()} == {"eta0-seed0.png", "eta0.3-seed0.png", "eta0.4-seed0.png", "mine.png"}
+
+
+def test_the_images_of_a_region_are_pasted_into_the_photo(run: Run, fitted: Callable[..., Adapter], tmp_path: Path) -> None:
+    """As ``edit`` pastes them; an adapter that does not hold the photo needs its file."""
+    photo = tmp_path / "photo.png"
+    Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 50).convert("RGB").save(photo)
+    fit = (
+        "fit",
+        photo,
+        "a cat",
+        "--base",
+        Store(Path("adapters")).read("rex").record.base.name,
+        "--name",
+        "part",
+        "--region",
+        "10,5,64,48",
+    )
+    code, _, err = run(*fit, "--embed.steps", 1, "--tune.steps", 1, "--edit.steps", 1, "--rank", 1, "--no-store-photo")
+    assert code == 0, err
+    sweep = ("sweep", "part", "--eta", "0.5,1", "--seeds", 1, "--steps", 1)
+    code, _, err = run(*sweep)
+    assert code == 2
+    assert "does not hold the photo" in err
+    code, _, err = run(*sweep, "--photo", photo)
+    assert code == 0, err
+    image = Path("outputs/part/sweep/images/eta1-seed0.png")
+    made, original = (np.asarray(read_photo(path).image) for path in (image, photo))
+    assert (made[:, :10] == original[:, :10]).all()
+    assert (made[10:50, 20:70] != original[10:50, 20:70]).any()
+    assert run("reproduce", image, "--photo", photo)[0] == 0
 
 
 def test_a_stored_eta_is_the_default_of_edit(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import os
@@ -16,7 +17,8 @@ from conftest import REPO, Server
 from PIL import Image
 
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.web.fields import field_of, settings_of
+from imagic_lora.photos.reading import read_mask
+from imagic_lora.web.fields import arguments_of, field_of, settings_of
 from imagic_lora.web.guard import MAX_UPLOAD, Access, Guard
 from imagic_lora.web.jobs import Queue
 from imagic_lora.web.uploads import Uploads
@@ -213,6 +215,66 @@ def test_what_is_no_photo_is_not_kept(tmp_path: Path, data: bytes):
 def test_uploads_are_no_paths(tmp_path: Path, name: str):
     with pytest.raises(ImagicError, match="no upload"):
         Uploads(Queue(tmp_path)).path(name)
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (png(Image.new("L", (9, 9), 255)), "has 9x9 pixels"),
+        (png(Image.new("L", (64, 32))), "is black everywhere"),
+        (png(Image.new("RGB", (64, 32), "red")), "has colours"),
+        (b"<svg onload=alert(1)>", "<svg"),
+        (b"", "0 bytes"),
+    ],
+)
+def test_what_is_no_mask_is_not_kept(tmp_path: Path, data: bytes, message: str):
+    """With the messages of the command line, and without the paths of this machine."""
+    uploads = Uploads(Queue(tmp_path))
+    with pytest.raises(ImagicError) as caught:
+        uploads.add_mask("mask.png", data, (64, 32))
+    assert message in str(caught.value) or message == "<svg"
+    assert str(tmp_path) not in str(caught.value)
+    assert not uploads.folder.is_dir() or not list(uploads.folder.iterdir())
+
+
+def test_a_painted_mask_gets_the_size_of_the_photo(tmp_path: Path):
+    """It is sharp: white or black. Its file is found again by its hash as long as a job names it."""
+    queue, small = Queue(tmp_path), Image.new("L", (20, 10))
+    small.paste(255, (0, 0, 10, 10))
+    uploads = Uploads(queue)
+    stored = uploads.add_painted(f"data:image/png;base64,{base64.b64encode(png(small)).decode()}", (2000, 1000))
+    mask = read_mask(uploads.path(stored), (2000, 1000))
+    assert set(mask.image.get_flattened_data()) == {0, 255}
+    assert mask.image.getbbox() == pytest.approx((0, 0, 1000, 1000), abs=4)
+    assert uploads.mask_of(mask.sha256) is None
+    queue.submit("edit", {"name": "rex", "keep": stored})
+    assert uploads.mask_of(mask.sha256) == stored
+
+
+@pytest.mark.parametrize(
+    "url", ["", "data:image/png;base64,", "data:image/png;base64,!", "data:text/html;base64,AAAA", "file:///etc/passwd"]
+)
+def test_what_is_not_painted_is_no_mask(tmp_path: Path, url: str):
+    with pytest.raises(ImagicError):
+        Uploads(Queue(tmp_path)).add_painted(url, (64, 32))
+
+
+def test_arguments_have_fields_with_their_flags_and_help():
+    from imagic_lora.cli.commands.compare import compare
+
+    names = ("settings", "seed", "budget", "offline", "clip")
+    fields = {one.path: one for one in arguments_of(compare, names)}
+    assert [(fields[name].flag, fields[name].kind) for name in names] == [
+        ("--set", "lines"), ("--seed", "int"), ("--budget", "float"), ("--offline", "bool"), ("--clip", "text"),
+    ]  # fmt: skip
+    assert fields["seed"].default == 0
+    assert fields["settings"].help.startswith("A setting of the one method")
 
 
 def test_every_setting_has_a_field_with_its_limits_and_help():

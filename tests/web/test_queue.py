@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import pytest
 from imagic_lora.adapters.durable import EventLog, write_text
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.errors import ImagicError
+from imagic_lora.sampling.kept import KeptEditor
+from imagic_lora.web import running
 from imagic_lora.web.jobs import ENDED, Job, Queue
 from imagic_lora.web.supervisor import Supervisor, resumable
 from imagic_lora.web.worker import read_worker
@@ -119,6 +122,29 @@ def test_a_file_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_server_side_does_not_import_torch():
     code = "import sys, imagic_lora.web.supervisor; print('torch' in sys.modules, 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
+
+
+def test_edits_and_sweeps_share_a_base_that_every_other_job_releases_first(queue: Queue, monkeypatch: pytest.MonkeyPatch):
+    did: list[str] = []
+
+    class Recorded(KeptEditor):
+        @contextmanager
+        def reused(self):
+            did.append("reused")
+            yield
+
+        def release(self) -> None:
+            did.append("released")
+
+    monkeypatch.setattr(running, "command", lambda kind: lambda **arguments: (did.append(kind), print("{}")))
+    for kind in ("edit", "sweep", "fit", "compare", "export", "compress"):
+        queue.submit(kind, {"name": "rex"})
+        job = queue.take()
+        assert job is not None
+        assert running.run_job(queue, job, Recorded())
+        assert queue.read(job.id).state == "done"
+    others = [one for kind in ("fit", "compare", "export", "compress") for one in ("released", kind)]
+    assert did == ["reused", "edit", "reused", "sweep", *others]
 
 
 @pytest.mark.web

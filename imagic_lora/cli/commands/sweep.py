@@ -21,14 +21,16 @@ from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, explicit, pars
 from .edit import SamplingFlags
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from ...adapters.adapter import Adapter
     from ...core.config import RunConfig
+    from ...sampling.editor import Edit
+    from ...sampling.keep import Keep
     from ...sampling.sweeps.metrics import Metric
     from ...sampling.sweeps.sweep import Picture, Scores
 
-SHEET, PLOT, TABLE, SCORES = "sheet.png", "plot.png", "scores.csv", "scores.json"
+SHEET, PLOT, TABLE, SCORES, IMAGES = "sheet.png", "plot.png", "scores.csv", "scores.json", "images"
 
 
 def sweep(
@@ -43,6 +45,7 @@ def sweep(
     dino: str | None = None,
     source_prompt: str | None = None,
     offline: Flag = False,
+    photo: Path | None = None,
     settings: SamplingFlags = None,
     device: Annotated[DeviceConfig | None, Parameter(name="*", group="Device and memory")] = None,
     preset: Annotated[PresetOrAuto, Parameter(name="--preset")] = "auto",
@@ -56,10 +59,10 @@ def sweep(
 
     Generates an image for every eta and seed, and scores each one: how well it agrees with the target prompt (alignment), and how near it
     is to the reconstruction of the photo (fidelity). The scores come from the base itself. Writes sheet.png (the images), plot.png (both
-    scores over eta, the range where both are good, the suggestion), scores.csv and scores.json.
+    scores over eta, the range where both are good, the suggestion), scores.csv, scores.json, and into images/ each image at full size.
 
         imagic-lora sweep rex
-        imagic-lora edit rex --eta 0.7 --seed 2     # one of them at full size
+        imagic-lora edit rex --eta 0.7 --keep auto  # the eta that the sheet shows as the best
 
     Parameters
     ----------
@@ -83,6 +86,8 @@ def sweep(
         Caption of the photo, for the directional similarity of CLIP.
     offline
         Take the models of --clip and --dino from the cache of the hub only.
+    photo
+        The photo's file, for an adapter of a --region that does not hold it: its images are pasted into the whole photo.
     preset
         Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory. Without
         --batch-size, as many images are generated at once as fit.
@@ -91,7 +96,7 @@ def sweep(
     force
         Allow a base with other weights of the same shapes.
     out_dir
-        Folder for the files. Default: outputs/NAME/sweep.
+        Folder for the files. Default: outputs/NAME/sweep. The images of an earlier sweep in it are deleted.
     """
     from ...adapters.store import Store
 
@@ -100,6 +105,7 @@ def sweep(
     if len(etas) < 3:
         raise ImagicError(f"--eta {eta}", "at least two etas besides 0", "use for example --eta 0:1.2:0.1")
     import_libraries(bitsandbytes=quantized(adapter.record.config.memory))
+    from ...sampling.keep import read_keep
     from ...sampling.opening import edit_settings
 
     given = explicit(settings, device, preset)
@@ -113,7 +119,8 @@ def sweep(
     folder = out_dir or Path("outputs") / adapter.name / "sweep"
     if "batch_size" not in given["edit"]:
         run = _with_largest_batch(adapter, run, base, len(etas) * count)
-    pictures, scores = _run(adapter, base, run, etas, list(range(count)), prompt, before_tuning, force, folder)
+    keep = read_keep(adapter, None, photo)
+    pictures, scores = _run(adapter, base, run, etas, list(range(count)), prompt, before_tuning, force, keep, folder)
     scores = _with_metrics(adapter, pictures, scores, metrics)
     summary = _write(adapter, run, prompt or adapter.record.prompt, pictures, scores, folder)
     if store_eta:
@@ -186,9 +193,10 @@ def _run(
     prompt: str | None,
     before_tuning: bool,
     force: bool,
+    keep: Keep | None,
     folder: Path,
 ) -> tuple[list[Picture], list[Scores]]:
-    """Generates and scores all images.
+    """Generates, writes and scores all images.
 
     Args:
         adapter: the stored adapter.
@@ -199,24 +207,43 @@ def _run(
         prompt: target prompt; None is that of the adapter.
         before_tuning: whether images of the untuned base are added, for the first seed.
         force: whether other weights of the same shapes are allowed.
+        keep: how the images of an adapter of a region are pasted into its photo.
         folder: output folder.
     """
     from ...memory.levers import EDIT_LEVERS
     from ...memory.out_of_memory import explain_out_of_memory
     from ...sampling.checks import check_edit
+    from ...sampling.metadata import image_metadata
     from ...sampling.opening import open_editor
-    from ...sampling.sweeps.sweep import sampled, scored
+    from ...sampling.outputs import image_name
+    from ...sampling.sweeps.sweep import as_pictures, sampled, scored
 
-    config = run.edit
-    check_edit(etas, seeds, config, adapter.record.prompt if prompt is None else prompt)
+    config, target = run.edit, adapter.record.prompt if prompt is None else prompt
+    check_edit(etas, seeds, config, target)
     check_outputs(folder, [SHEET, PLOT, TABLE, SCORES])
+    check_outputs(folder / IMAGES, [image_name(eta, seed) for eta in etas for seed in seeds])
     editor = open_editor(adapter, run, base, force)
-    images = sampled(editor, adapter, etas, seeds, config, prompt)
+    common = image_metadata(adapter, editor.base, config, target) | (keep.metadata if keep else {})
+    edits = editor.edit(adapter, etas, seeds, config, prompt)
+    images = as_pictures(editor, adapter, _written(edits, keep, folder / IMAGES, common))
     if before_tuning:
         images = chain(images, sampled(editor, adapter, etas, seeds[:1], config, prompt, tuned=False))
     with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", levers=EDIT_LEVERS):
         pictures = list(progress(images, len(etas) * (len(seeds) + before_tuning), "images"))
         return pictures, list(progress(scored(editor, adapter, pictures, pictures, config, prompt), len(pictures), "scores"))
+
+
+def _written(edits: Iterable[Edit], keep: Keep | None, folder: Path, metadata: dict[str, Any]) -> Iterator[Edit]:
+    """Writes each image at full size, as ``edit`` does, and yields the edit; before the first one, deletes those of an earlier sweep."""
+    from ...sampling.outputs import write_edit
+
+    with writable(folder):
+        for path in folder.glob("eta*-seed*.png"):
+            path.unlink()
+    for edit in edits:
+        for finished in keep.pasted([edit], [edit.eta]) if keep else [edit]:
+            write_edit(finished, folder, metadata)
+        yield edit
 
 
 def _write(
@@ -229,11 +256,13 @@ def _write(
     """
     from ...adapters.contents import read_canvas
     from ...photos.png import write_png
+    from ...sampling.outputs import image_name
     from ...sampling.sweeps.drawing import draw_plot, draw_sheet
     from ...sampling.sweeps.suggest import RULE, RULES, Curves, band
 
     curves = Curves.of(score for score in scores if score.tuned)
     suggested, good = RULES[RULE](curves), band(curves)
+    rows = [score.flat() | {"file": f"{IMAGES}/{image_name(score.eta, score.seed)}" if score.tuned else ""} for score in scores]
     summary = {
         "adapter": adapter.name,
         "prompt": prompt,
@@ -241,9 +270,8 @@ def _write(
         "rule": RULE,
         "band": list(good) if good else None,
         "edit": run.edit.model_dump(),
-        "scores": [score.flat() for score in scores],
+        "scores": rows,
     }
-    rows = [score.flat() for score in scores]
     with writable(folder):
         named = {"adapter": adapter.name, "prompt": prompt}
         write_png(draw_sheet(read_canvas(adapter), prompt, pictures, suggested), folder / SHEET, named)
@@ -260,7 +288,7 @@ def _report(summary: dict[str, Any], stored: bool) -> None:
     """Prints where the files are, the suggestion and how to use it."""
     band = summary["band"]
     good = f"alignment and fidelity are both good from {band[0]:.2f} to {band[1]:.2f}" if band else "no eta has both scores good"
-    err.print(f"[green]Wrote[/] {plain(summary['sheet'])}, {plain(summary['plot'])} and the scores", highlight=False)
+    err.print(f"[green]Wrote[/] {plain(summary['sheet'])}, {plain(summary['plot'])}, the scores and the images", highlight=False)
     err.print(f"Suggested eta: [bold]{exact(summary['suggested'])}[/] ({good})", highlight=False)
     if stored:
         err.print(f"Stored: it is now the default of imagic-lora edit {plain(summary['adapter'])}", highlight=False)

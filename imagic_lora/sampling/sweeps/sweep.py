@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from ...adapters.contents import read_canvas
 from ...core.config import EditConfig
 from ...core.errors import NotFinite
 from ...photos.canvas import to_canvas, to_image
-from ..editor import Editor
+from ..editor import Edit, Editor
 from .scores import alignment, fidelity, ssim
 from .suggest import RULE, RULES, search
 
@@ -82,12 +82,24 @@ def sampled(
         editor: with the base of the adapter.
         adapter, etas, seeds, config, prompt, tuned: as for :meth:`Editor.edit`.
 
-    Yields:
+    Returns:
         The images in the order of :meth:`Editor.edit`.
+    """
+    return as_pictures(editor, adapter, editor.edit(adapter, etas, seeds, config, prompt, tuned), tuned)
+
+
+def as_pictures(editor: Editor, adapter: Adapter, edits: Iterable[Edit], tuned: bool = True) -> Iterator[Picture]:
+    """Yields the edits of an adapter as images of a sweep, in their order.
+
+    Args:
+        editor: with the base of the adapter.
+        adapter: the adapter.
+        edits: from :meth:`Editor.edit`.
+        tuned: whether the adapter's weights were applied.
     """
     base = editor.base
     resolution = adapter.record.config.resolution or base.resolution
-    for edit in editor.edit(adapter, etas, seeds, config, prompt, tuned):
+    for edit in edits:
         canvas = to_canvas(edit.image, resolution, base.size_multiple)
         yield Picture(edit.eta, edit.seed, tuned, to_image(canvas.pixels[0]), base.encode_image(canvas.pixels)[0])
 
@@ -149,12 +161,12 @@ def find_eta(editor: Editor, adapter: Adapter, seed: int, config: EditConfig, pr
     Returns:
         The eta.
     """
-    pictures: list[Picture] = []
+    found: list[Picture] = []
 
     def scores_at(etas: Sequence[float]) -> Iterator[Scores]:
         new = list(sampled(editor, adapter, etas, [seed], config, prompt))
-        pictures.extend(new)
-        return scored(editor, adapter, new, pictures, config, prompt)
+        found.extend(new)
+        return scored(editor, adapter, new, found, config, prompt)
 
     return search(scores_at, RULES[RULE])
 

@@ -2,8 +2,12 @@
 
 - ``page.py``: the header, the tabs, colours and styles
 - ``forms.py``: a form from settings; errors beside the field that they name
-- ``photos.py``: the field that takes a photo, with its preview and region
+- ``photos.py``: the fields that take a photo, with its preview and region, and a mask
+- ``drawing.js``: the photo that the pointer draws on
+- ``drafts.py``: a half-filled form survives a reload, in the browser
+- ``choice.py``: the gallery of adapters
 - ``jobview.py``: a job while it runs and when it has ended: progress, curve, previews, images, buttons
+- ``sweepview.py``: the result of a sweep: plot and table, whose points and cells open their images
 - ``picture.py``: one image in full size: its settings, before and after, download
 - ``fit.py``, ``queue.py``, ``edit.py``, ``sweep.py``, ``compare.py``, ``adapters.py``: one tab each
 """

@@ -10,10 +10,11 @@ from typing import Any
 from nicegui import ui
 
 from ...adapters.adapter import Adapter
+from ...cli.commands.convert import compress
 from ...core.errors import ImagicError
 from ..studio import Studio
 from .forms import Form
-from .jobview import JobPlace
+from .jobview import JobPlace, Use
 
 _ORDERS: dict[str, Callable[[Adapter], Any]] = {
     "name": lambda adapter: adapter.name.casefold(),
@@ -32,9 +33,10 @@ class AdaptersTab:
 
     Args:
         studio: the studio.
+        use: called with the metadata of an image by "Use these again".
     """
 
-    def __init__(self, studio: Studio) -> None:
+    def __init__(self, studio: Studio, use: Use) -> None:
         self._studio = studio
         with ui.row().classes("buttons"):
             self._search = ui.input("search", on_change=self.update).props('outlined dense clearable for="search"')
@@ -43,7 +45,7 @@ class AdaptersTab:
         self._problem = ui.label().classes("problem").props('role="alert"')
         self._problem.visible = False
         self._list = ui.element("div").classes("field")
-        self._job = JobPlace(studio, None, ended=self.update)
+        self._job = JobPlace(studio, None, use, ended=self.update)
         self._names: list[str] = []
         self.update()
         ui.timer(2.0, self._refresh)
@@ -140,14 +142,17 @@ class AdaptersTab:
         )
 
     def _compress(self, name: str) -> None:
-        def compress(form: Form) -> None:
-            rank = form.fields["rank"].value.strip()
-            if not (rank.isascii() and rank.isdigit()):
-                raise ImagicError(f"--rank {rank}", "an integer from 1", "use for example 16")
-            self._job.submit("compress", {"adapter": name, "rank": int(rank)})
+        def fill(form: Form) -> None:
+            form.arguments(compress, "rank")
+            form.fields["rank"].value = 16
 
-        hint = "Of the LoRA matrices. A higher rank is nearer to the full adapter, and larger"
-        self._ask(f"Compress {name}", "Compress", lambda form: form.text("rank", "rank", hint, value="16"), compress)
+        def start(form: Form) -> None:
+            given = form.given_arguments()
+            if "rank" not in given:
+                raise ImagicError("--rank is empty", "an integer from 1", "use for example 16")
+            self._job.submit("compress", {"adapter": name} | given)
+
+        self._ask(f"Compress {name}", "Compress", fill, start)
 
     def _delete(self, name: str) -> None:
         def fill(form: Form) -> None:

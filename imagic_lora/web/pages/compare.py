@@ -6,11 +6,20 @@ from typing import Any
 
 from nicegui import ui
 
+from ...cli.commands.compare import compare
 from ...core.errors import ImagicError
 from ..studio import Studio
+from .drafts import Draft
 from .forms import Form
-from .jobview import JobPlace
-from .photos import PhotoField
+from .jobview import JobPlace, Use
+from .photos import MaskField, PhotoField
+
+_GUIDE = (
+    "Drop a photo, describe the edited image, and for most methods the photo as it is.",
+    "Methods fast: those that train nothing for the photo. all adds Imagic with its fit, which takes much longer.",
+    "The methods run one after another, the cheapest first. What a method lacks, such as a mask, is said beside it.",
+    "Their images appear here together at the end, with a page of scores, costs and settings.",
+)
 
 
 class CompareTab:
@@ -18,45 +27,65 @@ class CompareTab:
 
     Args:
         studio: the studio.
+        use: called with the metadata of an image by "Use these again".
     """
 
-    def __init__(self, studio: Studio) -> None:
+    def __init__(self, studio: Studio, use: Use) -> None:
         self._form = Form()
         with ui.element("div").classes("columns"):
+            with ui.element("div").classes("subject"):
+                self._photo = PhotoField(studio.uploads, "Drop a photo here, or press to choose one", change=self._show_mask)
             with ui.element("form").props('onsubmit="return false" aria-label="New comparison"'):
-                self._photo = PhotoField(studio.uploads, "Drop a photo here, or press to choose one")
-                self._form.text("prompt", "target prompt", "Describes the edited image")
-                self._form.text("source", "source prompt", "Describes the photo as it is. Many methods need one")
-                self._form.text("methods", "methods", "Names separated by commas, all, or fast: those that train nothing", value="fast")
-                self._form.text("base", "base", "Base model, as for a fit", value=studio.base or "")
-                self._form.text("budget", "budget", "Seconds that the methods may take together. Default: no limit")
-                self._form.text("seed", "seed", "Seed of every random number", value="0")
+                self._form.arguments(compare, "prompt", "source", "methods", "settings", "base", "budget", "seed")
+                self._form.fields["methods"].value = "fast"
+                self._form.fields["base"].value = studio.base or ""
+                masked = ui.checkbox("Mask: what may change. Three methods need it", on_change=self._show_mask)
+                self._masked = self._form.add("mask", masked)
+                self._mask = MaskField(studio.uploads, self._save)
+                with ui.expansion("Scores and captions by other models").classes("field"):
+                    self._form.arguments(compare, "clip", "dino", "captioner", "offline")
                 self._form.banner()
                 ui.button("Compare", on_click=self._start)
-            self._job = JobPlace(studio, "compare")
+            self._job = JobPlace(studio, "compare", use, self._form, guide=_GUIDE)
+        self._show_mask()
+        self._draft = Draft("compare", self._form.fields, self._more, self._restore)
 
-    def _start(self) -> None:
+    def _save(self) -> None:
+        if hasattr(self, "_draft"):
+            self._draft.save()
+
+    def _more(self) -> dict[str, Any]:
+        """What a draft holds besides the fields."""
+        mask = {"painted": self._mask.painted, "file": self._mask.file}
+        return {"photo": self._photo.stored, "name": self._photo.name, "mask": mask}
+
+    async def _restore(self, more: dict[str, Any]) -> None:
+        """Takes back what a draft holds besides the fields."""
+        if more["photo"]:
+            await self._photo.show(str(more["photo"]), str(more["name"]))
+            self._masked.value = any(more["mask"].values())
+            self._mask.take(str(more["mask"]["painted"]), str(more["mask"]["file"]))
+
+    def _show_mask(self) -> None:
+        """Shows the photo to paint on."""
+        self._mask.element.visible = bool(self._masked.value and self._photo.stored)
+        if self._photo.stored:
+            self._mask.show(self._photo.url, self._photo.size)
+        self._save()
+
+    async def _start(self) -> None:
         """Adds the comparison to the queue."""
         self._form.clear()
-        names = ("prompt", "source", "methods", "base", "budget", "seed")
-        prompt, source, methods, base, budget, seed = (self._form.fields[name].value.strip() for name in names)
         try:
             if not self._photo.stored:
                 raise ImagicError("no photo", "a photo", "drop one, or press the button")
-            if not prompt:
+            arguments = {"image": self._photo.stored} | self._form.given_arguments()
+            if "prompt" not in arguments:
                 raise ImagicError("--prompt is empty", "what the edited image shows", "describe it, for example: a dog jumping")
-            if not (seed.isascii() and seed.isdigit()):
-                raise ImagicError(f"--seed {seed}", "an integer from 0", "choose another seed")
-            optional: dict[str, Any] = {"source": source, "base": base, "budget": _seconds(budget)}
-            arguments = {"image": self._photo.stored, "prompt": prompt, "methods": methods, "seed": int(seed)}
-            self._job.submit("compare", arguments | {name: value for name, value in optional.items() if value})
+            if self._masked.value:
+                arguments["mask"] = await self._mask.stored()
+                if not arguments["mask"]:
+                    raise ImagicError("--mask without a mask", "a mask of what may change", "paint one, or choose a mask file")
+            self._job.submit("compare", arguments)
         except ImagicError as error:
             self._form.show(error)
-
-
-def _seconds(text: str) -> float | None:
-    """The number of seconds in a field."""
-    try:
-        return float(text) if text else None
-    except ValueError:
-        raise ImagicError(f"--budget {text}", "a number of seconds above 0", "choose another budget, or leave it out") from None

@@ -19,84 +19,27 @@ from ...core.text import exact
 from ...photos.reading import read_metadata
 from ..fields import settings_of
 from ..studio import Studio
+from ..uploads import holds_photo
+from .choice import Choice
+from .drafts import Draft
 from .forms import Form
-from .jobview import JobPlace
-from .photos import upload_button
+from .jobview import JobPlace, Use
+from .photos import MaskField, PhotoField, upload_button
 
 MAX_RECALL = 64 * 2**20
+_KEEP = {
+    "": "nothing: every pixel is from the edit",
+    "auto": "auto: what the edit did not change is from the photo",
+    "mask": "mask: only what you paint is from the edit",
+}
 
 
-def gallery(studio: Studio, choose: Any) -> ui.row:
-    """Shows the adapters as buttons with their preview.
-
-    Args:
-        studio: the studio.
-        choose: called with the name of one that is pressed.
-    """
-    with ui.row().classes("strip").props('role="group" aria-label="Adapters"') as row:
-        names = studio.store.names()
-        for name in names:
-            with ui.element("button").classes("thumb").props(f'type="button" data-adapter="{name}"') as button:
-                ui.element("img").props(f'src="/adapters/{name}/preview.png" alt="" loading="lazy"')
-                ui.label(name)
-            button.on("click", lambda name=name: choose(name))
-        if not names:
-            ui.label("No adapters yet. Fit a photo first.")
-    return row
-
-
-class Choice:
-    """The gallery with one adapter chosen, and its settings as the defaults of a form.
-
-    Args:
-        studio: the studio.
-        form: the form.
-        chosen: called when another adapter is chosen.
-    """
-
-    def __init__(self, studio: Studio, form: Form, chosen: Any = None) -> None:
-        self.adapter: Adapter | None = None
-        self._studio, self._form, self._chosen = studio, form, chosen
-        self._names = studio.store.names()
-        self._place = ui.element("div")
-        with self._place:
-            self._row = gallery(studio, self.choose)
-        self._label = ui.label("Choose an adapter").classes("heading").props('role="status"')
-        ui.timer(2.0, self._refresh)
-
-    def choose(self, name: str) -> None:
-        """Chooses an adapter."""
-        try:
-            self.adapter = self._studio.store.read(name, verify=False)
-        except ImagicError as error:
-            self._form.show(error)
-            return
-        record = self.adapter.record
-        self._label.text = f"{name}: {record.prompt} ({record.base.name}, {record.config.tune.mode})"
-        for button in self._row.default_slot.children:
-            chosen = "true" if button.props.get("data-adapter") == name else "false"
-            button.props(f'aria-pressed="{chosen}"')
-        if self._chosen:
-            self._chosen(self.adapter)
-
-    def name(self) -> str:
-        """Returns the name of the adapter.
-
-        Raises:
-            ImagicError: none is chosen.
-        """
-        if self.adapter is None:
-            raise ImagicError("no adapter is chosen", "an adapter", "press one in the gallery")
-        return self.adapter.name
-
-    def _refresh(self) -> None:
-        """Shows adapters that came or went."""
-        names = self._studio.store.names()
-        if names != self._names:
-            self._names = names
-            self._place.clear()
-            with self._place:
-                self._row = gallery(self._studio, self.choose)
+_GUIDE = (
+    "Choose an adapter: its photo, and what eta did to it after the fit, are shown here.",
+    "Choose eta: 0 is the photo as the model sees it, 1 the target prompt alone. Several etas show where the edit appears.",
+    "Generate. The images appear here as they come; press one for its full size, its settings and the photo beside it.",
+    "If other parts of the photo change too, choose keep: auto, or paint a mask of what may change.",
+)
 
 
 class EditTab:
@@ -104,12 +47,14 @@ class EditTab:
 
     Args:
         studio: the studio.
+        use: called with the metadata of an image by "Use these again".
     """
 
-    def __init__(self, studio: Studio) -> None:
+    def __init__(self, studio: Studio, use: Use) -> None:
         self._studio, self._form = studio, Form()
         self._choice = Choice(studio, self._form, self._chosen)
         with ui.element("div").classes("columns"):
+            self._choice.shown()
             with ui.element("form").props('onsubmit="return false" aria-label="New edit"'):
                 self._form.text("eta", "eta", "One (0.7), several (0.5,0.7), or a range with its end (0.3:1:0.1). auto searches for one")
                 self._slider = ui.slider(min=0, max=1.5, step=0.05, value=0.7).props('label markers=0.5 aria-label="Eta"').classes("field")
@@ -119,13 +64,38 @@ class EditTab:
                 self._form.text("prompt", "target prompt", "Default: that of the adapter")
                 with ui.expansion("Sampling").classes("field"):
                     self._form.settings(settings_of(EditConfig))
-                self._form.text("keep", "keep", "auto: what the edit did not change is taken from the photo, byte for byte")
+                self._form.add("keep", ui.select(_KEEP, value="", label="keep", on_change=self._show_keep))
+                self._form.fields["keep"].props('outlined dense for="keep"').classes("field")
+                with ui.element("div").classes("mask") as self._original:
+                    ui.label("The adapter does not hold its photo at full size.").classes("hint")
+                    self._photo = PhotoField(studio.uploads, "Drop that photo here, or press to choose it", change=self._show_keep)
+                self._mask = MaskField(studio.uploads, self._save)
                 self._form.banner()
                 with ui.row().classes("buttons"):
                     ui.button("Generate", on_click=self._generate)
                 ui.label("Or recall the settings of an image that was made here:").classes("hint")
                 self._recalled = upload_button("Drop a PNG here, or press to choose one", "image/png", MAX_RECALL, self._recall)
-            self._job = JobPlace(studio, "edit", self._use)
+            self._job = JobPlace(studio, "edit", use, self._form, guide=_GUIDE)
+        self._show_keep()
+        self._draft = Draft("edit", self._form.fields, self._more, self._restore)
+
+    def _save(self) -> None:
+        if hasattr(self, "_draft"):
+            self._draft.save()
+
+    def _more(self) -> dict[str, Any]:
+        """What a draft holds besides the fields."""
+        mask = {"painted": self._mask.painted, "file": self._mask.file}
+        return {"adapter": self._choice.adapter.name if self._choice.adapter else "", "photo": self._photo.stored, "mask": mask}
+
+    async def _restore(self, more: dict[str, Any]) -> None:
+        """Takes back what a draft holds besides the fields."""
+        if more["adapter"] in self._studio.store.names():
+            self._choice.choose(more["adapter"])
+            if more["photo"]:
+                await self._photo.show(str(more["photo"]), "photo")
+            self._form.fields["keep"].value = "mask" if any(more["mask"].values()) else ""
+            self._mask.take(str(more["mask"]["painted"]), str(more["mask"]["file"]))
 
     def _chosen(self, adapter: Adapter) -> None:
         """Shows the defaults of an adapter."""
@@ -138,28 +108,44 @@ class EditTab:
         self._slider.value = min(1.5, record.eta)
         source = "suggested by a sweep" if record.suggested else "of the fit"
         self._marked.text = f"Eta {exact(record.eta)} is {source}: lower keeps more of the photo, higher follows the prompt"
+        self._show_keep()
+        self._save()
+
+    def _show_keep(self) -> None:
+        """Shows the photo to paint on, and the upload of a photo that the adapter does not hold, where they are needed."""
+        adapter, masked = self._choice.adapter, self._form.fields["keep"].value == "mask"
+        missing = adapter is not None and not holds_photo(adapter)
+        pasted = adapter is not None and (bool(self._form.fields["keep"].value) or adapter.record.source.region is not None)
+        self._original.visible = missing and pasted
+        self._mask.element.visible = masked and adapter is not None and (not missing or bool(self._photo.stored))
+        if adapter is not None and masked:
+            source = adapter.record.source
+            url = self._photo.url if missing else f"/adapters/{adapter.name}/photo"
+            self._mask.show(url, self._photo.size if missing else source.size, source.region)
 
     def _slid(self) -> None:
         self._form.fields["eta"].value = exact(round(self._slider.value or 0.0, 2))
 
-    def _generate(self) -> None:
+    async def _generate(self) -> None:
         """Adds the edit to the queue."""
         self._form.clear()
         fields = self._form.fields
-        eta, seed, prompt, keep = (fields[name].value.strip() for name in ("eta", "seed", "prompt", "keep"))
+        eta, seed, prompt = (fields[name].value.strip() for name in ("eta", "seed", "prompt"))
         try:
             arguments: dict[str, Any] = {"name": self._choice.name()}
             if eta and eta != "auto":
                 parse_etas(eta)
             parse_seeds(seed)
-            if keep not in ("", "auto"):
-                raise ImagicError(f"--keep {keep}", "auto, or nothing", "for a mask of your own use imagic-lora edit --keep MASK.png")
+            keep = fields["keep"].value
+            if keep == "mask" and not (keep := await self._mask.stored()):
+                raise ImagicError("--keep without a mask", "a mask of what may change", "paint one, or choose a mask file")
             given = self._form.given()
             try:
                 EditConfig.model_validate(given)
             except ValidationError as error:
                 raise settings_error(error) from error
             optional = {"eta": eta, "prompt": prompt, "keep": keep, "settings": given}
+            optional |= {"photo": self._photo.stored if self._original.visible else ""}
             arguments |= {"seed": seed} | {name: value for name, value in optional.items() if value}
             self._job.submit("edit", arguments)
         except ImagicError as error:
@@ -175,27 +161,36 @@ class EditTab:
                 path = Path(folder) / "image.png"
                 path.write_bytes(data)
                 metadata = await asyncio.to_thread(read_metadata, path)
-            self._use(metadata)
+            self.use(metadata)
         except ImagicError as error:
             self._form.show(error)
         finally:
             self._recalled.reset()
 
-    def _use(self, metadata: dict[str, Any]) -> None:
+    def use(self, metadata: dict[str, Any]) -> None:
         """Fills the form with the settings of an image."""
+        self._draft.replace()
         try:
             config = EditConfig.model_validate(metadata["edit"])
             name, prompt, eta, seed = str(metadata["adapter"]), str(metadata["prompt"]), float(metadata["eta"]), int(metadata["seed"])
+            keep = metadata.get("keep", "")
+            mask = self._studio.uploads.mask_of(str(keep["mask"])) if keep and keep != "auto" else None
         except (KeyError, TypeError, ValueError, ValidationError):
             self._form.show(ImagicError("the image has no complete settings", "an image of imagic-lora edit", "choose another image"))
             return
         self._choice.choose(name)
         if self._choice.adapter is None or self._choice.adapter.name != name:
             return
-        self._form.set(config.model_dump())
-        values = {"eta": exact(eta), "seed": str(seed), "prompt": prompt, "keep": "auto" if metadata.get("keep") == "auto" else ""}
+        stored = self._choice.adapter.record.config.edit  # its settings are not given again: some exclude each other as flags
+        self._form.set({field: value for field, value in config.model_dump().items() if value != getattr(stored, field)})
+        values = {"eta": exact(eta), "seed": str(seed), "prompt": prompt, "keep": keep if keep in ("", "auto") else "mask"}
         for field, value in values.items():
             self._form.fields[field].value = value
         self._slider.value = min(1.5, eta)
+        if mask:
+            self._mask.take("", mask)
+        elif values["keep"] == "mask":
+            self._mask.clear()
+            self._form.show(ImagicError("--keep: the mask of the image is not here", "its file", "paint it again, or choose its file"))
         if self._choice.adapter.content_sha256 != metadata.get("adapter_sha256"):
             self._form.show(ImagicError(f"adapter {name} is not the one that made the image", "the same adapter", "expect another image"))

@@ -15,10 +15,18 @@ from ...photos.region import parse_region
 from ..fields import settings_of
 from ..planning import defaults, planned
 from ..studio import Studio
+from .drafts import Draft
 from .forms import Form
-from .jobview import JobPlace
+from .jobview import JobPlace, Use
 from .photos import PhotoField
 
+_GUIDE = (
+    "Drop a photo. To fit a part of it only, draw a rectangle on it.",
+    "Type the target prompt: one sentence that describes the edited image, not the change.",
+    "Start. Stage embed looks for the embedding of the prompt that explains the photo; stage tune trains the model on the photo with it.",
+    "Watch the losses and the previews here. Stop saves a checkpoint to resume from; closing the page changes nothing.",
+    "Then open Edit: between the two embeddings lies the edit.",
+)
 _FIRST = ("base", "preset", "tune.mode")
 _PATIENCE = 0.6  # seconds without a change before the plan is made
 
@@ -28,14 +36,16 @@ class FitTab:
 
     Args:
         studio: the studio.
+        use: called with the metadata of an image by "Use these again".
     """
 
-    def __init__(self, studio: Studio) -> None:
+    def __init__(self, studio: Studio, use: Use) -> None:
         self._studio, self._form, self._changes = studio, Form(), 0
         every = settings_of(RunConfig)
         with ui.element("div").classes("columns"):
-            with ui.element("form").props('onsubmit="return false" aria-label="New fit"'):
+            with ui.element("div").classes("subject"):
                 self._photo = PhotoField(studio.uploads, "Drop a photo here, or press to choose one", region=True, change=self._named)
+            with ui.element("form").props('onsubmit="return false" aria-label="New fit"'):
                 self._form.add("image", self._photo, "--image")
                 self._form.add("region", self._photo.region)
                 self._form.text("prompt", "target prompt", "Describes the edited image, for example: a dog jumping")
@@ -50,16 +60,28 @@ class FitTab:
                             with ui.element("legend"):
                                 ui.label(group or "run")
                             self._form.settings(members, self._changed)
-                self._photo_kept = ui.checkbox("Keep a copy of the photo in the adapter, with its metadata", value=True)
-                self._overwrite = ui.checkbox("Replace an adapter or an unfinished fit of this name")
+                kept = ui.checkbox("Keep a copy of the photo in the adapter, with its metadata", value=True)
+                self._photo_kept = self._form.add("store_photo", kept)
+                self._overwrite = self._form.add("overwrite", ui.checkbox("Replace an adapter or an unfinished fit of this name"))
                 self._form.banner()
                 self._plan = ui.element("div").classes("plan").props('role="status" aria-label="Memory plan"')
                 ui.button("Start", on_click=self._start)
-            self._job = JobPlace(studio, "fit")
+            self._job = JobPlace(studio, "fit", use, self._form, guide=_GUIDE)
+        self._draft = Draft("fit", self._form.fields, self._more, self._restore)
         ui.timer(0.1, self._changed, once=True)
 
     def _named(self) -> None:
         self._form.fields["name"].props(f'stack-label placeholder="{slug(self._photo.name, "photo")}"')
+        self._draft.save()
+
+    def _more(self) -> dict[str, Any]:
+        """What a draft holds besides the fields."""
+        return {"photo": self._photo.stored, "name": self._photo.name}
+
+    async def _restore(self, more: dict[str, Any]) -> None:
+        """Takes back what a draft holds besides the fields."""
+        if more["photo"]:
+            await self._photo.show(str(more["photo"]), str(more["name"]))
 
     async def _changed(self) -> None:
         """Makes the plan anew when nothing has changed for a moment."""

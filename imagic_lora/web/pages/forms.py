@@ -9,7 +9,9 @@ from nicegui import ui
 from nicegui.elements.mixins.validation_element import ValidationElement
 
 from ...core.errors import ImagicError
-from ..fields import Setting, field_of, nested, value_at
+from ..fields import Setting, arguments_of, field_of, nested, value_at
+
+_HINT = 130  # letters below a field
 
 
 class Form:
@@ -24,6 +26,7 @@ class Form:
         self._flags: dict[str, str] = {}
         self._banner: ui.label | None = None
         self._settings: dict[str, Setting] = {}
+        self._arguments: dict[str, Setting] = {}
 
     def text(self, name: str, label: str, hint: str = "", flag: str | None = None, value: str = "", **options: Any) -> ui.input:
         """Adds a field of text.
@@ -59,6 +62,20 @@ class Form:
             element = _element(setting, default, change)
             self.add(setting.path, element, setting.flag)
 
+    def arguments(self, function: Callable[..., Any], *names: str) -> None:
+        """Adds a field for each of these arguments of the function of a command."""
+        for argument in arguments_of(function, names):
+            self._arguments[argument.path] = argument
+            self.add(argument.path, _element(argument, argument.default, None), argument.flag)
+
+    def given_arguments(self) -> dict[str, Any]:
+        """Returns the arguments that were given.
+
+        Raises:
+            ImagicError: a number is not whole where only whole numbers are allowed.
+        """
+        return self._values(self._arguments)
+
     def show_defaults(self, values: Any, but: Sequence[str] = ()) -> None:
         """Shows other defaults.
 
@@ -71,16 +88,17 @@ class Form:
                 _show_default(self.fields[path], setting, value_at(values, path))
 
     def given(self) -> dict[str, Any]:
-        """Returns the settings that were given, nested as in a YAML file."""
-        values = {}
-        for path, setting in self._settings.items():
-            value = self.fields[path].value
-            if value in (None, ""):
-                continue
-            if setting.kind == "int" and isinstance(value, float) and value.is_integer():
-                value = int(value)
-            values[path] = value == "yes" if setting.kind == "bool" else value
-        return nested(values)
+        """Returns the settings that were given, nested as in a YAML file.
+
+        Raises:
+            ImagicError: as :meth:`given_arguments`.
+        """
+        return nested(self._values(self._settings))
+
+    def _values(self, settings: dict[str, Setting]) -> dict[str, Any]:
+        """What the fields of these settings hold; nothing for an empty field."""
+        found = {path: _value(setting, self.fields[path].value) for path, setting in settings.items()}
+        return {path: value for path, value in found.items() if value is not None}
 
     def set(self, values: dict[str, Any]) -> None:
         """Gives settings by path; the others become empty."""
@@ -103,12 +121,17 @@ class Form:
 
     def show(self, error: ImagicError) -> None:
         """Shows an error beside the field that it names, otherwise in the banner."""
+        if not self.mark(error) and self._banner:
+            self._banner.text, self._banner.visible = str(error), True
+
+    def mark(self, error: ImagicError) -> bool:
+        """Shows an error beside the field that it names; returns whether it names one."""
         self.clear()
         name = field_of(error.got, self._flags)
-        if name and isinstance(self.fields[name], ValidationElement):
-            self.fields[name].error = str(error)
-        elif self._banner:
-            self._banner.text, self._banner.visible = str(error), True
+        field = self.fields[name] if name else None
+        if isinstance(field, ValidationElement):
+            field.error = str(error)
+        return isinstance(field, ValidationElement)
 
 
 def _element(setting: Setting, default: Any, change: Callable[[], Any] | None) -> Any:
@@ -121,12 +144,32 @@ def _element(setting: Setting, default: Any, change: Callable[[], Any] | None) -
         step = 1 if setting.kind == "int" else None
         element = ui.number(setting.label, min=low, max=high, step=step, precision=0 if step else None, on_change=change)
         element.props("clearable")
+    elif setting.kind == "lines":
+        element = ui.textarea(setting.flag.removeprefix("--"), on_change=change).props("clearable autogrow")
     else:
         element = ui.input(setting.label, on_change=change).props("clearable")
     element.props(f'outlined dense debounce="400" for="{setting.path}"').classes("field")
     _hint(element, setting.help)
     _show_default(element, setting, default)
     return element
+
+
+def _value(setting: Setting, value: Any) -> Any:
+    """The value of a field; None for an empty one.
+
+    Raises:
+        ImagicError: it is not a whole number, but has to be.
+    """
+    value = value.strip() if isinstance(value, str) else value
+    if value in (None, ""):
+        return None
+    if setting.kind == "int":
+        if int(value) != value:
+            raise ImagicError(f"{setting.flag} {value:g}", "a whole number", "choose another number")
+        return int(value)
+    if setting.kind == "lines":
+        return [line.strip() for line in value.splitlines() if line.strip()]
+    return value == "yes" if setting.kind == "bool" else value
 
 
 def _show_default(element: Any, setting: Setting, default: Any) -> None:
@@ -141,10 +184,12 @@ def _show_default(element: Any, setting: Setting, default: Any) -> None:
 
 
 def _hint(element: Any, text: str) -> None:
-    """The first sentence of a help text below a field, and all of it where the pointer rests."""
+    """The first sentences of a help text below a field, and all of it where the pointer rests."""
     if text:
-        first = text.split(". ")[0].rstrip(".")
+        first, *others = text.rstrip(".").split(". ")
+        while others and len(first) + len(others[0]) < _HINT:
+            first += f". {others.pop(0)}"
         element.props["hint"] = first
-        if first != text.rstrip("."):
+        if others:
             with element:
                 ui.tooltip(text).classes("help")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,14 @@ from ..jobs import ENDED, Job, Kind
 from ..running import OUTPUT
 from ..studio import Studio
 from ..supervisor import repeatable, resumable
-from .picture import show_picture
+from .forms import Form
+from .picture import show_picture, thumbnail
+from .sweepview import show_sweep
 
 _EVERY = 0.5  # seconds between two looks
 _POINTS = 600  # of a curve that is shown
+Use = Callable[[dict[str, Any]], Any]
+"""Called with the metadata of an image."""
 STATES = {
     "queued": "waits", "running": "runs", "done": "done", "failed": "failed",
     "crashed": "crashed", "stopped": "stopped", "cancelled": "cancelled",
@@ -37,14 +41,30 @@ class JobPlace:
         studio: the studio.
         kind: of the jobs that are shown after a reload; None for none.
         use: as for :class:`JobView`.
+        form: whose field shows the error of a job that is submitted here and fails.
         ended: as there, for jobs that are submitted here.
+        guide: sentences that are shown until there is a job: what the tab does, in the order in which it is done.
     """
 
     def __init__(
-        self, studio: Studio, kind: str | None, use: Callable[[dict[str, Any]], Any] | None = None, ended: Callable[[], Any] = int
+        self,
+        studio: Studio,
+        kind: str | None,
+        use: Use,
+        form: Form | None = None,
+        ended: Callable[[], Any] = int,
+        guide: Sequence[str] = (),
     ) -> None:
-        self._studio, self._use, self._ended, self._element = studio, use, ended, ui.element("div")
+        self._studio, self._use, self._form, self._ended = studio, use, form, ended
+        self._element = ui.element("div").classes("result")
         jobs = [job for job in studio.queue.jobs() if job.kind == kind]
+        if not jobs and guide:
+            with self._element, ui.element("section").classes("guide").props('aria-label="What happens here"'):
+                ui.label("What happens here").classes("heading")
+                with ui.element("ol"):
+                    for text in guide:
+                        with ui.element("li"):
+                            ui.label(text)
         if jobs:
             self._show(next((job for job in jobs if job.state == "running"), jobs[-1]))
 
@@ -59,7 +79,12 @@ class JobPlace:
     def _show(self, job: Job) -> None:
         self._element.clear()
         with self._element:
-            JobView(self._studio, job, self._use, self._ended)
+            JobView(self._studio, job, self._use, self._done)
+
+    def _done(self, job: Job) -> None:
+        if self._form and job.problem:
+            self._form.mark(job.problem.error())
+        self._ended()
 
 
 class JobView:
@@ -73,10 +98,15 @@ class JobView:
     """
 
     def __init__(
-        self, studio: Studio, job: Job, use: Callable[[dict[str, Any]], Any] | None = None, ended: Callable[[], Any] = int
+        self,
+        studio: Studio,
+        job: Job,
+        use: Use,
+        ended: Callable[[Job], Any] = lambda job: None,
     ) -> None:
         self._studio, self._id, self._use, self._ended = studio, job.id, use, ended
         self._offset, self._shown, self._state = 0, set[str](), ""
+        self._warned = set[str]()
         self._points: dict[str, list[list[float]]] = {}
         self._chart: ui.echart | None = None
         with ui.element("section").classes("job").props(f'aria-label="Job {job.kind}"'):
@@ -117,7 +147,7 @@ class JobView:
             if job.state in ENDED:
                 self._timer.deactivate()
                 if not first:
-                    self._ended()
+                    self._ended(job)
 
     def _add(self, event: dict[str, Any]) -> None:
         """Shows an event."""
@@ -141,7 +171,8 @@ class JobView:
         elif event["kind"] == "progress":
             self._bar.value = event["done"] / event["total"] if event["total"] else 1
             self._text.text = f"{event['label']}: {event['done']:g} of {event['total']:g}{left}"
-        else:
+        elif event["text"] not in self._warned:
+            self._warned.add(event["text"])
             with self._warnings:
                 ui.label(f"Warning: {event['text']}").classes("warning")
 
@@ -164,25 +195,29 @@ class JobView:
 
     def _show_images(self) -> None:
         """Adds the images that are new in the folder of the job."""
-        folder = self._studio.queue.folder(self._id) / OUTPUT
-        for path in sorted(folder.glob("*.png"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else ():
+        folder = self._studio.queue.folder(self._id)
+        found = [*(folder / OUTPUT).glob("*.png"), *(folder / OUTPUT / "images").glob("*.png")]
+        for path in sorted(found, key=lambda path: path.stat().st_mtime):
             if path.name not in self._shown and path.stat().st_size:
                 self._shown.add(path.name)
                 with self._grid:
-                    self._picture(f"{OUTPUT}/{path.name}", path.stem)
+                    self._picture(str(path.relative_to(folder)), path.stem)
 
     def _picture(self, name: str, label: str) -> None:
         """An image as a button that opens it."""
-        url, path = f"/jobs/{self._id}/{name}", self._studio.queue.folder(self._id) / name
-        with ui.element("button").classes("thumb").props(f'type="button" aria-label="Open {label}"') as button:
-            ui.element("img").props(f'src="{url}" alt="{label}" loading="lazy"')
-            ui.label(label)
-        button.on("click", lambda: show_picture(path, url, self._before(), self._use))
+        thumbnail(f"/jobs/{self._id}/{name}", label, lambda: self._open(name))
+
+    def _open(self, name: str) -> None:
+        """Opens an image of the job in full size."""
+        show_picture(self._studio.queue.folder(self._id) / name, f"/jobs/{self._id}/{name}", self._before(), self._use)
 
     def _before(self) -> str | None:
         """The address of the photo that the images of an edit came from."""
         job = self._studio.queue.read(self._id)
-        return f"/adapters/{job.arguments['name']}/source.png" if job.kind == "edit" else None
+        if job.kind not in ("edit", "sweep"):
+            return None
+        uploaded = job.arguments.get("photo")
+        return f"/{uploaded}" if uploaded else f"/adapters/{job.arguments['name']}/photo"
 
     def _show_state(self, job: Job) -> None:
         """Shows the state, the message and the buttons of the job."""
@@ -207,12 +242,15 @@ class JobView:
             if job.kind == "compare" and job.state == "done":
                 ui.link("Open the page of the comparison", f"/jobs/{job.id}/{OUTPUT}/index.html", new_tab=True)
         if job.kind == "sweep" and job.result:
-            self._draw_sweep(job.result)
+            self._grid.clear()
+            with self._curves:
+                show_sweep(job.result, f"/jobs/{job.id}", self._open)
 
     def _again(self, job: Job) -> None:
         """Follows the job that continues this one."""
         self._id = self._studio.supervisor.resume(job.id).id
         self._offset, self._state, self._shown, self._points = 0, "", set(), {}
+        self._warned.clear()
         self._text.text = ""
         for element in (self._grid, self._strip, self._curves, self._warnings):
             element.clear()
@@ -226,17 +264,3 @@ class JobView:
         except ImagicError as error:
             self._message.text, self._message.visible = str(error), True
         self.update()
-
-    def _draw_sweep(self, result: dict[str, Any]) -> None:
-        """Draws the scores over eta; hovering gives the values."""
-        rows = [row for row in result["scores"] if row.get("tuned", True)]
-        names = [name for name in ("alignment", "fidelity") if name in rows[0]]
-        series: list[dict[str, Any]] = [
-            {"name": name, "type": "scatter", "data": [[row["eta"], row[name], f"seed {row['seed']}"] for row in rows]} for name in names
-        ]
-        series[0]["markLine"] = {"symbol": "none", "data": [{"xAxis": result["suggested"], "name": "suggested"}]}
-        axes = {"xAxis": {"type": "value", "name": "eta"}, "yAxis": {"type": "value", "scale": True}}
-        with self._curves:
-            ui.label(f"Suggested eta: {result['suggested']:g}").classes("live")
-            options = {**axes, "tooltip": {"trigger": "item"}, "legend": {"top": 0}, "series": series, "animation": False}
-            ui.echart(options).classes("chart").props('role="img" aria-label="Scores over eta"')

@@ -13,10 +13,11 @@ from .adapters import AdaptersTab
 from .compare import CompareTab
 from .edit import EditTab
 from .fit import FitTab
+from .jobview import Use
 from .queue import QueueTab
 from .sweep import SweepTab
 
-TABS: dict[str, Callable[[Studio], Any]] = {
+TABS: dict[str, Callable[[Studio, Use], Any]] = {
     "fit": FitTab, "queue": QueueTab, "edit": EditTab, "sweep": SweepTab, "compare": CompareTab, "adapters": AdaptersTab,
 }  # fmt: skip
 _STYLE = (Path(__file__).parent / "style.css").read_text("utf-8")
@@ -30,14 +31,17 @@ def build(studio: Studio, tab: str) -> None:
         tab: the tab that is open at first.
     """
     ui.add_css(_STYLE)
-    built: set[str] = set()
+    built: dict[str, Any] = {}
 
     def opened(name: str) -> None:
         ui.run_javascript(f"history.replaceState(null, '', '/?tab={name}')")
         if name not in built:
-            built.add(name)
-            with panels[name], ui.element("div").classes("content"):
-                TABS[name](studio)
+            with panels[name], ui.element("div").classes("content").props(f'data-tab="{name}"'):
+                built[name] = TABS[name](studio, use)
+
+    def use(metadata: dict[str, Any]) -> None:
+        tabs.set_value("edit")
+        built["edit"].use(metadata)
 
     with ui.header().classes("header"):
         ui.label("imagic-lora").classes("title").props('role="heading" aria-level="1"')

@@ -13,6 +13,20 @@ from ...core.errors import ImagicError
 from ...photos.reading import read_metadata
 
 
+def thumbnail(url: str, label: str, opened: Callable[[], Any]) -> None:
+    """Shows an image as a button.
+
+    Args:
+        url: its address.
+        label: its name.
+        opened: called when it is pressed.
+    """
+    with ui.element("button").classes("thumb").props(f'type="button" aria-label="Open {label}"') as button:
+        ui.element("img").props(f'src="{url}" alt="{label}" loading="lazy"')
+        ui.label(label)
+    button.on("click", opened)
+
+
 def show_picture(path: Path, url: str, before: str | None, use: Callable[[dict[str, Any]], Any] | None) -> None:
     """Opens an image.
 

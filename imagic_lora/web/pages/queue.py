@@ -12,7 +12,7 @@ from ...core.errors import ImagicError
 from ..jobs import ENDED, Job
 from ..studio import Studio
 from ..supervisor import repeatable, resumable
-from .jobview import STATES, JobView
+from .jobview import STATES, JobView, Use
 
 _SHOWN = 50  # jobs that have ended
 
@@ -22,10 +22,11 @@ class QueueTab:
 
     Args:
         studio: the studio.
+        use: called with the metadata of an image by "Use these again".
     """
 
-    def __init__(self, studio: Studio) -> None:
-        self._studio = studio
+    def __init__(self, studio: Studio, use: Use) -> None:
+        self._studio, self._use = studio, use
         self._seen: Any = None
         self._problem = ui.label().classes("problem").props('role="alert"')
         self._problem.visible = False
@@ -47,7 +48,7 @@ class QueueTab:
             self._shown_id = running.id
             self._running.clear()
             with self._running:
-                JobView(self._studio, running)
+                JobView(self._studio, running, self._use)
         self._list.clear()
         with self._list:
             waiting = self._studio.queue.waiting()
@@ -86,7 +87,7 @@ class QueueTab:
     def _show(self, job: Job) -> None:
         with ui.dialog().props('aria-label="Job"') as dialog, ui.card().classes("picture"):
             ui.button("Close", on_click=dialog.close).props("outline")
-            JobView(self._studio, job)
+            JobView(self._studio, job, lambda metadata: (dialog.close(), self._use(metadata)))
         dialog.on("hide", dialog.delete)
         dialog.open()
 

@@ -110,14 +110,11 @@ def main() -> None:
             for together, (seconds, clock, stages) in found.items():
                 parts = ", ".join(f"{name} {value:.1f}" for name, value in stages.items())
                 way = f"{args.photos} together" if together else "one by one"
-                print(
-                    f"{way:12} {3600 * args.photos / seconds:7.0f} photos an hour of processor time; {seconds:6.1f} s ({parts}), clock {clock:.1f} s"
-                )
+                hourly = f"{3600 * args.photos / seconds:7.0f} photos an hour of processor time"
+                print(f"{way:12} {hourly}; {seconds:6.1f} s ({parts}), clock {clock:.1f} s")
             print(f"ratio {ratios[-1]:.2f}, of the clock {found[False][1] / found[True][1]:.2f}", flush=True)
-    threads = torch.get_num_threads()
-    print(
-        f"{args.base}, median ratio {median(ratios):.2f} of {args.pairs} pairs, {threads} threads, peak {peak_memory(torch.device('cpu')) / 2**30:.1f} GiB"
-    )
+    threads, peak = torch.get_num_threads(), peak_memory(torch.device("cpu")) / 2**30
+    print(f"{args.base}, median ratio {median(ratios):.2f} of {args.pairs} pairs, {threads} threads, peak {peak:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -137,6 +137,11 @@ def passes_per_step(architecture: Architecture, run: RunConfig) -> int:
     return 2 if run.edit.guidance_scale > 1 and architecture.guidance == "cfg" and architecture.process == "diffusion" else 1
 
 
+def sampled_at_once(architecture: Architecture, run: RunConfig) -> int:
+    """Number of samples in a pass through the denoiser while images are sampled."""
+    return run.edit.batch_size * passes_per_step(architecture, run)
+
+
 def denoiser_waits_in_host_memory(run: RunConfig, assumed: Assumed) -> bool:
     """Whether the denoiser stays in host memory while photo and prompt are encoded; a 4-bit denoiser is quantized on the card at once."""
     return assumed.device == "cuda" and run.memory.idle != "keep" and run.memory.quantize == "none"
@@ -214,7 +219,9 @@ class _Planner:
         tuned = training + self.photos * self.trained.added
         sampling = tuned + (0 if keeps_encoders else self.vae)
         encoding = self.encoders + (0 if denoiser_waits_in_host_memory(run, self.assumed) else unet.bytes)
-        batch = run.edit.batch_size * passes_per_step(self.architecture, run)
+        batch = sampled_at_once(self.architecture, run)
+        if self.photos > 1:  # their previews are sampled together, in batches as large as those of the last stage
+            batch = max(batch, self.photos * list(run.stages.values())[-1].batch_size)
         sample = Peak(sampling, 0, 0, self._denoiser_pass(tuned=True, batch=batch)[1])
         decode = Peak(sampling, 0, 0, self._vae_pass(decode=True, images=run.edit.batch_size)[1])
         preview = Peak(sampling, 0, self.photos * self.trained.states, max(sample.activations, decode.activations))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
+from PIL import Image
 from torch.nn import Parameter
 
 from ..adapters.adapter import Adapter
@@ -184,7 +185,10 @@ def _train_and_store(
     with MODES[config.tune.mode].trainables(base, config.tune, key(config.seed, "lora"), restore) as parameters:
         if "tune" in config.stages:
             yield from tune(stages, embedded, parameters)
-        return preview_and_store(stages, embedded.e_opt, store, name, overwrite) if run.processes.main else None
+        if not run.processes.main:
+            return None
+        sheet = preview(stages, embedded.e_opt)
+        return store.write(run.record(name), lambda writer: run.write_files(writer, embedded.e_opt, sheet), overwrite)
 
 
 @dataclass
@@ -219,12 +223,10 @@ def tune(stages: ResumableStages, embedded: Embedded, parameters: Mapping[str, P
     yield from stages.run_stage(stage, embedded.start, checkpoint, optimised_tensors)
 
 
-def preview_and_store(stages: ResumableStages, e_opt: Conditioning, store: Store, name: str, overwrite: bool) -> Adapter:
-    """Renders the preview and stores the adapter; the trained weights are in the denoiser."""
-    run = stages.run
-    with stop_while_sampling(run.base, stages.is_stopping, stages.saved_message):
-        preview = run.preview(e_opt)
-    return store.write(run.record(name), lambda writer: run.write_files(writer, e_opt, preview), overwrite)
+def preview(stages: ResumableStages, e_opt: Conditioning) -> Image.Image:
+    """Renders the preview of a run; the trained weights are in the denoiser."""
+    with stop_while_sampling(stages.run.base, stages.is_stopping, stages.saved_message):
+        return stages.run.preview(e_opt)
 
 
 def check_unfinished(store: Store, name: str, saved: Checkpoints, overwrite: bool, resume: bool) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -22,11 +23,13 @@ from ..core.noise import key
 from ..core.runtime import Processes
 from ..memory.limits import check_disk
 from ..memory.out_of_memory import assumed_from, explain_out_of_memory
+from ..memory.plan import sampled_at_once
 from ..photos.canvas import Canvas, canvas_size
 from ..photos.reading import Photo, read_photo
 from ..photos.region import Region
 from ..sampling.checks import check_prompt, check_sampling
-from .fit import Embedded, check_unfinished, checkpoint_to_resume, clear, embed, open_checked, preview_and_store, tune
+from ..sampling.shared_calls import sampled_together
+from .fit import Embedded, check_unfinished, checkpoint_to_resume, clear, embed, open_checked, preview, tune
 from .resuming.checkpoints import Checkpoint, Checkpoints
 from .resuming.stages import ResumableStages
 from .run import encode_photo, encode_run
@@ -193,13 +196,18 @@ class _Member:
         assert self.embedded is not None
         yield from tune(self.begun, self.embedded, self.layers)
 
-    def finish(self) -> Adapter:
-        """Applies the trained layers, renders the preview and stores the adapter."""
+    def preview(self) -> Image.Image:
+        """Renders the preview, with the trained layers applied."""
         assert self.embedded is not None
-        base, tune_config = self.begun.run.base, self.config.tune
-        with MODES[tune_config.mode].trainables(base, tune_config, key(self.config.seed, "lora"), True) as layers:
-            copy_into(layers, self.layers)
-            adapter = preview_and_store(self.begun, self.embedded.e_opt, self.store, self.item.name, self.item.overwrite)
+        return preview(self.begun, self.embedded.e_opt)
+
+    def finish(self, sheet: Image.Image) -> Adapter:
+        """Stores the adapter."""
+        assert self.embedded is not None
+        run, e_opt, tune_config = self.begun.run, self.embedded.e_opt, self.config.tune
+        with MODES[tune_config.mode].trainables(run.base, tune_config, key(self.config.seed, "lora"), True) as layers:
+            copy_into(layers, self.layers)  # so that the files are written by the code of a fit alone
+            adapter = self.store.write(run.record(self.item.name), lambda w: run.write_files(w, e_opt, sheet), self.item.overwrite)
         clear(self.saved, self.item.name)
         self.lock.close()
         return adapter
@@ -222,6 +230,7 @@ class _Group:
     stack: ExitStack
     members: dict[str, _Member] = field(default_factory=dict)
     lora: BatchedLora | None = None
+    places: dict[str, int] = field(default_factory=dict)
 
     def run(self, items: Sequence[Item], base: Base | None) -> Generator[PhotoReport, None, None]:
         """Runs the fits: check, open, encode, embed, tune, preview, store."""
@@ -240,14 +249,17 @@ class _Group:
         yield from self._each(_discard_checkpoints)
         yield from self._in_step({name: member.embed() for name, member in self.members.items()}, base, "embed")
         base.offload_encoders()
-        if "tune" in self.config.stages and self.members:
-            seeds = [key(member.config.seed, "lora") for member in self.members.values()]
-            with batched(base, self.config.tune, seeds) as self.lora:
+        self.places = {name: place for place, name in enumerate(self.members)}
+        with ExitStack() as stack:
+            if "tune" in self.config.stages and self.members:
+                seeds = [key(member.config.seed, "lora") for member in self.members.values()]
+                self.lora = stack.enter_context(batched(base, self.config.tune, seeds))
                 for member, layers in zip(self.members.values(), self.lora.sets, strict=True):
                     member.layers = layers
                 yield from self._in_step({name: member.tune() for name, member in self.members.items()}, base, "tune")
-            self.lora = None
-        yield from self._each(lambda member: PhotoReport(member.item.name, adapter=member.finish()))
+            sheets = self._previews(base)
+        self.lora = None
+        yield from self._each(lambda member: PhotoReport(member.item.name, adapter=member.finish(_value(sheets[member.item.name]))))
 
     def _begun(self, item: Item) -> _Member:
         """Checks and locks the name of a photo and reads the photo, before the base is opened."""
@@ -310,26 +322,44 @@ class _Group:
 
     def _in_step(self, running: dict[str, Generator[Progress, None, None]], base: Base, stage: str) -> Generator[PhotoReport, None, None]:
         """Runs a stage of all photos."""
-        places = {name: place for place, name in enumerate(running)}
-
-        @contextmanager
-        def using(names: Sequence[str]) -> Iterator[None]:
-            with ExitStack() as stack:
-                if self.lora:
-                    stack.enter_context(self.lora.using([places[name] for name in names]))
-                yield
-
         with explain_out_of_memory(base.architecture, self.config, base.runtime, stage, photos=len(running)):
-            for name, found in in_step(running, using):
+            for name, found in in_step(running, self._using):
                 if isinstance(found, StepReport):
                     yield PhotoReport(name, step=found)
                 else:
                     yield self._failed(name, found)
 
+    @contextmanager
+    def _using(self, names: Sequence[str]) -> Iterator[None]:
+        """A context in which the parts of a batch pass through the layers of these photos."""
+        with self.lora.using([self.places[name] for name in names]) if self.lora else nullcontext():
+            yield
+
+    def _previews(self, base: Base) -> dict[str, Image.Image | BaseException]:
+        """Renders the previews of all photos together, in batches that are no larger than those of the training or of an edit.
+
+        Raises:
+            Stopped: the group stops; the checkpoints of the finished stages are saved.
+        """
+        training = self.config.stages[list(self.config.stages)[-1]]
+        most = max(len(self.members) * training.batch_size, sampled_at_once(base.architecture, self.config))
+        sheets = sampled_together(base, {name: member.preview for name, member in self.members.items()}, self._using, most)
+        for sheet in sheets.values():
+            if isinstance(sheet, Stopped):
+                raise sheet
+        return sheets
+
     def _failed(self, name: str, error: Exception) -> PhotoReport:
         """Takes a photo out of the group."""
         self.members.pop(name).lock.close()
         return PhotoReport(name, error=error)
+
+
+def _value(found: Image.Image | BaseException) -> Image.Image:
+    """Returns a preview, or raises what prevented it."""
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 def _discard_checkpoints(member: _Member) -> None:

@@ -11,6 +11,7 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``writing.py``: folders that files are written to, and the errors of writing
 - ``contents.py``: embeddings, photo and weights of a stored adapter, checked before use
 - ``lora.py``: LoRA layers: attach, save, load, swap
+- ``batched.py``: LoRA layers of several adapters on one denoiser, one for each part of a batch
 - ``full.py``: full weights: train, save, load
 - ``modes.py``: what each mode trains, and which files hold it
 - ``card.py``: the ``README.md`` of an adapter

@@ -157,7 +157,7 @@ def open_checked(base: Base | None, config: RunConfig, processes: Processes, pho
         photos: number of photos that are fitted together.
     """
     if base is None:
-        base = open_base(config, photos=photos)
+        base = open_base(config, None, photos)
     else:
         check_unaltered(base)
         base.architecture.check_trainable(base.name)

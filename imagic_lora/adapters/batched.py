@@ -46,9 +46,19 @@ class BatchedLora:
         finally:
             self.rows = before
 
-    def matrices(self, name: str) -> Tensor:
-        """A matrix of all adapters in use, ``[n, ...]``. Gradients flow to those of each."""
-        return torch.stack([self.sets[row][name] for row in self.rows])
+    def rows_of(self, size: int) -> Sequence[int]:
+        """The adapter of each part of a batch of this size.
+
+        Raises:
+            ValueError: the parts cannot have one size.
+        """
+        if not self.rows or size % len(self.rows):
+            raise ValueError(f"a batch of {size} in {len(self.rows)} equal parts")
+        return self.rows
+
+    def matrices(self, name: str, rows: Sequence[int]) -> Tensor:
+        """The matrix of this name of each of these adapters, ``[n, ...]``. Gradients flow to those of each."""
+        return torch.stack([self.sets[row][name] for row in rows])
 
 
 @contextmanager
@@ -65,11 +75,29 @@ def batched(base: Base, config: TuneConfig, seeds: Sequence[int]) -> Iterator[Ba
     Yields:
         The layers. The trainable parameters of each adapter are in fp32 regardless of the base's precision.
     """
+    lora = BatchedLora(new_layers(base, config, seeds), scale_of(config))
+    with added(base, lora):
+        yield lora
+
+
+def scale_of(config: TuneConfig) -> float:
+    """The scale of what LoRA layers add: alpha / rank."""
+    return 1.0 if config.alpha is None else config.alpha / config.rank
+
+
+def new_layers(base: Base, config: TuneConfig, seeds: Sequence[int]) -> list[dict[str, Parameter]]:
+    """Returns new layers for each seed by name, as PEFT initialises them."""
     sets: list[dict[str, Parameter]] = []
     for seed in seeds:
         with attached(base, config, seed) as layers:
             sets.append({name: Parameter(layer.detach().clone()) for name, layer in layers.items()})
-    lora, hooks = BatchedLora(sets, 1.0 if config.alpha is None else config.alpha / config.rank), list[Any]()
+    return sets
+
+
+@contextmanager
+def added(base: Base, lora: BatchedLora) -> Iterator[None]:
+    """Adds layers to the denoiser while the context is open. Afterwards it is bit-equal to before."""
+    hooks: list[Any] = []
     modules: dict[str, Any] = dict(base.denoiser.named_modules())
 
     def undo() -> None:
@@ -77,10 +105,10 @@ def batched(base: Base, config: TuneConfig, seeds: Sequence[int]) -> Iterator[Ba
             hook.remove()
 
     with altered(base, undo):
-        for down in (name for name in sets[0] if ".lora_A." in name):
+        for down in (name for name in lora.sets[0] if ".lora_A." in name):
             layer = modules[down.partition(".lora_A.")[0]]
             hooks.append(layer.register_forward_hook(_adding(lora, down, down.replace(".lora_A.", ".lora_B."), _delta_of(layer))))
-        yield lora
+        yield
 
 
 def copy_into(layers: dict[str, Parameter], trained: dict[str, Parameter]) -> None:
@@ -94,11 +122,9 @@ def _adding(lora: BatchedLora, down: str, up: str, delta: Delta) -> Callable[[An
     """The forward hook of a layer; ``down`` and ``up`` are the names of its matrices."""
 
     def hook(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        (x,), parts = inputs, len(lora.rows)
-        if not parts or len(x) % parts:
-            raise ValueError(f"a batch of {len(x)} in {parts} equal parts")
-        a, b = lora.matrices(down), lora.matrices(up)
-        change = delta(x.to(a.dtype).unflatten(0, (parts, -1)), a, b)
+        x, rows = inputs[0], lora.rows_of(len(inputs[0]))
+        a, b = lora.matrices(down, rows), lora.matrices(up, rows)
+        change = delta(x.to(a.dtype).unflatten(0, (len(rows), -1)), a, b)
         return (output + change * lora.scale).to(output.dtype)
 
     return hook

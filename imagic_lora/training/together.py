@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,13 +15,14 @@ from torch.nn import Parameter
 from ..adapters.adapter import Adapter
 from ..adapters.batched import BatchedLora, batched, copy_into
 from ..adapters.modes import MODES
-from ..adapters.store import Store, check_name
+from ..adapters.store import Store
 from ..bases.architecture import Architecture
 from ..bases.base import Base
 from ..core.config import RunConfig
 from ..core.errors import ImagicError, Stopped
 from ..core.noise import key
 from ..core.runtime import Processes
+from ..core.settings import validated
 from ..memory.limits import check_disk
 from ..memory.out_of_memory import assumed_from, explain_out_of_memory
 from ..memory.plan import sampled_at_once
@@ -104,8 +106,8 @@ def fit_together(
     with ExitStack() as stack:
         group = _Group(config, store, _Latched(stop), stack)
         for report in group.run(items, base):
-            if report.step is None:
-                results[report.name] = report.adapter or report.error or RuntimeError("a report says something")
+            if outcome := report.adapter or report.error:
+                results[report.name] = outcome
             yield report
     return results
 
@@ -139,10 +141,15 @@ def _canvas_size(item: Item, photo: Photo, config: RunConfig, architecture: Arch
     return canvas_size(*size, config.resolution or architecture.resolution, architecture.size_multiple)
 
 
+def _folded(name: str) -> str:
+    """The name as file systems compare it that ignore case and final dots."""
+    return name.casefold().rstrip(".")
+
+
 def _check_group(items: Sequence[Item], config: RunConfig) -> None:
     """Raises ImagicError if these photos cannot be fitted together, whatever the base is."""
-    names = [check_name(item.name) for item in items]
-    if twins := sorted({name for name in names if sum(name.casefold() == other.casefold() for other in names) > 1}):
+    count = Counter(_folded(item.name) for item in items)
+    if twins := [item.name for item in items if count[_folded(item.name)] > 1]:
         raise ImagicError(f"several photos of the name {', '.join(twins)}", "a name for each photo", "choose other names")
     if not items:
         raise ImagicError("no photos to fit", "at least one", "give some")
@@ -264,7 +271,8 @@ class _Group:
     def _begun(self, item: Item) -> _Member:
         """Checks and locks the name of a photo and reads the photo, before the base is opened."""
         check_prompt(item.prompt)
-        config = self.config if item.seed is None else self.config.model_copy(update={"seed": item.seed})
+        seed = self.config.seed if item.seed is None else validated({"seed": item.seed}).seed
+        config = self.config.model_copy(update={"seed": seed})
         saved = Checkpoints(self.store.checkpoints(item.name))
         with ExitStack() as own:
             store = own.enter_context(self.store.locked(item.name))

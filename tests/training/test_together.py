@@ -310,7 +310,7 @@ def test_a_photo_that_fails_leaves_the_others_as_they_are(
 def test_photos_that_cannot_be_fitted_do_not_end_the_others(
     base_of: Callable[..., Base], folders_of: Callable[[str], Path], photos: list[Path], tmp_path: Path
 ) -> None:
-    """No file, an empty prompt, a taken name, nothing to resume, a region outside."""
+    """No file, an empty prompt, a taken name, a name that is a path, a negative seed, nothing to resume, a region outside."""
     base, config, store = base_of("sd"), config_of(folders_of("sd")), Store(tmp_path / "store")
     alone(items_of(photos)[:1], config, store, base)
     good = items_of(photos)[0]
@@ -319,11 +319,13 @@ def test_photos_that_cannot_be_fitted_do_not_end_the_others(
         replace(good, name="missing", photo=tmp_path / "none.png"),
         replace(good, name="empty", prompt=" "),
         replace(good, name="nothing", resume=True),
+        replace(good, name="seed", seed=-1),
+        replace(good, name="../path"),
         replace(good, name="outside", region=Region(0, 0, 99, 99)),
         replace(good, name="good"),
     ]
     results = run(items, config, store, base)
-    assert [type(found) for found in results.values()] == [ImagicError] * 5 + [Adapter]
+    assert [type(found) for found in results.values()] == [ImagicError] * 7 + [Adapter]
     assert store.names() == ["good", "photo-0"]
     assert not list(tmp_path.rglob("*.lock"))
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .sampling.editor import Editor
     from .training.configure import configure
     from .training.fit import fit, open_base, result
-    from .training.together import Item, fit_together
+    from .training.grouping import Item
+    from .training.together import fit_together
 
     __version__: str
 
@@ -26,7 +27,7 @@ __all__ = ["Editor", "Item", "RunConfig", "Store", "__version__", "configure", "
 
 _SOURCES = {  # module and attribute of each public name
     "Editor": ("sampling.editor", "Editor"),
-    "Item": ("training.together", "Item"),
+    "Item": ("training.grouping", "Item"),
     "RunConfig": ("core.config", "RunConfig"),
     "Store": ("adapters.store", "Store"),
     "configure": ("training.configure", "configure"),

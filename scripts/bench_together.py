@@ -30,8 +30,9 @@ from imagic_lora.core.settings import merged
 from imagic_lora.critters import caption, render, scene_at
 from imagic_lora.training.configure import configure
 from imagic_lora.training.fit import fit, open_base
+from imagic_lora.training.grouping import Item
 from imagic_lora.training.rehearsal import random_base
-from imagic_lora.training.together import Item, fit_together
+from imagic_lora.training.together import fit_together
 
 
 def critters(share: float) -> tuple[RunConfig, Base]:

@@ -252,11 +252,11 @@ def _step(stages: Sequence[Stage], k: int) -> None:
     """A step of one stage, or of the stages of photos that are fitted together."""
     if len(stages) == 1:
         stages[0].step(k)
-        return
-    steps = [stage.shared_step(k) for stage in stages]
-    run_together([next(step) for step in steps])
-    for step in steps:
-        next(step, None)
+    else:
+        steps = [stage.shared_step(k) for stage in stages]
+        run_together([next(step) for step in steps])
+        for step in steps:
+            next(step, None)
 
 
 def _training_peak(stages: Sequence[Stage], run: RunConfig, tracker: Tracker) -> Peak:

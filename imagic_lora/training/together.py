@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
@@ -16,7 +14,6 @@ from ..adapters.adapter import Adapter
 from ..adapters.batched import BatchedLora, batched, copy_into
 from ..adapters.modes import MODES
 from ..adapters.store import Store
-from ..bases.architecture import Architecture
 from ..bases.base import Base
 from ..core.config import RunConfig
 from ..core.errors import ImagicError, Stopped
@@ -26,42 +23,17 @@ from ..core.settings import validated
 from ..memory.limits import check_disk
 from ..memory.out_of_memory import assumed_from, explain_out_of_memory
 from ..memory.plan import sampled_at_once
-from ..photos.canvas import Canvas, canvas_size
+from ..photos.canvas import Canvas
 from ..photos.reading import Photo, read_photo
-from ..photos.region import Region
-from ..sampling.checks import check_prompt, check_sampling
+from ..sampling.checks import check_prompt
 from ..sampling.shared_calls import sampled_together
 from .fit import Embedded, check_unfinished, checkpoint_to_resume, clear, embed, open_checked, preview, tune
+from .grouping import Item, canvas_of, check_group
 from .resuming.checkpoints import Checkpoint, Checkpoints
 from .resuming.stages import ResumableStages
 from .run import encode_photo, encode_run
 from .shared import in_step
 from .stage import Progress, StepReport
-
-
-@dataclass(frozen=True)
-class Item:
-    """A photo of a group, and what differs from those of the others.
-
-    Args:
-        photo: path of the photo.
-        prompt: the target prompt.
-        name: name of the adapter.
-        seed: None for the seed of the settings.
-        region: the part of the photo to fit; all of it by default.
-        store_photo: whether the adapter keeps the photo's file.
-        overwrite: replaces an adapter and an unfinished fit of the same name.
-        resume: continues from the newest intact checkpoint of that name.
-    """
-
-    photo: Path
-    prompt: str
-    name: str
-    seed: int | None = None
-    region: Region | None = None
-    store_photo: bool = True
-    overwrite: bool = False
-    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +53,8 @@ def fit_together(
 
     Every photo has an embedding, LoRA layers, an optimizer, a seed, checkpoints and an adapter of its own, the same as if it was fitted
     alone, up to rounding. An interrupted fit can be resumed in any group, or alone. A photo whose fit fails does not end the others.
-    :func:`groups` finds photos that can be fitted together, and :func:`~imagic_lora.memory.presets.most_together` how many.
+    :func:`~imagic_lora.training.grouping.groups` finds photos that can be fitted together, and
+    :func:`~imagic_lora.memory.presets.most_together` how many.
 
     Args:
         items: the photos; all have a canvas of one size.
@@ -101,7 +74,7 @@ def fit_together(
         OutOfMemory: a pass of all photos does not fit the memory; checkpoints are saved, and fewer photos need less.
         ImagicError: the settings or the base do not allow a group, or the canvases of the photos differ.
     """
-    _check_group(items, config)
+    check_group(items, config)
     results: dict[str, Adapter | Exception] = {}
     with ExitStack() as stack:
         group = _Group(config, store, _Latched(stop), stack)
@@ -110,53 +83,6 @@ def fit_together(
                 results[report.name] = outcome
             yield report
     return results
-
-
-def groups(items: Iterable[Item], config: RunConfig, architecture: Architecture, most: int) -> Iterator[list[Item]]:
-    """Sorts photos into groups of one canvas size, reading them one after the other; a group is yielded as soon as it is full.
-
-    Args:
-        items: the photos. One that cannot be read is a group of its own, whose fit gives the reason.
-        config: the settings of their fits.
-        architecture: that of the base.
-        most: largest number of photos in a group.
-    """
-    open_groups: dict[tuple[int, int], list[Item]] = {}
-    for item in items:
-        try:
-            size = _canvas_size(item, read_photo(item.photo), config, architecture)
-        except (ImagicError, OSError):
-            yield [item]
-            continue
-        open_groups.setdefault(size, []).append(item)
-        if len(open_groups[size]) >= most:
-            yield open_groups.pop(size)
-    yield from open_groups.values()
-
-
-def _canvas_size(item: Item, photo: Photo, config: RunConfig, architecture: Architecture) -> tuple[int, int]:
-    if item.region:
-        item.region.check_inside(photo.image.size)
-    size = item.region.size if item.region else photo.image.size
-    return canvas_size(*size, config.resolution or architecture.resolution, architecture.size_multiple)
-
-
-def _folded(name: str) -> str:
-    """The name as file systems compare it that ignore case and final dots."""
-    return name.casefold().rstrip(".")
-
-
-def _check_group(items: Sequence[Item], config: RunConfig) -> None:
-    """Raises ImagicError if these photos cannot be fitted together, whatever the base is."""
-    count = Counter(_folded(item.name) for item in items)
-    if twins := [item.name for item in items if count[_folded(item.name)] > 1]:
-        raise ImagicError(f"several photos of the name {', '.join(twins)}", "a name for each photo", "choose other names")
-    if not items:
-        raise ImagicError("no photos to fit", "at least one", "give some")
-    if config.tune.mode == "full":
-        expected = "--mode lora or --mode embedding: in mode full every photo changes the whole denoiser"
-        raise ImagicError("--mode full for photos that are fitted together", expected, "change --mode, or fit one photo at a time")
-    check_sampling(config.edit)
 
 
 @dataclass
@@ -296,7 +222,7 @@ class _Group:
         if self.config.memory.optimizer_in_backward and len(members) > 1:
             got = "--optimizer-in-backward for photos that are fitted together"
             raise ImagicError(got, "an optimizer that runs after the backward pass of all", "use --no-optimizer-in-backward")
-        sizes = {name: _canvas_size(member.item, member.photo, self.config, base.architecture) for name, member in self.members.items()}
+        sizes = {name: canvas_of(member.item, member.photo, self.config, base.architecture) for name, member in self.members.items()}
         if len(set(sizes.values())) > 1:
             got = f"canvases of different sizes: {', '.join(f'{name} {width}x{height}' for name, (width, height) in sizes.items())}"
             raise ImagicError(got, "photos whose canvases have one size", "fit them in groups of one size")

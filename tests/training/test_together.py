@@ -31,9 +31,10 @@ from imagic_lora.core.settings import merged
 from imagic_lora.memory.limits import OutOfMemory
 from imagic_lora.photos.region import Region
 from imagic_lora.training.fit import fit, result
+from imagic_lora.training.grouping import Item, groups
 from imagic_lora.training.objective import denoising_loss
 from imagic_lora.training.resuming.checkpoints import Checkpoints
-from imagic_lora.training.together import Item, PhotoReport, fit_together, groups
+from imagic_lora.training.together import PhotoReport, fit_together
 
 SAVED: dict[str, Callable[[Path], Path]] = {"sd": save_tiny, "sdxl": save_tiny_sdxl, "sd3": save_tiny_sd3, "klein": save_tiny_klein}
 PROMPTS = ("a cat", "two dogs", "b")

@@ -126,7 +126,7 @@ def test_the_analytic_plan_is_near_the_exact_one(case: Case, wide: Path) -> None
         pytest.param("sd15", "lora", {"memory": {"gradient_checkpointing": True}}, 4, marks=pytest.mark.slow),
         pytest.param("sd15", "lora", {"tune": {"targets": "attention+conv"}, "resolution": 256}, 4, marks=pytest.mark.slow),
     ],
-    ids=named,
+    ids=str,
 )
 def test_photos_that_are_fitted_together_are_planned(base: str, mode: Mode, changes: dict[str, Any], photos: int, wide: Path) -> None:
     """The training stages are within a tenth of the exact plan, and need more than those of one photo."""

@@ -393,7 +393,7 @@ def test_photos_stop_early_one_by_one(
     """Each after as many steps as alone, with previews made by its own layers on the way."""
     base, items = base_of("sd"), items_of(photos)
     changes = {"embed": {"steps": 12}, "tune": {"steps": 12}, "edit": {"steps": 2}}
-    monitoring = {"convergence_every": 1, "early_stop": "both", "patience": 1, "min_improvement": 0.0, "preview_every": 2}
+    monitoring = {"convergence_every": 2, "early_stop": "both", "patience": 1, "min_improvement": 0.002, "preview_every": 2}
     config = config_of(folders_of("sd"), changes | {"monitoring": monitoring})
     singles, found = alone(items, config, Store(tmp_path / "alone"), base), run(items, config, Store(tmp_path / "group"), base)
     done = [{stage: one.done for stage, one in single.record.stages.items()} for single in singles.values()]

@@ -18,20 +18,17 @@ from statistics import median
 
 import torch
 from diffusers.utils import logging
-from PIL import Image
 
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bases.loading.progress import hide_progress_bars
 from imagic_lora.core.config import RunConfig
-from imagic_lora.core.runtime import peak_memory, resolve_runtime
+from imagic_lora.core.runtime import peak_memory
 from imagic_lora.core.settings import merged
 from imagic_lora.critters import caption, render, scene_at
 from imagic_lora.training.configure import configure
 from imagic_lora.training.fit import fit, open_base
 from imagic_lora.training.grouping import Item
-from imagic_lora.training.rehearsal import random_base
 from imagic_lora.training.together import fit_together
 
 
@@ -41,16 +38,6 @@ def critters(share: float) -> tuple[RunConfig, Base]:
     steps = {name: {"steps": max(1, round(share * getattr(full, name).steps))} for name in ("embed", "tune", "edit")}
     config = configure(merged({"base": "critters", "memory": {"device": "cpu"}}, steps))
     return config, open_base(config)
-
-
-def sd15(side: int) -> tuple[RunConfig, Base]:
-    """The U-Net of Stable Diffusion 1.5 with random weights, on small latents, and few steps."""
-    steps = {"embed": {"steps": 3}, "tune": {"steps": 3}, "edit": {"steps": 1, "guidance_scale": 1.0}}
-    config = configure(
-        merged({"base": "sd15", "resolution": side, "memory": {"device": "cpu"}, "monitoring": {"convergence_every": 0}}, steps)
-    )
-    torch.manual_seed(0)
-    return config, random_base(architecture("sd15"), config, resolve_runtime(config.memory))
 
 
 def measure(items: Sequence[Item], config: RunConfig, base: Base, together: bool) -> tuple[float, float, dict[str, float]]:
@@ -80,22 +67,20 @@ def measure(items: Sequence[Item], config: RunConfig, base: Base, together: bool
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", choices=("critters", "sd15"), default="critters")
     parser.add_argument("--photos", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--share", type=float, default=0.2, help="share of the steps of the recipe of critters")
-    parser.add_argument("--side", type=int, default=64, help="side of the photos on sd15, in pixels: eight times that of the latents")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hide_progress_bars()
-    config, base = critters(args.share) if args.base == "critters" else sd15(args.side)
+    config, base = critters(args.share)
     with tempfile.TemporaryDirectory() as folder:
         items: list[Item] = []
         for k in range(args.photos):
             scene, path = scene_at(3, k), Path(folder) / f"{k}.png"
-            render(scene).resize((args.side, args.side), Image.Resampling.BICUBIC).save(path)
+            render(scene).save(path)
             items.append(Item(path, caption(scene), f"photo-{k}", seed=k))
         measure(items[:2], config, base, True)
         if args.profile:
@@ -115,7 +100,7 @@ def main() -> None:
                 print(f"{way:12} {hourly}; {seconds:6.1f} s ({parts}), clock {clock:.1f} s")
             print(f"ratio {ratios[-1]:.2f}, of the clock {found[False][1] / found[True][1]:.2f}", flush=True)
     threads, peak = torch.get_num_threads(), peak_memory(torch.device("cpu")) / 2**30
-    print(f"{args.base}, median ratio {median(ratios):.2f} of {args.pairs} pairs, {threads} threads, peak {peak:.1f} GiB")
+    print(f"critters, median ratio {median(ratios):.2f} of {args.pairs} pairs, {threads} threads, peak {peak:.1f} GiB")
 
 
 if __name__ == "__main__":

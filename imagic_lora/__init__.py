@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from .sampling.editor import Editor
     from .training.configure import configure
     from .training.fit import fit, open_base, result
+    from .training.grouping import Item
+    from .training.together import fit_together
 
     __version__: str
 
-__all__ = ["Editor", "RunConfig", "Store", "__version__", "configure", "fit", "open_base", "plan", "result"]
+__all__ = ["Editor", "Item", "RunConfig", "Store", "__version__", "configure", "fit", "fit_together", "open_base", "plan", "result"]
 
 _SOURCES = {  # module and attribute of each public name
     "Editor": ("sampling.editor", "Editor"),
+    "Item": ("training.grouping", "Item"),
     "RunConfig": ("core.config", "RunConfig"),
     "Store": ("adapters.store", "Store"),
     "configure": ("training.configure", "configure"),
     "fit": ("training.fit", "fit"),
+    "fit_together": ("training.together", "fit_together"),
     "open_base": ("training.fit", "open_base"),
     "plan": ("memory.plan", "predict"),
     "result": ("training.fit", "result"),

@@ -7,26 +7,26 @@ cases do not influence each other, and the images equal those of the benchmark u
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import yaml
 from study_store import MEMORY
 from torch import Tensor
 from torch.nn import Parameter
 
-from imagic_lora.adapters.lora import attached
+from imagic_lora.adapters.batched import BatchedLora, added, new_layers, scale_of
 from imagic_lora.bases.base import Base
 from imagic_lora.bench.cases import Case
 from imagic_lora.bench.catalogue import defaults
 from imagic_lora.core.conditioning import Conditioning, concatenate
-from imagic_lora.core.config import Config, EditConfig, EmbedConfig, RunConfig, TuneConfig
+from imagic_lora.core.config import Config, EditConfig, RunConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.noise import key, noise_at, times_at
+from imagic_lora.core.noise import key
+from imagic_lora.core.runtime import Processes
 from imagic_lora.core.settings import differences, merged
 from imagic_lora.critters import SIZE, caption, longest_caption, render
 from imagic_lora.photos.canvas import Canvas, to_pixels
@@ -34,10 +34,12 @@ from imagic_lora.sampling.diffusion import DiffusionSampler
 from imagic_lora.sampling.inversion import NoiseRecorder, invert
 from imagic_lora.sampling.mixing import mixed
 from imagic_lora.sampling.pipelines import negative
-from imagic_lora.training.objective import denoising_loss
-from imagic_lora.training.optimizers import build_optimizer
+from imagic_lora.training.embed import embed_stage, optimised
+from imagic_lora.training.shared import in_step
+from imagic_lora.training.stage import Stage
+from imagic_lora.training.stage import train as stage_of
+from imagic_lora.training.tune import tune_stage
 
-ENCODER = "text_encoder"
 UNSUPPORTED: Any = {"embed": {"noise", "tokens", "relative"}, "memory": True, "monitoring": {"early_stop"}, "resolution": True}
 """Settings that a batch of fits has only at these values: those of ``RunConfig(memory=MEMORY)``."""
 
@@ -113,56 +115,54 @@ class Variant:
 
 @dataclass
 class Fitted:
-    """The fits of all cases: the embeddings of each, and LoRA layers by name, ``[cases, ...]``."""
+    """The fits of all cases: the embeddings of each, and LoRA layers by name."""
 
     targets: list[Conditioning]
     optimised: list[Conditioning]
-    layers: dict[str, Parameter]
+    layers: list[dict[str, Parameter]]
 
 
-def own_layers(base: Base, config: TuneConfig, cases: Sequence[Case]) -> dict[str, Parameter]:
-    """LoRA layers of every case by name, ``[cases, ...]``, initialised by :func:`imagic_lora.adapters.lora.attached`."""
-    initial: list[dict[str, Tensor]] = []
-    for case in cases:
-        with attached(base, config, key(case.index, "lora")) as layers:
-            initial.append({name: layer.detach().clone() for name, layer in layers.items()})
-    return {name: Parameter(torch.stack([layers[name] for layers in initial])) for name in initial[0]}
+class CaseLora(BatchedLora):
+    """The layers of the cases, one set a sample.
+
+    Args:
+        sets: the layers of each case. In a batch of ``n * cases`` samples while sampling they repeat ``n`` times.
+        variant: scale, and whether the rank falls.
+        sampling: whether images are sampled; the parts of a batch of the training have cases of their own.
+    """
+
+    def __init__(self, sets: Sequence[dict[str, Parameter]], variant: Variant, sampling: bool) -> None:
+        super().__init__(sets, scale_of(variant.config.tune) * (variant.options.lora_scale if sampling else 1.0))
+        self.sampling, self.rank_falls, self.rank = sampling, variant.options.rank_falls, variant.config.tune.rank
+        self.times = torch.zeros(())
+
+    def rows_of(self, size: int) -> Sequence[int]:
+        if self.sampling:
+            return [*range(len(self.sets))] * (size // len(self.sets))
+        return [row for row in super().rows_of(size) for _ in range(size // len(self.rows))]
+
+    def matrices(self, name: str, rows: Sequence[int]) -> Tensor:
+        found = super().matrices(name, rows)
+        if not self.rank_falls or ".lora_A." in name:
+            return found
+        kept = (self.rank * (1 - self.times.float() / 1000)).floor() + 1  # at least one, at most the rank
+        mask = torch.arange(self.rank) < kept.expand(len(rows))[:, None]
+        return found * mask.view(len(rows), 1, -1, *(1,) * (found.ndim - 3))
 
 
 @contextmanager
-def applied(base: Base, layers: Mapping[str, Tensor], variant: Variant, sampling: bool = True) -> Iterator[None]:
-    """Adds LoRA layers to the denoiser, one set per sample; a batch of ``n * cases`` samples repeats the sets ``n`` times."""
-    config, options = variant.config.tune, variant.options
-    scale = (1.0 if config.alpha is None else config.alpha / config.rank) * (options.lora_scale if sampling else 1.0)
-    modules: dict[str, Any] = dict(base.denoiser.named_modules())
-    times: list[Tensor] = []
-    hooks = [base.denoiser.register_forward_pre_hook(lambda _, args: times.__setitem__(slice(None), [args[1]]))]
-    for name in sorted({name.split(".lora_")[0] for name in layers}):
-        down, up = (next(value for key, value in layers.items() if key.startswith(f"{name}.lora_{part}.")) for part in "AB")
-        hooks.append(modules[name].register_forward_hook(_added(down, up, scale, times if options.rank_falls else None)))
+def applied(base: Base, layers: Sequence[dict[str, Parameter]], variant: Variant, sampling: bool = True) -> Iterator[CaseLora | None]:
+    """Adds LoRA layers to the denoiser, one set a case; none in mode embedding."""
+    if not layers:
+        yield None
+        return
+    lora = CaseLora(layers, variant, sampling)
+    hook = base.denoiser.register_forward_pre_hook(lambda _, args: setattr(lora, "times", args[1]))
     try:
-        yield
+        with added(base, lora):
+            yield lora
     finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _added(down: Tensor, up: Tensor, scale: float, times: list[Tensor] | None) -> Any:
-    """A forward hook that adds ``scale * up(down(x))`` to a linear layer or a convolution; with times, at a rank that falls with them."""
-
-    def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        (x,) = inputs[:1]
-        repeats, rank = len(x) // len(down), down.shape[1]
-        a, b = (layer.flatten(2).repeat(repeats, 1, 1) for layer in (down, up))
-        if times is not None:
-            kept = (rank * (1 - times[0].float() / 1000)).floor() + 1  # at least one, at most the rank
-            b = b * (torch.arange(rank) < kept.expand(len(x))[:, None])[:, None]
-        if isinstance(module, torch.nn.Linear):
-            return output + scale * (x @ a.mT @ b.mT)
-        columns = F.unfold(x, module.kernel_size, padding=module.padding, stride=module.stride)
-        return output + scale * (b @ (a @ columns)).view_as(output)
-
-    return hook
+        hook.remove()
 
 
 def encoded(base: Base, cases: Sequence[Case]) -> Tensor:
@@ -170,55 +170,31 @@ def encoded(base: Base, cases: Sequence[Case]) -> Tensor:
     return torch.cat([base.encode_image(to_pixels(render(case.source))) for case in cases])
 
 
-def train(
-    base: Base,
-    latents: Tensor,
-    conditioning: Callable[[], Conditioning],
-    parameters: Sequence[Parameter],
-    stage: Literal["embed", "tune"],
-    config: EmbedConfig | TuneConfig,
-    cases: Sequence[Case],
-) -> None:
-    """Trains parameters for all cases together."""
-    optimizer, samples = build_optimizer("adam", parameters, config.learning_rate), range(config.batch_size)
-    for step in range(config.steps):
-        noise = torch.stack([noise_at(case.index, stage, step, samples, tuple(latents.shape[1:])) for case in cases])
-        times = torch.stack([times_at(case.index, stage, step, samples, config.batch_size, config.timesteps) for case in cases])
-        for sample in samples:
-            loss = denoising_loss(base, latents, conditioning(), noise[:, sample], times[:, sample])
-            (loss.sum() / config.batch_size).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+def train(stages: Sequence[Stage], lora: BatchedLora | None = None) -> None:
+    """Runs the stages of all cases together, as :func:`imagic_lora.training.together.fit_together` does."""
+    for stage in stages:
+        stage.shared = True
+    for _, report in in_step({k: stage_of(stage) for k, stage in enumerate(stages)}, lora.using if lora else lambda _: nullcontext()):
+        if isinstance(report, Exception):
+            raise report
 
 
 def fitted(base: Base, latents: Tensor, cases: Sequence[Case], variant: Variant) -> Fitted:
     """Fits all cases with the settings of a variant."""
     config, prompts = variant.config, [PROMPTS[variant.options.initial](case) for case in cases]
-    in_vectors = config.embed.space == "input"
-    encode = base.encode_vectors if in_vectors else base.encode_prompt
-    targets = [encode(case.prompt) for case in cases]
-    start = torch.cat([each.vectors[ENCODER] if in_vectors else each.tokens for each in map(encode, prompts)]).detach()
-    masks = [base.vector_masks(prompt)[ENCODER] for prompt in prompts] if in_vectors else []
-    trained = torch.cat([words | padding for words, padding in masks])[..., None] if in_vectors else torch.tensor(True)
-    tokens = Parameter(start.clone())
-
-    def current() -> Conditioning:
-        if not in_vectors:
-            return Conditioning(tokens)
-        return Conditioning(base.encode_vectors("", {ENCODER: torch.where(trained, tokens, start)}).tokens)
-
-    train(base, latents, current, [tokens], "embed", config.embed, cases)
+    encode = base.encode_vectors if config.embed.space == "input" else base.encode_prompt
+    given = list(zip(latents.split(1), prompts, cases, strict=True))
+    stages = [embed_stage(base, own, encode(text), config.embed, case.index, Processes(), text) for own, text, case in given]
+    train(stages)
     with torch.no_grad():
-        optimised = Conditioning(current().tokens.detach())
-    layers = own_layers(base, config.tune, cases) if "tune" in config.stages else {}
-    if layers:
-        with applied(base, layers, variant, sampling=False):
-            train(base, latents, lambda: optimised, list(layers.values()), "tune", config.tune, cases)
-    vectors = torch.where(trained, tokens, start).detach()
-    found = [
-        Conditioning(optimised.tokens[k : k + 1], vectors={ENCODER: vectors[k : k + 1]} if in_vectors else {}) for k in range(len(cases))
-    ]
-    return Fitted(targets, found, layers)
+        found = [optimised(stage) for stage in stages]
+    layers: list[dict[str, Parameter]] = []
+    if "tune" in config.stages:
+        layers = new_layers(base, config.tune, [key(case.index, "lora") for case in cases])
+        with applied(base, layers, variant, sampling=False) as lora:
+            tuned = zip(given, found, layers, strict=True)
+            train([tune_stage(base, own, e, ps, config.tune, case.index, Processes()) for (own, _, case), e, ps in tuned], lora)
+    return Fitted([encode(case.prompt) for case in cases], found, layers)
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def measured(study: Study, seed: int, cases: Sequence[Case], variant: Variant) -
         found = base.encode_image(torch.cat([to_pixels(image) for image in images]))
         references = references if len(references) else found
         for k, case in enumerate(cases):
-            target, optimised, own = fit.targets[k], fit.optimised[k], {name: layer[k : k + 1] for name, layer in fit.layers.items()}
+            target, optimised, own = fit.targets[k], fit.optimised[k], fit.layers[k : k + 1]
             aligned = {"untuned": alignment(base, found[k : k + 1], target, optimised, PROBES)[0]}
             with applied(base, own, variant):
                 (aligned["tuned"],) = alignment(base, found[k : k + 1], target, optimised, PROBES)

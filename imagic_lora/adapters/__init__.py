@@ -12,6 +12,7 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``durable.py``: single files that survive a crash: a text replaced atomically, a log of events
 - ``contents.py``: embeddings, photo and weights of a stored adapter, checked before use
 - ``lora.py``: LoRA layers: attach, save, load, swap
+- ``batched.py``: LoRA layers of several adapters on one denoiser, one for each part of a batch
 - ``full.py``: full weights: train, save, load
 - ``modes.py``: what each mode trains, and which files hold it
 - ``card.py``: the ``README.md`` of an adapter

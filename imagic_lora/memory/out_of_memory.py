@@ -17,7 +17,13 @@ _DTYPE_NAMES = {"torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat1
 
 @contextmanager
 def explain_out_of_memory(
-    base: Architecture, run: RunConfig, runtime: Any, stage: str, kept: Callable[[], str] = lambda: "", levers: Levers = FIT_LEVERS
+    base: Architecture,
+    run: RunConfig,
+    runtime: Any,
+    stage: str,
+    kept: Callable[[], str] = lambda: "",
+    levers: Levers = FIT_LEVERS,
+    photos: int = 1,
 ) -> Iterator[None]:
     """Converts an out-of-memory exception of the code inside into :class:`~imagic_lora.memory.limits.OutOfMemory`.
 
@@ -28,6 +34,7 @@ def explain_out_of_memory(
         stage: name of the stage that runs inside.
         kept: called only when memory runs out; returns a statement of what is saved, without a full stop, or "".
         levers: memory levers of the command.
+        photos: number of photos that are fitted together.
 
     Raises:
         OutOfMemory: memory ran out. Other exceptions pass unchanged.
@@ -37,7 +44,8 @@ def explain_out_of_memory(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise out_of_memory_error(base, run, assumed_from(runtime), stage, available_memory(runtime.device), kept(), levers) from error
+        free = available_memory(runtime.device)
+        raise out_of_memory_error(base, run, assumed_from(runtime), stage, free, kept(), levers, photos) from error
 
 
 def assumed_from(runtime: Any) -> Assumed:

@@ -137,23 +137,29 @@ def passes_per_step(architecture: Architecture, run: RunConfig) -> int:
     return 2 if run.edit.guidance_scale > 1 and architecture.guidance == "cfg" and architecture.process == "diffusion" else 1
 
 
+def sampled_at_once(architecture: Architecture, run: RunConfig) -> int:
+    """Number of samples in a pass through the denoiser while images are sampled."""
+    return run.edit.batch_size * passes_per_step(architecture, run)
+
+
 def denoiser_waits_in_host_memory(run: RunConfig, assumed: Assumed) -> bool:
     """Whether the denoiser stays in host memory while photo and prompt are encoded; a 4-bit denoiser is quantized on the card at once."""
     return assumed.device == "cuda" and run.memory.idle != "keep" and run.memory.quantize == "none"
 
 
-def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None = None) -> Plan:
+def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None = None, photos: int = 1) -> Plan:
     """Predicts the memory of a run from symbolic forward and backward passes of its models.
 
     Args:
         architecture: configs of the base's components.
         run: settings of the run.
         assumed: None for :func:`assume` of the run.
+        photos: number of photos that are fitted together, in one batch; the adapter and the checkpoint are those of one.
 
     Raises:
         NotPlanned: the denoiser is a transformer, or has parts that :mod:`imagic_lora.memory.symbolic.unet` does not model.
     """
-    planner = _Planner(architecture, run, assumed or assume(run))
+    planner = _Planner(architecture, run, assumed or assume(run), photos=photos)
     return planner.plan(planner.stages())
 
 
@@ -178,8 +184,8 @@ def plan_from_peaks(
 class _Planner:
     """Predicts the peak of each stage of a run."""
 
-    def __init__(self, architecture: Architecture, run: RunConfig, assumed: Assumed, counts: Counts | None = None) -> None:
-        self.architecture, self.run, self.assumed = architecture, run, assumed
+    def __init__(self, architecture: Architecture, run: RunConfig, assumed: Assumed, counts: Counts | None = None, photos: int = 1) -> None:
+        self.architecture, self.run, self.assumed, self.photos = architecture, run, assumed, photos
         self.full = run.tune.mode == "full"
         self.itemsize = _ITEMSIZES[assumed.dtype]
         self.pixels = (run.resolution or architecture.resolution) ** 2
@@ -210,16 +216,20 @@ class _Planner:
         run, unet = self.run, self.unet
         keeps_encoders = run.memory.idle == "keep"
         training = unet.bytes + (self.encoders if keeps_encoders else 0)
-        tuned = training + self.trained.added
+        tuned = training + self.photos * self.trained.added
         sampling = tuned + (0 if keeps_encoders else self.vae)
         encoding = self.encoders + (0 if denoiser_waits_in_host_memory(run, self.assumed) else unet.bytes)
-        batch = run.edit.batch_size * passes_per_step(self.architecture, run)
+        batch = sampled_at_once(self.architecture, run)
+        if self.photos > 1:  # their previews are sampled together, in batches as large as those of the last stage
+            batch = max(batch, self.photos * list(run.stages.values())[-1].batch_size)
         sample = Peak(sampling, 0, 0, self._denoiser_pass(tuned=True, batch=batch)[1])
         decode = Peak(sampling, 0, 0, self._vae_pass(decode=True, images=run.edit.batch_size)[1])
-        preview = Peak(sampling, 0, self.trained.states, max(sample.activations, decode.activations))
-        embed = Peak(training, 0, 0, self._denoiser_pass(batch=run.embed.batch_size, trains="embed")[1])
+        preview = Peak(sampling, 0, self.photos * self.trained.states, max(sample.activations, decode.activations))
+        embed = Peak(training, 0, 0, self._denoiser_pass(batch=self.photos * run.embed.batch_size, trains="embed")[1])
         if run.embed.space == "input":  # the encoders stay until the end of the stage, and their activations until the backward pass
-            embed = replace(embed, weights=unet.bytes + self.encoders, activations=embed.activations + self._text_activations())
+            embed = replace(
+                embed, weights=unet.bytes + self.encoders, activations=embed.activations + self.photos * self._text_activations()
+            )
         return {
             "encode": Peak(encoding, 0, 0, self._vae_pass(decode=False)[1]),
             "embed": embed,
@@ -243,9 +253,9 @@ class _Planner:
         return self.itemsize * elements
 
     def _tune(self, weights: int) -> Peak:
-        held = self._denoiser_pass(tuned=True, batch=self.run.tune.batch_size, trains="tune")[1]
-        gradients = 0 if self.run.memory.optimizer_in_backward else self.trained.weights
-        return Peak(weights, gradients, self.trained.states, max(held, gradients) - gradients)
+        held = self._denoiser_pass(tuned=True, batch=self.photos * self.run.tune.batch_size, trains="tune")[1]
+        gradients = 0 if self.run.memory.optimizer_in_backward else self.photos * self.trained.weights
+        return Peak(weights, gradients, self.photos * self.trained.states, max(held, gradients) - gradients)
 
     def _denoiser_pass(self, tuned: bool = False, batch: int = 1, trains: Literal["embed", "tune"] | None = None) -> tuple[Layers, int]:
         """Runs the symbolic denoiser once.
@@ -288,6 +298,7 @@ class _Planner:
             trained=self.full and trains == "tune",
             rank=run.tune.rank if lora else 0,
             targets=self.architecture.lora_targets.get(run.tune.targets, ()) if lora else (),
+            adapters=self.photos if trains == "tune" else 1,
             four_bit=run.memory.quantize == "nf4",
             fp32_norms=self.assumed.device == "cuda",
         )

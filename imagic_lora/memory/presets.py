@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from .symbolic.layers import NotPlanned
 _FASTEST_FIRST: tuple[Preset, ...] = ("24gb", "16gb", "12gb", "8gb")
 _SHARE = 0.9  # of the free memory that a plan may use
 _MAX_BATCH = 16  # a larger one is hardly faster on any device
+_MAX_TOGETHER = 64  # photos in a batch
 EDIT_STAGES = ("encode", "sample", "decode")
 """The stages of a plan that an edit runs."""
 
@@ -135,6 +137,29 @@ def largest_batch(base: Architecture, run: RunConfig, assumed: Assumed, free: in
     except NotPlanned:
         pass
     return size
+
+
+def most_together(base: Architecture, run: RunConfig, assumed: Assumed, free: int, photos: int) -> int:
+    """Returns how many photos can be fitted together: the most, up to a number, whose predicted peak fits 90 percent of the free memory.
+
+    Args:
+        base: configs of the base's components. Where its memory cannot be predicted, one photo is fitted at a time.
+        run: settings of the fits; those of mode full are not fitted together.
+        assumed: device, precision and optimizer of the fits.
+        free: free bytes on the device before anything is loaded.
+        photos: number of photos, at least 1.
+    """
+    if run.tune.mode == "full" or run.memory.optimizer_in_backward:
+        return 1
+
+    def fits(count: int) -> bool:
+        plan = predict(base, run, assumed, count)
+        return plan.peak_bytes - plan.context <= _SHARE * free
+
+    try:
+        return max(1, bisect_right(range(1, min(photos, _MAX_TOGETHER) + 1), 0, key=lambda count: not fits(count)))
+    except NotPlanned:
+        return 1
 
 
 def assumed_for(run: RunConfig, card: Assumed | None = None) -> Assumed:

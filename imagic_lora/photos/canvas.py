@@ -44,11 +44,7 @@ def to_canvas(image: Image.Image, resolution: int, multiple: int) -> Canvas:
         multiple: width and height of the canvas are multiples of it, in pixels.
     """
     width, height = image.size
-    scale = resolution / math.sqrt(width * height)
-    canvas_width = max(multiple, int(width * scale + 1e-6) // multiple * multiple)
-    canvas_height = max(multiple, int(height * scale + 1e-6) // multiple * multiple)
-    longest = max(multiple, resolution * resolution // multiple // multiple * multiple)  # the longest side of a very thin canvas
-    canvas_width, canvas_height = min(canvas_width, longest), min(canvas_height, longest)
+    canvas_width, canvas_height = canvas_size(width, height, resolution, multiple)
     scale = min(canvas_width / width, canvas_height / height)
     inner = (max(1, min(canvas_width, round(width * scale))), max(1, min(canvas_height, round(height * scale))))
     scaled = image if image.size == inner else image.resize(inner, Image.Resampling.LANCZOS)
@@ -56,6 +52,20 @@ def to_canvas(image: Image.Image, resolution: int, multiple: int) -> Canvas:
     margins = ((top, canvas_height - inner[1] - top), (left, canvas_width - inner[0] - left), (0, 0))
     padded = np.pad(np.asarray(scaled), margins, mode="edge")
     return Canvas(to_pixels(Image.fromarray(padded)), (left, top, left + inner[0], top + inner[1]), image.size)
+
+
+def canvas_size(width: int, height: int, resolution: int, multiple: int) -> tuple[int, int]:
+    """Returns width and height of the canvas of a photo, in pixels.
+
+    Args:
+        width, height: of the photo, in pixels.
+        resolution, multiple: as for :func:`to_canvas`.
+    """
+    scale = resolution / math.sqrt(width * height)
+    canvas_width = max(multiple, int(width * scale + 1e-6) // multiple * multiple)
+    canvas_height = max(multiple, int(height * scale + 1e-6) // multiple * multiple)
+    longest = max(multiple, resolution * resolution // multiple // multiple * multiple)  # the longest side of a very thin canvas
+    return min(canvas_width, longest), min(canvas_height, longest)
 
 
 def to_pixels(image: Image.Image) -> Tensor:

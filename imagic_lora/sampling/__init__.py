@@ -10,6 +10,7 @@ May import: core, photos, bases, memory, adapters. Must not know: training, meth
 - ``trajectory.py``: the one loop over noise levels, from noise to photo or back, for methods that change latents or predictions on the way
 - ``attention.py``: reads and changes the attention probabilities of a U-Net, and restores its processors
 - ``inversion.py``: computes the noise that reproduces the photo: DDIM inversion, edit-friendly inversion
+- ``shared_calls.py``: images of several photos, with one call of the denoiser for all
 - ``pipelines.py``: prepares and calls diffusers pipelines
 - ``checks.py``: checks prompts and settings before sampling
 - ``editor.py``: the Editor, which keeps one base loaded and switches adapters

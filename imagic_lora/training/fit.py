@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
+
+from PIL import Image
+from torch.nn import Parameter
 
 from ..adapters.adapter import Adapter
 from ..adapters.full import check_master_weights
@@ -17,6 +21,7 @@ from ..bases.altered import check_unaltered
 from ..bases.architecture import LARGE_ENCODERS, Architecture
 from ..bases.base import Base
 from ..bases.loading.registry import architecture_of, load_base
+from ..core.conditioning import Conditioning
 from ..core.config import RunConfig
 from ..core.errors import ImagicError, ImagicWarning
 from ..core.noise import key
@@ -25,24 +30,25 @@ from ..memory.limits import check_disk, check_memory
 from ..memory.out_of_memory import assumed_from, explain_out_of_memory
 from ..photos.reading import read_photo
 from ..photos.region import Region
-from ..sampling.checks import check_prompt, check_sampling
+from ..sampling.checks import check_prompt, check_sampling, check_scheduler
 from .embed import embed_stage, optimised
 from .optimizers import check_single_process
 from .resuming.checkpoints import START_OVER, Checkpoint, Checkpoints
 from .resuming.stages import ResumableStages, stop_while_sampling
-from .run import encode_run
-from .stage import StepReport
+from .run import encode_photo, encode_run
+from .stage import Progress, StepReport
 from .tune import tune_stage
 
 Value = TypeVar("Value")
 
 
-def open_base(config: RunConfig, runtime: Runtime | None = None) -> Base:
+def open_base(config: RunConfig, runtime: Runtime | None = None, photos: int = 1) -> Base:
     """Opens the base of a run, in the precision that its training mode needs.
 
     Args:
         config: the settings of the run.
         runtime: device and precision; resolved from ``config.memory`` by default.
+        photos: number of photos that are fitted together.
 
     Raises:
         ImagicError: the base does not exist, or the run does not fit the free memory.
@@ -50,8 +56,8 @@ def open_base(config: RunConfig, runtime: Runtime | None = None) -> Base:
     runtime = runtime or resolve_runtime(config.memory)
     architecture = architecture_of(config.base, config.revision)
     architecture.check_trainable(config.base)
-    _check_space(architecture, config)
-    check_memory(architecture, config, free_memory(runtime.device), assumed_from(runtime))
+    check_space(architecture, config)
+    check_memory(architecture, config, free_memory(runtime.device), assumed_from(runtime), photos)
     return load_base(config.base, runtime, config.revision, master_weights=MODES[config.tune.mode].in_base)
 
 
@@ -105,28 +111,38 @@ def fit(
     saved = Checkpoints(store.checkpoints(name))
     with store.locked(name) if processes.main else nullcontext(store) as store:
         if processes.main:
-            _check_name(store, name, saved, overwrite, resume)
-        checkpoint = _checkpoint_to_resume(saved, name, processes) if resume else None
+            check_unfinished(store, name, saved, overwrite, resume)
+        checkpoint = checkpoint_to_resume(saved, name, processes) if resume else None
         photo = read_photo(image)
         if region:
             region.check_inside(photo.image.size)
         stored = len(photo.data) if store_photo else 0
-        opened, config = _open_checked(base, config, processes, store, saved, stored)
-        run = encode_run(config, opened, photo, prompt, processes, region, store_photo)
+        opened, config = open_checked(base, config, processes)
+        if processes.main:
+            check_disk(opened.architecture, config, assumed_from(opened.runtime), store.root, saved.size, stored)
+        run = encode_run(config, opened, photo, prompt, processes, region, store_photo, encode_photo(config, opened, photo, region))
+        if not run.target.vectors:  # stage 1 needs the text encoders to encode them
+            opened.offload_encoders()
         if processes.main and not resume:
             with writable(store.root):
                 saved.clear()  # not before every check has passed
         stages = ResumableStages(run, saved, stop)
-        adapter = yield from _train_and_store(stages, checkpoint, store, name, overwrite, restore=base is not None)
+        training = _train_and_store(stages, checkpoint, store, name, overwrite, restore=base is not None)
+        adapter = yield from cast(Generator[StepReport, None, Adapter | None], training)  # a run by itself yields no batches
         if processes.main:
-            try:
-                saved.clear()
-            except (OSError, ImagicError) as error:  # the adapter is stored
-                warnings.warn(f"the checkpoints of {name} remain: {error}", ImagicWarning, stacklevel=2)
+            clear(saved, name)
     return adapter
 
 
-def _check_space(architecture: Architecture, config: RunConfig) -> None:
+def clear(saved: Checkpoints, name: str) -> None:
+    """Removes the checkpoints of a fit whose adapter is stored, or warns that they remain."""
+    try:
+        saved.clear()
+    except (OSError, ImagicError) as error:
+        warnings.warn(f"the checkpoints of {name} remain: {error}", ImagicWarning, stacklevel=3)
+
+
+def check_space(architecture: Architecture, config: RunConfig) -> None:
     """Raises ImagicError if text encoders would be moved while stage 1 trains through them."""
     moves = any(architecture.encoder_classes[name] in LARGE_ENCODERS for name in architecture.text_encoders)
     if config.embed.space == "input" and moves and config.memory.idle != "keep":
@@ -134,16 +150,18 @@ def _check_space(architecture: Architecture, config: RunConfig) -> None:
         raise ImagicError(got, "text encoders that stay on the device: --idle keep", "change --idle, or use --embed.space output")
 
 
-def _open_checked(
-    base: Base | None, config: RunConfig, processes: Processes, store: Store, saved: Checkpoints, photo: int
-) -> tuple[Base, RunConfig]:
-    """Returns the opened base and the settings with its memory levers, and checks both before training starts."""
+def open_checked(base: Base | None, config: RunConfig, processes: Processes, photos: int = 1) -> tuple[Base, RunConfig]:
+    """Returns the opened base and the settings with its memory levers, and checks both before training starts.
+
+    Args:
+        photos: number of photos that are fitted together.
+    """
     if base is None:
-        base = open_base(config)
+        base = open_base(config, None, photos)
     else:
         check_unaltered(base)
         base.architecture.check_trainable(base.name)
-        _check_space(base.architecture, config.model_copy(update={"memory": base.runtime.memory}))
+        check_space(base.architecture, config.model_copy(update={"memory": base.runtime.memory}))
         config = config.model_copy(update={"memory": base.runtime.memory})
     if config.tune.mode == "lora":
         base.lora_targets(config.tune.targets)  # raises for layers that the denoiser does not have
@@ -151,41 +169,67 @@ def _open_checked(
         check_single_process(processes)
     if MODES[config.tune.mode].in_base:
         check_master_weights(base)
-    if processes.main:
-        check_disk(base.architecture, config, assumed_from(base.runtime), store.root, saved.size, photo)
     reset_peak_memory(base.runtime.device)
+    check_scheduler(base, config.edit)
     return base, config
 
 
 def _train_and_store(
     stages: ResumableStages, checkpoint: Checkpoint | None, store: Store, name: str, overwrite: bool, restore: bool
-) -> Generator[StepReport, None, Adapter | None]:
+) -> Generator[Progress, None, Adapter | None]:
     """Runs the stages, resuming from the checkpoint if there is one; the main process renders the preview and stores the adapter."""
+    run = stages.run
+    base, config = run.base, run.config
+    embedded = yield from embed(stages, checkpoint)
+    base.offload_encoders()
+    with MODES[config.tune.mode].trainables(base, config.tune, key(config.seed, "lora"), restore) as parameters:
+        if "tune" in config.stages:
+            yield from tune(stages, embedded, parameters)
+        if not run.processes.main:
+            return None
+        sheet = preview(stages, embedded.e_opt)
+        return store.write(run.record(name), lambda writer: run.write_files(writer, embedded.e_opt, sheet), overwrite)
+
+
+@dataclass
+class Embedded:
+    """The result of stage 1, and where stage 2 starts: after ``start`` steps, which are in ``checkpoint``."""
+
+    e_opt: Conditioning
+    start: int = 0
+    checkpoint: Checkpoint | None = None
+
+
+def embed(stages: ResumableStages, checkpoint: Checkpoint | None) -> Generator[Progress, None, Embedded]:
+    """Stage 1 of a run, from its checkpoint if there is one; nothing is left to do if the checkpoint is of stage 2."""
     run = stages.run
     base, config, processes = run.base, run.config, run.processes
     e_opt, start = stages.resume(checkpoint) if checkpoint else (None, 0)
     with explain_out_of_memory(base.architecture, config, base.runtime, "embed"):
-        run.convergence.measure_frozen(base, run.latents, run.target, processes)
-    if e_opt is None:
-        embed = embed_stage(base, run.latents, run.target, config.embed, config.seed, processes, run.prompt)
-        yield from stages.run_stage(embed, start, checkpoint)
-        e_opt, start, checkpoint = optimised(embed, run.target if config.embed.stores_difference else None), 0, None
-        del embed
-    base.offload_encoders()
-    with MODES[config.tune.mode].trainables(base, config.tune, key(config.seed, "lora"), restore) as parameters:
-        if "tune" in config.stages:
-            tune = tune_stage(base, run.latents, e_opt, parameters, config.tune, config.seed, processes)
-            optimised_tensors = {f"optimised/{name}": value for name, value in e_opt.tensors().items()}
-            yield from stages.run_stage(tune, start, checkpoint, optimised_tensors)
-            del tune, checkpoint  # frees the optimizer states before the preview needs memory
-        if not processes.main:
-            return None
-        with stop_while_sampling(base, stages.is_stopping, stages.saved_message):
-            preview = run.preview(e_opt)
-        return store.write(run.record(name), lambda writer: run.write_files(writer, e_opt, preview), overwrite)
+        yield from run.convergence.measure_frozen(base, run.latents, run.target, processes, run.shared)
+    if e_opt is not None:
+        return Embedded(e_opt, start, checkpoint)
+    stage = embed_stage(base, run.latents, run.target, config.embed, config.seed, processes, run.prompt)
+    yield from stages.run_stage(stage, start, checkpoint)
+    return Embedded(optimised(stage, run.target if config.embed.stores_difference else None))
 
 
-def _check_name(store: Store, name: str, saved: Checkpoints, overwrite: bool, resume: bool) -> None:
+def tune(stages: ResumableStages, embedded: Embedded, parameters: Mapping[str, Parameter]) -> Generator[Progress, None, None]:
+    """Stage 2 of a run: trains ``parameters``, which belong to its denoiser."""
+    run = stages.run
+    stage = tune_stage(run.base, run.latents, embedded.e_opt, parameters, run.config.tune, run.config.seed, run.processes)
+    checkpoint, embedded.checkpoint = embedded.checkpoint, None
+    optimised_tensors = {f"optimised/{name}": value for name, value in embedded.e_opt.tensors().items()}
+    yield from stages.run_stage(stage, embedded.start, checkpoint, optimised_tensors)
+
+
+def preview(stages: ResumableStages, e_opt: Conditioning) -> Image.Image:
+    """Renders the preview of a run; the trained weights are in the denoiser."""
+    with stop_while_sampling(stages.run.base, stages.is_stopping, stages.saved_message):
+        return stages.run.preview(e_opt)
+
+
+def check_unfinished(store: Store, name: str, saved: Checkpoints, overwrite: bool, resume: bool) -> None:
     """Raises ImagicError if the name belongs to an adapter or an unfinished fit that is neither resumed nor overwritten."""
     store.check_free(name, overwrite)
     if saved.any() and not resume and not overwrite:
@@ -193,7 +237,7 @@ def _check_name(store: Store, name: str, saved: Checkpoints, overwrite: bool, re
         raise ImagicError(got, "a choice between continuing it and starting over", "add --resume, or --overwrite")
 
 
-def _checkpoint_to_resume(saved: Checkpoints, name: str, processes: Processes) -> Checkpoint:
+def checkpoint_to_resume(saved: Checkpoints, name: str, processes: Processes) -> Checkpoint:
     checkpoint = saved.newest(rename_broken=processes.main)
     if checkpoint is not None:
         return checkpoint

@@ -71,7 +71,6 @@ class Updates(ABC):
         self.trainables, self.scale = dict(trainables), scale
         self.finite = torch.ones((), dtype=torch.bool, device=next(iter(self.trainables.values())).device)
 
-    @abstractmethod
     def backward(self, loss: Tensor, step: int, processes: Processes) -> None:
         """Runs the backward pass, updates every parameter and frees the gradients.
 
@@ -80,6 +79,12 @@ class Updates(ABC):
             step: index of the step; random numbers depend on it.
             processes: the processes that average their gradients.
         """
+        loss.backward()
+        self.apply(step, processes)
+
+    @abstractmethod
+    def apply(self, step: int, processes: Processes) -> None:
+        """Updates every parameter after a backward pass and frees the gradients. Arguments as for :meth:`backward`."""
 
     @abstractmethod
     def optimizer_of(self, name: str) -> tuple[torch.optim.Optimizer, Parameter]:
@@ -138,8 +143,7 @@ class JointUpdates(Updates):
         super().__init__(trainables, loss_scale(runtime))
         self.optimizer = build_optimizer(runtime.optimizer, self.trainables.values(), learning_rate)
 
-    def backward(self, loss: Tensor, step: int, processes: Processes) -> None:
-        loss.backward()
+    def apply(self, step: int, processes: Processes) -> None:
         gradients = [p.grad for p in self.trainables.values() if p.grad is not None]
         processes.average(gradients)
         if self.scale != 1:
@@ -178,10 +182,7 @@ class PerParameterUpdates(Updates):
 
     def backward(self, loss: Tensor, step: int, processes: Processes) -> None:
         if not self.in_backward:
-            loss.backward()
-            processes.average([p.grad for p in self.trainables.values() if p.grad is not None])
-            for name in self.trainables:
-                self._update(name, step)
+            super().backward(loss, step, processes)
             return
         check_single_process(processes)
         running, hooks = True, []
@@ -198,6 +199,11 @@ class PerParameterUpdates(Updates):
             running = False
             for hook in hooks:
                 hook.remove()
+
+    def apply(self, step: int, processes: Processes) -> None:
+        processes.average([p.grad for p in self.trainables.values() if p.grad is not None])
+        for name in self.trainables:
+            self._update(name, step)
 
     @torch.no_grad()
     def _update(self, name: str, step: int) -> None:

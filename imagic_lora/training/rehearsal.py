@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,6 +18,7 @@ from torch.nn import Linear, Module, Parameter
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import BatchEncoding
 
+from ..adapters.batched import batched
 from ..adapters.modes import MODES
 from ..bases.architecture import Architecture, UNetArchitecture
 from ..bases.families.common import LatentBase, tokenizer_of, vae_dtype
@@ -31,6 +32,7 @@ from ..memory.plan import Assumed, Peak, Plan, denoiser_waits_in_host_memory, pa
 from ..memory.tracker import Tracker
 from .embed import embed_stage
 from .monitoring.convergence import fixed_losses
+from .shared import run_together
 from .stage import Stage
 from .tune import tune_stage
 
@@ -66,7 +68,7 @@ def _cuda_autocast() -> Iterator[None]:
         yield
 
 
-def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
+def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed, photos: int = 1) -> Plan:
     """The plan that :func:`imagic_lora.memory.plan.predict` estimates, from a count of every tensor.
 
     The real code runs on fake tensors of the true sizes: nothing is computed, and their memory is not allocated. Modules of the same size
@@ -76,6 +78,7 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Pl
         architecture: configs of the base's components.
         run: settings of the run.
         assumed: device, precision and optimizer of the plan.
+        photos: number of photos that are fitted together.
 
     Raises:
         NotPlanned: as :func:`imagic_lora.memory.plan.predict`.
@@ -91,7 +94,7 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Pl
         helpers, largest = sum(sizes), max(sizes)
         counts = None if isinstance(architecture, UNetArchitecture) else counted(base, run)
         with _cuda_autocast() if assumed.device == "cuda" else nullcontext():
-            stages = dict(_stages(base, run, tracker))
+            stages = dict(_stages(base, run, tracker, photos))
     if assumed.device == "cuda" and idle == "release" and architecture.process == "flow":
         # T5 is alone on the card, see LatentBase._make_room; and the others need less with what encoding the photo allocates
         stages["encode"] = replace(stages["encode"], weights=stages["encode"].weights - helpers + largest)
@@ -202,7 +205,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _stages(base: LatentBase, run: RunConfig, tracker: Tracker) -> Iterator[tuple[str, Peak]]:
+def _stages(base: LatentBase, run: RunConfig, tracker: Tracker, photos: int) -> Iterator[tuple[str, Peak]]:
     """Runs every stage, and yields its name and its peak."""
     side = run.resolution or base.resolution
     tracker.reset_peak()
@@ -214,21 +217,28 @@ def _stages(base: LatentBase, run: RunConfig, tracker: Tracker) -> Iterator[tupl
         conditioning = replace(conditioning, vectors=base.encode_vectors("").vectors)
     else:
         base.offload_encoders()
-    stage = embed_stage(base, latents, conditioning, _two_steps(run.embed), 0, Processes())
-    yield "embed", _training_peak(stage, run, tracker)
-    del stage
+    stages = [embed_stage(base, latents, conditioning, _two_steps(run.embed), 0, Processes()) for _ in range(photos)]
+    yield "embed", _training_peak(stages, run, tracker)
+    del stages
     base.offload_encoders()
     conditioning = replace(conditioning, vectors={})
-    with MODES[run.tune.mode].trainables(base, run.tune, 0, False) as trainables:
+    with ExitStack() as stack:
+        if photos > 1 and "tune" in run.stages:
+            lora = stack.enter_context(batched(base, run.tune, range(photos)))
+            trainables, lora.rows = lora.sets, range(photos)
+        else:
+            trainables, lora = [stack.enter_context(MODES[run.tune.mode].trainables(base, run.tune, 0, False))], None
         if "tune" in run.stages:
-            stage = tune_stage(base, latents, conditioning, trainables, _two_steps(run.tune), 0, Processes())
-            tune = _training_peak(stage, run, tracker)
+            stages = [tune_stage(base, latents, conditioning, one, _two_steps(run.tune), 0, Processes()) for one in trainables]
+            tune = _training_peak(stages, run, tracker)
             yield "tune", tune
+            if lora:
+                lora.rows = [0]  # images are sampled with the layers of one photo
             if run.previews_every:
                 held, activations = _sampling_peaks(base, run, latents, conditioning, tracker)
                 yield "preview", Peak(held - tune.optimizer, 0, tune.optimizer, max(activations.values()))
                 base.offload_encoders()
-            del stage
+            del stages
         held, activations = _sampling_peaks(base, run, latents, conditioning, tracker)
         for name, peak in activations.items():
             yield name, Peak(held, 0, 0, peak)
@@ -238,20 +248,31 @@ def _two_steps(config: Any) -> Any:
     return config.model_copy(update={"steps": 2})
 
 
-def _training_peak(stage: Stage, run: RunConfig, tracker: Tracker) -> Peak:
+def _step(stages: Sequence[Stage], k: int) -> None:
+    """A step of one stage, or of the stages of photos that are fitted together."""
+    if len(stages) == 1:
+        stages[0].step(k)
+    else:
+        steps = [stage.shared_step(k) for stage in stages]
+        run_together([next(step) for step in steps])
+        for step in steps:
+            next(step, None)
+
+
+def _training_peak(stages: Sequence[Stage], run: RunConfig, tracker: Tracker) -> Peak:
     """The peak of a training stage, from its second step: the first one creates the states of the optimizer.
 
     It includes an evaluation of the relative loss, which needs less than the step.
     """
-    weights = tracker.now
-    stage.step(0)
+    weights, stage = tracker.now, stages[0]
+    _step(stages, 0)
     states = tracker.now - weights
     tracker.reset_peak()
-    stage.step(1)
-    if run.monitoring.convergence_every:
+    _step(stages, 1)
+    if run.monitoring.convergence_every and len(stages) == 1:
         fixed_losses(stage.base, stage.latents, stage.conditioning(), stage.seed, stage.config.batch_size)
     inside = stage.base.runtime.memory.optimizer_in_backward
-    gradients = 0 if inside else sum(p.numel() * p.element_size() for p in stage.trainables.values())
+    gradients = 0 if inside else sum(p.numel() * p.element_size() for one in stages for p in one.trainables.values())
     return Peak(weights, gradients, states, tracker.peak - weights - gradients - states)
 
 

@@ -33,7 +33,6 @@ from ..photos.png import png
 from ..photos.reading import Photo
 from ..photos.region import Region
 from ..photos.sheet import sheet
-from ..sampling.checks import check_scheduler
 from ..sampling.generate import generate
 from ..sampling.mixing import mixtures
 from ..sampling.pipelines import negative
@@ -62,6 +61,7 @@ class Run:
         previews: the previews of stage 2 so far.
         losses: losses of every stage so far, one scalar tensor per step.
         seconds: duration of every stage so far.
+        together: number of photos whose fits share the calls of the denoiser with this one, itself included.
     """
 
     config: RunConfig
@@ -80,6 +80,12 @@ class Run:
     previews: Previews
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    together: int = 1
+
+    @property
+    def shared(self) -> bool:
+        """Whether the stages yield their batches, for calls of the denoiser that several fits share."""
+        return self.together > 1
 
     def inputs(self, stage: str, finished: bool) -> dict[str, Any]:
         """Returns everything that the state of a stage depends on; memory levers that do not change the result are excluded.
@@ -195,6 +201,7 @@ class Run:
             name: name of the adapter in the store.
         """
         base, config = self.base, self.config
+        together = {"together": str(self.together)} if self.shared else {}  # the times and the memory are those of all photos
         return Record(
             name=name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -212,7 +219,7 @@ class Run:
             losses={stage: _first_and_last_loss(torch.stack(losses)) for stage, losses in self.losses.items()},
             seconds=self.seconds,
             stages={stage: self._stage_record(stage) for stage in self.losses},
-            runtime=base.runtime.reasons | {"processes": str(self.processes.count)},
+            runtime=base.runtime.reasons | {"processes": str(self.processes.count)} | together,
             peak_memory=peak_memory(base.runtime.device),
             versions=library_versions(),
         )
@@ -223,22 +230,41 @@ class Run:
         return f"{PHOTO}{self.photo.suffix}" if self.store_photo else None
 
 
-def encode_run(
-    config: RunConfig, base: Base, photo: Photo, prompt: str, processes: Processes, region: Region | None, store_photo: bool
-) -> Run:
-    """Encodes photo and prompt, then offloads or releases the text encoder and VAE.
+def encode_photo(config: RunConfig, base: Base, photo: Photo, region: Region | None) -> tuple[Canvas, Tensor]:
+    """Returns a photo, or its region, on its canvas, and its latents ``[1, C, h, w]``.
 
     Raises:
-        ImagicError: the region is too small for the base, the scheduler does not support the number of steps, memory runs out, or an
-            encoder returns numbers that are not finite.
+        ImagicError: the region is too small for the base, memory runs out, or the latents are not finite.
     """
-    check_scheduler(base, config.edit)
     if region:
         region.check_size(base.size_multiple)
     fitted = photo.image.crop(region.box) if region else photo.image
     canvas = to_canvas(fitted, config.resolution or base.resolution, base.size_multiple)
     with explain_out_of_memory(base.architecture, config, base.runtime, "encode"):
         latents = base.encode_image(canvas.pixels)
+    check_finite({"the latents of the photo": latents})
+    return canvas, latents
+
+
+def encode_run(
+    config: RunConfig,
+    base: Base,
+    photo: Photo,
+    prompt: str,
+    processes: Processes,
+    region: Region | None,
+    store_photo: bool,
+    encoded_photo: tuple[Canvas, Tensor],
+) -> Run:
+    """Encodes the prompt of a run. Text encoders and VAE stay where they are.
+
+    Args:
+        encoded_photo: as :func:`encode_photo` returns it.
+
+    Raises:
+        ImagicError: memory runs out, or a text encoder returns numbers that are not finite.
+    """
+    canvas, latents = encoded_photo
     height, width = canvas.pixels.shape[2:]
     scale = config.edit.guidance_scale
     encoded = base.encode_prompt(prompt) if config.embed.space == "output" else base.encode_vectors(prompt)
@@ -248,12 +274,8 @@ def encode_run(
         target = replace(target, mask=base.word_mask(prompt))
         null = null and replace(null, mask=base.word_mask(""))
     embeddings = {"the embedding of the target prompt": target} | ({"the embedding of the empty prompt": null} if null else {})
-    tensors = {f"{name} ({part})": value for name, embedding in embeddings.items() for part, value in embedding.tensors().items()}
-    check_finite({"the latents of the photo": latents, **tensors})
-    leads_away = negative(base, config.edit, null)
-    if not target.vectors:  # stage 1 needs the text encoders to encode them
-        base.offload_encoders()
-    inputs = canvas, latents, target, null, leads_away
+    check_finite({f"{name} ({part})": value for name, embedding in embeddings.items() for part, value in embedding.tensors().items()})
+    inputs = canvas, latents, target, null, negative(base, config.edit, null)
     return Run(config, base, photo, region, store_photo, prompt, processes, *inputs, Convergence(config), Previews(config))
 
 

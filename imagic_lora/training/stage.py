@@ -47,6 +47,33 @@ class StepReport:
     preview: Path | None = None
 
 
+@dataclass(eq=False)
+class Batch:
+    """A call of the denoiser that a stage needs. The stage of a fit that shares its calls with others yields it and waits for ``losses``.
+
+    Args:
+        base: the base.
+        latents: latents of the photo, ``[1, C, h, w]``.
+        conditioning: of one image, or of every sample.
+        noise: standard normal noise, ``[B, C, h, w]``.
+        times: times in [0, 1), ``[B]``.
+        scale: what the mean loss is multiplied by for the backward pass; None for losses without gradients.
+        losses: the loss of each sample, ``[B]`` fp32, once the denoiser was called.
+    """
+
+    base: Base
+    latents: Tensor
+    conditioning: Conditioning
+    noise: Tensor
+    times: Tensor
+    scale: float | None = None
+    losses: Tensor | None = None
+
+    def run(self) -> Tensor:
+        """Calls the denoiser for this batch alone and returns its losses."""
+        return denoising_loss(self.base, self.latents, self.conditioning, self.noise, self.times)
+
+
 class Stage:
     """Trainables, objective and optimizer of one training stage. The stages differ only in what is trained.
 
@@ -61,7 +88,12 @@ class Stage:
         processes: the processes that share the batch.
         perturbed: returns the conditioning of a training step, ``[B, ...]`` or ``[1, ...]``, from that of the stage, the index of the step
             and the indices of the samples.
+
+    Attributes:
+        shared: whether :func:`train` yields the batches of this stage instead of running them.
     """
+
+    shared = False
 
     def __init__(
         self,
@@ -89,13 +121,28 @@ class Stage:
         Args:
             k: index of the step, from 0.
         """
-        samples, batch = self.processes.samples(self.config.batch_size), self.config.batch_size * self.processes.count
-        noise = to_device(noise_at(self.seed, self.name, k, samples, tuple(self.latents.shape[1:])), self.latents.device)
-        times = times_at(self.seed, self.name, k, samples, batch, self.config.timesteps)
-        conditioning = self.perturbed(self.conditioning(), k, samples)
-        loss = denoising_loss(self.base, self.latents, conditioning, noise, times).mean()
+        loss = self._batch(k).run().mean()
         self.updates.backward(loss * self.updates.scale, k, self.processes)
-        loss = loss.detach()
+        return self._report(loss.detach(), k)
+
+    def shared_step(self, k: int) -> Generator[Batch, None, StepReport]:
+        """As :meth:`step`, but yields the batch: whoever takes it sets its losses, and runs the backward pass of their mean."""
+        batch = self._batch(k)
+        yield batch
+        assert batch.losses is not None, "whoever takes a batch runs it"
+        self.updates.apply(k, self.processes)
+        return self._report(batch.losses.mean(), k)
+
+    def _batch(self, k: int) -> Batch:
+        """The batch of a training step."""
+        samples, total = self.processes.samples(self.config.batch_size), self.config.batch_size * self.processes.count
+        noise = to_device(noise_at(self.seed, self.name, k, samples, tuple(self.latents.shape[1:])), self.latents.device)
+        times = times_at(self.seed, self.name, k, samples, total, self.config.timesteps)
+        conditioning = self.perturbed(self.conditioning(), k, samples)
+        return Batch(self.base, self.latents, conditioning, noise, times, self.updates.scale)
+
+    def _report(self, loss: Tensor, k: int) -> StepReport:
+        """The report of a step; it remembers whether all losses and gradients were finite."""
         self.processes.average([loss])
         self._finite = self._finite & loss.isfinite() & self.updates.finite
         return StepReport(self.name, k + 1, self.config.steps, loss)
@@ -135,7 +182,11 @@ class Stage:
         self.updates.load_state_dict(states)
 
 
-def train(stage: Stage, start: int = 0, stop: Callable[[], bool] = lambda: False) -> Generator[StepReport, None, None]:
+Progress = StepReport | Batch
+"""What a running stage yields: reports, and the batches of a stage that shares them."""
+
+
+def train(stage: Stage, start: int = 0, stop: Callable[[], bool] = lambda: False) -> Generator[Progress, None, None]:
     """Runs a stage to its end; close the generator to stop early.
 
     Finiteness is checked after every step on the CPU, after every tenth on CUDA, and after the last step.
@@ -146,14 +197,14 @@ def train(stage: Stage, start: int = 0, stop: Callable[[], bool] = lambda: False
         stop: called after every step; if it returns True in one process, all processes stop after the same step.
 
     Yields:
-        A report after every step.
+        A report after every step; before it, where the stage is shared, its batch.
 
     Raises:
         NotFinite: a loss, a gradient or a trainable is NaN or infinite.
     """
     check_interval = 10 if stage.latents.device.type == "cuda" else 1
     for k in range(start, stage.config.steps):
-        report = stage.step(k)
+        report = (yield from stage.shared_step(k)) if stage.shared else stage.step(k)
         if report.step % check_interval == 0 or report.step == report.steps:
             stage.check()
         yield report

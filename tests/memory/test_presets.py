@@ -36,7 +36,7 @@ from imagic_lora.memory.levers import next_lever
 from imagic_lora.memory.limits import OutOfMemory, check_memory, is_out_of_memory, out_of_memory_error
 from imagic_lora.memory.out_of_memory import explain_out_of_memory
 from imagic_lora.memory.plan import Assumed, Plan, predict
-from imagic_lora.memory.presets import EDIT_STAGES, choose_preset, choose_preset_for_edit, largest_batch
+from imagic_lora.memory.presets import EDIT_STAGES, choose_preset, choose_preset_for_edit, largest_batch, most_together
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.stage import Stage, StepReport
 
@@ -48,17 +48,17 @@ Chosen = Callable[..., tuple[RunConfig, str]]
 
 
 @cache
-def predicted(run: RunConfig, assumed: Assumed) -> Plan:
+def predicted(run: RunConfig, assumed: Assumed, photos: int = 1) -> Plan:
     """The plan of sd15, computed once."""
-    return predict(SD15, run, assumed)
+    return predict(SD15, run, assumed, photos)
 
 
 @pytest.fixture(autouse=True)
 def plan_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of sd15 are cached: these tests need the same ones many times."""
 
-    def cached(base: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
-        return (predicted if base is SD15 else partial(predict, base))(run, assumed)
+    def cached(base: Architecture, run: RunConfig, assumed: Assumed, photos: int = 1) -> Plan:
+        return (predicted if base is SD15 else partial(predict, base))(run, assumed, photos)
 
     for module in (fits, levers, limits):
         monkeypatch.setattr(module, "predict", cached)
@@ -370,6 +370,24 @@ def test_the_largest_batch_fits_the_free_memory() -> None:
         assert largest_batch(SD15, run, CARD, free, 100) == size
         assert largest_batch(SD15, run, CARD, free - 2 * 2**20, 100) == max(2, size // 2)
     assert [largest_batch(SD15, run, CARD, 2**40, images) for images in (1, 2, 3, 5, 100)] == [2, 2, 4, 8, 16]
+
+
+def test_as_many_photos_are_fitted_together_as_the_free_memory_allows() -> None:
+    """The most whose plan fits 90 percent; one where that does not fit either, in mode full, and on a base that is not planned."""
+    run = resolve({"base": "sd15"}, {}, recipe_of("sd15"), "12gb")
+
+    def needs(photos: int) -> int:
+        plan = predicted(run, CARD, photos)
+        return plan.peak_bytes - plan.context
+
+    assert needs(2) < needs(3) < needs(4) < needs(9)
+    for photos in (2, 3, 9):
+        free = int(needs(photos) / 0.9) + 1
+        assert [most_together(SD15, run, CARD, free - less, 40) for less in (0, 2 * 2**20)] == [photos, photos - 1]
+    assert [most_together(SD15, run, CARD, 2**50, photos) for photos in (1, 5, 1000)] == [1, 5, 64]
+    assert most_together(SD15, run, CARD, 0, 5) == 1
+    assert most_together(SD15, resolve({"tune": {"mode": "full"}}, {}, recipe_of("sd15"), "24gb"), CARD, 2**50, 5) == 1
+    assert most_together(PUBLISHED["sd3-medium"], run, CARD, 2**50, 5) == 1
 
 
 def test_what_running_out_of_memory_looks_like() -> None:

@@ -118,6 +118,29 @@ def test_the_analytic_plan_is_near_the_exact_one(case: Case, wide: Path) -> None
     assert_near(str(wide) if base == "small" else base, *others)
 
 
+@pytest.mark.parametrize(
+    ("base", "mode", "changes", "photos"),
+    [
+        ("critters", "lora", {}, 8),
+        ("small", "embedding", {"resolution": 24, "embed": {"batch_size": 2}}, 3),
+        pytest.param("sd15", "lora", {"memory": {"gradient_checkpointing": True}}, 4, marks=pytest.mark.slow),
+        pytest.param("sd15", "lora", {"tune": {"targets": "attention+conv"}, "resolution": 256}, 4, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_photos_that_are_fitted_together_are_planned(base: str, mode: Mode, changes: dict[str, Any], photos: int, wide: Path) -> None:
+    """The training stages are within a tenth of the exact plan, and need more than those of one photo."""
+    name = str(wide) if base == "small" else base
+    run = run_of(name, mode, "24gb", changes)
+    found, right = predict(architecture(name), run, photos=photos), rehearse(architecture(name), run, assume(run), photos)
+    stages = ["embed"] if mode == "embedding" else ["embed", "tune"]
+    ratios = {stage: found.stages[stage].total / right.stages[stage].total for stage in stages}
+    assert {stage: ratio for stage, ratio in ratios.items() if not 0.9 <= ratio <= 1.1} == {}
+    one = predict(architecture(name), run)
+    assert all(found.stages[stage].activations > 0.9 * photos * one.stages[stage].activations for stage in stages)
+    assert (found.adapter, found.checkpoint) == (one.adapter, one.checkpoint)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "mode", "preset", "changes", "most"), PROMISED, ids=str)
 def test_promised_peaks(base: str, mode: str, preset: str, changes: dict[str, Any], most: float) -> None:

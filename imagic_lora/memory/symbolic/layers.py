@@ -26,6 +26,7 @@ class LayerOptions:
         trained: the weights are trained.
         rank: of LoRA layers; 0 for none.
         targets: names of the layers that LoRA adapts.
+        adapters: number of LoRA layers on each of these: one for every photo that is fitted together, all in one batch.
         four_bit: the weights of linear layers are quantized to 4 bits.
         fp32_norms: autocast runs normalization layers in fp32, as it does on CUDA and not on the CPU.
     """
@@ -35,6 +36,7 @@ class LayerOptions:
     trained: bool = False
     rank: int = 0
     targets: tuple[str, ...] = ()
+    adapters: int = 1
     four_bit: bool = False
     fp32_norms: bool = True
 
@@ -117,8 +119,10 @@ class Layers:
             self.tape.counter.add_temporarily(scratch)
         return self.tape.op([x], numel, itemsize, saved, weight_gradients=gradients, scratch=scratch)
 
-    def _add_lora(self, x: SymbolicTensor, result: SymbolicTensor, down: int, up: int, inner_numel: int) -> SymbolicTensor:
-        """Adds the output of a PEFT LoRA layer, which has fp32 matrices and casts its input to fp32.
+    def _add_lora(
+        self, x: SymbolicTensor, result: SymbolicTensor, down: int, up: int, inner_numel: int, unfolded: int = 0
+    ) -> SymbolicTensor:
+        """Adds the output of a LoRA layer, which has fp32 matrices and casts its input to fp32: of PEFT, or one for each photo of a batch.
 
         Args:
             x: the input of the adapted layer.
@@ -126,12 +130,19 @@ class Layers:
             down: number of parameters of matrix A.
             up: number of parameters of matrix B.
             inner_numel: number of elements between the two matrices.
+            unfolded: the same before the elements of a convolution are summed (:mod:`imagic_lora.adapters.batched`); 0 for a linear layer.
         """
         self.lora += down + up
         self.lora_states += states_8bit(down) + states_8bit(up)
-        wide = self.cast(x, _FP32)
-        inner = self.tape.op([wide], inner_numel, _FP32, [wide], weight_gradients=[(down, _FP32)])
-        outer = self.tape.op([inner], result.numel, _FP32, [inner], weight_gradients=[(up, _FP32)])
+        wide, adapters = self.cast(x, _FP32), self.options.adapters
+        # those of all photos are stacked, and the stack is saved for the backward pass
+        stacks = [[self.tape.tensor(adapters * numel, _FP32)] if adapters > 1 else [] for numel in (down, up)]
+        first = unfolded if unfolded and adapters > 1 else inner_numel
+        inner = self.tape.op([wide], first, _FP32, [wide, *stacks[0]], weight_gradients=[(adapters * down, _FP32)])
+        if first != inner_numel:
+            inner = self.tape.op([inner], inner_numel, _FP32)
+        outer = self.tape.op([inner], result.numel, _FP32, [inner, *stacks[1]], weight_gradients=[(adapters * up, _FP32)])
+        del stacks
         scaled = self.tape.op([outer], result.numel, _FP32)
         del outer
         total = self.tape.op([result, scaled], result.numel, _FP32, passes_gradient=result.itemsize == _FP32)
@@ -163,7 +174,8 @@ class Layers:
         result = self._matmul(x, pixels * out_channels, (in_channels * out_channels * kernel**2, out_channels))
         rank = self.options.rank
         if rank and name in self.options.targets:
-            return self._add_lora(x, result, in_channels * rank * kernel**2, out_channels * rank, pixels * rank)
+            unfolded = x.numel // in_channels * rank * kernel**2
+            return self._add_lora(x, result, in_channels * rank * kernel**2, out_channels * rank, pixels * rank, unfolded)
         return result
 
     def norm(self, x: SymbolicTensor, channels: int) -> SymbolicTensor:

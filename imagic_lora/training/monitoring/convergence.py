@@ -18,8 +18,7 @@ from ...core.errors import NotFinite
 from ...core.noise import noise_at, times_at
 from ...core.runtime import Processes, to_device
 from ...photos.plot import Curve, plot
-from ..objective import denoising_loss
-from ..stage import Stage, StepReport
+from ..stage import Batch, Progress, Stage, StepReport
 
 PAIRS = 8
 """Number of pairs of timestep and noise at which the relative loss is evaluated; the times are evenly spread."""
@@ -44,12 +43,25 @@ def fixed_losses(base: Base, latents: Tensor, conditioning: Conditioning, seed: 
     Returns:
         The loss of each pair, ``[PAIRS]`` fp32.
     """
+    return torch.cat([batch.run() for batch in _fixed_batches(base, latents, conditioning, seed, batch_size)])
+
+
+def _fixed_batches(base: Base, latents: Tensor, conditioning: Conditioning, seed: int, batch_size: int) -> Iterator[Batch]:
+    """Yields the batches of :func:`fixed_losses`."""
     times = times_at(seed, _KEY, 0, range(PAIRS), PAIRS, "stratified")
-    losses = []
     for start in range(0, PAIRS, batch_size):
         pairs = range(start, min(start + batch_size, PAIRS))
         noise = to_device(noise_at(seed, _KEY, 0, pairs, tuple(latents.shape[1:])), latents.device)
-        losses.append(denoising_loss(base, latents, conditioning, noise, times[pairs.start : pairs.stop]))
+        yield Batch(base, latents, conditioning, noise, times[pairs.start : pairs.stop])
+
+
+def _shared_losses(batches: Iterable[Batch]) -> Generator[Batch, None, Tensor]:
+    """As :func:`fixed_losses`, but yields the batches, for whoever runs them together with those of other fits."""
+    losses: list[Tensor] = []
+    for batch in batches:
+        yield batch
+        assert batch.losses is not None, "whoever takes a batch runs it"
+        losses.append(batch.losses)
     return torch.cat(losses)
 
 
@@ -89,7 +101,9 @@ class Convergence:
         self.frozen: Tensor | None = None
         self.values: dict[str, dict[int, float]] = {}
 
-    def measure_frozen(self, base: Base, latents: Tensor, target: Conditioning, processes: Processes) -> None:
+    def measure_frozen(
+        self, base: Base, latents: Tensor, target: Conditioning, processes: Processes, shared: bool = False
+    ) -> Generator[Batch, None, None]:
         """Measures the level of the frozen base, if the relative loss is evaluated and the level is not known yet.
 
         Args:
@@ -97,14 +111,16 @@ class Convergence:
             latents: latents of the photo, ``[1, C, h, w]``.
             target: conditioning of the target prompt, ``e_tgt``.
             processes: the processes of the run.
+            shared: whether the batches are yielded instead of run.
         """
         if self.config.monitoring.convergence_every and self.frozen is None:
-            losses = fixed_losses(base, latents, target, self.config.seed, self.config.embed.batch_size)
+            pairs = base, latents, target, self.config.seed, self.config.embed.batch_size
+            losses = (yield from _shared_losses(_fixed_batches(*pairs))) if shared else fixed_losses(*pairs)
             processes.average([losses])
             self.frozen = losses.clamp_min(torch.finfo(torch.float32).tiny)
 
-    def observed(self, reports: Generator[StepReport, None, None], stage: Stage) -> Iterator[StepReport]:
-        """Adds the relative loss to the reports of the steps after which it is evaluated, and ends a stage early.
+    def observed(self, reports: Generator[Progress, None, None], stage: Stage) -> Iterator[Progress]:
+        """Adds the relative loss to the reports of the steps after which it is evaluated, and ends a stage early. Batches pass through.
 
         Args:
             reports: the running stage.
@@ -116,8 +132,11 @@ class Convergence:
         if self.stopped(stage.name):  # resumed from the checkpoint of a stage that ended early
             return
         for report in reports:
+            if isinstance(report, Batch):
+                yield report
+                continue
             if self._is_due(report):
-                self.values.setdefault(stage.name, {})[report.step] = value = self._evaluate(stage)
+                self.values.setdefault(stage.name, {})[report.step] = value = yield from self._evaluate(stage)
                 report = replace(report, relative_loss=value, early_stop=self.stopped(stage.name))
             yield report
             if report.early_stop:
@@ -140,11 +159,13 @@ class Convergence:
         every = self.config.monitoring.convergence_every
         return every > 0 and (report.step % every == 0 or report.step == report.steps)
 
-    def _evaluate(self, stage: Stage) -> float:
-        """Returns the relative loss of the current state of a stage."""
+    def _evaluate(self, stage: Stage) -> Generator[Batch, None, float]:
+        """Returns the relative loss of the current state of a stage; yields the batches of one that shares them."""
         assert self.frozen is not None, "measure_frozen() comes before the first stage"
         stage.check()
-        losses = fixed_losses(stage.base, stage.latents, stage.conditioning(), stage.seed, stage.config.batch_size)
+        with torch.no_grad():
+            pairs = stage.base, stage.latents, stage.conditioning(), stage.seed, stage.config.batch_size
+        losses = (yield from _shared_losses(_fixed_batches(*pairs))) if stage.shared else fixed_losses(*pairs)
         stage.processes.average([losses])
         value = (losses / self.frozen).mean().item()
         if not math.isfinite(value):

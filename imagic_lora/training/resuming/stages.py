@@ -22,7 +22,7 @@ from ...memory.out_of_memory import explain_out_of_memory
 from ..monitoring.convergence import PREFIX as CONVERGENCE_PREFIX
 from ..monitoring.previews import PREFIX as PREVIEWS_PREFIX
 from ..run import Run
-from ..stage import OPTIMIZER, TRAINABLE, Stage, StepReport, train
+from ..stage import OPTIMIZER, TRAINABLE, Batch, Progress, Stage, train
 from .checkpoints import START_OVER, Checkpoint, CheckpointRecord, Checkpoints
 
 _LATENTS_TOLERANCE = 0.05  # relative error: memory levers and devices cause far less, another VAE causes more
@@ -55,7 +55,7 @@ class ResumableStages:
 
     def run_stage(
         self, stage: Stage, start: int, checkpoint: Checkpoint | None, extra_tensors: Mapping[str, Tensor] | None = None
-    ) -> Generator[StepReport, None, None]:
+    ) -> Generator[Progress, None, None]:
         """Runs a stage, records its losses, relative losses, previews and its duration, and saves checkpoints.
 
         The stage ends after its last step, or early if its relative loss no longer falls.
@@ -67,14 +67,14 @@ class ResumableStages:
             extra_tensors: tensors that are added to every checkpoint of the stage.
 
         Yields:
-            A report after every step.
+            A report after every step; and the batches of a run that shares them.
 
         Raises:
             Stopped: ``stop`` returned True; a checkpoint is saved.
             NotFinite: a loss, a gradient or a trainable is NaN or infinite; the previous checkpoint still exists.
             ImagicError: memory runs out, or the disk is full.
         """
-        run, step = self.run, start
+        run, step, stage.shared = self.run, start, self.run.shared
         if checkpoint:
             stage.load_state_dict(checkpoint.tensors)
         losses = run.losses.setdefault(stage.name, [])
@@ -83,6 +83,9 @@ class ResumableStages:
             with explain_out_of_memory(run.base.architecture, run.config, run.base.runtime, stage.name, lambda: self.saved_message):
                 reports = run.convergence.observed(train(stage, start, self.is_stopping), stage)
                 for report in reports if stage.name == "embed" else self._with_previews(reports, stage, start):
+                    if isinstance(report, Batch):
+                        yield report
+                        continue
                     losses.append(report.loss)
                     step = report.step
                     run.seconds[stage.name] = round(time.perf_counter() - started, 3)
@@ -102,7 +105,7 @@ class ResumableStages:
     def _is_finished(self, stage: Stage, step: int) -> bool:
         return step == stage.config.steps or self.run.convergence.stopped(stage.name)
 
-    def _with_previews(self, reports: Iterator[StepReport], stage: Stage, start: int) -> Iterator[StepReport]:
+    def _with_previews(self, reports: Iterator[Progress], stage: Stage, start: int) -> Iterator[Progress]:
         """Makes the previews that are due, on the main process, and adds the path of their sheet to the reports.
 
         A preview that a stop interrupted is made when the run is resumed, so that the adapter has it.
@@ -110,7 +113,7 @@ class ResumableStages:
         if self.run.processes.main and self.run.previews.is_due(start):
             self._preview(stage, start)
         for report in reports:
-            if self.run.processes.main and self.run.previews.is_due(report.step):
+            if not isinstance(report, Batch) and self.run.processes.main and self.run.previews.is_due(report.step):
                 report = replace(report, preview=self._preview(stage, report.step))
             yield report
 

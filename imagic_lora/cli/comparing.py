@@ -157,7 +157,9 @@ def configured(
             found[name] = f"needs {NEEDS[need][0]}"
         elif name in IMAGIC:
             try:
-                config, _ = choose_preset(lambda: architecture, merged(levers, {"tune": {"mode": IMAGIC[name]}}), {}, recipe)
+                config, _ = choose_preset(
+                    lambda: architecture, merged(levers, {"tune": {"mode": IMAGIC[name]}}), {}, recipe, process=architecture.process
+                )
             except OutOfMemory as error:
                 found[name] = error.got
                 continue
@@ -166,7 +168,9 @@ def configured(
         else:
             found[name] = sampling_method(name, given, embedded, architecture.few_steps)
     if run is None:
-        run, _ = choose_preset(lambda: architecture, merged(levers, {"tune": {"mode": "embedding"}}), {}, recipe, EDIT_STAGES, EDIT_LEVERS)
+        given_levers = merged(levers, {"tune": {"mode": "embedding"}})
+        process = architecture.process
+        run, _ = choose_preset(lambda: architecture, given_levers, {}, recipe, EDIT_STAGES, EDIT_LEVERS, process=process)
     return Setup(run, free_memory(resolve_runtime(run.memory).device), found)
 
 

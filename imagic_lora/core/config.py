@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 Mode = Literal["lora", "full", "embedding"]
 TunedMode = Literal["lora", "full"]  # the modes with a stage 2
-OptimizerName = Literal["auto", "adam8bit", "adam"]
+OptimizerName = Literal["auto", "adam8bit", "adam", "adafactor"]
 Timesteps = Literal["stratified", "uniform"]
 Preset = Literal["8gb", "12gb", "16gb", "24gb", "cpu"]
 PresetOrAuto = Literal["auto", "8gb", "12gb", "16gb", "24gb", "cpu"]
@@ -175,8 +175,9 @@ class MemoryConfig(DeviceConfig):
     gradient_checkpointing: Annotated[bool, _flag("gradient-checkpointing")] = False
     """Recompute activations in the backward pass instead of storing them. Needs less memory, and training steps take longer."""
     optimizer: Annotated[OptimizerName, _flag("optimizer")] = "auto"
-    """Optimizer of the training. adam: 32-bit states. adam8bit: 8-bit states, needs bitsandbytes and less memory. auto: adam8bit on CUDA if
-    bitsandbytes is installed, otherwise adam."""
+    """Optimizer of the training. adam: 32-bit states. adam8bit: 8-bit states, needs bitsandbytes and less memory. adafactor: hardly any
+    states, and no momentum (arXiv 1804.04235); for stage 2, while stage 1 uses adam. auto: adam8bit on CUDA if bitsandbytes is installed,
+    otherwise adam."""
     optimizer_in_backward: Annotated[bool, _flag("optimizer-in-backward")] = False
     """Update each weight as soon as its gradient is computed, and free the gradient at once. Needs less memory. Only with one process."""
     autocast_cache: Annotated[bool, _flag("autocast-cache")] = False

@@ -80,6 +80,28 @@ PRESETS: dict[Preset, dict[Mode, dict[str, Any]]] = {
 }
 """Memory levers for a size of card, by mode; the fastest preset comes first."""
 
+_STOCHASTIC = {"master_weights": "bf16-stochastic", "quantize_text": "nf4"}
+
+FLOW_PRESETS: dict[Preset, dict[Mode, dict[str, Any]]] = {
+    "24gb": _by_mode({"idle": "release"}, _MOST_LEVERS),
+    "16gb": _by_mode({"gradient_checkpointing": True}, {**_MOST_LEVERS, **_STOCHASTIC}),
+    "12gb": _by_mode({"quantize_text": "nf4"}, {**_STOCHASTIC, "optimizer": "adafactor"}),
+    "8gb": _by_mode({"quantize": "nf4", "quantize_text": "nf4"}, {**_STOCHASTIC, "optimizer": "adafactor"}),
+}
+"""What the presets set for flow transformers in addition: their weights, and those of their text encoders, are larger."""
+
+
+def preset_levers(preset: str, mode: Mode, process: str = "diffusion") -> Mapping[str, Any]:
+    """The settings of a preset, as nested mappings; none for a name that is no preset.
+
+    Args:
+        preset: name of the preset.
+        mode: mode of the run.
+        process: noise process of the base: ``diffusion`` or ``flow``.
+    """
+    kinds = (PRESETS, FLOW_PRESETS) if process == "flow" else (PRESETS,)
+    return merged(*(kind[preset][mode] for kind in kinds if preset in kind))
+
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Merges nested mappings. Later layers override earlier ones key by key; the layers are not modified."""
@@ -148,7 +170,9 @@ def mode_of(given: Mapping[str, Any]) -> Mode:
     return cast(Mode, named) if named in get_args(Mode) else TuneConfig().mode
 
 
-def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, preset: Preset | None = None) -> RunConfig:
+def resolve(
+    flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, preset: Preset | None = None, process: str = "diffusion"
+) -> RunConfig:
     """Merges the settings of a run: built-in < recipe < preset < file < flags.
 
     Args:
@@ -156,6 +180,7 @@ def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, p
         recipe: one of :data:`RECIPES`; the mode that file and flags select picks its part.
         preset: overrides the preset of file and flags, such as the one chosen for ``auto``. Without it their preset applies, and ``auto``
             changes nothing.
+        process: noise process of the base, which picks the levers of the preset.
 
     Raises:
         ImagicError: an unknown name, a value out of range, or two settings that exclude each other.
@@ -163,11 +188,11 @@ def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, p
     given = merged(file, flags)
     mode = mode_of(given)
     preset_name = preset or given.get("preset", "auto")
-    levers = PRESETS[preset_name][mode] if preset_name in PRESETS else {}
+    levers = preset_levers(preset_name, mode, process)
     override = {"preset": preset} if preset else {}
     run = validated(merged(recipe.get(mode, {}), levers, given, override))
     for flag, other, expected in _clashes(run, given):
-        source = "the flags" if flag in _flags(flags) else "the file"
+        source = "the flags" if flag in _flags(flags) else "the file" if flag in _flags(file) else f"preset {preset_name}"
         raise ImagicError(f"{flag} (from {source}) together with {other}", expected, f"change {other} or leave out {flag}")
     return run
 
@@ -182,6 +207,8 @@ def _clashes(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, st
             yield flag, mode, "LoRA settings only with --mode lora"
     if run.tune.mode == "full" and memory.quantize == "nf4":
         yield "--quantize", mode, "a quantized denoiser only with --mode lora or --mode embedding: 4-bit weights cannot be trained"
+    if run.tune.mode == "embedding" and memory.optimizer == "adafactor":
+        yield "--optimizer", mode, "adafactor only with --mode lora or --mode full: mode embedding has no stage 2"
     if run.tune.mode != "full" and memory.master_weights != "fp32":
         yield "--master-weights", mode, "master weights only with --mode full: the other modes freeze the weights of the base"
     if run.tune.mode != "full" and memory.autocast_cache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from math import prod
 from typing import Any
 from unittest.mock import patch
@@ -26,24 +26,15 @@ from ..bases.loading.registry import family_of
 from ..core.conditioning import Conditioning
 from ..core.config import RunConfig
 from ..core.runtime import DTYPES, Processes, Runtime
-from ..memory.optimizer_states import states_8bit
+from ..memory.optimizer_states import state_bytes
 from ..memory.plan import Assumed, Peak, Plan, denoiser_waits_in_host_memory, passes_per_step, plan_from_peaks
+from ..memory.rehearsed import Rehearsed, remember
 from ..memory.tracker import Tracker
+from ..memory.trained import CountedWeights
 from .embed import embed_stage
 from .monitoring.convergence import fixed_losses
 from .stage import Stage
 from .tune import tune_stage
-
-
-@dataclass
-class CountedWeights:
-    """The counted weights of a denoiser, see :class:`~imagic_lora.memory.trained.Counts`."""
-
-    parameters: int
-    bytes: int
-    states: int
-    lora: int
-    lora_states: int
 
 
 def _in_fp32_under_autocast(normalize: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -70,7 +61,8 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Pl
     """The plan that :func:`imagic_lora.memory.plan.predict` estimates, from a count of every tensor.
 
     The real code runs on fake tensors of the true sizes: nothing is computed, and their memory is not allocated. Modules of the same size
-    replace those of bitsandbytes. Workspace inside kernels is not counted.
+    replace those of bitsandbytes. Workspace inside kernels is not counted. What is counted for a flow is kept for later
+    (:mod:`imagic_lora.memory.rehearsed`).
 
     Args:
         architecture: configs of the base's components.
@@ -98,6 +90,9 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Pl
     if denoiser_waits_in_host_memory(run, assumed):
         denoiser = sum(tensor.nbytes for tensor in (*base.denoiser.parameters(), *base.denoiser.buffers()))
         stages["encode"] = replace(stages["encode"], weights=stages["encode"].weights - denoiser)
+    if counts is not None:
+        rehearsed = Rehearsed({name: list(astuple(peak)) for name, peak in stages.items()}, asdict(counts))
+        remember(architecture, run, asdict(assumed), rehearsed)
     return plan_from_peaks(architecture, run, assumed, stages, counts)
 
 
@@ -162,8 +157,8 @@ class _Padding:
 def counted(base: LatentBase, run: RunConfig) -> CountedWeights:
     """Counts the weights of a denoiser, and those of the LoRA layers that a run would add to it."""
     tensors = [*base.denoiser.parameters(), *base.denoiser.buffers()]
-    sizes = [parameter.numel() for parameter in base.denoiser.parameters()]
-    lora: list[int] = []
+    shapes = [tuple(parameter.shape) for parameter in base.denoiser.parameters()]
+    lora: list[tuple[int, int]] = []
     if run.tune.mode == "lora":
         targets, rank = tuple(f".{suffix}" for suffix in base.lora_targets(run.tune.targets)), run.tune.rank
         for name, module in base.denoiser.named_modules():
@@ -174,9 +169,14 @@ def counted(base: LatentBase, run: RunConfig) -> CountedWeights:
                 (layer.in_features, layer.out_features) if isinstance(layer, Linear) else (layer.in_channels, layer.out_channels)
             )
             kernel = 1 if isinstance(layer, Linear) else prod(layer.kernel_size)
-            lora += [rank * inputs * kernel, rank * outputs]
+            lora += [(rank, inputs * kernel), (outputs, rank)]
+    optimizer = base.runtime.optimizer
     return CountedWeights(
-        sum(sizes), sum(tensor.nbytes for tensor in tensors), sum(map(states_8bit, sizes)), sum(lora), sum(map(states_8bit, lora))
+        sum(map(prod, shapes)),
+        sum(tensor.nbytes for tensor in tensors),
+        sum(state_bytes(optimizer, *shape) for shape in shapes),
+        sum(map(prod, lora)),
+        sum(state_bytes(optimizer, *shape) for shape in lora),
     )
 
 
@@ -249,7 +249,7 @@ def _training_peak(stage: Stage, run: RunConfig, tracker: Tracker) -> Peak:
     tracker.reset_peak()
     stage.step(1)
     if run.monitoring.convergence_every:
-        fixed_losses(stage.base, stage.latents, stage.conditioning(), stage.seed, stage.config.batch_size)
+        fixed_losses(stage.base, stage.latents, stage.conditioning(), stage.seed, stage.config.batch_size, calls=1)
     inside = stage.base.runtime.memory.optimizer_in_backward
     gradients = 0 if inside else sum(p.numel() * p.element_size() for p in stage.trainables.values())
     return Peak(weights, gradients, states, tracker.peak - weights - gradients - states)

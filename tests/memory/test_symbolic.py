@@ -308,6 +308,9 @@ def test_every_lora_parameter_is_counted(known: Callable[[str], Architecture], n
     layers = planned_unet(base, rank=4, targets=TARGETS[targets])
     assert layers.lora == sum(trainable)
     assert layers.lora_states == sum(map(states_8bit, trainable))
+    shapes = [p.shape for p in unet.parameters() if p.requires_grad]
+    factored = planned_unet(base, rank=4, targets=TARGETS[targets], optimizer="adafactor").lora_states
+    assert factored == sum(4 * (shape[0] + shape[1:].numel()) for shape in shapes)
     if (name, targets) == ("sd15", "attention"):
         assert layers.lora == 797_184  # 3.2 MB at rank 4, as everywhere
     if targets == "all":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...bases.layers import BLOCK_4BIT
 from ...core.errors import ImagicError
-from ..optimizer_states import states_8bit
+from ..optimizer_states import state_bytes
 from .tape import SymbolicTensor, Tape
 
 _FP32 = 4  # bytes of an element
@@ -28,6 +28,7 @@ class LayerOptions:
         targets: names of the layers that LoRA adapts.
         four_bit: the weights of linear layers are quantized to 4 bits.
         fp32_norms: autocast runs normalization layers in fp32, as it does on CUDA and not on the CPU.
+        optimizer: name of the optimizer whose states are counted.
     """
 
     itemsize: int
@@ -37,6 +38,7 @@ class LayerOptions:
     targets: tuple[str, ...] = ()
     four_bit: bool = False
     fp32_norms: bool = True
+    optimizer: str = "adam8bit"
 
     @property
     def autocast(self) -> bool:
@@ -54,8 +56,8 @@ class Layers:
         parameters: number of parameters of the model so far.
         bytes: of the weights.
         lora: number of parameters of LoRA layers.
-        states: bytes of Adam's 8-bit states for the weights.
-        lora_states: bytes of Adam's 8-bit states for the LoRA layers.
+        states: bytes of the optimizer's states for the weights.
+        lora_states: bytes of the optimizer's states for the LoRA layers.
         cache: the weights that autocast has cast and cached; None if its cache is off.
     """
 
@@ -68,11 +70,12 @@ class Layers:
     lora_states: int = 0
     cache: list[SymbolicTensor] | None = None
 
-    def count_weights(self, *sizes: int, four_bit: bool = False) -> list[tuple[int, int]]:
+    def count_weights(self, *sizes: int, rows: int = 1, four_bit: bool = False) -> list[tuple[int, int]]:
         """Counts the weights of a layer.
 
         Args:
             sizes: number of elements of each weight, the matrix first.
+            rows: of the matrix; 1 for a layer without one.
             four_bit: the matrix is quantized.
 
         Returns:
@@ -80,7 +83,8 @@ class Layers:
         """
         itemsize = self.options.weight_itemsize
         self.parameters += sum(sizes)
-        self.states += sum(states_8bit(size) for size in sizes)
+        shapes = [(rows, sizes[0] // rows) if rows > 1 else (sizes[0],), *((size,) for size in sizes[1:])]
+        self.states += sum(state_bytes(self.options.optimizer, *shape) for shape in shapes)
         if four_bit:
             self.bytes += sizes[0] // 2 + sizes[0] // BLOCK_4BIT * _FP32 + sum(sizes[1:]) * itemsize
         else:
@@ -95,16 +99,17 @@ class Layers:
         """Casts a tensor to another itemsize; a tensor of that itemsize is returned as it is."""
         return x if x.itemsize == itemsize else self.tape.op([x], x.numel, itemsize)
 
-    def _matmul(self, x: SymbolicTensor, numel: int, sizes: tuple[int, ...], four_bit: bool = False) -> SymbolicTensor:
+    def _matmul(self, x: SymbolicTensor, numel: int, rows: int, sizes: tuple[int, ...], four_bit: bool = False) -> SymbolicTensor:
         """A linear or convolution layer.
 
         Args:
             numel: number of elements of the output.
+            rows: of the matrix, the channels of the output.
             sizes: number of elements of each weight, the matrix first.
             four_bit: the matrix is quantized.
         """
         options, itemsize = self.options, self.options.itemsize
-        gradients = self.count_weights(*sizes, four_bit=four_bit)
+        gradients = self.count_weights(*sizes, rows=rows, four_bit=four_bit)
         x = self.cast(x, itemsize)
         saved, scratch = ([x] if gradients else []), 0
         if options.autocast:  # each use casts the weight, and saves the cast for the backward pass
@@ -128,7 +133,8 @@ class Layers:
             inner_numel: number of elements between the two matrices.
         """
         self.lora += down + up
-        self.lora_states += states_8bit(down) + states_8bit(up)
+        optimizer, rank = self.options.optimizer, self.options.rank
+        self.lora_states += state_bytes(optimizer, rank, down // rank) + state_bytes(optimizer, up // rank, rank)
         wide = self.cast(x, _FP32)
         inner = self.tape.op([wide], inner_numel, _FP32, [wide], weight_gradients=[(down, _FP32)])
         outer = self.tape.op([inner], result.numel, _FP32, [inner], weight_gradients=[(up, _FP32)])
@@ -145,7 +151,7 @@ class Layers:
         """
         rows = x.numel // in_features
         sizes = (in_features * out_features, *([out_features] if bias else []))
-        result = self._matmul(x, rows * out_features, sizes, self._is_quantized(in_features))
+        result = self._matmul(x, rows * out_features, out_features, sizes, self._is_quantized(in_features))
         rank = self.options.rank
         if rank and name in self.options.targets:
             return self._add_lora(x, result, in_features * rank, out_features * rank, rows * rank)
@@ -160,7 +166,7 @@ class Layers:
             name: end of the layer's name, as in the LoRA targets.
         """
         pixels = x.numel // in_channels // stride**2
-        result = self._matmul(x, pixels * out_channels, (in_channels * out_channels * kernel**2, out_channels))
+        result = self._matmul(x, pixels * out_channels, out_channels, (in_channels * out_channels * kernel**2, out_channels))
         rank = self.options.rank
         if rank and name in self.options.targets:
             return self._add_lora(x, result, in_channels * rank * kernel**2, out_channels * rank, pixels * rank)

@@ -29,7 +29,7 @@ _KEY = "convergence"  # stands for the stage in the noise function, so that the 
 
 
 @torch.no_grad()
-def fixed_losses(base: Base, latents: Tensor, conditioning: Conditioning, seed: int, batch_size: int) -> Tensor:
+def fixed_losses(base: Base, latents: Tensor, conditioning: Conditioning, seed: int, batch_size: int, calls: int = PAIRS) -> Tensor:
     """Returns the losses at fixed pairs of timestep and noise, which depend on the seed and differ from those of the training.
 
     With the batch size of a stage this needs less memory than a training step of the stage, because nothing is kept for a backward pass.
@@ -40,13 +40,14 @@ def fixed_losses(base: Base, latents: Tensor, conditioning: Conditioning, seed: 
         conditioning: conditioning of one image.
         seed: seed of the run.
         batch_size: number of samples in a call of the denoiser.
+        calls: the most calls of the denoiser; a memory plan needs one of these equal calls.
 
     Returns:
-        The loss of each pair, ``[PAIRS]`` fp32.
+        The loss of each pair, ``[PAIRS]`` fp32 unless ``calls`` cuts them off.
     """
     times = times_at(seed, _KEY, 0, range(PAIRS), PAIRS, "stratified")
     losses = []
-    for start in range(0, PAIRS, batch_size):
+    for start in range(0, PAIRS, batch_size)[:calls]:
         pairs = range(start, min(start + batch_size, PAIRS))
         noise = to_device(noise_at(seed, _KEY, 0, pairs, tuple(latents.shape[1:])), latents.device)
         losses.append(denoising_loss(base, latents, conditioning, noise, times[pairs.start : pairs.stop]))

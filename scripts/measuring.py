@@ -16,9 +16,12 @@ from imagic_lora.training.rehearsal import random_base
 
 def settings(base: str, mode: Mode, preset: str, *changes: dict[str, Any]) -> RunConfig:
     """The configuration of a run: the recipe of the base, a preset, and changes to them."""
-    process = architecture(base).process
+    built = architecture(base)
     return resolve(
-        merged({"base": base, "preset": preset, "tune": {"mode": mode}}, *changes), {}, recipe_of(base, process=process), process=process
+        merged({"base": base, "preset": preset, "tune": {"mode": mode}}, *changes),
+        {},
+        recipe_of(base, process=built.process),
+        large=built.has_large_encoder,
     )
 
 

@@ -85,6 +85,11 @@ class Architecture(ABC):
         """Whether the VAE overflows in fp16 and has to run in fp32 there."""
 
     @property
+    def has_large_encoder(self) -> bool:
+        """Whether one of the text encoders has billions of parameters."""
+        return any(self.encoder_classes[name] in LARGE_ENCODERS for name in self.text_encoders)
+
+    @property
     def vae_scale_factor(self) -> int:
         """Downsampling factor of the VAE: side of an image in pixels divided by the side of its latents."""
         return 2 ** (len(self.vae["block_out_channels"]) - 1)

@@ -186,9 +186,9 @@ class MemoryConfig(DeviceConfig):
     master_weights: Annotated[Literal["fp32", "bf16-stochastic"], _flag("master-weights")] = "fp32"
     """Precision of the weights that mode full trains. fp32: 32-bit weights. bf16-stochastic: bf16 weights with stochastic rounding (arXiv
     2010.06192), in half the memory. Only for mode full."""
-    quantize: Annotated[Literal["none", "nf4"], _flag("quantize")] = "none"
-    """Quantization of the frozen denoiser. nf4: its linear layers are stored in 4 bits, in the fit and in later edits (arXiv 2305.14314);
-    needs bitsandbytes. Only for modes lora and embedding."""
+    quantize: Annotated[Literal["none", "nf4", "int8"], _flag("quantize")] = "none"
+    """Quantization of the frozen denoiser, in the fit and in later edits. nf4: its linear layers are stored in 4 bits (arXiv 2305.14314);
+    needs bitsandbytes. int8: in 8 bits, each row with a scale of its own, which is more exact. Only for modes lora and embedding."""
 
     quantize_text: Annotated[Literal["none", "nf4"], _flag("quantize-text")] = "none"
     """Quantization of large text encoders, T5 and Qwen3, whose weights are most of the memory while a prompt is encoded. nf4: their linear

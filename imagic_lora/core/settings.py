@@ -82,24 +82,24 @@ PRESETS: dict[Preset, dict[Mode, dict[str, Any]]] = {
 
 _STOCHASTIC = {"master_weights": "bf16-stochastic", "quantize_text": "nf4"}
 
-FLOW_PRESETS: dict[Preset, dict[Mode, dict[str, Any]]] = {
-    "24gb": _by_mode({"idle": "release"}, _MOST_LEVERS),
+LARGE_PRESETS: dict[Preset, dict[Mode, dict[str, Any]]] = {
+    "24gb": _by_mode({"gradient_checkpointing": True}, _MOST_LEVERS),
     "16gb": _by_mode({"gradient_checkpointing": True}, {**_MOST_LEVERS, **_STOCHASTIC}),
     "12gb": _by_mode({"quantize_text": "nf4"}, {**_STOCHASTIC, "optimizer": "adafactor"}),
     "8gb": _by_mode({"quantize": "nf4", "quantize_text": "nf4"}, {**_STOCHASTIC, "optimizer": "adafactor"}),
 }
-"""What the presets set for flow transformers in addition: their weights, and those of their text encoders, are larger."""
+"""What the presets set in addition for bases with a text encoder of billions of parameters, whose denoisers are large too."""
 
 
-def preset_levers(preset: str, mode: Mode, process: str = "diffusion") -> Mapping[str, Any]:
+def preset_levers(preset: str, mode: Mode, large: bool = False) -> Mapping[str, Any]:
     """The settings of a preset, as nested mappings; none for a name that is no preset.
 
     Args:
         preset: name of the preset.
         mode: mode of the run.
-        process: noise process of the base: ``diffusion`` or ``flow``.
+        large: whether the base has a text encoder of billions of parameters.
     """
-    kinds = (PRESETS, FLOW_PRESETS) if process == "flow" else (PRESETS,)
+    kinds = (PRESETS, LARGE_PRESETS) if large else (PRESETS,)
     return merged(*(kind[preset][mode] for kind in kinds if preset in kind))
 
 
@@ -171,7 +171,7 @@ def mode_of(given: Mapping[str, Any]) -> Mode:
 
 
 def resolve(
-    flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, preset: Preset | None = None, process: str = "diffusion"
+    flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, preset: Preset | None = None, large: bool = False
 ) -> RunConfig:
     """Merges the settings of a run: built-in < recipe < preset < file < flags.
 
@@ -180,7 +180,7 @@ def resolve(
         recipe: one of :data:`RECIPES`; the mode that file and flags select picks its part.
         preset: overrides the preset of file and flags, such as the one chosen for ``auto``. Without it their preset applies, and ``auto``
             changes nothing.
-        process: noise process of the base, which picks the levers of the preset.
+        large: whether the base has a text encoder of billions of parameters, for which presets have more levers.
 
     Raises:
         ImagicError: an unknown name, a value out of range, or two settings that exclude each other.
@@ -188,7 +188,7 @@ def resolve(
     given = merged(file, flags)
     mode = mode_of(given)
     preset_name = preset or given.get("preset", "auto")
-    levers = preset_levers(preset_name, mode, process)
+    levers = preset_levers(preset_name, mode, large)
     override = {"preset": preset} if preset else {}
     run = validated(merged(recipe.get(mode, {}), levers, given, override))
     for flag, other, expected in _clashes(run, given):
@@ -205,8 +205,8 @@ def _clashes(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, st
             yield flag, mode, "settings of stage 2 only with --mode lora or --mode full: mode embedding has no stage 2"
         if run.tune.mode == "full" and flag in ("--rank", "--alpha", "--targets"):
             yield flag, mode, "LoRA settings only with --mode lora"
-    if run.tune.mode == "full" and memory.quantize == "nf4":
-        yield "--quantize", mode, "a quantized denoiser only with --mode lora or --mode embedding: 4-bit weights cannot be trained"
+    if run.tune.mode == "full" and memory.quantize != "none":
+        yield "--quantize", mode, "a quantized denoiser only with --mode lora or --mode embedding: its weights cannot be trained"
     if run.tune.mode == "embedding" and memory.optimizer == "adafactor":
         yield "--optimizer", mode, "adafactor only with --mode lora or --mode full: mode embedding has no stage 2"
     if run.tune.mode != "full" and memory.master_weights != "fp32":

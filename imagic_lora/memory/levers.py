@@ -32,6 +32,7 @@ FIT_LEVERS: Levers = [
     ("--preview-every 0", {"monitoring": {"preview_every": 0}}),
     (_STOCHASTIC, {"memory": {"master_weights": "bf16-stochastic"}}),
     ("--optimizer adafactor", {"memory": {"optimizer": "adafactor"}}),
+    ("--quantize int8", {"memory": {"quantize": "int8"}}),
     ("--quantize nf4", {"memory": {"quantize": "nf4"}}),
     ("--quantize-text nf4", {"memory": {"quantize_text": "nf4"}}),
     ("--mode lora", {"tune": {"mode": "lora"}, "memory": {"master_weights": "fp32", "autocast_cache": False}}),

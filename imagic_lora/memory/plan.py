@@ -139,7 +139,7 @@ def passes_per_step(architecture: Architecture, run: RunConfig) -> int:
 
 
 def denoiser_waits_in_host_memory(run: RunConfig, assumed: Assumed) -> bool:
-    """Whether the denoiser stays in host memory while photo and prompt are encoded; a 4-bit denoiser is quantized on the card at once."""
+    """Whether the denoiser stays in host memory while photo and prompt are encoded; one that is quantized moves to the card at once."""
     return assumed.device == "cuda" and run.memory.idle != "keep" and run.memory.quantize == "none"
 
 
@@ -298,7 +298,7 @@ class _Planner:
             trained=self.full and trains == "tune",
             rank=run.tune.rank if lora else 0,
             targets=self.architecture.lora_targets.get(run.tune.targets, ()) if lora else (),
-            four_bit=run.memory.quantize == "nf4",
+            quantize=run.memory.quantize,
             fp32_norms=self.assumed.device == "cuda",
             optimizer=self.assumed.optimizer,
         )

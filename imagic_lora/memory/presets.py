@@ -46,7 +46,7 @@ def choose_preset(
     stages: Sequence[str] | None = None,
     levers: Levers = FIT_LEVERS,
     processes: tuple[int, int] = (1, 0),
-    process: str = "diffusion",
+    large: bool = False,
     rehearse: Callable[[Architecture, RunConfig, Assumed], Plan] | None = None,
 ) -> tuple[RunConfig, str]:
     """Resolves the settings of a run; preset ``auto`` becomes the fastest preset whose plan fits 90 percent of the free memory.
@@ -60,7 +60,7 @@ def choose_preset(
         levers: memory levers of the command, for the error message.
         processes: number of processes, and the index of this one's card. Several processes exclude presets with the optimizer inside the
             backward pass.
-        process: noise process of the base.
+        large: whether the base has a text encoder of billions of parameters.
         rehearse: plans what :func:`~imagic_lora.memory.plan.predict` cannot. Without it, ``auto`` is then the preset with the lowest peak.
 
     Returns:
@@ -69,17 +69,17 @@ def choose_preset(
     Raises:
         ImagicError: no preset fits; or as :func:`~imagic_lora.core.settings.resolve`.
     """
-    plain = resolve(flags, file, recipe, process=process)
+    plain = resolve(flags, file, recipe, large=large)
     if plain.preset != "auto":
         return plain, "asked for"
     card, free = card_and_free_memory(plain.memory.device, processes[1])
     if card is None and plain.memory.device == "cuda":
         raise ImagicError("--preset auto with --device cuda, but no CUDA device was found", "a CUDA device", "choose a --preset")
     if card is None:
-        return resolve(flags, file, recipe, "cpu", process), "asked for a CPU" if plain.memory.device == "cpu" else "no CUDA device found"
+        return resolve(flags, file, recipe, "cpu", large), "asked for a CPU" if plain.memory.device == "cpu" else "no CUDA device found"
     architecture, tightest = base(), None
     for name in _FASTEST_FIRST:
-        run = resolve(flags, file, recipe, name, architecture.process)
+        run = resolve(flags, file, recipe, name, architecture.has_large_encoder)
         assumed = assumed_for(run, card)
         if run.memory.master_weights != "fp32" and assumed.dtype != "bf16":
             continue
@@ -89,7 +89,7 @@ def choose_preset(
             if architecture.process == "flow" and rehearse is not None:
                 plan = rehearse(architecture, run, assumed)
             else:
-                lowest = resolve(flags, file, recipe, "8gb", architecture.process)
+                lowest = resolve(flags, file, recipe, "8gb", architecture.has_large_encoder)
                 return lowest, f"the lowest peak, since the memory of {error.got} cannot be predicted"
         stage = max(stages or plan.stages, key=plan.needs)
         need = plan.needs(stage) - plan.context  # the free memory was read with the context in place

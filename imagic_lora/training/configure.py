@@ -43,7 +43,9 @@ def configure_run(flags: Mapping[str, Any], file: Mapping[str, Any], processes: 
     architecture = architecture_of(given.base, given.revision)
     architecture.check_trainable(given.base)
     recipe = recipe_for(architecture, given.base, given.revision)
-    chosen = choose_preset(lambda: architecture, flags, file, recipe, processes=processes, process=architecture.process, rehearse=_rehearse)
+    chosen = choose_preset(
+        lambda: architecture, flags, file, recipe, processes=processes, large=architecture.has_large_encoder, rehearse=_rehearse
+    )
     return Configured(*chosen, architecture)
 
 

@@ -60,7 +60,7 @@ def plan(
         flags,
         file,
         recipe_for(built, given.base, given.revision),
-        process=built.process,
+        large=built.has_large_encoder,
         rehearse=_rehearsed,
     )
     card = card_and_free_memory(run.memory.device)[0] if given.preset == "auto" else None

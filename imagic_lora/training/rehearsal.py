@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import BatchEncoding
 
 from ..adapters.modes import MODES
-from ..bases.architecture import Architecture, UNetArchitecture
+from ..bases.architecture import LARGE_ENCODERS, Architecture, UNetArchitecture
 from ..bases.families.common import LatentBase, tokenizer_of, vae_dtype
 from ..bases.loading.components import TEXT_ENCODERS
 from ..bases.loading.registry import family_of
@@ -33,6 +33,7 @@ from ..memory.tracker import Tracker
 from ..memory.trained import CountedWeights
 from .embed import embed_stage
 from .monitoring.convergence import fixed_losses
+from .optimizers import JointUpdates
 from .stage import Stage
 from .tune import tune_stage
 
@@ -79,14 +80,12 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Pl
     with FakeTensorMode(), patch.object(Module, "_apply", _convert), Tracker() as tracker:
         base = random_base(architecture, run, runtime)
         base.load_encoders()
-        sizes = base.helper_bytes()
-        helpers, largest = sum(sizes), max(sizes)
+        helpers = dict(zip(("vae", *architecture.text_encoders), base.helper_bytes(), strict=True))
         counts = None if isinstance(architecture, UNetArchitecture) else counted(base, run)
         with _cuda_autocast() if assumed.device == "cuda" else nullcontext():
             stages = dict(_stages(base, run, tracker))
-    if assumed.device == "cuda" and idle == "release" and architecture.process == "flow":
-        # T5 is alone on the card, see LatentBase._make_room; and the others need less with what encoding the photo allocates
-        stages["encode"] = replace(stages["encode"], weights=stages["encode"].weights - helpers + largest)
+    if assumed.device == "cuda" and idle == "release" and architecture.has_large_encoder:
+        stages["encode"] = _photo_or_prompt(architecture, run, helpers, stages["encode"])
     if denoiser_waits_in_host_memory(run, assumed):
         denoiser = sum(tensor.nbytes for tensor in (*base.denoiser.parameters(), *base.denoiser.buffers()))
         stages["encode"] = replace(stages["encode"], weights=stages["encode"].weights - denoiser)
@@ -94,6 +93,29 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Pl
         rehearsed = Rehearsed({name: list(astuple(peak)) for name, peak in stages.items()}, asdict(counts))
         remember(architecture, run, asdict(assumed), rehearsed)
     return plan_from_peaks(architecture, run, assumed, stages, counts)
+
+
+def _photo_or_prompt(architecture: Architecture, run: RunConfig, helpers: dict[str, int], photo: Peak) -> Peak:
+    """The peak of stage encode where a large text encoder is alone on the card, see ``LatentBase._make_room``: of the photo or the prompt.
+
+    A large text encoder holds the outputs of all layers, four tensors of the inner width of one, and a 4-bit matrix in half precision.
+
+    Args:
+        architecture, run: as in :func:`rehearse`.
+        helpers: bytes of VAE and text encoders, by name.
+        photo: the peak with all of them on the card, while the photo is encoded.
+    """
+    rest = photo.weights - sum(helpers.values())
+    peaks = []
+    for name, config in architecture.text_encoders.items():
+        if architecture.encoder_classes[name] in LARGE_ENCODERS:
+            _, length, width = architecture.vectors[name]
+            inner = config.get("intermediate_size", config.get("d_ff"))
+            held = length * ((config.get("num_hidden_layers", config.get("num_layers")) + 1) * width + 4 * inner)
+            matrix = inner * width if run.memory.quantize_text != "none" else 0
+            peaks.append(Peak(rest + helpers[name], 0, 0, 2 * (held + matrix)))
+    small = sum(size for name, size in helpers.items() if architecture.encoder_classes.get(name) not in LARGE_ENCODERS)
+    return max(replace(photo, weights=rest + small), *peaks, key=lambda peak: peak.total)
 
 
 def _convert(module: Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
@@ -239,20 +261,27 @@ def _two_steps(config: Any) -> Any:
 
 
 def _training_peak(stage: Stage, run: RunConfig, tracker: Tracker) -> Peak:
-    """The peak of a training stage, from its second step: the first one creates the states of the optimizer.
+    """The peak of a training stage with the states of the optimizer, which its first step creates.
 
-    It includes an evaluation of the relative loss, which needs less than the step.
+    If one optimizer steps after the backward pass, the states are added to the peak of the first step; otherwise a second step is made.
+    The peak includes an evaluation of the relative loss, which needs less than the step.
     """
     weights = tracker.now
+    tracker.reset_peak()
     stage.step(0)
     states = tracker.now - weights
+    peak = tracker.peak + states
+    if not isinstance(stage.updates, JointUpdates):
+        tracker.reset_peak()
+        stage.step(1)
+        peak = tracker.peak
     tracker.reset_peak()
-    stage.step(1)
     if run.monitoring.convergence_every:
         fixed_losses(stage.base, stage.latents, stage.conditioning(), stage.seed, stage.config.batch_size, calls=1)
     inside = stage.base.runtime.memory.optimizer_in_backward
     gradients = 0 if inside else sum(p.numel() * p.element_size() for p in stage.trainables.values())
-    return Peak(weights, gradients, states, tracker.peak - weights - gradients - states)
+    peak = max(peak, tracker.peak)
+    return Peak(weights, gradients, states, peak - weights - gradients - states)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ def settings(base: str, mode: Mode, preset: str, *changes: dict[str, Any]) -> Ru
     return resolve(
         merged({"base": base, "preset": preset, "tune": {"mode": mode}}, *changes),
         {},
-        recipe_of(base, process=built.process),
+        recipe_of(base, kind=built.recipe),
         large=built.has_large_encoder,
     )
 

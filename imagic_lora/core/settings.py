@@ -28,6 +28,10 @@ _FLOW: dict[str, Any] = {  # not measured; steps and guidance scale as the cards
     "edit": {"steps": 28, "guidance_scale": 4.5},
 }
 
+_SD3 = _FLOW  # steps and guidance scale are those of its card
+_KLEIN = {**_FLOW, "edit": {"steps": 50, "guidance_scale": 4.0}}  # the defaults of diffusers' pipeline
+_RATE_OF_DIFFUSERS = {"learning_rate": 1e-4}  # the default of diffusers' LoRA scripts for both; none was measured on one photo
+
 RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
     "sd": {
         "lora": {},
@@ -38,6 +42,16 @@ RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
         "lora": _FLOW,
         "full": {**_FLOW, "tune": {"steps": 1500, "learning_rate": 5e-7}},
         "embedding": _FLOW,
+    },
+    "sd3": {
+        "lora": {**_SD3, "tune": _RATE_OF_DIFFUSERS},
+        "full": {**_SD3, "tune": {"steps": 1500, "learning_rate": 5e-7}},
+        "embedding": _SD3,
+    },
+    "klein": {
+        "lora": {**_KLEIN, "tune": _RATE_OF_DIFFUSERS},
+        "full": {**_KLEIN, "tune": {"steps": 1500, "learning_rate": 5e-7}},
+        "embedding": _KLEIN,
     },
     "critters": {
         "lora": {
@@ -132,16 +146,16 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "")
     return phrases
 
 
-def recipe_of(base: str | None, few_steps: int | None = None, guidance: str = "cfg", process: str = "diffusion") -> Recipe:
-    """Returns the recipe of a base: its own, or that of its noise process.
+def recipe_of(base: str | None, few_steps: int | None = None, guidance: str = "cfg", kind: str = "sd") -> Recipe:
+    """Returns the recipe of a base: its own, or that of its kind.
 
     Args:
         base: name of the built-in base; None for another base.
         few_steps: number of sampling steps of a distilled base, or None. A distilled base samples without classifier-free guidance.
         guidance: how the base is guided: ``cfg``, ``embedded`` (the scale is an input of the denoiser) or ``none``.
-        process: noise process of the base: ``diffusion`` or ``flow``.
+        kind: the kind of architecture, a key of :data:`RECIPES`.
     """
-    recipe = RECIPES[base] if base in RECIPES else RECIPES["flow" if process == "flow" else "sd"]
+    recipe = RECIPES[base] if base in RECIPES else RECIPES[kind]
     if few_steps is None:
         return recipe
     sampling = {"edit": {"steps": few_steps, "guidance_scale": _EMBEDDED_GUIDANCE if guidance == "embedded" else 0.0}}

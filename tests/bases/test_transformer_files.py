@@ -137,6 +137,7 @@ LAYOUTS = {"sd3": sd3_layout, "klein": klein_layout}
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Listed:
     """Loads a file with these tensors and the parts of a base, from the user's list."""
     monkeypatch.setenv(VARIABLE, str(tmp_path / "bases.yaml"))
+    (tmp_path / "bases.yaml").write_text("{}")
 
     def loaded(tensors: State, parts: Path | str, **entry: Any) -> Base:
         save_file(tensors, tmp_path / "one.safetensors")

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def predicted(run: RunConfig, assumed: Assumed) -> Plan:
 def plan_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of sd15 are cached: these tests need the same ones many times."""
 
-    def cached(base: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
-        return (predicted if base is SD15 else partial(predict, base))(run, assumed)
+    def cached(base: Architecture, run: RunConfig, assumed: Assumed, edit: bool = False) -> Plan:
+        return predicted(run, assumed) if base is SD15 else predict(base, run, assumed, edit)
 
     for module in (fits, levers, limits):
         monkeypatch.setattr(module, "predict", cached)

@@ -106,14 +106,14 @@ def with_entry(architecture: Architecture, entry: BaseEntry | None) -> Architect
 
 
 def recipe_for(architecture: Architecture, base: str, revision: str | None = None) -> Recipe:
-    """The recipe of a base: its own, or that of its noise process, with the sampling of a distilled base.
+    """The recipe of a base: its own, or that of its kind, with the sampling of a distilled base.
 
     Args:
         architecture: configs of the base.
         base: name, folder, file or hub id of the base.
         revision: revision of a hub id.
     """
-    return recipe_of(known_base(base, revision).built_in, architecture.few_steps, architecture.guidance, architecture.process)
+    return recipe_of(known_base(base, revision).built_in, architecture.few_steps, architecture.guidance, architecture.recipe)
 
 
 def folder_of_parts(entry: BaseEntry | None) -> Path | None:

@@ -16,7 +16,7 @@ from diffusers.utils import logging
 from study_batch import Fitted, Options, Variant, edited, encoded, fitted
 from study_cases import study_keep, study_ranks
 from study_eta import study_eta
-from study_null_text import study_null_text
+from study_figures import study_null_text, study_reweight
 from study_store import Study, paired, values
 
 from imagic_lora.bases.loading.known import CRITTERS
@@ -98,6 +98,7 @@ STUDIES: dict[str, tuple[Callable[[argparse.Namespace], None], int]] = {
     "keep": (study_keep, 60),
     "ranks": (study_ranks, 3),
     "null-text": (study_null_text, 8),
+    "reweight": (study_reweight, 0),
 }
 """Each study with its number of cases."""
 
@@ -124,10 +125,13 @@ def main() -> None:
     eta.add_argument("changes", nargs="?", default="", help="changes of the defaults, as for settings")
     eta.add_argument("--choose", type=int, default=1, help="seed of the cases that eta and rule are chosen on")
     eta.add_argument("--claim", type=int, default=7, help="seed of the cases that they are claimed on")
-    null = parsers.choices["null-text"]
-    null.add_argument("--steps", type=int, default=50, help="number of sampling steps")
-    null.add_argument("--guidance-scale", type=float, default=7.5)
-    null.add_argument("--inner", type=int, nargs="+", default=[1, 2, 5, 10, 20], help="optimisation steps at each sampling step")
+    for name, steps, scale in (("null-text", 50, 7.5), ("reweight", 23, 3.0)):
+        parsers.choices[name].add_argument("--steps", type=int, default=steps, help="number of sampling steps")
+        parsers.choices[name].add_argument("--guidance-scale", type=float, default=scale)
+    parsers.choices["reweight"].add_argument("--factors", type=float, nargs="+", default=[-8, -4, -2, 0, 1, 2, 4, 8])
+    parsers.choices["null-text"].add_argument(
+        "--inner", type=int, nargs="+", default=[1, 2, 5, 10, 20], help="optimisation steps at each sampling step"
+    )
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -20,7 +20,7 @@ from imagic_lora.sampling.sweeps.scores import PROBES, alignment, fidelity
 from imagic_lora.sampling.sweeps.suggest import RULES, Curves, search
 
 ETAS = [k / 10 for k in range(13)]
-FIXED = (0.5, 0.6, 0.7, 0.8, 0.9)
+FIXED = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 KINDS = ("untuned", "tuned", "null")
 Curve = dict[float, "Point"]
 """The images of a case by eta."""

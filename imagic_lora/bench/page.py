@@ -33,8 +33,8 @@ class Table:
 
 
 def tables(summary: Mapping[str, Any]) -> dict[str, Table]:
-    """Returns the tables of a summary by their titles, for the terminal and for the page."""
-    return {
+    """Returns the tables of a summary by their titles, for the terminal and for the page; without those that have no rows."""
+    found = {
         "Success and its parts, %": _shares(summary),
         "Success by kind, %": _kinds(summary),
         "Success at other limits of the identity, %": _curves(summary),
@@ -42,6 +42,7 @@ def tables(summary: Mapping[str, Any]) -> dict[str, Table]:
         "Cost of an image": _costs(summary),
         "imagic-lora compared with each row, case by case": _against(summary),
     }
+    return {title: table for title, table in found.items() if table.rows}
 
 
 def _shares(summary: Mapping[str, Any]) -> Table:

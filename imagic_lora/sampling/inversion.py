@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..bases.base import Base
@@ -13,6 +13,7 @@ from ..core.conditioning import Conditioning
 from ..core.config import EditConfig
 from ..photos.canvas import Canvas
 from .pipelines import conditioning_kwargs, pipeline_guidance, sample_latents
+from .trajectory import Trajectory, guided, last
 
 
 class NoiseRecorder(DDIMScheduler):
@@ -60,8 +61,8 @@ def invert(base: Base, canvas: Canvas, clean: Tensor, config: EditConfig, source
     Returns:
         The latents before the first step, ``[1, C, h, w]``, in a tuple of one; no step adds noise.
     """
-    pipe = base.pipeline("text2image", DDIMInverseScheduler)
-    return (sample_latents(base, pipe, _inversion_kwargs(base, canvas, source, config, clean.to(base.runtime.dtype))),)
+    latents = clean.to(base.runtime.device).float()
+    return (last(latents, Trajectory(base, config.steps).backwards(latents, guided(base, source))),)
 
 
 def record_noise(base: Base, canvas: Canvas, clean: Tensor, config: EditConfig, source: Conditioning, seed: int) -> tuple[Tensor, ...]:

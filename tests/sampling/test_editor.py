@@ -198,7 +198,10 @@ def test_start_from_the_image_by_strength(folder: Path, fitted: Fitted) -> None:
 
 
 def inverted_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int) -> Tensor:
-    """DDIM backwards, in float64 but for the denoiser: x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) noise, both as they are predicted at x_t."""
+    """DDIM backwards, in float64 but for the denoiser: x_s = sqrt(a_s) x_0 + sqrt(1 - a_s) noise, both as they are predicted at x_t.
+
+    A velocity is converted to noise at the timestep that the denoiser gets.
+    """
     scheduler = DDIMScheduler.from_config(base.scheduler().config)
     scheduler.set_timesteps(steps)
     alphas, x = scheduler.alphas_cumprod.double(), clean.double()
@@ -206,10 +209,9 @@ def inverted_by_hand(base: Base, clean: Tensor, source: Conditioning, steps: int
     with torch.no_grad():
         for t in reversed(scheduler.timesteps.tolist()):
             answer = base.predict(x.float(), torch.tensor([t]), source).double()
-            if base.prediction_type == "v_prediction":
-                noise, predicted = now.sqrt() * answer + (1 - now).sqrt() * x, now.sqrt() * x - (1 - now).sqrt() * answer
-            else:
-                noise, predicted = answer, (x - (1 - now).sqrt() * answer) / now.sqrt()
+            velocity = base.prediction_type == "v_prediction"
+            noise = alphas[t].sqrt() * answer + (1 - alphas[t]).sqrt() * x if velocity else answer
+            predicted = (x - (1 - now).sqrt() * noise) / now.sqrt()
             now = alphas[t]
             x = now.sqrt() * predicted + (1 - now).sqrt() * noise
     return x

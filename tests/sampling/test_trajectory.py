@@ -19,7 +19,7 @@ from imagic_lora.core.errors import ImagicError
 from imagic_lora.photos.canvas import to_canvas
 from imagic_lora.photos.reading import read_photo
 from imagic_lora.sampling.inversion import record_noise
-from imagic_lora.sampling.trajectory import Predict, Step, Trajectory, guided, path, predictions
+from imagic_lora.sampling.trajectory import Predict, Step, Trajectory, guided, last, path, predictions
 
 BASES = ("epsilon", "v_prediction", "sample", "trailing", "sdxl", "critters")
 
@@ -55,16 +55,20 @@ def test_both_directions_are_those_of_diffusers(named: Any, name: str) -> None:
     sampled = path(trajectory.forwards(latents, guided(base, prompt, null, 3.0)))
     torch.testing.assert_close(sampled[7], by_pipeline(base, DDIMScheduler, latents, 7, 3.0), rtol=1e-5, atol=1e-5)
     inverted = path(trajectory.backwards(latents, guided(base, prompt)))
-    torch.testing.assert_close(inverted[0], by_pipeline(base, DDIMInverseScheduler, latents, 7, 1.0), rtol=1e-5, atol=1e-5)
+    if base.prediction_type != "v_prediction":  # see test_velocities_invert_as_noise_does
+        torch.testing.assert_close(inverted[0], by_pipeline(base, DDIMInverseScheduler, latents, 7, 1.0), rtol=1e-5, atol=1e-5)
     assert list(sampled) == list(range(8))
     assert list(inverted) == list(range(7, -1, -1))
 
 
 def perfect(base: Base, clean: Tensor, noise: Tensor) -> Predict:
-    """The predictions of a denoiser that knows the photo and the noise: its training target."""
+    """The predictions of a denoiser that knows the photo and the noise; of a velocity, those that say this noise of the given latents."""
 
     def predict(latents: Tensor, step: Step) -> Tensor:
-        return base.target(clean, noise, torch.tensor([step.timestep]))
+        if base.prediction_type != "v_prediction":
+            return base.target(clean, noise, torch.tensor([step.timestep]))
+        alpha = base.scheduler().alphas_cumprod[step.timestep]
+        return (noise - (1 - alpha).sqrt() * latents) / alpha.sqrt()
 
     return predict
 
@@ -85,8 +89,23 @@ def test_a_position_has_one_noise_level_in_both_directions(named: Any, name: str
     assert list(back) == [4, 3, 2, 1, 0]
     for position in range(5):
         torch.testing.assert_close(forwards[position], expected[position], rtol=1e-4, atol=1e-4)
-        if base.prediction_type != "v_prediction":  # DDIM's inverse reads a prediction at the level of the latents, not of its timestep
-            torch.testing.assert_close(back[position], expected[position], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(back[position], expected[position], rtol=1e-4, atol=1e-4)
+
+
+def test_velocities_invert_as_noise_does(named: Any) -> None:
+    """A denoiser that predicts the velocity ends at the noise of one that predicts the same noise, as diffusers inverts that one."""
+    base, latents, (prompt, _) = named("v_prediction"), drawn(named("v_prediction")), prompts(named("v_prediction"))
+    schedule = base.scheduler(DDIMScheduler)
+    schedule.set_timesteps(7)
+    inverse = DDIMInverseScheduler.from_config(schedule.config, prediction_type="epsilon")
+    inverse.set_timesteps(7)
+    expected = latents
+    with torch.no_grad():
+        for t in inverse.timesteps:
+            noise = -schedule.get_velocity(expected, -predictions(base, expected, int(t), prompt)[0], t[None])
+            expected = inverse.step(noise, int(t), expected).prev_sample
+    found = last(latents, Trajectory(base, 7).backwards(latents, guided(base, prompt)))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_says_where_it_is(named: Any) -> None:

@@ -1,4 +1,4 @@
-"""The study of null-text inversion: how well the photo comes back with each of its ablations."""
+"""Figures of the papers on the embedded base: the ablations of null-text inversion, and reweighting by Prompt-to-Prompt."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from imagic_lora.bench.cases import case_at
 from imagic_lora.bench.metrics import psnr
 from imagic_lora.cli.console import progress
 from imagic_lora.critters import render
+from imagic_lora.methods.attention.prompt_to_prompt import PromptToPromptText
 from imagic_lora.methods.inversions.null_text import Ablation, NullTextConfig, NullTextInversion
-from imagic_lora.methods.method import EditRequest
+from imagic_lora.methods.method import Context, EditRequest
 from imagic_lora.methods.sampled import encode_request
+from imagic_lora.photos.sheet import sheet
 
 ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
 
@@ -82,3 +84,28 @@ def study_null_text(args: argparse.Namespace) -> None:
         means[ablation, steps] = float(np.mean(found))
         print(f"{ablation}, {steps} steps: {means[ablation, steps]:.2f} dB")
     figure(means, inner, args.store / "null-text.png")
+
+
+REWEIGHTED = {"a white bird on the sand": "white", "a black cat on the grass": "black", "a brown dog in the snow": "brown"}
+"""The prompts of :func:`study_reweight`, and the word that is reweighted in each."""
+
+
+def study_reweight(args: argparse.Namespace) -> None:
+    """Reweighting by Prompt-to-Prompt.
+
+    Generated images whose attention to one word of the prompt is multiplied by a factor (figure 6 of arXiv 2208.01626): one row for each
+    prompt, one column for each factor, all from the noise of ``--seed``. Writes ``prompt-to-prompt.png`` into the folder of the store.
+    """
+    study, rows = Study(args.base, args.store), []
+    for prompt, word in progress(iter(REWEIGHTED.items()), len(REWEIGHTED), "prompts"):
+        configs = {
+            f"{word} x {factor:g}": PromptToPromptText.config_class(
+                steps=args.steps, guidance_scale=args.guidance_scale, factors={word: factor}
+            )
+            for factor in args.factors
+        }
+        request = EditRequest(render(case_at(args.seed, 0).source), prompt, prompt, seed=args.seed)
+        results = PromptToPromptText(configs).edit(Context(study.base), request)
+        rows.append([(label, result.image) for label, result in zip(configs, results, strict=True)])
+    args.store.mkdir(parents=True, exist_ok=True)
+    sheet(rows, ", ".join(REWEIGHTED), cell=96).save(args.store / "prompt-to-prompt.png")

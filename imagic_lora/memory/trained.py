@@ -46,7 +46,7 @@ class Counts(Protocol):
     lora_states: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class CountedWeights:
     """The counted weights of a denoiser, see :class:`Counts`."""
 

@@ -110,8 +110,9 @@ def _photo_or_prompt(architecture: Architecture, run: RunConfig, helpers: dict[s
     for name, config in architecture.text_encoders.items():
         if architecture.encoder_classes[name] in LARGE_ENCODERS:
             _, length, width = architecture.vectors[name]
-            inner = config.get("intermediate_size", config.get("d_ff"))
-            held = length * ((config.get("num_hidden_layers", config.get("num_layers")) + 1) * width + 4 * inner)
+            inner: int = config["intermediate_size" if "intermediate_size" in config else "d_ff"]
+            layers: int = config["num_hidden_layers" if "num_hidden_layers" in config else "num_layers"]
+            held = length * ((layers + 1) * width + 4 * inner)
             matrix = inner * width if run.memory.quantize_text != "none" else 0
             peaks.append(Peak(rest + helpers[name], 0, 0, 2 * (held + matrix)))
     small = sum(size for name, size in helpers.items() if architecture.encoder_classes.get(name) not in LARGE_ENCODERS)

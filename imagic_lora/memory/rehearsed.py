@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -125,7 +124,7 @@ def entries(architecture: Architecture, run: RunConfig, assumed: Mapping[str, st
 @cache
 def _shipped() -> dict[str, Any]:
     """The rehearsals of the published bases, which ``scripts/plan_table.py`` writes."""
-    return json.loads(resources.files(__package__).joinpath(_SHIPPED).read_text(encoding="utf-8"))["plans"]
+    return json.loads(Path(__file__).with_name(_SHIPPED).read_text(encoding="utf-8"))["plans"]
 
 
 def _folder() -> Path:

@@ -69,6 +69,9 @@ bench-critters: $(READY) ## run CritterBench with all methods, hours on two core
 bench-memory: $(READY) ## predict peak memory, and measure it on a card: docs/internals/memory-model.md
 	$(BIN)/python scripts/bench_memory.py
 
+plan-table: $(READY) ## rehearse the presets of flows that imagic_lora/memory/rehearsed.json lacks, and write the table of docs/guide/memory.md
+	$(BIN)/python scripts/plan_table.py
+
 bench-speed: $(READY) ## compare our loop with a plain one, time the memory levers: docs/internals/speed.md
 	$(BIN)/python scripts/bench_speed.py
 
@@ -82,4 +85,4 @@ clean: ## remove outputs, caches and .venv
 	rm -rf outputs dist $(VENV) .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test web test-web test-slow test-gpu torture lint check docs-settings critters critters-dit critters-report bench-critters bench-memory bench-speed bench-swaps dist clean
+.PHONY: help setup demo test web test-web test-slow test-gpu torture lint check docs-settings critters critters-dit critters-report bench-critters bench-memory plan-table bench-speed bench-swaps dist clean

@@ -16,7 +16,13 @@ from imagic_lora.training.rehearsal import random_base
 
 def settings(base: str, mode: Mode, preset: str, *changes: dict[str, Any]) -> RunConfig:
     """The configuration of a run: the recipe of the base, a preset, and changes to them."""
-    return resolve(merged({"base": base, "preset": preset, "tune": {"mode": mode}}, *changes), {}, recipe_of(base))
+    built = architecture(base)
+    return resolve(
+        merged({"base": base, "preset": preset, "tune": {"mode": mode}}, *changes),
+        {},
+        recipe_of(base, kind=built.recipe),
+        large=built.has_large_encoder,
+    )
 
 
 def opened(run: RunConfig) -> Any:

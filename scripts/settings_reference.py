@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from imagic_lora.cli.app import app
 from imagic_lora.core.config import DeviceConfig, EditConfig, RunConfig
-from imagic_lora.core.settings import PRESETS, RECIPES
+from imagic_lora.core.settings import LARGE_PRESETS, PRESETS, RECIPES
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "settings.md"
 Key = tuple[str, ...]
@@ -42,7 +42,8 @@ settings are also flags of `edit`; the flag column says so. `edit` starts from t
 """
 _RECIPES = """## Recipes
 
-Learning rates and sizes for a kind of base, by mode. `sd` applies to every base but `critters`. An empty cell is the built-in default,
+Learning rates and sizes for a kind of base, by mode. `sd` applies to every base with a U-Net but `critters`, `sd3` and `klein` to Stable
+Diffusion 3 and FLUX.2 klein, `flow` to other flow transformers; none of the last three was measured. An empty cell is the built-in default,
 and so is all of `sd, lora`. A base with few steps (`few_steps`) also sets `edit.steps` to that number and `edit.guidance_scale` to 0, or to
 8 where the guidance scale is an input of the denoiser.
 """
@@ -50,6 +51,8 @@ _PRESETS = """## Presets
 
 Memory levers for a size of card, by mode. `auto` takes the fastest preset whose predicted peak fits 90% of the free memory of the card, or
 `cpu` where there is no card. An empty cell is the value of the recipe.
+"""
+_LARGE = """For bases with T5 or Qwen3 (Stable Diffusion 3, FLUX.2 klein) a preset also sets:
 """
 
 
@@ -132,8 +135,12 @@ def page() -> str:
             about = " ".join((field.annotation.__doc__ or "").split())
             lines += ["", f"## {name}", "", about, "", *table(_COLUMNS, setting_rows(field.annotation, (name,), fit, edit))]
     recipes = {f"{name}, {mode}": settings for name, modes in RECIPES.items() for mode, settings in modes.items() if settings}
-    presets = {f"{name}, {mode}": settings for name, modes in PRESETS.items() for mode, settings in modes.items()}
+    presets, large = (
+        {f"{name}, {mode}": settings for name, modes in kind.items() for mode, settings in modes.items()}
+        for kind in (PRESETS, LARGE_PRESETS)
+    )
     lines += ["", *_RECIPES.splitlines(), "", *changes_table(recipes), "", *_PRESETS.splitlines(), "", *changes_table(presets)]
+    lines += ["", *_LARGE.splitlines(), "", *changes_table(large)]
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,7 @@
 """Time and memory of a base at true size with random weights: ``python scripts/true_size.py --base sdxl``.
 
-Runs one step of each stage and one sampler step on the CPU. Prints the time, the peak size of all tensors, and the predicted peak. Neither
-time nor memory depends on the values of the weights.
+Runs one step of each stage and one sampler step on the CPU. Prints the time, the peak size of all tensors, and the predicted peak: of the
+plan, which for flow transformers comes from a rehearsal. Neither time nor memory depends on the values of the weights.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from diffusers.utils import logging
@@ -21,10 +22,10 @@ from imagic_lora.bases.families.common import LatentBase
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.runtime import Processes, resolve_runtime
-from imagic_lora.memory.plan import assume, predict
+from imagic_lora.memory.plan import assume, passes_per_step, predict
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.embed import embed_stage
-from imagic_lora.training.rehearsal import random_base, random_conditioning
+from imagic_lora.training.rehearsal import random_base, random_conditioning, rehearse
 from imagic_lora.training.tune import tune_stage
 
 LEVERS: dict[Mode, dict[str, object]] = {"lora": {}, "full": {"master_weights": "bf16-stochastic"}}
@@ -59,9 +60,12 @@ def one_step_each(base: LatentBase, run: RunConfig, side: int, tracker: Tracker,
             stage.check()
         del stage
         with torch.no_grad():
-            base.pipeline("text2image")
+            if base.architecture.process == "diffusion":
+                base.pipeline("text2image")
             with timed("sample", tracker, predicted):
-                base.predict(latents.expand(2, -1, -1, -1), torch.full((2,), 500), text)
+                batch = run.edit.batch_size * passes_per_step(base.architecture, run)
+                level = 500 if base.architecture.process == "diffusion" else 0.5
+                base.predict(latents.expand(batch, -1, -1, -1), torch.full((batch,), level), text)
             with timed("decode", tracker, predicted):
                 image = base.decode(latents)
     assert image.isfinite().all()
@@ -72,14 +76,24 @@ def main() -> None:
     parser.add_argument("--base", default="sdxl", choices=PUBLISHED)
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--mode", choices=LEVERS, default="lora")
+    parser.add_argument(
+        "--text-layers", type=int, help="layers of each text encoder, where host memory is short; their peak is not measured"
+    )
     args = parser.parse_args()
     logging.disable_progress_bar()
-    memory = {"device": "cpu", "dtype": "bf16", "optimizer": "adam8bit", **LEVERS[args.mode]}
-    one_step = {"resolution": args.side, "memory": memory, "embed": {"steps": 1}, "tune": {"steps": 1}}
+    memory = {"device": "cpu", "dtype": "bf16", "optimizer": "adam8bit", "quantize": "none", "quantize_text": "none", **LEVERS[args.mode]}
+    one_step = {"resolution": args.side, "memory": memory, "embed": {"steps": 1}, "tune": {"steps": 1}, "edit": {"batch_size": 1}}
     run = settings(args.base, args.mode, "8gb", one_step)
     architecture = PUBLISHED[args.base]
-    predicted = {name: peak.total for name, peak in predict(architecture, run, assume(run, "cpu")).stages.items()}
-    print(f"{args.base}, {args.mode}, {args.side} pixels, bf16 on the CPU, {torch.get_num_threads()} threads, random weights\n")
+    if args.text_layers:
+        cut = {"num_hidden_layers": args.text_layers, "num_layers": args.text_layers}
+        texts = architecture.text_encoders.items()
+        architecture = replace(
+            architecture, text_encoders={part: text | {name: cut[name] for name in cut if name in text} for part, text in texts}
+        )
+    plan = predict if architecture.process == "diffusion" else rehearse
+    predicted = {name: peak.total for name, peak in plan(architecture, run, assume(run, "cpu")).stages.items()}
+    print(f"{args.base}, {args.mode}, {args.side} pixels, bf16 on the CPU, {torch.get_num_threads()} threads, random weights\n", flush=True)
     print("| stage, one step | seconds | MiB of tensors | predicted | ratio |\n|" + "---|" * 5)
     with Tracker() as tracker:
         one_step_each(random_base(architecture, run, resolve_runtime(run.memory)), run, args.side, tracker, predicted)

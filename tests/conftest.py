@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +27,15 @@ from imagic_lora.training.fit import fit, result
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker and its child processes
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the cache of rehearsals, which is not the user's own."""
+    folder = tmp_path_factory.mktemp("plans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("imagic_lora.memory.rehearsed._folder", lambda: folder)
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ def write_single(folder: Path, path: Path, dtype: torch.dtype = torch.float32, m
     unet, vae = UNet2DConditionModel.from_pretrained(folder / "unet"), AutoencoderKL.from_pretrained(folder / "vae")
     state = unet.state_dict()
     tensors = {f"model.diffusion_model.{new}": state[old] for old, new in unet_names(unet)}
-    tensors |= {f"first_stage_model.{name}": value for name, value in _vae(vae)}
+    tensors |= {f"first_stage_model.{name}": value for name, value in vae_names(vae)}
     texts = {
         part: load_file(folder / part / "model.safetensors") for part in ("text_encoder", "text_encoder_2") if (folder / part).is_dir()
     }
@@ -68,7 +68,8 @@ def unet_names(unet: UNet2DConditionModel) -> Iterator[tuple[str, str]]:
         yield name, f"{places[place]}.{rest}"
 
 
-def _vae(vae: AutoencoderKL) -> Iterator[tuple[str, Tensor]]:
+def vae_names(vae: AutoencoderKL) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a VAE by its name in the original layout."""
     last = len(vae.config.block_out_channels) - 1
     swaps = [("mid_block.attentions.0", "mid.attn_1"), ("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2")]
     swaps += [("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut"), ("group_norm", "norm")]

@@ -50,6 +50,8 @@ class Architecture(ABC):
     """Name of the denoiser in a diffusers pipeline."""
     process: ClassVar[Literal["diffusion", "flow"]]
     """Noise process: :class:`~imagic_lora.bases.process.Diffusion` or :class:`~imagic_lora.bases.process.Flow`."""
+    recipe: ClassVar[str]
+    """Key of the learning rates and sampling settings in :data:`~imagic_lora.core.settings.RECIPES`, if the base has none of its own."""
     takes_reference: ClassVar[bool] = False
     """Whether the denoiser takes a reference image in addition to the noisy one."""
     encoder_classes: ClassVar[dict[str, str]]
@@ -83,6 +85,11 @@ class Architecture(ABC):
     @abstractmethod
     def vae_overflows_fp16(self) -> bool:
         """Whether the VAE overflows in fp16 and has to run in fp32 there."""
+
+    @property
+    def has_large_encoder(self) -> bool:
+        """Whether one of the text encoders has billions of parameters."""
+        return any(self.encoder_classes[name] in LARGE_ENCODERS for name in self.text_encoders)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -142,7 +149,7 @@ def check_text_to_image(architecture: Architecture, name: str, what: str) -> Non
 class UNetArchitecture(Architecture):
     """Stable Diffusion 1.x, 2.x and XL. A second text encoder gives the pooled embedding, an input of the U-Net."""
 
-    component, process = "unet", "diffusion"
+    component, process, recipe = "unet", "diffusion", "sd"
     encoder_classes: ClassVar[dict[str, str]] = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 
     @property
@@ -171,7 +178,7 @@ class UNetArchitecture(Architecture):
 class FlowArchitecture(Architecture):
     """A flow transformer. One that is distilled to few steps samples without guidance."""
 
-    component, process = "transformer", "flow"
+    component, process, recipe = "transformer", "flow", "flow"
 
     @property
     def guidance(self) -> Guidance:
@@ -195,6 +202,7 @@ class FlowArchitecture(Architecture):
 class SD3Architecture(FlowArchitecture):
     """Stable Diffusion 3 and 3.5. The pooled embeddings of both CLIP encoders are inputs of the transformer."""
 
+    recipe = "sd3"
     encoder_classes: ClassVar[dict[str, str]] = {
         "text_encoder": "CLIPTextModelWithProjection",
         "text_encoder_2": "CLIPTextModelWithProjection",
@@ -216,6 +224,7 @@ class SD3Architecture(FlowArchitecture):
 class SD3ClipArchitecture(SD3Architecture):
     """The transformer of Stable Diffusion 3 with one CLIP text encoder, and no tokens of T5."""
 
+    recipe = "flow"
     encoder_classes: ClassVar[dict[str, str]] = {"text_encoder": "CLIPTextModel"}
 
     @property
@@ -236,6 +245,7 @@ class KleinArchitecture(FlowArchitecture):
 
     side: int = 1024
 
+    recipe = "klein"
     takes_reference = True
     encoder_classes: ClassVar[dict[str, str]] = {"text_encoder": "Qwen3ForCausalLM"}
 

@@ -1,4 +1,4 @@
-"""4-bit quantization of the linear layers of a frozen denoiser or text encoder (NF4 of QLoRA, arXiv 2305.14314)."""
+"""Quantization of the linear layers of a frozen denoiser or text encoder, in 4 bits (NF4 of QLoRA, arXiv 2305.14314) or in 8."""
 
 from __future__ import annotations
 
@@ -12,22 +12,68 @@ from torch.nn import Linear, Module, Parameter
 from .layers import BLOCK_4BIT
 
 
-def quantize_linear(denoiser: Any, dtype: torch.dtype, device: torch.device, skipped: tuple[str, ...] = ()) -> None:
-    """Replaces every linear layer in place by a layer with 4-bit weights on ``device`` that computes in ``dtype``.
+def quantize_linear(denoiser: Any, kind: str, dtype: torch.dtype, device: torch.device, skipped: tuple[str, ...] = ()) -> None:
+    """Replaces every linear layer in place by a layer with quantized weights on ``device`` that computes in ``dtype``.
 
-    Layers whose number of input features is not a multiple of 64 stay unchanged: the CPU kernel of bitsandbytes uses wrong scales for them
-    (measured with 0.50.2). diffusers' own loader quantizes in the same way, but does not support CPUs.
+    In 4 bits, layers whose number of input features is not a multiple of 64 stay unchanged: the CPU kernel of bitsandbytes uses wrong
+    scales for them (measured with 0.50.2). diffusers' own loader quantizes in the same way, but does not support CPUs.
 
     Args:
-        denoiser: a diffusers model, or a text encoder. PEFT recognises the 4-bit layers when LoRA layers are attached afterwards.
+        denoiser: a diffusers model, or a text encoder. PEFT recognises the layers when LoRA layers are attached afterwards.
+        kind: ``nf4`` or ``int8``.
         dtype, device: of the computation.
         skipped: names of layers inside of their modules that stay unchanged.
     """
     for module in list(denoiser.modules()):
         for name, layer in list(module.named_children()):
-            if type(layer) is Linear and name not in skipped and layer.in_features % BLOCK_4BIT == 0:
+            if type(layer) is not Linear or name in skipped:
+                continue
+            if kind == "int8":
+                setattr(module, name, Int8Linear(layer, device))
+            elif layer.in_features % BLOCK_4BIT == 0:
                 setattr(module, name, _quantized(layer, dtype, device))
-    denoiser.is_loaded_in_4bit = True  # PEFT reads this attribute
+    if kind == "nf4":
+        denoiser.is_loaded_in_4bit = True  # PEFT reads this attribute
+
+
+class Int8Linear(Linear):
+    """A linear layer with 8-bit weights: each row is 127 steps of its largest value (arXiv 2208.07339, section 2.1; weights only).
+
+    Inputs are not quantized. A pass holds the weight in the precision of the input for its duration, the backward pass too.
+
+    Args:
+        layer: a linear layer; its bias is kept as it is.
+        device: of the weights.
+    """
+
+    scales: Tensor
+
+    def __init__(self, layer: Linear, device: torch.device) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = layer.weight.detach().to(device)
+        scales = weight.abs().amax(dim=1, keepdim=True).float().div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+        self.weight = Parameter((weight / scales).round_().to(torch.int8), requires_grad=False)
+        # no parameter: the precision of a model is that of its parameters of floating point
+        self.register_buffer("scales", scales)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        product = _Int8Product.apply(x, self.weight, self.scales)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+
+class _Int8Product(torch.autograd.Function):
+    """``x W^T`` for a weight of 8-bit rows; no gradient of the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(weight, scales)
+        return x @ weight.to(x.dtype).mul_(scales.to(x.dtype)).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight, scales = ctx.saved_tensors
+        return gradient @ weight.to(gradient.dtype).mul_(scales.to(gradient.dtype)), None, None
 
 
 def _quantized(layer: Linear, dtype: torch.dtype, device: torch.device) -> Module:

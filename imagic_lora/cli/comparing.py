@@ -144,6 +144,7 @@ def configured(
         check_area(architecture, mask)
     run: RunConfig | None = None
     found: dict[str, Method | str] = {}
+    large = architecture.has_large_encoder
     for name in names:
         try:
             check_method_base(name, architecture, plain_run.base)
@@ -157,7 +158,7 @@ def configured(
             found[name] = f"needs {NEEDS[need][0]}"
         elif name in IMAGIC:
             try:
-                config, _ = choose_preset(lambda: architecture, merged(levers, {"tune": {"mode": IMAGIC[name]}}), {}, recipe)
+                config, _ = choose_preset(lambda: architecture, merged(levers, {"tune": {"mode": IMAGIC[name]}}), {}, recipe, large=large)
             except OutOfMemory as error:
                 found[name] = error.got
                 continue
@@ -166,7 +167,8 @@ def configured(
         else:
             found[name] = sampling_method(name, given, embedded, architecture.few_steps)
     if run is None:
-        run, _ = choose_preset(lambda: architecture, merged(levers, {"tune": {"mode": "embedding"}}), {}, recipe, EDIT_STAGES, EDIT_LEVERS)
+        given_levers = merged(levers, {"tune": {"mode": "embedding"}})
+        run, _ = choose_preset(lambda: architecture, given_levers, {}, recipe, EDIT_STAGES, EDIT_LEVERS, large=large)
     return Setup(run, free_memory(resolve_runtime(run.memory).device), found)
 
 

@@ -21,7 +21,7 @@ class Choices:
     Args:
         device: ``cpu`` or ``cuda:INDEX``.
         dtype: precision of the frozen weights and of the computation.
-        optimizer: ``adam8bit`` or ``adam``.
+        optimizer: ``adam8bit``, ``adam`` or ``adafactor``.
         reasons: value and reason of each choice, as text for the user.
     """
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 Mode = Literal["lora", "full", "embedding"]
 TunedMode = Literal["lora", "full"]  # the modes with a stage 2
-OptimizerName = Literal["auto", "adam8bit", "adam"]
+OptimizerName = Literal["auto", "adam8bit", "adam", "adafactor"]
 Timesteps = Literal["stratified", "uniform"]
 Preset = Literal["8gb", "12gb", "16gb", "24gb", "cpu"]
 PresetOrAuto = Literal["auto", "8gb", "12gb", "16gb", "24gb", "cpu"]
@@ -175,8 +175,9 @@ class MemoryConfig(DeviceConfig):
     gradient_checkpointing: Annotated[bool, _flag("gradient-checkpointing")] = False
     """Recompute activations in the backward pass instead of storing them. Needs less memory, and training steps take longer."""
     optimizer: Annotated[OptimizerName, _flag("optimizer")] = "auto"
-    """Optimizer of the training. adam: 32-bit states. adam8bit: 8-bit states, needs bitsandbytes and less memory. auto: adam8bit on CUDA if
-    bitsandbytes is installed, otherwise adam."""
+    """Optimizer of the training. adam: 32-bit states. adam8bit: 8-bit states, needs bitsandbytes and less memory. adafactor: hardly any
+    states, and no momentum (arXiv 1804.04235); for stage 2, while stage 1 uses adam. auto: adam8bit on CUDA if bitsandbytes is installed,
+    otherwise adam."""
     optimizer_in_backward: Annotated[bool, _flag("optimizer-in-backward")] = False
     """Update each weight as soon as its gradient is computed, and free the gradient at once. Needs less memory. Only with one process."""
     autocast_cache: Annotated[bool, _flag("autocast-cache")] = False
@@ -185,9 +186,9 @@ class MemoryConfig(DeviceConfig):
     master_weights: Annotated[Literal["fp32", "bf16-stochastic"], _flag("master-weights")] = "fp32"
     """Precision of the weights that mode full trains. fp32: 32-bit weights. bf16-stochastic: bf16 weights with stochastic rounding (arXiv
     2010.06192), in half the memory. Only for mode full."""
-    quantize: Annotated[Literal["none", "nf4"], _flag("quantize")] = "none"
-    """Quantization of the frozen denoiser. nf4: its linear layers are stored in 4 bits, in the fit and in later edits (arXiv 2305.14314);
-    needs bitsandbytes. Only for modes lora and embedding."""
+    quantize: Annotated[Literal["none", "nf4", "int8"], _flag("quantize")] = "none"
+    """Quantization of the frozen denoiser, in the fit and in later edits. nf4: its linear layers are stored in 4 bits (arXiv 2305.14314);
+    needs bitsandbytes. int8: in 8 bits, each row with a scale of its own, which is more exact. Only for modes lora and embedding."""
 
     quantize_text: Annotated[Literal["none", "nf4"], _flag("quantize-text")] = "none"
     """Quantization of large text encoders, T5 and Qwen3, whose weights are most of the memory while a prompt is encoded. nf4: their linear

@@ -27,7 +27,7 @@ class Runtime:
     Args:
         device: device of the models.
         dtype: precision of the frozen weights and of the computation.
-        optimizer: ``adam8bit`` or ``adam``.
+        optimizer: ``adam8bit``, ``adam`` or ``adafactor``.
         memory: the settings from which the others follow.
         reasons: value and reason of each choice, as text for the user.
     """

@@ -28,6 +28,10 @@ _FLOW: dict[str, Any] = {  # not measured; steps and guidance scale as the cards
     "edit": {"steps": 28, "guidance_scale": 4.5},
 }
 
+_SD3 = _FLOW  # steps and guidance scale are those of its card
+_KLEIN = {**_FLOW, "edit": {"steps": 50, "guidance_scale": 4.0}}  # the defaults of diffusers' pipeline
+_RATE_OF_DIFFUSERS = {"learning_rate": 1e-4}  # the default of diffusers' LoRA scripts for both; none was measured on one photo
+
 RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
     "sd": {
         "lora": {},
@@ -38,6 +42,16 @@ RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
         "lora": _FLOW,
         "full": {**_FLOW, "tune": {"steps": 1500, "learning_rate": 5e-7}},
         "embedding": _FLOW,
+    },
+    "sd3": {
+        "lora": {**_SD3, "tune": _RATE_OF_DIFFUSERS},
+        "full": {**_SD3, "tune": {"steps": 1500, "learning_rate": 5e-7}},
+        "embedding": _SD3,
+    },
+    "klein": {
+        "lora": {**_KLEIN, "tune": _RATE_OF_DIFFUSERS},
+        "full": {**_KLEIN, "tune": {"steps": 1500, "learning_rate": 5e-7}},
+        "embedding": _KLEIN,
     },
     "critters": {
         "lora": {
@@ -80,6 +94,28 @@ PRESETS: dict[Preset, dict[Mode, dict[str, Any]]] = {
 }
 """Memory levers for a size of card, by mode; the fastest preset comes first."""
 
+_STOCHASTIC = {"master_weights": "bf16-stochastic", "quantize_text": "nf4"}
+
+LARGE_PRESETS: dict[Preset, dict[Mode, dict[str, Any]]] = {
+    "24gb": _by_mode({"gradient_checkpointing": True}, _MOST_LEVERS),
+    "16gb": _by_mode({"gradient_checkpointing": True}, {**_MOST_LEVERS, **_STOCHASTIC}),
+    "12gb": _by_mode({"quantize_text": "nf4"}, {**_STOCHASTIC, "optimizer": "adafactor"}),
+    "8gb": _by_mode({"quantize": "nf4", "quantize_text": "nf4"}, {**_STOCHASTIC, "optimizer": "adafactor"}),
+}
+"""What the presets set in addition for bases with a text encoder of billions of parameters, whose denoisers are large too."""
+
+
+def preset_levers(preset: str, mode: Mode, large: bool = False) -> Mapping[str, Any]:
+    """The settings of a preset, as nested mappings; none for a name that is no preset.
+
+    Args:
+        preset: name of the preset.
+        mode: mode of the run.
+        large: whether the base has a text encoder of billions of parameters.
+    """
+    kinds = (PRESETS, LARGE_PRESETS) if large else (PRESETS,)
+    return merged(*(kind[preset][mode] for kind in kinds if preset in kind))
+
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Merges nested mappings. Later layers override earlier ones key by key; the layers are not modified."""
@@ -110,16 +146,16 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], group: str = "")
     return phrases
 
 
-def recipe_of(base: str | None, few_steps: int | None = None, guidance: str = "cfg", process: str = "diffusion") -> Recipe:
-    """Returns the recipe of a base: its own, or that of its noise process.
+def recipe_of(base: str | None, few_steps: int | None = None, guidance: str = "cfg", kind: str = "sd") -> Recipe:
+    """Returns the recipe of a base: its own, or that of its kind.
 
     Args:
         base: name of the built-in base; None for another base.
         few_steps: number of sampling steps of a distilled base, or None. A distilled base samples without classifier-free guidance.
         guidance: how the base is guided: ``cfg``, ``embedded`` (the scale is an input of the denoiser) or ``none``.
-        process: noise process of the base: ``diffusion`` or ``flow``.
+        kind: the kind of architecture, a key of :data:`RECIPES`.
     """
-    recipe = RECIPES[base] if base in RECIPES else RECIPES["flow" if process == "flow" else "sd"]
+    recipe = RECIPES[base] if base in RECIPES else RECIPES[kind]
     if few_steps is None:
         return recipe
     sampling = {"edit": {"steps": few_steps, "guidance_scale": _EMBEDDED_GUIDANCE if guidance == "embedded" else 0.0}}
@@ -148,7 +184,9 @@ def mode_of(given: Mapping[str, Any]) -> Mode:
     return cast(Mode, named) if named in get_args(Mode) else TuneConfig().mode
 
 
-def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, preset: Preset | None = None) -> RunConfig:
+def resolve(
+    flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, preset: Preset | None = None, large: bool = False
+) -> RunConfig:
     """Merges the settings of a run: built-in < recipe < preset < file < flags.
 
     Args:
@@ -156,6 +194,7 @@ def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, p
         recipe: one of :data:`RECIPES`; the mode that file and flags select picks its part.
         preset: overrides the preset of file and flags, such as the one chosen for ``auto``. Without it their preset applies, and ``auto``
             changes nothing.
+        large: whether the base has a text encoder of billions of parameters, for which presets have more levers.
 
     Raises:
         ImagicError: an unknown name, a value out of range, or two settings that exclude each other.
@@ -163,11 +202,11 @@ def resolve(flags: Mapping[str, Any], file: Mapping[str, Any], recipe: Recipe, p
     given = merged(file, flags)
     mode = mode_of(given)
     preset_name = preset or given.get("preset", "auto")
-    levers = PRESETS[preset_name][mode] if preset_name in PRESETS else {}
+    levers = preset_levers(preset_name, mode, large)
     override = {"preset": preset} if preset else {}
     run = validated(merged(recipe.get(mode, {}), levers, given, override))
     for flag, other, expected in _clashes(run, given):
-        source = "the flags" if flag in _flags(flags) else "the file"
+        source = "the flags" if flag in _flags(flags) else "the file" if flag in _flags(file) else f"preset {preset_name}"
         raise ImagicError(f"{flag} (from {source}) together with {other}", expected, f"change {other} or leave out {flag}")
     return run
 
@@ -180,8 +219,10 @@ def _clashes(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, st
             yield flag, mode, "settings of stage 2 only with --mode lora or --mode full: mode embedding has no stage 2"
         if run.tune.mode == "full" and flag in ("--rank", "--alpha", "--targets"):
             yield flag, mode, "LoRA settings only with --mode lora"
-    if run.tune.mode == "full" and memory.quantize == "nf4":
-        yield "--quantize", mode, "a quantized denoiser only with --mode lora or --mode embedding: 4-bit weights cannot be trained"
+    if run.tune.mode == "full" and memory.quantize != "none":
+        yield "--quantize", mode, "a quantized denoiser only with --mode lora or --mode embedding: its weights cannot be trained"
+    if run.tune.mode == "embedding" and memory.optimizer == "adafactor":
+        yield "--optimizer", mode, "adafactor only with --mode lora or --mode full: mode embedding has no stage 2"
     if run.tune.mode != "full" and memory.master_weights != "fp32":
         yield "--master-weights", mode, "master weights only with --mode full: the other modes freeze the weights of the base"
     if run.tune.mode != "full" and memory.autocast_cache:

@@ -3,6 +3,7 @@
 May import: core, bases. Must not know: training, sampling, commands. Only ``tracker.py`` and ``out_of_memory.py`` use torch.
 
 - ``plan.py``: the predicted peak of every stage
+- ``rehearsed.py``: peaks of flow transformers that were rehearsed before
 - ``presets.py``: the preset that fits this machine
 - ``levers.py``: memory levers in order of their cost in time, and the bytes that the next one saves
 - ``limits.py``: checks that a run fits the memory and the disk

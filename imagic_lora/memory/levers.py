@@ -11,6 +11,7 @@ from ..core.config import RunConfig
 from ..core.errors import ImagicError
 from ..core.settings import merged, mode_of, resolve
 from .plan import Assumed, predict
+from .symbolic.layers import NotPlanned
 
 _STOCHASTIC = "--master-weights bf16-stochastic"
 _WORTHWHILE = 50  # a lever is named if it saves more than one part in so many of the stage
@@ -30,6 +31,8 @@ FIT_LEVERS: Levers = [
     ("--vae-tiling", {"memory": {"vae_tiling": True}}),
     ("--preview-every 0", {"monitoring": {"preview_every": 0}}),
     (_STOCHASTIC, {"memory": {"master_weights": "bf16-stochastic"}}),
+    ("--optimizer adafactor", {"memory": {"optimizer": "adafactor"}}),
+    ("--quantize int8", {"memory": {"quantize": "int8"}}),
     ("--quantize nf4", {"memory": {"quantize": "nf4"}}),
     ("--quantize-text nf4", {"memory": {"quantize_text": "nf4"}}),
     ("--mode lora", {"tune": {"mode": "lora"}, "memory": {"master_weights": "fp32", "autocast_cache": False}}),
@@ -68,7 +71,10 @@ def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str,
         except ImagicError:  # the settings of this run exclude the lever
             continue
         optimizer = changed.memory.optimizer if changed.memory.optimizer != "auto" else assumed.optimizer
-        plan = predict(base, changed, replace(assumed, optimizer=optimizer))
+        try:
+            plan = predict(base, changed, replace(assumed, optimizer=optimizer))
+        except NotPlanned:  # nobody has rehearsed a flow with this lever
+            continue
         saved = need - (plan.needs(stage) if stage in plan.stages else 0)
         if saved > need / _WORTHWHILE:
             return flag, saved

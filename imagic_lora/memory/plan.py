@@ -9,11 +9,12 @@ from typing import Any, Literal
 from ..bases.architecture import Architecture, UNetArchitecture
 from ..bases.layers import text_parameters
 from ..core.config import RunConfig
+from .rehearsed import recall
 from .symbolic.layers import LayerOptions, Layers, NotPlanned
 from .symbolic.tape import Tape
 from .symbolic.unet import UNet
 from .symbolic.vae import vae_forward
-from .trained import Counts, trained
+from .trained import CountedWeights, Counts, trained
 
 _ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _CUDA_CONTEXT = 500 * 2**20  # bytes of a CUDA context and the kernels of its libraries, before any tensor exists
@@ -31,7 +32,7 @@ class Assumed:
     Args:
         device: ``cuda`` or ``cpu``.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
-        optimizer: ``adam8bit`` or ``adam``.
+        optimizer: ``adam8bit``, ``adam`` or ``adafactor``.
     """
 
     device: Literal["cuda", "cpu"]
@@ -143,24 +144,34 @@ def sampled_at_once(architecture: Architecture, run: RunConfig) -> int:
 
 
 def denoiser_waits_in_host_memory(run: RunConfig, assumed: Assumed) -> bool:
-    """Whether the denoiser stays in host memory while photo and prompt are encoded; a 4-bit denoiser is quantized on the card at once."""
+    """Whether the denoiser stays in host memory while photo and prompt are encoded; one that is quantized moves to the card at once."""
     return assumed.device == "cuda" and run.memory.idle != "keep" and run.memory.quantize == "none"
 
 
-def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None = None, photos: int = 1) -> Plan:
-    """Predicts the memory of a run from symbolic forward and backward passes of its models.
+def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None = None, photos: int = 1, edit: bool = False) -> Plan:
+    """Predicts the memory of a run from symbolic forward and backward passes of its models, or from an earlier rehearsal.
 
     Args:
         architecture: configs of the base's components.
         run: settings of the run.
         assumed: None for :func:`assume` of the run.
         photos: number of photos that are fitted together, in one batch; the adapter and the checkpoint are those of one.
+        edit: whether the stages of an edit are enough.
 
     Raises:
-        NotPlanned: the denoiser is a transformer, or has parts that :mod:`imagic_lora.memory.symbolic.unet` does not model.
+        NotPlanned: the denoiser is a transformer that was not rehearsed with these settings, or has parts that
+            :mod:`imagic_lora.memory.symbolic.unet` does not model.
     """
-    planner = _Planner(architecture, run, assumed or assume(run), photos=photos)
-    return planner.plan(planner.stages())
+    assumed = assumed or assume(run)
+    if isinstance(architecture, UNetArchitecture):
+        planner = _Planner(architecture, run, assumed, photos=photos)
+        return planner.plan(planner.stages())
+    rehearsed = recall(architecture, run, asdict(assumed), edit) if photos == 1 else None
+    if rehearsed is None:
+        remedy = "run imagic-lora plan with the same settings, which rehearses the fit, or choose a --preset"
+        raise NotPlanned("a transformer", "a U-Net, or a transformer that was rehearsed with these settings", remedy)
+    stages = {name: Peak(*sizes) for name, sizes in rehearsed.stages.items()}
+    return plan_from_peaks(architecture, run, assumed, stages, CountedWeights(**rehearsed.counts))
 
 
 def plan_from_peaks(
@@ -269,8 +280,7 @@ class _Planner:
             The layers with their counts, and the peak in bytes of the pass without the weights.
         """
         if not isinstance(self.architecture, UNetArchitecture):
-            remedy = "run fit with --preset 8gb, which needs no prediction; imagic-lora plan predicts its memory from a rehearsal"
-            raise NotPlanned("a transformer", "a U-Net, for a prediction without a rehearsal", remedy)
+            raise NotPlanned("a transformer", "a U-Net, for a prediction without a rehearsal", "use imagic-lora plan")
         memory = self.run.memory
         stochastic = self.full and memory.master_weights == "bf16-stochastic"
         tape = Tape(
@@ -299,8 +309,9 @@ class _Planner:
             rank=run.tune.rank if lora else 0,
             targets=self.architecture.lora_targets.get(run.tune.targets, ()) if lora else (),
             adapters=self.photos if trains == "tune" else 1,
-            four_bit=run.memory.quantize == "nf4",
+            quantize=run.memory.quantize,
             fp32_norms=self.assumed.device == "cuda",
+            optimizer=self.assumed.optimizer,
         )
 
     def _vae_pass(self, decode: bool, images: int = 1) -> tuple[int, int]:

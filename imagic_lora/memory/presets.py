@@ -13,7 +13,7 @@ from ..core.machine import bitsandbytes_error, find_card, free_host_memory
 from ..core.settings import Recipe, resolve
 from .levers import EDIT_LEVERS, FIT_LEVERS, Levers
 from .limits import gib, out_of_memory_error
-from .plan import Assumed, assume, predict
+from .plan import Assumed, Plan, assume, predict
 from .symbolic.layers import NotPlanned
 
 _FASTEST_FIRST: tuple[Preset, ...] = ("24gb", "16gb", "12gb", "8gb")
@@ -48,6 +48,8 @@ def choose_preset(
     stages: Sequence[str] | None = None,
     levers: Levers = FIT_LEVERS,
     processes: tuple[int, int] = (1, 0),
+    large: bool = False,
+    rehearse: Callable[[Architecture, RunConfig, Assumed], Plan] | None = None,
 ) -> tuple[RunConfig, str]:
     """Resolves the settings of a run; preset ``auto`` becomes the fastest preset whose plan fits 90 percent of the free memory.
 
@@ -60,6 +62,8 @@ def choose_preset(
         levers: memory levers of the command, for the error message.
         processes: number of processes, and the index of this one's card. Several processes exclude presets with the optimizer inside the
             backward pass.
+        large: whether the base has a text encoder of billions of parameters.
+        rehearse: plans what :func:`~imagic_lora.memory.plan.predict` cannot. Without it, ``auto`` is then the preset with the lowest peak.
 
     Returns:
         The settings with their preset, and the reason for the preset as text.
@@ -67,21 +71,28 @@ def choose_preset(
     Raises:
         ImagicError: no preset fits; or as :func:`~imagic_lora.core.settings.resolve`.
     """
-    plain = resolve(flags, file, recipe)
+    plain = resolve(flags, file, recipe, large=large)
     if plain.preset != "auto":
         return plain, "asked for"
     card, free = card_and_free_memory(plain.memory.device, processes[1])
     if card is None and plain.memory.device == "cuda":
         raise ImagicError("--preset auto with --device cuda, but no CUDA device was found", "a CUDA device", "choose a --preset")
     if card is None:
-        return resolve(flags, file, recipe, "cpu"), "asked for a CPU" if plain.memory.device == "cpu" else "no CUDA device found"
+        return resolve(flags, file, recipe, "cpu", large), "asked for a CPU" if plain.memory.device == "cpu" else "no CUDA device found"
     architecture, tightest = base(), None
     for name in _FASTEST_FIRST:
-        run = resolve(flags, file, recipe, name)
+        run = resolve(flags, file, recipe, name, architecture.has_large_encoder)
+        assumed = assumed_for(run, card)
+        if run.memory.master_weights != "fp32" and assumed.dtype != "bf16":
+            continue
         try:
-            plan = predict(architecture, run, assumed_for(run, card))
+            plan = predict(architecture, run, assumed, edit=stages is not None)
         except NotPlanned as error:
-            return resolve(flags, file, recipe, "8gb"), f"the lowest peak, since the memory of {error.got} cannot be predicted"
+            if architecture.process == "flow" and rehearse is not None:
+                plan = rehearse(architecture, run, assumed)
+            else:
+                lowest = resolve(flags, file, recipe, "8gb", architecture.has_large_encoder)
+                return lowest, f"the lowest peak, since the memory of {error.got} cannot be predicted"
         stage = max(stages or plan.stages, key=plan.needs)
         need = plan.needs(stage) - plan.context  # the free memory was read with the context in place
         if processes[0] > 1 and run.memory.optimizer_in_backward:
@@ -130,7 +141,7 @@ def largest_batch(base: Architecture, run: RunConfig, assumed: Assumed, free: in
     try:
         while size < images and 2 * size <= _MAX_BATCH:
             larger = run.model_copy(update={"edit": run.edit.model_copy(update={"batch_size": 2 * size})})
-            plan = predict(base, larger, assumed)
+            plan = predict(base, larger, assumed, edit=True)
             if max(plan.needs(stage) for stage in EDIT_STAGES) - plan.context > _SHARE * free:
                 break
             size *= 2

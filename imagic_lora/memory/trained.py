@@ -8,9 +8,8 @@ from typing import Protocol
 
 from ..bases.architecture import Architecture
 from ..core.config import Mode
-from .optimizer_states import states_8bit
+from .optimizer_states import state_bytes
 
-_ADAM_STATES = 8  # bytes an element: two fp32 moments
 _FP32 = 4  # bytes an element of LoRA weights and embeddings
 _HALF = 2  # bytes an element of full weights in an adapter
 _OPTIMISED = ("tokens", "pooled")  # the tensors of a conditioning that stage embed trains
@@ -36,9 +35,20 @@ class Trained:
 class Counts(Protocol):
     """The counted weights of a denoiser: :class:`~imagic_lora.memory.symbolic.layers.Layers`, or those of a rehearsal.
 
-    ``parameters`` and ``bytes`` of its weights, ``states`` of Adam in 8 bits for them; ``lora``: parameters of the LoRA layers of the run,
-    ``lora_states``: their states in 8 bits.
+    ``parameters`` and ``bytes`` of its weights, and bytes of the optimizer's ``states`` for them; ``lora``: parameters of the LoRA layers
+    of the run, ``lora_states``: bytes of their states.
     """
+
+    parameters: int
+    bytes: int
+    states: int
+    lora: int
+    lora_states: int
+
+
+@dataclass
+class CountedWeights:
+    """The counted weights of a denoiser, see :class:`Counts`."""
 
     parameters: int
     bytes: int
@@ -54,15 +64,14 @@ def trained(architecture: Architecture, mode: Mode, unet: Counts, optimizer: str
         architecture: configs of the base's components.
         mode: the mode of the run.
         unet: the counted layers of the denoiser, with the LoRA layers of the run.
-        optimizer: ``adam8bit`` or ``adam``.
+        optimizer: ``adam8bit``, ``adam`` or ``adafactor``; stage 1 takes ``adam`` for the latter.
     """
-    in_8bit = optimizer == "adam8bit"
     match mode:
         case "lora":
             size = _FP32 * unet.lora
-            return Trained(size, size, unet.lora_states if in_8bit else _ADAM_STATES * unet.lora, size)
+            return Trained(size, size, unet.lora_states, size)
         case "full":
-            return Trained(unet.bytes, 0, unet.states if in_8bit else _ADAM_STATES * unet.parameters, _HALF * unet.parameters)
+            return Trained(unet.bytes, 0, unet.states, _HALF * unet.parameters)
         case "embedding":
             sizes = [prod(shape) for name, shape in architecture.conditioning.items() if name in _OPTIMISED]
-            return Trained(_FP32 * sum(sizes), 0, sum(states_8bit(size) if in_8bit else _ADAM_STATES * size for size in sizes), 0)
+            return Trained(_FP32 * sum(sizes), 0, sum(state_bytes(optimizer, size) for size in sizes), 0)

@@ -15,5 +15,6 @@ May import: core, photos, bases, memory, adapters, sampling (for the preview). M
 - ``run.py``: the encoded inputs of one fit, and the files it writes to the store
 - ``monitoring/``: relative loss and early stopping, previews during stage 2, TensorBoard
 - ``resuming/``: checkpoints on disk; saving, stopping and resuming the stages around the training loop
+- ``adafactor.py``: Adafactor, an optimizer with small states
 - ``rehearsal.py``: the exact memory plan: runs the real code on fake tensors
 """

@@ -10,6 +10,7 @@ from ..bases.loading.configs import recipe_for
 from ..bases.loading.registry import architecture_of
 from ..core.config import RunConfig
 from ..core.settings import merged, validated
+from ..memory.plan import Assumed, Plan
 from ..memory.presets import choose_preset
 
 
@@ -42,7 +43,17 @@ def configure_run(flags: Mapping[str, Any], file: Mapping[str, Any], processes: 
     architecture = architecture_of(given.base, given.revision)
     architecture.check_trainable(given.base)
     recipe = recipe_for(architecture, given.base, given.revision)
-    return Configured(*choose_preset(lambda: architecture, flags, file, recipe, processes=processes), architecture)
+    chosen = choose_preset(
+        lambda: architecture, flags, file, recipe, processes=processes, large=architecture.has_large_encoder, rehearse=_rehearse
+    )
+    return Configured(*chosen, architecture)
+
+
+def _rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
+    """As :func:`~imagic_lora.training.rehearsal.rehearse`; this module does not import torch."""
+    from .rehearsal import rehearse
+
+    return rehearse(architecture, run, assumed)
 
 
 def configure(settings: Mapping[str, Any]) -> RunConfig:

@@ -15,6 +15,7 @@ from ..core.errors import ImagicError
 from ..core.noise import key
 from ..core.runtime import Processes, Runtime
 from ..memory.optimizer_states import scales_8bit, states_8bit
+from .adafactor import Adafactor, factored
 from .resuming.checkpoints import START_OVER
 
 _QUANTIZATION_MAPS = ("qmap1", "qmap2")
@@ -22,19 +23,21 @@ _FP16_LOSS_SCALE = 1024.0  # a power of two, so dividing is exact; keeps small g
 
 
 def build_optimizer(name: str, parameters: Iterable[Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """Returns Adam with 32-bit states (``adam``) or with block-wise quantised 8-bit states (``adam8bit``, arXiv 2110.02861).
+    """Returns Adam with 32-bit states (``adam``) or with block-wise quantised 8-bit states (``adam8bit``, arXiv 2110.02861), or Adafactor.
 
     Tensors with fewer than 4,096 elements always have 32-bit states. For the fake tensors of a memory plan, ``adam8bit`` allocates
     states of the same size without computing.
 
     Args:
-        name: ``adam`` or ``adam8bit``.
+        name: ``adam``, ``adam8bit`` or ``adafactor``.
         parameters: the parameters to update.
         learning_rate: the learning rate.
     """
     parameters = list(parameters)
     if name == "adam":
         return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    if name == "adafactor":
+        return Adafactor(parameters, learning_rate)
     if any(isinstance(parameter, FakeTensor) for parameter in parameters):
         return _FakeAdam8bit(parameters, {})
     from bitsandbytes.optim import Adam8bit
@@ -121,7 +124,9 @@ class Updates(ABC):
             optimizer.state[parameter] = restored | _quantization_maps(optimizer, saved)
 
 
-def build_updates(trainables: Mapping[str, Parameter], learning_rate: float, runtime: Runtime, seed: int) -> Updates:
+def build_updates(
+    trainables: Mapping[str, Parameter], learning_rate: float, runtime: Runtime, seed: int, optimizer: str | None = None
+) -> Updates:
     """Returns the updates for the memory levers of a runtime and the precision of the trainables.
 
     Args:
@@ -129,19 +134,21 @@ def build_updates(trainables: Mapping[str, Parameter], learning_rate: float, run
         learning_rate: the learning rate of the optimizer.
         runtime: the runtime of the base.
         seed: seed of the stochastic rounding of bf16 parameters.
+        optimizer: name of the optimizer; None for that of the runtime.
     """
+    optimizer = optimizer or runtime.optimizer
     stochastic = any(parameter.dtype != torch.float32 for parameter in trainables.values())
     if runtime.memory.optimizer_in_backward or stochastic:
-        return PerParameterUpdates(trainables, runtime, learning_rate, seed)
-    return JointUpdates(trainables, runtime, learning_rate)
+        return PerParameterUpdates(trainables, runtime, learning_rate, seed, optimizer)
+    return JointUpdates(trainables, runtime, learning_rate, optimizer)
 
 
 class JointUpdates(Updates):
     """Updates all parameters with one optimizer after the backward pass."""
 
-    def __init__(self, trainables: Mapping[str, Parameter], runtime: Runtime, learning_rate: float) -> None:
+    def __init__(self, trainables: Mapping[str, Parameter], runtime: Runtime, learning_rate: float, optimizer: str) -> None:
         super().__init__(trainables, loss_scale(runtime))
-        self.optimizer = build_optimizer(runtime.optimizer, self.trainables.values(), learning_rate)
+        self.optimizer = build_optimizer(optimizer, self.trainables.values(), learning_rate)
 
     def apply(self, step: int, processes: Processes) -> None:
         gradients = [p.grad for p in self.trainables.values() if p.grad is not None]
@@ -172,13 +179,14 @@ class PerParameterUpdates(Updates):
         runtime: the runtime of the base.
         learning_rate: the learning rate of every optimizer.
         seed: seed of the stochastic rounding.
+        optimizer: name of the optimizer.
     """
 
-    def __init__(self, trainables: Mapping[str, Parameter], runtime: Runtime, learning_rate: float, seed: int) -> None:
+    def __init__(self, trainables: Mapping[str, Parameter], runtime: Runtime, learning_rate: float, seed: int, optimizer: str) -> None:
         super().__init__(trainables, loss_scale(runtime))
         self.seed, self.in_backward = seed, runtime.memory.optimizer_in_backward
         self.masters = {name: p if p.dtype == torch.float32 else _empty_master(p) for name, p in self.trainables.items()}
-        self.optimizers = {name: build_optimizer(runtime.optimizer, [p], learning_rate) for name, p in self.masters.items()}
+        self.optimizers = {name: build_optimizer(optimizer, [p], learning_rate) for name, p in self.masters.items()}
 
     def backward(self, loss: Tensor, step: int, processes: Processes) -> None:
         if not self.in_backward:
@@ -235,6 +243,11 @@ def _state_layout(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str,
     moment_fp32 = torch.float32, tuple(weight.shape)
     if isinstance(optimizer, torch.optim.Adam):
         return {"step": (torch.float32, ()), "exp_avg": moment_fp32, "exp_avg_sq": moment_fp32}
+    if isinstance(optimizer, Adafactor):
+        if not factored(tuple(weight.shape)):
+            return {"step": (torch.int64, ()), "exp_avg_sq": moment_fp32}
+        row, column = ((torch.float32, (size,)) for size in (weight.shape[0], weight[0].numel()))
+        return {"step": (torch.int64, ()), "exp_avg_sq_row": row, "exp_avg_sq_col": column}
     scales = scales_8bit(weight.numel())
     if not scales:
         return {"step": (torch.int64, ()), "state1": moment_fp32, "state2": moment_fp32}
@@ -243,7 +256,7 @@ def _state_layout(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str,
 
 
 def _restored_state(value: Tensor, device: torch.device) -> Tensor | int:
-    """Returns a copy of a saved state on the device, or an int for the step counter of bitsandbytes."""
+    """Returns a copy of a saved state on the device, or an int for the step counter of bitsandbytes and Adafactor."""
     return int(value) if value.dtype == torch.int64 else value.to(device, copy=True)
 
 

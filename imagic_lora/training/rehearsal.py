@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from math import prod
 from typing import Any
 from unittest.mock import patch
@@ -20,32 +20,24 @@ from transformers import BatchEncoding
 
 from ..adapters.batched import batched
 from ..adapters.modes import MODES
-from ..bases.architecture import Architecture, UNetArchitecture
+from ..bases.architecture import LARGE_ENCODERS, Architecture, UNetArchitecture
 from ..bases.families.common import LatentBase, tokenizer_of, vae_dtype
 from ..bases.loading.components import TEXT_ENCODERS
 from ..bases.loading.registry import family_of
 from ..core.conditioning import Conditioning
 from ..core.config import RunConfig
 from ..core.runtime import DTYPES, Processes, Runtime
-from ..memory.optimizer_states import states_8bit
+from ..memory.optimizer_states import state_bytes
 from ..memory.plan import Assumed, Peak, Plan, denoiser_waits_in_host_memory, passes_per_step, plan_from_peaks
+from ..memory.rehearsed import Rehearsed, remember
 from ..memory.tracker import Tracker
+from ..memory.trained import CountedWeights
 from .embed import embed_stage
 from .monitoring.convergence import fixed_losses
+from .optimizers import JointUpdates
 from .shared import run_together
 from .stage import Stage
 from .tune import tune_stage
-
-
-@dataclass
-class CountedWeights:
-    """The counted weights of a denoiser, see :class:`~imagic_lora.memory.trained.Counts`."""
-
-    parameters: int
-    bytes: int
-    states: int
-    lora: int
-    lora_states: int
 
 
 def _in_fp32_under_autocast(normalize: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -72,7 +64,8 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed, photo
     """The plan that :func:`imagic_lora.memory.plan.predict` estimates, from a count of every tensor.
 
     The real code runs on fake tensors of the true sizes: nothing is computed, and their memory is not allocated. Modules of the same size
-    replace those of bitsandbytes. Workspace inside kernels is not counted.
+    replace those of bitsandbytes. Workspace inside kernels is not counted. What is counted for a flow is kept for later
+    (:mod:`imagic_lora.memory.rehearsed`).
 
     Args:
         architecture: configs of the base's components.
@@ -90,18 +83,43 @@ def rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed, photo
     with FakeTensorMode(), patch.object(Module, "_apply", _convert), Tracker() as tracker:
         base = random_base(architecture, run, runtime)
         base.load_encoders()
-        sizes = base.helper_bytes()
-        helpers, largest = sum(sizes), max(sizes)
+        helpers = dict(zip(("vae", *architecture.text_encoders), base.helper_bytes(), strict=True))
         counts = None if isinstance(architecture, UNetArchitecture) else counted(base, run)
         with _cuda_autocast() if assumed.device == "cuda" else nullcontext():
             stages = dict(_stages(base, run, tracker, photos))
-    if assumed.device == "cuda" and idle == "release" and architecture.process == "flow":
-        # T5 is alone on the card, see LatentBase._make_room; and the others need less with what encoding the photo allocates
-        stages["encode"] = replace(stages["encode"], weights=stages["encode"].weights - helpers + largest)
+    if assumed.device == "cuda" and idle == "release" and architecture.has_large_encoder:
+        stages["encode"] = _photo_or_prompt(architecture, run, helpers, stages["encode"])
     if denoiser_waits_in_host_memory(run, assumed):
         denoiser = sum(tensor.nbytes for tensor in (*base.denoiser.parameters(), *base.denoiser.buffers()))
         stages["encode"] = replace(stages["encode"], weights=stages["encode"].weights - denoiser)
+    if counts is not None:
+        rehearsed = Rehearsed({name: list(astuple(peak)) for name, peak in stages.items()}, asdict(counts))
+        remember(architecture, run, asdict(assumed), rehearsed)
     return plan_from_peaks(architecture, run, assumed, stages, counts)
+
+
+def _photo_or_prompt(architecture: Architecture, run: RunConfig, helpers: dict[str, int], photo: Peak) -> Peak:
+    """The peak of stage encode where a large text encoder is alone on the card, see ``LatentBase._make_room``: of the photo or the prompt.
+
+    A large text encoder holds the outputs of all layers, four tensors of the inner width of one, and a 4-bit matrix in half precision.
+
+    Args:
+        architecture, run: as in :func:`rehearse`.
+        helpers: bytes of VAE and text encoders, by name.
+        photo: the peak with all of them on the card, while the photo is encoded.
+    """
+    rest = photo.weights - sum(helpers.values())
+    peaks = []
+    for name, config in architecture.text_encoders.items():
+        if architecture.encoder_classes[name] in LARGE_ENCODERS:
+            _, length, width = architecture.vectors[name]
+            inner: int = config["intermediate_size" if "intermediate_size" in config else "d_ff"]
+            layers: int = config["num_hidden_layers" if "num_hidden_layers" in config else "num_layers"]
+            held = length * ((layers + 1) * width + 4 * inner)
+            matrix = inner * width if run.memory.quantize_text != "none" else 0
+            peaks.append(Peak(rest + helpers[name], 0, 0, 2 * (held + matrix)))
+    small = sum(size for name, size in helpers.items() if architecture.encoder_classes.get(name) not in LARGE_ENCODERS)
+    return max(replace(photo, weights=rest + small), *peaks, key=lambda peak: peak.total)
 
 
 def _convert(module: Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
@@ -165,8 +183,8 @@ class _Padding:
 def counted(base: LatentBase, run: RunConfig) -> CountedWeights:
     """Counts the weights of a denoiser, and those of the LoRA layers that a run would add to it."""
     tensors = [*base.denoiser.parameters(), *base.denoiser.buffers()]
-    sizes = [parameter.numel() for parameter in base.denoiser.parameters()]
-    lora: list[int] = []
+    shapes = [tuple(parameter.shape) for parameter in base.denoiser.parameters()]
+    lora: list[tuple[int, int]] = []
     if run.tune.mode == "lora":
         targets, rank = tuple(f".{suffix}" for suffix in base.lora_targets(run.tune.targets)), run.tune.rank
         for name, module in base.denoiser.named_modules():
@@ -177,9 +195,14 @@ def counted(base: LatentBase, run: RunConfig) -> CountedWeights:
                 (layer.in_features, layer.out_features) if isinstance(layer, Linear) else (layer.in_channels, layer.out_channels)
             )
             kernel = 1 if isinstance(layer, Linear) else prod(layer.kernel_size)
-            lora += [rank * inputs * kernel, rank * outputs]
+            lora += [(rank, inputs * kernel), (outputs, rank)]
+    optimizer = base.runtime.optimizer
     return CountedWeights(
-        sum(sizes), sum(tensor.nbytes for tensor in tensors), sum(map(states_8bit, sizes)), sum(lora), sum(map(states_8bit, lora))
+        sum(map(prod, shapes)),
+        sum(tensor.nbytes for tensor in tensors),
+        sum(state_bytes(optimizer, *shape) for shape in shapes),
+        sum(map(prod, lora)),
+        sum(state_bytes(optimizer, *shape) for shape in lora),
     )
 
 
@@ -260,20 +283,27 @@ def _step(stages: Sequence[Stage], k: int) -> None:
 
 
 def _training_peak(stages: Sequence[Stage], run: RunConfig, tracker: Tracker) -> Peak:
-    """The peak of a training stage, from its second step: the first one creates the states of the optimizer.
+    """The peak of a training stage with the states of the optimizer, which its first step creates.
 
-    It includes an evaluation of the relative loss, which needs less than the step.
+    If one optimizer steps after the backward pass, the states are added to the peak of the first step; otherwise a second step is made.
+    The peak includes an evaluation of the relative loss, which needs less than the step.
     """
     weights, stage = tracker.now, stages[0]
+    tracker.reset_peak()
     _step(stages, 0)
     states = tracker.now - weights
+    peak = tracker.peak + states
+    if len(stages) > 1 or not isinstance(stage.updates, JointUpdates):
+        tracker.reset_peak()
+        _step(stages, 1)
+        peak = tracker.peak
     tracker.reset_peak()
-    _step(stages, 1)
     if run.monitoring.convergence_every and len(stages) == 1:
-        fixed_losses(stage.base, stage.latents, stage.conditioning(), stage.seed, stage.config.batch_size)
+        fixed_losses(stage.base, stage.latents, stage.conditioning(), stage.seed, stage.config.batch_size, calls=1)
     inside = stage.base.runtime.memory.optimizer_in_backward
     gradients = 0 if inside else sum(p.numel() * p.element_size() for one in stages for p in one.trainables.values())
-    return Peak(weights, gradients, states, tracker.peak - weights - gradients - states)
+    peak = max(peak, tracker.peak)
+    return Peak(weights, gradients, states, peak - weights - gradients - states)
 
 
 @torch.no_grad()

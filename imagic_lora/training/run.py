@@ -38,6 +38,7 @@ from ..sampling.mixing import mixtures
 from ..sampling.pipelines import negative
 from .monitoring.convergence import Convergence
 from .monitoring.previews import Previews
+from .stage import optimizer_of
 
 
 @dataclass
@@ -118,7 +119,7 @@ class Run:
             inputs["quantize_text"] = runtime.memory.quantize_text
         if stage == "tune":
             inputs |= weights | {"tune": config.tune.model_dump(mode="json")}
-        return inputs if finished else inputs | weights | {"optimizer": runtime.optimizer}
+        return inputs if finished else inputs | weights | {"optimizer": optimizer_of(stage, runtime)}
 
     @property
     def fitted_photo(self) -> Image.Image:

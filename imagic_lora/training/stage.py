@@ -15,7 +15,7 @@ from ..core.conditioning import Conditioning
 from ..core.config import EmbedConfig, TuneConfig
 from ..core.errors import ImagicError, NotFinite
 from ..core.noise import key, noise_at, times_at
-from ..core.runtime import Processes, to_device
+from ..core.runtime import Processes, Runtime, to_device
 from ..core.tensors import all_finite
 from .objective import denoising_loss
 from .optimizers import build_updates
@@ -109,7 +109,7 @@ class Stage:
     ) -> None:
         self.name, self.base, self.latents, self.conditioning = name, base, latents, conditioning
         self.trainables, self.config, self.seed, self.processes = dict(trainables), config, seed, processes
-        self.updates = build_updates(self.trainables, config.learning_rate, base.runtime, key(seed, name))
+        self.updates = build_updates(self.trainables, config.learning_rate, base.runtime, key(seed, name), optimizer_of(name, base.runtime))
         self.perturbed = perturbed
         self._finite = torch.ones((), dtype=torch.bool, device=latents.device)
 
@@ -180,6 +180,11 @@ class Stage:
                 parameter.copy_(state[TRAINABLE + name])
         states = {name.removeprefix(OPTIMIZER): value for name, value in state.items() if name.startswith(OPTIMIZER)}
         self.updates.load_state_dict(states)
+
+
+def optimizer_of(stage: str, runtime: Runtime) -> str:
+    """Name of the optimizer of a stage: Adam for stage 1 where stage 2 has Adafactor, whose savings are nothing to an embedding."""
+    return "adam" if stage == "embed" and runtime.optimizer == "adafactor" else runtime.optimizer
 
 
 Progress = StepReport | Batch

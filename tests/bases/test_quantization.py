@@ -18,7 +18,7 @@ from torch.nn import Conv2d, Linear, Module, Sequential
 from imagic_lora.adapters.atomic import AtomicWriter
 from imagic_lora.adapters.lora import attached, save_lora
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.quantization import quantize_linear
+from imagic_lora.bases.quantization import Int8Linear, quantize_linear
 from imagic_lora.core.config import EmbedConfig, TuneConfig
 from imagic_lora.core.runtime import Processes
 from imagic_lora.memory.tracker import Tracker
@@ -82,7 +82,7 @@ def test_weights_are_the_nearest_of_the_sixteen(features: int) -> None:
         plain.weight.copy_(torch.randn(64, features, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 1, 64)[:, None])
     blocks = plain.weight.detach().clone().view(-1, 64)
     module = Sequential(plain)
-    quantize_linear(module, torch.float32, torch.device("cpu"))
+    quantize_linear(module, "nf4", torch.float32, torch.device("cpu"))
     largest = blocks.abs().amax(1, keepdim=True)
     nearest = NF4[(blocks / largest).unsqueeze(-1).sub(NF4).abs().argmin(-1)]
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_rows_that_are_not_whole_blocks_stay_as_they_are(features: int) -> None:
     """bitsandbytes 0.50.2 takes wrong scales for them on a CPU."""
     module = Sequential(Linear(features, 64))
     before = weights(module)
-    quantize_linear(module, torch.float32, torch.device("cpu"))
+    quantize_linear(module, "nf4", torch.float32, torch.device("cpu"))
     assert type(module[0]) is Linear
     assert same(weights(module), before)
 
@@ -108,6 +108,44 @@ def test_the_answer_is_near_that_of_the_base(wide: Path, dtype: str) -> None:
     exact, base = opened(wide), opened(wide, dtype=dtype, quantize="nf4")
     assert {layer.compute_dtype for layer in layers(base.denoiser, Linear4bit).values()} == {base.runtime.dtype}
     assert 0.01 < off(output(base).float(), output(exact)) < 0.15
+
+
+@pytest.mark.parametrize("features", [5, 64, 320])
+def test_8_bits_are_the_nearest_steps_of_a_row(features: int) -> None:
+    """In float64: each row in steps of a 127th of its largest value; a row of zeros stays zero. Gradients are those of these weights."""
+    plain = Linear(features, 8).double()
+    with torch.no_grad():
+        plain.weight.mul_(torch.logspace(-6, 6, 8)[:, None])[3] = 0
+    exact, bias, x = plain.weight.detach().clone(), plain.bias.detach().clone(), torch.randn(2, 3, features, dtype=torch.float64)
+    steps = exact.abs().amax(1, keepdim=True) / 127
+    rounded = torch.where(steps > 0, (exact / steps).round() * steps, 0.0)
+    module = Sequential(plain)
+    quantize_linear(module, "int8", torch.float64, torch.device("cpu"))
+    assert type(module[0]) is Int8Linear
+    assert module[0].weight.dtype == torch.int8
+    x.requires_grad_()
+    found = module(x)
+    torch.testing.assert_close(found, x @ rounded.T + bias, rtol=1e-6, atol=1e-12 + 1e-6 * exact.abs().max().item())
+    (own,) = torch.autograd.grad((found * found.detach()).sum(), x)
+    (expected,) = torch.autograd.grad(((x @ rounded.T + bias) * found.detach()).sum(), x)
+    torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_8_bits_are_nearer_than_4(wide: Path, dtype: str) -> None:
+    """Every linear layer, and LoRA on them: its loss falls, and the base answers as before when the layers are gone."""
+    exact, base = opened(wide), opened(wide, dtype=dtype, quantize="int8")
+    assert list(layers(base.denoiser, Int8Linear)) == list(layers(exact.denoiser, Linear))
+    assert base.denoiser.dtype == base.runtime.dtype
+    first = output(base)
+    assert 1e-4 < off(first.float(), output(exact)) < 0.02
+    text = base.encode_prompt("a cat")
+    with attached(base, CONFIG, 0) as parameters:
+        stage = tune_stage(base, LATENTS, text, parameters, CONFIG, 0, Processes())
+        start = loss_of(base, stage).item()
+        list(train(stage))
+        assert loss_of(base, stage).item() < start
+    assert torch.equal(output(base), first)
 
 
 def test_it_is_the_same_every_time(wide: Path) -> None:
@@ -230,7 +268,7 @@ def test_a_linear_layer_takes_little_more_than_a_quarter_of_fp16() -> None:
     """Half a byte a weight, four bytes for the scale of 64, and 64 bytes of a table a layer."""
     module, count = some_layers(), 512 * 512 + 512 * 1024
     rest = held(module) - 4 * count
-    quantize_linear(module, torch.bfloat16, torch.device("cpu"))
+    quantize_linear(module, "nf4", torch.bfloat16, torch.device("cpu"))
     found = held(module) - rest
     assert found == count // 2 + 4 * count // 64 + 2 * 64
     assert found < 0.29 * 2 * count
@@ -239,10 +277,10 @@ def test_a_linear_layer_takes_little_more_than_a_quarter_of_fp16() -> None:
 def test_a_plan_takes_its_layers_for_what_they_are(wide: Path) -> None:
     """The stand-ins of a rehearsal hold what 4-bit layers hold but for their tables, and unpack a weight for a moment either way."""
     real = some_layers()
-    quantize_linear(real, torch.float32, torch.device("cpu"))
+    quantize_linear(real, "nf4", torch.float32, torch.device("cpu"))
     with FakeTensorMode():
         fake = some_layers()
-        quantize_linear(fake, torch.float32, torch.device("cpu"))
+        quantize_linear(fake, "nf4", torch.float32, torch.device("cpu"))
         assert not layers(fake, Linear)
         planned = sum(weight.untyped_storage().nbytes() for weight in (*fake.parameters(), *fake.buffers()))
         assert held(real) - 2 * 64 == planned

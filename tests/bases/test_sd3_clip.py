@@ -141,14 +141,6 @@ def test_what_is_nowhere_is_refused(folder: Path, listed: Any, tmp_path: Path) -
         flow()
 
 
-def test_parts_are_of_a_folder(others: Path, listed: Any, tmp_path: Path) -> None:
-    file = tmp_path / "one.safetensors"
-    file.write_bytes(b"")
-    listed(source=str(file))
-    with pytest.raises(ImagicError, match="parts only for a folder"):
-        flow()
-
-
 def test_other_text_encoders_are_refused(folder: Path, others: Path, listed: Any, tmp_path: Path) -> None:
     """A second one beside a CLIPTextModel, and one of another width."""
     copy = save_tiny_sd3_clip(tmp_path / "wide", others, width=24)

@@ -265,7 +265,8 @@ def test_what_looks_like_a_known_model_is_refused_by_its_name(tmp_path: Path, ki
 
 
 @each("names, why", [
-    (["model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"], "is Stable Diffusion 3"),
+    (["model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"], "is a checkpoint of Stable Diffusion 3.*with parts: sd35-medium"),
+    (["single_stream_modulation.lin.weight"], "is a checkpoint of FLUX.2.*with parts: klein-base-4b"),
     (["double_blocks.0.img_attn.norm.key_norm.scale"], "is a transformer such as FLUX"),
     (["clip_txt_mapper.weight"], "is Stable Cascade"),
     (["model.diffusion_model.encoder_hid_proj.weight"], "is Kolors"),

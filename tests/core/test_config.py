@@ -204,7 +204,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(path: Leaf, level: str) 
         (("memory", "vae_tiling"), "sometimes"),
         (("memory", "gradient_checkpointing"), "auto"),
         (("memory", "optimizer"), "sgd"),
-        (("memory", "quantize"), "int8"),
+        (("memory", "quantize"), "int4"),
         (("memory", "master_weights"), "fp8"),
         (("embed",), 5),
         (("tune",), None),

@@ -281,7 +281,7 @@ def test_the_adapter_has_the_planned_size(fitted: Callable[..., Adapter], folder
     assert plan.adapter == sum(value.numel() * value.element_size() for value in stored)
 
 
-@each("memory, share", [({"optimizer": "adam"}, 3), ({"optimizer": "adam8bit"}, 1.508)])
+@each("memory, share", [({"optimizer": "adam"}, 3), ({"optimizer": "adam8bit"}, 1.508), ({"optimizer": "adafactor"}, 1.001)])
 def test_a_checkpoint_is_weights_and_states(memory: dict[str, str], share: float) -> None:
     """Of a full fine-tuning: 4 bytes a weight, and 8 or little over 2 of Adam's states."""
     size = plan_of("full", "8gb", memory=memory).checkpoint - 3 * 77 * 768 * 4

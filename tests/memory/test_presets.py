@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def predicted(run: RunConfig, assumed: Assumed, photos: int = 1) -> Plan:
 def plan_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of sd15 are cached: these tests need the same ones many times."""
 
-    def cached(base: Architecture, run: RunConfig, assumed: Assumed, photos: int = 1) -> Plan:
-        return (predicted if base is SD15 else partial(predict, base))(run, assumed, photos)
+    def cached(base: Architecture, run: RunConfig, assumed: Assumed, photos: int = 1, edit: bool = False) -> Plan:
+        return predicted(run, assumed, photos) if base is SD15 else predict(base, run, assumed, photos, edit)
 
     for module in (fits, levers, limits):
         monkeypatch.setattr(module, "predict", cached)

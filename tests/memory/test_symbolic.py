@@ -308,6 +308,9 @@ def test_every_lora_parameter_is_counted(known: Callable[[str], Architecture], n
     layers = planned_unet(base, rank=4, targets=TARGETS[targets])
     assert layers.lora == sum(trainable)
     assert layers.lora_states == sum(map(states_8bit, trainable))
+    shapes = [p.shape for p in unet.parameters() if p.requires_grad]
+    factored = planned_unet(base, rank=4, targets=TARGETS[targets], optimizer="adafactor").lora_states
+    assert factored == sum(4 * (shape[0] + shape[1:].numel()) for shape in shapes)
     if (name, targets) == ("sd15", "attention"):
         assert layers.lora == 797_184  # 3.2 MB at rank 4, as everywhere
     if targets == "all":
@@ -342,15 +345,25 @@ def test_8bit_states_are_bitsandbytes_own(size: int) -> None:
     assert sum(value.numel() * value.element_size() for value in own) == states_8bit(size)
 
 
+def test_8bit_weights_are_those_of_the_layer() -> None:
+    """A byte a weight, a scale for every row and the bias as it is; a pass holds the weight in its precision for its duration."""
+    model = nn.Sequential(nn.Linear(40, 64, dtype=torch.bfloat16))
+    quantize_linear(model, "int8", torch.bfloat16, torch.device("cpu"))
+    layers = Layers(Tape(gradients_on=False), LayerOptions(2, 2, quantize="int8"))
+    layers.linear(layers.tape.tensor(40, 2), 40, 64)
+    assert layers.bytes == sum(value.nbytes for value in (*model.parameters(), *model.buffers())) == 40 * 64 + 64 * 4 + 64 * 2
+    assert layers.tape.counter.peak >= 2 * 40 * 64
+
+
 @each("inside, outside", [(320, 1280), (64, 8), (40, 64)])
 def test_4bit_weights_are_bitsandbytes_own(inside: int, outside: int) -> None:
     """Half a byte a weight, a scale for every 64 and the bias as it is; layers that are not quantised in whole."""
     model = nn.Sequential(nn.Linear(inside, outside, dtype=torch.bfloat16))
-    quantize_linear(model, torch.bfloat16, torch.device("cpu"))
+    quantize_linear(model, "nf4", torch.bfloat16, torch.device("cpu"))
     layer: Any = model[0]
     packed = getattr(layer.weight, "quant_state", None)
     assert (packed is None) == (inside == 40)
-    layers = Layers(Tape(gradients_on=False), LayerOptions(2, 2, four_bit=True))
+    layers = Layers(Tape(gradients_on=False), LayerOptions(2, 2, quantize="nf4"))
     layers.linear(layers.tape.tensor(inside, 2), inside, outside)
     assert layers.bytes == layer.weight.nbytes + layer.bias.nbytes + (packed.absmax.nbytes if packed else 0)
     assert layers.parameters == inside * outside + outside

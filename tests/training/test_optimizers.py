@@ -78,8 +78,9 @@ def on_cpu(**memory) -> Runtime:
         ("full", {"optimizer": "adam"}),
         ("lora", {"optimizer": "adam8bit"}),
         ("full", {"gradient_checkpointing": True, "dtype": "bf16"}),
+        ("full", {"optimizer": "adafactor"}),
     ],
-    ids=["full", "lora-8bit", "full-checkpointing-autocast"],
+    ids=["full", "lora-8bit", "full-checkpointing-autocast", "full-adafactor"],
 )
 def test_inside_the_backward_pass_is_the_ordinary_loop(folder: Path, mode: Mode, memory: dict[str, Any]) -> None:
     """Losses, weights and states are the same bits after three steps."""
@@ -330,7 +331,7 @@ def test_rounding_depends_on_its_seed_alone() -> None:
     assert (ups[0][1:] == ups[0][:-1]).float().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / 4095**0.5)
 
 
-@pytest.mark.parametrize(("optimizer", "inside"), [("adam", False), ("adam8bit", True)])
+@pytest.mark.parametrize(("optimizer", "inside"), [("adam", False), ("adam8bit", True), ("adafactor", True)])
 def test_steps_below_the_resolution_move_bf16_weights_in_the_mean(optimizer: str, inside: bool) -> None:
     """Imagic's rate on weights of 1: as far as fp32 weights move, where weights rounded to nearest do not move at all."""
     count, steps, rate = 2**18, 20, 5e-7
@@ -405,8 +406,9 @@ def test_each_weight_and_step_rounds_by_noise_of_its_own() -> None:
         ("full", STOCHASTIC | {"optimizer": "adam"}),
         ("full", STOCHASTIC | INSIDE | {"optimizer": "adam8bit"}),
         ("lora", INSIDE | {"optimizer": "adam8bit"}),
+        ("full", STOCHASTIC | INSIDE | {"optimizer": "adafactor"}),
     ],
-    ids=["bf16", "bf16-8bit-inside", "lora-8bit-inside"],
+    ids=["bf16", "bf16-8bit-inside", "lora-8bit-inside", "bf16-adafactor-inside"],
 )
 def test_a_resumed_run_is_the_uninterrupted_run(folder: Path, mode: Mode, memory: dict[str, Any]) -> None:
     """A state taken after two steps, loaded into a new stage on a new base, comes to the same bits."""

@@ -222,6 +222,7 @@ def _tensors(module: Module) -> list[torch.Tensor]:
 SPARING = {"gradient_checkpointing": True, "optimizer_in_backward": True, "idle": "release", "vae_slicing": True}
 REAL: list[Any] = [
     ("lora", {}),
+    ("full", {"optimizer": "adafactor"}),
     ("full", SPARING | {"dtype": "bf16"}),
     ("embedding", {"gradient_checkpointing": True, "idle": "release"}),
     pytest.param("full", {}, marks=pytest.mark.slow),

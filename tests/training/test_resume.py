@@ -58,6 +58,7 @@ KINDS = {
     "lora in 8 bits": Kind("lora", (("optimizer", "adam8bit"),)),
     "full in 8 bits": Kind("full", (("optimizer", "adam8bit"),)),
     "embedding": Kind("embedding"),
+    "full by Adafactor": Kind("full", (("optimizer", "adafactor"),)),
     "stochastic": Kind("full", (("dtype", "bf16"), ("master_weights", "bf16-stochastic"), ("optimizer_in_backward", True))),
 }
 LORA, FULL, EMBEDDING = KINDS["lora"], KINDS["full"], KINDS["embedding"]

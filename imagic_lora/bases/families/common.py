@@ -76,8 +76,8 @@ class LatentBase(Base):
         if runtime.memory.quantize_text == "nf4" and not any(kind in LARGE_ENCODERS for kind in self._kinds()):
             got = f"--quantize-text nf4 with {name}, whose text encoder is CLIP"
             raise ImagicError(got, "a base with T5 or Qwen3", "leave out --quantize-text: CLIP is small")
-        if runtime.memory.quantize == "nf4":
-            quantize_linear(self._denoiser, runtime.dtype, runtime.device)
+        if runtime.memory.quantize != "none":
+            quantize_linear(self._denoiser, runtime.memory.quantize, runtime.dtype, runtime.device)
         if runtime.memory.idle == "keep":
             self._move(self._denoiser)
             for helper in self._helpers:
@@ -174,7 +174,7 @@ class LatentBase(Base):
         kind = self.architecture.encoder_classes.get(name)
         if self.runtime.memory.quantize_text == "nf4" and kind in LARGE_ENCODERS and not hasattr(helper, "is_loaded_in_4bit"):
             # T5 casts what goes into its layers wo to the type of their weights, which 4-bit weights do not have
-            quantize_linear(helper, self.runtime.dtype, self.runtime.device, skipped=("wo",))
+            quantize_linear(helper, "nf4", self.runtime.dtype, self.runtime.device, skipped=("wo",))
         self._move(helper)
         if name == "vae":
             memory = self.runtime.memory

@@ -11,11 +11,12 @@ from ...core.errors import ImagicError
 from ...core.settings import Recipe, recipe_of
 from ..architecture import KLEIN_LAYERS, Architecture, KleinArchitecture, SD3Architecture, SD3ClipArchitecture, UNetArchitecture
 from .keys import Keys, check_keys
-from .known import SHIPPED, BaseEntry, bases_file, known_base, local_path
+from .known import SHIPPED, BaseEntry, KnownBase, bases_file, known_base, local_path
 from .original.architecture import single_architecture
+from .original.detection import check_transformer
 from .published import _SD3, _T5, _TEXT, _UNET, PUBLISHED
 from .sizes import check_klein_sizes, check_sd3_sizes, check_sizes, rope_theta
-from .vetting import FLOW_FAMILIES, keys_of, read_index, read_json, unusable_base
+from .vetting import FLOW_FAMILIES, keys_of, read_header, read_index, read_json, unusable_base
 
 _CONSISTENCY_SCHEDULERS = ("LCMScheduler", "TCDScheduler")  # of latent consistency models (arXiv 2310.04378)
 _CONSISTENCY_STEPS = 4  # sampling steps of a consistency model whose entry names none
@@ -62,10 +63,26 @@ def architecture_at(path: Path, entry: BaseEntry | None) -> Architecture:
     if path.is_dir():
         return with_entry(read_architecture(path, folder_of_parts(entry)), entry)
     if entry and entry.parts:
-        got = f"parts = {entry.parts!r} for the file {path}"
-        raise ImagicError(got, "parts only for a folder", "remove parts: config names the configs and the tokenizer of a single file")
+        return _of_transformer(path, entry)
     given = _given_architecture(path, entry.config) if entry and entry.config else None
     return with_entry(single_architecture(path, entry, given), entry)
+
+
+def _of_transformer(path: Path, entry: BaseEntry) -> Architecture:
+    """The architecture of a file with a flow transformer: that of the base which has the other parts."""
+    if entry.config:
+        got = f"config and parts for the file {path}"
+        raise ImagicError(got, "one of them: parts for a transformer, config for a whole checkpoint", f"correct {bases_file()}")
+    folder = folder_of_parts(entry)
+    assert folder is not None
+    found = read_architecture(folder)
+    if found.process != "flow":
+        got = f"parts = {entry.parts!r} for the file {path}, a base with a U-Net"
+        raise ImagicError(
+            got, "a base with a flow transformer", "remove parts: a whole checkpoint has its parts, and config names its configs"
+        )
+    check_transformer(path, found, read_header(path)[0])
+    return with_entry(found, entry)
 
 
 def with_entry(architecture: Architecture, entry: BaseEntry | None) -> Architecture:
@@ -89,14 +106,14 @@ def with_entry(architecture: Architecture, entry: BaseEntry | None) -> Architect
 
 
 def recipe_for(architecture: Architecture, base: str, revision: str | None = None) -> Recipe:
-    """The recipe of a base: its own, or that of its noise process, with the sampling of a distilled base.
+    """The recipe of a base: its own, or that of its kind, with the sampling of a distilled base.
 
     Args:
         architecture: configs of the base.
         base: name, folder, file or hub id of the base.
         revision: revision of a hub id.
     """
-    return recipe_of(known_base(base, revision).built_in, architecture.few_steps, architecture.guidance, architecture.process)
+    return recipe_of(known_base(base, revision).built_in, architecture.few_steps, architecture.guidance, architecture.recipe)
 
 
 def folder_of_parts(entry: BaseEntry | None) -> Path | None:
@@ -107,11 +124,24 @@ def folder_of_parts(entry: BaseEntry | None) -> Path | None:
     """
     if entry is None or entry.parts is None:
         return None
-    folder = local_path(known_base(entry.parts).source)
+    known = known_base(entry.parts)
+    folder = local_path(known.source) or _in_hub_cache(known)
     if folder is None or not (folder / "model_index.json").is_file():
         got = f"parts = {entry.parts!r} for the base {entry.source}"
-        raise ImagicError(got, "a folder in diffusers' format, or the name of a base that is one", f"correct {bases_file()}")
+        expected = "a folder in diffusers' format, or the name of a base that is one or is downloaded"
+        raise ImagicError(got, expected, f"correct {bases_file()}, or download {known.source} (hf download {known.source})")
     return folder
+
+
+def _in_hub_cache(known: KnownBase) -> Path | None:
+    """The folder of a hub id that was downloaded; None if it was not."""
+    from huggingface_hub import try_to_load_from_cache  # slow to import
+
+    try:
+        found = try_to_load_from_cache(known.source, "model_index.json", revision=known.entry.revision if known.entry else None)
+    except ValueError:  # no hub id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def component_folder(folder: Path, part: str, others: Path | None) -> Path:

@@ -36,7 +36,8 @@ class BaseEntry(Config):
         revision: branch, tag or commit of a hub id.
         config: source of the configs and the tokenizer of a single file: ``sd15``, ``sd21``, ``sdxl``, ``sdxl-turbo``, or a folder in
             diffusers' format. None: the published configs of the model family, which is detected from the file's tensor names.
-        parts: a folder in diffusers' format, or the name of a base that is one, with the components that the source, a folder, lacks.
+        parts: a folder in diffusers' format, or the name of a base that is one or is downloaded, with the components that the source lacks:
+            a folder, or a single file with a flow transformer.
         resolution: side of the square images that the base was trained on, in pixels. None: as its config says.
         prediction: prediction type of the denoiser. None: as its scheduler config says.
         few_steps: number of sampling steps of a distilled base. A fit trains only at their timesteps; for LCM at those of its distillation.

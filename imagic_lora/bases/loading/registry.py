@@ -21,6 +21,7 @@ from .configs import with_entry
 from .files import STEMS, Files, Folder, weight_files
 from .known import bases_file, known_base, local_path, named_bases
 from .original.files import SingleFile
+from .original.transformers import TransformerFile
 from .published import PUBLISHED
 from .tokenizers import CHAT_TEMPLATE, TOKENIZER_FILES
 
@@ -63,7 +64,10 @@ def files_of(name: str, revision: str | None = None, configs: bool = False) -> F
         ImagicError: as :func:`locate`.
     """
     path = locate(name, revision, configs)
-    return (SingleFile if path.is_file() else Folder)(path, known_base(name, revision).entry)
+    entry = known_base(name, revision).entry
+    if not path.is_file():
+        return Folder(path, entry)
+    return TransformerFile(path, entry) if entry and entry.parts else SingleFile(path, entry)
 
 
 def family_of(architecture: Architecture) -> type[LatentBase]:

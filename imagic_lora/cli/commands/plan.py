@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -12,6 +12,10 @@ from ...core.settings import merged, read_settings, validated
 from ..console import print_json, print_plan
 from ..libraries import import_libraries
 from ..options import Flag, Json, Whole
+
+if TYPE_CHECKING:
+    from ...bases.architecture import Architecture
+    from ...memory.plan import Assumed, Plan
 
 
 def plan(
@@ -36,12 +40,13 @@ def plan(
     config
         YAML file of settings, as for fit.
     exact
-        Run the training code on tensors without data instead of computing the sizes; takes about ten seconds. Flow transformers are
-        always predicted in this way.
+        Run the training code on tensors without data instead of computing the sizes; takes about ten seconds, half a minute to
+        minutes for flow transformers. These are predicted in this way unless it was done before.
     """
     from ...bases.loading.configs import architecture, recipe_for
     from ...memory.plan import predict
     from ...memory.presets import assumed_for, card_and_free_memory, choose_preset
+    from ...memory.symbolic.layers import NotPlanned
 
     flags = settings.model_dump(exclude_unset=True) if settings else {}
     file = read_settings(config) if config else {}
@@ -55,18 +60,26 @@ def plan(
         flags,
         file,
         recipe_for(built, given.base, given.revision),
+        large=built.has_large_encoder,
+        rehearse=_rehearsed,
     )
     card = card_and_free_memory(run.memory.device)[0] if given.preset == "auto" else None
     assumed = assumed_for(run, card)
-    if exact or built.process == "flow":
-        import_libraries()
-        from ...training.rehearsal import rehearse
-
-        prediction = rehearse(built, run, assumed)
-    else:
-        prediction = predict(built, run, assumed)
+    try:
+        prediction = _rehearsed(built, run, assumed) if exact else predict(built, run, assumed)
+    except NotPlanned:
+        if built.process != "flow":
+            raise
+        prediction = _rehearsed(built, run, assumed)
     if as_json:
         settings_used = {"base": given.base, "mode": run.tune.mode, "preset": run.preset, "fits": prediction.fits(run.preset)}
         print_json({**settings_used, **prediction.to_json()})
     else:
         print_plan(prediction, run, why)
+
+
+def _rehearsed(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
+    import_libraries()
+    from ...training.rehearsal import rehearse
+
+    return rehearse(architecture, run, assumed)

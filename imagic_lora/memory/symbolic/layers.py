@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...bases.layers import BLOCK_4BIT
 from ...core.errors import ImagicError
-from ..optimizer_states import states_8bit
+from ..optimizer_states import state_bytes
 from .tape import SymbolicTensor, Tape
 
 _FP32 = 4  # bytes of an element
@@ -27,8 +27,9 @@ class LayerOptions:
         rank: of LoRA layers; 0 for none.
         targets: names of the layers that LoRA adapts.
         adapters: number of LoRA layers on each of these: one for every photo that is fitted together, all in one batch.
-        four_bit: the weights of linear layers are quantized to 4 bits.
+        quantize: quantization of linear layers: ``none``, ``nf4`` or ``int8``.
         fp32_norms: autocast runs normalization layers in fp32, as it does on CUDA and not on the CPU.
+        optimizer: name of the optimizer whose states are counted.
     """
 
     itemsize: int
@@ -37,8 +38,9 @@ class LayerOptions:
     rank: int = 0
     targets: tuple[str, ...] = ()
     adapters: int = 1
-    four_bit: bool = False
+    quantize: str = "none"
     fp32_norms: bool = True
+    optimizer: str = "adam8bit"
 
     @property
     def autocast(self) -> bool:
@@ -56,8 +58,8 @@ class Layers:
         parameters: number of parameters of the model so far.
         bytes: of the weights.
         lora: number of parameters of LoRA layers.
-        states: bytes of Adam's 8-bit states for the weights.
-        lora_states: bytes of Adam's 8-bit states for the LoRA layers.
+        states: bytes of the optimizer's states for the weights.
+        lora_states: bytes of the optimizer's states for the LoRA layers.
         cache: the weights that autocast has cast and cached; None if its cache is off.
     """
 
@@ -70,43 +72,50 @@ class Layers:
     lora_states: int = 0
     cache: list[SymbolicTensor] | None = None
 
-    def count_weights(self, *sizes: int, four_bit: bool = False) -> list[tuple[int, int]]:
+    def count_weights(self, *sizes: int, rows: int = 1, quantize: str = "none") -> list[tuple[int, int]]:
         """Counts the weights of a layer.
 
         Args:
             sizes: number of elements of each weight, the matrix first.
-            four_bit: the matrix is quantized.
+            rows: of the matrix; 1 for a layer without one.
+            quantize: quantization of the matrix.
 
         Returns:
             Numel and itemsize of the gradients of these weights; empty if they are not trained.
         """
         itemsize = self.options.weight_itemsize
         self.parameters += sum(sizes)
-        self.states += sum(states_8bit(size) for size in sizes)
-        if four_bit:
-            self.bytes += sizes[0] // 2 + sizes[0] // BLOCK_4BIT * _FP32 + sum(sizes[1:]) * itemsize
-        else:
-            self.bytes += sum(sizes) * itemsize
+        shapes = [(rows, sizes[0] // rows) if rows > 1 else (sizes[0],), *((size,) for size in sizes[1:])]
+        self.states += sum(state_bytes(self.options.optimizer, *shape) for shape in shapes)
+        match quantize:
+            case "nf4":
+                self.bytes += sizes[0] // 2 + sizes[0] // BLOCK_4BIT * _FP32 + sum(sizes[1:]) * itemsize
+            case "int8":
+                self.bytes += sizes[0] + rows * _FP32 + sum(sizes[1:]) * itemsize
+            case _:
+                self.bytes += sum(sizes) * itemsize
         return [(size, itemsize) for size in sizes] if self.options.trained else []
 
-    def _is_quantized(self, in_features: int) -> bool:
-        """Whether a linear layer is quantized to 4 bits (:mod:`imagic_lora.bases.quantization`)."""
-        return self.options.four_bit and in_features % BLOCK_4BIT == 0
+    def _quantization(self, in_features: int) -> str:
+        """The quantization of a linear layer (:mod:`imagic_lora.bases.quantization`)."""
+        quantize = self.options.quantize
+        return "none" if quantize == "nf4" and in_features % BLOCK_4BIT else quantize
 
     def cast(self, x: SymbolicTensor, itemsize: int) -> SymbolicTensor:
         """Casts a tensor to another itemsize; a tensor of that itemsize is returned as it is."""
         return x if x.itemsize == itemsize else self.tape.op([x], x.numel, itemsize)
 
-    def _matmul(self, x: SymbolicTensor, numel: int, sizes: tuple[int, ...], four_bit: bool = False) -> SymbolicTensor:
+    def _matmul(self, x: SymbolicTensor, numel: int, rows: int, sizes: tuple[int, ...], quantize: str = "none") -> SymbolicTensor:
         """A linear or convolution layer.
 
         Args:
             numel: number of elements of the output.
+            rows: of the matrix, the channels of the output.
             sizes: number of elements of each weight, the matrix first.
-            four_bit: the matrix is quantized.
+            quantize: quantization of the matrix.
         """
         options, itemsize = self.options, self.options.itemsize
-        gradients = self.count_weights(*sizes, four_bit=four_bit)
+        gradients = self.count_weights(*sizes, rows=rows, quantize=quantize)
         x = self.cast(x, itemsize)
         saved, scratch = ([x] if gradients else []), 0
         if options.autocast:  # each use casts the weight, and saves the cast for the backward pass
@@ -114,7 +123,7 @@ class Layers:
             if self.cache is not None:
                 self.cache.append(saved[-1])
             scratch = sum(sizes) * itemsize if gradients else 0
-        if four_bit:  # each use dequantizes the weight
+        if quantize != "none":  # each use dequantizes the weight
             scratch = sizes[0] * itemsize
             self.tape.counter.add_temporarily(scratch)
         return self.tape.op([x], numel, itemsize, saved, weight_gradients=gradients, scratch=scratch)
@@ -133,7 +142,8 @@ class Layers:
             unfolded: the same before the elements of a convolution are summed (:mod:`imagic_lora.adapters.batched`); 0 for a linear layer.
         """
         self.lora += down + up
-        self.lora_states += states_8bit(down) + states_8bit(up)
+        optimizer, rank = self.options.optimizer, self.options.rank
+        self.lora_states += state_bytes(optimizer, rank, down // rank) + state_bytes(optimizer, up // rank, rank)
         wide, adapters = self.cast(x, _FP32), self.options.adapters
         # those of all photos are stacked, and the stack is saved for the backward pass
         stacks = [[self.tape.tensor(adapters * numel, _FP32)] if adapters > 1 else [] for numel in (down, up)]
@@ -156,7 +166,7 @@ class Layers:
         """
         rows = x.numel // in_features
         sizes = (in_features * out_features, *([out_features] if bias else []))
-        result = self._matmul(x, rows * out_features, sizes, self._is_quantized(in_features))
+        result = self._matmul(x, rows * out_features, out_features, sizes, self._quantization(in_features))
         rank = self.options.rank
         if rank and name in self.options.targets:
             return self._add_lora(x, result, in_features * rank, out_features * rank, rows * rank)
@@ -171,7 +181,7 @@ class Layers:
             name: end of the layer's name, as in the LoRA targets.
         """
         pixels = x.numel // in_channels // stride**2
-        result = self._matmul(x, pixels * out_channels, (in_channels * out_channels * kernel**2, out_channels))
+        result = self._matmul(x, pixels * out_channels, out_channels, (in_channels * out_channels * kernel**2, out_channels))
         rank = self.options.rank
         if rank and name in self.options.targets:
             unfolded = x.numel // in_channels * rank * kernel**2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from PIL import Image
@@ -28,7 +28,7 @@ _KEY = "convergence"  # stands for the stage in the noise function, so that the 
 
 
 @torch.no_grad()
-def fixed_losses(base: Base, latents: Tensor, conditioning: Conditioning, seed: int, batch_size: int) -> Tensor:
+def fixed_losses(base: Base, latents: Tensor, conditioning: Conditioning, seed: int, batch_size: int, calls: int = PAIRS) -> Tensor:
     """Returns the losses at fixed pairs of timestep and noise, which depend on the seed and differ from those of the training.
 
     With the batch size of a stage this needs less memory than a training step of the stage, because nothing is kept for a backward pass.
@@ -39,11 +39,12 @@ def fixed_losses(base: Base, latents: Tensor, conditioning: Conditioning, seed: 
         conditioning: conditioning of one image.
         seed: seed of the run.
         batch_size: number of samples in a call of the denoiser.
+        calls: the most calls of the denoiser; a memory plan needs one of these equal calls.
 
     Returns:
-        The loss of each pair, ``[PAIRS]`` fp32.
+        The loss of each pair, ``[PAIRS]`` fp32 unless ``calls`` cuts them off.
     """
-    return torch.cat([batch.run() for batch in _fixed_batches(base, latents, conditioning, seed, batch_size)])
+    return torch.cat([batch.run() for batch in islice(_fixed_batches(base, latents, conditioning, seed, batch_size), calls)])
 
 
 def _fixed_batches(base: Base, latents: Tensor, conditioning: Conditioning, seed: int, batch_size: int) -> Iterator[Batch]:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ....core.errors import ImagicError
-from ...architecture import Architecture
+from ...architecture import Architecture, KleinArchitecture
 from ..known import bases_file
 from ..vetting import unusable_base
 
 Header = Mapping[str, Any]
 """Entries of a safetensors header by tensor name."""
 
-UNET = "model.diffusion_model."
+UNET = TRANSFORMER_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
 _FAMILIES = {  # key in PUBLISHED by name of a tensor that only checkpoints of this family have
     "conditioner.embedders.1.model.ln_final.weight": "sdxl",
     "cond_stage_model.model.ln_final.weight": "sd21",
@@ -43,6 +44,14 @@ _OTHER_MODELS = {  # by a pattern of tensor names that no supported model has
     r"(.*\.)?motion_modules\.": "AnimateDiff",
     r"(.*\.)?transformer_blocks\.\d+\.fuser\.": "GLIGEN",
 }
+_SD3, _KLEIN = "Stable Diffusion 3", "FLUX.2"
+TRANSFORMERS = {
+    r"(model\.diffusion_model\.)?joint_blocks\.": (_SD3, "sd35-medium", "text encoders"),
+    r"(model\.diffusion_model\.)?single_stream_modulation\.": (_KLEIN, "klein-base-4b", "text encoder and VAE"),
+}
+"""Flow transformers, which load with the other parts of a named base, by a pattern of tensor names: what they are, an example of such a
+base, and the parts."""
+_TEXT_PART = re.compile(r"text_encoders\.|conditioner\.|cond_stage_model\.|text_model\.")
 _OTHER_FILES = {  # as _OTHER_MODELS, of files without a known text encoder
     r".*(lora|hada_|lokr_)": "a LoRA file",
     r"(emb_params|string_to_param|clip_[lg])$": "an embedding (textual inversion)",
@@ -68,6 +77,11 @@ def detected_family(path: Path, tensors: Header) -> str:
     Raises:
         ImagicError: the file belongs to another model, or is a part of a checkpoint.
     """
+    for pattern, (kind, example, missing) in TRANSFORMERS.items():
+        if any(re.match(pattern, name) for name in tensors):
+            got = f"{path} is a checkpoint of {kind}, which is read with the {missing} of another base"
+            remedy = f"add it to {bases_file()} with parts: {example} (or the base it was made from): see docs/guide/bases.md"
+            raise ImagicError(got, "the name of a base that has its other parts", remedy)
     check_other_models(path, tensors)
     if family := next((family for name, family in _FAMILIES.items() if name in tensors), None):
         return family
@@ -86,6 +100,35 @@ def check_other_models(path: Path, tensors: Header, others: Mapping[str, str] = 
         if found := next((name for name in tensors if matches(name)), None):
             got = f"{path} is {model}: it holds {found[:80]!r}"
             raise ImagicError(got, "a checkpoint of Stable Diffusion 1.x, 2.x or XL", "choose another base")
+
+
+def check_transformer(path: Path, architecture: Architecture, tensors: Header) -> None:
+    """Raises ImagicError if a file does not hold the transformer of an architecture, or holds more than it and a VAE.
+
+    Args:
+        path: the file, for messages.
+        architecture: that of the base with the other parts.
+        tensors: header of the file.
+    """
+    kinds = {pattern: kind for pattern, (kind, _, _) in TRANSFORMERS.items() if any(re.match(pattern, name) for name in tensors)}
+    expected, found = _kind(architecture), next(iter(kinds.values()), None)
+    diffusers_names = any(name.removeprefix(TRANSFORMER_PREFIX).startswith("transformer_blocks.") for name in tensors)
+    if found != expected and not (found is None and diffusers_names):
+        got = f"{path} holds {f'a transformer of {found}' if found else 'no transformer of a known kind'}"
+        raise ImagicError(got, f"one of {expected}, as the base in parts has", f"name another base in parts: {bases_file()}")
+    if other := next((name for name in tensors if _TEXT_PART.match(name)), None):
+        got = f"{path} holds text encoders, such as {other[:80]!r}"
+        raise ImagicError(
+            got, "a transformer, alone or with its VAE", "take the file without text encoders: parts names the base with them"
+        )
+    vae = next((name for name in tensors if name.startswith(VAE_PREFIX)), None)
+    if expected == _KLEIN and vae:
+        raise ImagicError(f"{path} holds {vae[:80]!r}, of a VAE", f"a transformer of {_KLEIN} alone", "take the file without VAE")
+
+
+def _kind(architecture: Architecture) -> str:
+    """The kind of a flow transformer, as in :data:`TRANSFORMERS`."""
+    return _KLEIN if isinstance(architecture, KleinArchitecture) else _SD3
 
 
 def check_unet(path: Path, name: str, architecture: Architecture, tensors: Header) -> None:

@@ -30,13 +30,14 @@ def print_problems(error: ListError) -> None:
         err.print(f"and {len(error.problems) - _SHOWN:,} more", highlight=False)
 
 
-def run(batch: Batch, left: Sequence[Entry], run_groups: Run = run_here) -> None:
+def run(batch: Batch, left: Sequence[Entry], run_groups: Run = run_here, together: int | None = 1) -> None:
     """Works on the entries that are left, with progress, and writes the contact sheet at the end.
 
     Args:
         batch: receives the outcomes.
         left: the entries.
         run_groups: where the work is done.
+        together: most photos that are fitted together, as for :func:`~imagic_lora.fleet.batch.grouped`.
 
     Raises:
         KeyboardInterrupt: the run was interrupted; the message says what is stored.
@@ -47,7 +48,7 @@ def run(batch: Batch, left: Sequence[Entry], run_groups: Run = run_here) -> None
         err.print(f"{shown.done} of {shown.total} photos were done or failed before", highlight=False)
     try:
         with Interrupts() as interrupts, shown:
-            for item in run_groups(grouped(left), batch.work, interrupts.stop):
+            for item in run_groups(grouped(left, together), batch.work, interrupts.stop):
                 interrupts.finish_step = run_groups is not run_here or (isinstance(item, Update) and item.stage in _TRAINING)
                 if isinstance(item, Outcome):
                     batch.record(item)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -23,6 +23,10 @@ from .outcome import Outcome, Update, digest, scores_of, stored
 from .sheet import PAGE, has_thumbnails, write_page, write_thumbnails
 from .table import Entry
 from .work import Work, Worker, base_key
+
+if TYPE_CHECKING:
+    from ..bases.architecture import Architecture
+    from ..core.config import RunConfig
 
 RESULTS = "results.jsonl"
 _LOCK_SECONDS = 0.5  # longer than another command needs to see that it is locked
@@ -156,10 +160,51 @@ class Batch:
         return [row for entry in self.entries if (row := self.rows.get(entry.name)) and row["state"] == "failed"]
 
 
-def grouped(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """Returns the groups in which photos are fitted: one photo each, those that share a base one after another."""
+def grouped(entries: Iterable[Entry], together: int | None = 1) -> Iterator[list[Entry]]:
+    """Returns the groups in which photos are fitted; those that share a base come one after another.
+
+    A group shares each pass of the denoiser, see :func:`~imagic_lora.training.together.fit_together`: its photos have the same settings,
+    but for the seed, and canvases of one size. Fits of mode full, and photos that cannot be read, are groups of their own.
+
+    Args:
+        entries: what is left of the list.
+        together: most photos in a group; None for what the memory plan allows on this machine.
+    """
     ranks: dict[tuple[Any, ...], int] = {}
-    return [[entry] for entry in sorted(entries, key=lambda entry: ranks.setdefault(base_key(entry.config), len(ranks)))]  # stable
+    ordered = sorted(entries, key=lambda entry: ranks.setdefault(base_key(entry.config), len(ranks)))  # stable
+    if together == 1:
+        yield from ([entry] for entry in ordered)
+        return
+    same: dict[str, list[Entry]] = {}
+    for entry in ordered:
+        same.setdefault(entry.config.model_copy(update={"seed": 0}).model_dump_json(), []).append(entry)
+    for alike in same.values():
+        yield from _together(alike, together)
+
+
+def _together(entries: Sequence[Entry], together: int | None) -> Iterator[list[Entry]]:
+    """Groups of entries with the same settings."""
+    from ..bases.loading.registry import architecture_of
+    from ..training.grouping import groups
+
+    config, by_name = entries[0].config, {entry.name: entry for entry in entries}
+    if config.tune.mode == "full" or len(entries) == 1:
+        yield from ([entry] for entry in entries)
+        return
+    architecture = architecture_of(config.base, config.revision)
+    most = _planned(architecture, config, len(entries)) if together is None else together
+    for group in groups([entry.item() for entry in entries], config, architecture, most):
+        yield [by_name[item.name] for item in group]
+
+
+def _planned(architecture: Architecture, config: RunConfig, photos: int) -> int:
+    """The most photos of these settings that the memory plan allows together on this machine."""
+    from ..core.runtime import free_memory, resolve_runtime
+    from ..memory.out_of_memory import assumed_from
+    from ..memory.presets import most_together
+
+    runtime = resolve_runtime(config.memory)
+    return most_together(architecture, config, assumed_from(runtime), free_memory(runtime.device), photos)
 
 
 def run_here(groups: Iterable[Sequence[Entry]], work: Work, stop: Callable[[], bool]) -> Iterator[Update | Outcome]:

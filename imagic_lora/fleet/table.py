@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.store import check_name, folded
 from ..core.config import RunConfig
@@ -18,6 +18,9 @@ from ..sampling.checks import check_prompt, check_sampling
 from ..training.configure import configure_run
 from .columns import sorted_columns
 from .lists import Problems, Row, read_list
+
+if TYPE_CHECKING:
+    from ..training.grouping import Item
 
 _FREE = ("seed", "eta")  # settings that no check and no preset depends on
 
@@ -41,6 +44,12 @@ class Entry:
     prompt: str
     region: Region | None
     config: RunConfig
+
+    def item(self, resume: bool = False, overwrite: bool = False) -> Item:
+        """Returns what a fit of several photos needs of it; arguments as those of :class:`~imagic_lora.training.grouping.Item`."""
+        from ..training.grouping import Item
+
+        return Item(self.photo, self.prompt, self.name, self.config.seed, self.region, resume=resume, overwrite=overwrite)
 
 
 @dataclass

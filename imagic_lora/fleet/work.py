@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.adapter import Adapter
 from ..adapters.modes import MODES
 from ..adapters.store import Store
+from ..adapters.writing import exists
 from ..core.config import RunConfig
 from ..core.errors import DiskFull, ImagicError, ImagicWarning, Stopped
 from .outcome import Outcome, Update, explained, scores_of, stored
@@ -69,7 +70,7 @@ class Worker:
         """Fits the photos of a group, and yields an outcome for each.
 
         Args:
-            group: entries whose fits share a base.
+            group: entries whose fits share a base; several are fitted together, as :func:`~imagic_lora.fleet.batch.grouped` says.
 
         Raises:
             Stopped: ``stop`` returned True; a checkpoint is saved.
@@ -77,6 +78,8 @@ class Worker:
             ImagicError: the base cannot be loaded.
         """
         base = self._opened(group[0])
+        if len(group) > 1:
+            group = yield from self._together(group, base)
         for entry in group:
             start = time.perf_counter()
             try:
@@ -88,6 +91,58 @@ class Worker:
                     raise  # an interruption, which C code can replace by another exception
                 outcome = Outcome(entry, error=explained(error))
             yield replace(outcome, seconds=outcome.seconds or time.perf_counter() - start)
+
+    def _together(self, group: Sequence[Entry], base: Base) -> Generator[Update | Outcome, None, list[Entry]]:
+        """Fits and edits photos together; returns those that are left to be done one by one: those that are stored, and with ``overwrite``
+        those with checkpoints; and where the group as a whole cannot be fitted, such as for want of memory, all that have no outcome.
+        """
+        from ..training.resuming.checkpoints import Checkpoints
+        from ..training.together import fit_together
+
+        store, start, share = Store(self.work.store), time.perf_counter(), len(group)
+        alone, left = list[Entry](), dict[str, Entry]()
+        resumed: dict[str, bool] = {}
+        for entry in group:
+            resumed[entry.name] = Checkpoints(store.checkpoints(entry.name)).any()
+            single = exists(store.root / entry.name) or (self.work.overwrite and resumed[entry.name])
+            alone.append(entry) if single else left.update({entry.name: entry})
+        if len(left) < 2:
+            return list(group)
+        items = [entry.item(resumed[name], self.work.overwrite) for name, entry in left.items()]
+        try:
+            with closing(fit_together(items, group[0].config, store, base=base, stop=self.stop)) as reports:
+                for report in reports:
+                    if isinstance(report.error, DiskFull):
+                        raise report.error
+                    if report.step:
+                        yield Update(report.name, report.step.stage, report.step.step, report.step.steps)
+                    elif report.adapter:
+                        yield from self._edited(left.pop(report.name), report.adapter, base, (time.perf_counter() - start) / share)
+                    else:
+                        assert report.error is not None
+                        yield Outcome(left.pop(report.name), error=explained(report.error), seconds=(time.perf_counter() - start) / share)
+        except (Stopped, DiskFull):
+            raise
+        except ImagicError as error:
+            message = f"{len(left)} photos are fitted one by one instead of together: {error.got}"
+            warnings.warn(message, ImagicWarning, stacklevel=2)
+        return [*alone, *left.values()]
+
+    def _edited(self, entry: Entry, adapter: Adapter, base: Base, seconds: float) -> Iterator[Update | Outcome]:
+        """Edits an adapter of a group, and yields the outcome of its photo."""
+        scores, images = scores_of(adapter), list[dict[str, Any]]()
+        try:
+            if self.work.seeds:
+                yield Update(entry.name, "edit")
+                images, scores["ssim"] = self._edits(entry, adapter, base)
+        except DiskFull:
+            raise
+        except Exception as error:
+            if self.stop():
+                raise
+            yield Outcome(entry, seconds=seconds, error=explained(error))
+        else:
+            yield Outcome(entry, adapter.folder, seconds, scores, images)
 
     def _opened(self, entry: Entry) -> Base:
         """The base of an entry: the one that is loaded, or a new one in its place."""

@@ -32,6 +32,7 @@ def batch(
     config: Path | None = None,
     store: StoreDir = DEFAULT_STORE,
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
+    together: str = "1",
     ray: Annotated[str | None, Parameter(group=_RAY)] = None,
     workers: Annotated[Whole | None, Parameter(group=_RAY)] = None,
     gpus_per_worker: Annotated[float | None, Parameter(group=_RAY)] = None,
@@ -61,9 +62,12 @@ def batch(
         eta: that of the adapter; without seed: 0.
     out_dir
         Folder for results.jsonl, the contact sheet index.html, and the images. Default: outputs/batch/ and the name of LIST.
+    together
+        Most photos that are fitted together, in modes lora and embedding: photos with the same settings and canvases of one size share each
+        pass of the denoiser. auto: as many as the memory plan allows. The adapters are those of fits one by one, up to rounding.
     ray
         Work on a cluster of Ray: its address, auto for the one of this machine, or local to start Ray on this machine. Every worker holds
-        the base, and fits one photo at a time. All nodes must see the list's photos, --store and --out under the same paths.
+        the base, and fits one photo or group at a time. All nodes must see the list's photos, --store and --out under the same paths.
     workers
         Number of workers. Default: one for each GPU, or the share of one that --gpus-per-worker gives; without GPUs one for each CPU core.
     gpus_per_worker
@@ -76,7 +80,7 @@ def batch(
         Also try the lines again that failed in an earlier run and have not changed since.
     """
     etas, seeds = _edits(edits)
-    cluster = _cluster(ray, workers, gpus_per_worker, max_in_flight)
+    cluster, most = _cluster(ray, workers, gpus_per_worker, max_in_flight), _together(together, ray)
     if (launch := read_launch()).count > 1:
         got = f"batch in {launch.count} processes of a launcher"
         raise ImagicError(got, "one process", "start it without accelerate launch")
@@ -98,7 +102,7 @@ def batch(
         with made.locked():
             left = made.left(retry_failed)
             made.begin()
-            run(made, left, RayRun(cluster, made.marker) if cluster else run_here)
+            run(made, left, RayRun(cluster, made.marker) if cluster else run_here, most)
     except ListError as error:
         print_problems(error)
         raise error if as_json else error.short from None
@@ -117,6 +121,18 @@ def _edits(text: str | None) -> tuple[tuple[float, ...], tuple[int, ...]]:
             raise ImagicError(f"--edit {text!r}", expected, 'use for example --edit "eta=0.5:0.9:0.1 seed=0:2"')
         parts[name] = value
     return tuple(parse_etas(parts["eta"]) if "eta" in parts else ()), tuple(parse_seeds(parts.get("seed", "0")))
+
+
+def _together(text: str, ray: str | None) -> int | None:
+    """The number of ``--together``; None for auto."""
+    if text == "auto":
+        if ray is not None:
+            got = "--together auto with --ray"
+            raise ImagicError(got, "a number: the memory plan knows the card of this machine alone", "use for example --together 8")
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise ImagicError(f"--together {text}", "a whole number from 1 to 1024, or auto", "change --together")
+    return int(text)
 
 
 def _cluster(address: str | None, workers: int | None, gpus: float | None, max_in_flight: int | None) -> Cluster | None:

@@ -79,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         items: list[Item] = []
         for k in range(args.photos):
-            scene, path = scene_at(3, k), Path(folder) / f"{k}.png"
+            scene, path = scene_at("heldout", k), Path(folder) / f"{k}.png"
             render(scene).save(path)
             items.append(Item(path, caption(scene), f"photo-{k}", seed=k))
         measure(items[:2], config, base, True)

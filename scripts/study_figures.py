@@ -17,7 +17,7 @@ from imagic_lora.bench.cases import case_at
 from imagic_lora.bench.metrics import psnr
 from imagic_lora.cli.console import progress
 from imagic_lora.critters import render
-from imagic_lora.methods.attention.prompt_to_prompt import PromptToPromptText
+from imagic_lora.methods.attention.prompt_to_prompt import GeneratedConfig, PromptToPromptText
 from imagic_lora.methods.inversions.null_text import Ablation, NullTextConfig, NullTextInversion
 from imagic_lora.methods.method import Context, EditRequest
 from imagic_lora.methods.sampled import encode_request
@@ -99,9 +99,7 @@ def study_reweight(args: argparse.Namespace) -> None:
     study, rows = Study(args.base, args.store), []
     for prompt, word in progress(iter(REWEIGHTED.items()), len(REWEIGHTED), "prompts"):
         configs = {
-            f"{word} x {factor:g}": PromptToPromptText.config_class(
-                steps=args.steps, guidance_scale=args.guidance_scale, factors={word: factor}
-            )
+            f"{word} x {factor:g}": GeneratedConfig(steps=args.steps, guidance_scale=args.guidance_scale, factors={word: factor})
             for factor in args.factors
         }
         request = EditRequest(render(case_at(args.seed, 0).source), prompt, prompt, seed=args.seed)

@@ -137,7 +137,7 @@ class Worker:
                 images, scores["ssim"] = self._edits(entry, adapter, base)
         except DiskFull:
             raise
-        except Exception as error:
+        except Exception as error:  # of this photo: the next ones go on
             if self.stop():
                 raise
             yield Outcome(entry, seconds=seconds, error=explained(error))

@@ -62,7 +62,7 @@ def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str,
     Raises:
         NotPlanned: as :func:`~imagic_lora.memory.plan.predict`.
     """
-    need = predict(base, run, assumed).needs(stage)
+    need = predict(base, run, _assumed(run, assumed)).needs(stage)
     for flag, change in levers:
         if flag == _STOCHASTIC and assumed.dtype != "bf16":
             continue
@@ -70,15 +70,19 @@ def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str,
             changed = with_lever(run, change)
         except ImagicError:  # the settings of this run exclude the lever
             continue
-        optimizer = changed.memory.optimizer if changed.memory.optimizer != "auto" else assumed.optimizer
         try:
-            plan = predict(base, changed, replace(assumed, optimizer=optimizer))
+            plan = predict(base, changed, _assumed(changed, assumed))
         except NotPlanned:  # nobody has rehearsed a flow with this lever
             continue
         saved = need - (plan.needs(stage) if stage in plan.stages else 0)
         if saved > need / _WORTHWHILE:
             return flag, saved
     return None
+
+
+def _assumed(run: RunConfig, assumed: Assumed) -> Assumed:
+    """What is assumed of a run, with the optimizer that it names."""
+    return assumed if run.memory.optimizer == "auto" else replace(assumed, optimizer=run.memory.optimizer)
 
 
 def with_lever(run: RunConfig, change: Mapping[str, Any]) -> RunConfig:

@@ -37,7 +37,7 @@ class KeptEditor:
             _current.append(self)
             try:
                 yield
-            except BaseException:
+            except BaseException:  # raised again: an editor after an error is not kept
                 self.release()
                 raise
             finally:

@@ -86,7 +86,7 @@ def sampled_together(
 def _outcome(work: Callable[[], Value]) -> Value | BaseException:
     try:
         return work()
-    except Exception as error:
+    except Exception as error:  # given to whoever waits for it
         return error
 
 
@@ -94,7 +94,7 @@ def _run(job: _Job[Any], ready: Semaphore) -> None:
     """The thread of a job."""
     try:
         job.result = job.work()
-    except BaseException as error:
+    except BaseException as error:  # given to whoever waits for it, in its own thread
         job.result = error
     finally:
         job.done = True

@@ -285,15 +285,24 @@ def _step(stages: Sequence[Stage], k: int) -> None:
 def _training_peak(stages: Sequence[Stage], run: RunConfig, tracker: Tracker) -> Peak:
     """The peak of a training stage with the states of the optimizer, which its first step creates.
 
-    If one optimizer steps after the backward pass, the states are added to the peak of the first step; otherwise a second step is made.
+    If one optimizer steps after the backward pass, the states are added to the peak of the first passes; otherwise a second step is made.
     The peak includes an evaluation of the relative loss, which needs less than the step.
     """
-    weights, stage = tracker.now, stages[0]
+    weights, stage, passes = tracker.now, stages[0], list[int]()
+    update = stage.updates.apply
+
+    def apply(step: int, processes: Processes) -> None:
+        passes.append(tracker.peak)
+        tracker.reset_peak()
+        update(step, processes)
+
     tracker.reset_peak()
-    _step(stages, 0)
+    with patch.object(stage.updates, "apply", apply):
+        _step(stages, 0)
     states = tracker.now - weights
-    peak = tracker.peak + states
-    if len(stages) > 1 or not isinstance(stage.updates, JointUpdates):
+    if len(stages) == 1 and isinstance(stage.updates, JointUpdates):
+        peak = max(passes[0] + states, tracker.peak)
+    else:
         tracker.reset_peak()
         _step(stages, 1)
         peak = tracker.peak

@@ -70,7 +70,7 @@ def in_step(
                 except Stopped as error:
                     del left[key]
                     stopped.append(error)
-                except Exception as error:
+                except Exception as error:  # of this photo: the others go on
                     del left[key]
                     yield key, error
                 else:

@@ -170,7 +170,7 @@ class _Group:
         for item in items:
             try:
                 self.members[item.name] = self._begun(item)
-            except Exception as error:
+            except Exception as error:  # of this photo: the others go on
                 yield PhotoReport(item.name, error=error)
         if not self.members:
             return
@@ -249,7 +249,7 @@ class _Group:
                 report = work(member)
             except Stopped:
                 raise
-            except Exception as error:
+            except Exception as error:  # of this photo: the others go on
                 report = self._failed(name, error)
             if report:
                 yield report

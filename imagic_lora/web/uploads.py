@@ -92,7 +92,7 @@ class Uploads:
         for job in reversed(self._queue.jobs()):
             stored = job.arguments.get("keep")
             if isinstance(stored, str) and stored != "auto":
-                with suppress(ImagicError, OSError):
+                with suppress(ImagicError, OSError):  # a file that is gone is not this mask
                     if hashlib.sha256(self.path(stored).read_bytes()).hexdigest() == sha256:
                         return stored
         return None

@@ -29,14 +29,17 @@ def test_the_map_names_every_room_and_a_room_its_files(room: Path) -> None:
 
 @each("path", [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "imagic_lora" / "bench").glob("*.yaml"))])
 def test_a_config_is_valid_and_headed_by_its_command(path: Path) -> None:
-    """Every setting is known, the file names the command that uses it, and its own name is its base, its preset and its mode."""
+    """Every setting is known, the file names the command that uses it, and its own name is its base, the card and its mode."""
     settings = read_yaml(path)
     config = resolve({}, settings, recipe_of(settings["base"]))
-    assert config.base in ("sd15", "sd21", "sdxl", "sd35-medium", "klein-base-4b", "critters")
+    assert config.base in ("sd15", "sd21", "sdxl", "sd35-medium", "klein-base-4b", "klein-base-9b", "critters")
     assert f"--config {path.relative_to(ROOT)}" in path.read_text()
     if not path.stem.startswith("reference-"):
-        preset = [] if config.preset == "auto" else [config.preset]
-        assert path.stem == "-".join([config.base, *preset, config.tune.mode])
+        card = path.stem.removeprefix(f"{config.base}-").removesuffix(f"{config.tune.mode}").strip("-")
+        assert path.stem == "-".join(part for part in (config.base, card, config.tune.mode) if part)
+        # a card can take the preset of a smaller one
+        assert card in ("", "8gb", "12gb", "16gb", "24gb")
+        assert config.preset == "auto" if not card else int(config.preset[:-2]) <= int(card[:-2])
 
 
 @each("name", ["docs/demo.png", "docs/critters-samples.png", "docs/critterbench.png", "docs/internals/embedded-base.md", "docs/log.md"])

@@ -110,12 +110,14 @@ def test_an_edit_that_is_interrupted_inside_torch_says_whether_there_are_images(
     assert len(list(Path().glob("outputs/rex/*.png"))) == count
 
 
-def test_a_sweep_that_is_interrupted_inside_torch_stores_nothing(run: Run, made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As every command without a word of its own."""
+def test_a_sweep_that_is_interrupted_inside_torch_says_whether_there_are_images(
+    run: Run, made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the images are there."""
     monkeypatch.setattr(editor, "generate", pictures(1, inside_torch))
     code, _, err = run("sweep", "rex", "--store", made["store"], "--eta", "0,0.5,1", "--batch-size", "1")
-    assert (code, err) == (130, "Interrupted: nothing was stored")
-    assert not list(Path().glob("outputs/**/*.png"))
+    assert (code, err) == (130, "Interrupted: the images written so far are in outputs/rex/sweep/images")
+    assert len(list(Path().glob("outputs/rex/sweep/images/*.png"))) == 1
 
 
 def test_a_benchmark_that_is_interrupted_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ def test_too_little_memory_is_an_error_that_says_what_to_do(chosen: Chosen, mode
     flags = {"tune": {"mode": mode}}
     with pytest.raises(OutOfMemory) as caught:
         chosen(1.25 * GIB, **flags)
-    worst, lever = planned("8gb", **flags).worst, "--master-weights bf16-stochastic" if mode == "full" else "--quantize nf4"
+    worst, lever = planned("8gb", **flags).worst, "--master-weights bf16-stochastic" if mode == "full" else "--quantize int8"
     assert worst == ("tune" if mode == "full" else "decode")
     assert f"stage {worst} needs {need('8gb', **flags) / GIB:.1f} GiB (predicted), and 1.2 GiB is available on the card" in caught.value.got
     assert caught.value.got.endswith("; --preset auto uses at most 90% of it")
@@ -247,7 +247,7 @@ def with_lever(flags: Flags, lever: str) -> Flags:
     ("start", "last"),
     [
         ({"--mode": "lora", "--resolution": "768"}, "--quantize nf4"),
-        ({"--mode": "full", "--optimizer": "adam", "--embed.batch-size": "2", "--tune.batch-size": "2"}, "--quantize nf4"),
+        ({"--mode": "full", "--optimizer": "adam", "--embed.batch-size": "2", "--tune.batch-size": "2"}, "--edit.batch-size 1"),
         ({"--mode": "full", "--dtype": "fp16"}, "--quantize nf4"),
         ({"--mode": "embedding", "--embed.batch-size": "8"}, "--quantize nf4"),
     ],

@@ -16,6 +16,7 @@ from ...core.config import DeviceConfig, PresetOrAuto
 from ...core.errors import ImagicError
 from ...core.text import exact
 from ..console import err, plain, print_json, progress
+from ..interrupts import Interrupts
 from ..libraries import import_libraries, quantized
 from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, explicit, parse_etas
 from .edit import SamplingFlags
@@ -228,8 +229,15 @@ def _run(
     images = as_pictures(editor, adapter, _written(edits, keep, folder / IMAGES, common))
     if before_tuning:
         images = chain(images, sampled(editor, adapter, etas, seeds[:1], config, prompt, tuned=False))
-    with explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", levers=EDIT_LEVERS):
-        pictures = list(progress(images, len(etas) * (len(seeds) + before_tuning), "images"))
+    pictures: list[Picture] = []
+
+    def saved() -> str:
+        return f"the images written so far are in {folder / IMAGES}" if pictures else ""
+
+    explained = explain_out_of_memory(editor.base.architecture, run, editor.base.runtime, "decode", saved, EDIT_LEVERS)
+    with Interrupts(saved), explained:
+        for picture in progress(images, len(etas) * (len(seeds) + before_tuning), "images"):
+            pictures.append(picture)  # at once: an interruption says whether there are images
         return pictures, list(progress(scored(editor, adapter, pictures, pictures, config, prompt), len(pictures), "scores"))
 
 

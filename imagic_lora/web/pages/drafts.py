@@ -52,7 +52,7 @@ class Draft:
 
     async def _load(self) -> None:
         """Fills the form."""
-        with suppress(TimeoutError, ValueError, TypeError, AttributeError):
+        with suppress(TimeoutError, ValueError, TypeError, AttributeError):  # no draft, or one of another version: an empty form
             text = await ui.run_javascript(f"return sessionStorage.getItem({self._key})", timeout=_PATIENCE)
             if self._ready:
                 return

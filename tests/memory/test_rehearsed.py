@@ -156,6 +156,7 @@ def test_an_edit_is_planned_by_the_rehearsal_of_its_fit(klein: Path, empty: Path
     assert {name: found.stages[name] for name in found.stages} == {name: plan.stages[name] for name in ("encode", "sample", "decode")}
 
 
+@pytest.mark.slow  # a minute on two cores: five rehearsals
 def test_what_was_not_rehearsed_is_rehearsed_or_gets_the_lowest_peak(klein: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The former in a fit; then the error of a small card names a lever that is known to help, or none."""
     base, asked = architecture(str(klein)), []

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 CASES = {"bits": 40, "interruptions": 45, "places": 24, "numbers": 5, "races": 6, "strangers": 40, "texts": 120}
 
@@ -18,6 +19,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_goes_wrong(name: str, place: Path) -> None:
     """A case that passes yields an empty string."""
-    found = list(import_module(f"torture.{name}").torture(CASES[name], 0, place))
+    with torch.enable_grad():  # an exception inside torch's own context managers, as "interruptions" makes them, leaves them off
+        found = list(import_module(f"torture.{name}").torture(CASES[name], 0, place))
     assert len(found) >= CASES[name]
     assert not (wrong := [text for text in found if text]), "\n".join(wrong)

@@ -84,13 +84,17 @@ class Worker:
             start = time.perf_counter()
             try:
                 outcome = yield from self._one(entry, base)
-            except (Stopped, DiskFull):
-                raise
             except Exception as error:  # of this photo: the next ones go on
-                if self.stop():
-                    raise  # an interruption, which C code can replace by another exception
-                outcome = Outcome(entry, error=explained(error))
+                outcome = self._failed(entry, error)
             yield replace(outcome, seconds=outcome.seconds or time.perf_counter() - start)
+
+    def _failed(self, entry: Entry, error: Exception) -> Outcome:
+        """The outcome of a photo that failed. An error that ends the whole work is raised: an interruption, which C code can replace by
+        another exception, and a full disk.
+        """
+        if isinstance(error, Stopped | DiskFull) or self.stop():
+            raise error
+        return Outcome(entry, error=explained(error))
 
     def _together(self, group: Sequence[Entry], base: Base) -> Generator[Update | Outcome, None, list[Entry]]:
         """Fits and edits photos together; returns those that are left to be done one by one: those that are stored, and with ``overwrite``
@@ -99,7 +103,7 @@ class Worker:
         from ..training.resuming.checkpoints import Checkpoints
         from ..training.together import fit_together
 
-        store, start, share = Store(self.work.store), time.perf_counter(), len(group)
+        store, start = Store(self.work.store), time.perf_counter()
         alone, left = list[Entry](), dict[str, Entry]()
         resumed: dict[str, bool] = {}
         for entry in group:
@@ -112,37 +116,33 @@ class Worker:
         try:
             with closing(fit_together(items, group[0].config, store, base=base, stop=self.stop)) as reports:
                 for report in reports:
-                    if isinstance(report.error, DiskFull):
-                        raise report.error
                     if report.step:
                         yield Update(report.name, report.step.stage, report.step.step, report.step.steps)
-                    elif report.adapter:
-                        yield from self._edited(left.pop(report.name), report.adapter, base, (time.perf_counter() - start) / share)
+                        continue
+                    entry = left.pop(report.name)
+                    if report.adapter:
+                        try:
+                            outcome = yield from self._edited(entry, report.adapter, base)
+                        except Exception as error:  # of this photo: the next ones go on
+                            outcome = self._failed(entry, error)
                     else:
                         assert report.error is not None
-                        yield Outcome(left.pop(report.name), error=explained(report.error), seconds=(time.perf_counter() - start) / share)
-        except (Stopped, DiskFull):
-            raise
+                        outcome = self._failed(entry, report.error)
+                    yield replace(outcome, seconds=(time.perf_counter() - start) / len(group))
         except ImagicError as error:
+            if isinstance(error, DiskFull) or self.stop():
+                raise
             message = f"{len(left)} photos are fitted one by one instead of together: {error.got}"
             warnings.warn(message, ImagicWarning, stacklevel=2)
         return [*alone, *left.values()]
 
-    def _edited(self, entry: Entry, adapter: Adapter, base: Base, seconds: float) -> Iterator[Update | Outcome]:
-        """Edits an adapter of a group, and yields the outcome of its photo."""
+    def _edited(self, entry: Entry, adapter: Adapter, base: Base) -> Generator[Update, None, Outcome]:
+        """Makes the edits of an adapter that are asked for; its outcome without the time."""
         scores, images = scores_of(adapter), list[dict[str, Any]]()
-        try:
-            if self.work.seeds:
-                yield Update(entry.name, "edit")
-                images, scores["ssim"] = self._edits(entry, adapter, base)
-        except DiskFull:
-            raise
-        except Exception as error:  # of this photo: the next ones go on
-            if self.stop():
-                raise
-            yield Outcome(entry, seconds=seconds, error=explained(error))
-        else:
-            yield Outcome(entry, adapter.folder, seconds, scores, images)
+        if self.work.seeds:
+            yield Update(entry.name, "edit")
+            images, scores["ssim"] = self._edits(entry, adapter, base)
+        return Outcome(entry, adapter.folder, scores=scores, images=images)
 
     def _opened(self, entry: Entry) -> Base:
         """The base of an entry: the one that is loaded, or a new one in its place."""
@@ -166,12 +166,8 @@ class Worker:
         fitted = adapter is None
         if adapter is None:
             adapter = yield from self._fitted(entry, base, store)
-        scores, images = scores_of(adapter), list[dict[str, Any]]()
-        if self.work.seeds:
-            yield Update(entry.name, "edit")
-            images, scores["ssim"] = self._edits(entry, adapter, base)
-        seconds = time.perf_counter() - start if fitted else sum(adapter.record.seconds.values())
-        return Outcome(entry, adapter.folder, seconds, scores, images)
+        outcome = yield from self._edited(entry, adapter, base)
+        return replace(outcome, seconds=time.perf_counter() - start if fitted else sum(adapter.record.seconds.values()))
 
     def _found(self, entry: Entry, store: Store) -> Adapter | None:
         """The adapter of an entry if it is stored; the checkpoints that a killed process left beside it are removed."""

@@ -168,7 +168,8 @@ class Trajectory(Levels):
         trained = self._forward.config.num_train_timesteps
         if not 1 <= steps <= trained:
             raise ImagicError(f"{steps} sampling steps", f"1 to {trained}, the timesteps of {base.name}", "change the number of steps")
-        if base.prediction_type == "v_prediction":
+        self._converts = base.prediction_type == "v_prediction"
+        if self._converts:
             self._inverse.register_to_config(prediction_type="epsilon")
         for scheduler in (self._forward, self._inverse):
             scheduler.set_timesteps(steps)
@@ -182,7 +183,7 @@ class Trajectory(Levels):
 
     def moved(self, prediction: Tensor, step: Step) -> Tensor:
         if step.end < step.start:
-            if self._forward.config.prediction_type == "v_prediction":
+            if self._converts:
                 alpha = self._forward.alphas_cumprod[int(step.timestep)]
                 prediction = alpha.sqrt() * prediction + (1 - alpha).sqrt() * step.before
             return self._inverse.step(prediction, step.timestep, step.before, return_dict=False)[0]

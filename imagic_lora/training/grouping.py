@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapters.store import folded
 from ..bases.architecture import Architecture
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
@@ -75,15 +76,10 @@ def canvas_of(item: Item, photo: Photo, config: RunConfig, architecture: Archite
     return canvas_size(*size, config.resolution or architecture.resolution, architecture.size_multiple)
 
 
-def _folded(name: str) -> str:
-    """The name as file systems compare it that ignore case and final dots."""
-    return name.casefold().rstrip(".")
-
-
 def check_group(items: Sequence[Item], config: RunConfig) -> None:
     """Raises ImagicError if these photos cannot be fitted together, whatever the base is."""
-    count = Counter(_folded(item.name) for item in items)
-    if twins := [item.name for item in items if count[_folded(item.name)] > 1]:
+    count = Counter(folded(item.name) for item in items)
+    if twins := [item.name for item in items if count[folded(item.name)] > 1]:
         raise ImagicError(f"several photos of the name {', '.join(twins)}", "a name for each photo", "choose other names")
     if not items:
         raise ImagicError("no photos to fit", "at least one", "give some")

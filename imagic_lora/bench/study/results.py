@@ -36,7 +36,8 @@ def read_results(folders: Sequence[Path]) -> list[Item]:
     """Reads the edits of finished runs.
 
     A run of a benchmark has a folder ``cases``. Each case holds the photo ``source.png``, a JSON file for each method, and a PNG file for
-    each row of the methods that did not fail; a row is what a study calls a method. A comparison has a ``results.json``.
+    each row of the methods that did not fail, whose metadata has the target prompt as ``text`` or ``target_prompt``. A row is what a study
+    calls a method. A comparison has a ``results.json``.
 
     Args:
         folders: output folders of ``bench`` or ``compare``, of different names.
@@ -74,7 +75,8 @@ def _benchmark(folder: Path, name: str) -> Iterator[Item]:
             rows = _object(file, "rows")
             edits |= {row: _existing(case / f"{row}.png") for row in rows}
         if edits:
-            prompt = _prompt(read_metadata(next(iter(edits.values()))), "text", case)
+            metadata = read_metadata(next(iter(edits.values())))
+            prompt = _prompt(metadata, "text" if "text" in metadata else "target_prompt", case)
             yield Item(f"{name}/{case.name}", prompt, _existing(case / _PHOTO), edits)
 
 

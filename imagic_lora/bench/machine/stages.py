@@ -202,6 +202,7 @@ def _images(inputs: Run, e_opt: Conditioning, meter: Meter, seconds: float) -> t
     def sampled(steps: int) -> None:
         settings = config.edit.model_copy(update={"steps": steps})
         conditionings, sources = mixtures(base, inputs.prompt, inputs.target, e_opt, [config.eta] * count, settings)
+        base.offload_encoders()
         with torch.no_grad():
             list(generate(base, conditionings, range(count), settings, inputs.canvas, inputs.negative, sources))
 

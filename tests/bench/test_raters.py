@@ -21,8 +21,8 @@ from PIL import Image
 from raters import answers_file, bench_folder, chosen_side
 
 from imagic_lora.bench.study.key import Answers, Key, read_answers
-from imagic_lora.bench.study.page import make_study
-from imagic_lora.bench.study.planning import plan_sheets, questions_of
+from imagic_lora.bench.study.page import Study, data_url, make_study
+from imagic_lora.bench.study.planning import files_of, plan_sheets, questions_of
 from imagic_lora.bench.study.rates import Vote, clustered, rate_of, report, wilson
 from imagic_lora.bench.study.results import Item, read_results
 from imagic_lora.cli.app import main
@@ -56,6 +56,13 @@ def embedded(page: str) -> dict[str, Any]:
     return json.loads(found[1])
 
 
+def made(items: Sequence[Item]) -> Study:
+    """A study of methods a and b with one rater, on two items."""
+    images = {path: data_url(path) for path in files_of(items, ["a", "b"])}
+    questions, _ = questions_of(items, ["a", "b"], images)
+    return make_study(questions, plan_sheets(2, 1, 3, 0), ["a", "b"], 0, images)
+
+
 # the page
 
 
@@ -84,8 +91,7 @@ def test_what_a_prompt_says_is_no_html(tmp_path: Path) -> None:
         write_png(Image.new("RGB", (4, 4), {"source": "white", "a": "red", "b": "blue"}[name]), tmp_path / f"{name}.png", None)
     prompt = "</script><img src=x onerror=alert(1)> & \"quotes\" {{ 7 * 7 }} 'x' \u2028"
     item = Item("run/1", prompt, tmp_path / "source.png", {name: tmp_path / f"{name}.png" for name in "ab"})
-    questions, _ = questions_of([item, Item("run/2", "a cat", item.photo, item.edits)], ["a", "b"])
-    page = make_study(questions, plan_sheets(2, 1, 3, 0), ["a", "b"], 0).page
+    page = made([item, Item("run/2", "a cat", item.photo, item.edits)]).page
     assert "<img src=x" not in page
     assert page.count("</script>") == 2
     assert "49" not in [one["prompt"] for one in embedded(page)["questions"].values()]
@@ -95,10 +101,7 @@ def test_what_a_prompt_says_is_no_html(tmp_path: Path) -> None:
 def test_large_images_are_scaled_to_the_page(tmp_path: Path) -> None:
     """Longer than 768 pixels they become JPEG of that size; small ones are kept byte for byte."""
     folder = bench_folder(tmp_path / "run", ["a", "b"], cases=2, size=1000)
-    items = read_results([folder])
-    questions, _ = questions_of(items, ["a", "b"])
-    made = make_study(questions, plan_sheets(2, 1, 3, 0), ["a", "b"], 0)
-    for picture in embedded(made.page)["pictures"].values():
+    for picture in embedded(made(read_results([folder])).page)["pictures"].values():
         image = Image.open(io.BytesIO(base64.b64decode(picture.split(",")[1])))
         assert (image.format, image.size) == ("JPEG", (768, 768))
         assert "exif" not in image.info
@@ -108,15 +111,15 @@ def test_the_same_command_makes_the_same_study(results: Path, study: Path, run: 
     """So that a lost page can be made again; another seed makes another study, whose answers do not mix."""
     command = ["study", "make", results, "--methods", ",".join(METHODS), "--raters", 4]
     code, out, _ = run(*command, "--json")
-    made = json.loads(out)
-    assert (code, made["study"], made["questions"], made["questions_per_rater"]) == (0, key_of(study).study, 6, 7)
-    assert Path(made["page"]).read_bytes() == (study / "study.html").read_bytes()
+    first = json.loads(out)
+    assert (code, first["study"], first["questions"], first["questions_per_rater"]) == (0, key_of(study).study, 6, 7)
+    assert Path(first["page"]).read_bytes() == (study / "study.html").read_bytes()
     assert run(*command, "--out", study)[0] == 0
     code, _, err = run(*command, "--seed", 1, "--out", study)
     assert (code, "holds another study" in err) == (2, True)
     assert key_of(study).seed == 0
     code, out, _ = run(*command, "--seed", 1, "--json")
-    assert json.loads(out)["study"] != made["study"]
+    assert json.loads(out)["study"] != first["study"]
 
 
 # results
@@ -134,7 +137,8 @@ def test_a_study_reads_what_bench_and_compare_write(results: Path, tmp_path: Pat
     assert [item.name for item in items] == [f"run/5-{k:04d}" for k in range(6)] + ["compared"]
     assert set(items[0].edits) == {*METHODS, "third"}
     assert (items[-1].prompt, set(items[-1].edits)) == ("a cat", {"third", METHODS[0]})
-    questions, left_out = questions_of(items, [METHODS[0], METHODS[1], "third"])
+    methods = [METHODS[0], METHODS[1], "third"]
+    questions, left_out = questions_of(items, methods, {path: data_url(path) for path in files_of(items, methods)})
     assert len(questions) == 12
     assert left_out == [
         f"1 photo without edits by both {METHODS[0]} and {METHODS[1]}",
@@ -183,7 +187,7 @@ def test_a_study_that_cannot_be_is_rejected(flags: Sequence[object], message: st
 # what raters see
 
 
-@each("questions, raters, shown", [(100, 20, 20), (6, 5, 20), (19, 30, 20), (2, 3, 3), (48, 12, 10)])
+@each("questions, raters, shown", [(100, 20, 20), (6, 5, 20), (19, 30, 20), (2, 3, 3), (48, 12, 10), (1, 40, 20)])
 def test_questions_and_sides_are_balanced_and_one_comes_twice(questions: int, raters: int, shown: int) -> None:
     """In every sheet each question is there once, but one: again, later, on the other side."""
     sheets = plan_sheets(questions, raters, shown, seed=4)
@@ -201,7 +205,9 @@ def test_questions_and_sides_are_balanced_and_one_comes_twice(questions: int, ra
         assert abs(2 * sum(trial.swapped for trial in once) - len(once)) <= 1
         asked += Counter(trial.question for trial in once)
     assert max(asked.values()) - min(asked[question] for question in range(questions)) <= 1 + (shown >= questions)
-    assert len({tuple(sheet) for sheet in sheets}) == raters
+    right = sum(sheet[0].swapped for sheet in sheets)
+    assert 0 < right < raters
+    assert len({tuple(sheet) for sheet in sheets}) == (raters if questions > 2 else 2)
 
 
 # answers

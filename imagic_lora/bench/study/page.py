@@ -37,7 +37,9 @@ class Study:
     page: str
 
 
-def make_study(questions: Sequence[Question], sheets: Sequence[Sequence[Trial]], methods: Sequence[str], seed: int) -> Study:
+def make_study(
+    questions: Sequence[Question], sheets: Sequence[Sequence[Trial]], methods: Sequence[str], seed: int, images: Mapping[Path, str]
+) -> Study:
     """Makes the page and the key of a study.
 
     The page names no method. Its ids are numbers in random order, and its images are encoded again, without metadata. It loads nothing:
@@ -48,13 +50,11 @@ def make_study(questions: Sequence[Question], sheets: Sequence[Sequence[Trial]],
         sheets: what each rater sees.
         methods: the methods of the study.
         seed: of the order of the ids.
-
-    Raises:
-        ImagicError: an image cannot be read.
+        images: the images by their files, from :func:`data_url`.
     """
     files = list(dict.fromkeys(path for one in questions for path in (one.item.photo, *(one.item.edits[name] for name in one.methods))))
     pictures = dict(zip(files, _ids("p", len(files), seed), strict=True))
-    encoded = {pictures[path]: _data_url(read_photo(path).image) for path in files}
+    encoded = {pictures[path]: images[path] for path in files}
     names = _ids("q", len(questions), seed)
     found = {name: _key_question(question, pictures) for name, question in zip(names, questions, strict=True)}
     shown = [[_shown(trial, questions, names, pictures) for trial in sheet] for sheet in sheets]
@@ -95,9 +95,13 @@ def _page(key: Key, pictures: Mapping[str, str]) -> str:
     return templates.get_template("page.html").render(data=data, raters=len(key.sheets), shown=len(key.sheets[0]))
 
 
-def _data_url(image: Image.Image) -> str:
-    """An image without metadata: small ones as PNG, larger ones scaled down to the page and as JPEG."""
-    small = image.copy()
+def data_url(path: Path) -> str:
+    """Returns an image as a data URL, without metadata: small ones as PNG, larger ones scaled down to the page and as JPEG.
+
+    Raises:
+        ImagicError: the image cannot be read.
+    """
+    small = read_photo(path).image.copy()
     small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     if max(small.size) <= _SMALL:
         kind, content = "png", png(small, None)

@@ -13,7 +13,7 @@ from rich.table import Table
 from ...adapters.durable import write_text
 from ...adapters.writing import check_outputs, writable
 from ...core.errors import ImagicError
-from ..console import err, out, plain, print_json
+from ..console import err, out, plain, print_json, progress
 from ..options import Flag, Json, Whole
 
 if TYPE_CHECKING:
@@ -67,17 +67,21 @@ def make(
         Replace another study in the folder. Its answers can then no longer be evaluated.
     """
     from ...bench.study.key import KEY, PAGE, read_key
-    from ...bench.study.page import make_study
-    from ...bench.study.planning import LEAST, plan_sheets, questions_of
+    from ...bench.study.page import data_url, make_study
+    from ...bench.study.planning import LEAST, check_methods, files_of, plan_sheets, questions_of
     from ...bench.study.results import read_results
 
     for name, value, least, most in (("--raters", raters, 1, 1000), ("--questions", questions, LEAST, 1000), ("--seed", seed, 0, 2**63)):
         if not least <= value <= most:
             raise ImagicError(f"{name} {value}", f"a whole number from {least} to {most}", f"choose another value for {name}")
     names = [name.strip() for name in methods.split(",")]
-    asked, left_out = questions_of(read_results(results), names)
+    items = read_results(results)
+    check_methods(items, names)
+    files = files_of(items, names)
+    images = {path: data_url(path) for path in progress(files, len(files), "images")}
+    asked, left_out = questions_of(items, names, images)
     sheets = plan_sheets(len(asked), raters, questions, seed)
-    made = make_study(asked, sheets, names, seed)
+    made = make_study(asked, sheets, names, seed, images)
     folder = out_dir or STUDIES / made.key.study
     check_outputs(folder, (KEY, PAGE))
     if (folder / KEY).exists() and not overwrite and read_key(folder).study != made.key.study:

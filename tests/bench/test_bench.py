@@ -899,6 +899,7 @@ def test_a_given_mask_covers_what_the_true_edit_changes(index: int) -> None:
     assert changed.any()
 
 
+@pytest.mark.usefixtures("cheap")
 def test_only_methods_that_need_a_mask_get_one() -> None:
     """And their rows say that it is given."""
     rows = {method.name: method.rows for method in chosen("diffedit,diffedit-mask,blended-latent")}
@@ -918,7 +919,7 @@ def test_only_methods_that_need_a_mask_get_one() -> None:
         requires = frozenset({"mask"})
 
     for method in (Recorder(Path()), Masked(Path())):
-        list(critters._edits(method, None, case_at(3, 1)))  # pyright: ignore[reportArgumentType]
+        list(Bench(3, 2, [method], Path()).edits(method, case_at(3, 1)))
     assert seen[frozenset()] is None
     assert seen[frozenset({"mask"})] == given_mask(case_at(3, 1))
 

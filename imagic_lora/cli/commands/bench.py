@@ -19,7 +19,7 @@ from ..libraries import import_libraries
 from ..options import Json, Whole
 
 if TYPE_CHECKING:
-    from ...bench.page import Table as Cells
+    from ...bench.table import Table as Cells
 
 bench = App(name="bench", help="Benchmark editing methods on images whose true edit is known.")
 

@@ -38,7 +38,7 @@ class Result(Generic[V]):
         case: number of the case.
         method: name of the method.
         rows: what is kept of each image, by the name of the row; empty if the method failed.
-        error: the traceback if the method failed, else None.
+        error: why the method failed, with the traceback of what is no error of its input; None if it did not.
     """
 
     case: int
@@ -130,8 +130,8 @@ class Runner(ABC, Generic[C, V]):
             for edited in self.edits(method, case):
                 write_png(edited.image, folder / f"{edited.row}.png", self.metadata(index, case))
                 rows[edited.row] = self.kept(case, edited)
-        except Exception:  # a failed case must not end the run: it is counted and reported with its traceback
-            rows, error = {}, traceback.format_exc()
+        except Exception as failure:  # a failed case must not end the run: it is counted and reported with its traceback
+            rows, error = {}, explained(failure)
         result = Result(index, method.name, rows, error)
         write_json(folder / f"{method.name}.json", {"key": self.key(method, index, case), **asdict(result)})
         return result
@@ -160,6 +160,11 @@ class Runner(ABC, Generic[C, V]):
             return None
         complete = all((self.folder(index) / f"{row}.png").is_file() for row in (*self.owned, *rows))
         return Result(index, method.name, rows) if complete else None
+
+
+def explained(error: Exception) -> str:
+    """Returns why something failed: the message of an error of its input, the traceback of any other."""
+    return str(error) if isinstance(error, ImagicError) else "".join(traceback.format_exception(error))
 
 
 def parallel(call: Callable[..., R], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[R]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
@@ -154,10 +155,25 @@ class Clip:
 
 
 @contextmanager
-def explained(flag: str, source: str, kind: str, offline: bool) -> Iterator[None]:
-    """Converts errors of transformers and the hub while a model is loaded into ImagicError."""
+def offline_hub(offline: bool) -> Iterator[None]:
+    """Keeps huggingface_hub off the network inside the context, if asked to.
+
+    ``local_files_only`` does not: the hub is asked which agents there are, for the name of the client in requests that are not made.
+    """
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
     try:
         yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def explained(flag: str, source: str, kind: str, offline: bool) -> Iterator[None]:
+    """Converts errors of transformers and the hub while a model is loaded into ImagicError, and keeps them off the network if offline."""
+    try:
+        with offline_hub(offline):
+            yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
         expected = f"a folder or a hub id of a {kind} model of transformers, in safetensors"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,11 @@ def write_tedbench(folder: Path) -> Path:
     clear.save(originals / "dog2_standing.png")
     scene(2, (41, 40)).convert("L").save(originals / "tree_1.jpeg", "JPEG")
     entries = [
-        ("bird.jpeg", "A bird spreading wings."),
-        ("bird.png", "A bird looking backwards."),
+        ("bird.jpeg", "A bird flies."),
+        ("bird.png", "A bird naps."),
         ("dog2_standing.png", "A sitting dog."),
         ("dog2_standing.png", "A jumping dog."),
-        ("tree_1.jpeg", "A photo of a tree. Taken in autumn."),
+        ("tree_1.jpeg", "A tree. Old."),
         ("tree_1.jpeg", "A dead tree."),
     ]
     write_list(folder, [{"img_name": name, "target_text": text} for name, text in entries])
@@ -51,6 +53,14 @@ def write_list(folder: Path, entries: Any) -> None:
     (folder / "input_list.json").write_text(json.dumps(entries), encoding="utf-8")
 
 
+@cache
+def _photo(number: int) -> bytes:
+    """A photo of PIE-Bench as a JPEG file."""
+    file = io.BytesIO()
+    scene(number, (512, 512)).save(file, "JPEG")
+    return file.getvalue()
+
+
 def write_pie(folder: Path, **changes: dict[str, Any]) -> Path:
     """PIE-Bench of three edits: brackets, a mask that runs over the end, an empty one, deep folders; returns it.
 
@@ -59,14 +69,14 @@ def write_pie(folder: Path, **changes: dict[str, Any]) -> Path:
     """
     entries = {
         "000000000000": ("0_random_140/000000000000.jpg", "a [red] cat", "a [blue] cat", "0", [512 * 100 + 50, 200, 512 * 101 + 50, 200]),
-        "111000000000": ("1_change_object_80/1_artificial/1_animal/111000000000.jpg", "a cat", "a [dog]", "1", [512 * 511, 10_000]),
+        "111000000000": ("1_change_object_80/1_artificial/1_animal/111000000000.jpg", "a cat", "a [dog]", "1", [512 * 400, 90_000]),
         "922000000001": ("9_change_style_80/2_natural/922000000001.jpg", "a cat [and a dog]", "a cat", "9", []),
     }
     mapping = {}
     for number, (name, (path, source, target, kind, mask)) in enumerate(entries.items()):
         photo = folder / "annotation_images" / path
         photo.parent.mkdir(parents=True)
-        scene(number, (512, 512)).save(photo, "JPEG")
+        photo.write_bytes(_photo(number))
         entry = {"image_path": path, "original_prompt": source, "editing_prompt": target, "editing_instruction": "", "mask": mask}
         mapping[name] = entry | {"editing_type_id": kind, "blended_word": "cat cat"} | changes.get(f"n{number}", {})
     (folder / "mapping_file.json").write_text(json.dumps(mapping), encoding="utf-8")

@@ -14,4 +14,6 @@ May import: every room except cli. Must not know: whether a command or a script 
 - ``table.py``: a table of text cells
 - ``page.py``: the tables, and the HTML page (template ``page.html``)
 - ``worker.py``: the initialisation of a worker process
+- ``evaluator/``: scores of an edited picture against its photo and its prompts: CLIP, LPIPS, DINO, PSNR, SSIM, MSE
+- ``field/``: the benchmarks of the field: TEdBench, PIE-Bench, pictures that anybody made
 """

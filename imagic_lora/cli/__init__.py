@@ -13,5 +13,6 @@ May import: every room but ``web``, which ``commands/web.py`` starts. Only ``web
 - ``searching.py``: the search of ``edit --eta auto``, with its progress and its cost
 - ``batching.py``: the run of ``batch``, with its progress and its results
 - ``comparing.py``: settings, run and files of ``compare``
+- ``benching.py``: cases, runs and scores of ``bench tedbench``, ``bench pie`` and ``bench score``
 - ``demo.py``: the demo, called by ``commands/demo.py``
 """

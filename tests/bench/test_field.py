@@ -179,7 +179,8 @@ def test_published_outputs_of_tedbench_are_found(tedbench: Path, tmp_path: Path)
     imagic.mkdir()
     forgedit.mkdir()
     for case in cases[:5]:
-        scene(9).save(imagic / f"{output_stem(case.photo.name, case.prompt)}.png")
+        spaces = case.index == 2  # as one of Imagic's was first published
+        scene(9).save(imagic / (f"{case.photo.name}-A sitting dog.png" if spaces else f"{output_stem(case.photo.name, case.prompt)}.png"))
         settings = "_guidance_scale=7.5__textalpha=0.7_alpha=1.2000000000000002_"
         scene(9).save(forgedit / f"0_orig_{case.prompt}{settings}{case.photo.name.replace('2_', '2-')}.png")
     scene(8).save(forgedit / f"1_orig_{cases[0].prompt}_guidance_scale=7.5_bird.jpeg.png")

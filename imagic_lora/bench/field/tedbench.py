@@ -87,9 +87,9 @@ def tedbench_outputs(cases: list[Case], folder: Path) -> list[Picture]:
 
 def _output(case: Case, files: Mapping[str, Path], folder: Path) -> Picture:
     row = folder.resolve().name
-    stem = case.name
-    named = [f"{stem}{ending}" for ending in (".png", ".jpg", ".jpeg", ".webp")]
-    found = [files[name] for name in named if name in files]
+    stems = (case.name, f"{case.photo.name}-{case.prompt.rstrip('.')}")  # one was first published with spaces
+    named = [f"{stem}{ending}" for stem in stems for ending in (".png", ".jpg", ".jpeg", ".webp")]
+    found = [files[name] for name in named if name in files][:1]
     if not found:
         text, photo = f"_{case.prompt}{_FORGEDIT}", f"_{_plain(case.photo.name)}.png"
         found = [path for name, path in files.items() if text in name and _plain(name).endswith(photo)]

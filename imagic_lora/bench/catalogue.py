@@ -17,7 +17,7 @@ from ..methods.imagic import Imagic
 from ..methods.sampled import SamplingMethod
 from ..methods.sdedit import SDEdit, SDEditConfig
 from .bounds import Bounds
-from .critters import Benched
+from .runner import Benched
 
 RECIPE_FILES = Path(__file__).parent
 STRENGTHS = (0.5, 0.65, 0.8, 0.9)

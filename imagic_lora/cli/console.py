@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +23,7 @@ from .listening import listener
 
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
+    from ..bench.table import Table as Cells
     from ..core.runtime import Runtime
     from ..memory.plan import Plan
     from ..training.stage import StepReport
@@ -197,6 +199,16 @@ def progress(items: Iterable[Value], total: int, label: str) -> Iterator[Value]:
     for done, item in enumerate(track(items, label, total=total, console=err, disable=not err.is_terminal), 1):
         listener().progress(label, done, total)
         yield item
+
+
+def cells_table(title: str, cells: Cells) -> Table:
+    """Returns a table of a benchmark for the terminal."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, name in enumerate(cells.columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
+    for row in cells.rows:
+        table.add_row(*map(plain, row))
+    return table
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:

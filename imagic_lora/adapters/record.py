@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.config import RunConfig, TunedMode
+from ..core.errors import ImagicError
 from ..photos.region import Region
 from .manifest import FileName, Manifest, Sha256
 
@@ -119,7 +121,14 @@ class Record(Manifest):
     @property
     def eta(self) -> float:
         """The default eta of an edit: the suggested one, or that of the settings of the fit."""
-        return self.suggested.eta if self.suggested else self.config.eta
+        return self.suggested.eta if self.suggested else self.config.edit_eta
+
+    def check_etas(self, etas: Iterable[float]) -> None:
+        """Raises ImagicError for an eta other than 1 where the method of the fit does not interpolate."""
+        method = self.config.method
+        if method != "imagic" and (others := [eta for eta in etas if eta != 1]):
+            got = f"eta {others[0]:g} with adapter {self.name} of method {method}"
+            raise ImagicError(got, "no eta: this adapter makes images of a prompt", "leave out --eta, and give a --prompt")
 
     @property
     def weight_files(self) -> list[str]:

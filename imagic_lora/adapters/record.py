@@ -17,6 +17,7 @@ RECORD, EMBEDDINGS, SOURCE, PREVIEW, STEPS, CARD = (
 )  # fmt: skip
 
 PHOTO = "photo"  # stem of the photo's file
+WORD_FILE = "learned_embeds"  # start of the names of the files with the vectors of a new word
 CONVERGENCE, PREVIEWS = "convergence.png", "previews.png"  # in adapters whose fit evaluated the relative loss, or made previews
 
 REMEDY = "fit or copy the adapter again"
@@ -52,7 +53,8 @@ class SourceRecord(_Part):
     """The photo: hash of its file, size (width, height) and box (left, top, right, bottom) on the canvas ``source.png``, in pixels.
 
     ``region`` is the part of the photo that was fitted, and is present only if that is not all of it: then the box is that of the region.
-    ``file`` is the stored file of the photo; it is missing in older adapters and after ``fit --no-store-photo``.
+    ``file`` is the stored file of the photo; it is missing in older adapters, after ``fit --no-store-photo`` and with methods other than
+    imagic. ``others`` are the hashes of further photos; then the photos are squares from their middles, and the size is that of the square.
     """
 
     sha256: Sha256
@@ -60,6 +62,7 @@ class SourceRecord(_Part):
     box: tuple[int, int, int, int]
     region: Annotated[Region | None, Field(exclude_if=lambda value: value is None)] = None
     file: Annotated[FileName | None, Field(exclude_if=lambda value: value is None)] = None
+    others: Annotated[list[Sha256], Field(exclude_if=lambda value: not value)] = []
 
 
 class StageRecord(_Part):
@@ -132,8 +135,9 @@ class Record(Manifest):
 
     @property
     def weight_files(self) -> list[str]:
-        """The files of the trained weights; none in mode embedding."""
-        return [file for part in self.parts for file in part.files]
+        """The files of the trained weights, or of the vectors of a new word; none in mode embedding of method imagic."""
+        weights = [file for part in self.parts for file in part.files]
+        return weights or sorted(file for file in self.files if file.startswith(WORD_FILE) and self.config.method == "textual-inversion")
 
     def max_bytes(self, file: str) -> int:
         return self.MAX_BYTES if file in self.weight_files else _MAX_OTHER

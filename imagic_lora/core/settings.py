@@ -317,7 +317,11 @@ _STAGE_2 = tuple(flag_of(TuneConfig, "tune", name) for name in TuneConfig.model_
 def _flags(given: Mapping[str, Any]) -> list[str]:
     """The flags of the settings given in these groups; those of edit as the command ``edit`` has them."""
     groups = {group: given[group] for group in ("tune", "memory", "edit", "monitoring") if isinstance(given.get(group), Mapping)}
-    return [flag_of(TuneConfig, group, name) if group == "tune" else f"--{name.replace('_', '-')}" for group, names in groups.items() for name in names]
+    return [
+        flag_of(TuneConfig, group, name) if group == "tune" else f"--{name.replace('_', '-')}"
+        for group, names in groups.items()
+        for name in names
+    ]
 
 
 def _named(given: Mapping[str, Any]) -> set[str]:

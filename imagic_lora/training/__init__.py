@@ -11,6 +11,8 @@ May import: core, photos, bases, memory, adapters, sampling (for the preview). M
 - ``stage.py``: the training stage, and the training loop of both stages
 - ``embed.py``: stage 1, optimises the text embedding
 - ``tune.py``: stage 2, trains the denoiser
+- ``prior.py``: DreamBooth, the class pictures and stage 2 beside them
+- ``word.py``: textual inversion, the stage that trains the vectors of a new word
 - ``optimizers.py``: Adam with 32-bit or 8-bit states, after or during the backward pass
 - ``run.py``: the encoded inputs of one fit, and the files it writes to the store
 - ``monitoring/``: relative loss and early stopping, previews during stage 2, TensorBoard

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ...adapters.record import PREVIEWS
-from ...bases.base import Base
 from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError, ImagicWarning, NotFinite, Stopped
 from ...core.settings import differences
@@ -24,6 +22,7 @@ from ..monitoring.previews import PREFIX as PREVIEWS_PREFIX
 from ..run import Run
 from ..stage import OPTIMIZER, TRAINABLE, Batch, Progress, Stage, train
 from .checkpoints import START_OVER, Checkpoint, CheckpointRecord, Checkpoints
+from .interrupting import stop_while_sampling
 
 _LATENTS_TOLERANCE = 0.05  # relative error: memory levers and devices cause far less, another VAE causes more
 
@@ -86,6 +85,7 @@ class ResumableStages:
                     if isinstance(report, Batch):
                         yield report
                         continue
+                    assert report.loss is not None, "a stage trains"
                     losses.append(report.loss)
                     step = report.step
                     run.seconds[stage.name] = round(time.perf_counter() - started, 3)
@@ -200,7 +200,8 @@ class ResumableStages:
         run, record = self.run, checkpoint.record
         expected = {"latents": tuple(run.latents.shape), f"losses/{record.stage}": (record.step,)}
         if record.stage == "tune":
-            expected["losses/embed"] = self._finished_losses(checkpoint)
+            if "embed" in run.config.stages:
+                expected["losses/embed"] = self._finished_losses(checkpoint)
             expected |= {f"optimised/{name}": tuple(value.shape) for name, value in run.target.tensors().items()}
         tensors, others = checkpoint.tensors, (TRAINABLE, OPTIMIZER, CONVERGENCE_PREFIX, PREVIEWS_PREFIX)
         shapes = {name: tuple(value.shape) for name, value in tensors.items() if not name.startswith(others)}
@@ -246,27 +247,3 @@ class ResumableStages:
 
     def _set_saved_message(self, stage: str, step: int, steps: int) -> None:
         self.saved_message = f"{step} of {steps} steps of stage {stage} are saved; run the same command with --resume to continue"
-
-
-@contextmanager
-def stop_while_sampling(base: Base, stop: Callable[[], bool], saved_message: str = "") -> Iterator[None]:
-    """Calls ``stop`` before every call of the denoiser, so that a fit can also be stopped while images are sampled.
-
-    Args:
-        base: the base that samples.
-        stop: returns whether the fit stops.
-        saved_message: message of the exception.
-
-    Raises:
-        Stopped: ``stop`` returned True.
-    """
-
-    def raise_if_stopped(*_: object) -> None:
-        if stop():
-            raise Stopped(saved_message)
-
-    hook = base.denoiser.register_forward_pre_hook(raise_if_stopped)
-    try:
-        yield
-    finally:
-        hook.remove()

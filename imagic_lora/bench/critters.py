@@ -167,9 +167,10 @@ def _write_case(case: Case, folder: Path) -> None:
 
 
 def _edits(method: Benched, context: Context, case: Case) -> Iterator[EditResult]:
-    """The edits of a case by a method. Only the bounds see the true edit, and only methods that need a mask get one."""
-    mask = given_mask(case) if isinstance(method, Method) and "mask" in method.requires else None
-    request = EditRequest(render(case.source), case.prompt, case.source_prompt, mask, seed=case.index)
+    """The edits of a case by a method. Only the bounds see the true edit, and only methods that need a mask or a noun get one."""
+    needs = method.requires if isinstance(method, Method) else frozenset()
+    mask, subject = given_mask(case) if "mask" in needs else None, case.source.animal if "subject" in needs else None
+    request = EditRequest(render(case.source), case.prompt, case.source_prompt, mask, subject, seed=case.index)
     return method.edit(context, request, render(case.truth)) if isinstance(method, Bounds) else method.edit(context, request)
 
 

@@ -82,8 +82,8 @@ def fit(
 ) -> Generator[StepReport, None, Adapter | None]:
     """Runs the training stages, renders a preview, and stores the adapter (Imagic, arXiv 2210.09276). Mode embedding has no stage 2.
 
-    With method dreambooth (arXiv 2208.12242) there is stage 2 alone, beside class pictures; with method textual-inversion (arXiv 2208.01618)
-    stage 1 alone, for the vectors of a new word.
+    Method dreambooth (arXiv 2208.12242) has stage 2 alone, beside class pictures. Method textual-inversion (arXiv 2208.01618) has stage 1
+    alone, for the vectors of a new word.
 
     A generator that :func:`result` runs to its end. It saves checkpoints regularly, at the end of each stage, when ``stop`` returns True
     and when it is closed. If the preview does not fit the memory, the adapter is stored without one, with a warning.
@@ -204,7 +204,8 @@ def _train_and_store(
 
 @dataclass
 class Embedded:
-    """The result of stage 1, or the embedding of the prompt for a fit without one, and where stage 2 starts: after ``start`` steps, which are in ``checkpoint``."""
+    """The result of stage 1, or the embedding of the prompt without one; and where stage 2 starts: after ``start`` steps, which are in
+    ``checkpoint``."""
 
     e_opt: Conditioning
     start: int = 0
@@ -212,7 +213,7 @@ class Embedded:
 
 
 def embed(stages: ResumableStages, checkpoint: Checkpoint | None) -> Generator[Progress, None, Embedded]:
-    """Stage 1 of a run, from its checkpoint if there is one; nothing is left to do if the checkpoint is of stage 2, or there is no stage 1."""
+    """Stage 1 of a run, from its checkpoint if there is one; nothing is left to do if the checkpoint is of stage 2, or without a stage 1."""
     run = stages.run
     base, config, processes = run.base, run.config, run.processes
     e_opt, start = stages.resume(checkpoint) if checkpoint else (None, 0)
@@ -238,10 +239,8 @@ def tune(
 ) -> Generator[Progress, None, None]:
     """Stage 2 of a run: trains ``parameters``, which belong to its denoiser, beside the class pictures if there are any."""
     run = stages.run
-    if prior:
-        stage = PriorStage(run, prior, parameters)
-    else:
-        stage = tune_stage(run.base, run.latents, embedded.e_opt, parameters, run.config.tune, run.config.seed, run.processes)
+    inputs = run.base, run.latents, embedded.e_opt, parameters, run.config.tune, run.config.seed, run.processes
+    stage = PriorStage(prior, run.config.dreambooth.prior_weight, *inputs) if prior else tune_stage(*inputs)
     checkpoint, embedded.checkpoint = embedded.checkpoint, None
     optimised_tensors = {f"optimised/{name}": value for name, value in embedded.e_opt.tensors().items()}
     yield from stages.run_stage(stage, embedded.start, checkpoint, optimised_tensors)

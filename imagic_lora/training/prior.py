@@ -19,10 +19,11 @@ from torch.nn import Parameter
 from ..adapters.writing import writable
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, concatenate
-from ..core.config import RunConfig
+from ..core.config import RunConfig, TuneConfig
 from ..core.errors import ImagicError, ImagicWarning, Stopped
 from ..core.noise import key
-from ..core.runtime import to_device
+from ..core.runtime import Processes, to_device
+from ..memory.out_of_memory import explain_out_of_memory
 from ..photos.canvas import Canvas, to_pixels
 from ..photos.png import png
 from ..photos.reading import read_photo
@@ -110,6 +111,7 @@ def make_prior(run: Run, stop: Callable[[], bool]) -> Generator[StepReport, None
     base, config = run.base, run.config
     height, width = run.canvas.pixels.shape[2:]
     encoded = base.encode_prompt(config.dreambooth.class_prompt.strip())
+    base.offload_encoders()
     conditioning = base.with_added_conditions(encoded, height, width, config.edit.guidance_scale)
     folder, depends = class_folder(base, config, width, height)
     count = config.dreambooth.class_pictures
@@ -126,7 +128,8 @@ def make_prior(run: Run, stop: Callable[[], bool]) -> Generator[StepReport, None
     sampling, repeated = config.edit.model_copy(update={"start": "noise"}), [conditioning] * len(missing)
     pictures = generate(base, repeated, seeds, sampling, canvas, run.negative, repeated)
     for done, k in enumerate(missing):
-        with stop_while_sampling(base, stop, f"{len(images)} of {count} class pictures are stored; run the same command again to continue"):
+        explained = explain_out_of_memory(base.architecture, config, base.runtime, CLASS)
+        with explained, stop_while_sampling(base, stop, f"{len(images)} of {count} class pictures are stored; run the same command again to continue"):
             images[k] = next(pictures)
         _write(folder / _name(k), images[k], config.dreambooth.class_prompt)
         yield StepReport(CLASS, count - len(missing) + done + 1, count, None)
@@ -173,15 +176,26 @@ class PriorStage(Stage):
     A batch has two halves of equal size, each with noise and timesteps of its own; each half is averaged alone.
 
     Args:
-        run: the encoded inputs of the fit.
         prior: the class pictures.
-        trainables: parameters by name: LoRA layers or the whole denoiser.
+        weight: of their loss.
+        base, latents, trainables, config, seed, processes: as for :class:`~imagic_lora.training.stage.Stage`.
+        target: conditioning of the prompt.
     """
 
-    def __init__(self, run: Run, prior: Prior, trainables: Mapping[str, Parameter]) -> None:
-        config = run.config
-        super().__init__("tune", run.base, run.latents, lambda: run.target, trainables, config.tune, config.seed, run.processes)
-        self.prior, self.weight = prior, config.dreambooth.prior_weight
+    def __init__(
+        self,
+        prior: Prior,
+        weight: float,
+        base: Base,
+        latents: Tensor,
+        target: Conditioning,
+        trainables: Mapping[str, Parameter],
+        config: TuneConfig,
+        seed: int,
+        processes: Processes,
+    ) -> None:
+        super().__init__("tune", base, latents, lambda: target, trainables, config, seed, processes)
+        self.prior, self.weight = prior, weight
 
     def batch(self, k: int) -> Batch:
         photo, size = super().batch(k), self.config.batch_size

@@ -133,10 +133,12 @@ def fit(
         if processes.main and not resume:
             with writable(store.root):
                 saved.clear()  # not before every check has passed
+        stages = ResumableStages(run, saved, stop)
+        if checkpoint and config.prior:
+            stages.check_inputs(checkpoint)
         prior = (yield from make_prior(run, stop)) if config.prior else None
         if not config.encodes_while_training:
             opened.offload_encoders()
-        stages = ResumableStages(run, saved, stop)
         training = _train_and_store(stages, checkpoint, store, name, overwrite, base is not None, prior)
         adapter = yield from cast(Generator[StepReport, None, Adapter | None], training)  # a run by itself yields no batches
         if processes.main:

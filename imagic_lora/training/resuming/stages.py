@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -178,6 +178,12 @@ class ResumableStages:
             return None, record.step
         return Conditioning.from_tensors(checkpoint.group("optimised")).to(latents.device), record.step
 
+    def check_inputs(self, checkpoint: Checkpoint) -> None:
+        """Raises ImagicError if a checkpoint is of other inputs, before the class pictures of this run are made."""
+        record, present = checkpoint.record, self.run.inputs(checkpoint.record.stage, checkpoint.record.finished)
+        before = {name: value for name, value in record.inputs.items() if name != "class_pictures"}
+        self._raise_for(differences(before, present))
+
     def _check_same_run(self, checkpoint: Checkpoint, latents: Tensor) -> None:
         """Raises ImagicError if a checkpoint, or the latents in it, belong to another run."""
         run, record = self.run, checkpoint.record
@@ -188,6 +194,10 @@ class ResumableStages:
             mismatches = ["the checkpoint holds other tensors than this run saves"]
         if not mismatches and (latents - run.latents).norm() > _LATENTS_TOLERANCE * latents.norm():
             mismatches = ["the latents of the photo differ (another VAE?)"]
+        self._raise_for(mismatches)
+
+    @staticmethod
+    def _raise_for(mismatches: Sequence[str]) -> None:
         if mismatches:
             got = f"this run differs from the one that was interrupted: {'; '.join(mismatches)}"
             raise ImagicError(got, "the same photo, target prompt, base and settings", f"use those of the interrupted run, or {START_OVER}")

@@ -37,7 +37,7 @@ def card(prompt: str, base: str, config: RunConfig, licence: str | None) -> str:
     if config.method == "dreambooth":
         use = [_WEIGHTS[config.tune.mode], "Use prompts with the rare word of the prompt above."]
     if config.method == "textual-inversion":
-        use = ["The vectors of the new word load with plain diffusers: `load_textual_inversion`; see the page that `imagic-lora export` writes."]
+        use = ["The vectors of the new word load with plain diffusers: `load_textual_inversion`. `imagic-lora export` writes how."]
     made = {"imagic": "Imagic, arXiv 2210.09276", "dreambooth": "DreamBooth, arXiv 2208.12242"}
     method = made.get(config.method, "textual inversion, arXiv 2208.01618")
     return "\n".join(

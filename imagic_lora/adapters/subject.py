@@ -26,8 +26,9 @@ with this base:
 The images were sampled in {steps} steps at guidance scale {guidance:g}.
 """
 _PAPERS = {"dreambooth": "2208.12242", "textual-inversion": "2208.01618"}
-_A1111_WORD = """Copy `{name}.safetensors` to the folder `embeddings` of A1111 or ComfyUI. The name of the file is the word: write `{name}` in A1111, or
-`embedding:{name}` in ComfyUI, in place of the new word of the prompt above. Rename the file if `{name}` is a word of your prompts."""
+_A1111_WORD = """Copy `{name}.safetensors` to the folder `embeddings` of A1111 or ComfyUI. The name of the file is the word: write
+`{name}` in A1111, or `embedding:{name}` in ComfyUI, in place of the new word of the prompt above. Rename the file if `{name}` is a
+word of your prompts."""
 _DIFFUSERS_WORD = """In diffusers:
 
     pipe.load_textual_inversion(folder, weight_name="{first}")

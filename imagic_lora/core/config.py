@@ -107,10 +107,10 @@ class DreamBoothConfig(Config):
     """DreamBooth with prior preservation (arXiv 2208.12242). Only for method dreambooth."""
 
     class_prompt: Annotated[str, _flag("class-prompt")] = ""
-    """The prompt without the rare word, such as "a photo of a dog". The base generates the class pictures from it, and the fit keeps what the
-    base makes of it. Needed unless prior_weight is 0."""
+    """The prompt without the rare word, such as "a photo of a dog". The base generates the class pictures from it, and the fit keeps what
+    the base makes of it. Needed unless prior_weight is 0."""
     class_pictures: Annotated[int, _flag("class-pictures")] = Field(default=100, ge=1, le=10_000)
-    """Number of class pictures. They are generated once, with the sampling settings of stage 3 from noise, and kept in the cache of the user
+    """Number of class pictures. They are generated once, from noise with the sampling settings of stage 3, and kept in the user's cache
     (XDG_CACHE_HOME) for later fits of the same base, class_prompt, sampling settings, size and class_seed."""
     class_seed: Annotated[int, _flag("class-seed")] = Field(default=0, ge=0, lt=2**32)
     """Seed of the class pictures."""
@@ -119,7 +119,7 @@ class DreamBoothConfig(Config):
 
 
 class InversionConfig(Config):
-    """Textual inversion (arXiv 2208.01618). Only for method textual-inversion. Its steps, learning rate and batch size are those of stage 1."""
+    """Textual inversion (arXiv 2208.01618). Only for method textual-inversion. Steps, learning rate and batch size are those of stage 1."""
 
     word: Annotated[str | None, _flag("word")] = Field(default=None, min_length=1, max_length=100)
     """The new word. Default: the one in angle brackets in the prompt, such as <my-dog>."""
@@ -129,8 +129,8 @@ class InversionConfig(Config):
     """Number of vectors of the new word, each of which takes the place of one token. More of them keep more of the photo and can be edited
     less."""
     templates: Annotated[Literal["object", "prompt"], _flag("templates")] = "object"
-    """Prompts of the training. object: at every step one of the 27 templates of the paper, such as "a photo of a <my-dog>". prompt: the target
-    prompt alone."""
+    """Prompts of the training. object: at every step one of the 27 templates of the paper, such as "a photo of a <my-dog>". prompt: the
+    target prompt alone."""
 
 
 class EditConfig(Config):
@@ -283,9 +283,9 @@ class RunConfig(Config):
     """Interpolation between photo and edit, for the preview and for edits without an eta of their own. 0: the reconstruction of the photo.
     1: the target prompt alone. Values above 1 extrapolate."""
     method: Annotated[FitMethod, _flag("method")] = "imagic"
-    """What a fit does. imagic: both stages on one photo, for edits of it. dreambooth: stage 2 on one photo or several, with a rare word in the
-    prompt ("a photo of sks dog") and class pictures beside the photos. textual-inversion: finds the vectors of a new word in the prompt ("a
-    photo of <my-dog>") and changes no weight. The adapters of both make new images, and have no eta."""
+    """What a fit does. imagic: both stages on one photo, for edits of it. dreambooth: stage 2 on one photo or several, with a rare word in
+    the prompt ("a photo of sks dog") and class pictures beside the photos. textual-inversion: finds the vectors of a new word in the prompt
+    ("a photo of <my-dog>") and changes no weight. The adapters of the last two make new images, and have no eta."""
     embed: Annotated[EmbedConfig, Parameter(group=Group("Stage 1: embed", sort_key=1))] = EmbedConfig()
     tune: Annotated[TuneConfig, Parameter(group=Group("Stage 2: tune", sort_key=2))] = TuneConfig()
     dreambooth: Annotated[DreamBoothConfig, Parameter(group=Group("DreamBooth", sort_key=2))] = DreamBoothConfig()

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from cyclopts import Parameter
 from pydantic import BaseModel, ValidationError
 
 from .config import FitMethod, Mode, Preset, RunConfig, TuneConfig

@@ -164,7 +164,8 @@ def grouped(entries: Iterable[Entry], together: int | None = 1) -> Iterator[list
     """Returns the groups in which photos are fitted; those that share a base come one after another.
 
     A group shares each pass of the denoiser, see :func:`~imagic_lora.training.together.fit_together`: its photos have the same settings,
-    but for the seed, and canvases of one size. Fits of mode full or of another method than imagic, and photos that cannot be read, are groups of their own.
+    but for the seed, and canvases of one size. Fits of mode full or of another method than imagic, and photos that cannot be read, are
+    groups of their own.
 
     Args:
         entries: what is left of the list.

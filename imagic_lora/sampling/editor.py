@@ -131,7 +131,7 @@ class Editor:
             The edits in order, after each batch.
 
         Raises:
-            ImagicError: the adapter is of a method without eta and an eta is not 1; as :func:`check_edit`, :meth:`load` and :func:`generate`.
+            ImagicError: an eta is not 1 and the method of the adapter has none; as :func:`check_edit`, :meth:`load`, :func:`generate`.
         """
         yield from self.edit_pairs(adapter, list(product(etas, seeds)), config, prompt, tuned)
 

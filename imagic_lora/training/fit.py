@@ -215,7 +215,7 @@ class Embedded:
 
 
 def embed(stages: ResumableStages, checkpoint: Checkpoint | None) -> Generator[Progress, None, Embedded]:
-    """Stage 1 of a run, from its checkpoint if there is one; nothing is left to do if the checkpoint is of stage 2, or without a stage 1."""
+    """Stage 1 of a run, from its checkpoint if there is one; nothing is left to do if there is none, or the checkpoint is of stage 2."""
     run = stages.run
     base, config, processes = run.base, run.config, run.processes
     e_opt, start = stages.resume(checkpoint) if checkpoint else (None, 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.export import export
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
+from imagic_lora.bases.loading.registry import architecture_of
 from imagic_lora.core.config import EmbedConfig, Mode, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning, Stopped
 from imagic_lora.core.noise import noise_at, times_at
 from imagic_lora.core.runtime import Processes
 from imagic_lora.core.settings import merged
-from imagic_lora.memory.plan import predict
+from imagic_lora.memory.plan import assume, predict
 from imagic_lora.photos.canvas import to_canvas
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.fit import fit, result
@@ -64,6 +67,12 @@ def fitted(photo: Path, run: RunConfig, store: Path, name: str = "one", base: Ba
     adapter = result(fit(photo, PROMPT, run, Store(store), name, base=base, **options))
     assert adapter is not None
     return adapter
+
+
+def begin(steps: Generator[Any, None, Any]) -> None:
+    """Runs a fit until its first report."""
+    next(steps)
+    steps.close()
 
 
 @each("weight", [1.0, 0.5, 0.0])
@@ -134,12 +143,12 @@ def test_class_pictures_are_made_once_and_again_when_anything_they_depend_on_cha
     content = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
     assert len(files) == PICTURES
     more = config(folder, seed=9, tune={"steps": 2}, dreambooth={"class_pictures": 4})
-    next(steps := fit(photo_file, PROMPT, more, Store(tmp_path), "b", base=base)), steps.close()
+    begin(fit(photo_file, PROMPT, more, Store(tmp_path), "b", base=base))
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files} == content
     assert [len(files) for files in made(cache).values()] == [4]
     files[1].write_bytes(b"broken")
     with pytest.warns(ImagicWarning, match="made again"):
-        next(steps := fit(photo_file, PROMPT, config(folder), Store(tmp_path), "c", base=base)), steps.close()
+        begin(fit(photo_file, PROMPT, config(folder), Store(tmp_path), "c", base=base))
     assert {file: file.read_bytes() for file in files} == {file: data for file, (data, _) in content.items()}
     changes: list[dict[str, Any]] = [
         {"dreambooth": {"class_prompt": "a dog"}},
@@ -150,16 +159,18 @@ def test_class_pictures_are_made_once_and_again_when_anything_they_depend_on_cha
         {"resolution": 24},
     ]
     for k, change in enumerate(changes):
-        next(steps := fit(photo_file, PROMPT, config(folder, **change), Store(tmp_path), f"d{k}", base=base)), steps.close()
+        begin(fit(photo_file, PROMPT, config(folder, **change), Store(tmp_path), f"d{k}", base=base))
         assert len(made(cache)) == 2 + k, change
     described = [json.loads((path / "class.json").read_text()) for path in cache.iterdir()]
     assert {one["base"] for one in described} == {base.fingerprint}
 
 
-def test_another_base_has_other_class_pictures(folder: Path, folders: dict[str, Path], photo_file: Path, tmp_path: Path, cache: Path) -> None:
+def test_another_base_has_other_class_pictures(
+    folder: Path, folders: dict[str, Path], photo_file: Path, tmp_path: Path, cache: Path
+) -> None:
     """The fingerprint is part of what they depend on."""
     for k, path in enumerate((folder, folders["v_prediction"])):
-        next(steps := fit(photo_file, PROMPT, config(path), Store(tmp_path), f"a{k}")), steps.close()
+        begin(fit(photo_file, PROMPT, config(path), Store(tmp_path), f"a{k}"))
         assert len(made(cache)) == k + 1
 
 
@@ -173,7 +184,7 @@ def test_a_stopped_fit_resumes_to_the_same_bytes(folder: Path, photos: Path, tmp
         if k == 0:
             seen = iter([False] * 3)
             with pytest.raises(Stopped, match="class pictures are stored"):
-                fitted(photos, config(folder, mode, dreambooth={"class_seed": 3}), store, base=base, stop=lambda: next(seen, True))
+                fitted(photos, config(folder, mode, dreambooth={"class_seed": 3}), store, base=base, stop=partial(next, seen, True))
             assert Store(store).unfinished() == []
         run = fit(photos, PROMPT, config(folder, mode), Store(store), "one", base=base)
         list(islice(run, steps - PICTURES))
@@ -241,8 +252,6 @@ def test_the_export_has_no_embeddings(folder: Path, photo_file: Path, tmp_path: 
 
 def test_the_plan_counts_two_halves(folder: Path) -> None:
     """A batch of 1 with the prior needs what one of 2 without it needs."""
-    from imagic_lora.bases.loading.registry import architecture_of
-
     architecture = architecture_of(str(folder), None)
     both, alone = config(folder, tune={"batch_size": 1}), config(folder, tune={"batch_size": 2}, dreambooth={"prior_weight": 0.0})
     plans = [predict(architecture, run) for run in (both, alone)]
@@ -253,9 +262,6 @@ def test_the_plan_counts_two_halves(folder: Path) -> None:
 @pytest.mark.slow
 def test_the_exact_plan_has_the_same_stages(folder: Path) -> None:
     """Counted on fake tensors."""
-    from imagic_lora.bases.loading.registry import architecture_of
-    from imagic_lora.memory.plan import assume
-
     architecture, both = architecture_of(str(folder), None), config(folder)
     plan = predict(architecture, both)
     exact = rehearse(architecture, both, assume(both))

@@ -17,7 +17,8 @@ RECORD, EMBEDDINGS, SOURCE, PREVIEW, STEPS, CARD = (
 )  # fmt: skip
 
 PHOTO = "photo"  # stem of the photo's file
-WORD_FILE = "learned_embeds"  # start of the names of the files with the vectors of a new word
+WORD_FILES = {"text_encoder": "learned_embeds.safetensors", "text_encoder_2": "learned_embeds_2.safetensors"}
+"""The files with the vectors of a new word, by text encoder."""
 CONVERGENCE, PREVIEWS = "convergence.png", "previews.png"  # in adapters whose fit evaluated the relative loss, or made previews
 
 REMEDY = "fit or copy the adapter again"
@@ -137,7 +138,7 @@ class Record(Manifest):
     def weight_files(self) -> list[str]:
         """The files of the trained weights, or of the vectors of a new word; none in mode embedding of method imagic."""
         weights = [file for part in self.parts for file in part.files]
-        return weights or sorted(file for file in self.files if file.startswith(WORD_FILE) and self.config.method == "textual-inversion")
+        return weights or [file for file in WORD_FILES.values() if file in self.files and self.config.method == "textual-inversion"]
 
     def max_bytes(self, file: str) -> int:
         return self.MAX_BYTES if file in self.weight_files else _MAX_OTHER

@@ -7,7 +7,8 @@ import json
 from torch import Tensor
 
 from .adapter import Adapter
-from .word import read_rows, word_file, word_of
+from .record import WORD_FILES
+from .word import read_rows, word_of
 
 _PAGE = """# {name}, a subject of {photos}
 
@@ -56,9 +57,9 @@ def word_use(adapter: Adapter, a1111: bool) -> str:
     """
     if a1111:
         return _A1111_WORD.format(name=adapter.name)
-    second = word_file("text_encoder_2")
+    second = WORD_FILES["text_encoder_2"]
     both = second in adapter.record.weight_files
-    return _DIFFUSERS_WORD.format(first=word_file("text_encoder"), second=_SECOND.format(file=second) if both else "")
+    return _DIFFUSERS_WORD.format(first=WORD_FILES["text_encoder"], second=_SECOND.format(file=second) if both else "")
 
 
 def subject_page(adapter: Adapter, use: str) -> bytes:

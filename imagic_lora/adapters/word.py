@@ -17,7 +17,7 @@ from ..core.errors import ImagicError
 from ..core.tensors import read, safetensors_pieces
 from .adapter import Adapter
 from .atomic import AtomicWriter
-from .record import REMEDY, WORD_FILE
+from .record import REMEDY, WORD_FILES
 
 _BRACKETED = re.compile(r"<[^<>\s|]+>")
 
@@ -155,11 +155,6 @@ def place(base: Base, prompt: str, text: str, initial: str, vectors: int) -> Pla
     return PlacedWord(placed, where, len(spans), looked_up)
 
 
-def word_file(encoder: str) -> str:
-    """The file of the vectors for a text encoder: ``learned_embeds.safetensors``, ``learned_embeds_2.safetensors`` for the second."""
-    return WORD_FILE + encoder.removeprefix("text_encoder") + ".safetensors"
-
-
 def save_word(writer: AtomicWriter, word: NewWord) -> None:
     """Writes the vectors of each text encoder into a file of its own, which ``load_textual_inversion`` of diffusers reads.
 
@@ -167,7 +162,7 @@ def save_word(writer: AtomicWriter, word: NewWord) -> None:
         ImagicError: a vector is not finite.
     """
     for encoder, rows in word.rows.items():
-        writer.write(word_file(encoder), safetensors_pieces({word.text: rows.float().cpu()}, {"format": "pt"}))
+        writer.write(WORD_FILES[encoder], safetensors_pieces({word.text: rows.float().cpu()}, {"format": "pt"}))
 
 
 def read_rows(adapter: Adapter) -> dict[str, Tensor]:
@@ -178,8 +173,10 @@ def read_rows(adapter: Adapter) -> dict[str, Tensor]:
     """
     record, rows = adapter.record, dict[str, Tensor]()
     text = word_of(record.prompt, record.config.inversion)
-    for file in record.weight_files:
-        stored, encoder = read(adapter.listed(file)), "text_encoder" + file.removeprefix(WORD_FILE).removesuffix(".safetensors")
+    for encoder, file in WORD_FILES.items():
+        if file not in record.weight_files:
+            continue
+        stored = read(adapter.listed(file))
         value = stored.get(text)
         if list(stored) != [text] or value is None or value.ndim != 2 or len(value) != record.config.inversion.vectors:
             got = f"{adapter.folder / file} does not hold the {record.config.inversion.vectors} vectors of {text}"

@@ -73,18 +73,18 @@ RECIPES: dict[str, dict[RecipePart, dict[str, Any]]] = {
         "embedding": _CRITTERS,
         "dreambooth-lora": {
             **_CRITTERS_SAMPLING,
-            "tune": {"steps": 150, "learning_rate": 1e-3, "rank": 4, "targets": "attention+conv"},
-            "dreambooth": {"class_pictures": 50},
+            "tune": {"steps": 300, "learning_rate": 2e-3, "rank": 4, "targets": "attention+conv"},
+            "dreambooth": {"class_pictures": 50, "prior_weight": 0.3},
         },
         "dreambooth-full": {
             **_CRITTERS_SAMPLING,
-            "tune": {"steps": 150, "learning_rate": 4e-5},
-            "dreambooth": {"class_pictures": 50},
+            "tune": {"steps": 300, "learning_rate": 1e-4},
+            "dreambooth": {"class_pictures": 50, "prior_weight": 0.3},
         },
         "textual-inversion": {
             **_CRITTERS_SAMPLING,
-            "embed": {"steps": 300, "learning_rate": 3e-3},
-            "inversion": {"templates": "prompt"},
+            "embed": {"steps": 300, "learning_rate": 3e-2},
+            "inversion": {"templates": "prompt", "vectors": 4},
         },
     },
 }

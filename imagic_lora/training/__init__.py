@@ -7,6 +7,7 @@ May import: core, photos, bases, memory, adapters, sampling (for the preview). M
 - ``grouping.py``: the photos that are fitted together, sorted by the size of their canvas
 - ``shared.py``: stages of several fits in step, with one call of the denoiser for all
 - ``configure.py``: merges flags, file, preset and recipe into the settings of a run
+- ``inputs.py``: the photos and the prompt of a fit, checked by what its method needs
 - ``objective.py``: the denoising loss
 - ``stage.py``: the training stage, and the training loop of both stages
 - ``embed.py``: stage 1, optimises the text embedding

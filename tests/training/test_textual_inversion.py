@@ -95,6 +95,7 @@ def test_a_step_takes_the_gradient_of_the_rows_alone(folder: Path, photo_file: P
         patch.setattr("imagic_lora.training.fit.WordStage", Watched)
         fitted(photo_file, run, tmp_path, base)
     start, gradient, after = found[0]
+    assert torch.equal(start, base.encode_vectors("c").vectors["text_encoder"][0, 1:2])
     moved = gradient.abs() > 1e-6
     assert moved.any()
     assert torch.allclose((after - start)[moved], -run.embed.learning_rate * gradient.sign()[moved], rtol=1e-2)

@@ -185,7 +185,10 @@ def test_templates_contain_the_word_and_change_from_step_to_step() -> None:
 def test_steps_use_the_templates(photo_file: Path, tmp_path: Path) -> None:
     """Each step encodes one of them; the adapter holds the embedding of the target prompt."""
     run = config(
-        Path("critters"), base="critters", inversion={"templates": "object", "initial_word": "dog"}, embed={"steps": 4, "batch_size": 1}
+        Path("critters"),
+        base="critters",
+        inversion={"templates": "object", "initial_word": "dog"},
+        embed={"steps": 4, "batch_size": 1, "learning_rate": 1e-12},
     )
     seen: list[Tensor] = []
 

@@ -1,8 +1,9 @@
 """Peak memory of every base, mode and preset: ``python scripts/bench_memory.py`` writes docs/internals/memory-model.md.
 
 Without a card, all figures are predictions: an exact count on fake tensors (``imagic_lora/training/rehearsal.py``) and a quick one on
-symbolic sizes (``imagic_lora/memory/plan.py``). On a card, the same runs are also measured on random weights, each in its own process: the
-memory that PyTorch allocates and reserves, the memory that nvidia-smi reports, and whether the run completes within 6, 8, 12 and 16 GiB.
+symbolic sizes (``imagic_lora/memory/plan.py``). On a card, the same runs are also measured on random weights, by what ``imagic-lora doctor
+--measure`` runs: the memory that PyTorch allocates and reserves, that of the process, and whether the run completes within 6, 8, 12 and
+16 GiB.
 Two plain settings without the package's levers are measured for comparison.
 """
 
@@ -10,10 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,16 +19,13 @@ import torch
 from diffusers.utils import logging
 from measuring import settings, table
 
-from imagic_lora.adapters.modes import MODES as WEIGHTS
 from imagic_lora.bases.loading.configs import architecture
+from imagic_lora.bench.machine.process import measured
 from imagic_lora.core.config import Mode, RunConfig
-from imagic_lora.core.runtime import Processes, resolve_runtime
+from imagic_lora.core.machine import find_card
 from imagic_lora.core.settings import PRESETS, merged
-from imagic_lora.memory.limits import is_out_of_memory
 from imagic_lora.memory.plan import Plan, assume, predict
-from imagic_lora.training.embed import embed_stage
-from imagic_lora.training.rehearsal import random_base, random_conditioning, rehearse
-from imagic_lora.training.tune import tune_stage
+from imagic_lora.training.rehearsal import rehearse
 
 PAGE = Path("docs/internals/memory-model.md")
 CAPS = (6, 8, 12, 16)
@@ -133,53 +127,23 @@ def ladder_rows(mode: Mode) -> Iterator[list[str]]:
         before = now
 
 
-def measure(run: RunConfig, cap: float | None) -> dict[str, Any]:
-    """Peak memory of this process: two steps of both stages, one denoiser call and one decoding, on random weights.
+def in_a_process(run: RunConfig, cap: float | None = None) -> dict[str, Any]:
+    """Peak memory of a run on random weights, in a process of its own: a few steps of each stage, and images.
 
     Args:
-        cap: memory limit in GiB, or None.
+        run: the settings of the run.
+        cap: memory limit of PyTorch in GiB, or None.
 
     Returns:
         ``completed``, and ``allocated``, ``reserved`` and ``process`` in bytes.
     """
-    if cap:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / torch.cuda.get_device_properties(0).total_memory))
-    completed = False
-    try:
-        base = random_base(architecture(run.base), run, resolve_runtime(run.memory))
-        side = run.resolution or base.resolution
-        latents = base.encode_image(torch.zeros(1, 3, side, side))
-        base.offload_encoders()
-        text = random_conditioning(base, side, side)
-        stage = embed_stage(base, latents, text, run.embed, 0, Processes())
-        for k in range(2):
-            stage.step(k)
-        del stage
-        with WEIGHTS[run.tune.mode].trainables(base, run.tune, 0, False) as trainables, torch.enable_grad():
-            stage = tune_stage(base, latents, text, trainables, run.tune, 0, Processes())
-            for k in range(2):
-                stage.step(k)
-            del stage
-            with torch.no_grad():
-                count = 2 * run.edit.batch_size
-                base.predict(latents.expand(count, -1, -1, -1), torch.zeros(count, dtype=torch.int64, device="cuda"), text)
-                base.decode(latents.expand(run.edit.batch_size, -1, -1, -1))
-        completed = True
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    used = [line.split(",") for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()]
-    process = sum(int(size) for pid, size in used if int(pid) == os.getpid()) or max((int(size) for _, size in used), default=0)
-    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return {"completed": completed, "allocated": allocated, "reserved": reserved, "process": process * 2**20}
-
-
-def in_a_process(run: RunConfig, cap: float | None = None) -> dict[str, Any]:
-    """:func:`measure` in a new process."""
-    command = [sys.executable, __file__, "--one", run.model_dump_json(), "--cap", str(cap or 0)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    card = find_card()
+    assert card is not None
+    limit = int(cap * 2**30) if cap else None
+    messages = list(measured(run, seconds=0.0, end=None, free=card.free, random_weights=True, cap=limit))
+    stages = [message["measured"] for message in messages if "measured" in message]
+    peaks = {kind: max((stage[kind] for stage in stages), default=0) for kind in ("allocated", "reserved", "process")}
+    return {"completed": not any("out_of_memory" in message for message in messages), **peaks}
 
 
 def measured_rows() -> Iterator[list[str]]:
@@ -203,13 +167,8 @@ def measured_rows() -> Iterator[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--cap", type=float, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.parse_args()
     logging.disable_progress_bar()
-    if args.one:
-        print(json.dumps(measure(RunConfig.model_validate_json(args.one), args.cap or None)))
-        return
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     stages = ("encode", "embed", "tune", "sample", "decode")
     predicted = table(("base", "mode", "preset", *stages, "with allowances", "quick / exact"), predicted_rows())

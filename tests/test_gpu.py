@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from bench_memory import STOCHASTIC, in_a_process, settings
-from common import MODES, PROMPT, TUNED, array, opened, tiny_config
+from common import MODES, PROMPT, TUNED, Run, array, opened, tiny_config
 from tiny import save_tiny, save_tiny_sdxl
 
 from imagic_lora.adapters.store import Store
@@ -102,3 +103,20 @@ def test_stable_diffusion_fits_the_card_it_is_promised_for(mode: Mode, stochasti
     """With preset 8gb a run completes where PyTorch may take the promised size less the context."""
     run = settings("sd15", mode, "8gb", STOCHASTIC if stochastic else {})
     assert in_a_process(run, cap - 0.5)["completed"]
+
+
+def test_doctor_measures_every_preset_of_the_card(tmp_path: Path, run: Run) -> None:
+    """Stable Diffusion 1.5 with random weights: the tensors of a training stage are within a tenth of the plan, the process above them."""
+    code, out, err = run("doctor", "--measure", "--base", "sd15", "--random-weights", "--minutes", 8, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["machine"]["card"]["name"] == torch.cuda.get_device_name()
+    measured = [one for one in found["runs"] if one["stages"]]
+    assert measured
+    for one in measured:
+        assert one["not_measured"] is None, one
+        for name, stage in one["stages"].items():
+            assert stage["allocated"] <= stage["reserved"] <= stage["process"]
+            if name in ("embed", "tune"):
+                assert stage["predicted"]["tensors"] == pytest.approx(stage["allocated"], rel=0.1), (one["mode"], one["preset"], name)
+                assert stage["steps_per_second"] > 0

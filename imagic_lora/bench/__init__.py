@@ -11,4 +11,6 @@ May import: every room except cli. Must not know: whether a command or a script 
 - ``summary.py``: means with confidence intervals, costs, and the comparison of rows
 - ``page.py``: the tables, and the HTML page (template ``page.html``)
 - ``worker.py``: the initialisation of a worker process
+- ``machine/``: peak memory and speed of this machine, beside the predictions
+- ``study/``: the user study: its page, its key, its rates
 """

@@ -13,5 +13,6 @@ May import: every room but ``web``, which ``commands/web.py`` starts. Only ``web
 - ``searching.py``: the search of ``edit --eta auto``, with its progress and its cost
 - ``batching.py``: the run of ``batch``, with its progress and its results
 - ``comparing.py``: settings, run and files of ``compare``
+- ``measuring.py``: the measurement of ``doctor --measure``, with its progress and its report
 - ``demo.py``: the demo, called by ``commands/demo.py``
 """

@@ -31,6 +31,7 @@ from .commands.methods import methods
 from .commands.plan import plan
 from .commands.reproduce import reproduce
 from .commands.store import list_adapters, remove, rename, show, verify
+from .commands.study import study
 from .commands.sweep import sweep
 from .commands.web import web
 from .console import print_error, print_interrupted, print_warnings
@@ -55,6 +56,7 @@ COMMANDS: dict[str, Callable[..., None] | App] = {
     "plan": plan,
     "bases": bases,
     "bench": bench,
+    "study": study,
     "demo": demo,
     "doctor": doctor,
     "web": web,

@@ -61,23 +61,24 @@ class Edits:
         """The sheet of every folder."""
         return [str(folder / SHEET) for folder in self.prompts]
 
-    def write(self, etas: Sequence[float], base: str | None, force: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def write(self, etas: Sequence[float], base: str | None, force: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Generates the images of all prompts, etas and seeds, and writes those of each prompt into its folder.
 
         Args:
-            etas: interpolation values, each in [0, 2]; none to search for one.
+            etas: interpolation values, each in [0, 2]; none to search for one for every prompt.
             base: a base that replaces the one in the adapter's record.
             force: whether a base with other weights of the same shapes is allowed.
 
         Returns:
             ``file``, ``eta``, ``seed`` and, for several prompts, ``prompt`` of every image; and what
-            :func:`~imagic_lora.cli.searching.searched_eta` returns, empty without a search.
+            :func:`~imagic_lora.cli.searching.searched_eta` returns of every prompt, nothing without a search.
         """
         for prompt in self.targets.values():
             check_edit(etas, self.seeds, self.run.edit, prompt)
-        self._check_outputs(etas)
+        chosen: dict[Path, Sequence[float]] = dict.fromkeys(self.prompts, etas)
+        self._check_outputs(chosen)
         editor = open_editor(self.adapter, self.run, base, force, self.twin)
-        search, written = dict[str, Any](), list[dict[str, Any]]()
+        searches, written = list[dict[str, Any]](), list[dict[str, Any]]()
         first, *others = self.prompts
 
         def saved() -> str:
@@ -86,31 +87,45 @@ class Edits:
         explained = explain_out_of_memory(editor.base.architecture, self.run, editor.base.runtime, "decode", saved, EDIT_LEVERS)
         with Interrupts(saved), explained:
             if not etas:
-                search = searched_eta(editor, self.adapter, self.seeds[0], self.run.edit, self._other(self.targets[first]))
-                etas = [search["eta"]]
-                self._check_outputs(etas)
-            for one in self._written(editor, etas):
+                searches = [
+                    searched_eta(editor, self.adapter, self.seeds[0], self.run.edit, self._other(prompt)) | self._named(prompt)
+                    for prompt in self.targets.values()
+                ]
+                chosen = {folder: [search["eta"]] for folder, search in zip(self.prompts, searches, strict=True)}
+                self._check_outputs(chosen)
+            for one in self._written(editor, chosen):
                 written.append(one)  # at once: an interruption says whether there are images
-        return written, search
+        return written, searches
 
-    def _written(self, editor: Editor, etas: Sequence[float]) -> Iterator[dict[str, Any]]:
-        """Generates and writes the images of these etas, and yields each one as :meth:`write` returns it."""
+    def _named(self, prompt: str) -> dict[str, str]:
+        """The prompt, where several prompts need telling apart."""
+        return {"prompt": prompt} if len(self.prompts) > 1 else {}
+
+    def _written(self, editor: Editor, chosen: Mapping[Path, Sequence[float]]) -> Iterator[dict[str, Any]]:
+        """Generates and writes the images of the etas of each folder, and yields each one as :meth:`write` returns it."""
         pasted = self.keep.metadata if self.keep else {}
         made = {
             folder: image_metadata(self.adapter, editor.base, self.run.edit, prompt) | pasted for folder, prompt in self.targets.items()
         }
         if not self.overwrite:
             for folder, common in made.items():
-                check_same_edits([folder / name for name in self._names(etas)], common)
-        generated, region = (self.keep.etas(etas), self.keep.composite.region) if self.keep else (etas, None)
-        count, prompts = len(generated) * len(self.seeds), map(self._other, self.targets.values())
-        edits = (edit for prompt in prompts for edit in editor.edit(self.adapter, generated, self.seeds, self.run.edit, prompt))
-        shown, photo = iter(progress(edits, count * len(made), "images")), read_canvas(self.adapter).photo()
+                check_same_edits([folder / name for name in self._names(chosen[folder])], common)
+        generated = {folder: self.keep.etas(etas) if self.keep else etas for folder, etas in chosen.items()}
+        region, counts = (
+            self.keep.composite.region if self.keep else None,
+            {f: len(etas) * len(self.seeds) for f, etas in generated.items()},
+        )
+        edits = (
+            edit
+            for folder, prompt in self.targets.items()
+            for edit in editor.edit(self.adapter, generated[folder], self.seeds, self.run.edit, self._other(prompt))
+        )
+        shown, photo = iter(progress(edits, sum(counts.values()), "images")), read_canvas(self.adapter).photo()
         for folder, common in made.items():
-            part = islice(shown, count)
-            part = self.keep.pasted(part, etas) if self.keep else part
+            part = islice(shown, counts[folder])
+            part = self.keep.pasted(part, chosen[folder]) if self.keep else part
             for one in write_edits(part, folder, common, photo, region, self.save_mask, self.metadata):
-                yield one | ({"prompt": common["prompt"]} if len(made) > 1 else {})
+                yield one | self._named(common["prompt"])
 
     def _other(self, prompt: str) -> str | None:
         """The prompt if it replaces that of the adapter, whose embedding is stored; else None."""
@@ -122,7 +137,7 @@ class Edits:
         names = [image_name(eta, seed, method) for eta, seed in pairs]
         return names + ([mask_name(eta, seed) for eta, seed in pairs] if self.save_mask else [])
 
-    def _check_outputs(self, etas: Sequence[float]) -> None:
-        """Raises ImagicError if a file cannot be written."""
-        for folder in self.prompts:
+    def _check_outputs(self, chosen: Mapping[Path, Sequence[float]]) -> None:
+        """Raises ImagicError if a file of the etas of a folder cannot be written."""
+        for folder, etas in chosen.items():
             check_outputs(folder, [*self._names(etas), SHEET])

@@ -12,4 +12,5 @@ May import: core. No diffusers. Must not know: models, adapters, commands.
 - ``png.py``: PNG files with metadata
 - ``sheet.py``: sheets of labelled images
 - ``plot.py``: line plots
+- ``bars.py``: bar charts
 """

@@ -12,7 +12,8 @@ from .sheet import fitting
 
 COLOURS = ("#1f6fb4", "#d1571b", "#2a9d4a", "#8a4fbf", "#c8432f", "#777777")
 """Colours of the curves, in their order."""
-_SCALE = 3  # drawn larger and scaled down: Pillow's lines are not antialiased
+SCALE = 3
+"""Plots are drawn larger by this factor and scaled down: Pillow's lines are not antialiased."""
 _MARGINS = (64, 40, 20, 48)  # left, top, right, bottom, in pixels
 
 
@@ -67,7 +68,7 @@ def plot(
         size: width and height in pixels.
     """
     area = _Area(curves, y_range, size)
-    page = Image.new("RGB", (size[0] * _SCALE, size[1] * _SCALE), "white")
+    page = Image.new("RGB", (size[0] * SCALE, size[1] * SCALE), "white")
     draw = ImageDraw.Draw(page, "RGBA")
     bottom, top = area.y(area.low), area.y(area.high)
     for mark in marks:
@@ -76,7 +77,7 @@ def plot(
     _draw_axes(draw, area, x_label, y_label, title)
     for mark in marks:
         if mark.end <= mark.start:
-            _dashed(draw, area.x(mark.start), top, bottom)
+            dashed(draw, (area.x(mark.start), top), (area.x(mark.start), bottom))
     legend: list[tuple[str, str]] = []
     for k, curve in enumerate(curves):
         colour = curve.colour or COLOURS[k % len(COLOURS)]
@@ -84,10 +85,10 @@ def plot(
             outline = [(x, low) for x, low, _ in curve.spread] + [(x, high) for x, _, high in reversed(curve.spread)]
             draw.polygon([(area.x(x), area.y(y)) for x, y in outline], fill=f"{colour}26")
         points = [(area.x(x), area.y(y)) for x, y in curve.points]
-        draw.line(points, fill=colour, width=2 * _SCALE, joint="curve")
+        draw.line(points, fill=colour, width=2 * SCALE, joint="curve")
         if len(points) <= 40:
             for x, y in points:
-                draw.circle((x, y), 3 * _SCALE, fill=colour)
+                draw.circle((x, y), 3 * SCALE, fill=colour)
         legend += [(curve.name, colour)] if curve.name else []
     legend += [(mark.name, "#2a9d4a" if mark.end > mark.start else "#222222") for mark in marks]
     _draw_legend(draw, area, legend)
@@ -103,7 +104,7 @@ class _Area:
 
     def __init__(self, curves: Sequence[Curve], y_range: tuple[float, float] | None, size: tuple[int, int]) -> None:
         left, top, right, bottom = _MARGINS
-        self.box = (left * _SCALE, top * _SCALE, (size[0] - right) * _SCALE, (size[1] - bottom) * _SCALE)
+        self.box = (left * SCALE, top * SCALE, (size[0] - right) * SCALE, (size[1] - bottom) * SCALE)
         xs = [x for curve in curves for x, _ in curve.points]
         ys = [y for curve in curves for y in (*(y for _, y in curve.points), *(y for _, *both in curve.spread for y in both))]
         self.first, self.last = _widened(min(xs), max(xs))
@@ -133,31 +134,32 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 def _draw_axes(draw: ImageDraw.ImageDraw, area: _Area, x_label: str, y_label: str, title: str) -> None:
     """Draws grid, ticks, labels and title."""
-    font, (left, top, right, bottom) = ImageFont.load_default(12 * _SCALE), area.box
+    font, (left, top, right, bottom) = ImageFont.load_default(12 * SCALE), area.box
     for value in ticks(area.low, area.high, 6):
-        draw.line((left, area.y(value), right, area.y(value)), fill="#dddddd", width=_SCALE)
-        draw.text((left - 6 * _SCALE, area.y(value)), f"{value:g}", fill="#555555", font=font, anchor="rm")
+        draw.line((left, area.y(value), right, area.y(value)), fill="#dddddd", width=SCALE)
+        draw.text((left - 6 * SCALE, area.y(value)), f"{value:g}", fill="#555555", font=font, anchor="rm")
     for value in ticks(area.first, area.last, 14):
-        draw.line((area.x(value), bottom, area.x(value), bottom + 4 * _SCALE), fill="#555555", width=_SCALE)
-        draw.text((area.x(value), bottom + 7 * _SCALE), f"{value:g}", fill="#555555", font=font, anchor="mt")
-    draw.line((left, bottom, right, bottom), fill="#555555", width=_SCALE)
-    draw.text(((left + right) / 2, bottom + 26 * _SCALE), x_label, fill="#222222", font=font, anchor="mt")
-    draw.text((left - 56 * _SCALE, top - 8 * _SCALE), y_label, fill="#222222", font=font, anchor="lb")
-    draw.text(((left + right) / 2, 6 * _SCALE), fitting(title, font, right - left), fill="#222222", font=font, anchor="mt")
+        draw.line((area.x(value), bottom, area.x(value), bottom + 4 * SCALE), fill="#555555", width=SCALE)
+        draw.text((area.x(value), bottom + 7 * SCALE), f"{value:g}", fill="#555555", font=font, anchor="mt")
+    draw.line((left, bottom, right, bottom), fill="#555555", width=SCALE)
+    draw.text(((left + right) / 2, bottom + 26 * SCALE), x_label, fill="#222222", font=font, anchor="mt")
+    draw.text((left - 56 * SCALE, top - 8 * SCALE), y_label, fill="#222222", font=font, anchor="lb")
+    draw.text(((left + right) / 2, 6 * SCALE), fitting(title, font, right - left), fill="#222222", font=font, anchor="mt")
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, area: _Area, entries: Sequence[tuple[str, str]]) -> None:
     """Draws the names of curves and marks in one line above the plot, from the right."""
-    font, x = ImageFont.load_default(12 * _SCALE), area.box[2]
+    font, x = ImageFont.load_default(12 * SCALE), area.box[2]
     for name, colour in reversed(entries):
         x -= font.getlength(name)
-        draw.text((x, area.box[1] - 8 * _SCALE), name, fill=colour, font=font, anchor="lb")
-        x -= 16 * _SCALE
+        draw.text((x, area.box[1] - 8 * SCALE), name, fill=colour, font=font, anchor="lb")
+        x -= 16 * SCALE
 
 
-def _dashed(draw: ImageDraw.ImageDraw, x: float, top: float, bottom: float) -> None:
-    """Draws a dashed vertical line."""
-    y = top
-    while y < bottom:
-        draw.line((x, y, x, min(y + 6 * _SCALE, bottom)), fill="#222222", width=2 * _SCALE)
-        y += 11 * _SCALE
+def dashed(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draws a dashed line, horizontal or vertical, from left to right or from top to bottom."""
+    (x, y), (right, bottom) = start, end
+    dash, period = 6 * SCALE, 11 * SCALE
+    while x < right or y < bottom:
+        draw.line((x, y, min(x + dash, right), min(y + dash, bottom)), fill="#222222", width=2 * SCALE)
+        x, y = min(x + period, right), min(y + period, bottom)

@@ -165,6 +165,7 @@ class Run:
         """
         config = self.config
         conditionings, sources = mixtures(self.base, self.prompt, self.target, e_opt, etas, config.edit)
+        self.base.offload_encoders()  # which may have encoded the vectors of the mixtures
         return list(generate(self.base, conditionings, [config.seed] * len(etas), config.edit, self.canvas, self.negative, sources))
 
     def previews_png(self) -> bytes | None:

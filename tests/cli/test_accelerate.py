@@ -47,16 +47,20 @@ def launch(place: Path, *command: str) -> str:
     return done.stderr
 
 
-def test_two_processes_equal_one_with_twice_the_batch(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def two(place: Path) -> str:
+    """The fit ``two`` by two processes; what they printed."""
+    return launch(place, *TWO, "--name", "two")
+
+
+def test_two_processes_equal_one_with_twice_the_batch(two: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes really run and one writes.
 
     Embeddings and LoRA weights agree to fp32 tolerance with those of one launched process with twice the batch, which are the bytes of a
-    run without the launcher. When rank 1, which does not write, gets Ctrl-C, both stop after the same step and a checkpoint is saved; the
-    resumed run comes to the bytes of the uninterrupted one.
+    run without the launcher.
     """
-    said = launch(place, *TWO, "--name", "two")
-    assert said.count("processes 2") == 1 or ("processes" in said and " 2" in said)
-    assert said.count("Stored") == 1
+    assert two.count("processes 2") == 1 or ("processes" in two and " 2" in two)
+    assert two.count("Stored") == 1
     launch(place, *ONE, *FIT, "--name", "one", *TWICE_THE_BATCH)
     for file in FILES:
         two, one = load_file(place / "adapters/two" / file), load_file(place / "adapters/one" / file)
@@ -72,6 +76,15 @@ def test_two_processes_equal_one_with_twice_the_batch(place: Path, monkeypatch: 
         torch.set_num_threads(threads)
     for file in FILES:
         assert (place / "adapters/plain" / file).read_bytes() == (place / "adapters/one" / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two")
+def test_an_interrupted_second_process_stops_both(place: Path) -> None:
+    """When rank 1, which does not write, gets Ctrl-C, both stop after the same step and a checkpoint is saved.
+
+    The resumed run comes to the bytes of the uninterrupted one.
+    """
     interrupted(place, "halved")
     launch(place, *TWO, "--name", "halved", "--resume")
     for file in FILES:

@@ -18,6 +18,7 @@ from tiny import save_tiny
 
 import imagic_lora.cli.app as cli
 import imagic_lora.cli.console as console
+import imagic_lora.cli.editing as editing
 from imagic_lora.adapters.manifest import manifest_bytes, read_manifest
 from imagic_lora.adapters.record import Record
 from imagic_lora.adapters.store import Store
@@ -26,6 +27,7 @@ from imagic_lora.core.config import EditConfig
 from imagic_lora.photos.png import write_png
 from imagic_lora.photos.reading import read_metadata
 from imagic_lora.sampling.metadata import ImageMetadata, a1111_parameters
+from imagic_lora.sampling.outputs import image_name
 
 FIT = ("--embed.steps", "2", "--tune.steps", "2", "--edit.steps", "2", "--rank", "2")
 EDIT = ("--steps", 2, "--eta", "0.2:0.8:0.2", "--seed", "0:2", "--batch-size", 3)
@@ -331,3 +333,25 @@ def test_a_file_of_prompts(run: Run, store: Path) -> None:
         assert (code, expected in err) == (2, True), err
     assert "leave out one" in run(*edit, "--prompt-file", "prompts.txt", "--prompt", "x")[2]
     assert run(*edit, "--prompt-file", "none.txt")[0] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*shows no change")
+def test_eta_is_searched_for_every_prompt_of_a_file(run: Run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the prompt of each; the images are those of the etas that were found."""
+    Path("prompts.txt").write_text("a cat\na dog\n")
+    asked: list[str | None] = []
+
+    def searched(_editor: object, _adapter: object, _seed: int, _config: object, prompt: str | None) -> dict[str, float]:
+        asked.append(prompt)
+        return {"eta": 0.2 * len(asked) + 0.1}
+
+    monkeypatch.setattr(editing, "searched_eta", searched)
+    code, out, err = run("edit", "rex", "--store", store, "--steps", 2, "--eta", "auto", "--prompt-file", "prompts.txt", "--json")
+    assert code == 0, err
+    written = json.loads(out)
+    assert [prompt or Store(store).read("rex").record.prompt for prompt in asked] == ["a cat", "a dog"]
+    assert [one["prompt"] for one in written["auto"]] == ["a cat", "a dog"]
+    found = [one["eta"] for one in written["auto"]]
+    assert [(one["eta"], one["prompt"]) for one in written["pictures"]] == list(zip(found, ("a cat", "a dog"), strict=True))
+    assert [Path(one["file"]).name for one in written["pictures"]] == [image_name(eta, 0) for eta in found]
+    assert all(Path(one["file"]).is_file() for one in written["pictures"])

@@ -1,4 +1,4 @@
-"""Plots: numbers at their places."""
+"""Plots and bar charts: numbers at their places."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from common import each
 
+from imagic_lora.photos.bars import Bar, bars
 from imagic_lora.photos.plot import Curve, Mark, plot, ticks
 
 LEFT, TOP, RIGHT, BOTTOM = 64, 40, 760 - 20, 420 - 48  # of the area of the curves
@@ -47,3 +48,15 @@ def test_a_mark_covers_its_range() -> None:
     dark = np.flatnonzero((line.max(2) < 90)[TOP + 3, LEFT:])
     assert dark.mean() == pytest.approx(width / 2, abs=1.5)
     assert plot([Curve("one", [(3, 4)])], "x", "y").size == (760, 420)
+
+
+def test_a_bar_ends_at_its_value_and_a_whisker_at_its_interval() -> None:
+    """Three columns of 130 pixels; the first bar is 75%, its interval 60 to 90%, the second has neither, the third is 0."""
+    page = np.asarray(bars([Bar("a", 0.75, [(0.6, 0.9)]), Bar("b", None, [None]), Bar("c", 0.0)], "t", "%", ["95%"])).astype(int)
+    top, bottom = 66, 420 - 64
+    blue = (page[..., 2] > 150) & (page[..., 0] < 60)
+    filled = np.flatnonzero(blue[:, LEFT + 65 - 25])
+    assert (filled[0], filled[-1]) == pytest.approx((bottom - 0.75 * (bottom - top), bottom), abs=2)
+    dark = np.flatnonzero((page.max(2) < 90)[top : bottom - 20, LEFT + 65]) + top
+    assert (dark[0], dark[-1]) == pytest.approx((bottom - 0.9 * (bottom - top), bottom - 0.6 * (bottom - top)), abs=3)
+    assert not blue[:, LEFT + 130 :].any()

@@ -148,6 +148,7 @@ def test_promised_peaks(base: str, mode: str, preset: str, changes: dict[str, An
     assert exact(base, mode, preset, changes).peak_bytes <= most * GIB
 
 
+@pytest.mark.slow
 def test_sd15_in_full_at_its_true_size() -> None:
     """One rehearsal: the analytic plan is near, the promised peak is kept, and this process never held half of what it rehearsed."""
     case = base, mode, preset, changes = "sd15", "full", "8gb", {}

@@ -105,7 +105,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"klein"}  # 512 tokens a prompt
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES])
 def test_each_result_is_that_of_a_fit_alone(
     case: str, base_of: Callable[..., Base], folders_of: Callable[[str], Path], photos: list[Path], tmp_path: Path
 ) -> None:

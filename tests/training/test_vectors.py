@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from common import PROMPT, array, opened, tiny_config
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, save_tiny_sd3, save_tiny_sdxl
 
+import imagic_lora.training.run as running
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import atomic_folder
 from imagic_lora.adapters.export import export
@@ -27,6 +29,7 @@ from imagic_lora.core.runtime import Processes
 from imagic_lora.core.settings import resolve
 from imagic_lora.memory.plan import Assumed, predict
 from imagic_lora.sampling.editor import Editor
+from imagic_lora.sampling.generate import generate
 from imagic_lora.sampling.mixing import mixed, mixtures
 from imagic_lora.training.embed import embed_stage, optimised
 from imagic_lora.training.fit import fit, result
@@ -164,6 +167,20 @@ def test_fit_and_edit(folder: Path, photo_file: Path, tmp_path: Path) -> None:
     editor.close()
 
 
+def test_the_preview_has_no_text_encoder_in_memory(folder: Path, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --idle release it is gone again once the mixtures are encoded, as the plan has it."""
+    held: list[int] = []
+
+    def counting(base: Base, *given: Any) -> Any:
+        held.append(len(base.helper_bytes()))  # pyright: ignore[reportAttributeAccessIssue]
+        return generate(base, *given)
+
+    monkeypatch.setattr(running, "generate", counting)
+    base = opened(folder, idle="release")
+    assert result(fit(photo_file, PROMPT, config(folder), Store(tmp_path), "one", base=base)) is not None
+    assert held == [0]
+
+
 def test_resume_gives_the_same_bytes(folder: Path, photo_file: Path, tmp_path: Path) -> None:
     """Stopped in each stage."""
     whole = fitted(folder, photo_file, tmp_path / "whole")
@@ -226,7 +243,7 @@ def test_an_export_says_how_vectors_mix(folder: Path, photo_file: Path, tmp_path
     assert "eta * target + (1 - eta) * optimised" not in pages[0]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_stage_1_is_planned_with_the_text_encoders(dtype: str) -> None:
     """The prediction is near the rehearsal; both hold the encoders, and more than in the output space."""
     found = {}

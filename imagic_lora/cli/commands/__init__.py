@@ -15,6 +15,7 @@ May import: every room. Only ``cli/app.py``, the worker of the studio and the te
 - ``plan.py``: plan
 - ``bases.py``: bases
 - ``bench.py``: bench
+- ``study.py``: study
 - ``demo.py``: demo
 - ``doctor.py``: doctor
 - ``web.py``: web

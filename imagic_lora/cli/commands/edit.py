@@ -106,14 +106,18 @@ def edit(
     run = edit_settings(adapter, explicit(settings, device, preset), base, twin)
     etas, seeds = ([] if eta == AUTO else parse_etas(eta)) if eta else [adapter.record.eta], parse_seeds(seed)
     folder = out_dir or Path("outputs") / adapter.name
-    if prompt_file and (prompt is not None or eta == AUTO):
-        raise ImagicError(f"{'--eta auto' if prompt is None else '--prompt'} together with --prompt-file", "one of them", "leave out one")
+    if prompt_file and prompt is not None:
+        raise ImagicError("--prompt together with --prompt-file", "one of them", "leave out one")
     prompts = prompt_folders(prompt_file, folder) if prompt_file else {folder: prompt}
     edits = Edits(adapter, run, seeds, prompts, read_keep(adapter, keep, photo), save_mask, metadata, overwrite, twin)
-    written, search = edits.write(etas, base, force)
+    written, searches = edits.write(etas, base, force)
     if as_json:
         sheets: dict[str, Any] = {"sheets": edits.sheets} if prompt_file else {"sheet": edits.sheets[0]}
-        print_json({"adapter": adapter.name, "pictures": written} | sheets | ({"auto": search} if search else {}))
+        print_json(
+            {"adapter": adapter.name, "pictures": written}
+            | sheets
+            | ({"auto": searches if prompt_file else searches[0]} if searches else {})
+        )
     else:
         plural = "" if len(written) == 1 else "s"
         err.print(f"[green]Wrote[/] {len(written)} image{plural} and {plain(' '.join(edits.sheets))}")

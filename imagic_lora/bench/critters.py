@@ -66,10 +66,11 @@ class Bench(Runner[Case, tuple[Score, Cost]]):
         _context(self.base)
 
     def edits(self, method: Benched, case: Case) -> Iterator[EditResult]:
-        """Yields the edits of a case by a method. Only the bounds see the true edit, and only methods that need a mask get one."""
+        """Yields the edits of a case by a method. Only the bounds see the true edit, and only methods that need a mask or a noun get one."""
         context, _ = _context(self.base)
-        mask = given_mask(case) if isinstance(method, Method) and "mask" in method.requires else None
-        request = EditRequest(render(case.source), case.prompt, case.source_prompt, mask, seed=case.index)
+        needs = method.requires if isinstance(method, Method) else frozenset()
+        mask, subject = given_mask(case) if "mask" in needs else None, case.source.animal if "subject" in needs else None
+        request = EditRequest(render(case.source), case.prompt, case.source_prompt, mask, subject, seed=case.index)
         return method.edit(context, request, render(case.truth)) if isinstance(method, Bounds) else method.edit(context, request)
 
     def kept(self, case: Case, edited: EditResult) -> tuple[Score, Cost]:

@@ -875,6 +875,8 @@ def test_the_catalogue_has_these_methods() -> None:
         "diffedit-mask",
         "blended-latent",
         "ledits++",
+        "dreambooth",
+        "textual-inversion",
     ]
     methods = chosen(",".join(SHIPPED))
     assert [method.name for method in methods] == SHIPPED

@@ -49,7 +49,8 @@ def critters(
     methods
         Methods to run, separated by commas. Default: all of bounds, prompt-only, sdedit, imagic-lora, imagic-full, embedding-only,
         reference, reference-retuned, ddim-inversion, ddib, negative-prompt, proximal, null-text, edit-friendly, renoise, magicmix,
-        magicmix-text, prompt-to-prompt, prompt-to-prompt-text, direct-inversion, diffedit, diffedit-mask, blended-latent, ledits++.
+        magicmix-text, prompt-to-prompt, prompt-to-prompt-text, direct-inversion, diffedit, diffedit-mask, blended-latent, ledits++,
+        dreambooth, textual-inversion.
         The rows of diffedit-mask and blended-latent end in -given: they get a mask of what the true edit changes.
     base
         Folder of another training of the embedded base, in diffusers' format. CLIP and the judge are always those of the package. Default:

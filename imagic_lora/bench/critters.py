@@ -66,7 +66,7 @@ class Bench(Runner[Case, tuple[Score, Cost]]):
         _context(self.base)
 
     def edits(self, method: Benched, case: Case) -> Iterator[EditResult]:
-        """Yields the edits of a case by a method. Only the bounds see the true edit, and only methods that need a mask or a noun get one."""
+        """Yields the edits of a case by a method. Only the bounds see the true edit; a mask and a noun go to methods that need them."""
         context, _ = _context(self.base)
         needs = method.requires if isinstance(method, Method) else frozenset()
         mask, subject = given_mask(case) if "mask" in needs else None, case.source.animal if "subject" in needs else None

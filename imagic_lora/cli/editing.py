@@ -97,7 +97,7 @@ class Edits:
                 written.append(one)  # at once: an interruption says whether there are images
         return written, searches
 
-    def _named(self, prompt: str) -> dict[str, str]:
+    def _named(self, prompt: str) -> dict[str, Any]:
         """The prompt, where several prompts need telling apart."""
         return {"prompt": prompt} if len(self.prompts) > 1 else {}
 

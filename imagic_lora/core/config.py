@@ -122,14 +122,14 @@ class InversionConfig(Config):
     """Textual inversion (arXiv 2208.01618). Only for method textual-inversion. Steps, learning rate and batch size are those of stage 1."""
 
     word: Annotated[str | None, _flag("word")] = Field(default=None, min_length=1, max_length=100)
-    """The new word. Default: the one in angle brackets in the prompt, such as <my-dog>."""
+    """The new word. Default: the one in angle brackets in the prompt."""
     initial_word: Annotated[str, _flag("initial-word")] = ""
     """A word of the vocabulary whose vector the new word starts from, such as dog. Needed."""
     vectors: Annotated[int, _flag("vectors")] = Field(default=1, ge=1, le=64)
     """Number of vectors of the new word, each of which takes the place of one token. More of them keep more of the photo and can be edited
     less."""
     templates: Annotated[Literal["object", "prompt"], _flag("templates")] = "object"
-    """Prompts of the training. object: at every step one of the 27 templates of the paper, such as "a photo of a <my-dog>". prompt: the
+    """Prompts of the training. object: at every step one of the 27 templates of the paper, such as "a photo of a WORD". prompt: the
     target prompt alone."""
 
 
@@ -285,7 +285,7 @@ class RunConfig(Config):
     method: Annotated[FitMethod, _flag("method")] = "imagic"
     """What a fit does. imagic: both stages on one photo, for edits of it. dreambooth: stage 2 on one photo or several, with a rare word in
     the prompt ("a photo of sks dog") and class pictures beside the photos. textual-inversion: finds the vectors of a new word in the prompt
-    ("a photo of <my-dog>") and changes no weight. The adapters of the last two make new images, and have no eta."""
+    (in angle brackets) and changes no weight. The adapters of the last two make new images, and have no eta."""
     embed: Annotated[EmbedConfig, Parameter(group=Group("Stage 1: embed", sort_key=1))] = EmbedConfig()
     tune: Annotated[TuneConfig, Parameter(group=Group("Stage 2: tune", sort_key=2))] = TuneConfig()
     dreambooth: Annotated[DreamBoothConfig, Parameter(group=Group("DreamBooth", sort_key=2))] = DreamBoothConfig()

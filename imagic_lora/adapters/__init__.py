@@ -18,6 +18,8 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``card.py``: the ``README.md`` of an adapter
 - ``compress.py``: converts a full adapter to a LoRA adapter
 - ``importing.py``: copies an adapter from elsewhere into a store, after every check that needs no base
+- ``hub.py``: sends an adapter to the Hugging Face Hub, and brings one from there into a store
+- ``hub_card.py``: the model card of an adapter on the Hub
 - ``export.py``: writes an adapter in the formats of ComfyUI, A1111 and diffusers
 - ``word.py``: the new word of textual inversion: its vectors, its files, prompts that contain it
 - ``subject.py``: exports of DreamBooth's adapters and of new words

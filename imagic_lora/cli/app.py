@@ -26,6 +26,7 @@ from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.edit import edit
 from .commands.fit import fit
+from .commands.hub import pull, push
 from .commands.importing import import_adapter
 from .commands.methods import methods
 from .commands.plan import plan
@@ -50,6 +51,8 @@ COMMANDS: dict[str, Callable[..., None] | App] = {
     "verify": verify,
     "rename": rename,
     "import": import_adapter,
+    "push": push,
+    "pull": pull,
     "rm": remove,
     "compress": compress,
     "export": export,

@@ -11,6 +11,7 @@ May import: every room. Only ``cli/app.py``, the worker of the studio and the te
 - ``reproduce.py``: reproduce
 - ``store.py``: list, show, verify, rename, rm
 - ``importing.py``: import
+- ``hub.py``: push, pull
 - ``convert.py``: compress, export
 - ``plan.py``: plan
 - ``bases.py``: bases

@@ -1,0 +1,255 @@
+"""push and pull against a fake of the client of the Hub, and against the real client without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from common import Run
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import httpx
+
+import imagic_lora.adapters.hub as hub
+import imagic_lora.cli.console as console
+
+REPO = "ann/rex-jumps"
+EXAMPLES = Path(__file__).parents[2] / "adapters"
+
+
+class FakeHub:
+    """Repositories as lists of commits, each the files by path: the calls of HfApi that push and pull make, with its errors."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, list[dict[str, bytes]]] = {}
+        self.private: dict[str, bool] = {}
+        self.token: str | None = "hf_fake"
+        self.fails: Callable[[str], None] = lambda call: None
+        self.downloaded: list[str] = []
+
+    @staticmethod
+    def error(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+        return kind("refused", response=httpx.Response(status, request=httpx.Request("GET", "https://hub.test")))
+
+    def files(self, repo: str, revision: str | None = None) -> dict[str, bytes]:
+        if repo not in self.repos:
+            raise self.error(RepositoryNotFoundError, 404)
+        if revision is not None and not (revision.isdigit() and int(revision) < len(self.repos[repo])):
+            raise self.error(RevisionNotFoundError, 404)
+        return self.repos[repo][-1 if revision is None else int(revision)]
+
+    def repo_info(self, repo: str, revision: str | None = None, files_metadata: bool = False) -> Any:
+        self.fails("repo_info")
+        files = self.files(repo, revision)
+        siblings = [SimpleNamespace(rfilename=path, size=len(files[path]) if files_metadata else None) for path in files]
+        return SimpleNamespace(siblings=siblings, sha=revision or str(len(self.repos[repo]) - 1), private=self.private[repo])
+
+    def create_repo(self, repo: str, private: bool) -> None:
+        assert repo not in self.repos
+        self.repos[repo], self.private[repo] = [{".gitattributes": b"* lfs"}], private
+
+    def delete_repo(self, repo: str, missing_ok: bool) -> None:
+        del self.repos[repo]
+
+    def create_commit(self, repo: str, operations: list[Any], commit_message: str, parent_commit: str | None) -> Any:
+        self.fails("create_commit")
+        assert parent_commit in (None, str(len(self.repos[repo]) - 1))
+        files = dict(self.files(repo))
+        for operation in operations:
+            if isinstance(operation, CommitOperationAdd):
+                with operation.as_file() as file:
+                    files[operation.path_in_repo] = file.read()
+            else:
+                del files[operation.path_in_repo]
+        self.repos[repo].append(files)
+        return SimpleNamespace(commit_url=f"https://hub.test/{repo}/commit/1")
+
+    def hf_hub_download(self, repo: str, file: str, revision: str, local_dir: Path) -> str:
+        self.fails("hf_hub_download")
+        self.downloaded.append(file)
+        path = Path(local_dir, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self.files(repo, revision)[file])
+        return str(path)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    """The Hub, in place of the client."""
+    there = FakeHub()
+    monkeypatch.setattr(hub, "HfApi", lambda **_: there)
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    monkeypatch.setattr(console.err, "width", 400)
+    return there
+
+
+@pytest.fixture
+def store(run: Run, tmp_path: Path) -> Path:
+    """A store with the example rex-jumps, whose record is written by this version."""
+    assert run("import", EXAMPLES / "rex-jumps", "--store", tmp_path / "store")[0] == 0
+    return tmp_path / "store"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sent(run: Run, store: Path, *flags: str) -> None:
+    code, _, err = run("push", "rex-jumps", REPO, "--with-photo", "--yes", "--store", store, *flags)
+    assert code == 0, err
+
+
+def test_a_push_and_a_pull_give_the_same_bytes(run: Run, fake: FakeHub, store: Path) -> None:
+    """Every file, in one commit; the card has what the Hub searches, and ends with the adapter's own page."""
+    sent(run, store, "--private")
+    assert (fake.private[REPO], len(fake.repos[REPO])) == (True, 2)
+    code, out, err = run("pull", REPO, "--store", "mine", "--json")
+    assert code == 0, err
+    assert contents(Path("mine/rex-jumps")) == contents(store / "rex-jumps")
+    assert json.loads(out)["name"] == "rex-jumps"
+    assert [path.name for path in Path("mine").iterdir()] == ["rex-jumps"]
+    card = fake.files(REPO)["README.md"].decode()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert {"lora", "imagic", "imagic-lora"} <= set(front["tags"])
+    assert (front["license"], front["widget"][0]["output"]["url"]) == ("apache-2.0", "preview.png")
+    assert "base_model" not in front  # critters is in the package, not on the Hub
+    assert card.encode().endswith((store / "rex-jumps/README.md").read_bytes())
+
+
+def test_the_card_names_a_base_of_the_hub_and_its_licence(store: Path) -> None:
+    """base_model with the relation adapter is what the Hub's search term base_model:adapter:... reads."""
+    from imagic_lora.adapters.hub_card import card_data
+    from imagic_lora.adapters.store import Store
+
+    adapter = Store(store).read("rex-jumps")
+    for name, base, licence in (
+        ("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", "creativeml-openrail-m"),
+        ("sd35-medium", None, "other"),
+    ):
+        adapter.record = adapter.record.model_copy(update={"base": adapter.record.base.model_copy(update={"name": name})})
+        data = card_data(adapter).to_dict()
+        assert data["base_model"] == (base or "stabilityai/stable-diffusion-3.5-medium")
+        assert (data["base_model_relation"], data["license"]) == ("adapter", licence)
+    assert data["license_name"] == "Stability-AI-Community-License"
+
+
+def test_nothing_is_sent_without_yes_and_no_photo_without_with_photo(run: Run, fake: FakeHub, store: Path) -> None:
+    """The list of a dry run has every file, and what shows the photo."""
+    code, out, _ = run("push", "rex-jumps", REPO, "--store", store)
+    assert code == 0
+    assert all(file in out for file in contents(store / "rex-jumps"))
+    assert "EXIF" in out
+    assert "Nothing was sent" in out
+    code, out, _ = run("push", "rex-jumps", REPO, "--store", store, "--json")
+    assert (code, json.loads(out)["sent"]) == (0, False)
+    assert set(json.loads(out)["shows_photo"]) == {"source.png", "preview.png", "photo.png"}
+    code, _, err = run("push", "rex-jumps", REPO, "--store", store, "--yes")
+    assert (code, "--with-photo" in err, fake.repos) == (2, True, {})
+
+
+def test_a_push_that_fails_leaves_nothing(run: Run, fake: FakeHub, store: Path) -> None:
+    """No token, a wrong name, another kind of repository, an adapter that is there, a lost connection in the middle."""
+
+    def refused(expected: str, repo: str = REPO, *flags: str) -> None:
+        before = {name: list(commits) for name, commits in fake.repos.items()}
+        code, _, err = run("push", "rex-jumps", repo, "--with-photo", "--yes", "--store", store, *flags)
+        assert (code, expected in err, "Traceback" in err, fake.repos) == (2, True, False, before), err
+
+    refused("not the name of a repository", "rex")
+    fake.token = None
+    refused("no token")
+    fake.token = "hf_fake"
+
+    def lost(call: str) -> None:
+        if call == "create_commit":
+            raise httpx.ConnectError("gone")
+
+    def forbidden(call: str) -> None:
+        if call == "create_commit":
+            raise fake.error(HfHubHTTPError, 403)
+
+    for fake.fails, expected in ((lost, "cannot be reached"), (forbidden, "status 403")):
+        refused(expected)
+    fake.fails = lambda call: None
+    fake.repos["ann/model"], fake.private["ann/model"] = [{"config.json": b"{}"}], False
+    refused("is not an adapter", "ann/model", "--overwrite")
+    sent(run, store)
+    refused("holds an adapter")
+    refused("is public", REPO, "--private", "--overwrite")
+    fake.repos[REPO][-1] = fake.repos[REPO][-1] | {"old.safetensors": b"0"}
+    sent(run, store, "--overwrite")
+    assert "old.safetensors" not in fake.files(REPO)
+
+
+def test_a_pull_that_is_refused_stores_nothing(run: Run, fake: FakeHub, store: Path) -> None:
+    """A changed file, a pickle, another kind of repository, no such repository or revision, no network."""
+    sent(run, store)
+    good = fake.files(REPO)
+
+    def refused(expected: str, files: dict[str, bytes] | None = None, *flags: str) -> None:
+        fake.repos[REPO] = [files or good]
+        code, _, err = run("pull", REPO, "--store", "mine", *flags)
+        assert (code, expected in err, "Traceback" in err, ".pull-" in err) == (2, True, False, False), err
+        assert not list(Path("mine").iterdir())
+
+    weights = good["pytorch_lora_weights.safetensors"]
+    refused(
+        f"{REPO}/pytorch_lora_weights.safetensors is missing or has changed",
+        good | {"pytorch_lora_weights.safetensors": weights[:-1] + b"x"},
+    )
+    refused("has changed", good | {"README.md": good["README.md"] + b"more"})
+    refused("not a valid manifest", good | {"adapter.json": good["adapter.json"].replace(b"jumping", b"running")})
+    refused("has no source.png", {file: content for file, content in good.items() if file != "source.png"})
+    refused("at most", good | {"adapter.json": b" " * (2**20 + 1)})
+    fake.downloaded.clear()
+    refused("pickle", good | {"weights/unet.BIN": b"0"})
+    refused("is not an adapter", {"config.json": b"{}"})
+    assert fake.downloaded == []
+    refused("no revision v9", None, "--revision", "v9")
+
+    def lost(call: str) -> None:
+        if call == "hf_hub_download" and len(fake.downloaded) == 3:
+            raise httpx.ReadTimeout("gone")
+
+    fake.fails = lost
+    fake.downloaded.clear()
+    refused("cannot be reached")
+    fake.fails = lambda call: None
+    fake.repos = {}
+    code, _, err = run("pull", REPO, "--store", "mine")
+    assert (code, "shows no repository" in err) == (2, True)
+
+
+def test_a_revision_and_a_name(run: Run, fake: FakeHub, store: Path) -> None:
+    """The files are those of that commit; unlisted ones are not downloaded; a taken name is refused before any request."""
+    sent(run, store)
+    fake.repos[REPO][1]["evil.py"] = b"raise SystemExit"
+    fake.repos[REPO].append({"config.json": b"{}"})
+    assert run("pull", REPO, "--revision", "1", "--name", "rex", "--store", "mine")[0] == 0
+    assert "evil.py" not in fake.downloaded
+    assert not Path("mine/rex/evil.py").exists()
+    digest = [hashlib.sha256((folder / "source.png").read_bytes()).digest() for folder in (Path("mine/rex"), store / "rex-jumps")]
+    assert digest[0] == digest[1]
+    fake.fails = lambda call: pytest.fail(call)
+    code, _, err = run("pull", REPO, "--name", "rex", "--store", "mine")
+    assert (code, "exists" in err) == (2, True)
+
+
+def test_the_real_client_without_a_network(run: Run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed port, then HF_HUB_OFFLINE."""
+    monkeypatch.setattr(console.err, "width", 400)
+    monkeypatch.setattr(hub, "HfApi", lambda **_: HfApi(endpoint="http://127.0.0.1:9", token="hf_fake"))
+    push = ("push", "rex-jumps", REPO, "--with-photo", "--yes", "--store", store)
+    pull = ("pull", REPO, "--store", "mine")
+    for expected in ("cannot be reached", "HF_HUB_OFFLINE"):
+        for command in (push, pull):
+            code, _, err = run(*command)
+            assert (code, expected in err) == (2, True), err
+        assert not list(Path("mine").iterdir())
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -87,7 +87,7 @@ def push(adapter: Adapter, repo: str, private: bool = False, overwrite: bool = F
         raise ImagicError("no token of the Hub is stored", "a token that may write", "run hf auth login, or set HF_TOKEN")
     with _explained(check_repo(repo)):
         try:
-            info = api.repo_info(repo)
+            info = api.model_info(repo)
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
@@ -140,7 +140,7 @@ def pull(repo: str, store: Store, name: str | None = None, revision: str | None 
     api, new = api or HfApi(library_name="imagic-lora"), check_name(name or check_repo(repo).split("/")[1])
     store.check_free(new, overwrite=False)
     with writable(store.root), hidden_folder(store.root, ".pull-") as hidden, _explained(check_repo(repo), revision):
-        info = api.repo_info(repo, revision=revision, files_metadata=True)
+        info = api.model_info(repo, revision=revision, files_metadata=True)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
         _check_kind(repo, sizes)
         folder = hidden / new

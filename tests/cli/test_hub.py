@@ -44,8 +44,8 @@ class FakeHub:
             raise self.error(RevisionNotFoundError, 404)
         return self.repos[repo][-1 if revision is None else int(revision)]
 
-    def repo_info(self, repo: str, revision: str | None = None, files_metadata: bool = False) -> Any:
-        self.fails("repo_info")
+    def model_info(self, repo: str, revision: str | None = None, files_metadata: bool = False) -> Any:
+        self.fails("model_info")
         files = self.files(repo, revision)
         siblings = [SimpleNamespace(rfilename=path, size=len(files[path]) if files_metadata else None) for path in files]
         return SimpleNamespace(siblings=siblings, sha=revision or str(len(self.repos[repo]) - 1), private=self.private[repo])

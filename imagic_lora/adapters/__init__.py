@@ -19,6 +19,7 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``compress.py``: converts a full adapter to a LoRA adapter
 - ``importing.py``: copies an adapter from elsewhere into a store, after every check that needs no base
 - ``export.py``: writes an adapter in the formats of ComfyUI, A1111 and diffusers
+- ``kohya.py``: LoRA layers in the format of kohya's scripts, and the family of an adapter
 - ``original_names.py``: the names of SDXL's layers in Stability's code
 - ``readers.py``: what these programs leave out of an export, or read in another way
 """

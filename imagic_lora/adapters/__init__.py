@@ -20,6 +20,8 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``importing.py``: copies an adapter from elsewhere into a store, after every check that needs no base
 - ``export.py``: writes an adapter in the formats of ComfyUI, A1111 and diffusers
 - ``kohya.py``: LoRA layers in the format of kohya's scripts, and the family of an adapter
+- ``comfyui.py``: writes an edit for ComfyUI: LoRA, embeddings, nodes (``data/``) and workflows
+- ``comfyui_workflow.py``: a workflow of ComfyUI in both of its forms
 - ``original_names.py``: the names of SDXL's layers in Stability's code
 - ``readers.py``: what these programs leave out of an export, or read in another way
 """

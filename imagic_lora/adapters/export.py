@@ -1,4 +1,4 @@
-"""Exports an adapter for other programs: in the format of kohya's scripts, which ComfyUI and A1111 read, or in that of diffusers."""
+"""Exports an adapter for other programs: for ComfyUI as a whole, in the format of kohya's scripts, or in that of diffusers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from ..core.errors import ImagicError, ImagicWarning
 from ..core.tensors import safetensors_pieces
 from .adapter import Adapter
 from .atomic import AtomicWriter
+from .comfyui import comfyui_files
 from .contents import embedding_tensors, read_embeddings
 from .kohya import component, kohya, metadata, version
 from .readers import check_layers, notes
 from .record import CARD, EMBEDDINGS, RECORD
 from .writing import check_outputs, hidden_folder, pieces, writable
 
-Format = Literal["kohya", "diffusers"]
+Format = Literal["comfyui", "kohya", "diffusers"]
 Files = Mapping[str, Iterable[bytes | memoryview]]
 _DENOISERS: dict[str, str] = {"sd3": "SD3Transformer2DModel", "flux2-klein": "Flux2Transformer2DModel"}
 _KOHYA_USE = "Copy `{name}.safetensors` to the LoRA folder of ComfyUI or A1111 and use it at strength 1."
@@ -84,12 +85,12 @@ The images were sampled in {steps} steps at guidance scale {guidance:g}, startin
 def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = False) -> list[Path]:
     """Writes an adapter's weights, its embeddings and a page that explains their use. No file gets its final name before all are written.
 
-    Warns with what a reader of kohya's format leaves out or reads in another way.
+    Warns with what the programs leave out or do in another way.
 
     Args:
         adapter: the adapter to export.
-        layout: ``kohya`` writes ``NAME.safetensors``, ``NAME.embeddings.safetensors`` and ``NAME.md``; ``diffusers`` writes a folder
-            ``NAME``.
+        layout: ``comfyui`` writes a folder ``NAME`` to merge into ComfyUI's: LoRA, embeddings, nodes and workflows. ``kohya`` writes
+            ``NAME.safetensors``, ``NAME.embeddings.safetensors`` and ``NAME.md``. ``diffusers`` writes a folder ``NAME``.
         folder: the folder to write to; created if it does not exist.
         overwrite: whether existing files of the same names are replaced.
 
@@ -98,9 +99,10 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
 
     Raises:
         ImagicError: an adapter without LoRA layers is exported in kohya's format, which has nothing else, or one with a layer that no
-            reader of it knows; a file exists already or cannot be written; the adapter is invalid.
+            reader of it knows; ComfyUI cannot make the edit (:func:`~imagic_lora.adapters.comfyui.comfyui_files`); a file exists already
+            or cannot be written; the adapter is invalid.
     """
-    files = _for_kohya(adapter) if layout == "kohya" else _for_diffusers(adapter)
+    files = {"comfyui": comfyui_files, "kohya": _for_kohya, "diffusers": _for_diffusers}[layout](adapter)
     folder = folder if layout == "kohya" else folder / adapter.name
     paths = [folder / name for name in files]
     check_outputs(folder, files)
@@ -110,11 +112,11 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
         raise ImagicError(f"{taken[0]} exists", "a new file", "choose another --out, or use --overwrite")
     with writable(folder), hidden_folder(folder, ".export-") as hidden:
         writer = AtomicWriter(hidden)
-        for name, content in files.items():
-            writer.write(name, content)
-        for name, path in zip(files, paths, strict=True):  # after all writes, so that an error leaves existing files unchanged
-            path.parent.mkdir(exist_ok=True)
-            (writer.folder / name).replace(path)
+        for k, content in enumerate(files.values()):
+            writer.write(str(k), content)
+        for k, path in enumerate(paths):  # after all writes, so that an error leaves existing files unchanged
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (writer.folder / str(k)).replace(path)
     return paths
 
 

@@ -37,7 +37,7 @@ _SAMPLERS: dict[Scheduler, str] = {
     "unipc": "uni_pc",
     "lcm": "lcm",
 }
-_OPENCLIP_WIDTH = 1024  # of the embeddings of Stable Diffusion 2
+_OPENCLIP_WIDTH = 1024  # of the embeddings of Stable Diffusion 2; those of FLUX.2 klein are wider
 _PAGE = """# {name}, an edit of one photo in ComfyUI
 
 Made by imagic-lora (Imagic, arXiv 2210.09276) for this target prompt:
@@ -118,7 +118,8 @@ def _checked(adapter: Adapter) -> Family:
     if base == "critters" or one_clip:
         got = f"adapter {name} was made for {base}, a base that ComfyUI has no loader for"
         raise ImagicError(got, "an adapter of Stable Diffusion 1, 2, XL or 3", "use --format diffusers")
-    if target.tokens.ndim == 4:
+    transformer = any(part.component == "transformer" for part in adapter.record.parts)
+    if target.pooled is None and (transformer or target.tokens.shape[-1] > _OPENCLIP_WIDTH):
         got = f"adapter {name} was made for {base}, FLUX.2 klein, which the workflow and its nodes do not cover"
         remedy = "use --format kohya for its LoRA alone, or --format diffusers"
         raise ImagicError(got, "an adapter of Stable Diffusion 1, 2, XL or 3", remedy)

@@ -300,6 +300,8 @@ def test_what_comfyui_cannot_do_is_refused(fitted: Fitted, tmp_path: Path, run: 
     real = fitted("lora")
     vectors = real.record.config.model_copy(update={"embed": real.record.config.embed.model_copy(update={"space": "input"})})
     of_vectors = Adapter(real.folder, real.record.model_copy(update={"config": vectors}))
+    part = real.record.parts[0].model_copy(update={"component": "transformer"})
+    transformer = Adapter(real.folder, real.record.model_copy(update={"parts": [part]}))
     layers = as_lora(["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"])
 
     def made(name: str, source: Adapter, target: Conditioning) -> tuple[Path, str]:
@@ -313,7 +315,8 @@ def test_what_comfyui_cannot_do_is_refused(fitted: Fitted, tmp_path: Path, run: 
         "a base that ComfyUI has no loader for": made("clip", real, Conditioning(tokens, torch.zeros(1, 8))),
         "--embed.space output": made("vectors", of_vectors, Conditioning(tokens, vectors={"text_encoder": torch.zeros(1, 2, 8)})),
         "takes the guidance scale as an input": made("lcm", real, Conditioning(tokens)),
-        "FLUX.2 klein": made("klein", real, Conditioning(torch.zeros(1, 2, 3, 8))),
+        "FLUX.2 klein": made("klein", transformer, Conditioning(tokens)),
+        "FLUX.2 klein, which": made("embedding", real, Conditioning(torch.zeros(1, 2, 7680))),
     }
     for expected, (store, name) in cases.items():
         code, out, err = run("export", name, "--format", "comfyui", "--store", store, "--out", tmp_path / "out")

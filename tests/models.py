@@ -16,6 +16,8 @@ from transformers import (
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -55,6 +57,14 @@ def save_dino(folder: Path) -> Path:
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**LAYERS, mlp_ratio=2, image_size=SIDE, patch_size=8)).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"image_processor_type": "BitImageProcessor"}))
+    return folder
+
+
+def save_vit(folder: Path) -> Path:
+    """A ViT of two layers, as DINO is one; returns its folder."""
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**LAYERS, intermediate_size=32, image_size=SIDE, patch_size=8)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"image_processor_type": "ViTImageProcessor"}))
     return folder
 
 

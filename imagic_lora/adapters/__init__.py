@@ -22,6 +22,8 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``kohya.py``: LoRA layers in the format of kohya's scripts, and the family of an adapter
 - ``comfyui.py``: writes an edit for ComfyUI: LoRA, embeddings, nodes (``data/``) and workflows
 - ``comfyui_workflow.py``: a workflow of ComfyUI in both of its forms
+- ``word.py``: the new word of textual inversion: its vectors, its files, prompts that contain it
+- ``subject.py``: exports of DreamBooth's adapters and of new words
 - ``original_names.py``: the names of SDXL's layers in Stability's code
 - ``readers.py``: what these programs leave out of an export, or read in another way
 """

@@ -28,11 +28,23 @@ def card(prompt: str, base: str, config: RunConfig, licence: str | None) -> str:
         config: settings of the fit.
         licence: name of the licence of the base; None if it is not known.
     """
+    use = [
+        "`embeddings.safetensors` holds the embeddings of the target prompt (`target.tokens`) and of the photo",
+        _PHOTO_DIFFERENCE if config.embed.stores_difference else "(`optimised.tokens`).",
+        "Interpolate them with eta and pass the result as `prompt_embeds`.",
+        _WEIGHTS[config.tune.mode],
+    ]
+    if config.method == "dreambooth":
+        use = [_WEIGHTS[config.tune.mode], "Use prompts with the rare word of the prompt above."]
+    if config.method == "textual-inversion":
+        use = ["The vectors of the new word load with plain diffusers: `load_textual_inversion`. `imagic-lora export` writes how."]
+    made = {"imagic": "Imagic, arXiv 2210.09276", "dreambooth": "DreamBooth, arXiv 2208.12242"}
+    method = made.get(config.method, "textual inversion, arXiv 2208.01618")
     return "\n".join(
         [
             "# An imagic-lora adapter",
             "",
-            f"Made by imagic-lora (Imagic, arXiv 2210.09276), mode {config.tune.mode}, for this target prompt:",
+            f"Made by imagic-lora ({method}), mode {config.tune.mode}, for this target prompt:",
             "",
             f"    {json.dumps(prompt)}",
             "",
@@ -45,10 +57,7 @@ def card(prompt: str, base: str, config: RunConfig, licence: str | None) -> str:
                 if licence
                 else []
             ),
-            "`embeddings.safetensors` holds the embeddings of the target prompt (`target.tokens`) and of the photo",
-            _PHOTO_DIFFERENCE if config.embed.stores_difference else "(`optimised.tokens`).",
-            "Interpolate them with eta and pass the result as `prompt_embeds`.",
-            _WEIGHTS[config.tune.mode],
+            *use,
             "`adapter.json` records the settings of the fit.",
             "",
         ]

@@ -108,6 +108,9 @@ def comfyui_files(adapter: Adapter) -> dict[str, Iterable[bytes | memoryview]]:
 def _checked(adapter: Adapter) -> Family:
     """Returns the family of an adapter that ComfyUI can use."""
     name, config = adapter.name, adapter.record.config
+    if config.method != "imagic":
+        got = f"adapter {name} of method {config.method}, which makes images of a prompt and has no embeddings to interpolate"
+        raise ImagicError(got, "an adapter of method imagic", "use --format kohya, and write the prompt in ComfyUI")
     if config.tune.mode == "full":
         got = f"adapter {name} holds full weights, and ComfyUI adds LoRA layers to a checkpoint"
         raise ImagicError(got, "an adapter of mode lora or embedding", f"convert it with: imagic-lora compress {name} --rank 16")

@@ -18,6 +18,7 @@ from .contents import embedding_tensors, read_embeddings
 from .kohya import component, kohya, metadata, version
 from .readers import check_layers, notes
 from .record import CARD, EMBEDDINGS, RECORD
+from .subject import a1111_word, subject_page, word_use
 from .writing import check_outputs, hidden_folder, pieces, writable
 
 Format = Literal["comfyui", "kohya", "diffusers"]
@@ -85,6 +86,8 @@ The images were sampled in {steps} steps at guidance scale {guidance:g}, startin
 def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = False) -> list[Path]:
     """Writes an adapter's weights, its embeddings and a page that explains their use. No file gets its final name before all are written.
 
+    Adapters of other methods than imagic have no embeddings to export. A new word is written as A1111 reads it for ``kohya``.
+
     Warns with what the programs leave out or do in another way.
 
     Args:
@@ -122,6 +125,9 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
 
 def _for_kohya(adapter: Adapter) -> Files:
     name, mode = adapter.name, adapter.record.config.tune.mode
+    if adapter.record.config.method == "textual-inversion":
+        page = subject_page(adapter, word_use(adapter, a1111=True))
+        return {f"{name}.safetensors": safetensors_pieces(a1111_word(adapter)), f"{name}.md": [page]}
     if mode != "lora":
         holds = "full weights" if mode == "full" else "no weights (mode embedding)"
         other = f"convert it with: imagic-lora compress {name} --rank 16" if mode == "full" else "fit it with --mode lora"
@@ -136,8 +142,10 @@ def _for_kohya(adapter: Adapter) -> Files:
     ]
     for note in use[1:]:
         warnings.warn(note, ImagicWarning, stacklevel=3)
-    return {
-        f"{name}.safetensors": safetensors_pieces(tensors, metadata(adapter)),
+    weights = {f"{name}.safetensors": safetensors_pieces(tensors, metadata(adapter))}
+    if adapter.record.config.method != "imagic":
+        return weights | {f"{name}.md": [subject_page(adapter, "\n\n".join(use))]}
+    return weights | {
         embeddings: _embeddings(adapter),
         f"{name}.md": [_page(adapter, "\n\n".join(use), embeddings)],
     }
@@ -146,8 +154,11 @@ def _for_kohya(adapter: Adapter) -> Files:
 def _for_diffusers(adapter: Adapter) -> Files:
     denoiser = _DENOISERS.get(version(adapter), "UNet2DConditionModel")
     use = _DIFFUSERS_USE[adapter.record.config.tune.mode].format(denoiser=denoiser, component=component(adapter))
-    page = _page(adapter, use, EMBEDDINGS)
     weights = {file: pieces(adapter.listed(file)) for file in adapter.record.weight_files}
+    if adapter.record.config.method != "imagic":
+        use = word_use(adapter, a1111=False) if adapter.record.config.method == "textual-inversion" else use
+        return weights | {CARD: [subject_page(adapter, use)]}
+    page = _page(adapter, use, EMBEDDINGS)
     return weights | {EMBEDDINGS: _embeddings(adapter), CARD: [page]}
 
 

@@ -89,7 +89,7 @@ def metadata(adapter: Adapter) -> dict[str, str]:
         "ss_v2": str(kind == "v2"),
         "ss_sd_model_name": record.base.name,
         "ss_output_name": adapter.name,
-        "ss_num_train_images": "1",
+        "ss_num_train_images": str(1 + len(record.source.others)),
         "ss_resolution": f"({width}, {height})",
         "ss_steps": str(tune.steps),
         "ss_learning_rate": str(tune.learning_rate),

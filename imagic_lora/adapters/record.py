@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.config import RunConfig, TunedMode
+from ..core.errors import ImagicError
 from ..photos.region import Region
 from .manifest import FileName, Manifest, Sha256
 
@@ -15,6 +17,8 @@ RECORD, EMBEDDINGS, SOURCE, PREVIEW, STEPS, CARD = (
 )  # fmt: skip
 
 PHOTO = "photo"  # stem of the photo's file
+WORD_FILES = {"text_encoder": "learned_embeds.safetensors", "text_encoder_2": "learned_embeds_2.safetensors"}
+"""The files with the vectors of a new word, by text encoder."""
 CONVERGENCE, PREVIEWS = "convergence.png", "previews.png"  # in adapters whose fit evaluated the relative loss, or made previews
 
 REMEDY = "fit or copy the adapter again"
@@ -50,7 +54,8 @@ class SourceRecord(_Part):
     """The photo: hash of its file, size (width, height) and box (left, top, right, bottom) on the canvas ``source.png``, in pixels.
 
     ``region`` is the part of the photo that was fitted, and is present only if that is not all of it: then the box is that of the region.
-    ``file`` is the stored file of the photo; it is missing in older adapters and after ``fit --no-store-photo``.
+    ``file`` is the stored file of the photo; it is missing in older adapters, after ``fit --no-store-photo`` and with methods other than
+    imagic. ``others`` are the hashes of further photos; then the photos are squares from their middles, and the size is that of the square.
     """
 
     sha256: Sha256
@@ -58,6 +63,7 @@ class SourceRecord(_Part):
     box: tuple[int, int, int, int]
     region: Annotated[Region | None, Field(exclude_if=lambda value: value is None)] = None
     file: Annotated[FileName | None, Field(exclude_if=lambda value: value is None)] = None
+    others: Annotated[list[Sha256], Field(exclude_if=lambda value: not value)] = []
 
 
 class StageRecord(_Part):
@@ -119,12 +125,20 @@ class Record(Manifest):
     @property
     def eta(self) -> float:
         """The default eta of an edit: the suggested one, or that of the settings of the fit."""
-        return self.suggested.eta if self.suggested else self.config.eta
+        return self.suggested.eta if self.suggested else self.config.edit_eta
+
+    def check_etas(self, etas: Iterable[float]) -> None:
+        """Raises ImagicError for an eta other than 1 where the method of the fit does not interpolate."""
+        method = self.config.method
+        if method != "imagic" and (others := [eta for eta in etas if eta != 1]):
+            got = f"eta {others[0]:g} with adapter {self.name} of method {method}"
+            raise ImagicError(got, "no eta: this adapter makes images of a prompt", "leave out --eta, and give a --prompt")
 
     @property
     def weight_files(self) -> list[str]:
-        """The files of the trained weights; none in mode embedding."""
-        return [file for part in self.parts for file in part.files]
+        """The files of the trained weights, or of the vectors of a new word; none in mode embedding of method imagic."""
+        weights = [file for part in self.parts for file in part.files]
+        return weights or [file for file in WORD_FILES.values() if file in self.files and self.config.method == "textual-inversion"]
 
     def max_bytes(self, file: str) -> int:
         return self.MAX_BYTES if file in self.weight_files else _MAX_OTHER

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from ..core.config import FitMethod
 from ..core.errors import ImagicError
 from .layers import LORA_TARGETS, TRANSFORMER_TARGETS, klein_targets
 from .loading.vetting import TIME_IDS, inpainting_channels
@@ -130,6 +131,19 @@ class Architecture(ABC):
             ImagicError: it is an inpainting model.
         """
         check_text_to_image(self, name, "a fit")
+
+
+def check_fit_method(architecture: Architecture, name: str, method: FitMethod) -> None:
+    """Raises ImagicError for a flow and a method that is for U-Nets alone.
+
+    Args:
+        architecture: configs of the base.
+        name: of the base, for the message.
+        method: method of the fit.
+    """
+    if method != "imagic" and architecture.process == "flow":
+        got = f"--method {method} on {name}, a flow transformer"
+        raise ImagicError(got, "a base with a U-Net: Stable Diffusion 1.x, 2.x or XL, or critters", "use --method imagic, or another base")
 
 
 def check_text_to_image(architecture: Architecture, name: str, what: str) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..core.config import EditConfig, Mode, RunConfig
+from ..core.config import EditConfig, FitMethod, Mode, RunConfig
 from ..core.errors import ImagicError
 from ..core.settings import RECIPES, read_settings, resolve
 from ..core.text import exact
@@ -16,8 +16,9 @@ from ..methods.generated import PromptOnly
 from ..methods.imagic import Imagic
 from ..methods.sampled import SamplingMethod
 from ..methods.sdedit import SDEdit, SDEditConfig
+from ..methods.subject import SubjectMethod
 from .bounds import Bounds
-from .critters import Benched
+from .runner import Benched
 
 RECIPE_FILES = Path(__file__).parent
 STRENGTHS = (0.5, 0.65, 0.8, 0.9)
@@ -100,6 +101,11 @@ def reference(name: str, file: str) -> Imagic:
     return Imagic(name, resolve({"base": "critters", "resolution": None}, read_settings(RECIPE_FILES / file), {}))
 
 
+def subject(method: FitMethod) -> SubjectMethod:
+    """Returns DreamBooth, as LoRA, or textual inversion with the recipe of the embedded base."""
+    return SubjectMethod(resolve({"base": "critters", "method": method}, {}, RECIPES["critters"]))
+
+
 CATALOGUE: dict[str, Callable[[], Benched]] = {
     "bounds": Bounds,
     "prompt-only": prompt_only,
@@ -110,6 +116,8 @@ CATALOGUE: dict[str, Callable[[], Benched]] = {
     "reference": lambda: reference("reference", "reference-imagic.yaml"),
     "reference-retuned": lambda: reference("reference-retuned", "reference-imagic-retuned.yaml"),
     **{name: partial(sampling, name) for name in SAMPLING if name not in ("prompt-only", "sdedit") and "unet" in SAMPLING[name].supports},
+    "dreambooth": lambda: subject("dreambooth"),
+    "textual-inversion": lambda: subject("textual-inversion"),
 }
 
 

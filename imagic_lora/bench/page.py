@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,11 @@ from jinja2 import Environment, FileSystemLoader
 from .cases import KINDS, case_at
 from .critters import Bench, Result
 from .summary import IDENTITY_LIMITS, SHARES
+from .table import Table
 
 TEMPLATES = Path(__file__).parent
 PLOT = (640, 300)
 """Width and height of the plot of success over the identity limit, in pixels."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text cells.
-
-    Args:
-        columns: headings of the columns.
-        rows: the cells of each row.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def tables(summary: Mapping[str, Any]) -> dict[str, Table]:

@@ -11,34 +11,15 @@ import numpy as np
 from ..methods.method import Cost
 from .cases import KINDS, case_at
 from .critters import Bench, Result
+from .intervals import bootstrapped
 from .scores import IDENTITY_LIMIT, Score
 
 SHARES = ("success", "attributes", "aligned", "kept")
 MEASURES = (*SHARES, "identity", "background", "psnr", "ssim", "clip")
 IDENTITY_LIMITS = (0.2, 0.25, 0.3, IDENTITY_LIMIT, 0.4, 0.5, 0.6, 0.75, 1.0, 1.5)
 """Limits of the curve of success over the identity, in standard deviations over scenes."""
-RESAMPLES = 4000
 OURS = "imagic-lora"
 """The row that every other row is compared with."""
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over cases, and its 95% confidence interval by the percentile bootstrap (Efron 1979)."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrapped(values: Sequence[float]) -> Mean | None:
-    """Returns the mean of values with its interval from 4,000 resamples with a fixed seed; None if there are no values."""
-    if not values:
-        return None
-    array = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
-    low, high = np.quantile(array[draws].mean(1), [0.025, 0.975])
-    return Mean(float(array.mean()), float(low), float(high))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..core.errors import ImagicWarning, Stopped
+from ..core.text import duration
 from ..fleet.batch import Batch, grouped, run_here
 from ..fleet.lists import ListError
 from ..fleet.outcome import Outcome, Update
@@ -113,13 +114,3 @@ class Shown:
         elif not err.is_terminal:
             left = f", {self.left}" if self.left else ""
             err.print(f"{self.done}/{self.total} {plain(item.entry.name)}: {item.seconds:.1f} s{left}", highlight=False)
-
-
-def duration(seconds: float) -> str:
-    """Returns a duration in its two largest units: ``2 d 3 h``, ``4 min 10 s``."""
-    rest, parts = round(seconds), list[str]()
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, rest = divmod(rest, size)
-        if count or parts or unit == "s":
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2])

@@ -120,17 +120,22 @@ class Setup(NamedTuple):
 
 
 def configured(
-    names: Sequence[str], named: bool, source: bool, mask: Image.Image | None, given: Mapping[str, Any], levers: Mapping[str, Any]
+    names: Sequence[str],
+    named: bool,
+    have: Sequence[Need],
+    given: Mapping[str, Any],
+    levers: Mapping[str, Any],
+    mask: Image.Image | None = None,
 ) -> Setup:
     """Resolves the settings of the base and of every method, without loading the base.
 
     Args:
         names: names of the methods.
         named: whether the methods were asked for by name, so that each must be able to run.
-        source: whether the request will have a source prompt.
-        mask: the mask of the request.
+        have: the optional fields that requests will have.
         given: settings of the one method, as nested mappings.
         levers: base, preset and memory levers that were given.
+        mask: the mask of the request, if there is one for all of them.
 
     Raises:
         ImagicError: a setting is unknown or out of range, the base cannot be read, the area of the mask is too small, or a method that was
@@ -153,7 +158,7 @@ def configured(
                 raise
             found[name] = f"needs {error.expected}"
             continue
-        need = missing_need(name, optional_fields(source, mask is not None))
+        need = missing_need(name, have)
         if need is not None:
             found[name] = f"needs {NEEDS[need][0]}"
         elif name in IMAGIC:

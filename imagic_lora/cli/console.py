@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +23,7 @@ from .listening import listener
 
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
+    from ..bench.table import Table as Cells
     from ..core.runtime import Runtime
     from ..memory.plan import Plan
     from ..training.stage import StepReport
@@ -75,11 +77,15 @@ def print_active_settings(runtime: Runtime, run: RunConfig, why: str, processes:
         "full": f"full, {run.memory.master_weights} master weights",
         "embedding": "none, the embedding alone is trained",
     }[tune.mode]
+    if run.method == "textual-inversion":
+        tuning = f"none, {run.inversion.vectors} vector{'s' if run.inversion.vectors > 1 else ''} of the new word are trained"
     resolution = f"{run.resolution} x {run.resolution} pixels" if run.resolution else "that of the base"
     rows = {
         "preset": f"{run.preset} ({why})",
         **runtime.reasons,
         "base": run.base,
+        **({"method": run.method} if run.method != "imagic" else {}),
+        **({"class pictures": f"{run.dreambooth.class_pictures}, weight {run.dreambooth.prior_weight:g}"} if run.prior else {}),
         "resolution": resolution,
         "tuning": tuning,
         **({"adapter": f"about {size / 1e6:.2f} MB"} if size else {}),
@@ -118,7 +124,9 @@ def print_plan(plan: Plan, run: RunConfig, why: str) -> None:
     device = "a CUDA card" if assumed.device == "cuda" else "the CPU"
     resolution = f"{run.resolution} x {run.resolution} pixels" if run.resolution else "the resolution of the base"
     table = Table("MiB", "weights", "gradients", "optimizer", "activations", "allowance", "peak")
-    heading = f"{run.base}, mode {run.tune.mode}, preset {run.preset} ({why}), {resolution}, {assumed.dtype} on {device}"
+    what = f"mode {run.tune.mode}" if run.method == "imagic" else f"{run.method}, mode {run.tune.mode}"
+    what = run.method if run.method == "textual-inversion" else what
+    heading = f"{run.base}, {what}, preset {run.preset} ({why}), {resolution}, {assumed.dtype} on {device}"
     out.print(plain(heading), highlight=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -155,7 +163,8 @@ def show_progress(steps: Generator[StepReport, None, Adapter | None], run: RunCo
     with Progress(
         *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err, disable=not err.is_terminal
     ) as bar:
-        tasks = {name: bar.add_task(name, total=stage.steps, loss="", start=False) for name, stage in run.stages.items()}
+        totals = ({"class": run.dreambooth.class_pictures} if run.prior else {}) | {name: stage.steps for name, stage in run.stages.items()}
+        tasks = {name: bar.add_task(name, total=total, loss="", start=False) for name, total in totals.items()}
         started: set[str] = set()
         relative = ""
         while True:
@@ -172,7 +181,10 @@ def show_progress(steps: Generator[StepReport, None, Adapter | None], run: RunCo
             show_loss = report.step % max(1, report.steps // 10) == 0 or report.early_stop
             bar.update(tasks[report.stage], completed=report.step, total=report.step if report.early_stop else report.steps)
             relative = relative if report.relative_loss is None else f", relative {report.relative_loss:.2f}"
-            if show_loss:
+            if report.loss is None:
+                if show_loss and not err.is_terminal:
+                    err.print(f"{report.stage} pictures {report.step}/{report.steps}", highlight=False)
+            elif show_loss:
                 loss = f"{report.loss.item():.4f}{relative}"
                 bar.update(tasks[report.stage], loss=loss)
                 if not err.is_terminal:
@@ -197,6 +209,16 @@ def progress(items: Iterable[Value], total: int, label: str) -> Iterator[Value]:
     for done, item in enumerate(track(items, label, total=total, console=err, disable=not err.is_terminal), 1):
         listener().progress(label, done, total)
         yield item
+
+
+def cells_table(title: str, cells: Cells) -> Table:
+    """Returns a table of a benchmark for the terminal."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, name in enumerate(cells.columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
+    for row in cells.rows:
+        table.add_row(*map(plain, row))
+    return table
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:

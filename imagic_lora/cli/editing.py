@@ -97,7 +97,7 @@ class Edits:
                 written.append(one)  # at once: an interruption says whether there are images
         return written, searches
 
-    def _named(self, prompt: str) -> dict[str, str]:
+    def _named(self, prompt: str) -> dict[str, Any]:
         """The prompt, where several prompts need telling apart."""
         return {"prompt": prompt} if len(self.prompts) > 1 else {}
 
@@ -133,8 +133,9 @@ class Edits:
 
     def _names(self, etas: Sequence[float]) -> list[str]:
         """The names of the images and masks of one prompt."""
-        kinds = (image_name, mask_name) if self.save_mask else (image_name,)
-        return [name(eta, seed) for name in kinds for eta in etas for seed in self.seeds]
+        pairs, method = [(eta, seed) for eta in etas for seed in self.seeds], self.adapter.record.config.method
+        names = [image_name(eta, seed, method) for eta, seed in pairs]
+        return names + ([mask_name(eta, seed) for eta, seed in pairs] if self.save_mask else [])
 
     def _check_outputs(self, chosen: Mapping[Path, Sequence[float]]) -> None:
         """Raises ImagicError if a file of the etas of a folder cannot be written."""

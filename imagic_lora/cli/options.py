@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, Token
 
 from ..core.config import DeviceConfig, EditConfig, PresetOrAuto
 from ..core.errors import ImagicError, unreadable
 from ..core.text import slug
+
+if TYPE_CHECKING:
+    from ..adapters.adapter import Adapter
 
 Flag = Annotated[bool, Parameter(negative=())]
 """A switch without the negative form ``--no-...`` that cyclopts adds by default."""
@@ -43,6 +47,34 @@ def explicit(sampling: EditConfig | None, device: DeviceConfig | None, preset: P
 def suggested_etas(eta: float) -> str:
     """Returns a range of etas around an eta, in the notation of ``--eta``."""
     return f"{max(0.0, eta - 0.4):g}:{min(2.0, eta + 0.4):g}:0.1"
+
+
+def check_interpolates(adapter: Adapter, given: Mapping[str, object], sampling: EditConfig | None = None) -> None:
+    """Checks that an adapter of a method without eta is not given what belongs to the interpolation, or to edits of the photo.
+
+    Args:
+        adapter: the adapter.
+        given: values of flags that the adapters of Imagic alone have; None for those that are not given.
+        sampling: settings of stage 3 that flags gave.
+
+    Raises:
+        ImagicError: one of them is given.
+    """
+    method = adapter.record.config.method
+    of_eta = {"source_eta", "padding_eta"} & (sampling.model_fields_set if sampling else set())
+    flags = [flag for flag, value in given.items() if value is not None] + [f"--{name.replace('_', '-')}" for name in sorted(of_eta)]
+    if method != "imagic" and flags:
+        got = f"{flags[0]} with adapter {adapter.name}, which is of method {method}"
+        expected = "an adapter of method imagic: this one makes images of a prompt, without an eta and without the photo"
+        raise ImagicError(got, expected, f"leave out {flags[0]}, and use --prompt and --seed")
+
+
+def suggested_flags(adapter: Adapter) -> str:
+    """Flags for a first edit with an adapter: etas around its own, or a prompt for a method without eta."""
+    record = adapter.record
+    return (
+        f"--eta {suggested_etas(record.eta)}" if record.config.method == "imagic" else f"--prompt {shlex.quote(record.prompt)} --seed 0:4"
+    )
 
 
 def parse_etas(text: str) -> list[float]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 Mode = Literal["lora", "full", "embedding"]
 TunedMode = Literal["lora", "full"]  # the modes with a stage 2
+FitMethod = Literal["imagic", "dreambooth", "textual-inversion"]
 OptimizerName = Literal["auto", "adam8bit", "adam", "adafactor"]
 Timesteps = Literal["stratified", "uniform"]
 Preset = Literal["8gb", "12gb", "16gb", "24gb", "cpu"]
@@ -100,6 +101,36 @@ class TuneConfig(Config):
     targets: Annotated[Literal["attention", "attention+conv", "attention+mlp", "all"], _flag("targets")] = "attention"
     """Layers that LoRA adapts. attention: the attention projections. attention+conv: also the convolutions of the residual blocks of a
     U-Net. attention+mlp: also the feed-forward layers of a transformer. all: every linear and convolution layer. Only for mode lora."""
+
+
+class DreamBoothConfig(Config):
+    """DreamBooth with prior preservation (arXiv 2208.12242). Only for method dreambooth."""
+
+    class_prompt: Annotated[str, _flag("class-prompt")] = ""
+    """The prompt without the rare word, such as "a photo of a dog". The base generates the class pictures from it, and the fit keeps what
+    the base makes of it. Needed unless prior_weight is 0."""
+    class_pictures: Annotated[int, _flag("class-pictures")] = Field(default=100, ge=1, le=10_000)
+    """Number of class pictures. They are generated once, from noise with the sampling settings of stage 3, and kept in the user's cache
+    (XDG_CACHE_HOME) for later fits of the same base, class_prompt, sampling settings, size and class_seed."""
+    class_seed: Annotated[int, _flag("class-seed")] = Field(default=0, ge=0, lt=2**32)
+    """Seed of the class pictures."""
+    prior_weight: Annotated[float, _flag("prior-weight")] = Field(default=1.0, ge=0, le=100)
+    """Weight of the loss on the class pictures, beside that on the photos. 0: no class pictures."""
+
+
+class InversionConfig(Config):
+    """Textual inversion (arXiv 2208.01618). Only for method textual-inversion. Steps, learning rate and batch size are those of stage 1."""
+
+    word: Annotated[str | None, _flag("word")] = Field(default=None, min_length=1, max_length=100)
+    """The new word. Default: the one in angle brackets in the prompt."""
+    initial_word: Annotated[str, _flag("initial-word")] = ""
+    """A word of the vocabulary whose vector the new word starts from, such as dog. Needed."""
+    vectors: Annotated[int, _flag("vectors")] = Field(default=1, ge=1, le=64)
+    """Number of vectors of the new word, each of which takes the place of one token. More of them keep more of the photo and can be edited
+    less."""
+    templates: Annotated[Literal["object", "prompt"], _flag("templates")] = "object"
+    """Prompts of the training. object: at every step one of the 27 templates of the paper, such as "a photo of a WORD". prompt: the
+    target prompt alone."""
 
 
 class EditConfig(Config):
@@ -251,8 +282,14 @@ class RunConfig(Config):
     eta: float = Field(default=0.7, ge=0, le=2)
     """Interpolation between photo and edit, for the preview and for edits without an eta of their own. 0: the reconstruction of the photo.
     1: the target prompt alone. Values above 1 extrapolate."""
+    method: Annotated[FitMethod, _flag("method")] = "imagic"
+    """What a fit does. imagic: both stages on one photo, for edits of it. dreambooth: stage 2 on one photo or several, with a rare word in
+    the prompt ("a photo of sks dog") and class pictures beside the photos. textual-inversion: finds the vectors of a new word in the prompt
+    (in angle brackets) and changes no weight. The adapters of the last two make new images, and have no eta."""
     embed: Annotated[EmbedConfig, Parameter(group=Group("Stage 1: embed", sort_key=1))] = EmbedConfig()
     tune: Annotated[TuneConfig, Parameter(group=Group("Stage 2: tune", sort_key=2))] = TuneConfig()
+    dreambooth: Annotated[DreamBoothConfig, Parameter(group=Group("DreamBooth", sort_key=2))] = DreamBoothConfig()
+    inversion: Annotated[InversionConfig, Parameter(group=Group("Textual inversion", sort_key=2))] = InversionConfig()
     edit: Annotated[EditConfig, Parameter(group=Group("Stage 3: the preview, and the defaults of later edits", sort_key=3))] = EditConfig()
     memory: Annotated[MemoryConfig, Parameter(group=DEVICE_GROUP)] = MemoryConfig()
     checkpoint: Annotated[CheckpointConfig, Parameter(group=_CHECKPOINTS)] = CheckpointConfig()
@@ -261,8 +298,27 @@ class RunConfig(Config):
     @property
     def stages(self) -> dict[str, EmbedConfig | TuneConfig]:
         """The training stages that run, by name, in their order."""
-        embed: dict[str, EmbedConfig | TuneConfig] = {"embed": self.embed}
-        return embed if self.tune.mode == "embedding" else embed | {"tune": self.tune}
+        stages: dict[str, EmbedConfig | TuneConfig] = {"embed": self.embed, "tune": self.tune}
+        if self.method == "dreambooth":
+            del stages["embed"]
+        elif self.method == "textual-inversion" or self.tune.mode == "embedding":
+            del stages["tune"]
+        return stages
+
+    @property
+    def encodes_while_training(self) -> bool:
+        """Whether stage 1 trains what the text encoders encode, so that it needs them."""
+        return self.method == "textual-inversion" or (self.method == "imagic" and self.embed.space == "input")
+
+    @property
+    def prior(self) -> bool:
+        """Whether class pictures are trained beside the photos."""
+        return self.method == "dreambooth" and self.dreambooth.prior_weight > 0
+
+    @property
+    def edit_eta(self) -> float:
+        """Eta of an edit without one of its own: 1, the prompt alone, for methods without an interpolation."""
+        return self.eta if self.method == "imagic" else 1.0
 
     def stops_early(self, stage: str) -> bool:
         """Whether a stage ends when its relative loss no longer falls.

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
-from cyclopts import Parameter
 from pydantic import BaseModel, ValidationError
 
-from .config import Mode, Preset, RunConfig, TuneConfig
+from .config import FitMethod, Mode, Preset, RunConfig, TuneConfig
 from .errors import ImagicError
+from .unread import flag_of, paths, unread
 from .validation import first_problem
 from .yaml_files import read_yaml
 
-Recipe = Mapping[Mode, Mapping[str, Any]]
+RecipePart = Literal["lora", "full", "embedding", "dreambooth-lora", "dreambooth-full", "textual-inversion"]
+"""The part of a recipe that applies to a run: that of its mode for method imagic, else that of its method."""
+Recipe = Mapping[RecipePart, Mapping[str, Any]]
 
 _CRITTERS: dict[str, Any] = {  # docs/log.md lists the alternatives that were tried
     "eta": 1.0,
@@ -32,11 +34,20 @@ _SD3 = _FLOW  # steps and guidance scale are those of its card
 _KLEIN = {**_FLOW, "edit": {"steps": 50, "guidance_scale": 4.0}}  # the defaults of diffusers' pipeline
 _RATE_OF_DIFFUSERS = {"learning_rate": 1e-4}  # the default of diffusers' LoRA scripts for both; none was measured on one photo
 
-RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
+_OTHER_METHODS: dict[RecipePart, dict[str, Any]] = {  # from diffusers' scripts, at batch size 1
+    "dreambooth-lora": {"tune": {"steps": 800, "learning_rate": 1e-4}},
+    "dreambooth-full": {"tune": {"steps": 800, "learning_rate": 5e-6}},
+    "textual-inversion": {"embed": {"steps": 3000, "learning_rate": 2e-3}},
+}
+
+_CRITTERS_SAMPLING = {"edit": {"guidance_scale": 3.0, "steps": 23}, "monitoring": {"convergence_every": 10}}
+
+RECIPES: dict[str, dict[RecipePart, dict[str, Any]]] = {
     "sd": {
         "lora": {},
         "full": {"embed": {"steps": 1000, "learning_rate": 2e-3}, "tune": {"steps": 1500, "learning_rate": 5e-7}},
         "embedding": {},
+        **_OTHER_METHODS,
     },
     "flow": {
         "lora": _FLOW,
@@ -60,6 +71,21 @@ RECIPES: dict[str, dict[Mode, dict[str, Any]]] = {
         },
         "full": {**_CRITTERS, "tune": {"steps": 60, "learning_rate": 4e-5}},
         "embedding": _CRITTERS,
+        "dreambooth-lora": {
+            **_CRITTERS_SAMPLING,
+            "tune": {"steps": 300, "learning_rate": 2e-3, "rank": 4, "targets": "attention+conv"},
+            "dreambooth": {"class_pictures": 50, "prior_weight": 0.3},
+        },
+        "dreambooth-full": {
+            **_CRITTERS_SAMPLING,
+            "tune": {"steps": 300, "learning_rate": 1e-4},
+            "dreambooth": {"class_pictures": 50, "prior_weight": 0.3},
+        },
+        "textual-inversion": {
+            **_CRITTERS_SAMPLING,
+            "embed": {"steps": 300, "learning_rate": 3e-2},
+            "inversion": {"templates": "prompt", "vectors": 4},
+        },
     },
 }
 """Learning rates, steps and sampling settings for a kind of base, by mode."""
@@ -159,7 +185,7 @@ def recipe_of(base: str | None, few_steps: int | None = None, guidance: str = "c
     if few_steps is None:
         return recipe
     sampling = {"edit": {"steps": few_steps, "guidance_scale": _EMBEDDED_GUIDANCE if guidance == "embedded" else 0.0}}
-    return {mode: merged(settings, sampling) for mode, settings in recipe.items()}
+    return {part: merged(settings, sampling) for part, settings in recipe.items()}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -181,7 +207,27 @@ def mode_of(given: Mapping[str, Any]) -> Mode:
     """The mode that nested settings select: the default where they name none, or one that does not exist."""
     tune = given.get("tune")
     named = tune.get("mode") if isinstance(tune, Mapping) else None
+    if method_of(given) == "textual-inversion":
+        return "embedding"  # no weight of the denoiser is trained
     return cast(Mode, named) if named in get_args(Mode) else TuneConfig().mode
+
+
+def method_of(given: Mapping[str, Any]) -> FitMethod:
+    """The method that nested settings select: the default where they name none, or one that does not exist."""
+    named = given.get("method")
+    return cast(FitMethod, named) if named in get_args(FitMethod) else "imagic"
+
+
+def recipe_part(method: FitMethod, mode: Mode) -> RecipePart:
+    """The part of a recipe for a run."""
+    if method == "imagic":
+        return mode
+    return "textual-inversion" if method == "textual-inversion" else "dreambooth-full" if mode == "full" else "dreambooth-lora"
+
+
+def _fixed(method: FitMethod) -> dict[str, Any]:
+    """Settings that follow from the method: a new word trains no weight."""
+    return {"tune": {"mode": "embedding"}} if method == "textual-inversion" else {}
 
 
 def resolve(
@@ -200,13 +246,13 @@ def resolve(
         ImagicError: an unknown name, a value out of range, or two settings that exclude each other.
     """
     given = merged(file, flags)
-    mode = mode_of(given)
+    method, mode = method_of(given), mode_of(given)
     preset_name = preset or given.get("preset", "auto")
     levers = preset_levers(preset_name, mode, large)
     override = {"preset": preset} if preset else {}
-    run = validated(merged(recipe.get(mode, {}), levers, given, override))
-    for flag, other, expected in _clashes(run, given):
-        source = "the flags" if flag in _flags(flags) else "the file" if flag in _flags(file) else f"preset {preset_name}"
+    run = validated(merged(recipe.get(recipe_part(method, mode), {}), levers, given, override, _fixed(method)))
+    for flag, other, expected in (*unread(run, given), *_clashes(run, given)):
+        source = "the flags" if flag in _named(flags) else "the file" if flag in _named(file) else f"preset {preset_name}"
         raise ImagicError(f"{flag} (from {source}) together with {other}", expected, f"change {other} or leave out {flag}")
     return run
 
@@ -264,20 +310,22 @@ def _monitoring_clashes(run: RunConfig, named: Sequence[str]) -> Iterator[tuple[
             yield flag, early_stop, "this setting only with --early-stop embed, tune or both"
 
 
-def _tune_flag(name: str) -> str:
-    """The flag of a setting of stage 2, such as ``--rank`` or ``--tune.steps``."""
-    parameters = [entry for entry in TuneConfig.model_fields[name].metadata if isinstance(entry, Parameter)]
-    own = [flag for parameter in parameters for flag in parameter.name or ()]
-    return own[0] if own else f"--tune.{name.replace('_', '-')}"
-
-
-_STAGE_2 = tuple(_tune_flag(name) for name in TuneConfig.model_fields if name != "mode")
+_STAGE_2 = tuple(flag_of(TuneConfig, "tune", name) for name in TuneConfig.model_fields if name != "mode")
 
 
 def _flags(given: Mapping[str, Any]) -> list[str]:
     """The flags of the settings given in these groups; those of edit as the command ``edit`` has them."""
     groups = {group: given[group] for group in ("tune", "memory", "edit", "monitoring") if isinstance(given.get(group), Mapping)}
-    return [_tune_flag(name) if group == "tune" else f"--{name.replace('_', '-')}" for group, names in groups.items() for name in names]
+    return [
+        flag_of(TuneConfig, group, name) if group == "tune" else f"--{name.replace('_', '-')}"
+        for group, names in groups.items()
+        for name in names
+    ]
+
+
+def _named(given: Mapping[str, Any]) -> set[str]:
+    """Every flag that the given settings are known by."""
+    return {*_flags(given), *(flag for _, flag in paths(given))}
 
 
 def validated(values: Mapping[str, Any]) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Text that files and libraries accept, whole UTF-8 characters; parts of file names; numbers as text."""
+"""Text that files and libraries accept, whole UTF-8 characters; parts of file names; numbers and durations as text."""
 
 from __future__ import annotations
 
@@ -37,3 +37,13 @@ def exact(number: float) -> str:
 def slug(text: str, fallback: str) -> str:
     """Returns a text as a part of a file name: letters, digits, ``.``, ``_`` and ``-``; the fallback if nothing remains."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:100] or fallback
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration in its two largest units: ``2 d 3 h``, ``4 min 10 s``."""
+    rest, parts = round(seconds), list[str]()
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count or parts or unit == "s":
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])

@@ -164,7 +164,8 @@ def grouped(entries: Iterable[Entry], together: int | None = 1) -> Iterator[list
     """Returns the groups in which photos are fitted; those that share a base come one after another.
 
     A group shares each pass of the denoiser, see :func:`~imagic_lora.training.together.fit_together`: its photos have the same settings,
-    but for the seed, and canvases of one size. Fits of mode full, and photos that cannot be read, are groups of their own.
+    but for the seed, and canvases of one size. Fits of mode full or of another method than imagic, and photos that cannot be read, are
+    groups of their own.
 
     Args:
         entries: what is left of the list.
@@ -188,7 +189,7 @@ def _together(entries: Sequence[Entry], together: int | None) -> Iterator[list[E
     from ..training.grouping import groups
 
     config, by_name = entries[0].config, {entry.name: entry for entry in entries}
-    if config.tune.mode == "full" or len(entries) == 1:
+    if config.method != "imagic" or config.tune.mode == "full" or len(entries) == 1:
         yield from ([entry] for entry in entries)
         return
     architecture = architecture_of(config.base, config.revision)

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,13 +79,14 @@ class Problems:
             raise ListError(path, [Problem(places, *what) for what, places in self._places.items()])
 
 
-def read_list(path: Path, prompt: str | None, problems: Problems) -> list[Row]:
+def read_list(path: Path, prompt: str | None, problems: Problems, needed: str = "photo") -> list[Row]:
     """Reads the lines of a list, unchecked.
 
     Args:
         path: a ``.csv``, ``.jsonl``, ``.yaml`` or ``.yml`` file, or a folder of photos.
         prompt: target prompt of the lines without one; a folder needs it.
         problems: receives the lines that cannot be read.
+        needed: the column that the header of a CSV file must have.
 
     Raises:
         ImagicError: there is no such file or folder, its format is another, it is not UTF-8, too large, holds no photo or too many.
@@ -92,7 +94,7 @@ def read_list(path: Path, prompt: str | None, problems: Problems) -> list[Row]:
     if path.is_dir():
         rows = _folder(path, prompt)
     else:
-        readers = {".csv": _csv, ".jsonl": _jsonl, ".yaml": _yaml, ".yml": _yaml}
+        readers = {".csv": partial(_csv, needed=needed), ".jsonl": _jsonl, ".yaml": _yaml, ".yml": _yaml}
         if (reader := readers.get(path.suffix.lower())) is None:
             raise ImagicError(
                 f"{path} is no list of photos", f"a folder, or a file that ends in {', '.join(readers)}", "rename or convert it"
@@ -143,7 +145,7 @@ def _text(path: Path) -> str:
         raise ImagicError(got, "a text file in UTF-8", "save it as UTF-8, or convert it, for example: iconv -f latin1 -t utf-8") from error
 
 
-def _csv(path: Path, problems: Problems) -> Iterator[Row]:
+def _csv(path: Path, problems: Problems, needed: str) -> Iterator[Row]:
     """The lines below the header; cells are separated by the one of ``,``, ``;`` and tabs that the header has most of."""
     text = _text(path)
     header_line = text.split("\n", 1)[0]
@@ -152,10 +154,9 @@ def _csv(path: Path, problems: Problems) -> Iterator[Row]:
     if doubled := sorted({name for name in header if header.count(name) > 1}):
         problems.add("line 1", f"the column {doubled[0]!r} occurs twice", "each column once")
         return
-    if "photo" not in header:
-        problems.add(
-            "line 1", f"no column photo among {', '.join(map(repr, header[:20])) or 'none'}", "the names of the columns, one of them photo"
-        )
+    if needed not in header:
+        among = ", ".join(map(repr, header[:20])) or "none"
+        problems.add("line 1", f"no column {needed} among {among}", f"the names of the columns, one of them {needed}")
         return
     while True:
         first = reader.line_num + 1

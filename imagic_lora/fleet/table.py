@@ -122,6 +122,8 @@ class Table:
         found = self._configs[key]
         if isinstance(found, ImagicError):
             raise found
+        if "eta" in free and found.method != "imagic":
+            raise ImagicError(f"eta = {free['eta']} with method {found.method}", "no eta, which this method does not have", "leave it out")
         return found.model_copy(update={name: getattr(validated(free), name) for name in free})
 
     def _checked(self, given: Mapping[str, Any]) -> RunConfig | ImagicError:

@@ -223,7 +223,7 @@ class Worker:
         config, etas, folder = entry.config.edit, self.work.etas or (adapter.record.eta,), self.work.images(entry)
         photo, keep = read_canvas(adapter).photo(), read_keep(adapter, None, None)  # edits of a region are pasted into the photo
         common = image_metadata(adapter, base, config, entry.prompt) | (keep.metadata if keep else {})
-        names = [image_name(eta, seed) for eta in etas for seed in self.work.seeds]
+        names = [image_name(eta, seed, adapter.record.config.method) for eta in etas for seed in self.work.seeds]
         if not self.work.overwrite:
             check_same_edits([folder / name for name in names], common)
         explained_memory = explain_out_of_memory(base.architecture, entry.config, base.runtime, "decode", levers=EDIT_LEVERS)

@@ -9,7 +9,7 @@ from typing import Any
 from ..bases.architecture import Architecture
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
-from ..core.settings import merged, mode_of, resolve
+from ..core.settings import merged, mode_of, recipe_part, resolve
 from .plan import Assumed, predict
 from .symbolic.layers import NotPlanned
 
@@ -95,5 +95,6 @@ def with_lever(run: RunConfig, change: Mapping[str, Any]) -> RunConfig:
     Raises:
         ImagicError: the lever is for the other mode, or conflicts with another setting.
     """
-    given = merged({"tune": {"mode": run.tune.mode}}, change)
-    return resolve(given, {}, {mode_of(given): run.model_dump()})
+    trains = {} if run.method == "textual-inversion" else {"tune": {"mode": run.tune.mode}}  # which has no mode to choose
+    given = merged({"method": run.method}, trains, change)
+    return resolve(given, {}, {recipe_part(run.method, mode_of(given)): run.model_dump()})

@@ -14,7 +14,7 @@ from .symbolic.layers import LayerOptions, Layers, NotPlanned
 from .symbolic.tape import Tape
 from .symbolic.unet import UNet
 from .symbolic.vae import vae_forward
-from .trained import CountedWeights, Counts, trained
+from .trained import CountedWeights, Counts, trained, word_trained
 
 _ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _CUDA_CONTEXT = 500 * 2**20  # bytes of a CUDA context and the kernels of its libraries, before any tensor exists
@@ -206,6 +206,8 @@ class _Planner:
         kinds = architecture.encoder_classes
         self.encoders = self.vae + self.itemsize * sum(text_parameters(config, kinds[name]) for name, config in texts)
         self.trained = trained(architecture, run.tune.mode, self.unet, assumed.optimizer)
+        if run.method == "textual-inversion":
+            self.trained = word_trained(architecture, run.inversion.vectors, assumed.optimizer)
 
     def plan(self, stages: dict[str, Peak]) -> Plan:
         """The plan with these peaks."""
@@ -237,13 +239,14 @@ class _Planner:
         decode = Peak(sampling, 0, 0, self._vae_pass(decode=True, images=run.edit.batch_size)[1])
         preview = Peak(sampling, 0, self.photos * self.trained.states, max(sample.activations, decode.activations))
         embed = Peak(training, 0, 0, self._denoiser_pass(batch=self.photos * run.embed.batch_size, trains="embed")[1])
-        if run.embed.space == "input":  # the encoders stay until the end of the stage, and their activations until the backward pass
+        if run.encodes_while_training:  # the encoders stay until the end of the stage, and their activations until the backward pass
             embed = replace(
                 embed, weights=unet.bytes + self.encoders, activations=embed.activations + self.photos * self._text_activations()
             )
         return {
             "encode": Peak(encoding, 0, 0, self._vae_pass(decode=False)[1]),
-            "embed": embed,
+            **({"class": replace(sample, weights=training + sampling - tuned, activations=preview.activations)} if run.prior else {}),
+            **({"embed": embed} if "embed" in run.stages else {}),
             **({"tune": self._tune(tuned)} if "tune" in run.stages else {}),
             **({"preview": preview} if run.previews_every else {}),
             "sample": sample,
@@ -264,7 +267,7 @@ class _Planner:
         return self.itemsize * elements
 
     def _tune(self, weights: int) -> Peak:
-        held = self._denoiser_pass(tuned=True, batch=self.photos * self.run.tune.batch_size, trains="tune")[1]
+        held = self._denoiser_pass(tuned=True, batch=self.photos * (1 + self.run.prior) * self.run.tune.batch_size, trains="tune")[1]
         gradients = 0 if self.run.memory.optimizer_in_backward else self.photos * self.trained.weights
         return Peak(weights, gradients, self.photos * self.trained.states, max(held, gradients) - gradients)
 

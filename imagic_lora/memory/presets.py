@@ -155,12 +155,12 @@ def most_together(base: Architecture, run: RunConfig, assumed: Assumed, free: in
 
     Args:
         base: configs of the base's components. Where its memory cannot be predicted, one photo is fitted at a time.
-        run: settings of the fits; those of mode full are not fitted together.
+        run: settings of the fits; those of mode full, and of other methods than imagic, are not fitted together.
         assumed: device, precision and optimizer of the fits.
         free: free bytes on the device before anything is loaded.
         photos: number of photos, at least 1.
     """
-    if run.tune.mode == "full" or run.memory.optimizer_in_backward:
+    if run.method != "imagic" or run.tune.mode == "full" or run.memory.optimizer_in_backward:
         return 1
 
     def fits(count: int) -> bool:

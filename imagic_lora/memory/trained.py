@@ -57,6 +57,18 @@ class CountedWeights:
     lora_states: int
 
 
+def word_trained(architecture: Architecture, vectors: int, optimizer: str) -> Trained:
+    """The bytes of what textual inversion trains: the vectors of a new word for every text encoder.
+
+    Args:
+        architecture: configs of the base's components.
+        vectors: number of vectors of the word.
+        optimizer: ``adam8bit``, ``adam`` or ``adafactor``, for which stage 1 takes ``adam``.
+    """
+    sizes = [vectors * shape[-1] for shape in architecture.vectors.values()]
+    return Trained(_FP32 * sum(sizes), 0, sum(state_bytes(optimizer, size) for size in sizes), _FP32 * sum(sizes))
+
+
 def trained(architecture: Architecture, mode: Mode, unet: Counts, optimizer: str) -> Trained:
     """The bytes of what a mode trains last: LoRA layers, the denoiser, or the embedding.
 

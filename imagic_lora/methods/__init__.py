@@ -6,6 +6,7 @@ May import: core, photos, bases, memory, adapters, sampling, training. Must not 
 - ``imagic.py``: Imagic, in either mode and with any settings
 - ``sampled.py``: the common form of methods that only sample: an encoded request, and settings for each row
 - ``generated.py``: methods that call stage 3 on the untuned base; the target prompt alone
+- ``subject.py``: DreamBooth and textual inversion, which learn the subject of the photo
 - ``sdedit.py``: SDEdit, image to image
 - ``magicmix.py``: MagicMix, of a photo or of a prompt with a prompt
 - ``diffedit.py``: DiffEdit, which finds its own mask, or takes a given one

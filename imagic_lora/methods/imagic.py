@@ -36,7 +36,8 @@ class Imagic(Method):
         self.ways = {name: (config.eta, config.edit)} | {f"{name}-{other}": way for other, way in (others or {}).items()}
         self.rows = tuple(self.ways)
         sampled = {row: {"eta": eta, "edit": edit.model_dump(mode="json")} for row, (eta, edit) in self.ways.items()}
-        self.settings = {"run": config.model_dump(mode="json"), "rows": sampled}
+        others_alone = {"method", "dreambooth", "inversion"}  # that no run of Imagic reads
+        self.settings = {"run": config.model_dump(mode="json", exclude=others_alone), "rows": sampled}
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         self.check(context.base, request)
@@ -45,7 +46,7 @@ class Imagic(Method):
             photo = Path(folder) / "photo.png"
             write_png(request.photo, photo, {})
             with metered(base) as meter:
-                adapter, cost = _run_fit(fit(photo, request.target_prompt, config, Store(Path(folder)), "case", base=base), meter)
+                adapter, cost = run_fit(fit(photo, request.target_prompt, config, Store(Path(folder)), "case", base=base), meter)
             trained = cost + Cost(adapter=adapter.size)
             for row, (eta, sampling) in self.ways.items():
                 with metered(base) as meter:
@@ -72,7 +73,7 @@ def unmonitored(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"monitoring": monitoring})
 
 
-def _run_fit(steps: Generator[StepReport, None, Adapter | None], meter: CostMeter) -> tuple[Adapter, Cost]:
+def run_fit(steps: Generator[StepReport, None, Adapter | None], meter: CostMeter) -> tuple[Adapter, Cost]:
     """Runs a fit to its end.
 
     Args:
@@ -80,15 +81,16 @@ def _run_fit(steps: Generator[StepReport, None, Adapter | None], meter: CostMete
         meter: a meter on the denoiser of its base.
 
     Returns:
-        The adapter, and the cost of its training. The cost of the preview is not included.
+        The adapter, and the cost of its training. The cost of the preview is not included, nor that of class pictures, which come first.
     """
-    cost = Cost()
+    cost = before = Cost()
     while True:
         try:
-            next(steps)
+            report = next(steps)
         except StopIteration as done:
             adapter = done.value
             break
         cost = meter.cost()
+        before = cost if report.loss is None else before
     assert adapter is not None
-    return adapter, cost
+    return adapter, cost - before

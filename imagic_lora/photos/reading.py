@@ -96,12 +96,13 @@ def read_photo(path: Path) -> Photo:
         return Photo(_upright(converted, orientation), hashlib.sha256(data).hexdigest(), data, _SUFFIXES[image_format])
 
 
-def read_mask(path: Path, size: tuple[int, int]) -> Mask:
+def read_mask(path: Path, size: tuple[int, int], empty: bool = False) -> Mask:
     """Reads a mask of what may change in a photo. Transparent pixels are black, and its orientation counts; a colour profile does not.
 
     Args:
         path: an image of a format that :func:`read_photo` reads, with 8 bits per channel or less.
         size: width and height of the photo.
+        empty: whether a mask may be black everywhere.
 
     Raises:
         ImagicError: the file is no image that can be read; it has another size, colours, more bits, or no pixel that may change.
@@ -121,7 +122,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Mask:
         tints = (ImageChops.difference(channels[1], channel) for channel in (channels[0], channels[2]))
         if any(np.asarray(tint).max() > _MAX_TINT for tint in tints):
             raise ImagicError("has colours", "a gray mask: white may change, black stays", "save the mask as a gray PNG, not the photo")
-        if channels[0].getextrema()[1] == 0:
+        if channels[0].getextrema()[1] == 0 and not empty:
             raise ImagicError("is black everywhere", "white pixels where the photo may change", "paint what may change white")
         return Mask(channels[1], hashlib.sha256(data).hexdigest())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,10 +16,12 @@ from ..adapters.adapter import Adapter
 from ..adapters.contents import StoredWeights, read_canvas, read_embeddings, read_weights
 from ..adapters.full import FullWeights, Weights, loaded_full
 from ..adapters.lora import LoraLayers, loaded_lora, swap_lora
+from ..adapters.word import NewWord, read_word
 from ..bases.altered import check_unaltered, restore
 from ..bases.base import Base
 from ..core.conditioning import Conditioning
 from ..core.config import EditConfig
+from ..core.errors import ImagicWarning
 from ..photos.canvas import Canvas
 from .checks import check_edit, check_scheduler
 from .generate import generate
@@ -54,12 +57,14 @@ class _CachedAdapter:
         weights: LoRA layers in host memory, full weights on disk, or None for an adapter without weights.
         canvas: the photo that the adapter was trained on.
         embeddings: ``target``, ``optimised`` and, if the base has one, ``null``.
+        word: the new word of textual inversion, or None.
     """
 
     adapter: Adapter
     weights: StoredWeights
     canvas: Canvas
     embeddings: dict[str, Conditioning]
+    word: NewWord | None = None
 
 
 class Editor:
@@ -126,7 +131,7 @@ class Editor:
             The edits in order, after each batch.
 
         Raises:
-            ImagicError: as :func:`check_edit`, :meth:`load` and :func:`generate`.
+            ImagicError: an eta is not 1 and the method of the adapter has none; as :func:`check_edit`, :meth:`load`, :func:`generate`.
         """
         yield from self.edit_pairs(adapter, list(product(etas, seeds)), config, prompt, tuned)
 
@@ -135,6 +140,7 @@ class Editor:
     ) -> Iterator[Edit]:
         """Generates an edit for every pair of eta and seed, in batches of ``config.batch_size``; otherwise as :meth:`edit`."""
         etas, seeds = {eta for eta, _ in pairs}, {seed for _, seed in pairs}
+        adapter.record.check_etas(sorted(etas))
         check_edit(sorted(etas), sorted(seeds), config, adapter.record.prompt if prompt is None else prompt)
         with self._lock:
             cached = self._read(adapter)
@@ -163,16 +169,27 @@ class Editor:
         """As :meth:`conditionings`."""
         stored = {name: value.to(self.base.runtime.device) for name, value in cached.embeddings.items()}
         if prompt is not None:
-            encoded = self.base.encode_vectors(prompt) if stored["target"].vectors else self.base.encode_prompt(prompt)
+            encoded = self._encoded(cached, prompt)
             stored["target"] = replace(encoded, extra=stored["target"].extra)
         return stored
+
+    def _encoded(self, cached: _CachedAdapter, prompt: str) -> Conditioning:
+        """Encodes another prompt for an adapter; warns if a new word that the adapter is for does not occur in it."""
+        if cached.word is None:
+            return self.base.encode_vectors(prompt) if cached.embeddings["target"].vectors else self.base.encode_prompt(prompt)
+        if not cached.word.occurs(prompt):
+            message = f"the prompt {prompt!r} does not contain {cached.word.text}, the new word of adapter {cached.adapter.name}"
+            warnings.warn(message, ImagicWarning, stacklevel=2)
+        return cached.word.encode(self.base, prompt)
 
     def _read(self, adapter: Adapter) -> _CachedAdapter:
         """Returns the cached content of an adapter, and reads it from disk if it is not cached."""
         key = adapter.folder, adapter.record.model_dump_json()  # the record holds the hash of every file
         cached = self._cached.pop(key, None)
         if cached is None:
-            cached = _CachedAdapter(adapter, read_weights(adapter, self.base, self.force), read_canvas(adapter), read_embeddings(adapter))
+            weights = read_weights(adapter, self.base, self.force)
+            word = read_word(adapter, self.base)
+            cached = _CachedAdapter(adapter, weights, read_canvas(adapter), read_embeddings(adapter), word)
             adapter.check_unchanged()
         self._cached[key] = cached
         if len(self._cached) > CACHED:

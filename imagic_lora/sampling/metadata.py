@@ -17,7 +17,7 @@ from ..adapters.manifest import Sha256
 from ..adapters.record import Name
 from ..bases.base import Base
 from ..bases.process import Flow
-from ..core.config import EditConfig
+from ..core.config import EditConfig, FitMethod
 from ..core.environment import library_versions
 from ..core.text import exact
 from ..photos.region import Region
@@ -72,7 +72,8 @@ class ImageMetadata(_Part):
     ``adapter_sha256`` is :attr:`~imagic_lora.adapters.adapter.Adapter.content_sha256`. ``forced`` names the base that the adapter was made
     for, if another one was used. ``batch`` holds eta and seed of every image of the batch. ``pixels_sha256`` is the hash of the RGB bytes.
     ``region`` and ``keep`` say how the image was pasted into the photo (:mod:`~imagic_lora.sampling.keep`). ``reference_batch`` is there
-    with keep ``auto``: the batch of the image at eta 0 that it was compared with.
+    with keep ``auto``: the batch of the image at eta 0 that it was compared with. ``method`` is that of the fit, if it is not imagic: then
+    eta is 1, the prompt alone.
     """
 
     version: Literal[1] = 1
@@ -89,6 +90,7 @@ class ImageMetadata(_Part):
     runtime: RuntimeMetadata
     versions: dict[str, str]
     pixels_sha256: Sha256
+    method: Annotated[FitMethod, Field(exclude_if=lambda value: value == "imagic")] = "imagic"
     forced: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
     region: Annotated[Region | None, Field(exclude_if=lambda value: value is None)] = None
     keep: Annotated[Literal["auto"] | MaskMetadata | None, Field(exclude_if=lambda value: value is None)] = None
@@ -119,6 +121,8 @@ def image_metadata(adapter: Adapter, base: Base, config: EditConfig, prompt: str
         "runtime": {"device": runtime.device.type, "dtype": dtype, **levers, "threads": torch.get_num_threads()},
         "versions": {_PROGRAM: version(_PROGRAM), **library_versions()},
     }
+    if adapter.record.config.method != "imagic":
+        common["method"] = adapter.record.config.method
     return common if base.fingerprint == made_for.fingerprint else common | {"forced": made_for.name}
 
 
@@ -162,7 +166,7 @@ def a1111_parameters(metadata: ImageMetadata, size: tuple[int, int]) -> str:
         "Model": re.split(r"[/\\]", metadata.base.rstrip("/\\"))[-1].removesuffix(".safetensors"),
         "Denoising strength": exact(edit.strength) if edit.start in ("image", "flow") else None,
         "Imagic adapter": metadata.adapter,
-        "Imagic eta": exact(metadata.eta),
+        "Imagic eta": exact(metadata.eta) if metadata.method == "imagic" else None,
         "Version": f"{_PROGRAM} {metadata.versions.get(_PROGRAM, '')}",
     }
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value is not None)

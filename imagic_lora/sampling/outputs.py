@@ -20,12 +20,12 @@ from .editor import Edit
 from .metadata import ImageMetadata, a1111_parameters, of_image
 
 SHEET = "sheet.png"
-_SAME = ("adapter", "adapter_sha256", "base", "base_fingerprint", "forced", "prompt", "edit", "region", "keep")
+_SAME = ("adapter", "adapter_sha256", "base", "base_fingerprint", "forced", "prompt", "edit", "region", "keep", "method")
 
 
-def image_name(eta: float, seed: int) -> str:
-    """Returns the file name of an image."""
-    return f"eta{exact(eta)}-seed{seed}.png"
+def image_name(eta: float, seed: int, method: str = "imagic") -> str:
+    """Returns the file name of an image; with an adapter of another method it has no eta."""
+    return f"eta{exact(eta)}-seed{seed}.png" if method == "imagic" else f"seed{seed}.png"
 
 
 def mask_name(eta: float, seed: int) -> str:
@@ -61,7 +61,7 @@ def write_edit(edit: Edit, folder: Path, metadata: dict[str, Any], embed: bool =
         metadata: written into the image, with what :func:`~imagic_lora.sampling.metadata.of_image` adds.
         embed: False writes the file without metadata.
     """
-    values, path = of_image(metadata, edit), folder / image_name(edit.eta, edit.seed)
+    values, path = of_image(metadata, edit), folder / image_name(edit.eta, edit.seed, metadata.get("method", "imagic"))
     parameters = a1111_parameters(ImageMetadata.model_validate(values), edit.image.size)
     with writable(folder):
         write_png(edit.image, path, values if embed else None, parameters if embed else "")
@@ -92,6 +92,7 @@ def write_edits(
         ``file``, ``eta``, ``seed`` and, if it was written, ``mask`` of every image, after its files are written.
     """
     rows: dict[tuple[int, str], list[tuple[str, Image.Image]]] = {}
+    imagic = "method" not in metadata
 
     def save(image: Image.Image, path: Path, values: dict[str, Any]) -> None:
         with writable(folder):
@@ -99,7 +100,8 @@ def write_edits(
 
     for result in edits:
         written = {"file": str(write_edit(result, folder, metadata, embed)), "eta": result.eta, "seed": result.seed}
-        label, shown = f"eta {exact(result.eta)} seed {result.seed}", region.box if region else (0, 0, *result.image.size)
+        label = f"eta {exact(result.eta)} seed {result.seed}" if imagic else f"seed {result.seed}"
+        shown = region.box if region else (0, 0, *result.image.size)
         rows.setdefault((result.seed, "photo"), [("photo", photo)]).append((label, result.image.crop(shown)))
         if masks and result.mask is not None:
             path = folder / mask_name(result.eta, result.seed)

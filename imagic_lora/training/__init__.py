@@ -7,10 +7,13 @@ May import: core, photos, bases, memory, adapters, sampling (for the preview). M
 - ``grouping.py``: the photos that are fitted together, sorted by the size of their canvas
 - ``shared.py``: stages of several fits in step, with one call of the denoiser for all
 - ``configure.py``: merges flags, file, preset and recipe into the settings of a run
+- ``inputs.py``: the photos and the prompt of a fit, checked by what its method needs
 - ``objective.py``: the denoising loss
 - ``stage.py``: the training stage, and the training loop of both stages
 - ``embed.py``: stage 1, optimises the text embedding
 - ``tune.py``: stage 2, trains the denoiser
+- ``prior.py``: DreamBooth, the class pictures and stage 2 beside them
+- ``word.py``: textual inversion, the stage that trains the vectors of a new word
 - ``optimizers.py``: Adam with 32-bit or 8-bit states, after or during the backward pass
 - ``run.py``: the encoded inputs of one fit, and the files it writes to the store
 - ``monitoring/``: relative loss and early stopping, previews during stage 2, TensorBoard

@@ -83,6 +83,9 @@ def check_group(items: Sequence[Item], config: RunConfig) -> None:
         raise ImagicError(f"several photos of the name {', '.join(twins)}", "a name for each photo", "choose other names")
     if not items:
         raise ImagicError("no photos to fit", "at least one", "give some")
+    if config.method != "imagic":
+        got = f"--method {config.method} for photos that are fitted together"
+        raise ImagicError(got, "--method imagic", "fit one photo at a time: --together 1")
     if config.tune.mode == "full":
         expected = "--mode lora or --mode embedding: in mode full every photo changes the whole denoiser"
         raise ImagicError("--mode full for photos that are fitted together", expected, "change --mode, or fit one photo at a time")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +36,7 @@ from ..memory.trained import CountedWeights
 from .embed import embed_stage
 from .monitoring.convergence import fixed_losses
 from .optimizers import JointUpdates
+from .prior import Prior, PriorStage
 from .shared import run_together
 from .stage import Stage
 from .tune import tune_stage
@@ -236,13 +238,19 @@ def _stages(base: LatentBase, run: RunConfig, tracker: Tracker, photos: int) -> 
     latents = base.encode_image(torch.empty(1, 3, side, side))
     yield "encode", Peak(held, 0, 0, tracker.peak - held)
     conditioning = random_conditioning(base, side, side)
-    if run.embed.space == "input":
+    if run.prior:
+        base.offload_encoders()
+        held, activations = _sampling_peaks(base, run, latents, conditioning, tracker)
+        yield "class", Peak(held, 0, 0, max(activations.values()))
+        base.offload_encoders()
+    if run.encodes_while_training:  # the vectors of a whole prompt also stand for those of a new word
         conditioning = replace(conditioning, vectors=base.encode_vectors("").vectors)
     else:
         base.offload_encoders()
-    stages = [embed_stage(base, latents, conditioning, _two_steps(run.embed), 0, Processes()) for _ in range(photos)]
-    yield "embed", _training_peak(stages, run, tracker)
-    del stages
+    if "embed" in run.stages:
+        stages = [embed_stage(base, latents, conditioning, _two_steps(run.embed), 0, Processes()) for _ in range(photos)]
+        yield "embed", _training_peak(stages, run, tracker)
+        del stages
     base.offload_encoders()
     conditioning = replace(conditioning, vectors={})
     with ExitStack() as stack:
@@ -252,7 +260,8 @@ def _stages(base: LatentBase, run: RunConfig, tracker: Tracker, photos: int) -> 
         else:
             trainables, lora = [stack.enter_context(MODES[run.tune.mode].trainables(base, run.tune, 0, False))], None
         if "tune" in run.stages:
-            stages = [tune_stage(base, latents, conditioning, one, _two_steps(run.tune), 0, Processes()) for one in trainables]
+            build = partial(PriorStage, Prior(latents, conditioning), 1.0) if run.prior else tune_stage
+            stages = [build(base, latents, conditioning, one, _two_steps(run.tune), 0, Processes()) for one in trainables]
             tune = _training_peak(stages, run, tracker)
             yield "tune", tune
             if lora:

@@ -18,6 +18,7 @@ from ..adapters.card import card
 from ..adapters.contents import record_parts, save_embeddings
 from ..adapters.modes import MODES
 from ..adapters.record import CARD, CONVERGENCE, PHOTO, PREVIEW, PREVIEWS, SOURCE, STEPS, BaseRecord, Record, SourceRecord, StageRecord
+from ..adapters.word import NewWord, new_word, save_word
 from ..bases.base import Base
 from ..bases.loading.known import licence_of
 from ..core.conditioning import Conditioning
@@ -49,12 +50,13 @@ class Run:
         config: the settings of the run.
         base: the base that is trained.
         photo: the photo as it was read.
+        others: further photos of method dreambooth or textual-inversion.
         region: the part of the photo that is fitted; None is all of it.
         store_photo: whether the adapter keeps the photo's file.
         prompt: the target prompt.
         processes: the processes that share the batch.
         canvas: the photo, or its region, resized and padded to the resolution of the base.
-        latents: latents of the photo, ``[1, C, h, w]``.
+        latents: latents of the photos, ``[N, C, h, w]``; those of method imagic have one.
         target: conditioning of the target prompt.
         null: unconditional conditioning, or None if the base has no classifier-free guidance.
         negative: what the guidance of the preview leads away from.
@@ -62,6 +64,8 @@ class Run:
         previews: the previews of stage 2 so far.
         losses: losses of every stage so far, one scalar tensor per step.
         seconds: duration of every stage so far.
+        word: the new word of textual inversion, with its first vectors before the training and what was found after it.
+        class_pictures: hash of the class pictures of DreamBooth, if there are any.
         together: number of photos whose fits share the calls of the denoiser with this one, itself included.
     """
 
@@ -81,6 +85,9 @@ class Run:
     previews: Previews
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    others: Sequence[Photo] = ()
+    word: NewWord | None = None
+    class_pictures: str | None = None
     together: int = 1
 
     @property
@@ -109,6 +116,12 @@ class Run:
         }
         if self.region:
             inputs["region"] = list(self.region)
+        if config.method != "imagic":
+            inputs["method"] = config.method
+            inputs["photos"] = [photo.sha256 for photo in self.others]
+            inputs["own"] = (config.dreambooth if config.method == "dreambooth" else config.inversion).model_dump(mode="json")
+        if self.class_pictures:
+            inputs["class_pictures"] = self.class_pictures
         if early:
             evaluated = config.monitoring.model_dump(include={"convergence_every", "patience", "min_improvement"})
             inputs["early_stop"] = {"stages": list(dict.fromkeys(early)), **evaluated}
@@ -127,16 +140,18 @@ class Run:
         return self.photo.image.crop(self.region.box) if self.region else self.photo.image
 
     def preview(self, e_opt: Conditioning) -> Image.Image:
-        """Returns the preview sheet: the photo, its reconstruction at eta 0, and the edit at the configured eta.
+        """Returns the preview sheet: the photo, its reconstruction at eta 0, and the edit at the configured eta; or the photo and an image
+        of the prompt, for a method without eta.
 
         If memory runs out, the sheet holds only the photo, and a warning is issued.
         """
-        etas = (0.0, self.config.eta)
+        imagic = self.config.method == "imagic"
+        etas = (0.0, self.config.eta) if imagic else (1.0,)
         cells = [("photo", self.fitted_photo)]
         try:
             with explain_out_of_memory(self.base.architecture, self.config, self.base.runtime, "decode"):
                 images = self.images(e_opt, etas)
-            cells += [(f"eta {eta:g}", image) for eta, image in zip(etas, images, strict=True)]
+            cells += [(f"eta {eta:g}" if imagic else "prompt", image) for eta, image in zip(etas, images, strict=True)]
         except OutOfMemory as error:
             warnings.warn(f"the adapter is stored without a preview: {error}", ImagicWarning, stacklevel=2)
         return sheet([cells], self.prompt)
@@ -167,6 +182,8 @@ class Run:
             preview: the preview sheet.
         """
         MODES[self.config.tune.mode].save(self.base, writer)
+        if self.word:
+            save_word(writer, self.word)
         embeddings = {"target": self.target, "optimised": e_opt}
         embeddings = embeddings if self.null is None else {**embeddings, "null": self.null}
         save_embeddings(writer, embeddings, self.config.embed.stores_difference)
@@ -217,6 +234,7 @@ class Run:
                 box=self.canvas.box,
                 region=self.region,
                 file=self._photo_file,
+                others=[photo.sha256 for photo in self.others],
             ),
             losses={stage: _first_and_last_loss(torch.stack(losses)) for stage, losses in self.losses.items()},
             seconds=self.seconds,
@@ -269,7 +287,11 @@ def encode_run(
     canvas, latents = encoded_photo
     height, width = canvas.pixels.shape[2:]
     scale = config.edit.guidance_scale
-    encoded = base.encode_prompt(prompt) if config.embed.space == "output" else base.encode_vectors(prompt)
+    word = new_word(base, prompt, config.inversion) if config.method == "textual-inversion" else None
+    if word:
+        encoded = word.encode(base, prompt)
+    else:
+        encoded = base.encode_vectors(prompt) if config.encodes_while_training else base.encode_prompt(prompt)
     target, null = base.with_added_conditions(encoded, height, width, scale), base.null()
     null = None if null is None else base.with_added_conditions(null, height, width, scale)
     if config.embed.tokens == "words":
@@ -278,7 +300,7 @@ def encode_run(
     embeddings = {"the embedding of the target prompt": target} | ({"the embedding of the empty prompt": null} if null else {})
     check_finite({f"{name} ({part})": value for name, embedding in embeddings.items() for part, value in embedding.tensors().items()})
     inputs = canvas, latents, target, null, negative(base, config.edit, null)
-    return Run(config, base, photo, region, store_photo, prompt, processes, *inputs, Convergence(config), Previews(config))
+    return Run(config, base, photo, region, store_photo, prompt, processes, *inputs, Convergence(config), Previews(config), word=word)
 
 
 def _first_and_last_loss(losses: Tensor) -> tuple[float, float]:

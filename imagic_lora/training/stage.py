@@ -32,7 +32,8 @@ class StepReport:
         stage: name of the stage, ``embed`` or ``tune``.
         step: number of finished steps, from 1.
         steps: total number of steps of the stage.
-        loss: mean over the global batch, a scalar tensor on the device; reading its value synchronises with the device.
+        loss: mean over the global batch, a scalar tensor on the device; reading its value synchronises with the device. None where
+            nothing is trained: while class pictures are made, which is reported as stage ``class``.
         relative_loss: loss on the fixed pairs of timestep and noise as a ratio to that of the frozen base; None where it is not evaluated.
         early_stop: whether the stage ends with this step because the relative loss no longer falls.
         preview: path of the sheet of previews that was written after this step; None where none was.
@@ -41,7 +42,7 @@ class StepReport:
     stage: str
     step: int
     steps: int
-    loss: Tensor
+    loss: Tensor | None
     relative_loss: float | None = None
     early_stop: bool = False
     preview: Path | None = None
@@ -53,7 +54,7 @@ class Batch:
 
     Args:
         base: the base.
-        latents: latents of the photo, ``[1, C, h, w]``.
+        latents: latents of the photo, ``[1, C, h, w]``, or of every sample.
         conditioning: of one image, or of every sample.
         noise: standard normal noise, ``[B, C, h, w]``.
         times: times in [0, 1), ``[B]``.
@@ -80,7 +81,7 @@ class Stage:
     Args:
         name: name of the stage; the noise depends on it.
         base: the base; trainable layers may be attached to its denoiser.
-        latents: latents of the photo, ``[1, C, h, w]``.
+        latents: latents of the photos, ``[N, C, h, w]``; the samples take them in turn.
         conditioning: returns the conditioning of a step; it may depend on the trainables.
         trainables: by name: fp32 parameters, or bf16 parameters, which are updated with stochastic rounding.
         config: steps, learning rate, batch size per process and timestep sampling of the stage.
@@ -121,25 +122,38 @@ class Stage:
         Args:
             k: index of the step, from 0.
         """
-        loss = self._batch(k).run().mean()
+        loss = self.loss(self.batch(k).run())
         self.updates.backward(loss * self.updates.scale, k, self.processes)
         return self._report(loss.detach(), k)
 
     def shared_step(self, k: int) -> Generator[Batch, None, StepReport]:
         """As :meth:`step`, but yields the batch: whoever takes it sets its losses, and runs the backward pass of their mean."""
-        batch = self._batch(k)
+        batch = self.batch(k)
         yield batch
         assert batch.losses is not None, "whoever takes a batch runs it"
         self.updates.apply(k, self.processes)
         return self._report(batch.losses.mean(), k)
 
-    def _batch(self, k: int) -> Batch:
+    def batch(self, k: int) -> Batch:
         """The batch of a training step."""
         samples, total = self.processes.samples(self.config.batch_size), self.config.batch_size * self.processes.count
-        noise = to_device(noise_at(self.seed, self.name, k, samples, tuple(self.latents.shape[1:])), self.latents.device)
-        times = times_at(self.seed, self.name, k, samples, total, self.config.timesteps)
-        conditioning = self.perturbed(self.conditioning(), k, samples)
-        return Batch(self.base, self.latents, conditioning, noise, times, self.updates.scale)
+        noise, times = self.drawn(self.name, k)
+        latents = cycled(self.latents, k, samples, total)
+        return Batch(self.base, latents, self.conditioning_at(k, samples), noise, times, self.updates.scale)
+
+    def loss(self, losses: Tensor) -> Tensor:
+        """The loss of a step from the losses of its samples."""
+        return losses.mean()
+
+    def conditioning_at(self, k: int, samples: range) -> Conditioning:
+        """The conditioning of a training step, of one image or of every sample."""
+        return self.perturbed(self.conditioning(), k, samples)
+
+    def drawn(self, name: str, k: int) -> tuple[Tensor, Tensor]:
+        """Noise ``[B, C, h, w]`` and times ``[B]`` of a training step; they depend on a name."""
+        samples, total = self.processes.samples(self.config.batch_size), self.config.batch_size * self.processes.count
+        noise = to_device(noise_at(self.seed, name, k, samples, tuple(self.latents.shape[1:])), self.latents.device)
+        return noise, times_at(self.seed, name, k, samples, total, self.config.timesteps)
 
     def _report(self, loss: Tensor, k: int) -> StepReport:
         """The report of a step; it remembers whether all losses and gradients were finite."""
@@ -180,6 +194,18 @@ class Stage:
                 parameter.copy_(state[TRAINABLE + name])
         states = {name.removeprefix(OPTIMIZER): value for name, value in state.items() if name.startswith(OPTIMIZER)}
         self.updates.load_state_dict(states)
+
+
+def cycled(latents: Tensor, k: int, samples: range, total: int) -> Tensor:
+    """Returns the latents of the samples of a step, which take the given ones in turn, step after step; one alone is returned as it is.
+
+    Args:
+        latents: ``[N, C, h, w]``.
+        k: index of the step.
+        samples: indices of the samples within the global batch.
+        total: size of the global batch.
+    """
+    return latents if len(latents) == 1 else latents[[(k * total + sample) % len(latents) for sample in samples]]
 
 
 def optimizer_of(stage: str, runtime: Runtime) -> str:

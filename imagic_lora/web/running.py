@@ -56,12 +56,16 @@ class Progress:
         if not notable and now - self._last < _EVERY:
             return
         self._last = now
-        stages = list(run.stages.items())
-        later = sum(stage.steps for _, stage in stages[[name for name, _ in stages].index(report.stage) + 1 :])
+        stages = {name: stage.steps for name, stage in run.stages.items()}
+        names = list(stages)
+        later = sum(stages[name] for name in names[names.index(report.stage) + 1 :]) if report.stage in stages else 0
         rate = (now - began) / (report.step - first) if report.step > first else None
         event: dict[str, Any] = {"kind": "step", "stage": report.stage, "step": report.step, "steps": report.steps}
-        event |= {"loss": report.loss.item(), "left": None if rate is None else rate * (report.steps - report.step + later)}
-        event |= {"stages": {name: stage.steps for name, stage in stages}, "early_stop": report.early_stop}
+        event |= {
+            "loss": None if report.loss is None else report.loss.item(),
+            "left": None if rate is None else rate * (report.steps - report.step + later),
+        }
+        event |= {"stages": stages, "early_stop": report.early_stop}
         if report.relative_loss is not None:
             event["relative"] = report.relative_loss
         if report.preview:

@@ -300,6 +300,8 @@ def test_what_comfyui_cannot_do_is_refused(fitted: Fitted, tmp_path: Path, run: 
     real = fitted("lora")
     vectors = real.record.config.model_copy(update={"embed": real.record.config.embed.model_copy(update={"space": "input"})})
     of_vectors = Adapter(real.folder, real.record.model_copy(update={"config": vectors}))
+    subject = real.record.config.model_copy(update={"method": "dreambooth"})
+    of_subject = Adapter(real.folder, real.record.model_copy(update={"config": subject}))
     part = real.record.parts[0].model_copy(update={"component": "transformer"})
     transformer = Adapter(real.folder, real.record.model_copy(update={"parts": [part]}))
     layers = as_lora(["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"])
@@ -311,6 +313,7 @@ def test_what_comfyui_cannot_do_is_refused(fitted: Fitted, tmp_path: Path, run: 
     tokens = torch.zeros(1, 2, 8)
     cases = {
         "imagic-lora compress": (fitted("full").folder.parent, fitted("full").name),
+        "--format kohya, and write the prompt": made("subject", of_subject, Conditioning(tokens)),
         "critters, a base that ComfyUI has no loader for": (Path(__file__).parents[2] / "adapters", "rex-jumps"),
         "a base that ComfyUI has no loader for": made("clip", real, Conditioning(tokens, torch.zeros(1, 8))),
         "--embed.space output": made("vectors", of_vectors, Conditioning(tokens, vectors={"text_encoder": torch.zeros(1, 2, 8)})),

@@ -26,7 +26,6 @@ from rich.console import Console
 import imagic_lora.bench.catalogue as catalogue
 import imagic_lora.bench.critters as critters
 import imagic_lora.bench.page as page
-import imagic_lora.cli.commands.bench as benching
 from imagic_lora.bench.cases import KINDS, Case, Kind, case_at, given_mask
 from imagic_lora.bench.catalogue import CATALOGUE, budgeted, chosen, defaults
 from imagic_lora.bench.critters import Bench, Result
@@ -35,6 +34,7 @@ from imagic_lora.bench.page import Table, tables, write_page
 from imagic_lora.bench.scores import IDENTITY_LIMIT, Score, Scorer, drift
 from imagic_lora.bench.summary import bootstrapped, summarise
 from imagic_lora.cli import app as cli
+from imagic_lora.cli.console import cells_table
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.settings import RECIPES, resolve
@@ -875,6 +875,8 @@ def test_the_catalogue_has_these_methods() -> None:
         "diffedit-mask",
         "blended-latent",
         "ledits++",
+        "dreambooth",
+        "textual-inversion",
     ]
     methods = chosen(",".join(SHIPPED))
     assert [method.name for method in methods] == SHIPPED
@@ -899,6 +901,7 @@ def test_a_given_mask_covers_what_the_true_edit_changes(index: int) -> None:
     assert changed.any()
 
 
+@pytest.mark.usefixtures("cheap")
 def test_only_methods_that_need_a_mask_get_one() -> None:
     """And their rows say that it is given."""
     rows = {method.name: method.rows for method in chosen("diffedit,diffedit-mask,blended-latent")}
@@ -918,7 +921,7 @@ def test_only_methods_that_need_a_mask_get_one() -> None:
         requires = frozenset({"mask"})
 
     for method in (Recorder(Path()), Masked(Path())):
-        list(critters._edits(method, None, case_at(3, 1)))  # pyright: ignore[reportArgumentType]
+        list(Bench(3, 2, [method], Path()).edits(method, case_at(3, 1)))
     assert seen[frozenset()] is None
     assert seen[frozenset({"mask"})] == given_mask(case_at(3, 1))
 
@@ -1090,7 +1093,7 @@ def test_a_narrow_terminal_loses_no_figure() -> None:
     wide = ["+100 [+100 to +100]"] * 4
     cells = Table(("method", "success, ahead by", "attributes, ahead by", "evals, times", "s, times"), [["embedding-only-inverted", *wide]])
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(benching._table("Each against each", cells))
+    console.print(cells_table("Each against each", cells))
     shown = console.export_text()
     assert "…" not in shown
     assert "embedding-only-inverted" in shown

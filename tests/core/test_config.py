@@ -13,9 +13,9 @@ from common import MODES, each
 from pydantic import BaseModel, ValidationError
 
 from imagic_lora.cli.app import app
-from imagic_lora.core.config import Preset, RunConfig, TuneConfig
+from imagic_lora.core.config import DreamBoothConfig, InversionConfig, Preset, RunConfig, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import PRESETS, RECIPES, differences, merged, read_settings, recipe_of, resolve
+from imagic_lora.core.settings import PRESETS, RECIPES, RecipePart, differences, merged, read_settings, recipe_of, resolve
 from imagic_lora.core.yaml_files import read_yaml
 
 Leaf = tuple[str, ...]
@@ -47,6 +47,8 @@ COMPANIONS: dict[Leaf, dict[str, Any]] = {
     ("edit", "strength"): {"edit": {"start": "image"}},
     ("edit", "source_eta"): {"edit": {"start": "inverted"}},
     ("edit", "padding_eta"): {"embed": {"space": "input"}},
+    **{("dreambooth", name): {"method": "dreambooth"} for name in DreamBoothConfig.model_fields},
+    **{("inversion", name): {"method": "textual-inversion"} for name in InversionConfig.model_fields},
     ("monitoring", "patience"): {"monitoring": {"early_stop": "both"}},
     ("monitoring", "min_improvement"): {"monitoring": {"early_stop": "both"}},
 }
@@ -84,7 +86,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> Resolved:
     def run(recipe: Any = (), preset: Any = None, file: Any = (), flags: Any = ()) -> RunConfig:
         for name in PRESETS:
             monkeypatch.setitem(PRESETS, name, {mode: dict(preset or {}) for mode in MODES})
-        return resolve(dict(flags), dict(file), {mode: dict(recipe) for mode in MODES}, "16gb" if preset else None)
+        return resolve(dict(flags), dict(file), {part: dict(recipe) for part in get_args(RecipePart)}, "16gb" if preset else None)
 
     return run
 
@@ -104,6 +106,7 @@ def test_a_level_alone_beats_the_default_and_touches_nothing_else(path: Leaf, le
     config = resolved(**({"flags": companion} | {level: merged(given, companion)}))
     assert at(config, path) == SETTINGS[path][1]
     chosen = {"preset": "16gb"} if level == "preset" else {}
+    chosen |= {"tune": {"mode": "embedding"}} if config.method == "textual-inversion" else {}
     assert config.model_dump() == merged(RunConfig().model_dump(), given, companion, chosen)
 
 
@@ -367,3 +370,40 @@ DIFFERENT: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
 def test_differences_have_both_values(was: dict[str, Any], now: dict[str, Any], expected: list[str]) -> None:
     """By the full name, in order, those that are new last."""
     assert differences(was, now) == expected
+
+
+@each(
+    "given, flag, method",
+    [
+        ({"dreambooth": {"class_prompt": "a dog"}}, "--class-prompt", "imagic"),
+        ({"inversion": {"word": "<x>"}}, "--word", "imagic"),
+        ({"method": "dreambooth", "inversion": {"vectors": 2}}, "--vectors", "dreambooth"),
+        ({"method": "dreambooth", "embed": {"steps": 3}}, "--embed.steps", "dreambooth"),
+        ({"method": "dreambooth", "eta": 0.5}, "--eta", "dreambooth"),
+        ({"method": "dreambooth", "edit": {"start": "inverted", "source_eta": 0.1}}, "--edit.source-eta", "dreambooth"),
+        ({"method": "dreambooth", "tune": {"mode": "embedding"}}, "--mode", "dreambooth"),
+        ({"method": "dreambooth", "monitoring": {"early_stop": "both"}}, "--early-stop", "dreambooth"),
+        ({"method": "textual-inversion", "dreambooth": {"prior_weight": 2.0}}, "--prior-weight", "textual-inversion"),
+        ({"method": "textual-inversion", "tune": {"steps": 3}}, "--tune.steps", "textual-inversion"),
+        ({"method": "textual-inversion", "tune": {"mode": "lora"}}, "--mode", "textual-inversion"),
+        ({"method": "textual-inversion", "embed": {"space": "input"}}, "--embed.space", "textual-inversion"),
+        ({"method": "textual-inversion", "embed": {"noise": 0.1}}, "--embed.noise", "textual-inversion"),
+    ],
+)
+@each("level", ["file", "flags"])
+def test_a_setting_that_the_method_does_not_read_is_refused_by_name(given: Any, flag: str, method: str, level: str) -> None:
+    """Wherever it was given; the method is named beside it."""
+    with pytest.raises(ImagicError) as caught:
+        resolve(**({"flags": {}, "file": {}} | {level: given}), recipe=RECIPES["sd"])
+    assert caught.value.got.startswith(f"{flag} (from the {level}) together with --method {method}"), caught.value.got
+
+
+@each("name", list(RECIPES))
+@each("given", [{"method": "dreambooth"}, {"method": "dreambooth", "tune": {"mode": "full"}}, {"method": "textual-inversion"}])
+def test_another_method_has_a_recipe_of_its_own(name: str, given: Any) -> None:
+    """None of the settings of Imagic, such as the space that critters' embedding is trained in."""
+    run = resolve(given, {}, RECIPES[name])
+    part: RecipePart = "textual-inversion" if run.method != "dreambooth" else "dreambooth-full" if "tune" in given else "dreambooth-lora"
+    fixed = {"tune": {"mode": "embedding"}} if run.method == "textual-inversion" else {}
+    assert run.model_dump() == merged(RunConfig().model_dump(), RECIPES[name].get(part, {}), given, fixed)
+    assert list(run.stages) == (["tune"] if run.method == "dreambooth" else ["embed"])

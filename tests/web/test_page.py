@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -281,6 +283,26 @@ def test_a_mask_is_painted_or_a_file_and_what_it_leaves_stays(page: Any, server:
     panel.get_by_role("button", name="Generate").click()
     job = finished(page, server, "edit", edits + 1)
     assert (job.state, job.arguments["keep"]) == ("done", "auto"), job
+
+
+def test_an_adapter_of_a_new_word_has_no_eta(page: Any, server: Server):
+    """The controls of eta and --keep go, and the edit is generated without them."""
+    fit = ("fit", str(PHOTO), "a photo of <my-dog>", "--method", "textual-inversion", "--initial-word", "dog", "--base", "critters")
+    short = ("--embed.steps", "2", "--edit.steps", "2", "--device", "cpu", "--store", str(server.store), "--name", "word")
+    subprocess.run([sys.executable, "-m", "imagic_lora", *fit, *short], check=True, capture_output=True, timeout=240)
+    panel = opened(page, "Edit")
+    panel.get_by_role("button", name="rex-jumps").click()
+    panel.get_by_label("Eta", exact=True).first.wait_for()
+    page.reload()
+    panel = page.locator('.content[data-tab="edit"]')
+    panel.get_by_role("button", name="word").click()
+    panel.get_by_text("An adapter of method textual-inversion has no eta").wait_for()
+    assert not panel.locator('[id="eta"]').is_visible()
+    assert not panel.locator('[for="keep"]').first.is_visible()
+    panel.get_by_role("button", name="Generate").click()
+    panel.get_by_text("edit word: done").wait_for(timeout=SLOW)
+    panel.get_by_role("button", name="rex-jumps").click()
+    panel.locator('[id="eta"]').wait_for()
 
 
 def test_a_sweep_shows_its_sheet_and_suggests(page: Any):

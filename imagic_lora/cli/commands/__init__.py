@@ -15,6 +15,7 @@ May import: every room. Only ``cli/app.py``, the worker of the studio and the te
 - ``plan.py``: plan
 - ``bases.py``: bases
 - ``bench.py``: bench
+- ``field.py``: bench tedbench, bench pie, bench score
 - ``study.py``: study
 - ``demo.py``: demo
 - ``doctor.py``: doctor

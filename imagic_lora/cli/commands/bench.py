@@ -6,22 +6,20 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import App, Parameter
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from ...core.errors import ImagicError
-from ..console import err, out, plain, print_json, progress
+from ..console import cells_table, err, out, plain, print_json, progress
 from ..interrupts import Interrupts
 from ..libraries import import_libraries
 from ..options import Json, Whole
+from .field import pie, score, tedbench
 
-if TYPE_CHECKING:
-    from ...bench.page import Table as Cells
-
-bench = App(name="bench", help="Benchmark editing methods on images whose true edit is known.")
+bench = App(name="bench", help="Benchmark editing methods: on images whose true edit is known, and on the benchmarks of the field.")
+for _command in (tedbench, pie, score):
+    bench.command(_command)
 
 
 @bench.command
@@ -51,7 +49,8 @@ def critters(
     methods
         Methods to run, separated by commas. Default: all of bounds, prompt-only, sdedit, imagic-lora, imagic-full, embedding-only,
         reference, reference-retuned, ddim-inversion, ddib, negative-prompt, proximal, null-text, edit-friendly, renoise, magicmix,
-        magicmix-text, prompt-to-prompt, prompt-to-prompt-text, direct-inversion, diffedit, diffedit-mask, blended-latent, ledits++.
+        magicmix-text, prompt-to-prompt, prompt-to-prompt-text, direct-inversion, diffedit, diffedit-mask, blended-latent, ledits++,
+        dreambooth, textual-inversion.
         The rows of diffedit-mask and blended-latent end in -given: they get a mask of what the true edit changes.
     base
         Folder of another training of the embedded base, in diffusers' format. CLIP and the judge are always those of the package. Default:
@@ -89,16 +88,7 @@ def critters(
         print_json(summary | {"page": str(page)})
         return
     for title, cells in tables(summary).items():
-        out.print(_table(title, cells))
+        out.print(cells_table(title, cells))
     if summary["failed"]:
         err.print(f"[yellow]{summary['failed']} failed[/]; the tracebacks are in {plain(page)}")
     err.print(f"[green]Wrote[/] {plain(page)}")
-
-
-def _table(title: str, cells: Cells) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for index, name in enumerate(cells.columns):
-        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
-    for row in cells.rows:
-        table.add_row(*map(plain, row))
-    return table

@@ -90,20 +90,21 @@ def compare(
         raise ImagicError(f"--budget {budget:g}", "a number of seconds above 0", "choose another --budget, or leave it out")
     folder = out_dir or Path("outputs/compare") / slug(image.stem, "photo")
     _check_folder(folder, overwrite)
-    given = _parsed(settings or [])
+    given = parsed_settings(settings or [])
     import_libraries()
     from ...methods.method import EditRequest
     from ...photos.reading import read_mask, read_photo
-    from ..comparing import AUTO, Models, check_made, configured, opened, run, write
+    from ..comparing import AUTO, Models, check_made, configured, opened, optional_fields, run, write
 
     models = Models(captioner, clip, dino, offline)
-    names, named = _chosen(methods, given, source is not None, mask is not None)
+    names, named = chosen_methods(methods, given, source is not None, mask is not None)
     _check_prompts(prompt, source, seed)
     models.check(source)
     photo = read_photo(image)
     area = read_mask(mask, photo.image.size) if mask is not None else None
     levers = {"memory": device.model_dump(exclude_unset=True) if device else {}, "preset": preset} | ({"base": base} if base else {})
-    setup = configured(names, named, source is not None, area.image if area else None, given, levers)
+    have = optional_fields(source is not None, area is not None)
+    setup = configured(names, named, have, given, levers, area.image if area else None)
     source, caption_by = models.caption(photo.image) if source == AUTO else (source, None)
     request = EditRequest(photo.image, prompt, source, area.image if area else None, seed=seed)
     metrics = models.metrics(request)
@@ -126,7 +127,7 @@ def compare(
         print_json(summary | {"folder": str(folder)})
 
 
-def _chosen(methods: str, given: dict[str, Any], source: bool, mask: bool) -> tuple[list[str], bool]:
+def chosen_methods(methods: str, given: dict[str, Any], source: bool, mask: bool) -> tuple[list[str], bool]:
     """Returns the names of the methods, and whether they were named one by one.
 
     Raises:
@@ -162,7 +163,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     check_outputs(folder.parent, ())
 
 
-def _parsed(settings: Sequence[str]) -> dict[str, Any]:
+def parsed_settings(settings: Sequence[str]) -> dict[str, Any]:
     """Parses ``NAME=VALUE`` settings to nested mappings; a value is YAML, and dots in a name nest.
 
     Raises:

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from ..console import err, plain, print_json, progress
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, suggested_etas
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, suggested_flags
 from .store import summary
 
 
@@ -71,7 +71,7 @@ def compress(
     )
     if small.size > full.size:
         err.print("[yellow]Warning:[/] the new adapter is larger than the full adapter; choose a lower --rank")
-    err.print(f"  imagic-lora edit {small.name} --eta {suggested_etas(small.record.eta)}", highlight=False)
+    err.print(f"  imagic-lora edit {small.name} {suggested_flags(small)}", highlight=False)
 
 
 def export(

@@ -11,7 +11,7 @@ from ...core.config import DEVICE_GROUP, DeviceConfig, EditConfig, PresetOrAuto
 from ...core.errors import ImagicError
 from ..console import err, plain, print_json
 from ..libraries import import_libraries, quantized
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, explicit, parse_etas, parse_seeds, prompt_folders
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, check_interpolates, explicit, parse_etas, parse_seeds, prompt_folders
 
 _SAMPLING = Group("Sampling (default: the settings stored in the adapter)", sort_key=3)
 AUTO = "auto"
@@ -56,7 +56,8 @@ def edit(
         Name of the adapter, as imagic-lora list prints it.
     eta
         0: the reconstruction of the photo. 1: the target prompt alone. One (0.7), several (0.5,0.7), or a range with its end (0.3:1:0.1).
-        auto: search for one with seven images of the first seed. Default: the adapter's.
+        auto: search for one with seven images of the first seed. Default: the adapter's. Adapters of --method dreambooth and
+        textual-inversion have no eta.
     seed
         Seed of the starting noise. One (0), several (0,3), or a range without its end (0:4).
     prompt
@@ -93,6 +94,7 @@ def edit(
     if save_mask and keep is None and adapter.record.source.region is None:
         got = f"--save-mask without --keep, and adapter {adapter.name} is that of a whole photo"
         raise ImagicError(got, "--save-mask with --keep", "add --keep auto, or leave out --save-mask")
+    check_interpolates(adapter, {"--eta": eta, "--keep": keep, "--photo": photo}, settings)
     import_libraries(bitsandbytes=quantized(adapter.record.config.memory))
     from ...sampling.keep import read_keep
     from ...sampling.opening import edit_settings, twin_of

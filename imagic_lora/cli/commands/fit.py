@@ -17,7 +17,7 @@ from ...core.text import slug
 from ...photos.region import parse_region
 from ..console import err, plain, print_active_settings, print_json, show_progress
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, suggested_etas
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, suggested_flags
 from .store import summary
 
 if TYPE_CHECKING:
@@ -55,6 +55,11 @@ def fit(
     Stage 1 optimises the embedding of the target prompt on the photo. Stage 2 trains the denoiser on the photo; --mode embedding leaves it
     out. Afterwards imagic-lora edit generates images from the adapter.
 
+    With --method dreambooth or textual-inversion the photo may be a folder of photos of one subject, and the prompt describes them:
+
+        imagic-lora fit dogs/ "a photo of sks dog" --method dreambooth --class-prompt "a photo of a dog"
+        imagic-lora fit dogs/ "a photo of <my-dog>" --method textual-inversion --initial-word dog
+
         imagic-lora fit dog.jpg "a dog jumping" --base sd15 --name rex
 
     The defaults below are the built-in ones. A base and a preset may have other defaults; the run prints the active settings.
@@ -62,9 +67,9 @@ def fit(
     Parameters
     ----------
     image
-        The photo: JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF; HEIC needs the extra heic.
+        The photo: JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF; HEIC needs the extra heic. For the other methods also a folder of photos.
     prompt
-        Target prompt: describes the edited image, for example "a dog jumping".
+        Target prompt: describes the edited image, for example "a dog jumping". For the other methods it describes the photos.
     config
         YAML file of settings. It overrides the preset, and flags override the file.
     name
@@ -94,7 +99,7 @@ def fit(
         chosen = configured(settings, config, launch)
         from ...training.fit import fit as fit_steps
 
-        name = name or slug(image.stem, "photo")
+        name = name or slug(image.resolve().stem, "photo")
         processes, log_dir = _processes(chosen.run, launch), (tracker_dir or LOG_DIR) if tracker else None
         start = partial(fit_steps, image, prompt, chosen.run, Store(store), name, overwrite=overwrite, resume=resume)
         start = partial(start, region=part, store_photo=store_photo, processes=processes)
@@ -111,7 +116,7 @@ def fit(
         folder = plain(adapter.folder)
         photo = f", and the photo's file of {adapter.photo_size / 1e6:.2f} MB" if adapter.photo_size else ""
         err.print(f"[green]Stored[/] {folder} ({adapter.size / 1e6:.2f} MB{photo}). See {folder}/preview.png, then run:")
-        err.print(f"  imagic-lora edit {adapter.name} --eta {suggested_etas(chosen.run.eta)}", highlight=False)
+        err.print(f"  imagic-lora edit {adapter.name} {suggested_flags(adapter)}", highlight=False)
 
 
 def configured(settings: RunConfig | None, config: Path | None, launch: Launch) -> Configured:

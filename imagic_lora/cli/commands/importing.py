@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..console import err, plain, print_json
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Json, StoreDir, suggested_etas
+from ..options import DEFAULT_STORE, Json, StoreDir, suggested_flags
 from .store import summary
 
 
@@ -33,4 +33,4 @@ def import_adapter(folder: Path, *, name: str | None = None, store: StoreDir = D
         print_json({"name": adapter.name, "folder": str(adapter.folder), "bytes": adapter.size, **summary(adapter)})
         return
     err.print(f"[green]Imported[/] {plain(adapter.folder)} ({adapter.size / 1e6:.2f} MB, base {plain(adapter.record.base.name)})")
-    err.print(f"  imagic-lora edit {adapter.name} --eta {suggested_etas(adapter.record.config.eta)}", highlight=False)
+    err.print(f"  imagic-lora edit {adapter.name} {suggested_flags(adapter)}", highlight=False)

@@ -13,7 +13,7 @@ from ..options import DEFAULT_STORE, Flag, Json, StoreDir
 
 if TYPE_CHECKING:
     from ...adapters.adapter import Adapter
-    from ...adapters.record import StageRecord
+    from ...adapters.record import Record, StageRecord
 
 
 def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
@@ -43,8 +43,14 @@ def list_adapters(*, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> 
     columns = [("NAME", "BASE", "MODE", "MB", "CREATED", "PROMPT")]
     for adapter in adapters:
         record, size = adapter.record, f"{adapter.size / 1e6:.2f}"
-        columns.append((adapter.name, record.base.name, record.config.tune.mode, size, record.created[:10], record.prompt))
+        columns.append((adapter.name, record.base.name, _kind(record), size, record.created[:10], record.prompt))
     print_columns(columns)
+
+
+def _kind(record: Record) -> str:
+    """The mode of an adapter, and its method if that is not Imagic."""
+    names: dict[str, str] = {"imagic": record.config.tune.mode, "dreambooth": f"dreambooth-{record.config.tune.mode}"}
+    return names.get(record.config.method, record.config.method)
 
 
 def show(name: str, *, store: StoreDir = DEFAULT_STORE, as_json: Json = False) -> None:
@@ -167,10 +173,11 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         "prompt": record.prompt,
         "base": record.base.name,
         "mode": record.config.tune.mode,
-        "eta": record.eta,
+        **({"method": record.config.method} if record.config.method != "imagic" else {"eta": record.eta}),
         "seed": record.config.seed,
         "photo": f"{record.source.size[0]}x{record.source.size[1]}",
         **({"region": list(record.source.region)} if record.source.region else {}),
+        **({"photos": 1 + len(record.source.others)} if record.source.others else {}),
         **({"stored_photo": {"file": record.source.file, "bytes": adapter.photo_size}} if record.source.file else {}),
         "losses": {stage: list(values) for stage, values in record.losses.items()},
         **({"stages": {stage: one.model_dump() for stage, one in record.stages.items()}} if record.stages else {}),

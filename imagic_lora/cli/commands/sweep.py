@@ -18,7 +18,7 @@ from ...core.text import exact
 from ..console import err, plain, print_json, progress
 from ..interrupts import Interrupts
 from ..libraries import import_libraries, quantized
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, explicit, parse_etas
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, check_interpolates, explicit, parse_etas
 from .edit import SamplingFlags
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def sweep(
     from ...adapters.store import Store
 
     adapter = Store(store).read(name)
+    check_interpolates(adapter, {"--eta": eta})
     etas = sorted({0.0, *parse_etas(eta)})
     if len(etas) < 3:
         raise ImagicError(f"--eta {eta}", "at least two etas besides 0", "use for example --eta 0:1.2:0.1")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
@@ -36,23 +37,12 @@ def clip_metric(source: str, offline: bool, photo: Image.Image, prompt: str, sou
     Raises:
         ImagicError: the model is not there, or is no CLIP model.
     """
-    with _explained("--clip", source, "clip", offline):
-        model = _Model.load(source, offline, "clip")
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=offline)
-
-    @torch.no_grad()
-    def embedded(text: str) -> Tensor:
-        ids = tokenizer([text], truncation=True, return_tensors="pt")
-        return F.normalize(model.network.get_text_features(**ids).pooler_output[0], dim=-1)
-
-    def look(image: Image.Image) -> Tensor:
-        return model.features(image, lambda pixels: model.network.get_image_features(pixels).pooler_output)
-
-    target, before = embedded(prompt), look(photo)
-    direction = None if source_prompt is None else target - embedded(source_prompt)
+    clip = Clip.load("--clip", source, offline)
+    target, before = clip.text(prompt), clip.image(photo)
+    direction = None if source_prompt is None else target - clip.text(source_prompt)
 
     def score(image: Image.Image) -> dict[str, float]:
-        seen = look(image)
+        seen = clip.image(image)
         found = {"clip": (seen @ target).item()}
         if direction is not None:
             found["clip_direction"] = F.cosine_similarity(seen - before, direction, dim=0).item()
@@ -70,8 +60,7 @@ def dino_metric(source: str, offline: bool, photo: Image.Image) -> Metric:
     Raises:
         ImagicError: the model is not there, or is no DINOv2 model.
     """
-    with _explained("--dino", source, "dinov2", offline):
-        model = _Model.load(source, offline, "dinov2")
+    model = VisionModel.load("--dino", source, "dinov2", offline)
 
     def look(image: Image.Image) -> Tensor:
         return model.features(image, lambda pixels: model.network(pixels).pooler_output)
@@ -97,35 +86,94 @@ def measured(metrics: Sequence[Metric], image: Image.Image) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class _Model:
-    """A vision model with its image processor."""
+class VisionModel:
+    """A vision model in fp32 with its image processor.
+
+    Args:
+        network: the model of transformers.
+        processor: its image processor.
+    """
 
     network: Any
     processor: Any
 
     @classmethod
-    def load(cls, source: str, offline: bool, kind: str) -> _Model:
-        """Loads a model in fp32 from safetensors files.
+    def load(cls, flag: str, source: str, kind: str, offline: bool) -> VisionModel:
+        """Loads a model from safetensors files.
+
+        Args:
+            flag: what named it, for messages.
+            source: folder or hub id.
+            kind: its ``model_type``.
+            offline: whether only the cache of the hub is used.
 
         Raises:
-            ValueError: it is a model of another kind.
+            ImagicError: the model is not there, or is of another kind.
         """
-        network: Any = AutoModel.from_pretrained(source, **model_options(offline))
-        if network.config.model_type != kind:
-            raise ValueError(f"its model_type is {network.config.model_type}")
-        return cls(network.eval(), AutoImageProcessor.from_pretrained(source, local_files_only=offline))
+        with explained(flag, source, kind, offline):
+            network: Any = AutoModel.from_pretrained(source, **model_options(offline))
+            if network.config.model_type != kind:
+                raise ValueError(f"its model_type is {network.config.model_type}")
+            return cls(network.eval(), AutoImageProcessor.from_pretrained(source, local_files_only=offline))
 
     @torch.no_grad()
     def features(self, image: Image.Image, network: Callable[[Tensor], Tensor]) -> Tensor:
         """Returns the normalised features of an image, ``[D]``."""
-        return F.normalize(network(self.processor(images=image, return_tensors="pt").pixel_values)[0], dim=-1)
+        pixels = self.processor(images=image, return_tensors="pt").pixel_values
+        return F.normalize(network(pixels.to(self.network.device))[0], dim=-1)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP model (arXiv 2103.00020): normalised embeddings of images and texts.
+
+    Args:
+        model: the model with its image processor.
+        tokenizer: its tokenizer.
+    """
+
+    model: VisionModel
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, flag: str, source: str, offline: bool) -> Clip:
+        """Loads a model; arguments and errors as those of :meth:`VisionModel.load`."""
+        model = VisionModel.load(flag, source, "clip", offline)
+        with explained(flag, source, "clip", offline):
+            return cls(model, AutoTokenizer.from_pretrained(source, local_files_only=offline))
+
+    @torch.no_grad()
+    def text(self, text: str) -> Tensor:
+        """Returns the embedding of a text, ``[D]``; what is longer than the model reads is cut."""
+        network = self.model.network
+        ids = self.tokenizer([text], truncation=True, return_tensors="pt").to(network.device)
+        return F.normalize(network.get_text_features(**ids).pooler_output[0], dim=-1)
+
+    def image(self, image: Image.Image) -> Tensor:
+        """Returns the embedding of an image, ``[D]``."""
+        return self.model.features(image, lambda pixels: self.model.network.get_image_features(pixels).pooler_output)
 
 
 @contextmanager
-def _explained(flag: str, source: str, kind: str, offline: bool) -> Iterator[None]:
-    """Converts errors of transformers and the hub while a model is loaded into ImagicError."""
+def offline_hub(offline: bool) -> Iterator[None]:
+    """Keeps huggingface_hub off the network inside the context, if asked to.
+
+    ``local_files_only`` does not: the hub is asked which agents there are, for the name of the client in requests that are not made.
+    """
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
     try:
         yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def explained(flag: str, source: str, kind: str, offline: bool) -> Iterator[None]:
+    """Converts errors of transformers and the hub while a model is loaded into ImagicError, and keeps them off the network if offline."""
+    try:
+        with offline_hub(offline):
+            yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
         expected = f"a folder or a hub id of a {kind} model of transformers, in safetensors"

@@ -18,7 +18,7 @@ from ...core.errors import NotFinite
 from ...core.noise import noise_at, times_at
 from ...core.runtime import Processes, to_device
 from ...photos.plot import Curve, plot
-from ..stage import Batch, Progress, Stage, StepReport
+from ..stage import Batch, Progress, Stage, StepReport, cycled
 
 PAIRS = 8
 """Number of pairs of timestep and noise at which the relative loss is evaluated; the times are evenly spread."""
@@ -53,7 +53,7 @@ def _fixed_batches(base: Base, latents: Tensor, conditioning: Conditioning, seed
     for start in range(0, PAIRS, batch_size):
         pairs = range(start, min(start + batch_size, PAIRS))
         noise = to_device(noise_at(seed, _KEY, 0, pairs, tuple(latents.shape[1:])), latents.device)
-        yield Batch(base, latents, conditioning, noise, times[pairs.start : pairs.stop])
+        yield Batch(base, cycled(latents, 0, pairs, PAIRS), conditioning, noise, times[pairs.start : pairs.stop])
 
 
 def _shared_losses(batches: Iterable[Batch]) -> Generator[Batch, None, Tensor]:
@@ -115,7 +115,7 @@ class Convergence:
             shared: whether the batches are yielded instead of run.
         """
         if self.config.monitoring.convergence_every and self.frozen is None:
-            pairs = base, latents, target, self.config.seed, self.config.embed.batch_size
+            pairs = base, latents, target, self.config.seed, next(iter(self.config.stages.values())).batch_size
             losses = (yield from _shared_losses(_fixed_batches(*pairs))) if shared else fixed_losses(*pairs)
             processes.average([losses])
             self.frozen = losses.clamp_min(torch.finfo(torch.float32).tiny)
@@ -154,7 +154,7 @@ class Convergence:
     def _start(self, stage: str) -> float:
         """The relative loss before the first step of a stage, as far as it is known."""
         embed = list(self.values.get("embed", {}).values())
-        return 1.0 if stage == "embed" else embed[-1] if embed else math.inf
+        return 1.0 if stage == next(iter(self.config.stages)) else embed[-1] if embed else math.inf
 
     def _is_due(self, report: StepReport) -> bool:
         every = self.config.monitoring.convergence_every

@@ -48,7 +48,7 @@ class Previews:
 
     def __init__(self, config: RunConfig) -> None:
         self.every = config.previews_every
-        self.etas = sorted({0.0, 0.5, config.eta, 1.0})
+        self.etas = sorted({0.0, 0.5, config.eta, 1.0}) if config.method == "imagic" else [1.0]
         self.strips: dict[int, Tensor] = {}
 
     def is_due(self, step: int) -> bool:

@@ -62,7 +62,8 @@ def tracked(steps: Generator[StepReport, None, Value], config: RunConfig, name: 
             except StopIteration as done:
                 _write(tracker, buffered)
                 return done.value
-            buffered.append(report)
+            if report.loss is not None:
+                buffered.append(report)
             if len(buffered) == _BUFFERED or report.preview:
                 _write(tracker, buffered)
             yield report
@@ -76,7 +77,7 @@ def tracked(steps: Generator[StepReport, None, Value], config: RunConfig, name: 
 
 def _write(tracker: TensorBoardTracker, buffered: list[StepReport]) -> None:
     """Logs reports and removes them from the buffer."""
-    losses = torch.stack([report.loss for report in buffered]).tolist() if buffered else []
+    losses = torch.stack([report.loss for report in buffered if report.loss is not None]).tolist() if buffered else []
     for report, loss in zip(buffered, losses, strict=True):
         relative = {} if report.relative_loss is None else {f"{report.stage}/relative_loss": report.relative_loss}
         tracker.log({f"{report.stage}/loss": loss, **relative}, step=report.step)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ...adapters.record import PREVIEWS
-from ...bases.base import Base
 from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError, ImagicWarning, NotFinite, Stopped
 from ...core.settings import differences
@@ -24,6 +22,7 @@ from ..monitoring.previews import PREFIX as PREVIEWS_PREFIX
 from ..run import Run
 from ..stage import OPTIMIZER, TRAINABLE, Batch, Progress, Stage, train
 from .checkpoints import START_OVER, Checkpoint, CheckpointRecord, Checkpoints
+from .interrupting import stop_while_sampling
 
 _LATENTS_TOLERANCE = 0.05  # relative error: memory levers and devices cause far less, another VAE causes more
 
@@ -86,6 +85,7 @@ class ResumableStages:
                     if isinstance(report, Batch):
                         yield report
                         continue
+                    assert report.loss is not None, "a stage trains"
                     losses.append(report.loss)
                     step = report.step
                     run.seconds[stage.name] = round(time.perf_counter() - started, 3)
@@ -178,6 +178,12 @@ class ResumableStages:
             return None, record.step
         return Conditioning.from_tensors(checkpoint.group("optimised")).to(latents.device), record.step
 
+    def check_inputs(self, checkpoint: Checkpoint) -> None:
+        """Raises ImagicError if a checkpoint is of other inputs, before the class pictures of this run are made."""
+        record, present = checkpoint.record, self.run.inputs(checkpoint.record.stage, checkpoint.record.finished)
+        before = {name: value for name, value in record.inputs.items() if name != "class_pictures"}
+        self._raise_for(differences(before, present))
+
     def _check_same_run(self, checkpoint: Checkpoint, latents: Tensor) -> None:
         """Raises ImagicError if a checkpoint, or the latents in it, belong to another run."""
         run, record = self.run, checkpoint.record
@@ -188,6 +194,10 @@ class ResumableStages:
             mismatches = ["the checkpoint holds other tensors than this run saves"]
         if not mismatches and (latents - run.latents).norm() > _LATENTS_TOLERANCE * latents.norm():
             mismatches = ["the latents of the photo differ (another VAE?)"]
+        self._raise_for(mismatches)
+
+    @staticmethod
+    def _raise_for(mismatches: Sequence[str]) -> None:
         if mismatches:
             got = f"this run differs from the one that was interrupted: {'; '.join(mismatches)}"
             raise ImagicError(got, "the same photo, target prompt, base and settings", f"use those of the interrupted run, or {START_OVER}")
@@ -200,7 +210,8 @@ class ResumableStages:
         run, record = self.run, checkpoint.record
         expected = {"latents": tuple(run.latents.shape), f"losses/{record.stage}": (record.step,)}
         if record.stage == "tune":
-            expected["losses/embed"] = self._finished_losses(checkpoint)
+            if "embed" in run.config.stages:
+                expected["losses/embed"] = self._finished_losses(checkpoint)
             expected |= {f"optimised/{name}": tuple(value.shape) for name, value in run.target.tensors().items()}
         tensors, others = checkpoint.tensors, (TRAINABLE, OPTIMIZER, CONVERGENCE_PREFIX, PREVIEWS_PREFIX)
         shapes = {name: tuple(value.shape) for name, value in tensors.items() if not name.startswith(others)}
@@ -246,27 +257,3 @@ class ResumableStages:
 
     def _set_saved_message(self, stage: str, step: int, steps: int) -> None:
         self.saved_message = f"{step} of {steps} steps of stage {stage} are saved; run the same command with --resume to continue"
-
-
-@contextmanager
-def stop_while_sampling(base: Base, stop: Callable[[], bool], saved_message: str = "") -> Iterator[None]:
-    """Calls ``stop`` before every call of the denoiser, so that a fit can also be stopped while images are sampled.
-
-    Args:
-        base: the base that samples.
-        stop: returns whether the fit stops.
-        saved_message: message of the exception.
-
-    Raises:
-        Stopped: ``stop`` returned True.
-    """
-
-    def raise_if_stopped(*_: object) -> None:
-        if stop():
-            raise Stopped(saved_message)
-
-    hook = base.denoiser.register_forward_pre_hook(raise_if_stopped)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -108,6 +108,12 @@ class EditTab:
         self._slider.value = min(1.5, record.eta)
         source = "suggested by a sweep" if record.suggested else "of the fit"
         self._marked.text = f"Eta {exact(record.eta)} is {source}: lower keeps more of the photo, higher follows the prompt"
+        interpolates = record.config.method == "imagic"
+        if not interpolates:
+            self._form.fields["eta"].value = self._form.fields["keep"].value = ""
+            self._marked.text = f"An adapter of method {record.config.method} has no eta: it makes new images of what the prompt says"
+        for control in (self._slider, self._form.fields["eta"], self._form.fields["keep"]):
+            control.visible = interpolates
         self._show_keep()
         self._save()
 

@@ -9,6 +9,7 @@ from typing import Any
 from nicegui import ui
 
 from ...core.errors import ImagicError
+from ...core.text import duration
 from ..jobs import ENDED, Job, Kind
 from ..running import OUTPUT
 from ..studio import Studio
@@ -25,13 +26,6 @@ STATES = {
     "queued": "waits", "running": "runs", "done": "done", "failed": "failed",
     "crashed": "crashed", "stopped": "stopped", "cancelled": "cancelled",
 }  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-    """Returns a time in words: ``1 min 20 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class JobPlace:

@@ -21,6 +21,9 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``hub.py``: sends an adapter to the Hugging Face Hub, and brings one from there into a store
 - ``hub_card.py``: the model card of an adapter on the Hub
 - ``export.py``: writes an adapter in the formats of ComfyUI, A1111 and diffusers
+- ``kohya.py``: LoRA layers in the format of kohya's scripts, and the family of an adapter
+- ``comfyui.py``: writes an edit for ComfyUI: LoRA, embeddings, nodes (``data/``) and workflows
+- ``comfyui_workflow.py``: a workflow of ComfyUI in both of its forms
 - ``word.py``: the new word of textual inversion: its vectors, its files, prompts that contain it
 - ``subject.py``: exports of DreamBooth's adapters and of new words
 - ``original_names.py``: the names of SDXL's layers in Stability's code

@@ -1,4 +1,4 @@
-"""Exports an adapter for other programs: in the format of kohya's scripts, which ComfyUI and A1111 read, or in that of diffusers."""
+"""Exports an adapter for other programs: for ComfyUI as a whole, in the format of kohya's scripts, or in that of diffusers."""
 
 from __future__ import annotations
 
@@ -8,28 +8,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from ..core.config import Mode
 from ..core.errors import ImagicError, ImagicWarning
-from ..core.tensors import read, safetensors_pieces
+from ..core.tensors import safetensors_pieces
 from .adapter import Adapter
 from .atomic import AtomicWriter
-from .contents import embedding_tensors, read_canvas, read_embeddings
-from .lora import LORA_FILE
-from .original_names import original_names
+from .comfyui import comfyui_files
+from .contents import embedding_tensors, read_embeddings
+from .kohya import component, kohya, metadata, version
 from .readers import check_layers, notes
-from .record import CARD, EMBEDDINGS, RECORD, REMEDY
+from .record import CARD, EMBEDDINGS, RECORD
 from .subject import a1111_word, subject_page, word_use
 from .writing import check_outputs, hidden_folder, pieces, writable
 
-Format = Literal["kohya", "diffusers"]
+Format = Literal["comfyui", "kohya", "diffusers"]
 Files = Mapping[str, Iterable[bytes | memoryview]]
-_OPENCLIP_WIDTH = 1024  # of the embeddings of Stable Diffusion 2
-Version = Literal["v1", "v2", "xl", "sd3", "flux2-klein"]
 _DENOISERS: dict[str, str] = {"sd3": "SD3Transformer2DModel", "flux2-klein": "Flux2Transformer2DModel"}
-_STABILITY = "https://github.com/Stability-AI/generative-models"
 _KOHYA_USE = "Copy `{name}.safetensors` to the LoRA folder of ComfyUI or A1111 and use it at strength 1."
 _COMFYUI_USE = "Copy `{name}.safetensors` to the LoRA folder of ComfyUI and use it at strength 1. A1111 does not read it."
 _DIFFUSERS_USE: dict[Mode, str] = {
@@ -94,12 +88,12 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
 
     Adapters of other methods than imagic have no embeddings to export. A new word is written as A1111 reads it for ``kohya``.
 
-    Warns with what a reader of kohya's format leaves out or reads in another way.
+    Warns with what the programs leave out or do in another way.
 
     Args:
         adapter: the adapter to export.
-        layout: ``kohya`` writes ``NAME.safetensors``, ``NAME.embeddings.safetensors`` and ``NAME.md``; ``diffusers`` writes a folder
-            ``NAME``.
+        layout: ``comfyui`` writes a folder ``NAME`` to merge into ComfyUI's: LoRA, embeddings, nodes and workflows. ``kohya`` writes
+            ``NAME.safetensors``, ``NAME.embeddings.safetensors`` and ``NAME.md``. ``diffusers`` writes a folder ``NAME``.
         folder: the folder to write to; created if it does not exist.
         overwrite: whether existing files of the same names are replaced.
 
@@ -108,9 +102,10 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
 
     Raises:
         ImagicError: an adapter without LoRA layers is exported in kohya's format, which has nothing else, or one with a layer that no
-            reader of it knows; a file exists already or cannot be written; the adapter is invalid.
+            reader of it knows; ComfyUI cannot make the edit (:func:`~imagic_lora.adapters.comfyui.comfyui_files`); a file exists already
+            or cannot be written; the adapter is invalid.
     """
-    files = _for_kohya(adapter) if layout == "kohya" else _for_diffusers(adapter)
+    files = {"comfyui": comfyui_files, "kohya": _for_kohya, "diffusers": _for_diffusers}[layout](adapter)
     folder = folder if layout == "kohya" else folder / adapter.name
     paths = [folder / name for name in files]
     check_outputs(folder, files)
@@ -120,11 +115,11 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
         raise ImagicError(f"{taken[0]} exists", "a new file", "choose another --out, or use --overwrite")
     with writable(folder), hidden_folder(folder, ".export-") as hidden:
         writer = AtomicWriter(hidden)
-        for name, content in files.items():
-            writer.write(name, content)
-        for name, path in zip(files, paths, strict=True):  # after all writes, so that an error leaves existing files unchanged
-            path.parent.mkdir(exist_ok=True)
-            (writer.folder / name).replace(path)
+        for k, content in enumerate(files.values()):
+            writer.write(str(k), content)
+        for k, path in enumerate(paths):  # after all writes, so that an error leaves existing files unchanged
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (writer.folder / str(k)).replace(path)
     return paths
 
 
@@ -142,12 +137,12 @@ def _for_kohya(adapter: Adapter) -> Files:
     layers = {key.partition(".")[0] for key in tensors}
     check_layers(layers)
     use = [
-        (_KOHYA_USE if _component(adapter) == "unet" else _COMFYUI_USE).format(name=name),
-        *notes(layers, adapter.record.prompt, _version(adapter) != "v1"),
+        (_KOHYA_USE if component(adapter) == "unet" else _COMFYUI_USE).format(name=name),
+        *notes(layers, adapter.record.prompt, version(adapter) != "v1"),
     ]
     for note in use[1:]:
         warnings.warn(note, ImagicWarning, stacklevel=3)
-    weights = {f"{name}.safetensors": safetensors_pieces(tensors, _metadata(adapter))}
+    weights = {f"{name}.safetensors": safetensors_pieces(tensors, metadata(adapter))}
     if adapter.record.config.method != "imagic":
         return weights | {f"{name}.md": [subject_page(adapter, "\n\n".join(use))]}
     return weights | {
@@ -157,9 +152,8 @@ def _for_kohya(adapter: Adapter) -> Files:
 
 
 def _for_diffusers(adapter: Adapter) -> Files:
-    component = _component(adapter)
-    denoiser = _DENOISERS.get(_version(adapter), "UNet2DConditionModel")
-    use = _DIFFUSERS_USE[adapter.record.config.tune.mode].format(denoiser=denoiser, component=component)
+    denoiser = _DENOISERS.get(version(adapter), "UNet2DConditionModel")
+    use = _DIFFUSERS_USE[adapter.record.config.tune.mode].format(denoiser=denoiser, component=component(adapter))
     weights = {file: pieces(adapter.listed(file)) for file in adapter.record.weight_files}
     if adapter.record.config.method != "imagic":
         use = word_use(adapter, a1111=False) if adapter.record.config.method == "textual-inversion" else use
@@ -201,80 +195,3 @@ def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
         start=record.config.edit.start,
     )
     return text.encode()
-
-
-def kohya(adapter: Adapter) -> dict[str, Tensor]:
-    """Returns the LoRA layers under the names of kohya's scripts: ``lora_unet_`` and the name of the layer, with underscores for dots.
-
-    Those scripts use the layer names of diffusers for Stable Diffusion 1 and 2, and the layer names of Stability's own code for SDXL.
-    The prefix of a transformer is ``lora_transformer_``: ComfyUI reads it with the layer names of diffusers.
-    Readers multiply by ``alpha / rank``, and some assume that alpha is the rank. Therefore the scale is multiplied into the second matrix
-    and alpha is set to the rank.
-
-    Raises:
-        ImagicError: the file holds anything other than LoRA layers of the recorded rank.
-    """
-    path, tune = adapter.listed(LORA_FILE), adapter.record.config.tune
-    stored, scale, component = read(path), 1.0 if tune.alpha is None else tune.alpha / tune.rank, _component(adapter)
-    layers = sorted({name.removeprefix(f"{component}.").rpartition(".lora_")[0] for name in stored})
-    names = original_names(layers) if _version(adapter) == "xl" else {layer: layer for layer in layers}
-    tensors: dict[str, Tensor] = {}
-    for layer, name in names.items():
-        down, up = (stored.pop(f"{component}.{layer}.lora_{matrix}.weight", None) for matrix in "AB")
-        if down is None or up is None or down.shape[:1] != (tune.rank,) or up.shape[1:2] != (tune.rank,):
-            raise ImagicError(
-                f"{path} holds no pair of matrices of rank {tune.rank} for {layer[:80]!r}", "a LoRA file written by fit", REMEDY
-            )
-        key = f"lora_{component}_{name.replace('.', '_')}"
-        if f"{key}.alpha" in tensors:
-            raise ImagicError(f"{path} holds two layers that are {key} in this format", "a LoRA file written by fit", REMEDY)
-        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up * scale, f"{key}.alpha": torch.tensor(float(tune.rank))}
-    if stored:
-        raise ImagicError(f"{path} holds the unexpected tensor {next(iter(stored))[:80]!r}", "LoRA layers only", REMEDY)
-    return tensors
-
-
-def _component(adapter: Adapter) -> str:
-    """The denoiser's component name; ``unet`` for an adapter without weights."""
-    return next((part.component for part in adapter.record.parts), "unet")
-
-
-def _version(adapter: Adapter) -> Version:
-    """Derives the version of Stable Diffusion, or FLUX.2 klein, from the denoiser and the shapes of the embeddings."""
-    target = read_embeddings(adapter)["target"]
-    if _component(adapter) == "transformer":
-        return "flux2-klein" if target.pooled is None else "sd3"
-    if target.pooled is not None:
-        return "xl"
-    return "v2" if target.tokens.shape[-1] == _OPENCLIP_WIDTH else "v1"
-
-
-def _metadata(adapter: Adapter) -> dict[str, str]:
-    """Returns the metadata of the file: Stability's model specification, and the settings under the names of kohya's scripts."""
-    record, tune, version = adapter.record, adapter.record.config.tune, _version(adapter)
-    height, width = read_canvas(adapter).pixels.shape[2:]
-    second = "v2-768-v" if height * width > 512 * 512 else "v2-512"  # a guess: the record does not contain the prediction type of the base
-    versions = {"v1": "v1", "v2": second, "xl": "xl-v1-base", "sd3": "3"}
-    architecture = f"stable-diffusion-{versions[version]}" if version in versions else "flux-2-klein"
-    names = {"v1": "sd_v1", "v2": "sd_v2", "xl": "sdxl_base_v1-0", "sd3": "sd3", "flux2-klein": "flux2_klein"}
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": _STABILITY if version == "xl" else "diffusers",
-        "modelspec.title": adapter.name,
-        "modelspec.resolution": f"{width}x{height}",
-        "modelspec.description": record.prompt,
-        "modelspec.date": record.created,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(tune.rank),
-        "ss_network_alpha": str(float(tune.rank)),
-        "ss_base_model_version": names[version],
-        "ss_v2": str(version == "v2"),
-        "ss_sd_model_name": record.base.name,
-        "ss_output_name": adapter.name,
-        "ss_num_train_images": str(1 + len(record.source.others)),
-        "ss_resolution": f"({width}, {height})",
-        "ss_steps": str(tune.steps),
-        "ss_learning_rate": str(tune.learning_rate),
-        "ss_seed": str(record.config.seed),
-    }

@@ -69,8 +69,9 @@ def check_outputs(folder: Path, names: Iterable[str]) -> None:
         with TemporaryFile(dir=folder):
             pass
         for path in (folder / name for name in names):
-            if path.parent != folder and path.parent.exists() and not path.parent.is_dir():
-                raise ImagicError(f"{path.parent} is not a folder", "a folder, or an unused name", "choose another folder, or move it")
+            for parent in path.parents[: len(path.parents) - len(folder.parents) - 1]:
+                if parent.exists() and not parent.is_dir():
+                    raise ImagicError(f"{parent} is not a folder", "a folder, or an unused name", "choose another folder, or move it")
             if path.exists() and not path.is_file():
                 raise ImagicError(f"{path} is not a file", "a file, or an unused name", "choose another folder, or move it")
             if path.exists() and not os.access(path, os.W_OK):

@@ -27,7 +27,8 @@ from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.atomic import AtomicWriter, atomic_folder
 from imagic_lora.adapters.compress import compress
 from imagic_lora.adapters.contents import applied, read_embeddings, save_embeddings
-from imagic_lora.adapters.export import Format, export, kohya
+from imagic_lora.adapters.export import Format, export
+from imagic_lora.adapters.kohya import kohya
 from imagic_lora.adapters.lora import LORA_FILE
 from imagic_lora.adapters.original_names import original_names
 from imagic_lora.adapters.readers import check_layers, notes

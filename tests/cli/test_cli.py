@@ -37,8 +37,18 @@ import imagic_lora.training.fit as imagic
 import imagic_lora.training.run as run_module
 from imagic_lora.adapters.store import Store
 from imagic_lora.cli.options import suggested_etas
-from imagic_lora.core.config import Config, DeviceConfig, EditConfig, MemoryConfig, Mode, MonitoringConfig, RunConfig
-from imagic_lora.core.settings import PRESETS, RECIPES, merged, validated
+from imagic_lora.core.config import (
+    Config,
+    DeviceConfig,
+    DreamBoothConfig,
+    EditConfig,
+    InversionConfig,
+    MemoryConfig,
+    Mode,
+    MonitoringConfig,
+    RunConfig,
+)
+from imagic_lora.core.settings import PRESETS, RECIPES, RecipePart, merged, validated
 from imagic_lora.photos.reading import read_metadata, read_photo
 from imagic_lora.training.stage import Stage, StepReport
 
@@ -590,6 +600,9 @@ def other_value(path: tuple[str, ...]) -> Any:
         "strength": 0.25,
         "negative_prompt": "blurred",
         "guidance_scale": 2.5,
+        "class_prompt": "a dog",
+        "word": "rex",
+        "initial_word": "wolf",
     }
     for known in (path, path[-1]):
         if known in special:
@@ -608,6 +621,7 @@ def _annotation(path: tuple[str, ...]) -> Any:
 
 
 FLAT = {"mode", "rank", "alpha", "targets", *MemoryConfig.model_fields, *MonitoringConfig.model_fields}
+FLAT |= {*DreamBoothConfig.model_fields, *InversionConfig.model_fields}
 COMPANIONS = {
     "master_weights": ("--mode", "full"),
     "autocast_cache": ("--mode", "full"),
@@ -617,10 +631,14 @@ COMPANIONS = {
     "space": ("--embed.tokens", "all"),
     "patience": ("--early-stop", "tune"),
     "min_improvement": ("--early-stop", "tune"),
+    "class_prompt": ("--method", "dreambooth"),
+    **dict.fromkeys(("class_pictures", "class_seed", "prior_weight"), ("--method", "dreambooth", "--class-prompt", "a dog")),
+    "initial_word": ("--method", "textual-inversion"),
+    **dict.fromkeys(("word", "vectors", "templates"), ("--method", "textual-inversion", "--initial-word", "dog")),
 }
 """Without these the other value of a setting is a clash."""
 LEVELS = ("built-in", "recipe", "preset", "file", "flag")
-CHOOSING = (("preset",), ("tune", "mode"))
+CHOOSING = (("preset",), ("tune", "mode"), ("method",))
 """What chooses a preset, or the half of a recipe or preset, cannot come from one."""
 ALONE = [path for path in leaves() if path in CHOOSING or path[-1] in COMPANIONS]
 """Settings whose other value clashes with that of another one."""
@@ -647,7 +665,7 @@ def arrived(
     level: str, settings: dict[str, Any], run: Run, photo: Path, given: list[RunConfig], monkeypatch: pytest.MonkeyPatch, *flags: object
 ) -> RunConfig:
     """What fit() is given when the real command line, a real file, a preset or a recipe holds these settings."""
-    monkeypatch.setitem(RECIPES, "sd", {mode: settings if level == "recipe" else {} for mode in MODES})
+    monkeypatch.setitem(RECIPES, "sd", {part: settings if level == "recipe" else {} for part in get_args(RecipePart)})
     monkeypatch.setitem(PRESETS, "8gb", {mode: settings if level == "preset" else {} for mode in MODES})
     tokens: list[object] = ["fit", photo, "a dog", *flags]
     if "--preset" not in flags and "preset" not in settings:
@@ -737,13 +755,18 @@ def test_every_setting_is_read_by_the_code(base: Path, photo: Path, tmp_path: Pa
     monkeypatch.setattr(imagic.Store, "write", lambda *_: "stored")
     monkeypatch.setattr(run_module.Run, "record", lambda self, name: None)
     monkeypatch.setattr(run_module.Run, "inputs", lambda *_: {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     watched = {"convergence_every": 1, "early_stop": "both", "preview_every": 1}
-    for mode in MODES:
-        tune = {"mode": mode} if mode == "embedding" else {"steps": 1, "mode": mode}
-        config = validated(
-            {"base": str(base), "embed": {"steps": 2}, "tune": tune, "edit": {"steps": 2, "start": "image"}, "monitoring": watched}
-        )
-        steps = imagic.fit(photo, "a dog", Watched(config, by_fit), Store(tmp_path), "x")  # pyright: ignore[reportArgumentType]
+    common = {"base": str(base), "edit": {"steps": 2, "start": "image"}, "monitoring": watched}
+    runs: list[dict[str, Any]] = [
+        {"embed": {"steps": 2}, "tune": {"mode": mode} if mode == "embedding" else {"steps": 1, "mode": mode}} for mode in MODES
+    ]
+    subject, word = {"class_prompt": "a cat", "class_pictures": 1}, {"initial_word": "c", "word": "<q>", "templates": "prompt"}
+    runs.append({"method": "dreambooth", "dreambooth": subject, "tune": {"steps": 1}, "monitoring": watched | {"early_stop": "tune"}})
+    runs.append({"method": "textual-inversion", "inversion": word, "embed": {"steps": 2}, "tune": {"mode": "embedding"}})
+    for own in runs:
+        config = validated(common | own)
+        steps = imagic.fit(photo, "a <q> up", Watched(config, by_fit), Store(tmp_path), "x")  # pyright: ignore[reportArgumentType]
         assert imagic.result(steps) == "stored"
     assert set(leaves()) - {path for path in by_fit if path[0] != "memory"} - by_runtime == {("preset",)}
 

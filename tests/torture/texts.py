@@ -26,7 +26,6 @@ from imagic_lora.bench import page
 from imagic_lora.bench.critters import Bench
 from imagic_lora.cli import app as cli
 from imagic_lora.cli import console
-from imagic_lora.cli.commands import bench as benching
 from imagic_lora.core.config import RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
 from imagic_lora.memory.plan import assume, predict
@@ -250,7 +249,7 @@ def _plan(made: Fitted, work: Path, text: str) -> None:
 
 def _table(made: Fitted, work: Path, text: str) -> None:
     with Printed() as printed:
-        console.out.print(benching._table("title", page.Table(("method", "share"), [[text, text]])))
+        console.out.print(console.cells_table("title", page.Table(("method", "share"), [[text, text]])))
     printed.shows(text, 2)
 
 

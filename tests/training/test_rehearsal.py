@@ -121,7 +121,7 @@ def test_the_analytic_plan_is_near_the_exact_one(case: Case, wide: Path) -> None
 @pytest.mark.parametrize(
     ("base", "mode", "changes", "photos"),
     [
-        ("critters", "lora", {}, 8),
+        pytest.param("critters", "lora", {}, 8, marks=pytest.mark.slow),
         ("small", "embedding", {"resolution": 24, "embed": {"batch_size": 2}}, 3),
         pytest.param("sd15", "lora", {"memory": {"gradient_checkpointing": True}}, 4, marks=pytest.mark.slow),
         pytest.param("sd15", "lora", {"tune": {"targets": "attention+conv"}, "resolution": 256}, 4, marks=pytest.mark.slow),
@@ -262,6 +262,7 @@ def test_the_exact_plan_of_previews_is_what_they_take(folder: Path, idle: str) -
     assert predict(architecture(str(folder)), run, assumed).stages["preview"].total == pytest.approx(plan.stages["preview"].total, rel=0.1)
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_the_relative_loss_needs_no_more_than_a_step(folder: Path) -> None:
     """In either stage, with and without the levers that lower the peak of a step."""
     base, assumed = architecture(str(folder)), Assumed("cpu", "bf16", "adam")

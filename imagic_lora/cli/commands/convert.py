@@ -77,7 +77,7 @@ def compress(
 def export(
     name: str,
     *,
-    kind: Annotated[Literal["kohya", "diffusers"], Parameter(name="--format")],
+    kind: Annotated[Literal["comfyui", "kohya", "diffusers"], Parameter(name="--format")],
     out: Path = Path("outputs/export"),
     store: StoreDir = DEFAULT_STORE,
     overwrite: Flag = False,
@@ -85,14 +85,15 @@ def export(
 ) -> None:
     """Export an adapter for other programs, with its embeddings and a page of instructions.
 
-        imagic-lora export rex --format kohya
+        imagic-lora export rex --format comfyui
 
     Parameters
     ----------
     name
         Name of the adapter, as imagic-lora list prints it.
     kind
-        kohya: one file for ComfyUI and A1111, for adapters of mode lora. diffusers: a folder for diffusers, for every mode.
+        comfyui: a folder to merge into ComfyUI's, with LoRA, embeddings, nodes and a workflow that makes the edit, for modes lora and
+        embedding. kohya: one file for ComfyUI and A1111, for adapters of mode lora. diffusers: a folder for diffusers, for every mode.
     out
         Output folder.
     overwrite

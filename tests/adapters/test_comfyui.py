@@ -1,0 +1,346 @@
+"""The export for ComfyUI: its nodes run with a stub of the host, its workflows are checked against the definitions of the nodes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from common import PROMPT, Run, each, opened, tiny_config
+from safetensors.torch import load_file, save_file
+from test_export import as_lora, forged, listing
+from tiny import save_tiny_sd3, save_tiny_sdxl
+
+from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.export import export
+from imagic_lora.adapters.kohya import kohya
+from imagic_lora.adapters.store import Store
+from imagic_lora.core.conditioning import Conditioning
+from imagic_lora.core.errors import ImagicError, ImagicWarning
+from imagic_lora.sampling.editor import Editor
+from imagic_lora.sampling.mixing import mixed
+from imagic_lora.sampling.trajectory import FlowTrajectory
+from imagic_lora.training.fit import fit, result
+
+Fitted = Callable[..., Adapter]
+FAMILIES = ["sd", "sdxl", "sd3"]
+pytestmark = pytest.mark.filterwarnings("ignore:The workflow samples with euler:imagic_lora.core.errors.ImagicWarning")
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path, fitted: Fitted, photo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Adapter]]:
+    """A tiny base of each family, and a LoRA adapter for it."""
+    root = tmp_path_factory.mktemp("comfyui")
+    bases = {"sdxl": save_tiny_sdxl(root / "sdxl-base"), "sd3": save_tiny_sd3(root / "sd3-base")}
+    found = {"sd": (folder, fitted("lora"))}
+    for name, base in bases.items():
+        run = tiny_config(base, tune={"targets": "attention"}, embed={"tokens": "words" if name == "sd3" else "all"})
+        found[name] = base, result(fit(photo_file, PROMPT, run, Store(root), name))
+    return found
+
+
+def host(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The written nodes, imported as ComfyUI imports them, with its module ``folder_paths``."""
+    paths: dict[str, tuple[list[str], set[str]]] = {}
+
+    def add_model_folder_path(name: str, path: str, is_default: bool = False) -> None:
+        if name in paths:
+            paths[name][0].append(path)
+        else:
+            paths[name] = [path], set()
+
+    def get_filename_list(name: str) -> list[str]:
+        return sorted(str(file.relative_to(path)) for path in paths[name][0] for file in Path(path).rglob("*") if file.is_file())
+
+    def get_full_path(name: str, file: str) -> str | None:
+        return next((str(Path(path) / file) for path in paths[name][0] if (Path(path) / file).is_file()), None)
+
+    stub: Any = ModuleType("folder_paths")
+    stub.models_dir = str(root / "models")
+    stub.add_model_folder_path, stub.get_filename_list, stub.get_full_path = add_model_folder_path, get_filename_list, get_full_path
+    monkeypatch.setitem(sys.modules, "folder_paths", stub)
+    for name in [name for name in sys.modules if name.startswith("imagic_lora")]:  # the nodes need nothing of ours
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.spec_from_file_location("comfyui_custom_node", root / "custom_nodes/imagic/__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_node(nodes: ModuleType, kind: str, **inputs: Any) -> tuple[Any, ...]:
+    """Runs a node as ComfyUI does: with every input that it asks for, by name."""
+    node = nodes.NODE_CLASS_MAPPINGS[kind]
+    assert set(inputs) == set(node.INPUT_TYPES()["required"])
+    outputs = getattr(node(), node.FUNCTION)(**inputs)
+    assert len(outputs) == len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
+    return outputs
+
+
+# What the nodes give
+
+
+@each("family", FAMILIES)
+def test_a_conditioning_is_that_of_our_edit(made: dict[str, tuple[Path, Adapter]], tmp_path: Path, family: str) -> None:
+    """Tokens, pooled embedding and sizes, at every eta, alone and in a batch; the negative one is that of the empty prompt."""
+    folder, adapter = made[family]
+    base, etas = opened(folder), [0.0, 0.35, 0.7, 1.05, 1.4]
+    stored = Editor(base).conditionings(adapter)
+    ours = [mixed(base, PROMPT, stored["target"], stored["optimised"], eta, 0.3) for eta in etas]
+    assert (ours[0].tokens - ours[2].tokens).abs().max() > 1e-3
+    root = export(adapter, "comfyui", tmp_path)[-1].parent
+    latent = {"samples": torch.zeros(1, 4, 8, 8), "noise_mask": torch.ones(1, 8, 8)}
+    with pytest.MonkeyPatch.context() as patch:
+        nodes, file = host(root, patch), f"{adapter.name}.safetensors"
+        singles = [run_node(nodes, "ImagicConditioning", embeddings=file, eta=eta) for eta in etas]
+        strip = run_node(nodes, "ImagicEtaBatch", embeddings=file, latent=latent, eta_from=0.0, eta_to=1.4, count=5)
+    for k, (expected, (positive, negative)) in enumerate(zip(ours, singles, strict=True)):
+        ((tokens, extra),), ((null, null_extra),) = positive, negative
+        torch.testing.assert_close(tokens, expected.tokens, rtol=0, atol=1e-5)
+        torch.testing.assert_close(strip[0][0][0][k : k + 1], expected.tokens, rtol=0, atol=1e-5)
+        torch.testing.assert_close(null, stored["null"].tokens, rtol=0, atol=1e-5)
+        assert ("pooled_output" in extra) == (family != "sd") == ("pooled_output" in null_extra)
+        if expected.pooled is not None:
+            torch.testing.assert_close(extra["pooled_output"], expected.pooled, rtol=0, atol=1e-5)
+            torch.testing.assert_close(strip[0][0][1]["pooled_output"][k : k + 1], expected.pooled, rtol=0, atol=1e-5)
+            torch.testing.assert_close(null_extra["pooled_output"], stored["null"].pooled, rtol=0, atol=1e-5)
+        sizes = {"width": 32, "height": 24, "crop_w": 0, "crop_h": 0, "target_width": 32, "target_height": 24}
+        assert {name: extra.get(name) for name in sizes} == (sizes if family == "sdxl" else dict.fromkeys(sizes))
+    repeated = strip[2]
+    assert repeated["samples"].shape == (5, 4, 8, 8)
+    assert repeated["noise_mask"].shape == (5, 8, 8)
+    assert repeated["batch_index"] == [0] * 5  # ComfyUI draws the noise of each from its index
+
+
+def test_a_node_refuses_what_it_cannot_use(made: dict[str, tuple[Path, Adapter]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another file, a missing one, several latents; a file that was written again is read again."""
+    adapter = made["sd"][1]
+    root = export(adapter, "comfyui", tmp_path)[-1].parent
+    save_file({"emb_params": torch.zeros(1, 8)}, root / "models/imagic/other.safetensors")
+    (root / "models/imagic/notes.txt").touch()
+    nodes, file = host(root, monkeypatch), f"{adapter.name}.safetensors"
+    node = nodes.NODE_CLASS_MAPPINGS["ImagicConditioning"]
+    assert node.INPUT_TYPES()["required"]["embeddings"] == ([file, "other.safetensors"],)
+    assert node.IS_CHANGED(embeddings=file, eta=0.5) == (root / "models/imagic" / file).stat().st_mtime
+    with pytest.raises(ValueError, match=r"other\.safetensors holds no null\.tokens, optimised\.tokens, target\.tokens"):
+        node().run("other.safetensors", 0.5)
+    with pytest.raises(FileNotFoundError, match="copy it there"):
+        node().run("none.safetensors", 0.5)
+    with pytest.raises(ValueError, match="got 2 latents"):
+        nodes.NODE_CLASS_MAPPINGS["ImagicEtaBatch"]().run(file, {"samples": torch.zeros(2, 4, 8, 8)}, 0.0, 1.0, 3)
+
+
+# The workflow
+
+SAMPLERS = ["euler", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "lcm"]
+INT, FLOAT, STRING = ("INT",), ("FLOAT",), ("STRING",)
+SIZE = {"width": INT, "height": INT, "batch_size": INT}
+
+
+def core(name: str, file: str) -> dict[str, tuple[dict[str, Any], tuple[str, ...]]]:
+    """Inputs, in order, and outputs of ComfyUI's own nodes, as its nodes.py and comfy_extras/nodes_sd3.py have them."""
+    sampler = {
+        "model": ("MODEL",), "add_noise": (["enable", "disable"],), "noise_seed": INT, "steps": INT, "cfg": FLOAT,
+        "sampler_name": (SAMPLERS,), "scheduler": (["normal", "karras"],), "positive": ("CONDITIONING",), "negative": ("CONDITIONING",),
+        "latent_image": ("LATENT",), "start_at_step": INT, "end_at_step": INT, "return_with_leftover_noise": (["disable", "enable"],),
+    }  # fmt: skip
+    return {
+        "CheckpointLoaderSimple": ({"ckpt_name": STRING}, ("MODEL", "CLIP", "VAE")),
+        "LoraLoaderModelOnly": ({"model": ("MODEL",), "lora_name": ([file],), "strength_model": FLOAT}, ("MODEL",)),
+        "CLIPTextEncode": ({"text": STRING, "clip": ("CLIP",)}, ("CONDITIONING",)),
+        "EmptyLatentImage": (SIZE, ("LATENT",)),
+        "EmptySD3LatentImage": (SIZE, ("LATENT",)),
+        "LoadImage": ({"image": ([f"{name}.png"],)}, ("IMAGE", "MASK")),
+        "VAEEncode": ({"pixels": ("IMAGE",), "vae": ("VAE",)}, ("LATENT",)),
+        "VAEDecode": ({"samples": ("LATENT",), "vae": ("VAE",)}, ("IMAGE",)),
+        "SaveImage": ({"images": ("IMAGE",), "filename_prefix": STRING}, ()),
+        "KSamplerAdvanced": (sampler, ("LATENT",)),
+    }
+
+
+def check_api(workflow: dict[str, Any], definitions: dict[str, Any]) -> None:
+    """As ComfyUI validates a prompt: every input is there, linked to an output of its type or a value that it takes."""
+    for node in workflow.values():
+        inputs = definitions[node["class_type"]][0]
+        assert set(node["inputs"]) == set(inputs)
+        for name, (kind, *_) in inputs.items():
+            given = node["inputs"][name]
+            if isinstance(given, list):
+                source, slot = given
+                assert definitions[workflow[source]["class_type"]][1][slot] == kind
+            elif isinstance(kind, list):
+                assert given in kind
+            else:
+                assert type(given) in {"INT": (int,), "FLOAT": (float, int), "STRING": (str,)}[kind], (name, given)
+
+
+def check_ui(page: dict[str, Any], workflow: dict[str, Any], definitions: dict[str, Any]) -> None:
+    """Links are consistent at both ends, and nodes, links and values are those of the form for the API."""
+    nodes, links = {node["id"]: node for node in page["nodes"]}, {link[0]: link for link in page["links"]}
+    assert (page["version"], page["last_node_id"], page["last_link_id"]) == (0.4, max(nodes), max(links))
+    assert {str(number): node["type"] for number, node in nodes.items()} == {k: node["class_type"] for k, node in workflow.items()}
+    ends = set()
+    for number, node in nodes.items():
+        inputs, outputs = definitions[node["type"]]
+        given = workflow[str(number)]["inputs"]
+        assert tuple(output["type"] for output in node["outputs"]) == outputs
+        for slot, entry in enumerate(node["inputs"]):
+            _, source, from_slot, to, to_slot, kind = links[entry["link"]]
+            assert (to, to_slot, kind, (kind,)) == (number, slot, entry["type"], inputs[entry["name"]])
+            assert given[entry["name"]] == [str(source), from_slot]
+            assert entry["link"] in nodes[source]["outputs"][from_slot]["links"]
+            ends.add(entry["link"])
+        assert all(links[link][1:3] == [number, slot] for slot, output in enumerate(node["outputs"]) for link in output["links"])
+        values = [value for name, value in given.items() if name in inputs and not isinstance(value, list)]
+        widgets = list(node["widgets_values"])
+        if node["type"] == "KSamplerAdvanced":
+            assert widgets.pop(2) == "fixed"  # control_after_generate follows the seed
+        if node["type"] == "LoadImage":
+            assert widgets.pop(1) == "image"
+        in_order = [given[name] for name in inputs if not isinstance(given[name], list)]
+        assert widgets == in_order
+        assert len(values) == len(in_order)
+    assert ends == set(links)
+    assert len({tuple(node["pos"]) for node in nodes.values()}) == len(nodes)
+
+
+def changed(adapter: Adapter, mode: str | None = None, **edit: Any) -> Adapter:
+    """The adapter with other settings of the edit."""
+    record = adapter.record
+    config = record.config.model_copy(update={"edit": record.config.edit.model_copy(update=edit)})
+    changes: dict[str, Any] = {"config": config} | ({"parts": []} if mode == "embedding" else {})
+    return Adapter(adapter.folder, record.model_copy(update=changes))
+
+
+@each("family, edit, mode", [
+    *[(family, {}, None) for family in FAMILIES],
+    ("sd3", {}, "embedding"),
+    ("sd", {"start": "image", "steps": 50, "strength": 0.65, "scheduler": "dpm++2m", "karras_sigmas": True}, None),
+    ("sdxl", {"negative_prompt": "blurry", "scheduler": "unipc"}, "embedding"),
+])  # fmt: skip
+def test_a_workflow_is_valid_in_both_forms(
+    made: dict[str, tuple[Path, Adapter]], tmp_path: Path, family: str, edit: dict[str, Any], mode: str | None
+) -> None:
+    """Against the definitions of ComfyUI's nodes and those that the written nodes give themselves; every file it names is there."""
+    adapter = changed(made[family][1], mode, **edit)
+    name, config = adapter.name, adapter.record.config.edit
+    with pytest.warns(ImagicWarning) if edit.get("negative_prompt") or (family != "sd3" and "scheduler" not in edit) else nullcontext():
+        paths = export(adapter, "comfyui", tmp_path)
+    root = paths[-1].parent
+    with pytest.MonkeyPatch.context() as patch:
+        nodes = host(root, patch)
+        own = {kind: (node.INPUT_TYPES()["required"], node.RETURN_TYPES) for kind, node in nodes.NODE_CLASS_MAPPINGS.items()}
+    definitions = core(name, f"{name}.safetensors") | own
+    for suffix in ("", "-strip"):
+        api = json.loads((root / f"{name}{suffix}.api.json").read_text())
+        check_api(api, definitions)
+        check_ui(json.loads((root / f"user/default/workflows/{name}{suffix}.json").read_text()), api, definitions)
+        kinds = [node["class_type"] for node in api.values()]
+        assert ("LoraLoaderModelOnly" in kinds) == (root / f"models/loras/{name}.safetensors").exists() == (mode != "embedding")
+        assert ("LoadImage" in kinds) == (root / f"input/{name}.png").exists() == (config.start == "image")
+        assert ("EmptySD3LatentImage" in kinds) == (family == "sd3")
+        assert ("CLIPTextEncode" in kinds) == bool(config.negative_prompt)
+        (sampler,) = [node["inputs"] for node in api.values() if node["class_type"] == "KSamplerAdvanced"]
+        assert (sampler["steps"], sampler["cfg"]) == (config.steps, config.guidance_scale)
+        assert sampler["start_at_step"] == (50 - 32 if config.start == "image" else 0)
+    (node,) = [node["inputs"] for node in json.loads((root / f"{name}.api.json").read_text()).values() if "eta" in node["inputs"]]
+    assert node["eta"] == adapter.record.eta
+
+
+def test_the_levels_of_a_flow_are_those_of_the_workflow(made: dict[str, tuple[Path, Adapter]]) -> None:
+    """ComfyUI's scheduler normal for Stable Diffusion 3: the first and last of a thousand shifted levels, evenly spaced, shifted again."""
+    base = opened(made["sd3"][0])
+
+    def shifted(level: float) -> float:
+        return 3.0 * level / (1 + 2.0 * level)
+
+    last = shifted(1 / 1000)
+    expected = [shifted(1.0 + (last - 1.0) * k / 27) for k in range(28)]
+    assert FlowTrajectory(base, 28, 64).sigmas == pytest.approx([*expected, 0.0], abs=1e-6)
+
+
+# What is in the folder, and what is refused
+
+
+@each("family", FAMILIES)
+def test_the_lora_is_that_of_kohya_s_format(made: dict[str, tuple[Path, Adapter]], tmp_path: Path, family: str) -> None:
+    """The names that ComfyUI reads."""
+    adapter = made[family][1]
+    written = load_file(export(adapter, "comfyui", tmp_path)[0])
+    expected = kohya(adapter)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in written.items())
+
+
+def test_the_page_names_every_file_and_what_differs(made: dict[str, tuple[Path, Adapter]], tmp_path: Path) -> None:
+    """Each difference is a warning too."""
+    adapter = changed(made["sd"][1], start="inverted", ddim_eta=0.5, guidance_rescale=0.7)
+    with pytest.warns(ImagicWarning) as caught:
+        paths = export(adapter, "comfyui", tmp_path)
+    text = paths[-1].read_text()
+    assert f"    {json.dumps(PROMPT)}\n" in text
+    assert all(f"| `{path.relative_to(paths[-1].parent).as_posix()}` |" in text for path in paths[:-1])
+    said = [str(warning.message) for warning in caught]
+    assert [
+        word for word in ("start inverted", "ddim_eta 0.5", "guidance_rescale 0.7", "euler") if not any(word in one for one in said)
+    ] == []
+    assert all(one in text for one in said)
+
+
+def test_what_comfyui_cannot_do_is_refused(fitted: Fitted, tmp_path: Path, run: Run) -> None:
+    """Full weights, bases without a loader, vectors of tokens, no null: exit code 2 with one message, and nothing is written."""
+    real = fitted("lora")
+    vectors = real.record.config.model_copy(update={"embed": real.record.config.embed.model_copy(update={"space": "input"})})
+    of_vectors = Adapter(real.folder, real.record.model_copy(update={"config": vectors}))
+    subject = real.record.config.model_copy(update={"method": "dreambooth"})
+    of_subject = Adapter(real.folder, real.record.model_copy(update={"config": subject}))
+    part = real.record.parts[0].model_copy(update={"component": "transformer"})
+    transformer = Adapter(real.folder, real.record.model_copy(update={"parts": [part]}))
+    layers = as_lora(["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"])
+
+    def made(name: str, source: Adapter, target: Conditioning) -> tuple[Path, str]:
+        (tmp_path / name).mkdir()
+        return tmp_path / name, forged(tmp_path / name, source, layers, target).name
+
+    tokens = torch.zeros(1, 2, 8)
+    cases = {
+        "imagic-lora compress": (fitted("full").folder.parent, fitted("full").name),
+        "--format kohya, and write the prompt": made("subject", of_subject, Conditioning(tokens)),
+        "critters, a base that ComfyUI has no loader for": (Path(__file__).parents[2] / "adapters", "rex-jumps"),
+        "a base that ComfyUI has no loader for": made("clip", real, Conditioning(tokens, torch.zeros(1, 8))),
+        "--embed.space output": made("vectors", of_vectors, Conditioning(tokens, vectors={"text_encoder": torch.zeros(1, 2, 8)})),
+        "takes the guidance scale as an input": made("lcm", real, Conditioning(tokens)),
+        "FLUX.2 klein": made("klein", transformer, Conditioning(tokens)),
+        "FLUX.2 klein, which": made("embedding", real, Conditioning(torch.zeros(1, 2, 7680))),
+    }
+    for expected, (store, name) in cases.items():
+        code, out, err = run("export", name, "--format", "comfyui", "--store", store, "--out", tmp_path / "out")
+        assert (code, out) == (2, ""), err
+        assert expected in err
+        assert "Traceback" not in err
+        assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_there_stay(made: dict[str, tuple[Path, Adapter]], tmp_path: Path) -> None:
+    """Unless they are to be replaced; a file in place of a folder is named before anything is written."""
+    adapter = made["sd3"][1]
+    first = export(adapter, "comfyui", tmp_path)
+    before = listing(tmp_path)
+    first[0].write_bytes(b"mine")
+    with pytest.raises(ImagicError, match=r"exists\. Expected: a new file"):
+        export(adapter, "comfyui", tmp_path)
+    assert first[0].read_bytes() == b"mine"
+    assert export(adapter, "comfyui", tmp_path, overwrite=True) == first
+    assert listing(tmp_path) == before
+    (tmp_path / "other" / adapter.name).mkdir(parents=True)
+    (tmp_path / "other" / adapter.name / "models").touch()
+    with pytest.raises(ImagicError, match="models is not a folder"):
+        export(adapter, "comfyui", tmp_path / "other")

@@ -295,9 +295,10 @@ def test_an_adapter_of_a_new_word_has_no_eta(page: Any, server: Server):
     panel.get_by_label("Eta", exact=True).first.wait_for()
     page.reload()
     panel = page.locator('.content[data-tab="edit"]')
+    panel.get_by_text("lower keeps more of the photo").wait_for()  # the draft is restored
     panel.get_by_role("button", name="word").click()
     panel.get_by_text("An adapter of method textual-inversion has no eta").wait_for()
-    assert not panel.locator('[id="eta"]').is_visible()
+    panel.locator('[id="eta"]').wait_for(state="hidden")
     assert not panel.locator('[for="keep"]').first.is_visible()
     panel.get_by_role("button", name="Generate").click()
     panel.get_by_text("edit word: done").wait_for(timeout=SLOW)

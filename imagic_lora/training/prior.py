@@ -128,11 +128,8 @@ def make_prior(run: Run, stop: Callable[[], bool]) -> Generator[StepReport, None
     sampling, repeated = config.edit.model_copy(update={"start": "noise"}), [conditioning] * len(missing)
     pictures = generate(base, repeated, seeds, sampling, canvas, run.negative, repeated)
     for done, k in enumerate(missing):
-        explained = explain_out_of_memory(base.architecture, config, base.runtime, CLASS)
-        with (
-            explained,
-            stop_while_sampling(base, stop, f"{len(images)} of {count} class pictures are stored; run the same command again to continue"),
-        ):
+        saved = f"{len(images)} of {count} class pictures are stored; run the same command again to continue"
+        with explain_out_of_memory(base.architecture, config, base.runtime, CLASS), stop_while_sampling(base, stop, saved):
             images[k] = next(pictures)
         _write(folder / _name(k), images[k], config.dreambooth.class_prompt)
         yield StepReport(CLASS, count - len(missing) + done + 1, count, None)

@@ -306,7 +306,7 @@ PARTS: dict[str, tuple[Callable[[Settings, int], None], int, str]] = {
 }
 """Each part with its function, its number of steps, and the weights that it writes last."""
 TRANSFORMER: dict[str, tuple[Callable[[Settings, int], None], int, str]] = {
-    "transformer": (train_transformer, 8_000, "transformer/diffusion_pytorch_model.safetensors"),
+    "transformer": (train_transformer, 5_500, "transformer/diffusion_pytorch_model.safetensors"),
 }
 """As :data:`PARTS`, of ``critters-dit``."""
 

@@ -43,9 +43,9 @@ settings are also flags of `edit`; the flag column says so. `edit` starts from t
 _RECIPES = """## Recipes
 
 Learning rates and sizes for a kind of base, by mode, and for the other methods. `sd` applies to every base with a U-Net but `critters`,
-`sd3` and `klein` to Stable Diffusion 3 and FLUX.2 klein, `flow` to other flow transformers; none of the last three was measured. An empty
-cell is the built-in default, and so is all of `sd, lora`. A base with few steps (`few_steps`) also sets `edit.steps` to that number and
-`edit.guidance_scale` to 0, or to 8 where the guidance scale is an input of the denoiser.
+`sd3` and `klein` to Stable Diffusion 3 and FLUX.2 klein, `flow` to other flow transformers but `critters-dit`; none of `sd3`, `klein` and
+`flow` was measured. An empty cell is the built-in default, and so is all of `sd, lora`. A base with few steps (`few_steps`) also sets
+`edit.steps` to that number and `edit.guidance_scale` to 0, or to 8 where the guidance scale is an input of the denoiser.
 """
 _PRESETS = """## Presets
 

@@ -19,9 +19,9 @@ from study_eta import study_eta
 from study_figures import study_null_text, study_reweight
 from study_store import Study, paired, values
 
-from imagic_lora.bases.loading.known import CRITTERS
 from imagic_lora.bases.loading.progress import hide_progress_bars
 from imagic_lora.bench.cases import Case, case_at
+from imagic_lora.bench.catalogue import kind_of
 from imagic_lora.bench.critters import Bench
 from imagic_lora.bench.scores import Score
 from imagic_lora.cli.console import progress
@@ -40,7 +40,8 @@ def study_settings(args: argparse.Namespace) -> None:
     of the study. All cases are fitted as one batch, which has no early stopping and no mode full: with ``--fit`` each is fitted and edited
     as the command line does it, and the training steps and passes through the denoiser are printed as well.
     """
-    cases, variants = [case_at(args.seed, index) for index in range(args.cases)], [Variant.parse(text) for text in ("", *args.variants)]
+    cases, kind = [case_at(args.seed, index) for index in range(args.cases)], kind_of(args.base)
+    variants = [Variant.parse(text, kind) for text in ("", *args.variants)]
     print(f"{'':44} {' '.join(f'{measure[:5]:>5}' for measure in COLUMNS)}{'':27}against the defaults: success, aligned, dB")
     usual: list[Score] = []
     for name, scores, cost in (one_by_one if args.fit else batched)(args, cases, variants):
@@ -113,10 +114,10 @@ def main() -> None:
         one.add_argument("--cases", type=int, default=cases)
         one.add_argument("--store", "--out", type=Path, default=Path("outputs/study"), help="folder of the results")
         if name != "ranks":
-            one.add_argument("--base", type=Path, default=CRITTERS, help="folder of the base")
+            one.add_argument("--base", default="critters", help="name or folder of the base, such as critters-dit")
         if name != "eta":
             one.add_argument("--seed", type=int, default=7 if name == "ranks" else 1, help="seed of the cases")
-    parsers.choices["ranks"].set_defaults(base=CRITTERS)
+    parsers.choices["ranks"].set_defaults(base="critters")
     options = ", ".join(Options.model_fields)
     parsers.choices["settings"].add_argument("variants", nargs="*", help=f"changes of the defaults; options of the study: {options}")
     parsers.choices["settings"].add_argument("--fit", action="store_true", help="fit each case by itself")

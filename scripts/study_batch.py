@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn import Parameter
 from imagic_lora.adapters.batched import BatchedLora, added, new_layers, scale_of
 from imagic_lora.bases.base import Base
 from imagic_lora.bench.cases import Case
-from imagic_lora.bench.catalogue import defaults
+from imagic_lora.bench.catalogue import EmbeddedName, defaults
 from imagic_lora.core.conditioning import Conditioning, concatenate
 from imagic_lora.core.config import Config, EditConfig, RunConfig
 from imagic_lora.core.errors import ImagicError
@@ -31,6 +32,7 @@ from imagic_lora.core.settings import differences, merged
 from imagic_lora.critters import SIZE, caption, longest_caption, render
 from imagic_lora.photos.canvas import Canvas, to_pixels
 from imagic_lora.sampling.diffusion import DiffusionSampler
+from imagic_lora.sampling.flow import FlowSampler
 from imagic_lora.sampling.inversion import NoiseRecorder, invert
 from imagic_lora.sampling.mixing import mixed
 from imagic_lora.sampling.pipelines import negative
@@ -40,7 +42,7 @@ from imagic_lora.training.stage import Stage
 from imagic_lora.training.stage import train as stage_of
 from imagic_lora.training.tune import tune_stage
 
-UNSUPPORTED: Any = {"embed": {"noise", "tokens", "relative"}, "memory": True, "monitoring": {"early_stop"}, "resolution": True}
+UNSUPPORTED: Any = {"embed": {"noise"}, "memory": True, "monitoring": {"early_stop"}, "resolution": True}
 """Settings that a batch of fits has only at these values: those of ``RunConfig(memory=MEMORY)``."""
 
 
@@ -74,8 +76,12 @@ class Variant:
     options: Options
 
     @classmethod
-    def parse(cls, text: str) -> Variant:
+    def parse(cls, text: str, base: EmbeddedName = "critters") -> Variant:
         """Reads changes of the defaults, ``key=value``, separated by spaces: settings of a run, and fields of :class:`Options`.
+
+        Args:
+            text: the changes.
+            base: the embedded base whose recipe has the defaults.
 
         Raises:
             ImagicError: as :func:`~imagic_lora.core.settings.resolve`.
@@ -90,7 +96,7 @@ class Variant:
         options = {name: changes.pop(name) for name in Options.model_fields if name in changes}
         memory = {"memory": MEMORY.model_dump(include={"device", "dtype", "optimizer"})}
         mode = changes.get("tune", {}).get("mode", "lora")
-        return cls(text or "defaults", defaults(mode, merged(memory, changes)), Options.model_validate(options))
+        return cls(text or "defaults", defaults(mode, merged(memory, changes), base), Options.model_validate(options))
 
     def key(self, *others: Any) -> list[Any]:
         """What a result depends on, as JSON values, followed by others."""
@@ -157,7 +163,8 @@ def applied(base: Base, layers: Sequence[dict[str, Parameter]], variant: Variant
         yield None
         return
     lora = CaseLora(layers, variant, sampling)
-    hook = base.denoiser.register_forward_pre_hook(lambda _, args: setattr(lora, "times", args[1]))
+    place = 1 if base.component == "unet" else 3  # of the timesteps, in [0, 1000), among the arguments of the denoiser
+    hook = base.denoiser.register_forward_pre_hook(lambda _, args: setattr(lora, "times", args[place]))
     try:
         with added(base, lora):
             yield lora
@@ -182,12 +189,21 @@ def train(stages: Sequence[Stage], lora: BatchedLora | None = None) -> None:
 def fitted(base: Base, latents: Tensor, cases: Sequence[Case], variant: Variant) -> Fitted:
     """Fits all cases with the settings of a variant."""
     config, prompts = variant.config, [PROMPTS[variant.options.initial](case) for case in cases]
-    encode = base.encode_vectors if config.embed.space == "input" else base.encode_prompt
+
+    def encode(text: str) -> Conditioning:
+        target = base.encode_vectors(text) if config.embed.space == "input" else base.encode_prompt(text)
+        return replace(target, mask=base.word_mask(text)) if config.embed.tokens == "words" else target
+
     given = list(zip(latents.split(1), prompts, cases, strict=True))
-    stages = [embed_stage(base, own, encode(text), config.embed, case.index, Processes(), text) for own, text, case in given]
+    starts = [encode(text) for text in prompts]
+    stages = [
+        embed_stage(base, own, start, config.embed, case.index, Processes(), text)
+        for (own, text, case), start in zip(given, starts, strict=True)
+    ]
     train(stages)
+    stored = starts if config.embed.stores_difference else [None] * len(stages)
     with torch.no_grad():
-        found = [optimised(stage) for stage in stages]
+        found = [optimised(stage, start) for stage, start in zip(stages, stored, strict=True)]
     layers: list[dict[str, Parameter]] = []
     if "tune" in config.stages:
         layers = new_layers(base, config.tune, [key(case.index, "lora") for case in cases])
@@ -213,15 +229,31 @@ def edited(base: Base, latents: Tensor, fit: Fitted, cases: Sequence[Case], vari
     photos = torch.cat([to_pixels(render(case.source)) for case in cases])
     canvas, seeds = Canvas(photos, (0, 0, SIZE, SIZE), (SIZE, SIZE)), [case.index for case in cases]
     with applied(base, fit.layers, variant):
-        sampler = DiffusionSampler(base, config, canvas, negative(base, config, base.null()))
+        null = negative(base, config, base.null())
+        if base.architecture.process == "flow":
+            sampler = FlowSampler(base, config, canvas, null)
+            inverted = sampler.recorded if config.ddim_eta else sampler.inverted
+        else:
+            sampler = DiffusionSampler(base, config, canvas, null)
+            inverted = partial(recorded if config.ddim_eta else diffused, base, canvas, latents, config)
         if config.start == "inverted":
-            parts = recorded(base, latents, source, seeds, config) if config.ddim_eta else invert(base, canvas, latents, config, source)
+            parts = inverted(source, seeds)
             own = {seed: tuple(part[k : k + 1] for part in parts) for k, seed in enumerate(seeds)}
             sampler._inversion = lambda _, seed: own[seed]
-        return base.decode(sampler.latents([mix], seeds, [source] * len(cases)))
+        sources = [source] if config.start == "flow" else [source] * len(cases)  # the inversions of the others are made
+        return base.decode(sampler.latents([mix], seeds, sources))
 
 
-def recorded(base: Base, latents: Tensor, source: Conditioning, seeds: Sequence[int], config: EditConfig) -> tuple[Tensor, ...]:
+def diffused(
+    base: Base, canvas: Canvas, latents: Tensor, config: EditConfig, source: Conditioning, seeds: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """As :func:`imagic_lora.sampling.inversion.invert`, which takes a batch of photos; seeds have no effect."""
+    return invert(base, canvas, latents, config, source)
+
+
+def recorded(
+    base: Base, canvas: Canvas, latents: Tensor, config: EditConfig, source: Conditioning, seeds: Sequence[int]
+) -> tuple[Tensor, ...]:
     """As :func:`imagic_lora.sampling.inversion.record_noise`, for a batch of photos: ``[cases, C, h, w]`` each."""
     recorder: Any = base.pipeline("text2image", NoiseRecorder).scheduler
     recorder.set_timesteps(config.steps)

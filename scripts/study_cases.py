@@ -17,7 +17,7 @@ from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.compress import compress
 from imagic_lora.adapters.store import Store
 from imagic_lora.bench.cases import Case, case_at
-from imagic_lora.bench.catalogue import STARTS, defaults
+from imagic_lora.bench.catalogue import STARTS, defaults, kind_of
 from imagic_lora.cli.console import progress
 from imagic_lora.core.config import RunConfig
 from imagic_lora.critters import render
@@ -54,14 +54,14 @@ def study_keep(args: argparse.Namespace) -> None:
     scored as it is and pasted into its photo by the mask of ``--keep auto``. Background is the error where the animal hides nothing, in
     levels of 255. Photo, edit, kept edit and mask of each case are written to the folder of the store, side by side.
     """
-    study = Study(args.base, args.store)
-    runs = {name: defaults("lora", change) for name, change in {"defaults": {}, "noise": STARTS["noise"]}.items()}
+    study, kind = Study(args.base, args.store), kind_of(args.base)
+    runs = {name: defaults("lora", change, kind) for name, change in {"defaults": {}, "noise": STARTS["noise"]}.items()}
     images = study.path(args.seed).with_suffix("")
     images.mkdir(exist_ok=True)
 
     def measure(case: Case) -> dict[str, Any]:
         rows: dict[str, Any] = {}
-        editor, config = Editor(study.base), defaults("lora").model_copy(update={"seed": case.index})
+        editor, config = Editor(study.base), defaults("lora", base=kind).model_copy(update={"seed": case.index})
         with fitted(editor, case, config) as (adapter, _):
             keep = read_keep(adapter, AUTO)
             assert keep is not None

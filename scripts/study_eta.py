@@ -12,6 +12,7 @@ from study_batch import Variant, applied, edited, encoded, fitted
 from study_store import Study, interval, paired
 
 from imagic_lora.bench.cases import Case, case_at
+from imagic_lora.bench.catalogue import kind_of
 from imagic_lora.cli.console import progress
 from imagic_lora.core.config import EditConfig
 from imagic_lora.core.errors import ImagicError
@@ -77,9 +78,10 @@ def chosen(curve: Curve, rule: str, kind: str, auto: bool) -> tuple[Point, list[
 
 def passes(etas: Sequence[float], config: EditConfig) -> int:
     """Samples through the denoiser for the images of some etas and one seed, and for their scores."""
-    guided = 2 if config.guidance_scale > 1 else 1
+    guided = (2 if config.guidance_scale > 1 else 1) * (2 if config.start == "flow" else 1)
+    steps = int(config.steps * config.strength) if config.start in ("image", "flow") else config.steps
     inversions = len({min(eta, config.source_eta) for eta in etas}) if config.start == "inverted" else 0
-    return config.steps * (guided * len(etas) + inversions) + 2 * PROBES * len(etas)
+    return steps * guided * len(etas) + config.steps * inversions + 2 * PROBES * len(etas)
 
 
 def ways() -> dict[str, Callable[[Curve], tuple[Point, list[float]]]]:
@@ -126,7 +128,7 @@ def study_eta(args: argparse.Namespace) -> None:
     """
     if args.choose == args.claim:
         raise ImagicError("--choose and --claim with the same seed", "two seeds", "change one of them")
-    study, variant = Study(args.base, args.store), Variant.parse(args.changes)
+    study, variant = Study(args.base, args.store), Variant.parse(args.changes, kind_of(args.base))
     variant.check_batched()
     results: dict[int, dict[str, list[bool]]] = {}
     for seed in (args.choose, args.claim):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.loading.known import CRITTERS
 from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.bench.metrics import CritterAlignment
 from imagic_lora.bench.scores import Score, Scorer
@@ -27,17 +26,17 @@ class Study:
     """A base, the scorer, and a folder with the results of earlier runs: ``FINGERPRINT-SEED.jsonl``.
 
     Args:
-        folder: folder of the base.
+        name: name or folder of the base.
         store: folder of the results.
     """
 
-    def __init__(self, folder: Path, store: Path) -> None:
-        self.folder, self.store = folder, store
+    def __init__(self, name: str, store: Path) -> None:
+        self.name, self.store = name, store
 
     @cached_property
     def base(self) -> Base:
         """The base on the CPU, in fp32."""
-        return load_base("critters" if self.folder == CRITTERS else str(self.folder), resolve_runtime(MEMORY))
+        return load_base(self.name, resolve_runtime(MEMORY))
 
     @cached_property
     def scorer(self) -> Scorer:

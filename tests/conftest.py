@@ -12,13 +12,14 @@ import pytest
 import torch
 from common import KINDS, PROMPT, Run, opened, tiny_config
 from PIL import Image
-from tiny import save_tiny, save_tiny_sdxl
+from tiny import save_tiny, save_tiny_critters_dit, save_tiny_sdxl
 
 import imagic_lora.cli.app as cli
 import imagic_lora.cli.console as console
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
+from imagic_lora.bases.loading.known import SHIPPED
 from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.core.config import MemoryConfig, Mode
 from imagic_lora.core.runtime import resolve_runtime
@@ -43,6 +44,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder of a tiny base for each prediction type."""
     root = tmp_path_factory.mktemp("bases")
     return {kind: save_tiny(root / kind, prediction_type=kind) for kind in KINDS}
+
+
+@pytest.fixture
+def tiny_dit(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small base with random weights under the name ``critters-dit``; returns its folder."""
+    folder = _tiny_dit(tmp_path_factory)
+    monkeypatch.setitem(SHIPPED, "critters-dit", SHIPPED["critters-dit"].model_copy(update={"source": str(folder)}))
+    return folder
+
+
+@cache
+def _tiny_dit(factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_critters_dit(factory.mktemp("dit") / "base")
 
 
 @pytest.fixture(scope="session")

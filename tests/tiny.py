@@ -38,6 +38,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from imagic_lora.bases.loading.known import CRITTERS
+
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "lcm": LCMScheduler, "pndm": PNDMScheduler}
 NOISE = {"steps_offset": 1, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -256,14 +258,7 @@ def save_tiny_sd3_clip(folder: Path, others: Path, width: int = 16) -> Path:
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    none: dict[str, Any] = dict.fromkeys(("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    transformer.save_pretrained(folder / "transformer")
-    scheduler.save_pretrained(folder / "scheduler")
-    texts: Any = CLIPTextModel.from_pretrained(others / "text_encoder")
-    vae: Any = AutoencoderKL.from_pretrained(others / "vae")
-    StableDiffusion3Pipeline(transformer, scheduler, vae, texts, tokenizer(), **none).save_config(folder)
-    return folder
+    return save_flow(folder, others, transformer, FlowMatchEulerDiscreteScheduler(shift=2.0))
 
 
 QWEN3_TEMPLATE = (  # as far as a pipeline of text to image runs it
@@ -343,4 +338,38 @@ def save_tiny_klein(
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic)
     pipe = Flux2KleinPipeline(scheduler, vae, text, words, transformer, is_distilled=distilled)
     pipe.to(dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_critters_dit(folder: Path, num_layers: int = 1) -> Path:
+    """The transformer and the scheduler of a small ``critters-dit`` with random weights; its other parts are those of ``critters``."""
+    torch.manual_seed(6)
+    transformer: Any = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=8,
+        out_channels=8,
+        num_layers=num_layers,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=128,
+        caption_projection_dim=16,
+        pooled_projection_dim=128,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return save_flow(folder, CRITTERS, transformer, FlowMatchEulerDiscreteScheduler(shift=1.0))
+
+
+def save_flow(folder: Path, others: Path, transformer: Any, scheduler: Any) -> Path:
+    """A flow whose VAE and text encoder are those of another folder: transformer, scheduler and index alone."""
+    none: dict[str, Any] = dict.fromkeys(("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"))
+    transformer.save_pretrained(folder / "transformer")
+    scheduler.save_pretrained(folder / "scheduler")
+    texts: Any = CLIPTextModel.from_pretrained(others / "text_encoder")
+    vae: Any = AutoencoderKL.from_pretrained(others / "vae")
+    StableDiffusion3Pipeline(transformer, scheduler, vae, texts, tokenizer(), **none).save_config(folder)
     return folder

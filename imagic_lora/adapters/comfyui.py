@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from ..bases.loading.known import EMBEDDED
 from ..core.config import EditConfig, Scheduler
 from ..core.errors import ImagicError, ImagicWarning
 from ..core.tensors import safetensors_pieces
@@ -118,7 +119,7 @@ def _checked(adapter: Adapter) -> Family:
     target, base = embeddings["target"], adapter.record.base.name
     whole = "time_ids" in target.extra
     one_clip = target.pooled is not None and not whole and target.pooled.shape[-1] == target.tokens.shape[-1]
-    if base == "critters" or one_clip:
+    if base in EMBEDDED or one_clip:
         got = f"adapter {name} was made for {base}, a base that ComfyUI has no loader for"
         raise ImagicError(got, "an adapter of Stable Diffusion 1, 2, XL or 3", "use --format diffusers")
     transformer = any(part.component == "transformer" for part in adapter.record.parts)

@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..bases.loading.known import CRITTERS
+from ..bases.loading.configs import folder_of_parts
+from ..bases.loading.known import known_base
 from ..bases.loading.progress import hide_progress_bars
-from ..bases.loading.registry import load_base
+from ..bases.loading.registry import load_base, locate
 from ..core.config import MemoryConfig
 from ..core.environment import prepare_environment
 from ..core.runtime import resolve_runtime
@@ -39,15 +40,15 @@ class Bench(Runner[Case, tuple[Score, Cost]]):
         cases: number of cases.
         methods: the methods to run on each case.
         out: output folder. It holds one folder of images and results for each case.
-        base: folder of the base that the methods edit with: the embedded base, or one that was trained with another seed. CLIP and the
-            judge are always those of the package.
+        base: name or folder of the base that the methods edit with: an embedded base, or one that was trained with another seed. CLIP and
+            the judge are always those of the package.
     """
 
     seed: int
     cases: int
     methods: Sequence[Benched]
     out: Path
-    base: Path = CRITTERS
+    base: str = "critters"
     owned = ("source", "truth")
 
     def numbered(self) -> Sequence[tuple[int, Case]]:
@@ -86,17 +87,21 @@ class Bench(Runner[Case, tuple[Score, Cost]]):
 
 
 @cache
-def _context(folder: Path) -> tuple[Context, Scorer]:
+def _context(base: str) -> tuple[Context, Scorer]:
     """Loads a base, CLIP and the judge once per process. The base runs in fp32, so that scores do not depend on the device."""
     prepare_environment()
     hide_progress_bars()
     clip = CritterAlignment.load()
-    base = load_base("critters" if folder == CRITTERS else str(folder), resolve_runtime(MemoryConfig(dtype="fp32", optimizer="adam")))
-    return Context(base), Scorer(Judge.load(), clip)
+    loaded = load_base(base, resolve_runtime(MemoryConfig(dtype="fp32", optimizer="adam")))
+    return Context(loaded), Scorer(Judge.load(), clip)
 
 
 @cache
-def _weights(folder: Path) -> str:
+def _weights(base: str) -> str:
     """Returns a digest of the weights of a base, and of CLIP and the judge of the package."""
-    files = sorted({*WEIGHTS.parent.rglob("*.safetensors"), *folder.rglob("*.safetensors")})
+    places = [WEIGHTS.parent, locate(base), folder_of_parts(known_base(base).entry)]
+    folders = [place for place in places if place is not None and place.is_dir()]
+    files = sorted(
+        {file for folder in folders for file in folder.rglob("*.safetensors")} | {place for place in places if place and place.is_file()}
+    )
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..bases.loading.known import known_base
 from ..methods.method import Cost
 from .cases import KINDS, case_at
 from .critters import Bench, Result
@@ -89,7 +90,14 @@ def summarise(bench: Bench, results: Sequence[Result]) -> dict[str, Any]:
             **({"against": _against(rows[OURS], row)} if OURS in rows and name != OURS else {}),
         }
     errors = [{"case": result.case, "method": result.method, "error": result.error} for result in results if result.error]
-    return {"seed": bench.seed, "cases": bench.cases, "failed": len(errors), "methods": methods, "errors": errors}
+    return {
+        "seed": bench.seed,
+        "cases": bench.cases,
+        "base": known_base(bench.base).name,
+        "failed": len(errors),
+        "methods": methods,
+        "errors": errors,
+    }
 
 
 def _rows(bench: Bench, results: Sequence[Result]) -> dict[str, Row]:

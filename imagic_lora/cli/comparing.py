@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapters.atomic import atomic_folder
 from ..bases.base import Base
 from ..bases.loading.configs import recipe_for
-from ..bases.loading.known import known_base
+from ..bases.loading.known import EMBEDDED, known_base
 from ..bases.loading.registry import architecture_of, load_base
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
@@ -143,7 +143,7 @@ def configured(
     """
     plain_run = validated(levers)
     architecture = architecture_of(plain_run.base, plain_run.revision)
-    embedded = known_base(plain_run.base, plain_run.revision).built_in == "critters"
+    embedded = known_base(plain_run.base, plain_run.revision).built_in in EMBEDDED
     recipe = recipe_for(architecture, plain_run.base, plain_run.revision)
     if mask is not None:
         check_area(architecture, mask)

@@ -270,8 +270,8 @@ class RunConfig(Config):
     """Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory of the card, or cpu
     without a card."""
     base: Annotated[str, _flag("base")] = Field(default="sd15", min_length=1)
-    """Base model: a name (sd15, sd21, sdxl, sdxl-turbo, sd3-medium, sd35-medium, klein-base-4b, klein-base-9b, critters, or one of your
-    own; see imagic-lora bases), a folder in diffusers' format, a single .safetensors file, or a Hugging Face hub id."""
+    """Base model: a name (sd15, sd21, sdxl, sdxl-turbo, sd3-medium, sd35-medium, klein-base-4b, klein-base-9b, critters, critters-dit, or
+    one of your own; see imagic-lora bases), a folder in diffusers' format, a single .safetensors file, or a Hugging Face hub id."""
     revision: Annotated[str | None, _flag("revision")] = None
     """Branch, tag or commit of the hub id given as base. Without it the default branch is used."""
     resolution: Annotated[int | None, _flag("resolution")] = Field(default=None, ge=8, le=4096)

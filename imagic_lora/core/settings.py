@@ -25,6 +25,8 @@ _CRITTERS: dict[str, Any] = {  # docs/log.md lists the alternatives that were tr
     "monitoring": {"convergence_every": 10},
 }
 
+_CRITTERS_DIT = _CRITTERS  # not tuned yet: what was found on critters, whose text encoder is the same
+
 _FLOW: dict[str, Any] = {  # not measured; steps and guidance scale as the cards of Stable Diffusion 3.5 have them
     "embed": {"tokens": "words", "relative": True},
     "edit": {"steps": 28, "guidance_scale": 4.5},
@@ -86,6 +88,14 @@ RECIPES: dict[str, dict[RecipePart, dict[str, Any]]] = {
             "embed": {"steps": 300, "learning_rate": 3e-2},
             "inversion": {"templates": "prompt", "vectors": 4},
         },
+    },
+    "critters-dit": {
+        "lora": {
+            **_CRITTERS_DIT,
+            "tune": {"steps": 60, "learning_rate": 1e-3, "rank": 4, "targets": "attention+mlp"},
+        },
+        "full": {**_CRITTERS_DIT, "tune": {"steps": 60, "learning_rate": 4e-5}},
+        "embedding": _CRITTERS_DIT,
     },
 }
 """Learning rates, steps and sampling settings for a kind of base, by mode."""

@@ -9,6 +9,7 @@ A :class:`Scene` holds all parameters of an image. :func:`render` draws it, :fun
 - ``draw.py``: rendering a scene to an image of 64x64 pixels
 - ``judge.py``: the network that reads the scene of an image; used only for scores
 - ``data/``: the weights of the embedded base, of the judge and of the CLIP model for scores
+- ``dit/``: the weights of the embedded flow transformer, ``critters-dit``; its VAE and text encoder are those of ``data/``
 """
 
 from .draw import SIZE, backdrop, render

@@ -54,7 +54,8 @@ class FlowSampler:
         self._reference = photo if config.reference else None
         self._completed = cache(self._with_reference)  # one object for each conditioning: the inversions are kept by their conditioning
         self.null = self.null and self._completed(self.null)
-        self._inversion = cache(self._recorded if config.ddim_eta else self._inverted)
+        invert = self.recorded if config.ddim_eta else self.inverted
+        self._inversion = cache(lambda source, seed: invert(source, [seed]))
 
     @torch.no_grad()
     def latents(self, conditionings: Sequence[Conditioning], seeds: Sequence[int], sources: Sequence[Conditioning]) -> Tensor:
@@ -114,23 +115,33 @@ class FlowSampler:
         clean, away = self._clean, self._velocity(source, self.null)
         return lambda latents, step: difference(self.trajectory, clean, self._noise(generators), predict, away)(latents, step)
 
-    def _inverted(self, source: Conditioning, seed: int) -> tuple[Tensor, ...]:
-        """The noise from which Euler's method without guidance reproduces the photo, ``[1, C, h, w]``: its steps backwards."""
+    def inverted(self, source: Conditioning, seeds: Sequence[int]) -> tuple[Tensor, ...]:
+        """The noise from which Euler's method without guidance reproduces the photo, ``[1, C, h, w]``: its steps backwards.
+
+        Args:
+            source: conditioning of the photo, or of each photo of a batch.
+            seeds: one for each photo; they have no effect.
+        """
         assert self._clean is not None
         return (last(self._clean, self.trajectory.backwards(self._clean, self._velocity(source, None))),)
 
-    def _recorded(self, source: Conditioning, seed: int) -> tuple[Tensor, ...]:
+    def recorded(self, source: Conditioning, seeds: Sequence[int]) -> tuple[Tensor, ...]:
         """The noise of every step with which the photo is reproduced: edit-friendly inversion (arXiv 2304.06140) with the steps of a flow.
 
         The photo is noised to every level, each with independent noise. What a step adds is the difference between the latents of the next
         level and the mean that the denoiser predicts for them.
 
+        Args:
+            source: conditioning of the photo, or of each photo of a batch.
+            seeds: one for each photo.
+
         Returns:
             The latents before the first step, then the noise that each step adds, all ``[1, C, h, w]``.
         """
         assert self._clean is not None
-        trajectory, generator, predict = self.trajectory, torch.Generator().manual_seed(seed), self._velocity(source, None)
-        path = [trajectory.noised(self._clean, self._noise([generator]), position) for position in range(trajectory.steps)]
+        trajectory, predict = self.trajectory, self._velocity(source, None)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        path = [trajectory.noised(self._clean, self._noise(generators), position) for position in range(trajectory.steps)]
         steps = [Step(i, trajectory.timesteps[i], i, i + 1, latents, latents) for i, latents in enumerate(path)]
         means = [trajectory.moved(predict(step.before, step), step) for step in steps]
         return path[0], *(after - mean for after, mean in zip([*path[1:], self._clean], means, strict=True))

@@ -346,6 +346,7 @@ def _sampling_peaks(
     with torch.autocast("cpu", dtype, enabled=base.denoiser.dtype != dtype, cache_enabled=False):  # as in generate()
         base.denoise(noisy, times, conditioning.expand(batch).to(noisy.device, dtype))
     activations["sample"] = tracker.peak - held
+    del noisy, times  # a sampler has let go of them when an image is decoded
     tracker.reset_peak()
     base.decode(latents.expand(count, -1, -1, -1))
     activations["decode"] = tracker.peak - held

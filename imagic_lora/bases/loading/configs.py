@@ -11,7 +11,7 @@ from ...core.errors import ImagicError
 from ...core.settings import Recipe, recipe_of
 from ..architecture import KLEIN_LAYERS, Architecture, KleinArchitecture, SD3Architecture, SD3ClipArchitecture, UNetArchitecture
 from .keys import Keys, check_keys
-from .known import SHIPPED, BaseEntry, KnownBase, bases_file, known_base, local_path
+from .known import SHIPPED, BaseEntry, KnownBase, bases_file, check_embedded, known_base, local_path
 from .original.architecture import single_architecture
 from .original.detection import check_transformer
 from .published import _SD3, _T5, _TEXT, _UNET, PUBLISHED
@@ -36,9 +36,11 @@ def architecture(base: str) -> Architecture:
         base: name of a base, folder in diffusers' format, or single file.
 
     Raises:
-        ImagicError: ``base`` is none of these; as :func:`read_architecture` or :func:`single_architecture`.
+        ImagicError: ``base`` is none of these, or an embedded base without weights; as :func:`read_architecture` or
+            :func:`single_architecture`.
     """
     known = known_base(base)
+    check_embedded(known)
     path = local_path(known.source)
     if path is None and known.built_in:
         return with_entry(PUBLISHED[known.built_in], known.entry)

@@ -18,6 +18,10 @@ from ...core.yaml_files import read_yaml
 
 CRITTERS = Path(__file__).parents[2] / "critters" / "data"
 """Folder of the embedded base."""
+CRITTERS_DIT = CRITTERS.with_name("dit")
+"""Folder of the embedded flow transformer; its VAE, text encoder and tokenizer are those of :data:`CRITTERS`."""
+EMBEDDED = {"critters": "make critters", "critters-dit": "make critters-dit"}
+"""Names of the bases whose weights are part of the package, with the commands that make them from nothing."""
 VARIABLE = "IMAGIC_LORA_BASES"
 """Environment variable with the path of the user's file of bases."""
 _REMEDY = "correct the file: docs/guide/bases.md has an example"
@@ -62,6 +66,7 @@ _FLUX = "FLUX Non-Commercial License v2.1"
 
 SHIPPED: dict[str, BaseEntry] = {  # no revision is pinned, because none is verified
     "critters": BaseEntry(source=str(CRITTERS), resolution=64, prediction="v_prediction", licence="Apache-2.0"),
+    "critters-dit": BaseEntry(source=str(CRITTERS_DIT), parts="critters", resolution=64, prediction="flow", licence="Apache-2.0"),
     "sd15": BaseEntry(
         source="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512, prediction="epsilon", licence="CreativeML Open RAIL-M"
     ),
@@ -188,6 +193,19 @@ def known_base(given: str, revision: str | None = None) -> KnownBase:
     inherited = SHIPPED[built_in].model_dump(exclude={"source", "revision"}) if built_in else {}
     completed = entry.model_copy(update={key: value for key, value in inherited.items() if getattr(entry, key) is None})
     return KnownBase(name, entry.source if name == given else _source(given, entry), completed, built_in)
+
+
+def check_embedded(known: KnownBase) -> None:
+    """Checks that the weights of an embedded base are there. A copy of the source code can lack them.
+
+    Raises:
+        ImagicError: they are not.
+    """
+    if known.built_in in EMBEDDED and not Path(known.source).is_dir():
+        got = f"base {known.built_in}, whose weights this copy of imagic-lora lacks: no folder {known.source}"
+        command = EMBEDDED[known.built_in]
+        remedy = f"copy the data/ folder that {command} writes to {known.source}, or choose another base"
+        raise ImagicError(got, "the weights that are part of the package", remedy)
 
 
 def licence_of(given: str, revision: str | None = None) -> str | None:

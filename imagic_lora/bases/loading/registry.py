@@ -19,7 +19,7 @@ from ..families.sd3 import StableDiffusion3, StableDiffusion3Clip
 from ..families.sdxl import StableDiffusionXL
 from .configs import with_entry
 from .files import STEMS, Files, Folder, weight_files
-from .known import bases_file, known_base, local_path, named_bases
+from .known import bases_file, check_embedded, known_base, local_path, named_bases
 from .original.files import SingleFile
 from .original.transformers import TransformerFile
 from .published import PUBLISHED
@@ -47,6 +47,7 @@ def architecture_of(name: str, revision: str | None = None) -> Architecture:
         ImagicError: as :func:`locate`; the family of the base is not supported.
     """
     known = known_base(name, revision)
+    check_embedded(known)
     if known.built_in and local_path(known.source) is None:
         return with_entry(PUBLISHED[known.built_in], known.entry)
     return files_of(name, revision, configs=True).architecture
@@ -89,9 +90,10 @@ def locate(name: str, revision: str | None = None, configs: bool = False) -> Pat
 
     Raises:
         ImagicError: nothing has this name; the path is no such folder, or is an adapter; a revision is given for a local path; the download
-            fails.
+            fails; an embedded base has no weights.
     """
     known = known_base(name, revision)
+    check_embedded(known)
     source, entry = known.source, known.entry
     revision = revision or (entry.revision if entry else None)
     if path := local_path(source):

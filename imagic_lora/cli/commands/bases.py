@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from rich.table import Table
 
@@ -16,7 +17,7 @@ def bases(*, as_json: Json = False) -> None:
     --base takes one of these names, a folder, a single .safetensors file or a hub id. You can define names of your own in a YAML file. The
     path of that file is printed below the table; docs/guide/bases.md describes it.
     """
-    from ...bases.loading.known import SHIPPED, VARIABLE, bases_file, named_bases
+    from ...bases.loading.known import EMBEDDED, SHIPPED, VARIABLE, bases_file, named_bases
 
     known = named_bases()
     if as_json:
@@ -25,7 +26,9 @@ def bases(*, as_json: Json = False) -> None:
     table = Table("name", "pixels", "predicts", "steps", "licence", "source")
     for name, base in known.items():
         pixels, steps = (str(value) if value else "" for value in (base.resolution, base.few_steps))
-        source = "in this package" if name == "critters" else f"{base.source}{f' at {base.revision}' if base.revision else ''}"
+        source = f"{base.source}{f' at {base.revision}' if base.revision else ''}"
+        if name in EMBEDDED:
+            source = "in this package" if Path(base.source).is_dir() else f"not in this copy; {EMBEDDED[name]} makes it"
         table.add_row(
             *map(plain, (name if name in SHIPPED else f"{name} (yours)", pixels, base.prediction or "", steps, base.licence or "", source))
         )

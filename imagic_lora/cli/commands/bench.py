@@ -28,7 +28,7 @@ def critters(
     cases: Whole = 60,
     seed: Whole = 11,
     methods: str | None = None,
-    base: Path | None = None,
+    base: str = "critters",
     workers: Whole = 1,
     out_dir: Annotated[Path | None, Parameter(name="--out")] = None,
     as_json: Json = False,
@@ -39,6 +39,7 @@ def critters(
     folder are reused: after an interruption, start the same command again.
 
         imagic-lora bench critters --methods imagic-lora,sdedit --cases 8
+        imagic-lora bench critters --base critters-dit --methods imagic-lora,flowedit,sdedit
 
     Parameters
     ----------
@@ -48,22 +49,23 @@ def critters(
         Seed of the cases. The published results use seed 11; the defaults were chosen on other seeds.
     methods
         Methods to run, separated by commas. Default: all of bounds, prompt-only, sdedit, imagic-lora, imagic-full, embedding-only,
-        reference, reference-retuned, ddim-inversion, ddib, negative-prompt, proximal, null-text, edit-friendly, renoise, magicmix,
-        magicmix-text, prompt-to-prompt, prompt-to-prompt-text, direct-inversion, diffedit, diffedit-mask, blended-latent, ledits++,
-        dreambooth, textual-inversion.
+        reference, reference-retuned, and on a U-Net ddim-inversion, ddib, negative-prompt, proximal, null-text, edit-friendly, renoise,
+        magicmix, magicmix-text, prompt-to-prompt, prompt-to-prompt-text, direct-inversion, diffedit, diffedit-mask, blended-latent,
+        ledits++, dreambooth, textual-inversion; on a flow flowedit, rf-inversion.
+        Imagic has a row for each start besides the default of the base: -noise, -image, and on a flow -flow (edit --start flow).
         The rows of diffedit-mask and blended-latent end in -given: they get a mask of what the true edit changes.
     base
-        Folder of another training of the embedded base, in diffusers' format. CLIP and the judge are always those of the package. Default:
-        the embedded base.
+        critters, critters-dit (the embedded flow transformer), another base of 64 pixels from your list, or the folder of another training
+        in diffusers' format. Settings are the recipe of critters for a U-Net, of critters-dit for a flow. CLIP and the judge are always
+        those of the package.
     workers
         Number of processes. They share the CPU cores.
     out_dir
-        Folder for images and results. Default: outputs/bench/critters-SEED, with the name of the folder of --base
-        and a hash of its path.
+        Folder for images and results. Default: outputs/bench/BASE-SEED; for a folder as --base critters-SEED, its name and a hash of its
+        path.
     """
     import_libraries()
-    from ...bases.loading.known import CRITTERS
-    from ...bench.catalogue import chosen
+    from ...bench.catalogue import chosen, kind_of
     from ...bench.critters import Bench
     from ...bench.page import tables, write_page
     from ...bench.summary import summarise
@@ -72,13 +74,8 @@ def critters(
         if value < least:
             raise ImagicError(f"{name} {value}", f"an integer from {least}", f"choose another value for {name}")
 
-    if base is not None and not (base / "model_index.json").is_file():
-        raise ImagicError(f"--base {base}", "a folder in diffusers' format, with a model_index.json", "choose another folder for --base")
-    name = f"critters-{seed}"
-    if base is not None:
-        path = base.resolve()
-        name += f"-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"  # two bases may have folders of one name
-    run = Bench(seed, cases, chosen(methods), out_dir or Path("outputs/bench") / name, base or CRITTERS)
+    listed = chosen(methods, kind_of(base))
+    run = Bench(seed, cases, listed, out_dir or Path("outputs/bench") / _folder(base, seed), base)
     with Interrupts(lambda: f"the results so far are in {run.out}; the same command continues"):
         results = list(progress(run.results(workers), cases * len(run.methods), "cases x methods"))
     summary = summarise(run, results)
@@ -92,3 +89,14 @@ def critters(
     if summary["failed"]:
         err.print(f"[yellow]{summary['failed']} failed[/]; the tracebacks are in {plain(page)}")
     err.print(f"[green]Wrote[/] {plain(page)}")
+
+
+def _folder(base: str, seed: int) -> str:
+    """Name of the folder of a run: the name of the base, or for a base without one the name of its folder and a hash of its path."""
+    from ...bases.loading.known import known_base
+
+    known = known_base(base)
+    if known.entry:
+        return f"{known.name}-{seed}"
+    path = Path(base).resolve()
+    return f"critters-{seed}-{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"  # two bases may have folders of one name

@@ -1,8 +1,8 @@
-"""Quality of the embedded base: ``python scripts/critters_report.py``.
+"""Quality of an embedded base: ``python scripts/critters_report.py``, or ``--base critters-dit``.
 
-Prints the PSNR of the VAE, the accuracy of the judge, how often samples follow their prompt according to the judge, how strongly the U-Net
-responds to the words for each factor of the identity, and how often CLIP finds the caption of a held-out image. Writes
-``docs/critters-samples.png``.
+Prints the PSNR of the VAE, the accuracy of the judge, how often samples follow their prompt according to the judge, how strongly the
+denoiser responds to the words for each factor of the identity, and how often CLIP finds the caption of a held-out image. Writes
+``docs/critters-samples.png``, or that of another base.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from imagic_lora.bases.base import Base
-from imagic_lora.bases.loading.known import CRITTERS
-from imagic_lora.bases.loading.registry import load_base
+from imagic_lora.bases.loading.configs import folder_of_parts
+from imagic_lora.bases.loading.known import known_base
+from imagic_lora.bases.loading.registry import load_base, locate
 from imagic_lora.bases.process import Diffusion
 from imagic_lora.bench.metrics import CritterAlignment, pixels
 from imagic_lora.bench.scores import IDENTITY_LIMIT
@@ -80,18 +82,50 @@ def with_other_identities(scenes: list[Scene]) -> list[Scene]:
     return [replace(scene, **{name: getattr(other, name) for name in IDENTITY}) for scene, other in zip(scenes, others, strict=True)]
 
 
-def samples(folder: Path, scenes: list[Scene], guidance: float) -> list[Image.Image]:
-    """One sample for the caption of each scene, by diffusers alone."""
-    logging.disable_progress_bar()
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+class Prompts:
+    """The pipeline of a base by diffusers alone, and the kwargs that it takes for prompts.
+
+    Args:
+        folder: folder of the base.
+        parts: folder with VAE, tokenizer and text encoder; the same one for a base with a U-Net.
+    """
+
+    def __init__(self, folder: Path, parts: Path) -> None:
+        logging.disable_progress_bar()
+        self.flow = folder != parts
+        if self.flow:  # the pipeline encodes no prompt with one CLIP text encoder
+            self.words = CLIPTokenizer.from_pretrained(parts / "tokenizer")
+            self.text: Any = CLIPTextModel.from_pretrained(parts / "text_encoder").float()
+            vae: Any = AutoencoderKL.from_pretrained(parts / "vae").float()
+            vae.register_to_config(shift_factor=0.0)  # for which this pipeline has no default
+            none: dict[str, Any] = {f"{kind}{number}": None for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")}
+            self.pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, vae=vae, dtype=torch.float32, **none)
+        else:
+            self.pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def kwargs(self, prompts: list[str]) -> dict[str, Any]:
+        """The kwargs for prompts."""
+        if not self.flow:
+            return {"prompt": prompts}
+        found: dict[str, Any] = {}
+        for prefix, texts in (("", prompts), ("negative_", [""] * len(prompts))):
+            ids = self.words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            output = self.text(ids)
+            found |= {f"{prefix}prompt_embeds": output.last_hidden_state, f"{prefix}pooled_prompt_embeds": output.pooler_output}
+        return found
+
+
+def samples(folder: Path, parts: Path, scenes: list[Scene], guidance: float) -> list[Image.Image]:
+    """One sample for the caption of each scene, by diffusers alone; arguments as for :class:`Prompts`."""
+    prompts = Prompts(folder, parts)
     images: list[Image.Image] = []
     for start in range(0, len(scenes), 50):
         part = scenes[start : start + 50]
         generators = [torch.Generator().manual_seed(start + k) for k in range(len(part))]
-        prompts = [caption(scene) for scene in part]
-        output = pipe(prompts, height=64, width=64, guidance_scale=guidance, num_inference_steps=30, generator=generators)
-        images += output.images  # pyright: ignore[reportAttributeAccessIssue]
+        sampling = {"height": 64, "width": 64, "guidance_scale": guidance, "num_inference_steps": 30, "generator": generators}
+        images += prompts.pipe(**prompts.kwargs([caption(scene) for scene in part]), **sampling).images
     return images
 
 
@@ -102,23 +136,29 @@ def encoded(base: Base, scenes: list[Scene]) -> Tensor:
 
 @torch.no_grad()
 def gains(base: Base, scenes: list[Scene], timesteps: tuple[int, ...]) -> dict[str, list[float]]:
-    """Response of the U-Net to the words for each factor of the identity.
+    """Response of the denoiser to the words for each factor of the identity.
 
     Two predictions of the clean latents, from the same noisy latents, have captions of scenes that differ in that factor by half its range.
     Their difference is projected on the true difference: 1 is all of it, 0 nothing. The noisy latents are half way between both scenes.
 
     Args:
-        base: with epsilon or v prediction.
+        base: with epsilon or v prediction, or a flow.
         scenes: what the captions describe before a factor is moved.
-        timesteps: of 1,000.
+        timesteps: of 1,000; of a flow, 1,000 times the level of noise.
 
     Returns:
         For each factor, the response at each timestep.
     """
-    assert isinstance(base.process, Diffusion)
-    alphas, velocity = base.process.scheduler.alphas_cumprod, base.prediction_type == "v_prediction"
+    diffusion = base.process if isinstance(base.process, Diffusion) else None
     clean = encoded(base, scenes)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
+
+    def to_clean(timestep: int) -> float:
+        """What a difference of predictions is multiplied by to become one of clean latents, times -1."""
+        if diffusion is None:
+            return timestep / 1000
+        alpha: float = diffusion.scheduler.alphas_cumprod[timestep].item()
+        return (1 - alpha) ** 0.5 if base.prediction_type == "v_prediction" else ((1 - alpha) / alpha) ** 0.5
 
     def conditioning(some: list[Scene]) -> Conditioning:
         return concatenate([base.encode_prompt(longest_caption(scene)) for scene in some])
@@ -129,11 +169,10 @@ def gains(base: Base, scenes: list[Scene], timesteps: tuple[int, ...]) -> dict[s
         half_way, size = clean + difference / 2, difference.square().sum()
 
         def gain(timestep: int) -> float:
-            times, alpha = torch.full((len(scenes),), timestep), alphas[timestep]
+            times = torch.full((len(scenes),), timestep if diffusion else timestep / 1000)
             noised = base.noised(half_way, noise, times)
             predicted = base.predict(noised, times, first) - base.predict(noised, times, second)
-            to_clean = (1 - alpha).sqrt() if velocity else ((1 - alpha) / alpha).sqrt()
-            return ((predicted * difference).sum() / size * to_clean).item()
+            return ((predicted * difference).sum() / size).item() * to_clean(timestep)
 
         return [gain(timestep) for timestep in timesteps]
 
@@ -145,34 +184,41 @@ def show(title: str, figures: dict[str, float]) -> None:
     print(f"{title:46}" + "  ".join(f"{name} {100 * value:5.1f}%" for name, value in figures.items()))
 
 
+def show_readings(parts: Path, judge: Judge, scenes: list[Scene], renders: Tensor) -> None:
+    """Prints the PSNR of the VAE in a folder, and what the judge reads in renders ``[B, 3, 64, 64]`` of scenes and in their round trips."""
+    decibels, back = reconstructed(parts, renders)
+    print(f"VAE round trip of {len(scenes)} held-out images: {decibels:.2f} dB PSNR")
+    read, read_back = readings(judge, renders), readings(judge, back)
+    show("judge on held-out renders", agreement(read, scenes))
+    show("judge on their VAE round trips", agreement(read_back, scenes))
+    show_identity("identity on renders, errors", read, scenes)
+    show_identity("identity on round trips, errors", read_back, scenes)
+    show_identity("against another one's identity", read, with_other_identities(scenes))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, default=CRITTERS, help="folder of the base, its judge and its CLIP")
+    parser.add_argument("--base", default="critters", help="name of the base, or its folder, which has its judge and its CLIP")
     parser.add_argument("--pictures", type=int, default=500, help="number of held-out renders")
     parser.add_argument("--samples", type=int, default=500, help="number of samples from prompts")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale of the samples")
-    parser.add_argument("--out", type=Path, default=DOCS / "critters-samples.png")
+    parser.add_argument("--out", type=Path, help="image of the samples; default: docs/critters-samples.png, or that of another name")
     args = parser.parse_args()
-    held_out = [scene_at("heldout", k) for k in range(args.pictures)]
+    folder = locate(args.base)
+    parts = folder_of_parts(known_base(args.base).entry) or folder
+    args.out = args.out or DOCS / f"{known_base(args.base).built_in or folder.name}-samples.png"
+    held_out, judge = [scene_at("heldout", k) for k in range(args.pictures)], Judge.load(parts / "judge.safetensors")
     renders = pixels([render(scene) for scene in held_out])
-    decibels, back = reconstructed(args.base, renders)
-    print(f"VAE round trip of {args.pictures} held-out images: {decibels:.2f} dB PSNR")
-    judge = Judge.load(args.base / "judge.safetensors")
-    read, read_back = readings(judge, renders), readings(judge, back)
-    show("judge on held-out renders", agreement(read, held_out))
-    show("judge on their VAE round trips", agreement(read_back, held_out))
-    show_identity("identity on renders, errors", read, held_out)
-    show_identity("identity on round trips, errors", read_back, held_out)
-    show_identity("against another one's identity", read, with_other_identities(held_out))
+    show_readings(parts, judge, held_out, renders)
     scenes = [scene_at("heldout", 10_000 + k) for k in range(args.samples)]
-    images = samples(args.base, scenes, args.guidance)
+    images = samples(folder, parts, scenes, args.guidance)
     read_samples = readings(judge, pixels(images))
     show(f"{args.samples} samples at guidance {args.guidance:g}, by the judge", agreement(read_samples, scenes))
-    base = load_base(str(args.base), resolve_runtime(MemoryConfig(device="cpu", dtype="fp32")))
+    base = load_base(args.base, resolve_runtime(MemoryConfig(device="cpu", dtype="fp32")))
     for name, shares in gains(base, held_out[:64], TIMESTEPS).items():
         print(f"{'response to ' + name + ', at ' + ', '.join(map(str, TIMESTEPS)):46}{' '.join(f'{share:5.2f}' for share in shares)}")
     texts = [caption(scene) for scene in held_out[:100]]
-    scores = CritterAlignment.load(args.base).scores([to_image(render_) for render_ in renders[:100]], texts)
+    scores = CritterAlignment.load(parts).scores([to_image(render_) for render_ in renders[:100]], texts)
     right = [texts[int(scores[k].argmax())] == texts[k] for k in range(100)]
     print(f"CLIP finds the caption of an image among 100: {sum(right)}%")
     cells = [(caption(scene).removeprefix("a ").removeprefix("an "), image) for scene, image in zip(scenes, images, strict=True)][:64]

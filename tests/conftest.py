@@ -46,17 +46,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save_tiny(root / kind, prediction_type=kind) for kind in KINDS}
 
 
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Transformer and scheduler of a small ``critters-dit`` with random weights."""
+    return save_tiny_critters_dit(tmp_path_factory.mktemp("dit") / "base")
+
+
 @pytest.fixture
-def tiny_dit(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small base with random weights under the name ``critters-dit``; returns its folder."""
-    folder = _tiny_dit(tmp_path_factory)
-    monkeypatch.setitem(SHIPPED, "critters-dit", SHIPPED["critters-dit"].model_copy(update={"source": str(folder)}))
-    return folder
-
-
-@cache
-def _tiny_dit(factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_critters_dit(factory.mktemp("dit") / "base")
+def tiny_dit(dit_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The name ``critters-dit`` is a small base with random weights; returns its folder."""
+    monkeypatch.setitem(SHIPPED, "critters-dit", SHIPPED["critters-dit"].model_copy(update={"source": str(dit_folder)}))
+    return dit_folder
 
 
 @pytest.fixture(scope="session")

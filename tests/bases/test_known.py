@@ -20,7 +20,7 @@ from imagic_lora.adapters.contents import read_embeddings
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading import registry
 from imagic_lora.bases.loading.configs import architecture, read_architecture, with_entry
-from imagic_lora.bases.loading.known import SHIPPED, VARIABLE, BaseEntry, bases_file, known_base, named_bases
+from imagic_lora.bases.loading.known import EMBEDDED, SHIPPED, VARIABLE, BaseEntry, bases_file, known_base, named_bases
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import architecture_of, load_base, locate
 from imagic_lora.core.config import MemoryConfig
@@ -56,7 +56,7 @@ def on_cpu(name: str) -> Any:
     return load_base(name, resolve_runtime(MemoryConfig(device="cpu")))
 
 
-def test_what_is_known_agrees_with_what_is_published() -> None:
+def test_what_is_known_agrees_with_what_is_published(tiny_dit: Path) -> None:
     """Resolution, prediction type and sampling steps of every built-in base."""
     for name, known in SHIPPED.items():
         built = architecture(name)
@@ -65,7 +65,7 @@ def test_what_is_known_agrees_with_what_is_published() -> None:
             known.prediction,
             known.few_steps,
         )
-    assert set(PUBLISHED) | {"critters"} == set(SHIPPED)
+    assert set(PUBLISHED) | set(EMBEDDED) == set(SHIPPED)
 
 
 def test_a_users_own_base_is_opened_by_its_name(listed: Any, folder: Path) -> None:

@@ -27,7 +27,7 @@ import imagic_lora.bench.catalogue as catalogue
 import imagic_lora.bench.critters as critters
 import imagic_lora.bench.page as page
 from imagic_lora.bench.cases import KINDS, Case, Kind, case_at, given_mask
-from imagic_lora.bench.catalogue import CATALOGUE, budgeted, chosen, defaults
+from imagic_lora.bench.catalogue import CATALOGUE, budgeted, chosen, defaults, kind_of, names_for
 from imagic_lora.bench.critters import Bench, Result
 from imagic_lora.bench.metrics import CritterAlignment, pixels
 from imagic_lora.bench.page import Table, tables, write_page
@@ -37,7 +37,7 @@ from imagic_lora.cli import app as cli
 from imagic_lora.cli.console import cells_table
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import RECIPES, resolve
+from imagic_lora.core.settings import RECIPES, merged, resolve
 from imagic_lora.core.yaml_files import read_yaml
 from imagic_lora.critters import ATTRIBUTES, backdrop, render
 from imagic_lora.critters.judge import Judge, Reading
@@ -46,6 +46,7 @@ from imagic_lora.methods.imagic import Imagic
 from imagic_lora.methods.method import Context, Cost, EditRequest, EditResult, Method, Passes
 from imagic_lora.photos.reading import read_metadata
 
+DIT = RECIPES["critters-dit"]
 MANY = [case_at(3, index) for index in range(240)]
 SOME = MANY[:8]
 """One of each kind at least: four poses and one of each of the others."""
@@ -845,7 +846,7 @@ def test_every_picture_is_on_the_page_with_its_frame(written: tuple[Bench, str])
 # the catalogue
 
 
-SHIPPED = [name for name in CATALOGUE if name != "reference-retuned"]
+SHIPPED = [name for name in names_for("critters") if name != "reference-retuned"]
 
 
 def test_the_catalogue_has_these_methods() -> None:
@@ -875,6 +876,8 @@ def test_the_catalogue_has_these_methods() -> None:
         "diffedit-mask",
         "blended-latent",
         "ledits++",
+        "flowedit",
+        "rf-inversion",
         "dreambooth",
         "textual-inversion",
     ]
@@ -936,7 +939,7 @@ def test_an_unknown_method_is_refused(names: str) -> None:
     """The error says which there are."""
     with pytest.raises(ImagicError, match="Expected") as caught:
         chosen(names)
-    assert all(name in caught.value.expected for name in CATALOGUE)
+    assert all(name in caught.value.expected for name in names_for("critters"))
     assert names.split(",")[-1] in caught.value.got
 
 
@@ -971,6 +974,52 @@ def test_ours_run_with_the_recipe_of_the_embedded_base() -> None:
         found = method.config.model_dump(exclude_unset=True)
         found["tune"].pop("mode")
         assert found == {**RECIPES["critters"][mode], "base": "critters"}
+
+
+def test_a_flow_has_its_own_methods_and_its_recipe() -> None:
+    """FlowEdit and RF-Inversion, and none for U-Nets; every other start in a row of its own; the recipe of the base by name."""
+    methods = chosen(None, "critters-dit")
+    assert [method.name for method in methods] == names_for("critters-dit")
+    assert set(CATALOGUE) - set(names_for("critters")) == {"flowedit", "rf-inversion"} < set(names_for("critters-dit"))
+    assert "null-text" not in names_for("critters-dit")
+    usual = defaults("lora", base="critters-dit")
+    assert (usual.base, usual.tune.targets) == ("critters-dit", RECIPES["critters-dit"]["lora"]["tune"]["targets"])
+    (ours,) = (method for method in methods if method.name == "imagic-lora")
+    others = {f"imagic-lora-{start}" for start in ("noise", "image", "inverted", "flow") if start != usual.edit.start}
+    assert set(ours.rows) == {"imagic-lora", *others}
+    for name, base in (("null-text", "critters-dit"), ("flowedit", "critters")):
+        with pytest.raises(ImagicError, match=f"{name} does not work on a") as caught:
+            chosen(name, base)
+        assert name not in caught.value.expected.split(", ")
+
+
+def test_every_method_of_a_flow_runs(tiny_dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command, on a small base of that name: no row fails, and the fits are those of its recipe."""
+    short = {"embed": {"steps": 2}, "tune": {"steps": 2}, "edit": {"steps": 2}, "monitoring": {"convergence_every": 0}}
+    recipe = {part: merged(settings, {k: v for k, v in short.items() if k != "tune" or k in settings}) for part, settings in DIT.items()}
+    monkeypatch.setitem(RECIPES, "critters-dit", recipe)
+    monkeypatch.chdir(tmp_path)
+    critters._context.cache_clear()
+    names = ",".join(name for name in names_for("critters-dit") if not name.startswith("reference"))
+    assert cli.main(["bench", "critters", "--base", "critters-dit", "--methods", names, "--cases", "1", "--seed", "3"]) == 0
+    critters._context.cache_clear()  # whose base belongs to this test
+    summary = json.loads((tmp_path / "outputs/bench/critters-dit-3/summary.json").read_text(encoding="utf-8"))
+    assert (summary["base"], summary["failed"], summary["errors"]) == ("critters-dit", 0, [])
+    rows = summary["methods"]
+    assert {"imagic-lora", "imagic-lora-flow", "imagic-full", "embedding-only-flow", "flowedit", "flowedit-3", "sdedit-0.65"} < set(rows)
+    assert rows["imagic-lora"]["cost"]["backward"] == rows["imagic-full"]["cost"]["backward"] == 4
+    assert rows["embedding-only"]["cost"]["backward"] == 2
+
+
+@each(
+    "base, word",
+    [("sd15", "--base sd15, for images of 512 pixels"), ("nobody", "no base called 'nobody'"), ("/nowhere", "no file or folder /nowhere")],
+)
+def test_a_base_of_other_pictures_is_refused(base: str, word: str) -> None:
+    """By its size, before anything is loaded."""
+    with pytest.raises(ImagicError) as caught:
+        kind_of(base)
+    assert word in caught.value.got
 
 
 def test_a_reference_is_its_file_on_the_embedded_base() -> None:
@@ -1061,7 +1110,7 @@ def test_the_command_reports_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cheap: None
 ) -> None:
     """The run ends well, and says how many there were and where to look."""
-    monkeypatch.setitem(CATALOGUE, "bounds", lambda: Painter(tmp_path / "calls", fails=[0]))
+    monkeypatch.setitem(CATALOGUE, "bounds", lambda _: Painter(tmp_path / "calls", fails=[0]))
     assert cli.main(["bench", "critters", "--methods", "bounds", "--cases", "2", "--out", str(tmp_path / "here")]) == 0
     assert "1 failed" in " ".join(capsys.readouterr().err.split())
     assert json.loads((tmp_path / "here" / "summary.json").read_text(encoding="utf-8"))["failed"] == 1

@@ -847,7 +847,18 @@ def test_the_bases_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pat
     code, out, _ = run("bases", "--json")
     found = json.loads(out)
     assert (code, found["file"]) == (0, str(path))
-    assert list(found["bases"]) == ["critters", "sd15", "sd21", "sdxl", "sd3-medium", "sd35-medium", *KLEIN, "sdxl-turbo", "mine"]
+    assert list(found["bases"]) == [
+        "critters",
+        "critters-dit",
+        "sd15",
+        "sd21",
+        "sdxl",
+        "sd3-medium",
+        "sd35-medium",
+        *KLEIN,
+        "sdxl-turbo",
+        "mine",
+    ]
     assert found["bases"]["mine"]["source"] == "owner/name"
     code, out, err = run("bases")
     assert code == 0

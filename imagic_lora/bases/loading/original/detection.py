@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ....core.errors import ImagicError
-from ...architecture import Architecture, KleinArchitecture
+from ...architecture import Architecture, KleinArchitecture, SD3ClipArchitecture
 from ..known import bases_file
 from ..vetting import unusable_base
 
@@ -18,6 +18,10 @@ Header = Mapping[str, Any]
 
 UNET = TRANSFORMER_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
+TEXT_PREFIXES = {
+    "text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.clip_g.", "text_encoder_3": "text_encoders.t5xxl.",
+}  # fmt: skip
+"""Prefixes of the text encoders in a file of Stable Diffusion 3, by component."""
 _FAMILIES = {  # key in PUBLISHED by name of a tensor that only checkpoints of this family have
     "conditioner.embedders.1.model.ln_final.weight": "sdxl",
     "cond_stage_model.model.ln_final.weight": "sd21",
@@ -46,11 +50,12 @@ _OTHER_MODELS = {  # by a pattern of tensor names that no supported model has
 }
 _SD3, _KLEIN = "Stable Diffusion 3", "FLUX.2"
 TRANSFORMERS = {
-    r"(model\.diffusion_model\.)?joint_blocks\.": (_SD3, "sd35-medium", "text encoders"),
+    r"(model\.diffusion_model\.)?joint_blocks\.": (_SD3, "sd35-medium", "tokenizers, and the text encoders that it lacks,"),
     r"(model\.diffusion_model\.)?single_stream_modulation\.": (_KLEIN, "klein-base-4b", "text encoder and VAE"),
 }
 """Flow transformers, which load with the other parts of a named base, by a pattern of tensor names: what they are, an example of such a
 base, and the parts."""
+_SCALED = re.compile(r"text_encoders\..*(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale)$")
 _TEXT_PART = re.compile(r"text_encoders\.|conditioner\.|cond_stage_model\.|text_model\.")
 _OTHER_FILES = {  # as _OTHER_MODELS, of files without a known text encoder
     r".*(lora|hada_|lokr_)": "a LoRA file",
@@ -103,7 +108,7 @@ def check_other_models(path: Path, tensors: Header, others: Mapping[str, str] = 
 
 
 def check_transformer(path: Path, architecture: Architecture, tensors: Header) -> None:
-    """Raises ImagicError if a file does not hold the transformer of an architecture, or holds more than it and a VAE.
+    """Raises ImagicError if a file does not hold the transformer of an architecture, or holds more than the base in parts can have.
 
     Args:
         path: the file, for messages.
@@ -116,14 +121,24 @@ def check_transformer(path: Path, architecture: Architecture, tensors: Header) -
     if found != expected and not (found is None and diffusers_names):
         got = f"{path} holds {f'a transformer of {found}' if found else 'no transformer of a known kind'}"
         raise ImagicError(got, f"one of {expected}, as the base in parts has", f"name another base in parts: {bases_file()}")
-    if other := next((name for name in tensors if _TEXT_PART.match(name)), None):
-        got = f"{path} holds text encoders, such as {other[:80]!r}"
-        raise ImagicError(
-            got, "a transformer, alone or with its VAE", "take the file without text encoders: parts names the base with them"
-        )
+    _check_text_encoders(path, architecture, tensors)
     vae = next((name for name in tensors if name.startswith(VAE_PREFIX)), None)
     if expected == _KLEIN and vae:
         raise ImagicError(f"{path} holds {vae[:80]!r}, of a VAE", f"a transformer of {_KLEIN} alone", "take the file without VAE")
+
+
+def _check_text_encoders(path: Path, architecture: Architecture, tensors: Header) -> None:
+    """Raises ImagicError if a file with a transformer holds text encoders that the base in parts does not have."""
+    three = _kind(architecture) == _SD3 and not isinstance(architecture, SD3ClipArchitecture)
+    read = tuple(prefix for part, prefix in TEXT_PREFIXES.items() if three and part in architecture.text_encoders)
+    if other := next((name for name in tensors if _TEXT_PART.match(name) and not name.startswith(read)), None):
+        known = [prefix.split(".")[1] for prefix in read]
+        expected = "a transformer, alone or with its VAE" + (f", and of the text encoders {', '.join(known)} at most" if known else "")
+        remedy = "take the file without text encoders, or name another base in parts"
+        raise ImagicError(f"{path} holds text encoders, such as {other[:80]!r}", expected, remedy)
+    if scale := next((name for name in tensors if _SCALED.match(name)), None):
+        got = f"{path} holds {scale[:80]!r}: a text encoder in fp8 with scales"
+        raise ImagicError(got, "text encoders in fp16, bf16 or fp32", "take the file without text encoders: parts names the base with them")
 
 
 def _kind(architecture: Architecture) -> str:

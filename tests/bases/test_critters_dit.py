@@ -96,23 +96,24 @@ def test_the_wheel_has_its_files() -> None:
 @each("mode", ["lora", "full"])
 def test_from_the_fit_to_the_export(tiny_dit: Path, photo: Path, run: Run, mode: str) -> None:
     """A fit by the recipe that was stopped and resumed has the weights of one that was not; its edits depend on eta; it is exported."""
+    names = f"{mode}-whole", f"{mode}-halves"
     fit = ("fit", photo, "a dog jumping", "--base", NAME, "--mode", mode, *SHORT, "--preset", "cpu", "--name")
-    assert run(*fit, "whole")[0] == 0
-    whole = Store(Path("adapters")).read("whole")
+    assert run(*fit, names[0])[0] == 0
+    whole = Store(Path("adapters")).read(names[0])
     assert (whole.record.base.name, whole.record.config.embed.space) == (NAME, RECIPES[NAME]["lora"]["embed"]["space"])
     counted = iter(range(9))
     with pytest.raises(Stopped):
-        result(fit_of(photo, "a dog jumping", whole.record.config, Store(Path("adapters")), "halves", stop=lambda: next(counted) == 3))
-    code, _, err = run(*fit, "halves", "--resume")
+        result(fit_of(photo, "a dog jumping", whole.record.config, Store(Path("adapters")), names[1], stop=lambda: next(counted) == 3))
+    code, _, err = run(*fit, names[1], "--resume")
     assert (code, "tune 1/3" in err, "tune 2/3" in err) == (0, False, True), err
     for name in ("embeddings.safetensors", *(file for part in whole.record.parts for file in part.files)):
-        assert (whole.folder / name).read_bytes() == (Path("adapters/halves") / name).read_bytes(), name
-    code, out, err = run("edit", "whole", "--eta", "0.4,1", "--json")
+        assert (whole.folder / name).read_bytes() == (Path("adapters") / names[1] / name).read_bytes(), name
+    code, out, err = run("edit", names[0], "--eta", "0.4,1", "--json")
     assert code == 0, err
     first, second = (array(Image.open(one["file"])) for one in json.loads(out)["pictures"])
     assert np.abs(first - second).max() > 1
-    assert run("export", "whole", "--format", "diffusers", "--out", "exported")[0] == 0
-    assert {path.suffix for path in Path("exported").rglob("*") if path.is_file()} >= {".safetensors", ".md"}
+    assert run("export", names[0], "--format", "diffusers", "--out", mode)[0] == 0
+    assert {path.suffix for path in Path(mode).rglob("*") if path.is_file()} >= {".safetensors", ".md"}
 
 
 @pytest.mark.slow

@@ -225,7 +225,7 @@ def unprojected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_own_text_encoders_of_a_file_are_taken(folders: dict[str, Path], unprojected: Path, load: Listed) -> None:
-    """All three, with the tokenizers of another base: prompts are encoded as by the folder they come from, whose fingerprint the base has."""
+    """All three, with the tokenizers of another base: prompts are encoded as by their folder, whose fingerprint the base has."""
     expected = opened(unprojected)
     whole = load(sd3_layout(unprojected) | text_layout(unprojected), folders["sd3"])
     assert whole.fingerprint == expected.fingerprint

@@ -7,7 +7,7 @@ No pipeline of diffusers is used: of its flow families some have no image-to-ima
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ class FlowSampler:
         self._completed = cache(self._with_reference)  # one object for each conditioning: the inversions are kept by their conditioning
         self.null = self.null and self._completed(self.null)
         invert = self.recorded if config.ddim_eta else self.inverted
-        self._inversion = cache(lambda source, seed: invert(source, [seed]))
+        self._inversion: Callable[[Conditioning, int], tuple[Tensor, ...]] = cache(lambda source, seed: invert(source, [seed]))
 
     @torch.no_grad()
     def latents(self, conditionings: Sequence[Conditioning], seeds: Sequence[int], sources: Sequence[Conditioning]) -> Tensor:

@@ -53,6 +53,8 @@ class Options(Config):
     """The rank of LoRA falls linearly with the timestep (T-LoRA, arXiv 2507.05964)."""
     lora_scale: float = 1.0
     """Scale of the LoRA update while sampling."""
+    coarse_eta: float | None = None
+    """Eta of the cross-attention layers at a quarter of the latents' pixels; None is that of all layers (mixing per layer)."""
     by_truth: bool = False
     """Sample at the embedding of the full caption of the true edit instead of a mixture: a bound, not a method."""
 
@@ -212,13 +214,34 @@ def edited(base: Base, latents: Tensor, fit: Fitted, cases: Sequence[Case], vari
         source = concatenate([base.encode_prompt(longest_caption(case.source)) for case in cases])
     photos = torch.cat([to_pixels(render(case.source)) for case in cases])
     canvas, seeds = Canvas(photos, (0, 0, SIZE, SIZE), (SIZE, SIZE)), [case.index for case in cases]
-    with applied(base, fit.layers, variant):
+    other = None if variant.options.coarse_eta is None else mixture(variant.options.coarse_eta)
+    with applied(base, fit.layers, variant), coarse(base, mix, other):
         sampler = DiffusionSampler(base, config, canvas, negative(base, config, base.null()))
         if config.start == "inverted":
             parts = recorded(base, latents, source, seeds, config) if config.ddim_eta else invert(base, canvas, latents, config, source)
             own = {seed: tuple(part[k : k + 1] for part in parts) for k, seed in enumerate(seeds)}
             sampler._inversion = lambda _, seed: own[seed]
         return base.decode(sampler.latents([mix], seeds, [source] * len(cases)))
+
+
+@contextmanager
+def coarse(base: Base, mix: Conditioning, other: Conditioning | None) -> Iterator[None]:
+    """Gives the cross-attention layers below the highest resolution another conditioning where they would get ``mix``; None changes nothing."""
+
+    def replaced(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        states, count = kwargs["encoder_hidden_states"], len(mix.tokens)
+        if other is not None and torch.equal(states[-count:], mix.tokens):
+            kwargs = {**kwargs, "encoder_hidden_states": torch.cat([states[:-count], other.tokens])}
+        return args, kwargs
+
+    blocks = ("down_blocks.1.", "mid_block.", "up_blocks.0.")
+    layers = [layer for name, layer in base.denoiser.named_modules() if name.endswith("attn2") and name.startswith(blocks)]
+    hooks = [layer.register_forward_pre_hook(replaced, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def recorded(base: Base, latents: Tensor, source: Conditioning, seeds: Sequence[int], config: EditConfig) -> tuple[Tensor, ...]:

@@ -226,7 +226,7 @@ def edited(base: Base, latents: Tensor, fit: Fitted, cases: Sequence[Case], vari
 
 @contextmanager
 def coarse(base: Base, mix: Conditioning, other: Conditioning | None) -> Iterator[None]:
-    """Gives the cross-attention layers below the highest resolution another conditioning where they would get ``mix``; None changes nothing."""
+    """Gives the cross-attention layers below the highest resolution ``other`` in place of ``mix``; None changes nothing."""
 
     def replaced(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         states, count = kwargs["encoder_hidden_states"], len(mix.tokens)

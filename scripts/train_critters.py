@@ -61,7 +61,7 @@ UNET: dict[str, Any] = {
 }
 DIT: dict[str, Any] = {
     "sample_size": 8,
-    "patch_size": 1,
+    "patch_size": 2,
     "in_channels": 8,
     "out_channels": 8,
     "num_layers": 5,
@@ -70,7 +70,7 @@ DIT: dict[str, Any] = {
     "joint_attention_dim": 128,
     "caption_projection_dim": 192,
     "pooled_projection_dim": 128,
-    "pos_embed_max_size": 8,
+    "pos_embed_max_size": 4,
     "qk_norm": "rms_norm",
 }
 VISION: dict[str, Any] = {

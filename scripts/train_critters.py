@@ -61,7 +61,7 @@ UNET: dict[str, Any] = {
 }
 DIT: dict[str, Any] = {
     "sample_size": 8,
-    "patch_size": 1,
+    "patch_size": 2,
     "in_channels": 8,
     "out_channels": 8,
     "num_layers": 5,
@@ -70,7 +70,7 @@ DIT: dict[str, Any] = {
     "joint_attention_dim": 128,
     "caption_projection_dim": 192,
     "pooled_projection_dim": 128,
-    "pos_embed_max_size": 8,
+    "pos_embed_max_size": 4,
     "qk_norm": "rms_norm",
 }
 VISION: dict[str, Any] = {
@@ -93,7 +93,7 @@ SCHEDULE: dict[str, Any] = {  # that of Stable Diffusion, with v-prediction
 }
 SHIFT = 1.0  # of the transformer's levels of noise while it samples and is fitted; 1 leaves them evenly spaced
 VAE_NOISE = 0.1  # standard deviation of the noise that the decoder is trained with and that the encoder predicts as its own
-BATCH = {"vae": 16, "judge": 64, "clip": 96, "unet": 64, "transformer": 64}
+BATCH = {"vae": 16, "judge": 64, "clip": 96, "unet": 64, "transformer": 32}
 
 
 def text_config(words: CLIPTokenizer) -> CLIPTextConfig:
@@ -306,7 +306,7 @@ PARTS: dict[str, tuple[Callable[[Settings, int], None], int, str]] = {
 }
 """Each part with its function, its number of steps, and the weights that it writes last."""
 TRANSFORMER: dict[str, tuple[Callable[[Settings, int], None], int, str]] = {
-    "transformer": (train_transformer, 5_500, "transformer/diffusion_pytorch_model.safetensors"),
+    "transformer": (train_transformer, 4_600, "transformer/diffusion_pytorch_model.safetensors"),
 }
 """As :data:`PARTS`, of ``critters-dit``."""
 

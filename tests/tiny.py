@@ -346,7 +346,7 @@ def save_tiny_critters_dit(folder: Path, num_layers: int = 1) -> Path:
     torch.manual_seed(6)
     transformer: Any = SD3Transformer2DModel(
         sample_size=8,
-        patch_size=1,
+        patch_size=2,
         in_channels=8,
         out_channels=8,
         num_layers=num_layers,
@@ -355,7 +355,7 @@ def save_tiny_critters_dit(folder: Path, num_layers: int = 1) -> Path:
         joint_attention_dim=128,
         caption_projection_dim=16,
         pooled_projection_dim=128,
-        pos_embed_max_size=8,
+        pos_embed_max_size=4,
         qk_norm="rms_norm",
     )
     with torch.no_grad():

@@ -13,15 +13,20 @@ _MAX_READ = 4 * 2**20  # bytes of a log that are read at once
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by a text. After a crash or a power failure the file is either the old or the new one.
+    """As :func:`write_bytes`, of a text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces a file. After a crash or a power failure it is either the old or the new one, and of several writers the last one wins.
 
     Raises:
         ImagicError: the disk is full or cannot be written to.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writable(path.parent):
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with part.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

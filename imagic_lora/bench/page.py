@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
+from ..photos.page import page_template
 from .cases import KINDS, case_at
 from .critters import Bench, Result
 from .summary import IDENTITY_LIMITS, SHARES
@@ -108,9 +107,8 @@ def write_page(bench: Bench, results: Sequence[Result], summary: Mapping[str, An
     Returns:
         The path of the page.
     """
-    templates = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     rows = list(summary["methods"])
-    page = templates.get_template("page.html").render(
+    page = page_template(TEMPLATES).render(
         summary=summary,
         tables=tables(summary),
         plot={"size": PLOT, "limits": [(_x(limit), f"{limit:g}") for limit in IDENTITY_LIMITS], "lines": _lines(summary)},

@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ..adapters.durable import write_text
 from ..adapters.writing import check_outputs
 from ..core.errors import ImagicError
 from ..methods.method import EditResult, Method
@@ -133,7 +134,7 @@ class Runner(ABC, Generic[C, V]):
         except Exception as failure:  # a failed case must not end the run: it is counted and reported with its traceback
             rows, error = {}, explained(failure)
         result = Result(index, method.name, rows, error)
-        write_json(folder / f"{method.name}.json", {"key": self.key(method, index, case), **asdict(result)})
+        write_text(folder / f"{method.name}.json", json.dumps({"key": self.key(method, index, case), **asdict(result)}, indent=1) + "\n")
         return result
 
     def _check_files(self, indices: Sequence[int]) -> None:
@@ -188,13 +189,6 @@ def parallel(call: Callable[..., R], jobs: Sequence[tuple[Any, ...]], workers: i
             yield from (future.result() for future in as_completed(running))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file atomically."""
-    temporary = path.with_suffix(f".{os.getpid()}.part")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def digest(values: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,14 @@ from ..bench.field.listed import read_pictures
 from ..bench.field.pie import CLASSES, pie_outputs, read_pie
 from ..bench.field.report import PAGE, SCORES, SHEET, SUMMARY, last_line, tables, write_files
 from ..bench.field.run import FieldBench, close, keep
-from ..bench.field.scoring import Scored, loaded, scored, to_json
+from ..bench.field.scoring import Scored, loaded, scored
 from ..bench.field.summary import summarise
 from ..bench.field.tedbench import read_tedbench, tedbench_outputs
 from ..bench.runner import Result
 from ..core.config import DeviceConfig, MemoryConfig, PresetOrAuto
 from ..core.errors import ImagicError
 from ..core.runtime import resolve_runtime
+from ..core.text import json_text
 from ..methods.comparison.candidates import missing_need
 from ..methods.comparison.captions import CAPTIONER, load_captioner
 from ..methods.method import NEEDS, Cost, EditRequest, Method
@@ -123,7 +123,7 @@ def listed_captions(cases: Sequence[Case], captions: str, captioner: str | None,
                 continue  # the case fails with this message
             assert caption is not None
             found[name] = caption(image)
-            write_text(path, to_json({"model": model, "captions": found}))
+            write_text(path, json_text({"model": model, "captions": found}))
     return found, f"by {model}"
 
 
@@ -256,7 +256,7 @@ def _finish(
         why = last_line(summary["errors"][0]["error"])
         raise ImagicError(f"every picture failed, the first by: {why}", "pictures that can be scored", f"see {page}")
     if as_json:
-        print_json(json.loads(to_json(summary | {"page": str(page)})))
+        print_json(summary | {"page": str(page)})
         return
     for title, cells in tables(summary, settings, _ACROSS).items():
         out.print(cells_table(title, cells))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Listener(Protocol):
-    """What a listener is told, in addition to what the console shows."""
+    """What a listener gets, in addition to what the console shows."""
 
     def step(self, report: StepReport, run: RunConfig) -> None:
         """A step of a fit is done."""

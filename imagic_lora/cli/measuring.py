@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -16,6 +15,7 @@ from ..bench.machine.report import MachineReport
 from ..bench.machine.runs import STAGES, MachineRun, runs_of
 from ..core.errors import ImagicError
 from ..core.machine import Card, find_card, free_host_memory
+from ..core.text import json_text
 from .console import err, plain, print_json, progress
 from .interrupts import Interrupts
 
@@ -167,5 +167,5 @@ def _print_stage(report: MachineReport, k: int, stage: str, where: str) -> None:
 
 
 def _write(report: MachineReport, files: list[Path]) -> None:
-    write_text(files[0], json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
+    write_text(files[0], json_text(report.to_json()))
     write_text(files[1], report.to_markdown())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 from .errors import ImagicError
 
@@ -26,6 +28,15 @@ def check_utf8(text: str, what: str) -> None:
         got = f"{what} {text!r}, which is not UTF-8"
         remedy = "type it again in a terminal that uses UTF-8; a file with another encoding can be converted by iconv, or renamed"
         raise ImagicError(got, "text of whole UTF-8 characters", remedy) from error
+
+
+def json_text(values: Any) -> str:
+    """Returns the content of a JSON file: strict, indented, with a line break at its end.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def exact(number: float) -> str:

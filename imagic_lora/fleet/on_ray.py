@@ -251,9 +251,9 @@ def _result(ray: Any, task: Any, group: Sequence[Entry]) -> tuple[list[Outcome],
         return ray.get(task)
     except ray.exceptions.RayError as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        told = {
+        failure = {
             "got": f"the worker died {RETRIES + 1} times at this photo ({reason})",
             "expected": "a worker that lives, with enough memory",
             "remedy": "use --preset 8gb, fewer --workers, or look at the logs of Ray; then --retry-failed",
         }
-        return [Outcome(entry, error=told) for entry in group], None
+        return [Outcome(entry, error=failure) for entry in group], None

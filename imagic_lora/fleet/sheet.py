@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from ..adapters.durable import write_text
 from ..adapters.record import PREVIEW
+from ..photos.page import page_template
 from ..sampling.outputs import SHEET
 
 PAGE, THUMBNAILS = "index.html", "thumbnails"
@@ -81,11 +81,10 @@ def write_page(out: Path, title: str, rows: Sequence[dict[str, Any]]) -> Path:
     Raises:
         ImagicError: the disk is full, or the folder cannot be written to.
     """
-    shown = [row | {"thumbs": list(_thumbs(out, row)), "told": _scores(row)} for row in rows]
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    shown = [row | {"thumbs": list(_thumbs(out, row)), "summary": _scores(row)} for row in rows]
     counts = Counter({"done": 0, "failed": 0, "waiting": 0}) + Counter(row["state"] for row in rows)
     failed = [row for row in rows if row["state"] == "failed"]
-    text = templates.get_template("page.html").render(title=title, rows=shown, failed=failed, counts=counts)
+    text = page_template(Path(__file__).parent).render(title=title, rows=shown, failed=failed, counts=counts)
     write_text(out / PAGE, text)
     return out / PAGE
 

@@ -236,13 +236,13 @@ class Worker:
         return written, {Path(one["file"]).name: round(ssim(image, photo), 4) for one, image in zip(written, shown, strict=True)}
 
 
-def collected(worker: Worker, group: Sequence[Entry], told: Callable[[Update], None]) -> tuple[list[Outcome], ImagicError | None]:
+def collected(worker: Worker, group: Sequence[Entry], report: Callable[[Update], None]) -> tuple[list[Outcome], ImagicError | None]:
     """Runs a group in a process of its own and returns what another process needs.
 
     Args:
         worker: does the work.
         group: entries whose fits share a base.
-        told: called with the progress.
+        report: called with the progress.
 
     Returns:
         The outcomes with their warnings, fewer if the work was stopped; and the error that ends the whole batch, if any.
@@ -253,7 +253,7 @@ def collected(worker: Worker, group: Sequence[Entry], told: Callable[[Update], N
         try:
             for item in worker.run(group):
                 if isinstance(item, Update):
-                    told(item)
+                    report(item)
                     continue
                 texts = [str(one.message) for one in caught if issubclass(one.category, ImagicWarning)]
                 caught.clear()

@@ -13,4 +13,5 @@ May import: core. No diffusers. Must not know: models, adapters, commands.
 - ``sheet.py``: sheets of labelled images
 - ``plot.py``: line plots
 - ``bars.py``: bar charts
+- ``page.py``: HTML pages with images, which extend ``data/base.html``
 """

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..adapters.durable import write_bytes
 from ..adapters.writing import writable
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, concatenate
@@ -164,10 +165,7 @@ def _stored(folder: Path, count: int, size: tuple[int, int]) -> dict[int, Image.
 
 def _write(path: Path, image: Image.Image, prompt: str) -> None:
     """Writes a picture atomically: another process may make the same one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writable(path.parent):
-        temporary.write_bytes(png(image, {"class_prompt": prompt}))
-        temporary.replace(path)
+    write_bytes(path, png(image, {"class_prompt": prompt}))
 
 
 class PriorStage(Stage):

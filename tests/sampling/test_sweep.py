@@ -22,7 +22,7 @@ from imagic_lora.photos.canvas import to_canvas, to_image
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.generate import generate
 from imagic_lora.sampling.sweeps.scores import PROBES, alignment, denoising_errors, fidelity, ssim
-from imagic_lora.sampling.sweeps.suggest import COARSE, RULES, SEARCHED, Curves, balance, band, jump, onset, product, search
+from imagic_lora.sampling.sweeps.suggest import COARSE, RULES, SEARCHED, Curves, balance, band, jump, onset, plateau, product, search
 from imagic_lora.sampling.sweeps.sweep import Picture, Scores, find_eta, sampled, scored
 
 CONFIG = EditConfig(steps=2, guidance_scale=3.0, batch_size=3)
@@ -102,6 +102,7 @@ def test_curves_are_means_over_seeds() -> None:
         "product": (product, 0.6),  # 1 * 0.5 against 0.1 * 0.95 and 1 * 0.49
         "balance": (balance, 0.6),
         "onset": (onset, 0.6),
+        "plateau": (plateau, 0.6),
         "jump": (jump, 0.6),
     },
 )
@@ -114,9 +115,9 @@ def test_every_rule_finds_a_sudden_edit(rule: Callable[[Curves], float], expecte
 def test_the_rules_differ_where_the_curves_are_smooth() -> None:
     """Values by hand: each rule at the eta that its definition gives."""
     curves = Curves((0, 0.25, 0.5, 0.75, 1), (0, 0.45, 0.55, 0.9, 1), (1, 0.95, 0.9, 0.6, 0))
-    assert [rule(curves) for rule in (product, balance, onset, jump)] == [0.75, 0.75, 0.5, 1]
-    plateau = Curves((0, 0.4, 0.5, 0.6, 0.7), (0, 0.5, 1, 1, 1), (1, 0.9, 0.48, 0.5, 0.49))
-    assert (product(plateau), balance(plateau)) == (0.5, 0.4)  # the smallest eta of those that hardly differ
+    assert [rule(curves) for rule in (product, balance, onset, plateau, jump)] == [0.75, 0.75, 0.5, 0.75, 1]
+    flat = Curves((0, 0.4, 0.5, 0.6, 0.7), (0, 0.5, 1, 1, 1), (1, 0.9, 0.48, 0.5, 0.49))
+    assert (product(flat), balance(flat)) == (0.5, 0.4)  # the smallest eta of those that hardly differ
     nothing, all_lost = Curves((0, 1, 2), (0, 0, 0), (1, 1, 1)), Curves((0, 1, 2), (0, 1, 1), (1, 0, 0))
     assert [rule(curves) for curves in (nothing, all_lost) for rule in (product, balance)] == [2, 2, 1, 1]
     uneven = Curves((0, 0.1, 1), (0, 0.2, 0.4), (1, 0.8, 0))

@@ -8,17 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from ...adapters.durable import write_text
 from ...adapters.writing import writable
+from ...core.text import json_text
+from ...photos.page import page_template
 from ...photos.png import png
 from ...photos.sheet import sheet
 from ..evaluator.evaluator import Settings
 from ..evaluator.measures import REGIONS, Measure
 from ..table import Table
-from .scoring import THUMBNAILS, Scored, rows_of, to_json
+from .scoring import THUMBNAILS, Scored, rows_of
 
 SUMMARY, SCORES, SHEET, PAGE = "summary.json", "scores.csv", "sheet.png", "index.html"
 PUBLISHED = {
@@ -125,7 +126,7 @@ def write_files(out: Path, summary: Mapping[str, Any], settings: Settings, score
     Raises:
         ImagicError: the folder cannot be written to.
     """
-    write_text(out / SUMMARY, to_json(summary))
+    write_text(out / SUMMARY, json_text(summary))
     write_text(out / SCORES, _csv(settings, scored))
     drawn = _sheet(out, summary, scored)
     if drawn is not None:
@@ -185,9 +186,8 @@ def _blank() -> Image.Image:
 
 def _page(out: Path, summary: Mapping[str, Any], settings: Settings, scored: Sequence[Scored]) -> str:
     """The HTML page. All text is escaped; it runs no script, and loads its thumbnails when they come into view."""
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     rows = rows_of([one.picture for one in scored])
-    return templates.get_template("page.html").render(
+    return page_template(Path(__file__).parent).render(
         summary=summary,
         tables=tables(summary, settings),
         columns=rows,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -139,8 +138,3 @@ def write_thumbnail(image: Image.Image, path: Path) -> None:
 def rows_of(pictures: Sequence[Picture]) -> list[str]:
     """Returns the rows of pictures, in the order of their first pictures."""
     return list(dict.fromkeys(picture.row for picture in pictures))
-
-
-def to_json(values: Any) -> str:
-    """Returns strict JSON with a line at its end."""
-    return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from ...photos.page import page_template
 from ...photos.png import png
 from ...photos.reading import read_photo
 from .key import Key, KeyQuestion, Shown
@@ -91,8 +91,7 @@ def _page(key: Key, pictures: Mapping[str, str]) -> str:
         "sheets": [[(one.question, one.left, one.right) for one in sheet] for sheet in key.sheets],
         "pictures": pictures,
     }
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    return templates.get_template("page.html").render(data=data, raters=len(key.sheets), shown=len(key.sheets[0]))
+    return page_template(Path(__file__).parent).render(data=data, raters=len(key.sheets), shown=len(key.sheets[0]))
 
 
 def data_url(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from ...core.errors import ImagicError
+from ...core.text import json_text
 from ..console import cells_table, err, out, plain, print_json, progress
 from ..interrupts import Interrupts
 from ..libraries import import_libraries
@@ -80,7 +80,7 @@ def critters(
         results = list(progress(run.results(workers), cases * len(run.methods), "cases x methods"))
     summary = summarise(run, results)
     page = write_page(run, results, summary)
-    (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (run.out / "summary.json").write_text(json_text(summary), encoding="utf-8")
     if as_json:
         print_json(summary | {"page": str(page)})
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ from rich.table import Table
 from ...adapters.durable import write_text
 from ...adapters.writing import check_outputs, writable
 from ...core.errors import ImagicError
+from ...core.text import json_text
 from ..console import err, out, plain, print_json, progress
 from ..options import Flag, Json, Whole
 
@@ -133,7 +133,7 @@ def report_command(
     key = read_key(folder)
     found = report(key, read_answers(answers, key), keep_careless)
     with writable(folder):
-        write_text(folder / REPORT, json.dumps(found.to_json(), indent=2) + "\n")
+        write_text(folder / REPORT, json_text(found.to_json()))
         _write_chart(found, folder / CHART)
     if as_json:
         print_json(found.to_json() | {"report": str(folder / REPORT), "chart": str(folder / CHART)})

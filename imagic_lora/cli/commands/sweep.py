@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -14,7 +13,7 @@ from cyclopts import Parameter
 from ...adapters.writing import check_outputs, writable
 from ...core.config import DeviceConfig, PresetOrAuto
 from ...core.errors import ImagicError
-from ...core.text import exact
+from ...core.text import exact, json_text
 from ..console import err, plain, print_json, progress
 from ..interrupts import Interrupts
 from ..libraries import import_libraries, quantized
@@ -243,13 +242,17 @@ def _run(
 
 
 def _written(edits: Iterable[Edit], keep: Keep | None, folder: Path, metadata: dict[str, Any]) -> Iterator[Edit]:
-    """Writes each image at full size, as ``edit`` does, and yields the edit; before the first one, deletes those of an earlier sweep."""
+    """Writes each image at full size, as ``edit`` does, and yields the edit.
+
+    Those of an earlier sweep are deleted when the first new one is there: a sweep that fails before that leaves them.
+    """
     from ...sampling.outputs import write_edit
 
-    with writable(folder):
-        for path in folder.glob("eta*-seed*.png"):
-            path.unlink()
-    for edit in edits:
+    for k, edit in enumerate(edits):
+        if k == 0:
+            with writable(folder):
+                for path in folder.glob("eta*-seed*.png"):
+                    path.unlink()
         for finished in keep.pasted([edit], [edit.eta]) if keep else [edit]:
             write_edit(finished, folder, metadata)
         yield edit
@@ -289,7 +292,7 @@ def _write(
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
             table.writerows(rows)
-        (folder / SCORES).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (folder / SCORES).write_text(json_text(summary), encoding="utf-8")
     return summary | {"sheet": str(folder / SHEET), "plot": str(folder / PLOT), "table": str(folder / TABLE)}
 
 

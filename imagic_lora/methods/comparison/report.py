@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from ...core.text import json_text
+from ...photos.page import page_template
 from ...photos.png import png
 from ...photos.sheet import sheet
 from ..method import EditRequest
@@ -86,7 +87,7 @@ def files(request: EditRequest, summary: Mapping[str, Any], outcomes: Sequence[O
     yield "photo.png", png(request.photo, None)
     yield SHEET, png(drawn_sheet(request, outcomes), common)
     yield PAGE, page(request, summary, outcomes).encode("utf-8", "backslashreplace")
-    yield RESULTS, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode()
+    yield RESULTS, json_text(summary).encode()
 
 
 def drawn_sheet(request: EditRequest, outcomes: Sequence[Outcome]) -> Image.Image:
@@ -100,8 +101,7 @@ def page(request: EditRequest, summary: Mapping[str, Any], outcomes: Sequence[Ou
     """Returns the HTML page. All text is escaped; images are data URLs, so that the page loads nothing, and it runs no script."""
     made = [outcome for outcome in ordered(outcomes) if outcome.result]
     names = list(dict.fromkeys(name for outcome in made for name in outcome.scores))
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    return templates.get_template("page.html").render(
+    return page_template(Path(__file__).parent).render(
         summary=summary,
         pixelated=max(request.photo.size) < 256,
         photo=_data_url(request.photo),

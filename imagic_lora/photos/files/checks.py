@@ -67,7 +67,7 @@ def check_gif(data: bytes) -> None:
 
 
 def check_tiff(data: bytes) -> None:
-    """Rejects a TIFF file whose tags would fill the memory as Python numbers, and tags that Pillow does not heed."""
+    """Rejects a TIFF file whose tags would fill the memory as Python numbers, and tags that Pillow ignores."""
     tags = first_directory(data)
     if sum(count for kind, count, _ in tags.entries.values() if kind not in BYTE_TYPES) > _MAX_TAG_NUMBERS:
         raise slow_error()
@@ -101,7 +101,7 @@ def unknown_pixels(data: bytes) -> ImagicError:
 
 
 def check_aperture(data: bytes, size: tuple[int, int]) -> None:
-    """Rejects an AVIF that a clean aperture crops, which Pillow does not heed."""
+    """Rejects an AVIF that a clean aperture crops, which Pillow ignores."""
     for kind, body in primary_properties(data):
         if kind == b"clap" and len(body) >= 16:
             width, width_below, height, height_below = struct.unpack(">4I", body[:16])

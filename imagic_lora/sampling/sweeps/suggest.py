@@ -14,6 +14,8 @@ GOOD = 0.5
 
 COARSE = (0.0, 0.4, 0.6, 0.8, 1.0)
 """The etas that a search begins with."""
+PLATEAU = 0.75
+"""Share of the highest alignment of a sweep from which on :func:`plateau` counts an edit as done."""
 _TIE = 0.95  # values from this share of the highest on count as equal
 FINE = 0.1
 """Distance of the etas that it then adds on both sides of the best one."""
@@ -83,6 +85,12 @@ def onset(curves: Curves) -> float:
     return next((eta for eta, aligned in zip(curves.etas, curves.alignment, strict=True) if aligned >= GOOD), curves.etas[-1])
 
 
+def plateau(curves: Curves) -> float:
+    """The smallest eta whose alignment is within a quarter of the highest: where more of the prompt no longer adds much to the edit."""
+    enough = PLATEAU * max(curves.alignment)
+    return next(eta for eta, aligned in zip(curves.etas, curves.alignment, strict=True) if aligned >= enough)
+
+
 def jump(curves: Curves) -> float:
     """The eta behind the steepest fall of fidelity: an edit appears suddenly."""
     slopes = np.diff(curves.fidelity) / np.diff(curves.etas)
@@ -99,7 +107,7 @@ def _best(curves: Curves, values: list[float]) -> float:
     return next(eta for eta, value in zip(curves.etas, values, strict=True) if value >= _TIE * max(values))
 
 
-RULES: Mapping[str, Callable[[Curves], float]] = {"product": product, "balance": balance, "onset": onset, "jump": jump}
+RULES: Mapping[str, Callable[[Curves], float]] = {"product": product, "balance": balance, "onset": onset, "plateau": plateau, "jump": jump}
 """The rules by name. ``scripts/study.py eta`` compares them."""
 RULE = "product"
 """The rule that is used."""

@@ -217,10 +217,11 @@ def main() -> None:
     base = load_base(args.base, resolve_runtime(MemoryConfig(device="cpu", dtype="fp32")))
     for name, shares in gains(base, held_out[:64], TIMESTEPS).items():
         print(f"{'response to ' + name + ', at ' + ', '.join(map(str, TIMESTEPS)):46}{' '.join(f'{share:5.2f}' for share in shares)}")
-    texts = [caption(scene) for scene in held_out[:100]]
-    scores = CritterAlignment.load(parts).scores([to_image(render_) for render_ in renders[:100]], texts)
-    right = [texts[int(scores[k].argmax())] == texts[k] for k in range(100)]
-    print(f"CLIP finds the caption of an image among 100: {sum(right)}%")
+    count = min(100, len(held_out))
+    texts = [caption(scene) for scene in held_out[:count]]
+    scores = CritterAlignment.load(parts).scores([to_image(render_) for render_ in renders[:count]], texts)
+    right = [texts[int(scores[k].argmax())] == texts[k] for k in range(count)]
+    print(f"CLIP finds the caption of an image among {count}: {100 * sum(right) / count:.0f}%")
     cells = [(caption(scene).removeprefix("a ").removeprefix("an "), image) for scene, image in zip(scenes, images, strict=True)][:64]
     args.out.parent.mkdir(exist_ok=True)
     sheet([cells[k : k + 8] for k in range(0, len(cells), 8)], "64 samples from prompts, not selected", cell=160).save(args.out)

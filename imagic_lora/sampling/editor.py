@@ -37,8 +37,10 @@ class Edit:
     """An edited image and the eta and seed that produced it.
 
     Args:
+        eta, seed: of the edit.
+        image: RGB, at the size of the photo, or of its region.
         batch: eta and seed of every image of its batch, in order: on some devices the last bits of an image depend on them.
-        mask: where it was pasted into the photo (:mod:`~imagic_lora.sampling.keep`): mode L, of the image's size. None: it was not.
+        mask: where it was pasted into the photo (``imagic_lora.sampling.keep``): mode L, of the image's size. None: it was not.
         reference_batch: the batch of the image at eta 0 that it was compared with for its mask.
     """
 
@@ -71,7 +73,7 @@ class _CachedAdapter:
 class Editor:
     """Keeps a base loaded and edits with any adapter that was trained on it.
 
-    The last adapter stays loaded until another one is needed. The :data:`CACHED` most recently used adapters are cached in memory,
+    The last adapter stays loaded until another one is needed. The eight most recently used adapters are cached in memory,
     identified by folder and record. Threads can share an editor, and edits can be interleaved: a lock ensures that every batch of images
     is generated with its own adapter loaded. :meth:`close` restores the base bit for bit; until then nothing else can change it. After an
     exception at any point the next call restores the base before it does anything else.
@@ -133,14 +135,21 @@ class Editor:
             The edits in order, after each batch.
 
         Raises:
-            ImagicError: an eta is not 1 and the method of the adapter has none; as :func:`check_edit`, :meth:`load`, :func:`generate`.
+            ImagicError: an eta or a seed is out of range, or an eta is not 1 and the method of the adapter has none; settings exclude each
+                other, or the base cannot be sampled with them; a :meth:`pipeline` of another adapter is in use; an image holds NaN; as
+                :meth:`load`.
         """
         yield from self.edit_pairs(adapter, list(product(etas, seeds)), config, prompt, tuned)
 
     def edit_pairs(
         self, adapter: Adapter, pairs: Sequence[tuple[float, int]], config: EditConfig, prompt: str | None = None, tuned: bool = True
     ) -> Iterator[Edit]:
-        """Generates an edit for every pair of eta and seed, in batches of ``config.batch_size``; otherwise as :meth:`edit`."""
+        """Generates an edit for every pair of eta and seed, in batches of ``config.batch_size``; otherwise as :meth:`edit`.
+
+        Args:
+            pairs: eta and seed of each edit.
+            adapter, config, prompt, tuned: as there.
+        """
         self._check(adapter, pairs, config, prompt)
         with self._lock:
             cached = self._read(adapter)
@@ -161,14 +170,15 @@ class Editor:
         It is valid inside of the ``with`` block. There the adapter stays loaded: whatever would load another one or :meth:`close` the
         editor raises an error; edits and further pipelines of the same adapter are allowed. After the block the denoiser of the pipeline,
         and of every pipeline made from its components, raises an error, and the base is as after an :meth:`edit`. Changes of the pipeline
-        do not reach the base (:mod:`~imagic_lora.sampling.edit_pipeline`).
+        do not reach the base: its modules are of their own, on the same weights (:mod:`imagic_lora.sampling.edit_pipeline`).
 
         Args:
             adapter, eta, prompt: as for :meth:`edit`. Vectors of tokens (``embed.space`` input) are interpolated and encoded as there.
             config: settings of the sampling, by default those of the adapter; the start is noise. ``batch_size`` has no effect.
 
         Raises:
-            ImagicError: as :meth:`edit`, and :func:`~imagic_lora.sampling.edit_pipeline.edit_pipeline`.
+            ImagicError: as :meth:`edit`; the start is not noise, or the photo is a reference image; the base has no text-to-image pipeline;
+                the pipeline or its scheduler cannot take ``guidance_rescale`` or ``ddim_eta``.
         """
         config, lease = config or adapter.record.config.edit, Lease(adapter.name)
         check_carried_over(config)

@@ -272,7 +272,11 @@ def checkpoint_to_resume(saved: Checkpoints, name: str, processes: Processes) ->
 
 
 def result(steps: Generator[StepReport, None, Value]) -> Value:
-    """Runs a fit to its end and returns its result."""
+    """Runs a fit to its end and returns its result.
+
+    Args:
+        steps: a :func:`fit`, or :func:`~imagic_lora.training.together.fit_together`.
+    """
     while True:
         try:
             next(steps)

@@ -126,9 +126,8 @@ def signature(name: str, function: Any) -> str:
         annotation = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
         default = "" if parameter.default is parameter.empty else f" = {_default(parameter.default)}"
         parts.append(f"{parameter.name}{annotation}{default if annotation else default.replace(' ', '')}")
-    returned = (
-        "" if found.return_annotation in (found.empty, "None", None) or inspect.isclass(function) else f" -> {found.return_annotation}"
-    )
+    silent = inspect.isclass(function) or found.return_annotation in (found.empty, "None")
+    returned = "" if silent else f" -> {found.return_annotation}"
     if getattr(function, "__code__", None) is _CONTEXT:
         returned = returned.replace("Iterator", "AbstractContextManager")
     line = f"{name}({', '.join(parts)}){returned}"

@@ -51,8 +51,8 @@ class EditPipeline:
     """
 
     pipe: Any
-    prompt_kwargs: Mapping[str, Any]
-    sampling_kwargs: Mapping[str, Any]
+    prompt_kwargs: dict[str, Any]
+    sampling_kwargs: dict[str, Any]
     canvas: Canvas = field(repr=False)
 
     def restored(self, image: Image.Image) -> Image.Image:
@@ -138,20 +138,32 @@ def _denoiser_view(base: Base, lease: Lease) -> Any:
             return forward(*args, **kwargs)
 
     denoiser.forward = guarded
-    for name in ("fuse_lora", "load_state_dict"):
-        setattr(denoiser, name, _refused(name))
+    denoiser.fuse_lora = _refused("fuse_lora")
+    denoiser.load_state_dict = _loading(denoiser)
     return denoiser
 
 
-def _refused(name: str) -> Callable[..., None]:
+def _refused(name: str) -> Callable[..., Any]:
     """A function that raises an ImagicError, in place of one that would write into the weights of the base."""
 
-    def refused(*_: Any, **__: Any) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
         got = f"{name} on the denoiser of Editor.pipeline, whose weights are those of the loaded base"
         expected = "LoRA layers beside the weights, as load_lora_weights adds them"
         raise ImagicError(got, expected, f"leave out {name}, or load a copy of the base")
 
     return refused
+
+
+def _loading(denoiser: Any) -> Callable[..., Any]:
+    """``load_state_dict`` for weights that are not those of the base, such as further LoRA layers; others raise an ImagicError."""
+    load_state_dict, shared = denoiser.load_state_dict, {parameter.data_ptr() for parameter in denoiser.parameters()}
+
+    def loading(state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if any(parameter.data_ptr() in shared and name in state for name, parameter in denoiser.named_parameters()):
+            _refused("load_state_dict")()
+        return load_state_dict(state, *args, **kwargs)
+
+    return loading
 
 
 def _vae_view(module: Module) -> Any:

@@ -31,7 +31,7 @@ from imagic_lora import Store, configure, fit, result
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.contents import read_canvas
 from imagic_lora.adapters.export import export
-from imagic_lora.core.settings import RECIPES, merged, validated
+from imagic_lora.core.settings import RECIPES, merged
 from imagic_lora.sampling.editor import Editor
 
 pytestmark = pytest.mark.slow
@@ -154,9 +154,8 @@ def tiny_adapter(
         store = Store(tmp_path_factory.mktemp("rex"))
         if mode == "word":
             inversion = {"initial_word": "d", "templates": "prompt"}
-            settings = {"base": str(tiny_folder(family)), "method": "textual-inversion", "inversion": inversion}
-            word = validated(merged(settings, {"embed": {"steps": 2}, "edit": {"steps": 2}, "memory": {"device": "cpu"}}))
-            made = result(fit(photo, "a photo of <my-dog>", word, store, "my-dog"))
+            word = tiny_config(tiny_folder(family), "embedding", method="textual-inversion", inversion=inversion)
+            made = result(fit(photo, "<my-dog>", word, store, "my-dog"))
         else:
             targets = {"tune": {"targets": "attention"}} if mode == "lora" else {}
             made = result(fit(photo, "a cat", tiny_config(tiny_folder(family), mode, **targets), store, "rex"))

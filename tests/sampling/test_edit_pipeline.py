@@ -29,7 +29,6 @@ from imagic_lora.bases.altered import check_unaltered
 from imagic_lora.bases.base import Base
 from imagic_lora.core.config import EditConfig, Mode
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import merged, validated
 from imagic_lora.sampling.edit_pipeline import EditPipeline
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.fit import fit, result
@@ -135,12 +134,9 @@ def test_vectors_of_tokens_are_interpolated_and_encoded(folder: Path, photo_file
 @pytest.mark.slow
 def test_an_adapter_of_a_new_word_has_eta_1_alone(folder: Path, photo_file: Path, tmp_path: Path) -> None:
     """Its vectors are in the prompt embeddings."""
-    settings: dict[str, Any] = {
-        "base": str(folder), "method": "textual-inversion", "inversion": {"initial_word": "d", "templates": "prompt"},
-        "embed": {"steps": 2},
-        "edit": {"steps": 2}, "memory": {"device": "cpu"},
-    }  # fmt: skip
-    adapter = result(fit(photo_file, "a <z>", validated(merged(settings, {})), Store(tmp_path), "word"))
+    inversion = {"initial_word": "c", "templates": "prompt"}
+    config = tiny_config(folder, "embedding", method="textual-inversion", inversion=inversion)
+    adapter = result(fit(photo_file, "a <z>", config, Store(tmp_path), "word"))
     assert adapter is not None
     editor = Editor(opened(folder))
     with editor.pipeline(adapter, 1.0, CONFIG, "a <z> on") as edit:

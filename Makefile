@@ -53,6 +53,11 @@ check: lint test ## lint and test
 docs-settings: $(READY) ## write docs/reference/settings.md from the config models
 	$(BIN)/python scripts/settings_reference.py
 
+docs-api: $(READY) ## write docs/reference/api.md from the docstrings of the public library
+	$(BIN)/python scripts/api_reference.py
+
+docs: docs-settings docs-api ## write the generated pages of docs/reference
+
 critters: $(READY) ## make the embedded base from nothing: outputs/critters/data; hours on two cores, resumes
 	$(BIN)/python scripts/train_critters.py
 
@@ -85,4 +90,4 @@ clean: ## remove outputs, caches and .venv
 	rm -rf outputs dist $(VENV) .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup demo test web test-web test-slow test-gpu torture lint check docs-settings critters critters-dit critters-report bench-critters bench-memory plan-table bench-speed bench-swaps dist clean
+.PHONY: help setup demo test web test-web test-slow test-gpu torture lint check docs docs-settings docs-api critters critters-dit critters-report bench-critters bench-memory plan-table bench-speed bench-swaps dist clean

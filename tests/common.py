@@ -23,6 +23,7 @@ from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.core.config import EditConfig, MemoryConfig, Mode, RunConfig, TunedMode
 from imagic_lora.core.runtime import Processes, resolve_runtime
 from imagic_lora.core.settings import merged, validated
+from imagic_lora.sampling.edit_pipeline import EditPipeline
 
 KINDS: list[Literal["epsilon", "v_prediction"]] = ["epsilon", "v_prediction"]
 MODES: list[Mode] = ["lora", "full", "embedding"]
@@ -128,6 +129,12 @@ def by_diffusers(pipe: Any, adapter: Adapter, eta: float, seed: int, config: Edi
     kwargs |= {"guidance_scale": config.guidance_scale, "num_inference_steps": config.steps}
     image = pipe(**kwargs, generator=torch.Generator().manual_seed(seed)).images[0]
     return read_canvas(adapter).restored(image)
+
+
+def by_pipeline(edit: EditPipeline, seed: int) -> Image.Image:
+    """The edit by the pipeline of ``Editor.pipeline``, at the size of the photo."""
+    generator = torch.Generator().manual_seed(seed)
+    return edit.restored(edit.pipe(**edit.prompt_kwargs, **edit.sampling_kwargs, generator=generator).images[0])
 
 
 def array(image: Image.Image) -> np.ndarray:

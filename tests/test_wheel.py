@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "build", "--outdir", work / "dist", ROOT], **run)
     (wheel,) = (work / "dist").glob("*.whl")
     (_,) = (work / "dist").glob("*.tar.gz")
+    assert "imagic_lora/py.typed" in zipfile.ZipFile(wheel).namelist()
     subprocess.run([sys.executable, "-m", "venv", work / "venv"], **run)
     pip = [work / "venv" / "bin" / "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
     torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))

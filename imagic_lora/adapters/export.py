@@ -14,7 +14,7 @@ from ..core.tensors import safetensors_pieces
 from .adapter import Adapter
 from .atomic import AtomicWriter
 from .comfyui import comfyui_files
-from .contents import embedding_tensors, read_embeddings
+from .contents import embedding_tensors, read_canvas, read_embeddings
 from .kohya import component, kohya, metadata, version
 from .readers import check_layers, notes
 from .record import CARD, EMBEDDINGS, RECORD
@@ -79,7 +79,7 @@ In diffusers, pass the {mixed} as `prompt_embeds` and `null` as `negative_prompt
 need `pooled` as `pooled_prompt_embeds`, and SDXL the six numbers of `time_ids` as `original_size`, `crops_coords_top_left` and
 `target_size`.
 
-The images were sampled in {steps} steps at guidance scale {guidance:g}, starting from {start}.
+The images were sampled at {width} x {height} pixels in {steps} steps at guidance scale {guidance:g}, starting from {start}.
 """
 
 
@@ -178,7 +178,7 @@ def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
         for name, conditioning in read_embeddings(adapter).items()
         for tensor_name, value in conditioning.tensors().items()
     }
-    vectors = record.config.embed.space == "input"
+    vectors, (height, width) = record.config.embed.space == "input", read_canvas(adapter).pixels.shape[2:]
     text = _PAGE.format(
         name=adapter.name,
         prompt=json.dumps(record.prompt),
@@ -190,6 +190,8 @@ def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
         mixing=_MIXED_VECTORS.format(padding=record.config.edit.padding_eta) if vectors else _MIXED_EMBEDDINGS,
         mixed="encoded vectors" if vectors else "interpolated `tokens`",
         eta=record.eta,
+        height=height,
+        width=width,
         steps=record.config.edit.steps,
         guidance=record.config.edit.guidance_scale,
         start=record.config.edit.start,

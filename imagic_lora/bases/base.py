@@ -191,7 +191,7 @@ class Base(ABC):
             null: unconditional conditioning of the same shapes, or None to sample without classifier-free guidance.
 
         Raises:
-            ImagicError: as :meth:`scheduler`.
+            ImagicError: diffusers has no pipeline of this family.
         """
         raise self._no_scheduler()
 
@@ -284,11 +284,11 @@ class Base(ABC):
         The pipeline has no text encoders. Call it with the arguments of :meth:`pipeline_kwargs`.
 
         Args:
-            kind: selects the pipeline's class.
+            kind: selects the pipeline's class. A flow has ``text2image`` only.
             scheduler_class: as for :meth:`scheduler`. The pipeline corrects the scheduler's config as it does when it is loaded.
 
         Raises:
-            ImagicError: as :meth:`scheduler`.
+            ImagicError: the base has no pipeline of this kind; a flow with another scheduler, as :meth:`scheduler`.
         """
         raise self._no_scheduler()
 

@@ -152,9 +152,9 @@ def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None 
     """Predicts the memory of a run from symbolic forward and backward passes of its models, or from an earlier rehearsal.
 
     Args:
-        architecture: configs of the base's components.
+        architecture: configs of the base's components, from :func:`~imagic_lora.bases.loading.registry.architecture_of`.
         run: settings of the run.
-        assumed: None for :func:`assume` of the run.
+        assumed: device, precision and optimizer; None for those of the run, where ``auto`` counts as a card with bf16.
         photos: number of photos that are fitted together, in one batch; the adapter and the checkpoint are those of one.
         edit: whether the stages of an edit are enough.
 

@@ -12,6 +12,7 @@ May import: core, photos, bases, memory, adapters. Must not know: training, meth
 - ``inversion.py``: computes the noise that reproduces the photo: DDIM inversion, edit-friendly inversion
 - ``shared_calls.py``: images of several photos, with one call of the denoiser for all
 - ``pipelines.py``: prepares and calls diffusers pipelines
+- ``edit_pipeline.py``: a pipeline of diffusers with an adapter applied, for callers who go on from there
 - ``checks.py``: checks prompts and settings before sampling
 - ``editor.py``: the Editor, which keeps one base loaded and switches adapters
 - ``keep.py``: edits pasted into the photo at its full size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -14,10 +13,9 @@ from torch import Tensor
 from ..bases.base import Base
 from ..core.conditioning import Conditioning, concatenate
 from ..core.config import EditConfig
-from ..core.errors import ImagicError
 from ..photos.canvas import Canvas
 from .inversion import NoiseReplayer, invert, record_noise
-from .pipelines import conditioning_kwargs, pipeline_guidance, rescale_kwargs, sample_latents, sampling_pipeline
+from .pipelines import check_ddim_eta, conditioning_kwargs, pipeline_guidance, rescale_kwargs, sample_latents, sampling_pipeline
 
 
 class DiffusionSampler:
@@ -68,7 +66,5 @@ class DiffusionSampler:
                 start_latents, *pipe.scheduler.added = (torch.cat(parts) for parts in zip(*noise, strict=True))
             arguments |= {"height": canvas.pixels.shape[2], "width": canvas.pixels.shape[3], "latents": start_latents}
         arguments |= rescale_kwargs(pipe, config, guided)
-        if config.ddim_eta and "eta" not in inspect.signature(pipe.scheduler.step).parameters:
-            got = f"ddim_eta {config.ddim_eta:g} with scheduler {type(pipe.scheduler).__name__}"
-            raise ImagicError(got, "a scheduler with an eta parameter, such as DDIMScheduler", "set ddim_eta to 0")
+        check_ddim_eta(pipe.scheduler, config)
         return sample_latents(base, pipe, arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
@@ -17,13 +17,14 @@ from ..adapters.contents import StoredWeights, read_canvas, read_embeddings, rea
 from ..adapters.full import FullWeights, Weights, loaded_full
 from ..adapters.lora import LoraLayers, loaded_lora, swap_lora
 from ..adapters.word import NewWord, read_word
-from ..bases.altered import check_unaltered, restore
+from ..bases.altered import altered, check_unaltered, restore
 from ..bases.base import Base
 from ..core.conditioning import Conditioning
 from ..core.config import EditConfig
-from ..core.errors import ImagicWarning
+from ..core.errors import ImagicError, ImagicWarning
 from ..photos.canvas import Canvas
 from .checks import check_edit, check_scheduler
+from .edit_pipeline import EditPipeline, Lease, check_carried_over, edit_pipeline
 from .generate import generate
 from .mixing import mixtures
 from .pipelines import negative
@@ -36,8 +37,10 @@ class Edit:
     """An edited image and the eta and seed that produced it.
 
     Args:
+        eta, seed: of the edit.
+        image: RGB, at the size of the photo, or of its region.
         batch: eta and seed of every image of its batch, in order: on some devices the last bits of an image depend on them.
-        mask: where it was pasted into the photo (:mod:`~imagic_lora.sampling.keep`): mode L, of the image's size. None: it was not.
+        mask: where it was pasted into the photo (``imagic_lora.sampling.keep``): mode L, of the image's size. None: it was not.
         reference_batch: the batch of the image at eta 0 that it was compared with for its mask.
     """
 
@@ -70,7 +73,7 @@ class _CachedAdapter:
 class Editor:
     """Keeps a base loaded and edits with any adapter that was trained on it.
 
-    The last adapter stays loaded until another one is needed. The :data:`CACHED` most recently used adapters are cached in memory,
+    The last adapter stays loaded until another one is needed. The eight most recently used adapters are cached in memory,
     identified by folder and record. Threads can share an editor, and edits can be interleaved: a lock ensures that every batch of images
     is generated with its own adapter loaded. :meth:`close` restores the base bit for bit; until then nothing else can change it. After an
     exception at any point the next call restores the base before it does anything else.
@@ -87,6 +90,7 @@ class Editor:
         self._stack = ExitStack()
         self._loaded: _CachedAdapter | None = None
         self._base_weights: Weights | None = None
+        self._leases: set[Lease] = set()  # of the pipelines that are in use; all have the loaded adapter
 
     def load(self, adapter: Adapter) -> None:
         """Loads an adapter into the base.
@@ -131,25 +135,25 @@ class Editor:
             The edits in order, after each batch.
 
         Raises:
-            ImagicError: an eta is not 1 and the method of the adapter has none; as :func:`check_edit`, :meth:`load`, :func:`generate`.
+            ImagicError: an eta or a seed is out of range, or an eta is not 1 and the method of the adapter has none; settings exclude each
+                other, or the base cannot be sampled with them; a :meth:`pipeline` of another adapter is in use; an image holds NaN; as
+                :meth:`load`.
         """
         yield from self.edit_pairs(adapter, list(product(etas, seeds)), config, prompt, tuned)
 
     def edit_pairs(
         self, adapter: Adapter, pairs: Sequence[tuple[float, int]], config: EditConfig, prompt: str | None = None, tuned: bool = True
     ) -> Iterator[Edit]:
-        """Generates an edit for every pair of eta and seed, in batches of ``config.batch_size``; otherwise as :meth:`edit`."""
-        etas, seeds = {eta for eta, _ in pairs}, {seed for _, seed in pairs}
-        adapter.record.check_etas(sorted(etas))
-        check_edit(sorted(etas), sorted(seeds), config, adapter.record.prompt if prompt is None else prompt)
+        """Generates an edit for every pair of eta and seed, in batches of ``config.batch_size``; otherwise as :meth:`edit`.
+
+        Args:
+            pairs: eta and seed of each edit.
+            adapter, config, prompt, tuned: as there.
+        """
+        self._check(adapter, pairs, config, prompt)
         with self._lock:
             cached = self._read(adapter)
-            check_scheduler(self.base, config)
-            stored = self._conditionings(cached, prompt)
-            target, null = stored["target"], negative(self.base, config, stored.get("null"))
-            asked, etas = adapter.record.prompt if prompt is None else prompt, [eta for eta, _ in pairs]
-            conditionings, sources = mixtures(self.base, asked, target, stored["optimised"], etas, config)
-            self.base.offload_encoders()
+            conditionings, sources, null = self._mixtures(cached, [eta for eta, _ in pairs], config, prompt)
             loaded = cached if tuned else replace(cached, weights=None)
         images = generate(self.base, conditionings, [seed for _, seed in pairs], config, cached.canvas, null, sources)
         for start in range(0, len(pairs), config.batch_size):
@@ -159,11 +163,75 @@ class Editor:
                 batch_images = list(islice(images, len(batch)))
             yield from (Edit(eta, seed, image, tuple(batch)) for (eta, seed), image in zip(batch, batch_images, strict=True))
 
-    def close(self) -> None:
-        """Unloads the adapter; the base is then bit-equal to before. If an exception interrupts it, another call completes it."""
+    @contextmanager
+    def pipeline(self, adapter: Adapter, eta: float, config: EditConfig | None = None, prompt: str | None = None) -> Iterator[EditPipeline]:
+        """A pipeline of diffusers with the adapter applied, which shares the weights of the base, and the kwargs of the edit at an eta.
+
+        It is valid inside of the ``with`` block. There the adapter stays loaded: whatever would load another one or :meth:`close` the
+        editor raises an error; edits and further pipelines of the same adapter are allowed. After the block the denoiser of the pipeline,
+        and of every pipeline made from its components, raises an error, and the base is as after an :meth:`edit`. Changes of the pipeline
+        do not reach the base: its modules are of their own, on the same weights (:mod:`imagic_lora.sampling.edit_pipeline`).
+
+        Args:
+            adapter, eta, prompt: as for :meth:`edit`. Vectors of tokens (``embed.space`` input) are interpolated and encoded as there.
+            config: settings of the sampling, by default those of the adapter; the start is noise. ``batch_size`` has no effect.
+
+        Raises:
+            ImagicError: as :meth:`edit`; the start is not noise, or the photo is a reference image; the base has no text-to-image pipeline;
+                the pipeline or its scheduler cannot take ``guidance_rescale`` or ``ddim_eta``.
+        """
+        config, lease = config or adapter.record.config.edit, Lease(adapter.name)
+        check_carried_over(config)
+        self._check(adapter, [(eta, 0)], config, prompt)
         with self._lock:
+            cached = self._read(adapter)
+            (conditioning,), _, null = self._mixtures(cached, [eta], config, prompt)
+            self._load(cached)
+            made = edit_pipeline(self.base, config, conditioning, null, cached.canvas, lease)
+            if cached.weights is None and not self._leases:
+                self._stack.enter_context(altered(self.base, lambda: None))  # for a fit on the same base, as other adapters are
+            self._leases.add(lease)
+        try:
+            yield made
+        finally:
+            lease.open = False
+            self._leases.discard(lease)  # not under the lock: a block that was abandoned is left by the garbage collector, at any time
+
+    def close(self) -> None:
+        """Unloads the adapter; the base is then bit-equal to before. If an exception interrupts it, another call completes it.
+
+        Raises:
+            ImagicError: a :meth:`pipeline` is in use.
+        """
+        with self._lock:
+            self._check_leases("close the Editor")
             self._unload()
             self._base_weights = None
+
+    def _check(self, adapter: Adapter, pairs: Sequence[tuple[float, int]], config: EditConfig, prompt: str | None) -> None:
+        """Checks etas, seeds, settings and prompt before anything is read."""
+        etas, seeds = sorted({eta for eta, _ in pairs}), sorted({seed for _, seed in pairs})
+        adapter.record.check_etas(etas)
+        check_edit(etas, seeds, config, adapter.record.prompt if prompt is None else prompt)
+
+    def _mixtures(
+        self, cached: _CachedAdapter, etas: list[float], config: EditConfig, prompt: str | None
+    ) -> tuple[list[Conditioning], list[Conditioning], Conditioning | None]:
+        """The conditionings of edits and of the photo, as :func:`mixtures`, and what guidance leads away from."""
+        check_scheduler(self.base, config)
+        stored = self._conditionings(cached, prompt)
+        null = negative(self.base, config, stored.get("null"))
+        asked = cached.adapter.record.prompt if prompt is None else prompt
+        conditionings, sources = mixtures(self.base, asked, stored["target"], stored["optimised"], etas, config)
+        self.base.offload_encoders()
+        return conditionings, sources, null
+
+    def _check_leases(self, doing: str) -> None:
+        """Raises ImagicError if a pipeline is in use."""
+        if names := sorted(lease.adapter for lease in self._leases):
+            got = f"a request to {doing} while a pipeline of adapter {names[0]} is in use"
+            expected = "that adapter until the with block of Editor.pipeline ends"
+            raise ImagicError(got, expected, "leave the block first, or open the base a second time")
 
     def _conditionings(self, cached: _CachedAdapter, prompt: str | None) -> dict[str, Conditioning]:
         """As :meth:`conditionings`."""
@@ -198,8 +266,9 @@ class Editor:
 
     def _load(self, cached: _CachedAdapter) -> None:
         """Loads a cached adapter: swaps LoRA layers with equal targets in place, otherwise unloads the previous adapter first."""
-        if cached is self._loaded and cached.weights is not None:
+        if cached is self._loaded and (cached.weights is not None or self._leases):
             return
+        self._check_leases(f"load adapter {cached.adapter.name}")
         previous, self._loaded = self._loaded, None
         try:
             if not (previous and isinstance(cached.weights, LoraLayers) and swap_lora(self.base, cached.weights)):

@@ -63,6 +63,13 @@ def rescale_kwargs(pipe: Any, config: EditConfig, guided: bool) -> dict[str, Any
     return {"guidance_rescale": config.guidance_rescale}
 
 
+def check_ddim_eta(scheduler: Any, config: EditConfig) -> None:
+    """Raises ImagicError if there is a ``ddim_eta`` and the steps of the scheduler take none."""
+    if config.ddim_eta and "eta" not in inspect.signature(scheduler.step).parameters:
+        got = f"ddim_eta {config.ddim_eta:g} with scheduler {type(scheduler).__name__}"
+        raise ImagicError(got, "a scheduler with an eta parameter, such as DDIMScheduler", "set ddim_eta to 0")
+
+
 def conditioning_kwargs(base: Base, conditioning: Conditioning, null: Conditioning | None) -> dict[str, Any]:
     """Returns the pipeline kwargs of a conditioning and of the unconditional one (None without guidance), on device in the base's dtype."""
     device, dtype = base.runtime.device, base.runtime.dtype

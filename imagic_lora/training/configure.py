@@ -62,7 +62,10 @@ def configure(settings: Mapping[str, Any]) -> RunConfig:
     Args:
         settings: the settings that differ from the defaults, as nested mappings.
 
+    Returns:
+        The complete settings: built-in defaults < recipe of the base < preset < ``settings``.
+
     Raises:
-        ImagicError: as :func:`configure_run`.
+        ImagicError: a setting is unknown, two settings conflict, the base does not exist, or no preset fits the memory.
     """
     return configure_run(settings, {}).run

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar, cast, overload
 
 from PIL import Image
 from torch.nn import Parameter
@@ -23,7 +22,7 @@ from ..bases.base import Base
 from ..bases.loading.registry import architecture_of, load_base
 from ..core.conditioning import Conditioning
 from ..core.config import RunConfig
-from ..core.errors import ImagicError, ImagicWarning
+from ..core.errors import ImagicError
 from ..core.noise import key
 from ..core.runtime import Processes, Runtime, free_memory, reset_peak_memory, resolve_runtime
 from ..memory.limits import check_disk, check_memory
@@ -34,9 +33,10 @@ from .embed import embed_stage, optimised
 from .inputs import check_inputs, encode_others, read_photos
 from .optimizers import check_single_process
 from .prior import Prior, PriorStage, make_prior
-from .resuming.checkpoints import START_OVER, Checkpoint, Checkpoints
+from .resuming.checkpoints import Checkpoint, Checkpoints
 from .resuming.interrupting import stop_while_sampling
 from .resuming.stages import ResumableStages
+from .resuming.unfinished import check_unfinished, checkpoint_to_resume, clear
 from .run import encode_photo, encode_run
 from .stage import Progress, StepReport
 from .tune import tune_stage
@@ -65,6 +65,18 @@ def open_base(config: RunConfig, runtime: Runtime | None = None, photos: int = 1
     return load_base(config.base, runtime, config.revision, master_weights=MODES[config.tune.mode].in_base)
 
 
+@overload
+def fit(
+    image: Path, prompt: str, config: RunConfig, store: Store, name: str, *, base: Base | None = None, overwrite: bool = False,
+    resume: bool = False, region: Region | None = None, store_photo: bool = True, stop: Callable[[], bool] = ...,
+    processes: None = None,
+) -> Generator[StepReport, None, Adapter]: ...  # fmt: skip
+@overload
+def fit(
+    image: Path, prompt: str, config: RunConfig, store: Store, name: str, *, base: Base | None = None, overwrite: bool = False,
+    resume: bool = False, region: Region | None = None, store_photo: bool = True, stop: Callable[[], bool] = ...,
+    processes: Processes | None,
+) -> Generator[StepReport, None, Adapter | None]: ...  # fmt: skip
 def fit(
     image: Path,
     prompt: str,
@@ -144,14 +156,6 @@ def fit(
         if processes.main:
             clear(saved, name)
     return adapter
-
-
-def clear(saved: Checkpoints, name: str) -> None:
-    """Removes the checkpoints of a fit whose adapter is stored, or warns that they remain."""
-    try:
-        saved.clear()
-    except (OSError, ImagicError) as error:
-        warnings.warn(f"the checkpoints of {name} remain: {error}", ImagicWarning, stacklevel=3)
 
 
 def check_space(architecture: Architecture, config: RunConfig) -> None:
@@ -254,25 +258,12 @@ def preview(stages: ResumableStages, e_opt: Conditioning) -> Image.Image:
         return stages.run.preview(e_opt)
 
 
-def check_unfinished(store: Store, name: str, saved: Checkpoints, overwrite: bool, resume: bool) -> None:
-    """Raises ImagicError if the name belongs to an adapter or an unfinished fit that is neither resumed nor overwritten."""
-    store.check_free(name, overwrite)
-    if saved.any() and not resume and not overwrite:
-        got = f"an unfinished fit of {name} is in {saved.folder}"
-        raise ImagicError(got, "a choice between continuing it and starting over", "add --resume, or --overwrite")
-
-
-def checkpoint_to_resume(saved: Checkpoints, name: str, processes: Processes) -> Checkpoint:
-    checkpoint = saved.newest(rename_broken=processes.main)
-    if checkpoint is not None:
-        return checkpoint
-    if saved.any():
-        raise ImagicError(f"there is no intact checkpoint of {name} to resume", "at least one intact checkpoint", START_OVER)
-    raise ImagicError(f"there is no checkpoint of {name} to resume", "an interrupted fit", "leave out --resume to start a new fit")
-
-
 def result(steps: Generator[StepReport, None, Value]) -> Value:
-    """Runs a fit to its end and returns its result."""
+    """Runs a fit to its end and returns its result.
+
+    Args:
+        steps: a :func:`fit`, or :func:`~imagic_lora.training.together.fit_together`.
+    """
     while True:
         try:
             next(steps)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import MODES, PROMPT, array, by_diffusers, each, opened, same, tiny_config, weights
+from common import MODES, PROMPT, array, by_diffusers, by_pipeline, each, opened, same, tiny_config, weights
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers import Flux2KleinPipeline as Pipeline
 from PIL import Image
@@ -299,10 +299,14 @@ def test_an_adapter_edits_from_every_start(klein: Path, fit_on: Fit, mode: Mode)
 
 @pytest.mark.parametrize("mode", MODES)
 def test_plain_diffusers_makes_the_same_picture(klein: Path, fit_on: Fit, mode: Mode) -> None:
-    """To 1 of 255, from the adapter's files alone: LoRA by load_lora_weights, a whole transformer by from_pretrained."""
+    """To 1 of 255, from the adapter's files alone: LoRA by load_lora_weights, a whole transformer by from_pretrained.
+    So does the pipeline of the editor."""
     adapter, config = fit_on(mode), EditConfig(steps=3, guidance_scale=3.0)
-    edited = next(Editor(opened(klein)).edit(adapter, [0.6], [5], config)).image
-    assert np.abs(array(edited) - array(by_diffusers(Pipeline.from_pretrained(klein), adapter, 0.6, 5, config))).max() <= 1
+    editor = Editor(opened(klein))
+    edited = array(next(editor.edit(adapter, [0.6], [5], config)).image)
+    assert np.abs(edited - array(by_diffusers(Pipeline.from_pretrained(klein), adapter, 0.6, 5, config))).max() <= 1
+    with editor.pipeline(adapter, 0.6, config) as edit:
+        assert np.abs(edited - array(by_pipeline(edit, 5))).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

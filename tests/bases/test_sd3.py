@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import MODES, PROMPT, array, by_diffusers, each, opened, same, tiny_config, weights
+from common import MODES, PROMPT, array, by_diffusers, by_pipeline, each, opened, same, tiny_config, weights
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Img2ImgPipeline
 from diffusers import StableDiffusion3Pipeline as Pipeline
 from PIL import Image
@@ -311,10 +311,22 @@ def test_schedulers_of_diffusion_are_refused_by_name(sd3: Path, fit_on: Fit, cha
 
 @pytest.mark.parametrize("mode", MODES)
 def test_plain_diffusers_makes_the_same_picture(sd3: Path, fit_on: Fit, mode: Mode) -> None:
-    """To 1 of 255, from the adapter's files alone: LoRA by load_lora_weights, a whole transformer by from_pretrained."""
+    """To 1 of 255, from the adapter's files alone: LoRA by load_lora_weights, a whole transformer by from_pretrained.
+    So does the pipeline of the editor."""
     adapter, config = fit_on(mode), EditConfig(steps=4, guidance_scale=3.0)
-    edited = next(Editor(opened(sd3)).edit(adapter, [0.6], [5], config)).image
-    assert np.abs(array(edited) - array(by_diffusers(Pipeline.from_pretrained(sd3), adapter, 0.6, 5, config))).max() <= 1
+    editor = Editor(opened(sd3))
+    edited = array(next(editor.edit(adapter, [0.6], [5], config)).image)
+    assert np.abs(edited - array(by_diffusers(Pipeline.from_pretrained(sd3), adapter, 0.6, 5, config))).max() <= 1
+    with editor.pipeline(adapter, 0.6, config) as edit:
+        assert np.abs(edited - array(by_pipeline(edit, 5))).max() <= 1
+
+
+@each("changes, match", [({"ddim_eta": 0.5}, "ddim_eta 0.5"), ({"guidance_rescale": 0.7}, "guidance_rescale 0.7")])
+def test_what_diffusers_pipeline_lacks_is_refused(sd3: Path, fit_on: Fit, changes: dict[str, Any], match: str) -> None:
+    """Our own edit has it."""
+    config = EditConfig(steps=2, guidance_scale=3.0, **changes)
+    with pytest.raises(ImagicError, match=match), Editor(opened(sd3)).pipeline(fit_on("lora"), 0.6, config):
+        pass
 
 
 def test_both_embeddings_are_trained(fit_on: Fit) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from common import MODES, PROMPT, array, by_diffusers, each, opened, tiny_config
+from common import MODES, PROMPT, array, by_diffusers, by_pipeline, each, opened, tiny_config
 from diffusers import AutoencoderKL
 from diffusers import StableDiffusion3Pipeline as Pipeline
 from test_sd3 import TEXT, canvas, sampled
@@ -108,8 +108,11 @@ def test_plain_diffusers_makes_the_same_picture(folder: Path, others: Path, phot
     assert adapter is not None
     assert adapter.record.base.name == "flow"
     config = EditConfig(steps=3, guidance_scale=3.0)
-    edited = next(Editor(flow()).edit(adapter, [0.6], [5], config)).image
-    assert np.abs(array(edited) - array(by_diffusers(plain(folder, others), adapter, 0.6, 5, config))).max() <= 1
+    editor = Editor(flow())
+    edited = array(next(editor.edit(adapter, [0.6], [5], config)).image)
+    assert np.abs(edited - array(by_diffusers(plain(folder, others), adapter, 0.6, 5, config))).max() <= 1
+    with editor.pipeline(adapter, 0.6, config) as edit:
+        assert np.abs(edited - array(by_pipeline(edit, 5))).max() <= 1
 
 
 def test_the_conditioning_is_what_the_plan_expects() -> None:

@@ -16,7 +16,7 @@ from ...core.errors import ImagicWarning
 from ..architecture import KLEIN_LAYERS, Architecture
 from ..base import REFERENCE, PipelineKind, Token
 from ..process import Flow
-from .common import LatentBase
+from .flows import FlowBase
 
 _MESSAGE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"  # Qwen3's chat template without thinking
 _REFERENCE_TIME = 10  # first coordinate of the positions of a reference image; that of the image is 0
@@ -51,7 +51,7 @@ def _mu(steps: int, positions: int) -> float:
     return at_200 if positions > 4300 else at_200 + (at_200 - at_10) / 190 * (steps - 200)
 
 
-class Flux2Klein(LatentBase):
+class Flux2Klein(FlowBase):
     """A FLUX.2 klein base. Latents ``[B, 4 C, h / 2, w / 2]`` are patches of 2 x 2 of those of the VAE, normalised by its batch norm.
 
     All 512 tokens take part in the attention of the transformer, padding too.

@@ -15,11 +15,12 @@ from ..architecture import SD3_T5_LENGTH, Architecture
 from ..base import PipelineKind
 from ..process import Flow
 from .common import LatentBase, tokenizer_of
+from .flows import FlowBase
 
 _T5 = "text_encoder_3"
 
 
-class StableDiffusion3(LatentBase):
+class StableDiffusion3(FlowBase):
     """A Stable Diffusion 3 base. T5 may be missing: the tokens that it would give are zeros, as in diffusers' pipeline.
 
     The tokens are those of the CLIP encoders, concatenated along their channels and padded with zeros to the width of T5, then those of T5.

@@ -43,6 +43,10 @@ def _weight_patterns(variant: str) -> list[str]:
 def architecture_of(name: str, revision: str | None = None) -> Architecture:
     """The architecture of any base. Only the configs of a hub id are downloaded, and none of a built-in base.
 
+    Args:
+        name: a name that ``imagic-lora bases`` lists, a folder, a single file or a hub id.
+        revision: branch, tag or commit of a hub id.
+
     Raises:
         ImagicError: as :func:`locate`; the family of the base is not supported.
     """

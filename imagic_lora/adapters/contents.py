@@ -108,6 +108,12 @@ def read_canvas(adapter: Adapter) -> Canvas:
     return Canvas(to_pixels(image), source.box, region.size)
 
 
+def canvas_size(adapter: Adapter) -> tuple[int, int]:
+    """Returns width and height of the canvas of an adapter, in pixels. Raises as :func:`read_canvas`."""
+    height, width = read_canvas(adapter).pixels.shape[2:]
+    return width, height
+
+
 def read_original(adapter: Adapter, file: Path | None = None) -> Image.Image:
     """Reads the photo that an adapter was made from, at its full size: upright, RGB in sRGB, as :func:`read_photo` reads every photo.
 
@@ -164,7 +170,7 @@ def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
         raise ImagicError(
             f"adapter {adapter.name} replaces every weight of a quantised base", "a base without quantization", "use --quantize none"
         )
-    height, width = read_canvas(adapter).pixels.shape[2:]
+    width, height = canvas_size(adapter)
     side, multiple = max(adapter.record.config.resolution or base.resolution, base.size_multiple), base.size_multiple
     if height * width > side**2 or height % multiple or width % multiple:
         raise ImagicError(

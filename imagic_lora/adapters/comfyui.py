@@ -15,12 +15,15 @@ from ..core.conditioning import Conditioning, concatenate
 from ..core.config import EditConfig
 from ..core.errors import ImagicError, ImagicWarning
 from ..core.tensors import safetensors_pieces
+from ..photos.canvas import to_image
+from ..photos.png import png
 from .adapter import Adapter
 from .comfyui_graphs import Family, graph, model_files, reads_photo, strip_etas
-from .contents import canvas_size, embedding_tensors, read_embeddings
+from .contents import canvas_size, embedding_tensors, read_canvas, read_embeddings
 from .kohya import kohya, metadata
 from .readers import check_layers, notes
 from .record import SOURCE
+from .withheld import require_photo
 from .writing import pieces
 
 Encode = Callable[[Sequence[float]], Sequence[Conditioning]]
@@ -86,6 +89,8 @@ def comfyui_files(adapter: Adapter, encode: Encode | None = None, etas: Sequence
             loader for its base; the adapter has vectors of tokens, and there is nothing to encode them with.
     """
     family, name = _checked(adapter, encode), adapter.name
+    if reads_photo(adapter.record.config.edit):
+        require_photo(adapter, "the workflow loads the photo")
     tensors = kohya(adapter) if adapter.record.parts else {}
     layers = {key.partition(".")[0] for key in tensors}
     check_layers(layers)
@@ -100,7 +105,9 @@ def comfyui_files(adapter: Adapter, encode: Encode | None = None, etas: Sequence
     files[f"models/imagic/{name}.safetensors"] = safetensors_pieces(embeddings)
     files["custom_nodes/imagic/__init__.py"] = [_NODES.read_bytes()]
     if reads_photo(adapter.record.config.edit):
-        files[f"input/{name}.png"] = pieces(adapter.listed(SOURCE))
+        files[f"input/{name}.png"] = (
+            [png(to_image(read_canvas(adapter).pixels[0]), {})] if adapter.withheld else pieces(adapter.listed(SOURCE))
+        )
     for suffix in ("", "-strip"):
         drawn = graph(adapter, family, strip=bool(suffix))
         files[f"user/default/workflows/{name}{suffix}.json"] = [_json(drawn.ui())]

@@ -16,6 +16,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.contents import StoredWeights, read_canvas, read_embeddings, read_weights
 from ..adapters.full import FullWeights, Weights, loaded_full
 from ..adapters.lora import LoraLayers, loaded_lora, swap_lora
+from ..adapters.withheld import check_start
 from ..adapters.word import NewWord, read_word
 from ..bases.altered import check_unaltered, restore
 from ..bases.base import Base
@@ -131,7 +132,8 @@ class Editor:
             The edits in order, after each batch.
 
         Raises:
-            ImagicError: an eta is not 1 and the method of the adapter has none; as :func:`check_edit`, :meth:`load`, :func:`generate`.
+            ImagicError: an eta is not 1 and the method of the adapter has none; the photo is withheld and needed; as :func:`check_edit`,
+                :meth:`load`, :func:`generate`.
         """
         yield from self.edit_pairs(adapter, list(product(etas, seeds)), config, prompt, tuned)
 
@@ -141,6 +143,7 @@ class Editor:
         """Generates an edit for every pair of eta and seed, in batches of ``config.batch_size``; otherwise as :meth:`edit`."""
         etas, seeds = {eta for eta, _ in pairs}, {seed for _, seed in pairs}
         adapter.record.check_etas(sorted(etas))
+        check_start(adapter, config)
         check_edit(sorted(etas), sorted(seeds), config, adapter.record.prompt if prompt is None else prompt)
         with self._lock:
             cached = self._read(adapter)
@@ -184,7 +187,7 @@ class Editor:
 
     def _read(self, adapter: Adapter) -> _CachedAdapter:
         """Returns the cached content of an adapter, and reads it from disk if it is not cached."""
-        key = adapter.folder, adapter.record.model_dump_json()  # the record holds the hash of every file
+        key = adapter.folder, f"{adapter.photo} {adapter.record.model_dump_json()}"  # the record holds the hash of every file
         cached = self._cached.pop(key, None)
         if cached is None:
             weights = read_weights(adapter, self.base, self.force)

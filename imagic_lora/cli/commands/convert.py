@@ -81,6 +81,7 @@ def export(
     *,
     kind: Annotated[Literal["comfyui", "kohya", "diffusers"], Parameter(name="--format")],
     eta: str | None = None,
+    photo: Path | None = None,
     out: Path = Path("outputs/export"),
     store: StoreDir = DEFAULT_STORE,
     overwrite: Flag = False,
@@ -101,6 +102,8 @@ def export(
     eta
         Only for comfyui and adapters of --embed.space input: the etas whose conditionings are exported, several (0.5,0.7) or a range with
         its end. The node in ComfyUI has no others. Default: 0:1.5:0.05. The adapter's own eta and those of the strip are always added.
+    photo
+        The photo's file, for an adapter that was sent without it, where the workflow of ComfyUI starts from the photo.
     out
         Output folder.
     overwrite
@@ -108,6 +111,8 @@ def export(
     """
     import_libraries()
     from ...adapters.comfyui import TABLE
+    from ...adapters.comfyui_graphs import reads_photo
+    from ...adapters.contents import with_photo
     from ...adapters.export import export as export_adapter
     from ...adapters.store import Store
     from ...sampling.opening import encoded
@@ -117,6 +122,10 @@ def export(
         raise ImagicError(f"--eta {outside[0]:g}", "0 (the photo) to 1 (the target prompt), at most 2", "change --eta")
     if eta is not None and kind != "comfyui":
         raise ImagicError(f"--eta together with --format {kind}", "--eta with --format comfyui", "leave out --eta")
+    if photo is not None and not (kind == "comfyui" and adapter.withheld and reads_photo(adapter.record.config.edit)):
+        got = f"--photo {photo} with --format {kind} and adapter {name}, whose export needs no photo from elsewhere"
+        raise ImagicError(got, "an adapter without its photo, and a workflow that starts from it", "leave out --photo")
+    adapter = with_photo(adapter, photo)
     encodes = kind == "comfyui" and (eta is not None or adapter.record.config.embed.space == "input")
     files = export_adapter(adapter, kind, out, overwrite, partial(encoded, adapter) if encodes else None, etas)
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from common import Run
+from common import Run, opened
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
@@ -20,9 +21,13 @@ from PIL import Image
 
 import imagic_lora.adapters.hub as hub
 import imagic_lora.cli.console as console
+from imagic_lora.adapters.compress import compress
 from imagic_lora.adapters.contents import read_canvas, with_photo
+from imagic_lora.adapters.export import export
+from imagic_lora.adapters.hub import push_files
 from imagic_lora.adapters.store import Store
 from imagic_lora.core.errors import ImagicError, ImagicWarning
+from imagic_lora.sampling.kept import KeptEditor
 
 REPO = "ann/rex-jumps"
 SHOWS = {"source.png", "preview.png", "photo.png"}
@@ -210,33 +215,34 @@ def test_a_push_without_the_photo_sends_nothing_that_shows_it(run: Run, fake: Fa
 
 def test_an_adapter_without_its_photo_edits_with_the_photo_as_before(run: Run, store: Path, pulled: Path) -> None:
     """Start noise works without it. Start inverted needs its file, and then makes the same pixels; another photo is refused."""
-    photo, few = store / "rex-jumps/photo.png", ("--steps", "3", "--eta", "0.8")
-    noise = (*few, "--start", "noise", "--ddim-eta", "0")
-    for name, folder, flags in (
-        ("whole", store, few), ("with", pulled, (*few, "--photo", photo)), ("noise", store, noise), ("without", pulled, noise),
-    ):  # fmt: skip
-        code, _, err = run("edit", "rex-jumps", "--store", folder, "--out", name, *flags)
+    with KeptEditor().reused():  # one load of the base, as in the worker of the studio
+        photo, few = store / "rex-jumps/photo.png", ("--steps", "2", "--eta", "0.8")
+        noise = (*few, "--start", "noise", "--ddim-eta", "0")
+        for name, folder, flags in (
+            ("whole", store, few), ("with", pulled, (*few, "--photo", photo)), ("noise", store, noise), ("without", pulled, noise),
+        ):  # fmt: skip
+            code, _, err = run("edit", "rex-jumps", "--store", folder, "--out", name, *flags)
+            assert code == 0, err
+        file = "eta0.8-seed0.png"
+        assert pixels("whole", file) == pixels("with", file) != pixels("noise", file) == pixels("without", file)
+        assert pixels("whole", "sheet.png") == pixels("with", "sheet.png")
+        with Image.open("noise/sheet.png") as two, Image.open("without/sheet.png") as one:
+            assert one.width < two.width  # it has no photo to show
+        (Path("other.png")).write_bytes(photo.read_bytes() + b"0")
+        for flags, expected in (
+            (few, "--start inverted needs the photo"),
+            ((*few, "--photo", "other.png"), "other.png is not the photo"),
+            ((*noise, "--keep", "auto"), "does not hold its photo"),
+            (("--steps", "2", "--eta", "auto", "--start", "noise", "--ddim-eta", "0"), "--eta auto compares images with the photo"),
+        ):
+            code, _, err = run("edit", "rex-jumps", "--store", pulled, "--out", "refused", *flags)
+            assert (code, expected in err, "Traceback" in err, Path("refused/sheet.png").exists()) == (2, True, False, False), err
+        code, _, err = run("edit", "rex-jumps", "--store", pulled, "--out", "kept", *few, "--keep", "auto", "--photo", photo)
         assert code == 0, err
-    file = "eta0.8-seed0.png"
-    assert pixels("whole", file) == pixels("with", file) != pixels("noise", file) == pixels("without", file)
-    assert pixels("whole", "sheet.png") == pixels("with", "sheet.png")
-    with Image.open("noise/sheet.png") as two, Image.open("without/sheet.png") as one:
-        assert one.width < two.width  # it has no photo to show
-    (Path("other.png")).write_bytes(photo.read_bytes() + b"0")
-    for flags, expected in (
-        (few, "--start inverted needs the photo"),
-        ((*few, "--photo", "other.png"), "other.png is not the photo"),
-        ((*noise, "--keep", "auto"), "does not hold its photo"),
-        (("--steps", "3", "--eta", "auto", "--start", "noise", "--ddim-eta", "0"), "--eta auto compares images with the photo"),
-    ):
-        code, _, err = run("edit", "rex-jumps", "--store", pulled, "--out", "refused", *flags)
-        assert (code, expected in err, "Traceback" in err, Path("refused/sheet.png").exists()) == (2, True, False, False), err
-    code, _, err = run("edit", "rex-jumps", "--store", pulled, "--out", "kept", *few, "--keep", "auto", "--photo", photo)
-    assert code == 0, err
-    code, _, err = run("reproduce", f"whole/{file}", "--store", pulled)
-    assert (code, "--start inverted needs the photo" in err) == (2, True), err
-    code, _, err = run("reproduce", f"whole/{file}", "--store", pulled, "--photo", photo)
-    assert (code, "Identical" in err) == (0, True), err
+        code, _, err = run("reproduce", f"whole/{file}", "--store", pulled)
+        assert (code, "--start inverted needs the photo" in err) == (2, True), err
+        code, _, err = run("reproduce", f"whole/{file}", "--store", pulled, "--photo", photo)
+        assert (code, "Identical" in err) == (0, True), err
 
 
 def test_other_commands_on_an_adapter_without_its_photo(run: Run, store: Path, pulled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +277,34 @@ def test_other_commands_on_an_adapter_without_its_photo(run: Run, store: Path, p
     forge(record, fields)
     with pytest.raises(ImagicError, match="of a canvas of 8x8 pixels"):
         read_canvas(Store(pulled).read("rex"))
+
+
+def test_what_is_made_of_an_adapter_without_its_photo(fitted: Callable[..., Any], folder: Path, photo_file: Path, tmp_path: Path) -> None:
+    """A compressed one has no photo either; ComfyUI's workflow that starts from the photo gets the canvas of the photo's file."""
+    full = bare(fitted("full"), tmp_path / "bare", start="noise")
+    small = compress(full, opened(folder), 2, Store(tmp_path / "small"), "small")
+    assert small.withheld
+    assert not {"source.png", "preview.png"} & small.record.files.keys()
+    lora, whole = bare(fitted("lora"), tmp_path / "bare", start="image"), fitted("lora")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImagicWarning)  # of the sampler
+        with pytest.raises(ImagicError, match=r"the workflow loads the photo.*--photo FILE"):
+            export(lora, "comfyui", tmp_path / "out")
+        export(with_photo(lora, photo_file), "comfyui", tmp_path / "out")
+    assert pixels(str(tmp_path / "out" / lora.name / "input"), f"{lora.name}.png") == pixels(str(whole.folder), "source.png")
+
+
+def bare(adapter: Any, store: Path, start: str) -> Any:
+    """A copy of an adapter without its photo, with another start of its edits."""
+    target = store / adapter.name
+    for file, content in push_files(adapter, photo=False).items():
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        (target / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    (target / "README.md").write_bytes((adapter.folder / "README.md").read_bytes())
+    fields = json.loads((target / "adapter.json").read_bytes())
+    fields["config"]["edit"]["start"] = start
+    forge(target / "adapter.json", fields)
+    return Store(store).read(adapter.name)
 
 
 def forge(path: Path, fields: dict[str, Any]) -> None:

@@ -73,10 +73,11 @@ def push(
         if as_json:
             print_json(result | {"sent": False})
             return
-        out.print(f"Would send {sum(files.values()) / 1e6:.2f} MB to {'a private' if private else 'a public'} repository {plain(repo)}:")
+        size, kind = f"{sum(files.values()) / 1e6:.2f} MB", "private" if private else "public"
+        out.print(f"Would send {size} to a {kind} repository {plain(repo)}:", soft_wrap=True)
         _print_files(files, sent)
         if kept:
-            out.print("Not sent, because they show the photo (--with-photo sends them):")
+            out.print("Not sent, because they show the photo (--with-photo sends them):", soft_wrap=True)
             _print_files({file: (adapter.folder / file).stat().st_size for file in kept}, kept)
         out.print(_HONEST, soft_wrap=True)
         named = f"adapter.json has the prompt, the base {plain(adapter.record.base.name)}, and the SHA-256 of the photo, by which somebody"

@@ -11,6 +11,7 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``writing.py``: folders that files are written to, and the errors of writing
 - ``durable.py``: single files that survive a crash: a text replaced atomically, a log of events
 - ``contents.py``: embeddings, photo and weights of a stored adapter, checked before use
+- ``withheld.py``: adapters without their photo: what shows it, and the canvas made anew from the photo's file
 - ``lora.py``: LoRA layers: attach, save, load, swap
 - ``batched.py``: LoRA layers of several adapters on one denoiser, one for each part of a batch
 - ``full.py``: full weights: train, save, load
@@ -23,6 +24,7 @@ May import: core, photos, bases. Must not know: training, sampling, commands. No
 - ``export.py``: writes an adapter in the formats of ComfyUI, A1111 and diffusers
 - ``kohya.py``: LoRA layers in the format of kohya's scripts, and the family of an adapter
 - ``comfyui.py``: writes an edit for ComfyUI: LoRA, embeddings, nodes (``data/``) and workflows
+- ``comfyui_graphs.py``: the nodes of an edit, for a checkpoint and for FLUX.2 klein
 - ``comfyui_workflow.py``: a workflow of ComfyUI in both of its forms
 - ``word.py``: the new word of textual inversion: its vectors, its files, prompts that contain it
 - ``subject.py``: exports of DreamBooth's adapters and of new words

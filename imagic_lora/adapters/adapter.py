@@ -12,10 +12,21 @@ from .record import EMBEDDINGS, RECORD, REMEDY, SOURCE, Record
 
 
 class Adapter:
-    """A stored adapter: its folder and its record. :mod:`imagic_lora.adapters.contents` reads the content of the files."""
+    """A stored adapter: its folder and its record. :mod:`imagic_lora.adapters.contents` reads the content of the files.
 
-    def __init__(self, folder: Path, record: Record) -> None:
-        self.folder, self.record = folder, record
+    Args:
+        folder: its folder.
+        record: its record.
+        photo: the photo's file, for an adapter that withholds its photo.
+    """
+
+    def __init__(self, folder: Path, record: Record, photo: Path | None = None) -> None:
+        self.folder, self.record, self.photo = folder, record, photo
+
+    @property
+    def withheld(self) -> bool:
+        """Whether it was sent without its photo: without the canvas that starts from the photo need, and without previews."""
+        return self.record.source.withheld is not None
 
     @property
     def name(self) -> str:
@@ -38,11 +49,12 @@ class Adapter:
     def content_sha256(self) -> str:
         """Hash of everything that an edit reads: weights, embeddings, photo and base. It is the same under another name or settings.
 
-        It is also the same whether the photo's file is stored or not: the hash of that file is part of it in both cases.
+        It is also the same whether the photo is stored, in whole or on its canvas, or not: the hashes of both are part of it in any case.
         """
-        record = self.record
+        record, withheld = self.record, self.record.source.withheld
         read = {file: record.files.get(file) for file in (*record.weight_files, EMBEDDINGS, SOURCE)}
-        source = record.source.model_dump(mode="json", exclude={"file"})
+        read |= {SOURCE: withheld.sha256} if withheld else {}
+        source = record.source.model_dump(mode="json", exclude={"file", "withheld"})
         content = [read, source, record.base.fingerprint, record.config.memory.quantize]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

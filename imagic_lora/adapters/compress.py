@@ -170,8 +170,8 @@ def truncated_svd(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _fill(writer: AtomicWriter, adapter: Adapter, base: Base, record: Record) -> None:
     """Writes every file of the new adapter except its record."""
     save_lora(base, writer)
-    others = [name for name in (CONVERGENCE, PREVIEWS, record.source.file) if name in adapter.record.files]
-    for name in (EMBEDDINGS, SOURCE, PREVIEW, STEPS, *others):
+    others = [name for name in (SOURCE, PREVIEW, CONVERGENCE, PREVIEWS, record.source.file) if name in adapter.record.files]
+    for name in (EMBEDDINGS, STEPS, *others):
         writer.write(name, [adapter.listed(name).read_bytes()])
     assert record.compressed is not None
     note = _CARD.format(name=adapter.name, rank=record.config.tune.rank, lost=f"{record.compressed.error:.1%}")

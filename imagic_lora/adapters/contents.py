@@ -15,16 +15,16 @@ from ..core.conditioning import VECTORS, Conditioning, changed, difference
 from ..core.config import Mode, TunedMode
 from ..core.errors import ImagicError
 from ..core.tensors import read, safetensors_pieces
-from ..photos.canvas import Canvas, to_pixels
+from ..photos.canvas import Canvas, middle_square, to_pixels
 from ..photos.files.opening import MAX_PIXELS
 from ..photos.reading import read_photo
-from ..photos.region import Region
 from .adapter import Adapter
 from .atomic import AtomicWriter
 from .full import FullWeights, loaded_full
 from .lora import LORA_FILE, LoraLayers, loaded_lora, read_lora
 from .modes import MODES
 from .record import EMBEDDINGS, REMEDY, SOURCE, WeightsRecord
+from .withheld import made_canvas
 
 StoredWeights = LoraLayers | FullWeights | None
 """The weights of an adapter; None in mode embedding, whose edits use the denoiser of the base."""
@@ -94,18 +94,38 @@ def _is_valid(name: str, shape: Sequence[int]) -> bool:
 def read_canvas(adapter: Adapter) -> Canvas:
     """Reads the canvas with the photo, or the region of it, that the adapter was trained on.
 
+    For an adapter that withholds its photo it is made anew from the photo's file, :attr:`~imagic_lora.adapters.adapter.Adapter.photo`;
+    without one it is unknown: it has a size and no pixels.
+
     Raises:
-        ImagicError: the photo cannot be read, or its recorded box, size or region is out of range.
+        ImagicError: the photo cannot be read or is another one, or its recorded box, size or region is out of range.
     """
-    source, image = adapter.record.source, read_photo(adapter.listed(SOURCE)).image
-    (left, top, right, bottom), (width, height) = source.box, source.size
-    region = source.region or Region.whole(source.size)
-    inside = 0 <= left < right <= image.width and 0 <= top < bottom <= image.height and region.inside(source.size)
-    if not inside or width * height > MAX_PIXELS:
+    source = adapter.record.source
+    if source.withheld is not None:
+        _check_box(adapter, source.withheld.canvas)
+        if adapter.photo is None:
+            return Canvas.unknown(source.withheld.canvas, source.box, source.fitted.size)
+        return made_canvas(adapter.name, source, read_original(adapter))
+    image = read_photo(adapter.listed(SOURCE)).image
+    _check_box(adapter, image.size)
+    return Canvas(to_pixels(image), source.box, source.fitted.size)
+
+
+def _check_box(adapter: Adapter, canvas: tuple[int, int]) -> None:
+    """Raises ImagicError if the recorded box, size or region is out of range on a canvas of this width and height."""
+    source, (canvas_width, canvas_height) = adapter.record.source, canvas
+    (left, top, right, bottom), (width, height), region = source.box, source.size, source.fitted
+    inside = 0 <= left < right <= canvas_width and 0 <= top < bottom <= canvas_height and region.inside(source.size)
+    if not inside or max(width * height, canvas_width * canvas_height) > MAX_PIXELS:
         part = f"a photo of {width}x{height} pixels" if source.region is None else f"region {region} of a photo of {width}x{height} pixels"
-        got = f"{part} in the box {source.box} of a canvas of {image.width}x{image.height} pixels"
+        got = f"{part} in the box {source.box} of a canvas of {canvas_width}x{canvas_height} pixels"
         raise ImagicError(got, f"a box inside the canvas, and a region inside a photo of at most {MAX_PIXELS:,} pixels", REMEDY)
-    return Canvas(to_pixels(image), source.box, region.size)
+
+
+def canvas_size(adapter: Adapter) -> tuple[int, int]:
+    """Returns width and height of the canvas of an adapter, in pixels. Raises as :func:`read_canvas`."""
+    height, width = read_canvas(adapter).pixels.shape[2:]
+    return width, height
 
 
 def read_original(adapter: Adapter, file: Path | None = None) -> Image.Image:
@@ -118,20 +138,39 @@ def read_original(adapter: Adapter, file: Path | None = None) -> Image.Image:
     Raises:
         ImagicError: the file is not that of the photo; the adapter does not hold it and no file is given.
     """
-    source = adapter.record.source
-    if file is not None or source.file is not None:
-        path = file or adapter.listed(str(source.file))
+    source, given = adapter.record.source, file or adapter.photo
+    if given is not None or source.file is not None:
+        path = given or adapter.listed(str(source.file))
         photo = read_photo(path)
-        if photo.sha256 != source.sha256 or photo.image.size != source.size:
+        image = middle_square(photo.image) if source.others else photo.image
+        if photo.sha256 != source.sha256 or image.size != source.size:
             got = f"{path} is not the photo that adapter {adapter.name} was made from (its SHA-256 is {photo.sha256})"
             raise ImagicError(got, f"the file with the SHA-256 {source.sha256}", "use the original file, not a copy that was saved again")
-        return photo.image
+        return image
     canvas = read_canvas(adapter)
     left, top, right, bottom = canvas.box
-    if source.region or (right - left, bottom - top) != source.size:
-        got = f"adapter {adapter.name} does not hold the photo at its full size"
+    if not canvas.known or source.region or (right - left, bottom - top) != source.size:
+        lacks = "its photo" if not canvas.known else "the photo at its full size"
+        got = f"adapter {adapter.name} does not hold {lacks}"
         raise ImagicError(got, "the photo", "add --photo FILE with the photo that it was fitted with")
     return canvas.photo()
+
+
+def with_photo(adapter: Adapter, photo: Path | None) -> Adapter:
+    """Returns an adapter that withholds its photo, with the photo. Every other adapter is returned as it is.
+
+    Args:
+        adapter: a stored adapter.
+        photo: the photo's file, or None.
+
+    Raises:
+        ImagicError: as :func:`read_original`.
+    """
+    if photo is None or not adapter.withheld:
+        return adapter
+    given = Adapter(adapter.folder, adapter.record, photo)
+    read_original(given)
+    return given
 
 
 def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
@@ -164,7 +203,7 @@ def check_base(adapter: Adapter, base: Base, force: bool = False) -> None:
         raise ImagicError(
             f"adapter {adapter.name} replaces every weight of a quantised base", "a base without quantization", "use --quantize none"
         )
-    height, width = read_canvas(adapter).pixels.shape[2:]
+    width, height = canvas_size(adapter)
     side, multiple = max(adapter.record.config.resolution or base.resolution, base.size_multiple), base.size_multiple
     if height * width > side**2 or height % multiple or width % multiple:
         raise ImagicError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +13,8 @@ from ..core.errors import ImagicError, ImagicWarning
 from ..core.tensors import safetensors_pieces
 from .adapter import Adapter
 from .atomic import AtomicWriter
-from .comfyui import comfyui_files
-from .contents import embedding_tensors, read_canvas, read_embeddings
+from .comfyui import TABLE, Encode, comfyui_files
+from .contents import canvas_size, embedding_tensors, read_embeddings
 from .kohya import component, kohya, metadata, version
 from .readers import check_layers, notes
 from .record import CARD, EMBEDDINGS, RECORD
@@ -83,7 +83,14 @@ The images were sampled at {width} x {height} pixels in {steps} steps at guidanc
 """
 
 
-def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = False) -> list[Path]:
+def export(
+    adapter: Adapter,
+    layout: Format,
+    folder: Path,
+    overwrite: bool = False,
+    encode: Encode | None = None,
+    etas: Sequence[float] = TABLE,
+) -> list[Path]:
     """Writes an adapter's weights, its embeddings and a page that explains their use. No file gets its final name before all are written.
 
     Adapters of other methods than imagic have no embeddings to export. A new word is written as A1111 reads it for ``kohya``.
@@ -96,6 +103,7 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
             ``NAME.safetensors``, ``NAME.embeddings.safetensors`` and ``NAME.md``. ``diffusers`` writes a folder ``NAME``.
         folder: the folder to write to; created if it does not exist.
         overwrite: whether existing files of the same names are replaced.
+        encode, etas: for ``comfyui``, as :func:`~imagic_lora.adapters.comfyui.comfyui_files` takes them.
 
     Returns:
         The paths of the files: those of the weights, if there are any, then the embeddings and the page.
@@ -105,7 +113,10 @@ def export(adapter: Adapter, layout: Format, folder: Path, overwrite: bool = Fal
             reader of it knows; ComfyUI cannot make the edit (:func:`~imagic_lora.adapters.comfyui.comfyui_files`); a file exists already
             or cannot be written; the adapter is invalid.
     """
-    files = {"comfyui": comfyui_files, "kohya": _for_kohya, "diffusers": _for_diffusers}[layout](adapter)
+    if layout == "comfyui":
+        files = comfyui_files(adapter, encode, etas)
+    else:
+        files = {"kohya": _for_kohya, "diffusers": _for_diffusers}[layout](adapter)
     folder = folder if layout == "kohya" else folder / adapter.name
     paths = [folder / name for name in files]
     check_outputs(folder, files)
@@ -178,7 +189,7 @@ def _page(adapter: Adapter, use: str, embeddings: str) -> bytes:
         for name, conditioning in read_embeddings(adapter).items()
         for tensor_name, value in conditioning.tensors().items()
     }
-    vectors, (height, width) = record.config.embed.space == "input", read_canvas(adapter).pixels.shape[2:]
+    vectors, (width, height) = record.config.embed.space == "input", canvas_size(adapter)
     text = _PAGE.format(
         name=adapter.name,
         prompt=json.dumps(record.prompt),

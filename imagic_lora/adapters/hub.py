@@ -25,9 +25,10 @@ from ..core.errors import ImagicError
 from .adapter import Adapter
 from .hub_card import hub_card, without_front
 from .importing import import_adapter
-from .manifest import read_manifest
+from .manifest import manifest_bytes, read_manifest
 from .record import CARD, RECORD, REMEDY, Record
 from .store import Store, check_name
+from .withheld import without_photo
 from .writing import hidden_folder, writable
 
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
@@ -43,14 +44,26 @@ class Pushed:
     files: list[str]
 
 
-def push_files(adapter: Adapter) -> dict[str, Path | bytes]:
+def push_files(adapter: Adapter, photo: bool) -> dict[str, Path | bytes]:
     """The files of a push by their path in the repository: those of the adapter, its record, and the model card as ``README.md``.
 
-    The card ends with the adapter's own ``README.md``: all other files, and that part, are byte for byte those of the store.
+    The card ends with the adapter's own ``README.md``: all other files, and that part, are byte for byte those of the store, except the
+    record of an adapter whose photo is withheld.
+
+    Args:
+        adapter: a verified adapter.
+        photo: False withholds the files that show the photo (:func:`~imagic_lora.adapters.withheld.shows_photo`); the record says so.
+
+    Raises:
+        ImagicError: the photo is to be sent, and the adapter does not hold it.
     """
-    files: dict[str, Path | bytes] = {RECORD: adapter.folder / RECORD}
-    files |= {file: adapter.listed(file) for file in sorted(adapter.record.files)}
-    return files | {CARD: hub_card(adapter)}
+    if photo and adapter.withheld:
+        got = f"--with-photo with adapter {adapter.name}, which was sent without its photo"
+        raise ImagicError(got, "an adapter that holds its photo", "leave out --with-photo")
+    record = adapter.record if photo else without_photo(adapter)
+    own = adapter.folder / RECORD if record is adapter.record else manifest_bytes(record, record.files)
+    files: dict[str, Path | bytes] = {RECORD: own} | {file: adapter.listed(file) for file in sorted(record.files)}
+    return files | {CARD: hub_card(adapter, record)}
 
 
 def check_repo(repo: str) -> str:
@@ -69,12 +82,13 @@ def check_repo(repo: str) -> str:
     return repo
 
 
-def push(adapter: Adapter, repo: str, private: bool = False, overwrite: bool = False, api: HfApi | None = None) -> Pushed:
+def push(adapter: Adapter, repo: str, photo: bool, private: bool = False, overwrite: bool = False, api: HfApi | None = None) -> Pushed:
     """Sends an adapter in one commit: a reader sees all of it or nothing. A repository that this call created is deleted if that fails.
 
     Args:
         adapter: a verified adapter.
         repo: ``user/repo``; created if it does not exist.
+        photo: as for :func:`push_files`.
         private: whether a new repository is private.
         overwrite: whether an adapter in an existing repository is replaced. Its history keeps the former one.
         api: the client.
@@ -82,7 +96,7 @@ def push(adapter: Adapter, repo: str, private: bool = False, overwrite: bool = F
     Raises:
         ImagicError: there is no token, or it may not write; no network; the repository holds something else, or an adapter already.
     """
-    api, files = api or HfApi(library_name="imagic-lora"), push_files(adapter)
+    api, files = api or HfApi(library_name="imagic-lora"), push_files(adapter, photo)
     if not (api.token or get_token()):
         raise ImagicError("no token of the Hub is stored", "a token that may write", "run hf auth login, or set HF_TOKEN")
     with _explained(check_repo(repo)):

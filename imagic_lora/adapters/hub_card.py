@@ -8,10 +8,10 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..bases.loading.known import known_base, licence_of, local_path
+from ..bases.loading.known import SHIPPED, known_base, licence_of, local_path
 from ..core.text import slug
 from .adapter import Adapter
-from .record import CARD, PREVIEW
+from .record import CARD, PREVIEW, Record
 
 _LICENCES = {  # the Hub's own names of licences; every other is "other" there, with a name
     "Apache-2.0": "apache-2.0",
@@ -19,6 +19,13 @@ _LICENCES = {  # the Hub's own names of licences; every other is "other" there, 
     "CreativeML Open RAIL++-M": "openrail++",
 }
 _END = b"<!-- imagic-lora: below this line is the README.md of the adapter, unchanged -->\n"
+
+
+_WITHHELD = """The photo is not part of this repository. Edits that start from noise work without it; those that start from the photo, and
+`--keep`, need its file: `imagic-lora edit NAME --photo FILE`. An edit at eta 0 nevertheless shows nearly the photo: weights and embeddings
+were trained on it.
+
+"""
 
 
 def hub_id(adapter: Adapter) -> str | None:
@@ -31,9 +38,20 @@ def hub_id(adapter: Adapter) -> str | None:
     return source if source.count("/") == 1 and local_path(source) is None else None
 
 
-def card_data(adapter: Adapter) -> ModelCardData:
-    """What the Hub searches and shows: base model, relation (its search term is ``base_model:adapter:...``), licence, tags and widget."""
-    record = adapter.record
+def only_here(adapter: Adapter) -> bool:
+    """Whether the base is a folder or file of this machine, which nobody else finds under its name."""
+    source = known_base(adapter.record.base.name, adapter.record.base.revision).source
+    return hub_id(adapter) is None and adapter.record.base.name not in SHIPPED and source not in SHIPPED
+
+
+def card_data(adapter: Adapter, record: Record | None = None) -> ModelCardData:
+    """What the Hub searches and shows: base model, relation (its search term is ``base_model:adapter:...``), licence, tags and widget.
+
+    Args:
+        adapter: the adapter.
+        record: the record that is sent; None for that of the adapter.
+    """
+    record = record or adapter.record
     base, licence = hub_id(adapter), licence_of(record.base.name, record.base.revision)
     mode = {"lora": ["lora"], "full": ["full-fine-tuning"], "embedding": ["embedding"]}[record.config.tune.mode]
     fields: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if base else {}
@@ -48,9 +66,15 @@ def card_data(adapter: Adapter) -> ModelCardData:
     )
 
 
-def hub_card(adapter: Adapter) -> bytes:
-    """Returns the model card: metadata and pictures, then the adapter's own ``README.md``."""
-    front = f"---\n{card_data(adapter).to_yaml()}\n---\n\n<Gallery />\n\n".encode()
+def hub_card(adapter: Adapter, record: Record) -> bytes:
+    """Returns the model card: metadata, pictures or a note that the photo is withheld, then the adapter's own ``README.md``.
+
+    Args:
+        adapter: the adapter.
+        record: the record that is sent.
+    """
+    shown = "<Gallery />\n\n" if record.source.withheld is None else _WITHHELD
+    front = f"---\n{card_data(adapter, record).to_yaml()}\n---\n\n{shown}".encode()
     own = (adapter.folder / CARD).read_bytes() if CARD in adapter.record.files else b""
     return front + _END + own
 

@@ -58,8 +58,12 @@ def _check_files(adapter: Adapter) -> None:
     record, photo = adapter.record, adapter.record.source.file
     if photo is not None and photo.split(".", 1)[0] != PHOTO:
         raise ImagicError(f"the record of {adapter.folder} calls the photo {photo}", f"{PHOTO} and the suffix of its format", REMEDY)
-    needed = {*record.weight_files, EMBEDDINGS, SOURCE, *([photo] if photo else [])}
-    if unknown := sorted(record.files.keys() - needed - {PREVIEW, STEPS, CARD, CONVERGENCE, PREVIEWS}):
+    needed = {*record.weight_files, EMBEDDINGS, *([] if adapter.withheld else [SOURCE]), *([photo] if photo else [])}
+    others = {STEPS, CARD, CONVERGENCE} | (set() if adapter.withheld else {PREVIEW, PREVIEWS})
+    if adapter.withheld and photo:
+        got = f"the record of {adapter.folder} says that the photo is withheld, and names its file {photo}"
+        raise ImagicError(got, "an adapter with its photo, or without", REMEDY)
+    if unknown := sorted(record.files.keys() - needed - others):
         raise ImagicError(f"the record of {adapter.folder} lists {unknown[0]}", "the files of an adapter", REMEDY)
     for file in needed:
         adapter.listed(file)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.errors import ImagicError
 from ..core.tensors import read
 from .adapter import Adapter
-from .contents import read_canvas, read_embeddings
+from .contents import canvas_size, read_embeddings
 from .lora import LORA_FILE
 from .original_names import original_names
 from .record import REMEDY
@@ -69,7 +69,7 @@ def version(adapter: Adapter) -> Version:
 def metadata(adapter: Adapter) -> dict[str, str]:
     """Returns the metadata of the file: Stability's model specification, and the settings under the names of kohya's scripts."""
     record, tune, kind = adapter.record, adapter.record.config.tune, version(adapter)
-    height, width = read_canvas(adapter).pixels.shape[2:]
+    width, height = canvas_size(adapter)
     second = "v2-768-v" if height * width > 512 * 512 else "v2-512"  # a guess: the record does not contain the prediction type of the base
     versions = {"v1": "v1", "v2": second, "xl": "xl-v1-base", "sd3": "3"}
     architecture = f"stable-diffusion-{versions[kind]}" if kind in versions else "flux-2-klein"

@@ -50,12 +50,21 @@ class WeightsRecord(_Part):
     files: list[FileName]
 
 
+class WithheldRecord(_Part):
+    """The canvas ``source.png`` that an adapter does not hold: width and height, the hash of the file, and that of its RGB bytes."""
+
+    canvas: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    sha256: Sha256
+    pixels: Sha256
+
+
 class SourceRecord(_Part):
     """The photo: hash of its file, size (width, height) and box (left, top, right, bottom) on the canvas ``source.png``, in pixels.
 
     ``region`` is the part of the photo that was fitted, and is present only if that is not all of it: then the box is that of the region.
     ``file`` is the stored file of the photo; it is missing in older adapters, after ``fit --no-store-photo`` and with methods other than
     imagic. ``others`` are the hashes of further photos; then the photos are squares from their middles, and the size is that of the square.
+    ``withheld`` is present in an adapter that was sent without its photo: it has no ``source.png``, no previews and no file of the photo.
     """
 
     sha256: Sha256
@@ -64,6 +73,12 @@ class SourceRecord(_Part):
     region: Annotated[Region | None, Field(exclude_if=lambda value: value is None)] = None
     file: Annotated[FileName | None, Field(exclude_if=lambda value: value is None)] = None
     others: Annotated[list[Sha256], Field(exclude_if=lambda value: not value)] = []
+    withheld: Annotated[WithheldRecord | None, Field(exclude_if=lambda value: value is None)] = None
+
+    @property
+    def fitted(self) -> Region:
+        """The part of the photo that is on the canvas: the region, or all of it."""
+        return self.region or Region.whole(self.size)
 
 
 class StageRecord(_Part):

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..adapters.contents import read_canvas
+from ..adapters.withheld import check_start, require_photo
 from ..adapters.writing import check_outputs
 from ..core.config import RunConfig
 from ..memory.levers import EDIT_LEVERS
@@ -75,6 +76,9 @@ class Edits:
         """
         for prompt in self.targets.values():
             check_edit(etas, self.seeds, self.run.edit, prompt)
+        check_start(self.adapter, self.run.edit)
+        if not etas:
+            require_photo(self.adapter, "--eta auto compares images with the photo")
         chosen: dict[Path, Sequence[float]] = dict.fromkeys(self.prompts, etas)
         self._check_outputs(chosen)
         editor = open_editor(self.adapter, self.run, base, force, self.twin)
@@ -120,7 +124,8 @@ class Edits:
             for folder, prompt in self.targets.items()
             for edit in editor.edit(self.adapter, generated[folder], self.seeds, self.run.edit, self._other(prompt))
         )
-        shown, photo = iter(progress(edits, sum(counts.values()), "images")), read_canvas(self.adapter).photo()
+        shown, canvas = iter(progress(edits, sum(counts.values()), "images")), read_canvas(self.adapter)
+        photo = canvas.photo() if canvas.known else None
         for folder, common in made.items():
             part = islice(shown, counts[folder])
             part = self.keep.pasted(part, chosen[folder]) if self.keep else part

@@ -72,9 +72,11 @@ def check_interpolates(adapter: Adapter, given: Mapping[str, object], sampling: 
 def suggested_flags(adapter: Adapter) -> str:
     """Flags for a first edit with an adapter: etas around its own, or a prompt for a method without eta."""
     record = adapter.record
+    needed = adapter.withheld and (record.config.edit.start != "noise" or record.config.edit.reference)
+    photo = " --photo PHOTO" if needed else ""
     return (
         f"--eta {suggested_etas(record.eta)}" if record.config.method == "imagic" else f"--prompt {shlex.quote(record.prompt)} --seed 0:4"
-    )
+    ) + photo
 
 
 def parse_etas(text: str) -> list[float]:

@@ -19,11 +19,28 @@ class Canvas:
         pixels: ``[1, 3, H, W]`` in [-1, 1]; H and W are multiples of the size multiple of the base.
         box: position of the photo on the canvas, ``(left, top, right, bottom)`` in pixels; the rest is padded by repeating the edge.
         size: original ``(width, height)`` of the photo, or of the region, in pixels.
+
+    A canvas whose photo is not known, :meth:`unknown`, has a size but no values: they are on PyTorch's device ``meta``.
     """
 
     pixels: Tensor
     box: tuple[int, int, int, int]
     size: tuple[int, int]
+
+    @classmethod
+    def unknown(cls, canvas: tuple[int, int], box: tuple[int, int, int, int], size: tuple[int, int]) -> Canvas:
+        """The canvas of a photo that nobody gave.
+
+        Args:
+            canvas: its width and height in pixels.
+            box, size: as of every canvas.
+        """
+        return cls(torch.empty(1, 3, canvas[1], canvas[0], device="meta"), box, size)
+
+    @property
+    def known(self) -> bool:
+        """Whether it has the photo."""
+        return not self.pixels.is_meta
 
     def restored(self, image: Image.Image) -> Image.Image:
         """Crops an image of the canvas's size to the box and scales it to the original size of the photo."""
@@ -43,8 +60,17 @@ def to_canvas(image: Image.Image, resolution: int, multiple: int) -> Canvas:
         resolution: side of a square of the largest area, in pixels.
         multiple: width and height of the canvas are multiples of it, in pixels.
     """
-    width, height = image.size
-    canvas_width, canvas_height = canvas_size(width, height, resolution, multiple)
+    return fitted(image, canvas_size(*image.size, resolution, multiple))
+
+
+def fitted(image: Image.Image, canvas: tuple[int, int]) -> Canvas:
+    """Scales a photo to fit into a canvas and pads it by repeating its edge.
+
+    Args:
+        image: RGB, of any size and aspect ratio.
+        canvas: width and height of the canvas in pixels.
+    """
+    (width, height), (canvas_width, canvas_height) = image.size, canvas
     scale = min(canvas_width / width, canvas_height / height)
     inner = (max(1, min(canvas_width, round(width * scale))), max(1, min(canvas_height, round(height * scale))))
     scaled = image if image.size == inner else image.resize(inner, Image.Resampling.LANCZOS)
@@ -66,6 +92,14 @@ def canvas_size(width: int, height: int, resolution: int, multiple: int) -> tupl
     canvas_height = max(multiple, int(height * scale + 1e-6) // multiple * multiple)
     longest = max(multiple, resolution * resolution // multiple // multiple * multiple)  # the longest side of a very thin canvas
     return min(canvas_width, longest), min(canvas_height, longest)
+
+
+def middle_square(image: Image.Image) -> Image.Image:
+    """Returns the largest square in the middle of an image."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def to_pixels(image: Image.Image) -> Tensor:

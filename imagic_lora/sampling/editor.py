@@ -16,6 +16,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.contents import StoredWeights, read_canvas, read_embeddings, read_weights
 from ..adapters.full import FullWeights, Weights, loaded_full
 from ..adapters.lora import LoraLayers, loaded_lora, swap_lora
+from ..adapters.withheld import check_start
 from ..adapters.word import NewWord, read_word
 from ..bases.altered import altered, check_unaltered, restore
 from ..bases.base import Base
@@ -136,7 +137,8 @@ class Editor:
 
         Raises:
             ImagicError: an eta or a seed is out of range, or an eta is not 1 and the method of the adapter has none; settings exclude each
-                other, or the base cannot be sampled with them; a :meth:`pipeline` of another adapter is in use; an image holds NaN; as
+                other, or the base cannot be sampled with them; the photo is withheld and needed; a
+                :meth:`pipeline` of another adapter is in use; an image holds NaN; as
                 :meth:`load`.
         """
         yield from self.edit_pairs(adapter, list(product(etas, seeds)), config, prompt, tuned)
@@ -212,6 +214,7 @@ class Editor:
         """Checks etas, seeds, settings and prompt before anything is read."""
         etas, seeds = sorted({eta for eta, _ in pairs}), sorted({seed for _, seed in pairs})
         adapter.record.check_etas(etas)
+        check_start(adapter, config)
         check_edit(etas, seeds, config, adapter.record.prompt if prompt is None else prompt)
 
     def _mixtures(
@@ -252,7 +255,7 @@ class Editor:
 
     def _read(self, adapter: Adapter) -> _CachedAdapter:
         """Returns the cached content of an adapter, and reads it from disk if it is not cached."""
-        key = adapter.folder, adapter.record.model_dump_json()  # the record holds the hash of every file
+        key = adapter.folder, f"{adapter.photo} {adapter.record.model_dump_json()}"  # the record holds the hash of every file
         cached = self._cached.pop(key, None)
         if cached is None:
             weights = read_weights(adapter, self.base, self.force)

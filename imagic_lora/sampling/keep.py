@@ -81,7 +81,7 @@ def read_keep(adapter: Adapter, keep: str | Path | None, photo: Path | None = No
     """
     region = adapter.record.source.region
     if keep is None and region is None:
-        if photo is not None:
+        if photo is not None and not adapter.withheld:
             got = f"--photo {photo} without --keep, and adapter {adapter.name} is that of a whole photo"
             raise ImagicError(got, "--photo with --keep, or an adapter of a region", "leave out --photo, or add --keep auto")
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..adapters.adapter import Adapter
 from ..bases.loading import registry
 from ..bases.loading.configs import recipe_for
 from ..bases.loading.known import bases_file, known_base, named_bases
+from ..core.conditioning import Conditioning
 from ..core.config import RunConfig
 from ..core.errors import ImagicError, ImagicWarning
 from ..core.runtime import resolve_runtime
@@ -18,6 +19,7 @@ from ..memory.presets import choose_preset_for_edit
 from .editor import Editor
 from .kept import opened, stamp
 from .metadata import ImageMetadata
+from .mixing import mixtures
 
 _OF_THE_TWIN = ("steps", "guidance_scale")
 
@@ -90,6 +92,23 @@ def open_editor(adapter: Adapter, run: RunConfig, base: str | None = None, force
         message = f"adapter {adapter.name} was made for base {made_for.name} and is applied to base {editor.base.name}"
         warnings.warn(message, ImagicWarning, stacklevel=2)
     return editor
+
+
+def encoded(adapter: Adapter, etas: Sequence[float]) -> list[Conditioning]:
+    """Returns the conditioning of each eta of a plain edit, on the CPU. Loads the base, whose text encoders encode vectors of tokens.
+
+    Args:
+        adapter: the stored adapter.
+        etas: each in [0, 2].
+
+    Raises:
+        ImagicError: as :func:`edit_settings`, :func:`open_editor` and :meth:`~imagic_lora.sampling.editor.Editor.conditionings`.
+    """
+    record, run = adapter.record, edit_settings(adapter, {})
+    editor = open_editor(adapter, run)
+    stored = editor.conditionings(adapter)
+    found, _ = mixtures(editor.base, record.prompt, stored["target"], stored["optimised"], etas, record.config.edit)
+    return [one.to("cpu") for one in found]
 
 
 def _source(adapter: Adapter, base: str | None) -> tuple[str, str | None]:

@@ -72,7 +72,7 @@ def write_edits(
     edits: Iterable[Edit],
     folder: Path,
     metadata: dict[str, Any],
-    photo: Image.Image,
+    photo: Image.Image | None,
     region: Region | None = None,
     masks: bool = False,
     embed: bool = True,
@@ -83,7 +83,7 @@ def write_edits(
         edits: the images.
         folder: output folder.
         metadata: written into every image, with what :func:`~imagic_lora.sampling.metadata.of_image` adds.
-        photo: first image of every row of the sheet. The sheet has one row for each seed, and with masks one below it.
+        photo: first image of every row of the sheet, if there is one. The sheet has one row for each seed, and with masks one below it.
         region: the part of the images that the sheet shows; None is all of them.
         masks: whether the masks of pasted edits are written too.
         embed: False writes the files without metadata.
@@ -98,16 +98,19 @@ def write_edits(
         with writable(folder):
             write_png(image, path, values if embed else None)
 
+    def first(label: str) -> list[tuple[str, Image.Image]]:
+        return [] if photo is None else [(label, photo)]
+
     for result in edits:
         written = {"file": str(write_edit(result, folder, metadata, embed)), "eta": result.eta, "seed": result.seed}
         label = f"eta {exact(result.eta)} seed {result.seed}" if imagic else f"seed {result.seed}"
         shown = region.box if region else (0, 0, *result.image.size)
-        rows.setdefault((result.seed, "photo"), [("photo", photo)]).append((label, result.image.crop(shown)))
+        rows.setdefault((result.seed, "photo"), first("photo")).append((label, result.image.crop(shown)))
         if masks and result.mask is not None:
             path = folder / mask_name(result.eta, result.seed)
             save(result.mask, path, {name: value for name, value in of_image(metadata, result).items() if name != "pixels_sha256"})
             written["mask"] = str(path)
-            rows.setdefault((result.seed, "mask"), [("white: from the edit", photo)]).append((label, result.mask.crop(shown)))
+            rows.setdefault((result.seed, "mask"), first("white: from the edit")).append((label, result.mask.crop(shown)))
         yield written
     named = {name: metadata[name] for name in ("adapter", "base", "forced") if name in metadata}
     save(sheet(list(rows.values()), metadata["prompt"]), folder / SHEET, named)

@@ -11,6 +11,7 @@ import torch
 from ..adapters.word import word_of
 from ..core.config import RunConfig
 from ..core.errors import ImagicError, unreadable
+from ..photos.canvas import middle_square
 from ..photos.reading import Photo, read_photo
 from ..photos.region import Region
 from ..sampling.checks import check_prompt
@@ -57,15 +58,7 @@ def read_photos(path: Path, config: RunConfig) -> list[Photo]:
     if not 1 <= len(files) <= _MOST:
         raise ImagicError(f"{path} holds {len(files)} files", f"1 to {_MOST:,} photos of one subject, and nothing else", "check the folder")
     photos = [read_photo(file) for file in files]
-    return photos if len(photos) == 1 else [_square(photo) for photo in photos]
-
-
-def _square(photo: Photo) -> Photo:
-    """The square in the middle of a photo."""
-    width, height = photo.image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return replace(photo, image=photo.image.crop((left, top, left + side, top + side)))
+    return photos if len(photos) == 1 else [replace(photo, image=middle_square(photo.image)) for photo in photos]
 
 
 def encode_others(run: Run, others: Sequence[Photo]) -> None:

@@ -156,12 +156,18 @@ def preview_png(image: Image.Image) -> bytes:
 def holds_photo(adapter: Adapter) -> bool:
     """Returns whether an adapter holds its photo at full size, so that edits can be pasted into it."""
     source = adapter.record.source
+    if source.withheld is not None:
+        return False
     left, top, right, bottom = source.box
     return source.file is not None or (source.region is None and (right - left, bottom - top) == source.size)
 
 
 def photo_of(adapter: Adapter) -> Image.Image:
-    """Returns the photo of an adapter as it holds it: upright, RGB; that of a region without the photo is the region, scaled."""
+    """Returns the photo of an adapter as it holds it: upright, RGB; that of a region without the photo is the region, scaled.
+
+    Raises:
+        ImagicError: the adapter was sent without its photo; a file cannot be read.
+    """
     source = adapter.record.source
     if source.file is not None:
         return read_photo(adapter.listed(source.file)).image

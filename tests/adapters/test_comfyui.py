@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,9 +18,10 @@ import torch
 from common import PROMPT, Run, each, opened, tiny_config
 from safetensors.torch import load_file, save_file
 from test_export import as_lora, forged, listing
-from tiny import save_tiny_sd3, save_tiny_sdxl
+from tiny import save_tiny_klein, save_tiny_sd3, save_tiny_sdxl
 
 from imagic_lora.adapters.adapter import Adapter
+from imagic_lora.adapters.comfyui import TABLE
 from imagic_lora.adapters.export import export
 from imagic_lora.adapters.kohya import kohya
 from imagic_lora.adapters.store import Store
@@ -26,11 +29,14 @@ from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.errors import ImagicError, ImagicWarning
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.mixing import mixed
+from imagic_lora.sampling.opening import encoded
 from imagic_lora.sampling.trajectory import FlowTrajectory
 from imagic_lora.training.fit import fit, result
 
 Fitted = Callable[..., Adapter]
-FAMILIES = ["sd", "sdxl", "sd3"]
+FAMILIES = ["sd", "sdxl", "sd3", "klein", "input"]
+"""The families, and Stable Diffusion XL with vectors of tokens, whose mixtures are outputs of the text encoders."""
+POOLED = ("sdxl", "sd3", "input")
 pytestmark = pytest.mark.filterwarnings("ignore:The workflow samples with euler:imagic_lora.core.errors.ImagicWarning")
 
 
@@ -38,11 +44,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:The workflow samples with euler:
 def made(folder: Path, fitted: Fitted, photo_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Adapter]]:
     """A tiny base of each family, and a LoRA adapter for it."""
     root = tmp_path_factory.mktemp("comfyui")
-    bases = {"sdxl": save_tiny_sdxl(root / "sdxl-base"), "sd3": save_tiny_sd3(root / "sd3-base")}
+    bases = {
+        "sdxl": save_tiny_sdxl(root / "sdxl-base"),
+        "sd3": save_tiny_sd3(root / "sd3-base"),
+        "klein": save_tiny_klein(root / "klein-base"),
+    }
     found = {"sd": (folder, fitted("lora"))}
-    for name, base in bases.items():
-        run = tiny_config(base, tune={"targets": "attention"}, embed={"tokens": "words" if name == "sd3" else "all"})
-        found[name] = base, result(fit(photo_file, PROMPT, run, Store(root), name))
+    for name, base in (bases | {"input": bases["sdxl"]}).items():
+        embed: dict[str, Any] = {
+            "tokens": "words" if name in ("sd3", "klein") else "all",
+            "space": "input" if name == "input" else "output",
+        }
+        short = {"steps": 1, "batch_size": 1} if name == "klein" else {}  # a step with 512 tokens takes seconds
+        run = tiny_config(base, tune={"targets": "attention", **short}, embed=embed | short, monitoring={"convergence_every": 0})
+        adapter = result(fit(photo_file, PROMPT, run, Store(root), name))
+        assert adapter is not None
+        found[name] = base, adapter
     return found
 
 
@@ -85,6 +102,12 @@ def run_node(nodes: ModuleType, kind: str, **inputs: Any) -> tuple[Any, ...]:
     return outputs
 
 
+def exported(adapter: Adapter, folder: Path, etas: Sequence[float] = TABLE) -> list[Path]:
+    """The files of an export, as the command writes them."""
+    vectors, stored = adapter.record.config.embed.space == "input", Store(adapter.folder.parent).read(adapter.name)
+    return export(adapter, "comfyui", folder, encode=partial(encoded, stored) if vectors else None, etas=etas)
+
+
 # What the nodes give
 
 
@@ -94,9 +117,10 @@ def test_a_conditioning_is_that_of_our_edit(made: dict[str, tuple[Path, Adapter]
     folder, adapter = made[family]
     base, etas = opened(folder), [0.0, 0.35, 0.7, 1.05, 1.4]
     stored = Editor(base).conditionings(adapter)
-    ours = [mixed(base, PROMPT, stored["target"], stored["optimised"], eta, 0.3) for eta in etas]
+    padding = adapter.record.config.edit.padding_eta
+    ours = [mixed(base, PROMPT, stored["target"], stored["optimised"], eta, padding) for eta in etas]
     assert (ours[0].tokens - ours[2].tokens).abs().max() > 1e-3
-    root = export(adapter, "comfyui", tmp_path)[-1].parent
+    root = exported(adapter, tmp_path)[-1].parent
     latent = {"samples": torch.zeros(1, 4, 8, 8), "noise_mask": torch.ones(1, 8, 8)}
     with pytest.MonkeyPatch.context() as patch:
         nodes, file = host(root, patch), f"{adapter.name}.safetensors"
@@ -107,17 +131,51 @@ def test_a_conditioning_is_that_of_our_edit(made: dict[str, tuple[Path, Adapter]
         torch.testing.assert_close(tokens, expected.tokens, rtol=0, atol=1e-5)
         torch.testing.assert_close(strip[0][0][0][k : k + 1], expected.tokens, rtol=0, atol=1e-5)
         torch.testing.assert_close(null, stored["null"].tokens, rtol=0, atol=1e-5)
-        assert ("pooled_output" in extra) == (family != "sd") == ("pooled_output" in null_extra)
+        assert ("pooled_output" in extra) == (family in POOLED) == ("pooled_output" in null_extra)
         if expected.pooled is not None:
             torch.testing.assert_close(extra["pooled_output"], expected.pooled, rtol=0, atol=1e-5)
             torch.testing.assert_close(strip[0][0][1]["pooled_output"][k : k + 1], expected.pooled, rtol=0, atol=1e-5)
             torch.testing.assert_close(null_extra["pooled_output"], stored["null"].pooled, rtol=0, atol=1e-5)
         sizes = {"width": 32, "height": 24, "crop_w": 0, "crop_h": 0, "target_width": 32, "target_height": 24}
-        assert {name: extra.get(name) for name in sizes} == (sizes if family == "sdxl" else dict.fromkeys(sizes))
+        assert {name: extra.get(name) for name in sizes} == (sizes if family in ("sdxl", "input") else dict.fromkeys(sizes))
     repeated = strip[2]
     assert repeated["samples"].shape == (5, 4, 8, 8)
     assert repeated["noise_mask"].shape == (5, 8, 8)
     assert repeated["batch_index"] == [0] * 5  # ComfyUI draws the noise of each from its index
+
+
+def test_a_mixture_that_was_not_encoded_is_refused(made: dict[str, tuple[Path, Adapter]], tmp_path: Path) -> None:
+    """Between two etas of a table nothing is interpolated: the node names those that it has. Its own and the strip's are always there."""
+    adapter = changed(made["input"][1], eta=0.63)
+    root = exported(adapter, tmp_path, etas=[0.4, 1.2])[-1].parent
+    text = (root / f"{adapter.name}.md").read_text()
+    assert "    0, 0.25, 0.4, 0.5, 0.63, 0.75, 1, 1.2\n" in text
+    with pytest.MonkeyPatch.context() as patch:
+        nodes, file = host(root, patch), f"{adapter.name}.safetensors"
+        for eta in (0.63, 0.6304, 1.2):
+            run_node(nodes, "ImagicConditioning", embeddings=file, eta=eta)
+        with pytest.raises(ValueError, match=r"no conditioning for eta 0.65. Expected: one of 0, 0.25, 0.4, .*--eta"):
+            run_node(nodes, "ImagicConditioning", embeddings=file, eta=0.65)
+        with pytest.raises(ValueError, match=r"no conditioning for eta 0.3"):
+            run_node(
+                nodes, "ImagicEtaBatch", embeddings=file, latent={"samples": torch.zeros(1, 4, 8, 8)}, eta_from=0.0, eta_to=1.2, count=5
+            )
+
+
+def test_the_command_encodes_what_only_the_base_can(made: dict[str, tuple[Path, Adapter]], tmp_path: Path, run: Run) -> None:
+    """For vectors of tokens it loads the base; --eta is refused where it says nothing, and out of range."""
+    for family, flags, expected in (
+        ("input", ("--format", "comfyui", "--eta", "0.4,0.9"), None),
+        ("sdxl", ("--format", "comfyui", "--eta", "0.4"), "the node takes every eta"),
+        ("input", ("--format", "kohya", "--eta", "0.4"), "--eta together with --format kohya"),
+        ("input", ("--format", "comfyui", "--eta", "2.5"), "--eta 2.5"),
+    ):
+        adapter = made[family][1]
+        code, out, err = run("export", adapter.name, *flags, "--store", adapter.folder.parent, "--out", tmp_path / "out")
+        assert (code, out) == ((2, "") if expected else (0, "")), err
+        assert expected is None or expected in err
+    file = tmp_path / "out" / adapter.name / "models/imagic" / f"{adapter.name}.safetensors"
+    assert load_file(file)["etas"].tolist() == pytest.approx([0.0, 0.25, 0.4, 0.5, 0.7, 0.75, 0.9, 1.0])
 
 
 def test_a_node_refuses_what_it_cannot_use(made: dict[str, tuple[Path, Adapter]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +204,8 @@ SIZE = {"width": INT, "height": INT, "batch_size": INT}
 
 
 def core(name: str, file: str) -> dict[str, tuple[dict[str, Any], tuple[str, ...]]]:
-    """Inputs, in order, and outputs of ComfyUI's own nodes, as its nodes.py and comfy_extras/nodes_sd3.py have them."""
+    """Inputs, in order, and outputs of ComfyUI's own nodes, as its nodes.py and the files nodes_sd3.py, nodes_flux.py,
+    nodes_edit_model.py and nodes_custom_sampler.py of comfy_extras have them."""
     sampler = {
         "model": ("MODEL",), "add_noise": (["enable", "disable"],), "noise_seed": INT, "steps": INT, "cfg": FLOAT,
         "sampler_name": (SAMPLERS,), "scheduler": (["normal", "karras"],), "positive": ("CONDITIONING",), "negative": ("CONDITIONING",),
@@ -158,6 +217,20 @@ def core(name: str, file: str) -> dict[str, tuple[dict[str, Any], tuple[str, ...
         "CLIPTextEncode": ({"text": STRING, "clip": ("CLIP",)}, ("CONDITIONING",)),
         "EmptyLatentImage": (SIZE, ("LATENT",)),
         "EmptySD3LatentImage": (SIZE, ("LATENT",)),
+        "EmptyFlux2LatentImage": (SIZE, ("LATENT",)),
+        "UNETLoader": ({"unet_name": STRING, "weight_dtype": (["default", "fp8_e4m3fn"],)}, ("MODEL",)),
+        "VAELoader": ({"vae_name": STRING}, ("VAE",)),
+        "CLIPLoader": ({"clip_name": STRING, "type": (["sdxl", "flux2"],), "device": (["default", "cpu"],)}, ("CLIP",)),
+        "ReferenceLatent": ({"conditioning": ("CONDITIONING",), "latent": ("LATENT",)}, ("CONDITIONING",)),
+        "CFGGuider": ({"model": ("MODEL",), "positive": ("CONDITIONING",), "negative": ("CONDITIONING",), "cfg": FLOAT}, ("GUIDER",)),
+        "RandomNoise": ({"noise_seed": INT}, ("NOISE",)),
+        "KSamplerSelect": ({"sampler_name": (SAMPLERS,)}, ("SAMPLER",)),
+        "Flux2Scheduler": ({"steps": INT, "width": INT, "height": INT}, ("SIGMAS",)),
+        "SplitSigmas": ({"sigmas": ("SIGMAS",), "step": INT}, ("SIGMAS", "SIGMAS")),
+        "SamplerCustomAdvanced": (
+            {"noise": ("NOISE",), "guider": ("GUIDER",), "sampler": ("SAMPLER",), "sigmas": ("SIGMAS",), "latent_image": ("LATENT",)},
+            ("LATENT", "LATENT"),
+        ),
         "LoadImage": ({"image": ([f"{name}.png"],)}, ("IMAGE", "MASK")),
         "VAEEncode": ({"pixels": ("IMAGE",), "vae": ("VAE",)}, ("LATENT",)),
         "VAEDecode": ({"samples": ("LATENT",), "vae": ("VAE",)}, ("IMAGE",)),
@@ -201,8 +274,8 @@ def check_ui(page: dict[str, Any], workflow: dict[str, Any], definitions: dict[s
         assert all(links[link][1:3] == [number, slot] for slot, output in enumerate(node["outputs"]) for link in output["links"])
         values = [value for name, value in given.items() if name in inputs and not isinstance(value, list)]
         widgets = list(node["widgets_values"])
-        if node["type"] == "KSamplerAdvanced":
-            assert widgets.pop(2) == "fixed"  # control_after_generate follows the seed
+        if node["type"] in ("KSamplerAdvanced", "RandomNoise"):
+            assert widgets.pop(2 if node["type"] == "KSamplerAdvanced" else 1) == "fixed"  # control_after_generate follows the seed
         if node["type"] == "LoadImage":
             assert widgets.pop(1) == "image"
         in_order = [given[name] for name in inputs if not isinstance(given[name], list)]
@@ -212,28 +285,29 @@ def check_ui(page: dict[str, Any], workflow: dict[str, Any], definitions: dict[s
     assert len({tuple(node["pos"]) for node in nodes.values()}) == len(nodes)
 
 
-def changed(adapter: Adapter, mode: str | None = None, **edit: Any) -> Adapter:
+def changed(adapter: Adapter, mode: str | None = None, eta: float | None = None, **edit: Any) -> Adapter:
     """The adapter with other settings of the edit."""
     record = adapter.record
-    config = record.config.model_copy(update={"edit": record.config.edit.model_copy(update=edit)})
+    config = record.config.model_copy(update={"edit": record.config.edit.model_copy(update=edit)} | ({"eta": eta} if eta else {}))
     changes: dict[str, Any] = {"config": config} | ({"parts": []} if mode == "embedding" else {})
     return Adapter(adapter.folder, record.model_copy(update=changes))
 
 
 @each("family, edit, mode", [
-    *[(family, {}, None) for family in FAMILIES],
+    *[(family, {}, None) for family in FAMILIES if family != "input"],  # pytest.warns would repeat what loading its base warns of
     ("sd3", {}, "embedding"),
     ("sd", {"start": "image", "steps": 50, "strength": 0.65, "scheduler": "dpm++2m", "karras_sigmas": True}, None),
     ("sdxl", {"negative_prompt": "blurry", "scheduler": "unipc"}, "embedding"),
+    ("klein", {"negative_prompt": "blurry", "start": "image", "steps": 50, "strength": 0.65, "reference": True}, None),
 ])  # fmt: skip
 def test_a_workflow_is_valid_in_both_forms(
     made: dict[str, tuple[Path, Adapter]], tmp_path: Path, family: str, edit: dict[str, Any], mode: str | None
 ) -> None:
     """Against the definitions of ComfyUI's nodes and those that the written nodes give themselves; every file it names is there."""
     adapter = changed(made[family][1], mode, **edit)
-    name, config = adapter.name, adapter.record.config.edit
-    with pytest.warns(ImagicWarning) if edit.get("negative_prompt") or (family != "sd3" and "scheduler" not in edit) else nullcontext():
-        paths = export(adapter, "comfyui", tmp_path)
+    name, config, flow = adapter.name, adapter.record.config.edit, family in ("sd3", "klein")
+    with pytest.warns(ImagicWarning) if edit.get("negative_prompt") or (not flow and "scheduler" not in edit) else nullcontext():
+        paths = exported(adapter, tmp_path)
     root = paths[-1].parent
     with pytest.MonkeyPatch.context() as patch:
         nodes = host(root, patch)
@@ -247,10 +321,16 @@ def test_a_workflow_is_valid_in_both_forms(
         assert ("LoraLoaderModelOnly" in kinds) == (root / f"models/loras/{name}.safetensors").exists() == (mode != "embedding")
         assert ("LoadImage" in kinds) == (root / f"input/{name}.png").exists() == (config.start == "image")
         assert ("EmptySD3LatentImage" in kinds) == (family == "sd3")
+        assert ("EmptyFlux2LatentImage" in kinds) == (family == "klein" and config.start == "noise")
         assert ("CLIPTextEncode" in kinds) == bool(config.negative_prompt)
-        (sampler,) = [node["inputs"] for node in api.values() if node["class_type"] == "KSamplerAdvanced"]
-        assert (sampler["steps"], sampler["cfg"]) == (config.steps, config.guidance_scale)
-        assert sampler["start_at_step"] == (50 - 32 if config.start == "image" else 0)
+        assert ("CLIPLoader" in kinds) == (family == "klein" and bool(config.negative_prompt))
+        assert kinds.count("ReferenceLatent") == 2 * config.reference
+        given = {name: value for node in api.values() for name, value in node["inputs"].items()}
+        assert (given["steps"], given["cfg"]) == (config.steps, config.guidance_scale)
+        assert given.get("step", given.get("start_at_step", 0)) == (50 - 32 if config.start == "image" else 0)
+        page = (root / f"{name}.md").read_text()
+        models = [given[key] for key in ("ckpt_name", "unet_name", "vae_name", "clip_name") if key in given]
+        assert all(f"/{model}\n" in page for model in models)
     (node,) = [node["inputs"] for node in json.loads((root / f"{name}.api.json").read_text()).values() if "eta" in node["inputs"]]
     assert node["eta"] == adapter.record.eta
 
@@ -267,6 +347,32 @@ def test_the_levels_of_a_flow_are_those_of_the_workflow(made: dict[str, tuple[Pa
     assert FlowTrajectory(base, 28, 64).sigmas == pytest.approx([*expected, 0.0], abs=1e-6)
 
 
+def test_the_levels_of_klein_are_those_of_the_workflow(made: dict[str, tuple[Path, Adapter]]) -> None:
+    """Flux2Scheduler: evenly spaced from 1 to 0, shifted by a number that follows from the size of the image and the steps."""
+    base, (width, height), steps = opened(made["klein"][0]), (64, 48), 50
+    positions = round(width * height / 256)
+    at_200, at_10 = 0.00016927 * positions + 0.45666666, 8.73809524e-05 * positions + 1.89833333
+    slope = (at_200 - at_10) / 190.0
+    shift = math.exp(slope * steps + at_200 - 200.0 * slope)
+    expected = [shift / (shift + 1 / (1 - k / steps) - 1) for k in range(steps)]
+    assert FlowTrajectory(base, steps, (width // 16) * (height // 16)).sigmas == pytest.approx([*expected, 0.0], abs=1e-6)
+
+
+def test_comfyui_reads_every_layer_of_klein(made: dict[str, tuple[Path, Adapter]], tmp_path: Path) -> None:
+    """ComfyUI's table of the layers of FLUX.2 in diffusers (flux_to_diffusers in comfy/utils.py), with underscores for dots."""
+    double = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_out.0",
+              "attn.to_add_out", "ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")  # fmt: skip
+    single = ("attn.to_qkv_mlp_proj", "attn.to_out")
+    known = {f"transformer_blocks.0.{end}" for end in double} | {f"single_transformer_blocks.{k}.{end}" for k in (0, 1) for end in single}
+    written = load_file(exported(made["klein"][1], tmp_path)[0])
+    layers = {key.partition(".")[0] for key in written}
+    assert layers <= {f"lora_transformer_{layer.replace('.', '_')}" for layer in known}
+    assert {
+        "lora_transformer_single_transformer_blocks_1_attn_to_qkv_mlp_proj",
+        "lora_transformer_transformer_blocks_0_attn_to_q",
+    } <= layers
+
+
 # What is in the folder, and what is refused
 
 
@@ -274,7 +380,7 @@ def test_the_levels_of_a_flow_are_those_of_the_workflow(made: dict[str, tuple[Pa
 def test_the_lora_is_that_of_kohya_s_format(made: dict[str, tuple[Path, Adapter]], tmp_path: Path, family: str) -> None:
     """The names that ComfyUI reads."""
     adapter = made[family][1]
-    written = load_file(export(adapter, "comfyui", tmp_path)[0])
+    written = load_file(exported(adapter, tmp_path)[0])
     expected = kohya(adapter)
     assert written.keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in written.items())
@@ -296,14 +402,12 @@ def test_the_page_names_every_file_and_what_differs(made: dict[str, tuple[Path, 
 
 
 def test_what_comfyui_cannot_do_is_refused(fitted: Fitted, tmp_path: Path, run: Run) -> None:
-    """Full weights, bases without a loader, vectors of tokens, no null: exit code 2 with one message, and nothing is written."""
+    """Full weights, bases without a loader, no null: exit code 2 with one message, and nothing is written. Vectors with no encoder."""
     real = fitted("lora")
     vectors = real.record.config.model_copy(update={"embed": real.record.config.embed.model_copy(update={"space": "input"})})
     of_vectors = Adapter(real.folder, real.record.model_copy(update={"config": vectors}))
     subject = real.record.config.model_copy(update={"method": "dreambooth"})
     of_subject = Adapter(real.folder, real.record.model_copy(update={"config": subject}))
-    part = real.record.parts[0].model_copy(update={"component": "transformer"})
-    transformer = Adapter(real.folder, real.record.model_copy(update={"parts": [part]}))
     layers = as_lora(["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"])
 
     def made(name: str, source: Adapter, target: Conditioning) -> tuple[Path, str]:
@@ -316,10 +420,7 @@ def test_what_comfyui_cannot_do_is_refused(fitted: Fitted, tmp_path: Path, run: 
         "--format kohya, and write the prompt": made("subject", of_subject, Conditioning(tokens)),
         "critters, a base that ComfyUI has no loader for": (Path(__file__).parents[2] / "adapters", "rex-jumps"),
         "a base that ComfyUI has no loader for": made("clip", real, Conditioning(tokens, torch.zeros(1, 8))),
-        "--embed.space output": made("vectors", of_vectors, Conditioning(tokens, vectors={"text_encoder": torch.zeros(1, 2, 8)})),
         "takes the guidance scale as an input": made("lcm", real, Conditioning(tokens)),
-        "FLUX.2 klein": made("klein", transformer, Conditioning(tokens)),
-        "FLUX.2 klein, which": made("embedding", real, Conditioning(torch.zeros(1, 2, 7680))),
     }
     for expected, (store, name) in cases.items():
         code, out, err = run("export", name, "--format", "comfyui", "--store", store, "--out", tmp_path / "out")
@@ -327,6 +428,9 @@ def test_what_comfyui_cannot_do_is_refused(fitted: Fitted, tmp_path: Path, run: 
         assert expected in err
         assert "Traceback" not in err
         assert not (tmp_path / "out").exists()
+    vectors_only = made("vectors", of_vectors, Conditioning(tokens, vectors={"text_encoder": torch.zeros(1, 2, 8)}))
+    with pytest.raises(ImagicError, match="need the text encoders of its base"):
+        export(Store(vectors_only[0]).read(vectors_only[1]), "comfyui", tmp_path / "out")
 
 
 def test_files_that_are_there_stay(made: dict[str, tuple[Path, Adapter]], tmp_path: Path) -> None:

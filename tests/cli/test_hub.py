@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from common import Run
+from common import Run, opened
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
+from PIL import Image
 
 import imagic_lora.adapters.hub as hub
 import imagic_lora.cli.console as console
+from imagic_lora.adapters.compress import compress
+from imagic_lora.adapters.contents import read_canvas, with_photo
+from imagic_lora.adapters.export import export
+from imagic_lora.adapters.hub import push_files
+from imagic_lora.adapters.store import Store
+from imagic_lora.core.errors import ImagicError, ImagicWarning
+from imagic_lora.sampling.kept import KeptEditor
 
 REPO = "ann/rex-jumps"
+SHOWS = {"source.png", "preview.png", "photo.png"}
+"""The files of the example that show its photo."""
 EXAMPLES = Path(__file__).parents[2] / "adapters"
 
 
@@ -125,7 +137,6 @@ def test_a_push_and_a_pull_give_the_same_bytes(run: Run, fake: FakeHub, store: P
 def test_the_card_names_a_base_of_the_hub_and_its_licence(store: Path) -> None:
     """base_model with the relation adapter is what the Hub's search term base_model:adapter:... reads."""
     from imagic_lora.adapters.hub_card import card_data
-    from imagic_lora.adapters.store import Store
 
     adapter = Store(store).read("rex-jumps")
     for name, base, licence in (
@@ -139,18 +150,173 @@ def test_the_card_names_a_base_of_the_hub_and_its_licence(store: Path) -> None:
     assert data["license_name"] == "Stability-AI-Community-License"
 
 
-def test_nothing_is_sent_without_yes_and_no_photo_without_with_photo(run: Run, fake: FakeHub, store: Path) -> None:
-    """The list of a dry run has every file, and what shows the photo."""
-    code, out, _ = run("push", "rex-jumps", REPO, "--store", store)
-    assert code == 0
-    assert all(file in out for file in contents(store / "rex-jumps"))
-    assert "EXIF" in out
-    assert "Nothing was sent" in out
-    code, out, _ = run("push", "rex-jumps", REPO, "--store", store, "--json")
-    assert (code, json.loads(out)["sent"]) == (0, False)
-    assert set(json.loads(out)["shows_photo"]) == {"source.png", "preview.png", "photo.png"}
-    code, _, err = run("push", "rex-jumps", REPO, "--store", store, "--yes")
-    assert (code, "--with-photo" in err, fake.repos) == (2, True, {})
+def test_nothing_is_sent_without_yes(run: Run, fake: FakeHub, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of a dry run has every file: those that would be sent, and those that show the photo. A row is one line, however narrow."""
+    monkeypatch.setattr(console.out, "width", 40)
+    rows: dict[str, list[str]] = {}
+    for flags in ((), ("--with-photo",)):
+        code, out, _ = run("push", "rex-jumps", REPO, "--store", store, *flags)
+        assert (code, "EXIF" in out, "Nothing was sent" in out, "nearly the photo" in out) == (0, True, True, True)
+        lines = out.splitlines()
+        rows[" ".join(flags)] = lines
+        for file, content in contents(store / "rex-jumps").items():
+            if file not in ("README.md", "adapter.json"):
+                assert any(file in line and f"{len(content):,}" in line for line in lines)
+    end = next(k for k, line in enumerate(rows[""]) if line.startswith("Not sent"))
+    assert [line.split()[0] for line in rows[""][end + 1 : -2]] == ["source.png", "preview.png", "photo.png"]
+    assert not any(line.startswith("Not sent") for line in rows["--with-photo"])
+    for flags, sent, withheld in (((), set(), SHOWS), (("--with-photo",), SHOWS, set())):
+        code, out, _ = run("push", "rex-jumps", REPO, "--store", store, "--json", *flags)
+        found = json.loads(out)
+        assert (code, found["sent"], set(found["shows_photo"]), set(found["withheld"])) == (0, False, sent, withheld)
+        assert SHOWS & set(found["files"]) == sent
+    assert fake.repos == {}
+
+
+def test_a_base_that_only_this_machine_has_is_named(run: Run, fake: FakeHub, fitted: Callable[..., Any], tmp_path: Path) -> None:
+    """A path of this machine; those of the package and of the Hub are not."""
+    adapter = fitted("embedding")
+    code, _, err = run("push", adapter.name, "ann/x", "--store", adapter.folder.parent)
+    assert (code, f"the base {adapter.record.base.name} is a path of this machine" in err) == (0, True), err
+    code, _, err = run("push", "rex-jumps", REPO, "--store", EXAMPLES)
+    assert (code, "is a path" in err) == (0, False)
+
+
+@pytest.fixture
+def pulled(run: Run, fake: FakeHub, store: Path) -> Path:
+    """A store with rex-jumps as somebody else has it after a push without the photo."""
+    code, _, err = run("push", "rex-jumps", REPO, "--yes", "--store", store)
+    assert (code, "without the photo" in err) == (0, True), err
+    code, _, err = run("pull", REPO, "--store", "mine")
+    photo = hashlib.sha256((store / "rex-jumps/photo.png").read_bytes()).hexdigest()
+    assert (code, f"SHA-256 {photo}" in err, "--photo PHOTO" in err) == (0, True, True), err
+    return Path("mine").resolve()
+
+
+def test_a_push_without_the_photo_sends_nothing_that_shows_it(run: Run, fake: FakeHub, store: Path, pulled: Path) -> None:
+    """Not its pixels, not its file, no preview; the record has its hash and that of the canvas. Every other file has the same bytes."""
+    before, after = contents(store / "rex-jumps"), contents(pulled / "rex-jumps")
+    assert before.keys() - after.keys() == SHOWS
+    assert {file for file in after if after[file] != before[file]} == {"adapter.json"}
+    assert not SHOWS & fake.files(REPO).keys()
+    card = fake.files(REPO)["README.md"].decode()
+    assert ("widget" in card, "<Gallery />" in card, "--photo FILE" in card) == (False, False, True)
+    source = json.loads(after["adapter.json"])["source"]
+    assert "file" not in source
+    assert source["sha256"] == hashlib.sha256(before["photo.png"]).hexdigest()
+    with Image.open(store / "rex-jumps/source.png") as image:
+        canvas = {"canvas": list(image.size), "pixels": hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()}
+    assert source["withheld"] == canvas | {"sha256": hashlib.sha256(before["source.png"]).hexdigest()}
+    code, out, _ = run("push", "rex-jumps", "ann/again", "--yes", "--store", pulled, "--json")
+    assert (code, json.loads(out)["sent"], json.loads(out)["withheld"]) == (0, True, {})
+    code, _, err = run("push", "rex-jumps", "ann/more", "--yes", "--with-photo", "--store", pulled)
+    assert (code, "was sent without its photo" in err, "ann/more" in fake.repos) == (2, True, False)
+
+
+def test_an_adapter_without_its_photo_edits_with_the_photo_as_before(run: Run, store: Path, pulled: Path) -> None:
+    """Start noise works without it. Start inverted needs its file, and then makes the same pixels; another photo is refused."""
+    with KeptEditor().reused():  # one load of the base, as in the worker of the studio
+        photo, few = store / "rex-jumps/photo.png", ("--steps", "2", "--eta", "0.8")
+        noise = (*few, "--start", "noise", "--ddim-eta", "0")
+        for name, folder, flags in (
+            ("whole", store, few), ("with", pulled, (*few, "--photo", photo)), ("noise", store, noise), ("without", pulled, noise),
+        ):  # fmt: skip
+            code, _, err = run("edit", "rex-jumps", "--store", folder, "--out", name, *flags)
+            assert code == 0, err
+        file = "eta0.8-seed0.png"
+        assert pixels("whole", file) == pixels("with", file) != pixels("noise", file) == pixels("without", file)
+        assert pixels("whole", "sheet.png") == pixels("with", "sheet.png")
+        with Image.open("noise/sheet.png") as two, Image.open("without/sheet.png") as one:
+            assert one.width < two.width  # it has no photo to show
+        (Path("other.png")).write_bytes(photo.read_bytes() + b"0")
+        for flags, expected in (
+            (few, "--start inverted needs the photo"),
+            ((*few, "--photo", "other.png"), "other.png is not the photo"),
+            ((*noise, "--keep", "auto"), "does not hold its photo"),
+            (("--steps", "2", "--eta", "auto", "--start", "noise", "--ddim-eta", "0"), "--eta auto compares images with the photo"),
+        ):
+            code, _, err = run("edit", "rex-jumps", "--store", pulled, "--out", "refused", *flags)
+            assert (code, expected in err, "Traceback" in err, Path("refused/sheet.png").exists()) == (2, True, False, False), err
+        code, _, err = run("edit", "rex-jumps", "--store", pulled, "--out", "kept", *few, "--keep", "auto", "--photo", photo)
+        assert code == 0, err
+        code, _, err = run("reproduce", f"whole/{file}", "--store", pulled)
+        assert (code, "--start inverted needs the photo" in err) == (2, True), err
+        code, _, err = run("reproduce", f"whole/{file}", "--store", pulled, "--photo", photo)
+        assert (code, "Identical" in err) == (0, True), err
+
+
+def test_other_commands_on_an_adapter_without_its_photo(run: Run, store: Path, pulled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """list, show, verify, rename, import, export, a sweep; a record that contradicts itself; a canvas that another Pillow makes."""
+    assert run("verify", "--store", pulled)[0] == 0
+    code, out, _ = run("show", "rex-jumps", "--store", pulled)
+    assert (code, "withheld_photo" in out) == (0, True)
+    assert run("list", "--store", pulled)[0] == 0
+    assert run("rename", "rex-jumps", "rex", "--store", pulled)[0] == 0
+    assert run("import", pulled / "rex", "--store", "third")[0] == 0
+    for kind in ("kohya", "diffusers"):
+        assert run("export", "rex", "--format", kind, "--store", pulled, "--out", kind)[0] == 0
+    photo = store / "rex-jumps/photo.png"
+    code, _, err = run("export", "rex", "--format", "kohya", "--store", pulled, "--out", "again", "--photo", photo)
+    assert (code, "needs no photo from elsewhere" in err) == (2, True)
+    code, _, err = run("sweep", "rex", "--store", pulled)
+    assert (code, "a sweep compares images with the photo" in err) == (2, True)
+    record = pulled / "rex/adapter.json"
+    fields = json.loads(record.read_bytes())
+    fields["source"]["file"] = "photo.png"
+    forge(record, fields)
+    code, _, err = run("import", pulled / "rex", "--store", "fourth")
+    assert (code, "the photo is withheld" in err) == (2, True), err
+    del fields["source"]["file"]
+    fields["source"]["withheld"]["pixels"] = "0" * 64
+    forge(record, fields)
+    adapter = with_photo(Store(pulled).read("rex"), photo)
+    with pytest.warns(ImagicWarning, match="has other pixels than in the fit"):
+        canvas = read_canvas(adapter)
+    assert torch.equal(canvas.pixels, read_canvas(Store(store).read("rex-jumps")).pixels)
+    fields["source"]["withheld"]["canvas"] = [8, 8]
+    forge(record, fields)
+    with pytest.raises(ImagicError, match="of a canvas of 8x8 pixels"):
+        read_canvas(Store(pulled).read("rex"))
+
+
+def test_what_is_made_of_an_adapter_without_its_photo(fitted: Callable[..., Any], folder: Path, photo_file: Path, tmp_path: Path) -> None:
+    """A compressed one has no photo either; ComfyUI's workflow that starts from the photo gets the canvas of the photo's file."""
+    full = bare(fitted("full"), tmp_path / "bare", start="noise")
+    small = compress(full, opened(folder), 2, Store(tmp_path / "small"), "small")
+    assert small.withheld
+    assert not {"source.png", "preview.png"} & small.record.files.keys()
+    lora, whole = bare(fitted("lora"), tmp_path / "bare", start="image"), fitted("lora")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImagicWarning)  # of the sampler
+        with pytest.raises(ImagicError, match=r"the workflow loads the photo.*--photo FILE"):
+            export(lora, "comfyui", tmp_path / "out")
+        export(with_photo(lora, photo_file), "comfyui", tmp_path / "out")
+    assert pixels(str(tmp_path / "out" / lora.name / "input"), f"{lora.name}.png") == pixels(str(whole.folder), "source.png")
+
+
+def bare(adapter: Any, store: Path, start: str) -> Any:
+    """A copy of an adapter without its photo, with another start of its edits."""
+    target = store / adapter.name
+    for file, content in push_files(adapter, photo=False).items():
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        (target / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    (target / "README.md").write_bytes((adapter.folder / "README.md").read_bytes())
+    fields = json.loads((target / "adapter.json").read_bytes())
+    fields["config"]["edit"]["start"] = start
+    forge(target / "adapter.json", fields)
+    return Store(store).read(adapter.name)
+
+
+def forge(path: Path, fields: dict[str, Any]) -> None:
+    """Writes a record with the right hash of its own."""
+    fields.pop("sha256", None)
+    digest = hashlib.sha256((json.dumps(fields, indent=2) + "\n").encode()).hexdigest()
+    path.write_text(json.dumps(fields | {"sha256": digest}, indent=2) + "\n")
+
+
+def pixels(folder: str, file: str) -> bytes:
+    with Image.open(Path(folder, file)) as image:
+        return image.tobytes()
 
 
 def test_a_push_that_fails_leaves_nothing(run: Run, fake: FakeHub, store: Path) -> None:

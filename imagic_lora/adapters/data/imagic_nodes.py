@@ -1,7 +1,8 @@
 """Nodes for ComfyUI that turn the embeddings of an edit by Imagic (arXiv 2210.09276) into conditionings. Needs ComfyUI alone.
 
 Made by imagic-lora. The embeddings are files in ``models/imagic``: ``target`` (of the target prompt), ``optimised`` (of the photo) and
-``null`` (of the empty prompt), each with ``tokens`` [1, T, D] and, where the family has it, ``pooled`` [1, P].
+``null`` (of the empty prompt), each with ``tokens`` [1, T, D] and, where the family has it, ``pooled`` [1, P]. Where the mixtures of
+an edit are outputs of the text encoder, ``etas`` [N] and ``mixed``, with ``tokens`` [N, T, D] and ``pooled`` [N, P], replace the first two.
 """
 
 import os
@@ -27,7 +28,8 @@ def read(name: str) -> dict:
     if path is None:
         raise FileNotFoundError(f"{name} is not in models/{KIND}: copy it there")
     tensors = safetensors.torch.load_file(path)
-    missing = {"target.tokens", "optimised.tokens", "null.tokens"} - tensors.keys()
+    mixtures = {"mixed.tokens"} if "etas" in tensors else {"target.tokens", "optimised.tokens"}
+    missing = (mixtures | {"null.tokens"}) - tensors.keys()
     if missing:
         raise ValueError(f"{name} holds no {', '.join(sorted(missing))}: it is no file of imagic-lora export --format comfyui")
     return tensors
@@ -42,13 +44,26 @@ def conditioning(tensors: dict, tokens: torch.Tensor, pooled: torch.Tensor | Non
 
 
 def mixed(tensors: dict, etas: list) -> list:
-    """The CONDITIONING of each eta, as one batch: eta * target + (1 - eta) * optimised."""
+    """The CONDITIONING of each eta, as one batch: eta * target + (1 - eta) * optimised, or the one that the file has for it."""
+    if "etas" in tensors:
+        rows = [row(tensors["etas"].tolist(), eta) for eta in etas]
+        pooled = tensors.get("mixed.pooled")
+        return conditioning(tensors, tensors["mixed.tokens"][rows].float(), None if pooled is None else pooled[rows].float())
 
     def mix(name: str) -> torch.Tensor:
         target, optimised = tensors[f"target.{name}"].float(), tensors[f"optimised.{name}"].float()
         return torch.cat([eta * target + (1 - eta) * optimised for eta in etas])
 
     return conditioning(tensors, mix("tokens"), mix("pooled") if "target.pooled" in tensors else None)
+
+
+def row(stored: list, eta: float) -> int:
+    """The position of an eta among those of a file."""
+    nearest = min(range(len(stored)), key=lambda k: abs(stored[k] - eta))
+    if abs(stored[nearest] - eta) > 1e-3:
+        listed = ", ".join(f"{one:g}" for one in stored)
+        raise ValueError(f"this edit has no conditioning for eta {eta:g}. Expected: one of {listed}. Or export it again with --eta")
+    return nearest
 
 
 def negative(tensors: dict) -> list:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from ...core.errors import ImagicError
 from ..console import err, plain, print_json, progress
 from ..libraries import import_libraries
-from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, suggested_flags
+from ..options import DEFAULT_STORE, Flag, Json, StoreDir, Whole, parse_etas, suggested_flags
 from .store import summary
 
 
@@ -78,6 +80,8 @@ def export(
     name: str,
     *,
     kind: Annotated[Literal["comfyui", "kohya", "diffusers"], Parameter(name="--format")],
+    eta: str | None = None,
+    photo: Path | None = None,
     out: Path = Path("outputs/export"),
     store: StoreDir = DEFAULT_STORE,
     overwrite: Flag = False,
@@ -93,17 +97,37 @@ def export(
         Name of the adapter, as imagic-lora list prints it.
     kind
         comfyui: a folder to merge into ComfyUI's, with LoRA, embeddings, nodes and a workflow that makes the edit, for modes lora and
-        embedding. kohya: one file for ComfyUI and A1111, for adapters of mode lora. diffusers: a folder for diffusers, for every mode.
+        embedding; for an adapter of --embed.space input the base is loaded. kohya: one file for ComfyUI and A1111, for adapters of mode
+        lora. diffusers: a folder for diffusers, for every mode.
+    eta
+        Only for comfyui and adapters of --embed.space input: the etas whose conditionings are exported, several (0.5,0.7) or a range with
+        its end. The node in ComfyUI has no others. Default: 0:1.5:0.05. The adapter's own eta and those of the strip are always added.
+    photo
+        The photo's file, for an adapter that was sent without it, where the workflow of ComfyUI starts from the photo.
     out
         Output folder.
     overwrite
         Replace existing files of the same names.
     """
     import_libraries()
+    from ...adapters.comfyui import TABLE
+    from ...adapters.comfyui_graphs import reads_photo
+    from ...adapters.contents import with_photo
     from ...adapters.export import export as export_adapter
     from ...adapters.store import Store
+    from ...sampling.opening import encoded
 
-    files = export_adapter(Store(store).read(name), kind, out, overwrite)
+    adapter, etas = Store(store).read(name), TABLE if eta is None else parse_etas(eta)
+    if outside := [one for one in etas if not 0 <= one <= 2]:
+        raise ImagicError(f"--eta {outside[0]:g}", "0 (the photo) to 1 (the target prompt), at most 2", "change --eta")
+    if eta is not None and kind != "comfyui":
+        raise ImagicError(f"--eta together with --format {kind}", "--eta with --format comfyui", "leave out --eta")
+    if photo is not None and not (kind == "comfyui" and adapter.withheld and reads_photo(adapter.record.config.edit)):
+        got = f"--photo {photo} with --format {kind} and adapter {name}, whose export needs no photo from elsewhere"
+        raise ImagicError(got, "an adapter without its photo, and a workflow that starts from it", "leave out --photo")
+    adapter = with_photo(adapter, photo)
+    encodes = kind == "comfyui" and (eta is not None or adapter.record.config.embed.space == "input")
+    files = export_adapter(adapter, kind, out, overwrite, partial(encoded, adapter) if encodes else None, etas)
     if as_json:
         print_json({"name": name, "format": kind, "files": [str(file) for file in files]})
         return

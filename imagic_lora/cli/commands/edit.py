@@ -71,7 +71,7 @@ def edit(
     save_mask
         Write the mask of each image too, as eta...mask.png, and show it in the sheet. White is from the edit, black from the photo.
     photo
-        The photo's file, for --keep or a --region with an adapter that does not hold it.
+        The photo's file, for an adapter that does not hold it: for --keep, a --region, and starts from the photo.
     preset
         Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory.
     base
@@ -94,12 +94,14 @@ def edit(
     if save_mask and keep is None and adapter.record.source.region is None:
         got = f"--save-mask without --keep, and adapter {adapter.name} is that of a whole photo"
         raise ImagicError(got, "--save-mask with --keep", "add --keep auto, or leave out --save-mask")
-    check_interpolates(adapter, {"--eta": eta, "--keep": keep, "--photo": photo}, settings)
+    check_interpolates(adapter, {"--eta": eta, "--keep": keep, "--photo": None if adapter.withheld else photo}, settings)
     import_libraries(bitsandbytes=quantized(adapter.record.config.memory))
+    from ...adapters.contents import with_photo
     from ...sampling.keep import read_keep
     from ...sampling.opening import edit_settings, twin_of
     from ..editing import Edits
 
+    adapter = with_photo(adapter, photo)
     if twin and base:
         raise ImagicError("--twin together with --base", "one of them", "leave out one")
     base = twin_of(adapter) if twin else base

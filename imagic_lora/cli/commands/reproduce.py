@@ -49,7 +49,7 @@ def reproduce(
     keep
         The mask of an image that was made with edit --keep MASK.png: the same file.
     photo
-        The photo's file, for an image of edit --keep or of a --region and an adapter that does not hold it.
+        The photo's file, for an adapter that does not hold it: for an image of edit --keep, of a --region, or of a start from the photo.
     base
         Load the base from this name, folder, file or hub id. The weights must be those that made the image.
     preset
@@ -62,11 +62,14 @@ def reproduce(
         Replace another image of the same name in that folder.
     """
     import_libraries()
+    from ...adapters.contents import with_photo
     from ...adapters.store import Store
+    from ...adapters.withheld import check_start
     from ...sampling.reproduce import Comparison, compare, find_adapter, read_image, read_pasting
 
     metadata, original = read_image(image)
-    adapter = find_adapter(Store(store), metadata, force)
+    adapter = with_photo(find_adapter(Store(store), metadata, force), photo)
+    check_start(adapter, metadata.edit)
     kept = read_pasting(adapter, metadata, keep, photo)
     path = out_dir / f"{image.stem}.png"
     if path.exists() and path.samefile(image):

@@ -178,6 +178,7 @@ def summary(adapter: Adapter) -> dict[str, Any]:
         "photo": f"{record.source.size[0]}x{record.source.size[1]}",
         **({"region": list(record.source.region)} if record.source.region else {}),
         **({"photos": 1 + len(record.source.others)} if record.source.others else {}),
+        **({"withheld_photo": {"sha256": record.source.sha256}} if record.source.withheld else {}),
         **({"stored_photo": {"file": record.source.file, "bytes": adapter.photo_size}} if record.source.file else {}),
         "losses": {stage: list(values) for stage, values in record.losses.items()},
         **({"stages": {stage: one.model_dump() for stage, one in record.stages.items()}} if record.stages else {}),

@@ -87,7 +87,8 @@ def sweep(
     offline
         Take the models of --clip and --dino from the cache of the hub only.
     photo
-        The photo's file, for an adapter of a --region that does not hold it: its images are pasted into the whole photo.
+        The photo's file, for an adapter that does not hold it: images of a --region are pasted into the whole photo, and those of an
+        adapter that was sent without its photo are compared with it.
     preset
         Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory. Without
         --batch-size, as many images are generated at once as fit.
@@ -106,9 +107,13 @@ def sweep(
     if len(etas) < 3:
         raise ImagicError(f"--eta {eta}", "at least two etas besides 0", "use for example --eta 0:1.2:0.1")
     import_libraries(bitsandbytes=quantized(adapter.record.config.memory))
+    from ...adapters.contents import with_photo
+    from ...adapters.withheld import require_photo
     from ...sampling.keep import read_keep
     from ...sampling.opening import edit_settings
 
+    adapter = with_photo(adapter, photo)
+    require_photo(adapter, "a sweep compares images with the photo")
     given = explicit(settings, device, preset)
     run = edit_settings(adapter, given, base)
     count = (1 if run.edit.start == "inverted" and not run.edit.ddim_eta else 4) if seeds is None else seeds

@@ -7,6 +7,7 @@ from typing import Any
 from nicegui import ui
 
 from ...adapters.adapter import Adapter
+from ...adapters.record import PREVIEW
 from ...core.errors import ImagicError
 from ..studio import Studio
 from .forms import Form
@@ -71,7 +72,7 @@ class Choice:
             button.props(f'aria-pressed="{chosen}"')
         if self._picture:
             self._picture.props["src"] = f"/adapters/{name}/preview.png"
-            self._picture.visible = True
+            self._picture.visible = PREVIEW in record.files  # an adapter that was sent without its photo has none
         if self._chosen:
             self._chosen(self.adapter)
 

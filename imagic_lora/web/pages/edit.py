@@ -122,7 +122,7 @@ class EditTab:
         adapter, masked = self._choice.adapter, self._form.fields["keep"].value == "mask"
         missing = adapter is not None and not holds_photo(adapter)
         pasted = adapter is not None and (bool(self._form.fields["keep"].value) or adapter.record.source.region is not None)
-        self._original.visible = missing and pasted
+        self._original.visible = missing and (pasted or (adapter is not None and adapter.withheld))
         self._mask.element.visible = masked and adapter is not None and (not missing or bool(self._photo.stored))
         if adapter is not None and masked:
             source = adapter.record.source

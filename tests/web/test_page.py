@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from acting import chosen, drawn, faults_of, opened, setting, unfolded
 from conftest import AXE, REPO, Server, need
 from PIL import Image
 
@@ -44,41 +45,6 @@ def page(context: Any, server: Server) -> Iterator[Any]:
     yield page
     assert not wrong
     assert "Traceback" not in server.log(), server.log()
-
-
-def opened(page: Any, tab: str) -> Any:
-    page.get_by_role("tab", name=tab).click()
-    panel = page.locator(f'.content[data-tab="{tab.lower()}"]')
-    panel.wait_for()
-    return panel
-
-
-def setting(panel: Any, path: str, value: str) -> None:
-    panel.locator(f'[id="{path}"]').fill(value)
-
-
-def drawn(page: Any, drawing: Any, points: list[tuple[float, float]]) -> None:
-    """Draws with the mouse on a photo, through points that are shares of its width and height."""
-    drawing.scroll_into_view_if_needed()
-    box = drawing.bounding_box()
-    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
-    page.mouse.move(*places[0])
-    page.mouse.down()
-    for place in places:
-        page.mouse.move(*place, steps=4)
-    page.mouse.up()
-
-
-def chosen(page: Any, panel: Any, field: str, option: str) -> None:
-    panel.locator(f'[id="{field}"]').click()
-    page.get_by_role("option", name=option).click()
-
-
-def unfolded(panel: Any, title: str, field: str) -> None:
-    """Opens a part of a form, unless it is open."""
-    if not panel.locator(f'[id="{field}"]').is_visible():
-        panel.locator(".q-expansion-item").get_by_text(title, exact=True).click()
-        panel.locator(f'[id="{field}"]').wait_for()
 
 
 def finished(page: Any, server: Server, kind: str, before: int) -> Job:
@@ -412,11 +378,7 @@ def test_every_tab_is_accessible_and_fits_the_window(browser: Any, server: Serve
         page.goto(f"{server.url}/?tab={tab}")
         page.locator(".content").filter(visible=True).wait_for()
         page.wait_for_timeout(700)
-        page.evaluate(AXE.read_text())
-        found = page.evaluate("axe.run({resultTypes: ['violations']})")["violations"]
-        for fault in found:
-            if fault["impact"] in ("serious", "critical"):
-                faults += [(tab, fault["id"], node["html"][:200], node["failureSummary"][:300]) for node in fault["nodes"]]
+        faults += [(tab, *fault) for fault in faults_of(page, AXE)]
         assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
         if SHOTS:
             page.screenshot(path=SHOTS / f"{tab}-{width}-{scheme}.png", full_page=True)

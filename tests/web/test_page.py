@@ -71,8 +71,8 @@ def test_a_finger_draws_a_region_and_a_reload_keeps_the_form(browser: Any, serve
     page = context.new_page()
     page.goto(server.url)
     panel = page.locator(".content").filter(visible=True)
-    panel.locator("input[type=file]").set_input_files(PHOTO)
-    canvas = panel.locator(".drawing canvas")
+    panel.locator(".subject input[type=file]").first.set_input_files(PHOTO)
+    canvas = panel.locator(".subject .drawing canvas")
     page.wait_for_function("[...document.querySelectorAll('.drawing canvas')].some(e => e.width === 64)")
     box = canvas.bounding_box()
     touch = context.new_cdp_session(page)
@@ -99,7 +99,7 @@ def test_a_finger_draws_a_region_and_a_reload_keeps_the_form(browser: Any, serve
     other.goto(server.url)
     other.get_by_text("Predicted peak").wait_for(timeout=SLOW)
     assert other.locator('[id="prompt"]').input_value() == ""
-    assert other.locator(".drawing canvas").filter(visible=True).count() == 0
+    assert other.locator(".subject .drawing canvas").filter(visible=True).count() == 0
     other.context.close()
     context.close()
 
@@ -109,8 +109,8 @@ def test_an_upload_without_a_length_ends_at_its_limit(browser: Any, server: Serv
     page, addresses = browser.new_page(), []
     page.on("request", lambda request: addresses.append(request.url) if request.method == "POST" else None)
     page.goto(server.url)
-    page.locator("input[type=file]").set_input_files(PHOTO)
-    page.locator(".drawing canvas").wait_for(timeout=SLOW)
+    page.locator(".subject input[type=file]").first.set_input_files(PHOTO)
+    page.locator(".subject .drawing canvas").wait_for(timeout=SLOW)
     kept = set((server.store / ".web/uploads").iterdir())
     with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
         connection.putrequest("POST", addresses[0].removeprefix(server.url))
@@ -131,7 +131,7 @@ def test_a_photo_and_its_plan_and_errors_beside_their_fields(page: Any):
     panel.get_by_text("Predicted peak").wait_for(timeout=SLOW)
     panel.get_by_role("button", name="Start").click()
     panel.get_by_text("no photo. Expected: a photo").wait_for()
-    panel.locator("input[type=file]").set_input_files(PHOTO)
+    panel.locator(".subject input[type=file]").first.set_input_files(PHOTO)
     panel.locator(".preview img").first.wait_for()
     panel.get_by_role("button", name="Start").click()
     panel.get_by_text("--prompt is empty").wait_for()

@@ -105,7 +105,7 @@ class PhotoField:
         self.stored = self.name = self.sha256 = ""
         self.size = (0, 0)
         self._uploads, self._change = uploads, change
-        self.element = ui.element("div").classes("mask")
+        self.element = ui.element("div").classes("photo")
         with self.element:
             self._build(label, region)
 
@@ -193,7 +193,7 @@ class PhotosField:
     def __init__(self, uploads: Uploads, change: Callable[[], Any]) -> None:
         self.stored, self.name = list[str](), ""
         self._uploads, self._change = uploads, change
-        with ui.element("div").classes("mask").props('role="group" aria-label="Photos"') as self.element:
+        with ui.element("div").classes("photo").props('role="group" aria-label="Photos"') as self.element:
             label = "Drop photos of one subject here, or press to choose them"
             self._upload = upload_button(label, _PHOTOS, MAX_UPLOAD, self._received)
             self._upload.props("multiple")

@@ -247,5 +247,6 @@ class PhotosField:
                     button.props(f'aria-label="Remove photo {k + 1}"')
 
     def _remove(self, stored: str) -> None:
-        self.take([one for one in self.stored if one != stored], self.name)
-        self._change()
+        with self.element:  # the button that was pressed goes with the others
+            self.take([one for one in self.stored if one != stored], self.name)
+            self._change()

@@ -111,6 +111,17 @@ def new_word(base: Base, prompt: str, config: InversionConfig) -> NewWord:
     """The new word of a prompt, with the vector of the initial word as each of its vectors.
 
     Raises:
+        ImagicError: as :func:`checked_word`.
+    """
+    text, initial = checked_word(base, prompt, config)
+    looked_up = base.encode_vectors(initial).vectors
+    return NewWord(text, initial, {name: value[0, 1:2].repeat(config.vectors, 1) for name, value in looked_up.items()})
+
+
+def checked_word(base: Base, prompt: str, config: InversionConfig) -> tuple[str, str]:
+    """Returns the new word of a prompt and the initial word. Nothing is encoded.
+
+    Raises:
         ImagicError: as :func:`word_of`; the word is in the vocabulary of the base already; the initial word is missing or has several
             tokens.
     """
@@ -121,8 +132,7 @@ def new_word(base: Base, prompt: str, config: InversionConfig) -> NewWord:
     if len(base.tokenize(initial)) != 3:
         what = f"--initial-word {initial}, which has {len(base.tokenize(initial)) - 2} tokens" if initial else "no --initial-word"
         raise ImagicError(what, f"a word of one token of {base.name} that says what the photo shows", "add for example --initial-word dog")
-    looked_up = base.encode_vectors(initial).vectors
-    return NewWord(text, initial, {name: value[0, 1:2].repeat(config.vectors, 1) for name, value in looked_up.items()})
+    return text, initial
 
 
 @torch.no_grad()

@@ -150,7 +150,7 @@ def edited(run: Run, cases: Sequence[Case], source: bool, mask: bool, about: Map
     check_seed(run.seed)
     given = parsed_settings(run.settings)
     levers = {"memory": run.device.model_dump(exclude_unset=True) if run.device else {}, "preset": run.preset, "base": run.base}
-    names, named = chosen_methods(run.methods, given, True, True)
+    names, named = chosen_methods(run.methods, given, list(NEEDS))
     have = optional_fields(source, mask)
     for name in names if named else ():
         if (need := missing_need(name, have)) is not None:

@@ -26,16 +26,17 @@ from ..memory.limits import OutOfMemory
 from ..memory.presets import EDIT_STAGES, choose_preset
 from ..methods.catalogue import IMAGIC
 from ..methods.comparison.candidates import (
+    FITS,
     Candidate,
     candidate,
     check_method_base,
-    imagic_method,
+    fitted_method,
     missing_need,
     sampling_method,
 )
 from ..methods.comparison.captions import CAPTIONER, captioned
 from ..methods.comparison.report import files, results
-from ..methods.comparison.running import Outcome, Scorer, cheapest_first, compared, work
+from ..methods.comparison.running import Outcome, Scorer, cheapest_first, compared, whole_work
 from ..methods.masks import check_area
 from ..methods.method import NEEDS, EditRequest, Method, Need
 from ..sampling.sweeps.metrics import Metric, clip_metric, dino_metric
@@ -100,9 +101,10 @@ class Models:
         return found
 
 
-def optional_fields(source: bool, mask: bool) -> list[Need]:
+def optional_fields(source: bool, mask: bool, subject: bool = False) -> list[Need]:
     """Returns the optional fields that a request has."""
-    return [*(["source_prompt"] if source else []), *(["mask"] if mask else [])]
+    given: dict[Need, bool] = {"source_prompt": source, "mask": mask, "subject": subject}
+    return [need for need, has in given.items() if has]
 
 
 class Setup(NamedTuple):
@@ -161,14 +163,15 @@ def configured(
         need = missing_need(name, have)
         if need is not None:
             found[name] = f"needs {NEEDS[need][0]}"
-        elif name in IMAGIC:
+        elif name in FITS:
+            kind = {"tune": {"mode": IMAGIC[name]}} if name in IMAGIC else {"method": name}
             try:
-                config, _ = choose_preset(lambda: architecture, merged(levers, {"tune": {"mode": IMAGIC[name]}}), {}, recipe, large=large)
+                config, _ = choose_preset(lambda: architecture, merged(levers, kind), {}, recipe, large=large)
             except OutOfMemory as error:
                 found[name] = error.got
                 continue
             run = run or config
-            found[name] = imagic_method(name, config, given)
+            found[name] = fitted_method(name, config, given)
         else:
             found[name] = sampling_method(name, given, embedded, architecture.few_steps)
     if run is None:
@@ -212,7 +215,10 @@ def _print_predictions(candidates: Sequence[Candidate]) -> None:
             most = "<= " if one.passes.at_most else ""
             passes = [f"{most}{count:,}" if count else "-" for count in (one.passes.forward, one.passes.backward)]
         peak = f"{one.peak / 2**30:.1f}" if one.peak else "-"
-        table.add_row(one.name, *passes, peak, plain(f"left out: {one.left_out}") if one.left_out else "")
+        note = f"left out: {one.left_out}" if one.left_out else ""
+        if one.once and not one.left_out:
+            note = f"and {one.once:,} once, for class pictures that later fits use too"
+        table.add_row(one.name, *passes, peak, plain(note))
     err.print(table)
 
 
@@ -262,7 +268,7 @@ def _run_all(
 ) -> None:
     """Appends the outcome of each method to a list, in the order in which they run, and shows the progress."""
     scorer = Scorer(base, request, metrics)
-    total = sum(work(one.passes) for one in candidates if one.method and one.passes)
+    total = sum(whole_work(one) for one in candidates)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task("methods", total=total)
@@ -277,7 +283,7 @@ def _run_all(
             for outcome in compared(base, request, candidates, scorer, budget):
                 outcomes.append(outcome)
                 one = outcome.candidate
-                done += work(one.passes) if one.method and one.passes else 0
+                done += whole_work(one)
                 bar.update(task, completed=done)
                 if outcome.result:
                     cost = outcome.result.cost

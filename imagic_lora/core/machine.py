@@ -69,6 +69,20 @@ def find_card(index: int | None = None) -> Card | None:
     return Card(device, torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0] + reusable_memory("cuda"), native_bf16)
 
 
+def visible_cards() -> list[tuple[Card, dict[str, str]]]:
+    """Returns every card that this process may use, with the environment in which another process sees that card alone.
+
+    The driver is asked, and PyTorch is not loaded. Cards of NVIDIA are named by their UUID, because CUDA may number them in another order
+    than the driver; cards of AMD by the number that the runtime of ROCm gives them.
+    """
+    variable, rows = {
+        "cuda": ("CUDA_VISIBLE_DEVICES", _nvidia_rows),
+        "hip": ("HIP_VISIBLE_DEVICES", _amd_rows),
+        None: ("", list[tuple[str, Card]]),
+    }[_torch_backend()]
+    return [(card, {variable: value}) for value, card in rows()]
+
+
 def _checked(index: int, count: int) -> int:
     """Returns the number of a card unchanged; raises ImagicError if it is not below the number of cards."""
     if index >= count:
@@ -125,7 +139,12 @@ def _torch_backend() -> str | None:
 
 
 def _nvidia_cards() -> list[Card]:
-    """Cards that the NVIDIA driver lists; empty if it lists none, or its output cannot be read.
+    """Cards that the NVIDIA driver lists; empty if it lists none, or its output cannot be read."""
+    return [card for _, card in _nvidia_rows()]
+
+
+def _nvidia_rows() -> list[tuple[str, Card]]:
+    """The cards of :func:`_nvidia_cards`, each after its UUID.
 
     The order is that of the PCI bus. CUDA's own default order differs on a machine with cards of different speeds: the fastest is first.
     """
@@ -136,8 +155,8 @@ def _nvidia_cards() -> list[Card]:
         rows = [[cell.strip() for cell in row] for row in csv.reader(output.splitlines()) if row]
         order = _visible_positions([(index, uuid) for index, uuid, *_ in rows], "CUDA_VISIBLE_DEVICES")
         return [
-            Card(k, name, int(free) * 2**20, float(capability) >= 8)
-            for k, (_, _, name, free, capability) in enumerate(rows[position] for position in order)
+            (uuid, Card(k, name, int(free) * 2**20, float(capability) >= 8))
+            for k, (_, uuid, name, free, capability) in enumerate(rows[position] for position in order)
         ]
     except (OSError, subprocess.SubprocessError, ValueError, csv.Error):
         return []
@@ -168,7 +187,12 @@ def _visible_positions(cards: list[tuple[str, str]], variable: str) -> list[int]
 
 
 def _amd_cards() -> list[Card]:
-    """Cards that the kernel's amdgpu driver lists. Every card that ROCm supports computes in bf16.
+    """Cards that the kernel's amdgpu driver lists. Every card that ROCm supports computes in bf16."""
+    return [card for _, card in _amd_rows()]
+
+
+def _amd_rows() -> list[tuple[str, Card]]:
+    """The cards of :func:`_amd_cards`, each after its number for ``HIP_VISIBLE_DEVICES``.
 
     ROCm applies ``ROCR_VISIBLE_DEVICES`` first, then ``HIP_VISIBLE_DEVICES`` or, without that, ``CUDA_VISIBLE_DEVICES``. Only indices are
     supported in them.
@@ -180,6 +204,8 @@ def _amd_cards() -> list[Card]:
             free.append(int(total.read_text()) - int(total.with_name("mem_info_vram_used").read_text()))
         except (OSError, ValueError):
             continue
+    positions = list[int]()
     for variable in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"):
-        free = [free[k] for k in _visible_positions([(str(k), "") for k in range(len(free))], variable)]
-    return [Card(k, "an AMD card", size, True) for k, size in enumerate(free)]
+        positions = _visible_positions([(str(k), "") for k in range(len(free))], variable)
+        free = [free[k] for k in positions]
+    return [(str(position), Card(k, "an AMD card", size, True)) for k, (position, size) in enumerate(zip(positions, free, strict=True))]

@@ -8,7 +8,7 @@ from typing import Any, cast
 from cyclopts import Parameter
 from pydantic import BaseModel
 
-from .config import RunConfig
+from .config import FitMethod, RunConfig
 
 _OWNERS = {"dreambooth": "dreambooth", "inversion": "textual-inversion"}  # the method that a group of settings belongs to
 _NO_ETA = ("eta", "edit.source_eta", "edit.padding_eta")
@@ -24,24 +24,36 @@ def unread(run: RunConfig, given: Mapping[str, Any]) -> Iterator[tuple[str, str,
     """
     method = f"--method {run.method}"
     for path, flag in paths(given):
-        group, _, name = path.rpartition(".")
-        if group in _OWNERS:
-            if run.method != _OWNERS[group]:
-                yield flag, method, f"this setting only with --method {_OWNERS[group]}"
-        elif run.method == "imagic":
-            continue
-        elif path in _NO_ETA:
-            yield flag, method, "no eta: the images of this method are not interpolated"
-        elif group == "embed" and run.method == "dreambooth":
-            yield flag, method, "no settings of stage 1, which this method does not have"
-        elif group == "embed" and name not in _OF_A_NEW_WORD:
-            yield flag, method, f"of the settings of stage 1 only {', '.join(_OF_A_NEW_WORD)}"
-        elif group == "tune" and run.method == "textual-inversion":
-            yield flag, method, "no settings of stage 2, which this method does not have"
+        expected = read_instead(run.method, path)
+        if expected is not None:
+            yield flag, method, expected
     if run.method == "dreambooth" and run.tune.mode == "embedding":
         yield "--mode", f"{method}, which trains the denoiser", "--mode lora or --mode full"
     if run.method == "dreambooth" and run.monitoring.early_stop in ("embed", "both"):
         yield "--early-stop", method, "--early-stop tune: this method has no stage 1"
+
+
+def read_instead(method: FitMethod, path: str) -> str | None:
+    """Returns what a method reads instead of a setting, as an error says it; None if it reads the setting.
+
+    Args:
+        method: of the fit.
+        path: of the setting, such as ``tune.rank``.
+    """
+    group, _, name = path.rpartition(".")
+    if group in _OWNERS:
+        return None if method == _OWNERS[group] else f"this setting only with --method {_OWNERS[group]}"
+    if method == "imagic":
+        return None
+    if path in _NO_ETA:
+        return "no eta: the images of this method are not interpolated"
+    if group == "embed" and method == "dreambooth":
+        return "no settings of stage 1, which this method does not have"
+    if group == "embed" and name not in _OF_A_NEW_WORD:
+        return f"of the settings of stage 1 only {', '.join(_OF_A_NEW_WORD)}"
+    if group == "tune" and method == "textual-inversion":
+        return "no settings of stage 2, which this method does not have"
+    return None
 
 
 def paths(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

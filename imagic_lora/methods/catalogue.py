@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.config import Mode
+from ..core.config import FitMethod, Mode
 from .attention.ledits import LEdits
 from .attention.prompt_to_prompt import DirectInversion, PromptToPrompt, PromptToPromptText
 from .blended import BlendedLatentDiffusion
@@ -25,6 +25,8 @@ from .sdedit import SDEdit
 
 IMAGIC: Mapping[str, Mode] = {"imagic-lora": "lora", "embedding-only": "embedding"}
 """Modes of Imagic by the name of the method; full fine-tuning needs the base in another precision."""
+SUBJECT: tuple[FitMethod, ...] = ("dreambooth", "textual-inversion")
+"""Methods that learn the subject of the photo, as ``fit`` has them."""
 _CLASSES: tuple[type[SamplingMethod[Any]], ...] = (
     PromptOnly,
     SDEdit,

@@ -174,6 +174,15 @@ class Method(ABC):
             base: the base that the method would run on.
         """
 
+    def once(self, base: Base, request: EditRequest) -> int:
+        """Predicts the forward passes for what is made once and kept for later edits, which :class:`Cost` does not count.
+
+        Args:
+            base: the base that the method would run on.
+            request: the request.
+        """
+        return 0
+
     def check(self, base: Base, request: EditRequest) -> None:
         """Checks that the method can edit the photo of a request on a base.
 

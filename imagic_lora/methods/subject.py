@@ -10,17 +10,28 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..adapters.store import Store
+from ..adapters.word import checked_word
+from ..bases.architecture import Architecture
 from ..bases.base import Base
 from ..core.config import RunConfig
+from ..core.errors import ImagicError
+from ..photos.canvas import canvas_size
 from ..photos.png import write_png
 from ..sampling.editor import Editor
 from ..training.fit import fit
+from ..training.prior import missing_pictures
 from .generated import generation_passes
 from .imagic import run_fit, unmonitored
 from .method import Context, Cost, EditRequest, EditResult, Method, Need, Passes, metered
 
 RARE_WORD, NEW_WORD = "sks", "<subject>"
 _ARTICLE = re.compile(r"^(?:an?|the|my)\s+", re.IGNORECASE)
+
+
+def check_subject(subject: str) -> None:
+    """Raises ImagicError for a subject that is no noun: empty, of several lines, in angle brackets, or of more than 100 characters."""
+    if not subject.strip() or not subject.isprintable() or "<" in subject or ">" in subject or len(subject) > 100:
+        raise ImagicError(f"--subject {subject[:200]!r}", "a noun that names the subject of the photo", "use for example --subject dog")
 
 
 def with_word(prompt: str, subject: str, word: str) -> str:
@@ -58,6 +69,12 @@ class SubjectMethod(Method):
         self.config = config
         self.settings = {"run": config.model_dump(mode="json")}
 
+    @classmethod
+    def check_base(cls, name: str, architecture: Architecture, base: str) -> None:
+        """As there; or a fit cannot train the base."""
+        super().check_base(name, architecture, base)
+        architecture.check_trainable(base)
+
     def prompts(self, request: EditRequest) -> tuple[str, str, RunConfig]:
         """The prompt of the fit, that of the edit, and the settings for the subject of a request."""
         subject, config = str(request.subject), unmonitored(self.config).model_copy(update={"seed": request.seed})
@@ -68,6 +85,27 @@ class SubjectMethod(Method):
         dreambooth = config.dreambooth.model_copy(update={"class_prompt": f"a {subject}"})
         word = f"{RARE_WORD} {subject}"
         return f"a {word}", with_word(request.target_prompt, subject, word), config.model_copy(update={"dreambooth": dreambooth})
+
+    def check(self, base: Base, request: EditRequest) -> None:
+        """As there; the subject is no noun, or for textual inversion not one word of the vocabulary of the base."""
+        super().check(base, request)
+        check_subject(str(request.subject))
+        if self.config.method == "textual-inversion":
+            prompt, _, config = self.prompts(request)
+            try:
+                checked_word(base, prompt, config.inversion)
+            except ImagicError as error:
+                got = f"method {self.name} with --subject {request.subject}: {error.got}"
+                raise ImagicError(got, error.expected, "use a simpler noun, or another method") from error
+
+    def once(self, base: Base, request: EditRequest) -> int:
+        """The passes of the class pictures that are not in the cache yet."""
+        _, _, config = self.prompts(request)
+        if not config.prior:
+            return 0
+        width, height = canvas_size(*request.photo.size, config.resolution or base.resolution, base.size_multiple)
+        sampling = config.edit.model_copy(update={"start": "noise"})
+        return missing_pictures(base, config, width, height) * generation_passes(base, sampling).forward
 
     def edit(self, context: Context, request: EditRequest) -> Iterator[EditResult]:
         self.check(context.base, request)

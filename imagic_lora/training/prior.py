@@ -93,6 +93,16 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def missing_pictures(base: Base, config: RunConfig, width: int, height: int) -> int:
+    """Returns how many class pictures of a run are not in the cache yet.
+
+    Args:
+        base, config, width, height: as for :func:`class_folder`.
+    """
+    folder, _ = class_folder(base, config, width, height)
+    return sum(not (folder / _name(k)).exists() for k in range(config.dreambooth.class_pictures))
+
+
 def make_prior(run: Run, stop: Callable[[], bool]) -> Generator[StepReport, None, Prior]:
     """Reads the class pictures of a run from the cache, and generates those that are missing. The base is frozen.
 

@@ -14,6 +14,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..adapters.durable import EventLog, write_text
+from ..adapters.store import folded
 from ..adapters.writing import delete, writable
 from ..core.errors import ImagicError
 
@@ -53,6 +54,7 @@ class Job(BaseModel):
         state: ``crashed``: the worker ended within the job. ``stopped``: on request, or with the server; a fit can be resumed.
         place: jobs that wait run in ascending order of it.
         created, started, ended: seconds since the epoch.
+        worker: the place of the worker that runs or has run it; empty for a job that waits.
         result: the JSON of the command.
         problem: why it failed.
         message: what was saved when it stopped, or how the worker ended.
@@ -68,6 +70,7 @@ class Job(BaseModel):
     created: float
     started: float | None = None
     ended: float | None = None
+    worker: str = ""
     result: dict[str, Any] | None = None
     problem: Problem | None = None
     message: str = ""
@@ -76,6 +79,17 @@ class Job(BaseModel):
     def title(self) -> str:
         """What the job works on, for people."""
         return str(self.arguments.get("name") or self.arguments.get("adapter") or self.arguments.get("prompt") or "")
+
+    @property
+    def adapters(self) -> tuple[set[str], set[str]]:
+        """The adapters that the job reads, and those that it writes, as file systems compare names that ignore case."""
+        given = self.arguments
+        name, source = folded(str(given.get("name") or "")), folded(str(given.get("adapter") or ""))
+        if self.kind == "compress":
+            return {source}, {name or folded(f"{source}-r{given.get('rank')}")}
+        writes = self.kind == "fit" or (self.kind == "sweep" and bool(given.get("store_eta")))
+        named = {name} if name else set[str]()
+        return (set(), named) if writes else (named, set())
 
 
 class Queue:
@@ -168,15 +182,33 @@ class Queue:
         """Returns the jobs that wait, in the order in which they will run."""
         return sorted((job for job in self.jobs() if job.state == "queued"), key=lambda job: (job.place, job.id))
 
-    def running(self) -> Job | None:
-        """Returns the job that runs."""
-        return next((job for job in self.jobs() if job.state == "running"), None)
+    def running(self) -> list[Job]:
+        """Returns the jobs that run: at most one for each worker."""
+        return [job for job in self.jobs() if job.state == "running"]
 
-    def take(self) -> Job | None:
-        """Marks the next job that waits as running, and returns it; None if no job waits. Only the worker calls it."""
+    def ready(self) -> Iterator[Job]:
+        """Yields the jobs that wait and may all run at once, beside those that run, in their order.
+
+        A job that writes an adapter runs beside no other job of that adapter, and the jobs of an adapter keep their order: an edit waits
+        for the fit before it.
+        """
+        read, written = set[str](), set[str]()
+        for job in (*self.running(), *self.waiting()):
+            reads, writes = job.adapters
+            if job.state == "queued" and not (writes & (read | written) or reads & written):
+                yield job
+            read |= reads
+            written |= writes
+
+    def take(self, worker: str) -> Job | None:
+        """Marks the next job that is ready as running, and returns it; None if there is none. Only a worker calls it.
+
+        Args:
+            worker: its place.
+        """
         with self.locked():
-            for job in self.waiting():
-                taken = job.model_copy(update={"state": "running", "started": time.time()})
+            for job in self.ready():
+                taken = job.model_copy(update={"state": "running", "started": time.time(), "worker": worker})
                 self.save(taken)
                 return taken
         return None

@@ -50,6 +50,9 @@ class Progress:
 
     def step(self, report: StepReport, run: RunConfig) -> None:
         """Writes a step, not more than some a second; one with a relative loss, a preview or the end of its stage always."""
+        if report.stage not in run.stages:  # the class pictures of DreamBooth, which come before the training
+            self.progress(f"{report.stage} pictures", report.step, report.steps)
+            return
         now = time.monotonic()
         began, first = self._started.setdefault(report.stage, (now, report.step))
         notable = report.relative_loss is not None or report.preview or report.early_stop or report.step in (1, report.steps)
@@ -58,7 +61,7 @@ class Progress:
         self._last = now
         stages = {name: stage.steps for name, stage in run.stages.items()}
         names = list(stages)
-        later = sum(stages[name] for name in names[names.index(report.stage) + 1 :]) if report.stage in stages else 0
+        later = sum(stages[name] for name in names[names.index(report.stage) + 1 :])
         rate = (now - began) / (report.step - first) if report.step > first else None
         event: dict[str, Any] = {"kind": "step", "stage": report.stage, "step": report.step, "steps": report.steps}
         event |= {

@@ -48,7 +48,7 @@ def serve(studio: Studio, access: Access, port: int, show: bool) -> None:
     async def check() -> None:
         await asyncio.to_thread(studio.supervisor.check)
 
-    app.on_startup(studio.uploads.sweep)
+    app.on_startup(lambda: studio.uploads.sweep(studio.masks.sweep()))
     app.on_startup(lambda: app.timer(_EVERY, check))
     app.on_shutdown(studio.supervisor.close)
     ui.run(

@@ -6,19 +6,21 @@ import base64
 import binascii
 import hashlib
 import io
+import os
 import re
 import secrets
+import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..adapters.adapter import Adapter
 from ..adapters.record import SOURCE
-from ..adapters.writing import writable
+from ..adapters.writing import delete, writable
 from ..core.errors import ImagicError
 from ..photos.reading import read_mask, read_photo
 from .guard import MAX_UPLOAD
@@ -75,17 +77,49 @@ class Uploads:
         Raises:
             ImagicError: it is no PNG, nothing is painted, or it is too large.
         """
-        kind, _, text = url.partition(",")
-        try:
-            data = base64.b64decode(text, validate=True) if kind == "data:image/png;base64" else b""
-        except binascii.Error:
-            data = b""
-        with tempfile.TemporaryDirectory() as folder:
-            (path := Path(folder) / "mask.png").write_bytes(data)
-            painted = read_photo(path).image.getchannel("G").resize(size, Image.Resampling.BICUBIC)
-        whole = io.BytesIO()
-        painted.point([0] * 128 + [255] * 128).save(whole, "PNG")
-        return self.add_mask("mask.png", whole.getvalue(), size)
+        painted = _painted(url).resize(size, Image.Resampling.BICUBIC)
+        return self.add_mask("mask.png", _png(painted.point([0] * 128 + [255] * 128)), size)
+
+    def inverted(self, painted: str, file: str, size: tuple[int, int]) -> tuple[str, str]:
+        """Returns a mask whose white and black are exchanged, as it gets it: painted, or a stored file. Both are empty for an empty mask.
+
+        Args:
+            painted: a PNG as a ``data:`` URL; empty for a file, or for an empty mask.
+            file: the path of a stored mask; empty without one.
+            size: width and height of the photo.
+
+        Raises:
+            ImagicError: what was painted is no PNG, or the file is gone.
+        """
+        if file:
+            image = ImageOps.invert(read_mask(self.path(file), size).image)
+            return "", self.add_mask("mask.png", _png(image), size) if image.getbbox() else ""
+        image = ImageOps.invert(_painted(painted)) if painted else Image.new("L", (1, 1), 255)  # it is scaled to the photo
+        url = f"data:image/png;base64,{base64.b64encode(_png(image)).decode()}"
+        return url if image.getbbox() else "", ""
+
+    def together(self, photos: Sequence[str]) -> str:
+        """Returns a path for a job that takes these photos in this order: of the photo, or of a folder that holds several.
+
+        Args:
+            photos: paths that :meth:`add` returned, at least one.
+
+        Raises:
+            ImagicError: a photo is gone, or the disk cannot be written to.
+        """
+        files = [self.path(photo) for photo in photos]
+        if len(files) == 1:
+            return photos[0]
+        folder = self.folder / secrets.token_hex(16)
+        with writable(self.folder):
+            folder.mkdir()
+            for k, file in enumerate(files):
+                place = folder / f"{k:04d}{file.suffix}"
+                try:
+                    os.link(file, place)
+                except OSError:  # a file system without links
+                    shutil.copyfile(file, place)
+        return f"uploads/{folder.name}"
 
     def mask_of(self, sha256: str) -> str | None:
         """Returns the mask with this hash that a job used; None if it is not here any more."""
@@ -93,7 +127,7 @@ class Uploads:
             stored = job.arguments.get("keep")
             if isinstance(stored, str) and stored != "auto":
                 with suppress(ImagicError, OSError):  # a file that is gone is not this mask
-                    if hashlib.sha256(self.path(stored).read_bytes()).hexdigest() == sha256:
+                    if self.sha256(stored) == sha256:
                         return stored
         return None
 
@@ -136,13 +170,44 @@ class Uploads:
         """Returns the file of the preview of an upload."""
         return self.folder / f"{Path(stored).name}.preview"
 
-    def sweep(self) -> None:
-        """Deletes uploads that no job uses and that are older than a week."""
-        used = {str(job.arguments.get(name)) for job in self._queue.jobs() for name in ("image", "mask", "photo", "keep")}
+    def sha256(self, stored: str) -> str:
+        """Returns the hash of the bytes of an upload."""
+        return hashlib.sha256(self.path(stored).read_bytes()).hexdigest()
+
+    def sweep(self, kept: Sequence[str] = ()) -> None:
+        """Deletes uploads that no job uses and that are older than a week.
+
+        Args:
+            kept: paths of uploads that are used by something else than a job.
+        """
+        used = {str(job.arguments.get(name)) for job in self._queue.jobs() for name in ("image", "mask", "photo", "keep")} | set(kept)
         for path in self.folder.glob("*") if self.folder.is_dir() else ():
             if f"uploads/{path.name.removesuffix('.preview')}" not in used and time.time() - path.stat().st_mtime > _KEEP:
-                with suppress(OSError):  # the next start tries again
-                    path.unlink()
+                with suppress(OSError, ImagicError):  # the next start tries again
+                    delete(path) if path.is_dir() else path.unlink()
+
+
+def _painted(url: str) -> Image.Image:
+    """The gray image of a PNG as a ``data:`` URL.
+
+    Raises:
+        ImagicError: it is no PNG.
+    """
+    kind, _, text = url.partition(",")
+    try:
+        data = base64.b64decode(text, validate=True) if kind == "data:image/png;base64" else b""
+    except binascii.Error:
+        data = b""
+    with tempfile.TemporaryDirectory() as folder:
+        (path := Path(folder) / "mask.png").write_bytes(data)
+        return read_photo(path).image.getchannel("G")
+
+
+def _png(image: Image.Image) -> bytes:
+    """An image as the bytes of a PNG."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def preview_png(image: Image.Image) -> bytes:

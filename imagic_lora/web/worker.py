@@ -1,4 +1,4 @@
-"""The process that runs the jobs of a store, one after another: ``python -m imagic_lora.web.worker STORE``. It alone imports torch."""
+"""A process that runs jobs of a store, one after another: ``python -m imagic_lora.web.worker STORE PLACE``. Workers alone import torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _WAIT = 0.2  # seconds between two looks at the queue
 
 
 class WorkerFile(BaseModel):
-    """``worker.json``: the process that runs the jobs. A process of the same id that started at another time is another process."""
+    """``worker-PLACE.json``: the process that runs the jobs of a place.
+
+    A process of the same id that started at another time is another process.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,27 +49,34 @@ class WorkerFile(BaseModel):
         return None
 
 
-def read_worker(queue: Queue) -> WorkerFile | None:
-    """Returns the worker of a queue that runs; None if there is none."""
+def read_worker(queue: Queue, place: str) -> WorkerFile | None:
+    """Returns the worker of a place that runs; None if there is none."""
     try:
-        worker = WorkerFile.model_validate_json((queue.root / "worker.json").read_bytes())
+        worker = WorkerFile.model_validate_json((queue.root / f"worker-{place}.json").read_bytes())
     except (OSError, ValidationError):
         return None
     return worker if worker.alive else None
 
 
-def mark_crashed(queue: Queue, message: str) -> None:
-    """Records that jobs which run have crashed; for a caller that knows that no worker runs and holds the lock of the queue."""
-    for job in queue.jobs():
-        if job.state == "running":
+def workers(queue: Queue) -> set[str]:
+    """Returns the places of all workers that run, those that another server has started included."""
+    found = (path.stem.removeprefix("worker-") for path in queue.root.glob("worker-*.json"))
+    return {place for place in found if read_worker(queue, place)}
+
+
+def mark_crashed(queue: Queue, place: str, message: str) -> None:
+    """Records that the job of a place has crashed; for a caller that knows that no worker runs there and holds the lock of the queue."""
+    for job in queue.running():
+        if job.worker == place:
             queue.end_locked(job, "crashed", message=message)
 
 
-def work(store: Path, idle: float = IDLE) -> int:
+def work(store: Path, place: str, idle: float = IDLE) -> int:
     """Runs jobs until none has come for a while, or until a job was interrupted.
 
     Args:
         store: folder of the store.
+        place: the place of this worker; it has one worker at a time.
         idle: seconds without a job after which it returns.
 
     Returns:
@@ -74,19 +84,19 @@ def work(store: Path, idle: float = IDLE) -> int:
     """
     queue = Queue(store)
     queue.root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(queue.root / "worker.lock")
+    lock = FileLock(queue.root / f"worker-{place}.lock")
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        return 0  # another worker runs
+        return 0  # another worker runs here
     with lock:
         with queue.locked():
-            mark_crashed(queue, "the worker ended without saying why")  # it holds the lock, so no other worker runs
+            mark_crashed(queue, place, "the worker ended without saying why")  # it holds the lock, so no other worker runs here
             me = psutil.Process()
-            write_text(queue.root / "worker.json", WorkerFile(pid=me.pid, started=me.create_time()).model_dump_json())
+            write_text(queue.root / f"worker-{place}.json", WorkerFile(pid=me.pid, started=me.create_time()).model_dump_json())
         last, kept = time.monotonic(), KeptEditor()
         while time.monotonic() - last < idle:
-            job = queue.take()
+            job = queue.take(place)
             if job is None:
                 time.sleep(_WAIT)
                 continue
@@ -100,8 +110,18 @@ def _end(number: int, frame: FrameType | None) -> None:
     sys.exit(130)
 
 
-if __name__ == "__main__":
-    for _number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(_number, _end)
+def main(store: str, place: str) -> None:
+    """Runs the jobs of a store in this process, which it ends.
+
+    Args:
+        store: folder of the store.
+        place: the place of this worker.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
     prepare_environment()
-    sys.exit(work(Path(sys.argv[1])))
+    sys.exit(work(Path(store), place))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

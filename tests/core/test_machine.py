@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,24 @@ def test_without_pytorch_loaded_the_driver_is_asked(driver: Driver, tmp_path: Pa
     assert without_torch(FOUND.format(index), save_torch(tmp_path, "cuda")) == fields(card)
 
 
+@each(
+    "selection, expected",
+    [(None, [(TURING, UUIDS[0]), (ADA, UUIDS[2])]), ("1", [(ADA, UUIDS[2])]), ("1,0", [(ADA, UUIDS[2]), (TURING, UUIDS[0])])],
+)
+def test_each_card_is_named_for_a_process_of_its_own(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, selection: str | None, expected: list[tuple[Card, str]]
+) -> None:
+    """By the UUID, which does not depend on the order in which CUDA numbers cards; hidden cards stay hidden."""
+    driver(TWO)
+    monkeypatch.setattr(machine, "_torch_backend", lambda: "cuda")
+    if selection is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", selection)
+    cards = [(replace(card, index=k), {"CUDA_VISIBLE_DEVICES": uuid}) for k, (card, uuid) in enumerate(expected)]
+    assert machine.visible_cards() == cards
+    monkeypatch.setattr(machine, "_torch_backend", lambda: None)
+    assert machine.visible_cards() == []
+
+
 def test_a_process_without_a_card_of_its_own_is_refused(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """With two cards and three processes, instead of the CPU for the third; the number of its card comes from the launcher."""
     driver(TWO)
@@ -299,13 +318,24 @@ def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "drm"
 
 
-def test_cards_of_amd_are_those_of_the_kernel(sysfs: Path) -> None:
-    """Free is total less used, in the order of their numbers; another driver's card and one that cannot be read are left out."""
+def test_cards_of_amd_are_those_of_the_kernel(sysfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free is total less used, in the order of their numbers; another driver's card and one that cannot be read are left out.
+
+    A process of one card is given its number among those that the runtime sees, of which it may hide some.
+    """
     assert machine._amd_cards() == [
         Card(0, "an AMD card", 7500, True),
         Card(1, "an AMD card", 15000, True),
         Card(2, "an AMD card", 20000, True),
     ]
+    monkeypatch.setattr(machine, "_torch_backend", lambda: "hip")
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "1,2")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1,0")
+    assert [(card.free, variables) for card, variables in machine.visible_cards()] == [
+        (20000, {"HIP_VISIBLE_DEVICES": "1"}), (15000, {"HIP_VISIBLE_DEVICES": "0"})
+    ]  # fmt: skip
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     (sysfs / "card0/device/mem_info_vram_used").unlink()
     assert [card.free for card in machine._amd_cards()] == [15000, 20000]
 

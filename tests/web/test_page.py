@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from acting import chosen, drawn, faults_of, opened, setting, unfolded
 from conftest import AXE, REPO, Server, need
 from PIL import Image
 
@@ -46,41 +47,6 @@ def page(context: Any, server: Server) -> Iterator[Any]:
     assert "Traceback" not in server.log(), server.log()
 
 
-def opened(page: Any, tab: str) -> Any:
-    page.get_by_role("tab", name=tab).click()
-    panel = page.locator(f'.content[data-tab="{tab.lower()}"]')
-    panel.wait_for()
-    return panel
-
-
-def setting(panel: Any, path: str, value: str) -> None:
-    panel.locator(f'[id="{path}"]').fill(value)
-
-
-def drawn(page: Any, drawing: Any, points: list[tuple[float, float]]) -> None:
-    """Draws with the mouse on a photo, through points that are shares of its width and height."""
-    drawing.scroll_into_view_if_needed()
-    box = drawing.bounding_box()
-    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
-    page.mouse.move(*places[0])
-    page.mouse.down()
-    for place in places:
-        page.mouse.move(*place, steps=4)
-    page.mouse.up()
-
-
-def chosen(page: Any, panel: Any, field: str, option: str) -> None:
-    panel.locator(f'[id="{field}"]').click()
-    page.get_by_role("option", name=option).click()
-
-
-def unfolded(panel: Any, title: str, field: str) -> None:
-    """Opens a part of a form, unless it is open."""
-    if not panel.locator(f'[id="{field}"]').is_visible():
-        panel.locator(".q-expansion-item").get_by_text(title, exact=True).click()
-        panel.locator(f'[id="{field}"]').wait_for()
-
-
 def finished(page: Any, server: Server, kind: str, before: int) -> Job:
     """Waits for the end of a job that is submitted as the next one of its kind, and returns it.
 
@@ -105,8 +71,8 @@ def test_a_finger_draws_a_region_and_a_reload_keeps_the_form(browser: Any, serve
     page = context.new_page()
     page.goto(server.url)
     panel = page.locator(".content").filter(visible=True)
-    panel.locator("input[type=file]").set_input_files(PHOTO)
-    canvas = panel.locator(".drawing canvas")
+    panel.locator(".subject input[type=file]").first.set_input_files(PHOTO)
+    canvas = panel.locator(".subject .drawing canvas")
     page.wait_for_function("[...document.querySelectorAll('.drawing canvas')].some(e => e.width === 64)")
     box = canvas.bounding_box()
     touch = context.new_cdp_session(page)
@@ -133,7 +99,7 @@ def test_a_finger_draws_a_region_and_a_reload_keeps_the_form(browser: Any, serve
     other.goto(server.url)
     other.get_by_text("Predicted peak").wait_for(timeout=SLOW)
     assert other.locator('[id="prompt"]').input_value() == ""
-    assert other.locator(".drawing canvas").filter(visible=True).count() == 0
+    assert other.locator(".subject .drawing canvas").filter(visible=True).count() == 0
     other.context.close()
     context.close()
 
@@ -143,8 +109,8 @@ def test_an_upload_without_a_length_ends_at_its_limit(browser: Any, server: Serv
     page, addresses = browser.new_page(), []
     page.on("request", lambda request: addresses.append(request.url) if request.method == "POST" else None)
     page.goto(server.url)
-    page.locator("input[type=file]").set_input_files(PHOTO)
-    page.locator(".drawing canvas").wait_for(timeout=SLOW)
+    page.locator(".subject input[type=file]").first.set_input_files(PHOTO)
+    page.locator(".subject .drawing canvas").wait_for(timeout=SLOW)
     kept = set((server.store / ".web/uploads").iterdir())
     with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
         connection.putrequest("POST", addresses[0].removeprefix(server.url))
@@ -165,7 +131,7 @@ def test_a_photo_and_its_plan_and_errors_beside_their_fields(page: Any):
     panel.get_by_text("Predicted peak").wait_for(timeout=SLOW)
     panel.get_by_role("button", name="Start").click()
     panel.get_by_text("no photo. Expected: a photo").wait_for()
-    panel.locator("input[type=file]").set_input_files(PHOTO)
+    panel.locator(".subject input[type=file]").first.set_input_files(PHOTO)
     panel.locator(".preview img").first.wait_for()
     panel.get_by_role("button", name="Start").click()
     panel.get_by_text("--prompt is empty").wait_for()
@@ -412,11 +378,7 @@ def test_every_tab_is_accessible_and_fits_the_window(browser: Any, server: Serve
         page.goto(f"{server.url}/?tab={tab}")
         page.locator(".content").filter(visible=True).wait_for()
         page.wait_for_timeout(700)
-        page.evaluate(AXE.read_text())
-        found = page.evaluate("axe.run({resultTypes: ['violations']})")["violations"]
-        for fault in found:
-            if fault["impact"] in ("serious", "critical"):
-                faults += [(tab, fault["id"], node["html"][:200], node["failureSummary"][:300]) for node in fault["nodes"]]
+        faults += [(tab, *fault) for fault in faults_of(page, AXE)]
         assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
         if SHOTS:
             page.screenshot(path=SHOTS / f"{tab}-{width}-{scheme}.png", full_page=True)

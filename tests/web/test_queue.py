@@ -67,7 +67,7 @@ def test_jobs_run_in_their_order_which_can_be_changed(queue: Queue):
     queue.move(third.id, -2)
     queue.move(first.id, 5)
     assert [job.title for job in queue.waiting()] == ["c", "b", "a"]
-    taken = queue.take()
+    taken = queue.take("any")
     assert taken is not None
     assert taken.title == "c"
     assert taken.state == queue.read(third.id).state == "running"
@@ -139,7 +139,7 @@ def test_edits_and_sweeps_share_a_base_that_every_other_job_releases_first(queue
     monkeypatch.setattr(running, "command", lambda kind: lambda **arguments: (did.append(kind), print("{}")))
     for kind in ("edit", "sweep", "fit", "compare", "export", "compress"):
         queue.submit(kind, {"name": "rex"})
-        job = queue.take()
+        job = queue.take("any")
         assert job is not None
         assert running.run_job(queue, job, Recorded())
         assert queue.read(job.id).state == "done"
@@ -186,7 +186,7 @@ def test_a_fit_stops_with_a_checkpoint_and_resumes(queue: Queue, supervisor: Sup
     assert steps(queue, resumed)[0]["step"] > 1
     supervisor.cancel(resumed.id)
     assert queue.read(resumed.id).state == "cancelled"
-    assert read_worker(queue) is None  # its memory is free
+    assert read_worker(queue, "any") is None  # its memory is free
     assert Store(queue.store).unfinished() == []
 
 
@@ -194,7 +194,7 @@ def test_a_fit_stops_with_a_checkpoint_and_resumes(queue: Queue, supervisor: Sup
 def test_sigkill_of_the_worker_is_shown_and_its_fit_resumes(queue: Queue, supervisor: Supervisor):
     job, waiting = fit(queue, embed_steps=5000), queue.submit("edit", {"name": "none"})
     until(supervisor, lambda: any(event["step"] > 10 for event in steps(queue, job)))
-    worker = read_worker(queue)
+    worker = read_worker(queue, "any")
     assert worker is not None
     os.kill(worker.pid, signal.SIGKILL)
     until(supervisor, lambda: queue.read(job.id).state in ENDED)
@@ -222,14 +222,14 @@ def test_sigkill_of_the_server_loses_nothing(queue: Queue):
         time.sleep(0.05)
     server.kill()
     server.wait()
-    worker, seen = read_worker(queue), len(steps(queue, job))
+    worker, seen = read_worker(queue, "any"), len(steps(queue, job))
     assert worker is not None
     while len(steps(queue, job)) < seen + 2:
         assert time.monotonic() < end
         time.sleep(0.05)
     supervisor = Supervisor(queue)
     supervisor.check()
-    assert read_worker(queue) == worker
+    assert read_worker(queue, "any") == worker
     supervisor.cancel(job.id)
     until(supervisor, lambda: queue.read(second.id).state in ENDED)
     assert queue.read(second.id).state == "done", queue.read(second.id)
@@ -238,8 +238,8 @@ def test_sigkill_of_the_server_loses_nothing(queue: Queue):
 
 def test_a_fit_whose_worker_died_without_a_server_is_found(queue: Queue, supervisor: Supervisor):
     job = fit(queue)
-    queue.take()
-    (queue.root / "worker.json").write_text(json.dumps({"pid": os.getpid(), "started": 1.0}))  # the id is now another process
+    queue.take("any")
+    (queue.root / "worker-any.json").write_text(json.dumps({"pid": os.getpid(), "started": 1.0}))  # the id is now another process
     supervisor.check()
     assert queue.read(job.id).state == "crashed"
     assert "no server" in queue.read(job.id).message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from cyclopts import Parameter
@@ -18,6 +18,9 @@ from ..console import err, plain, print_json
 from ..libraries import import_libraries
 from ..options import Flag, Json, Whole
 
+if TYPE_CHECKING:
+    from ...methods.method import Need
+
 
 def compare(
     image: Path,
@@ -25,6 +28,7 @@ def compare(
     *,
     source: str | None = None,
     mask: Path | None = None,
+    subject: str | None = None,
     methods: str = "all",
     settings: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
     budget: float | None = None,
@@ -59,12 +63,15 @@ def compare(
         Source prompt: describes the photo as it is. Many methods need one. auto: a caption by the model of --captioner.
     mask
         What may change: an image of the size of the photo; white may change, black may not. Three methods need it, and no other uses it.
+    subject
+        A noun that names the subject of the photo, such as dog. dreambooth and textual-inversion need it, which learn the subject and make
+        a new image of it; no other method uses it. Their word takes its place in the target prompt.
     methods
         Names separated by commas (imagic-lora methods lists them), all: every method that edits the photo, or fast: those that train
         nothing for the photo and take few passes.
     settings
-        A setting of the one method of --methods, as NAME=VALUE; repeat the flag for more. For Imagic the names are those of a YAML file for
-        fit, such as tune.steps=100.
+        A setting of the one method of --methods, as NAME=VALUE; repeat the flag for more. For methods with a fit (Imagic, dreambooth,
+        textual-inversion) the names are those of a YAML file for fit, such as tune.steps=100.
     budget
         Seconds that the methods may take together. A method that is predicted to take longer than what is left is left out.
     seed
@@ -97,16 +104,17 @@ def compare(
     from ..comparing import AUTO, Models, check_made, configured, opened, optional_fields, run, write
 
     models = Models(captioner, clip, dino, offline)
-    names, named = chosen_methods(methods, given, source is not None, mask is not None)
+    have = optional_fields(source is not None, mask is not None, subject is not None)
+    names, named = chosen_methods(methods, given, have)
     _check_prompts(prompt, source, seed)
+    _check_subject(subject, names)
     models.check(source)
     photo = read_photo(image)
     area = read_mask(mask, photo.image.size) if mask is not None else None
     levers = {"memory": device.model_dump(exclude_unset=True) if device else {}, "preset": preset} | ({"base": base} if base else {})
-    have = optional_fields(source is not None, area is not None)
     setup = configured(names, named, have, given, levers, area.image if area else None)
     source, caption_by = models.caption(photo.image) if source == AUTO else (source, None)
-    request = EditRequest(photo.image, prompt, source, area.image if area else None, seed=seed)
+    request = EditRequest(photo.image, prompt, source, area.image if area else None, subject, seed)
     metrics = models.metrics(request)
     loaded, candidates = opened(setup, request, named)
     outcomes, stopped = run(loaded, request, candidates, metrics, budget)
@@ -127,20 +135,24 @@ def compare(
         print_json(summary | {"folder": str(folder)})
 
 
-def chosen_methods(methods: str, given: dict[str, Any], source: bool, mask: bool) -> tuple[list[str], bool]:
+def chosen_methods(methods: str, given: dict[str, Any], have: Sequence[Need]) -> tuple[list[str], bool]:
     """Returns the names of the methods, and whether they were named one by one.
+
+    Args:
+        methods: the value of ``--methods``.
+        given: the settings of ``--set``.
+        have: the optional fields that a request has.
 
     Raises:
         ImagicError: a name is unknown, ``--set`` has not one method, or a method that was named lacks what it needs.
     """
     from ...methods.comparison.candidates import check_needs, chosen
-    from ..comparing import optional_fields
 
     names, named = chosen(methods)
     if given and (len(names) != 1 or not named):
         raise ImagicError(f"--set with --methods {methods}", "one method, whose setting it is", "name that method alone in --methods")
     if named:
-        check_needs(names, optional_fields(source, mask))
+        check_needs(names, have)
     return names, named
 
 
@@ -151,6 +163,19 @@ def _check_prompts(prompt: str, source: str | None, seed: int) -> None:
         if text is not None:
             check_prompt(text)
     check_seed(seed)
+
+
+def _check_subject(subject: str | None, names: Sequence[str]) -> None:
+    """Raises ImagicError for a subject that is no noun, or that no method uses."""
+    from ...methods.catalogue import SUBJECT
+    from ...methods.subject import check_subject
+
+    if subject is None:
+        return
+    check_subject(subject)
+    if not set(SUBJECT) & set(names):
+        expected = f"a method that learns the subject: {' or '.join(SUBJECT)}"
+        raise ImagicError(f"--subject {subject} without such a method", expected, "add it to --methods, or leave out --subject")
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:

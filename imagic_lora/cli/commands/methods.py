@@ -27,8 +27,8 @@ def methods(name: str | None = None, *, as_json: Json = False) -> None:
         Name of a method: its settings, with their defaults and meaning.
     """
     import_libraries()
-    from ...methods.catalogue import IMAGIC, SAMPLING
-    from ...methods.comparison.candidates import GROUPS, NAMES, chosen
+    from ...methods.catalogue import SAMPLING
+    from ...methods.comparison.candidates import FITS, GROUPS, NAMES, chosen
 
     if name is None:
         rows = [{"name": one, "needs": sorted(_needs(one)), "fast": one in GROUPS["fast"], "about": _about(one)} for one in NAMES]
@@ -43,9 +43,9 @@ def methods(name: str | None = None, *, as_json: Json = False) -> None:
     chosen(name)
     if name not in NAMES:
         raise ImagicError(f"method {name}", f"one of {', '.join(NAMES)}", "correct the name")
-    if name in IMAGIC:
+    if name in FITS:
         if as_json:
-            print_json({"name": name, "about": _about(name), "settings": "docs/reference/settings.md"})
+            print_json({"name": name, "about": _about(name), "needs": sorted(_needs(name)), "settings": "docs/reference/settings.md"})
             return
         out.print(
             f"{_about(name)}\nIts settings are those of imagic-lora fit --help, by their YAML names: --set tune.steps=100", highlight=False
@@ -65,16 +65,20 @@ def methods(name: str | None = None, *, as_json: Json = False) -> None:
 
 
 def _needs(name: str) -> frozenset[Need]:
-    from ...methods.catalogue import SAMPLING
+    from ...methods.comparison.candidates import class_of
 
-    return SAMPLING[name].requires if name in SAMPLING else frozenset()
+    return class_of(name).requires
 
 
 def _about(name: str) -> str:
     """The first sentence of a method's description."""
-    from ...methods.catalogue import IMAGIC, SAMPLING
+    from ...methods.catalogue import IMAGIC, SUBJECT
+    from ...methods.comparison.candidates import class_of
 
     if name in IMAGIC:
         return f"Imagic (arXiv 2210.09276) in mode {IMAGIC[name]}: a fit, then an edit at the default eta"
-    text = " ".join((SAMPLING[name].__doc__ or "").split("\n\n")[0].split())
+    if name in SUBJECT:
+        paper = {"dreambooth": "DreamBooth (arXiv 2208.12242), as LoRA", "textual-inversion": "Textual inversion (arXiv 2208.01618)"}[name]
+        return f"{paper}: a fit that learns the subject, then a new image of it from noise"
+    text = " ".join((class_of(name).__doc__ or "").split("\n\n")[0].split())
     return text.rstrip(".")

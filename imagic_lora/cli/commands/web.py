@@ -22,8 +22,8 @@ def web(
 ) -> None:
     """Open the studio: fits, edits, sweeps and comparisons in the browser.
 
-    The page is served from this machine alone and loads nothing from the network. Jobs run one after another in a process of their own:
-    closing the page changes nothing. Ctrl-C ends the server; a fit saves a checkpoint first, and the page offers to resume it.
+    The page is served from this machine alone and loads nothing from the network. Jobs run in processes of their own, one at a time on
+    each card: closing the page changes nothing. Ctrl-C ends the server; a fit saves a checkpoint first, and the page offers to resume it.
 
         imagic-lora web
         imagic-lora web --host 0.0.0.0 --token    # for other machines of a trusted network; not encrypted

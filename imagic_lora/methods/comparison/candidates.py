@@ -13,21 +13,26 @@ from ...bases.base import Base
 from ...core.config import RunConfig
 from ...core.errors import ImagicError
 from ...core.settings import merged, validated
+from ...core.unread import unread
 from ...core.validation import first_problem
 from ...memory.limits import gib
 from ...memory.out_of_memory import assumed_from
 from ...memory.plan import Plan, predict
 from ...memory.symbolic.layers import NotPlanned
-from ..catalogue import IMAGIC, SAMPLING, default_config
+from ..catalogue import IMAGIC, SAMPLING, SUBJECT, default_config
 from ..generated import GeneratingMethod
 from ..imagic import Imagic
 from ..method import NEEDS, EditRequest, Method, Need, Passes
 from ..sampled import SamplingMethod
+from ..subject import SubjectMethod
 
-NAMES = (*IMAGIC, *SAMPLING)
+NAMES = (*IMAGIC, *SUBJECT, *SAMPLING)
 """Methods that a comparison can run. Full fine-tuning is left to the command ``fit``: it needs the base in another precision."""
-TRAINS = (*IMAGIC, "null-text", "prompt-to-prompt")
+FITS = (*IMAGIC, *SUBJECT)
+"""Methods with a fit, whose settings are those of a run."""
+TRAINS = (*FITS, "null-text", "prompt-to-prompt")
 """Methods that train something for each photo."""
+_DETERMINED = (("tune", "mode"), ("dreambooth", "class_prompt"), ("inversion", "initial_word"), ("inversion", "word"))
 _WITHOUT_PHOTO = ("prompt-only", "magicmix-text", "prompt-to-prompt-text")  # they make or edit an image of their own
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "all": tuple(name for name in NAMES if name not in _WITHOUT_PHOTO),
@@ -45,6 +50,7 @@ class Candidate:
         settings: its settings as JSON values.
         method: the method; None if it is left out.
         passes: predicted passes; None if they cannot be predicted.
+        once: predicted forward passes for what is made once and kept, such as class pictures; the cost does not count them.
         peak: predicted peak memory in bytes, with allowances; None if it cannot be predicted.
         left_out: why it does not run; None if it runs.
     """
@@ -55,6 +61,7 @@ class Candidate:
     passes: Passes | None = None
     peak: int | None = None
     left_out: str | None = None
+    once: int = 0
 
 
 def chosen(names: str) -> tuple[list[str], bool]:
@@ -83,8 +90,12 @@ def missing_need(name: str, given: Iterable[Need]) -> Need | None:
         name: name of the method.
         given: the optional fields that the request has.
     """
-    requires: frozenset[Need] = frozenset() if name in IMAGIC else SAMPLING[name].requires
-    return next(iter(sorted(requires - set(given))), None)
+    return next(iter(sorted(class_of(name).requires - set(given))), None)
+
+
+def class_of(name: str) -> type[Method]:
+    """Returns the class of a method by its name, one of :data:`NAMES`."""
+    return Imagic if name in IMAGIC else SubjectMethod if name in SUBJECT else SAMPLING[name]
 
 
 def check_method_base(name: str, architecture: Architecture, base: str) -> None:
@@ -95,7 +106,7 @@ def check_method_base(name: str, architecture: Architecture, base: str) -> None:
         architecture: configs of the base.
         base: name of the base, for the message.
     """
-    (Imagic if name in IMAGIC else SAMPLING[name]).check_base(name, architecture, base)
+    class_of(name).check_base(name, architecture, base)
 
 
 def check_needs(names: Iterable[str], given: Iterable[Need]) -> None:
@@ -136,22 +147,27 @@ def sampling_method(name: str, settings: Mapping[str, Any], embedded: bool, few_
         raise ImagicError(f"--set of method {name}: {problem.got}", known, f"see imagic-lora methods {name}") from error
 
 
-def imagic_method(name: str, config: RunConfig, settings: Mapping[str, Any]) -> Imagic:
-    """Returns Imagic with the settings of a run.
+def fitted_method(name: str, config: RunConfig, settings: Mapping[str, Any]) -> Imagic | SubjectMethod:
+    """Returns a method of :data:`FITS` with the settings of a run.
 
     Args:
         name: name of the method.
-        config: settings of a run in its mode.
+        config: settings of a run of its method and mode.
         settings: settings that override them, as nested mappings.
 
     Raises:
-        ImagicError: an unknown setting, a value out of range, or a setting that the loaded base determines.
+        ImagicError: an unknown setting, a value out of range, or a setting that the method does not read or that the loaded base or the
+            subject determines.
     """
-    fixed = {"base", "revision", "memory", "preset", "seed", "checkpoint"} & set(settings)
-    if fixed or "mode" in settings.get("tune", {}):
-        got = f"--set {sorted(fixed)[0] if fixed else 'tune.mode'} of method {name}"
+    run = validated(merged(config.model_dump(), settings))
+    fixed = {"base", "revision", "memory", "preset", "seed", "checkpoint", "method"} & set(settings)
+    fixed |= {f"{group}.{one}" for group, one in _DETERMINED if one in settings.get(group, {})}
+    if fixed:
+        got = f"--set {min(fixed)} of method {name}"
         raise ImagicError(got, "settings of the fit and of the edit", "use the flag of imagic-lora compare, or another method")
-    return Imagic(name, validated(merged(config.model_dump(), settings)))
+    for flag, _, expected in unread(run, settings):
+        raise ImagicError(f"--set {flag.removeprefix('--')} of method {name}", expected, "leave it out, or choose another method")
+    return Imagic(name, run) if name in IMAGIC else SubjectMethod(run)
 
 
 def candidate(method: Method, base: Base, request: EditRequest, free: int, named: bool) -> Candidate:
@@ -170,7 +186,7 @@ def candidate(method: Method, base: Base, request: EditRequest, free: int, named
     settings: Mapping[str, Any] = method.settings
     try:
         method.check(base, request)
-        passes = method.passes(base)[method.rows[0]]
+        passes, once = method.passes(base)[method.rows[0]], method.once(base, request)
     except ImagicError as error:
         if named:
             raise
@@ -178,15 +194,15 @@ def candidate(method: Method, base: Base, request: EditRequest, free: int, named
     peak, need = predicted_peak(method, base)
     if need is not None and need > free:
         reason = f"needs {gib(need)} (predicted), and {gib(free)} is free"
-        return Candidate(method.name, settings, None, passes, peak, reason)
-    return Candidate(method.name, settings, method, passes, peak)
+        return Candidate(method.name, settings, None, passes, peak, reason, once)
+    return Candidate(method.name, settings, method, passes, peak, once=once)
 
 
 def predicted_peak(method: Method, base: Base) -> tuple[int | None, int | None]:
     """Predicts the peak memory of a method: in total, and without what is in use before anything is loaded; in bytes.
 
-    The peak of Imagic is that of its fit and edit. A method that only samples encodes, samples and decodes; attention maps come on top, and
-    gradients to an embedding take as much as in stage 1 of Imagic.
+    The peak of a method with a fit is that of the fit and the edit. A method that only samples encodes, samples and decodes; attention maps
+    come on top, and gradients to an embedding take as much as in stage 1 of Imagic.
 
     Args:
         method: the method, with one row.
@@ -201,7 +217,7 @@ def predicted_peak(method: Method, base: Base) -> tuple[int | None, int | None]:
         return predict(base.architecture, run, assumed)
 
     try:
-        if isinstance(method, Imagic):
+        if isinstance(method, Imagic | SubjectMethod):
             made = plan(method.config.model_copy(update={"memory": base.runtime.memory}))
             return made.peak_bytes, made.peak_bytes - made.context
         assert isinstance(method, SamplingMethod)

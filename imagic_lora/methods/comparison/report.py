@@ -47,6 +47,7 @@ def results(request: EditRequest, about: Mapping[str, Any], outcomes: Sequence[O
         outcomes: what came of each method.
     """
     prompts = {"target_prompt": request.target_prompt, "source_prompt": request.source_prompt, "seed": request.seed}
+    prompts |= {"subject": request.subject} if request.subject else {}
     return {"version": 1, **about, **prompts, "methods": [_flat(outcome) for outcome in ordered(outcomes)]}
 
 
@@ -55,6 +56,7 @@ def _flat(outcome: Outcome) -> dict[str, Any]:
     found: dict[str, Any] = {"name": one.name, "settings": dict(one.settings), "left_out": outcome.left_out}
     passes = one.passes
     found["predicted"] = {"passes": passes._asdict() if passes else None, "peak_bytes": one.peak}
+    found["predicted"] |= {"once": one.once} if one.once else {}
     if result is None:
         return found
     images, values = _extras(outcome), {name: value for name, value in result.extras.items() if not isinstance(value, Image.Image)}

@@ -102,9 +102,14 @@ def work(passes: Passes) -> int:
     return passes.forward + 2 * passes.backward
 
 
+def whole_work(one: Candidate) -> int:
+    """Returns the work of a candidate that runs, with what it makes once; 0 for one that does not run."""
+    return work(one.passes) + one.once if one.method and one.passes else 0
+
+
 def cheapest_first(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Sorts candidates by their predicted work; those that do not run come first."""
-    return sorted(candidates, key=lambda one: work(one.passes) if one.method and one.passes else -1)
+    return sorted(candidates, key=lambda one: whole_work(one) if one.method and one.passes else -1)
 
 
 def compared(base: Base, request: EditRequest, candidates: Sequence[Candidate], scorer: Scorer, budget: float | None) -> Iterator[Outcome]:
@@ -126,7 +131,7 @@ def compared(base: Base, request: EditRequest, candidates: Sequence[Candidate], 
         if one.method is None or one.passes is None:
             yield Outcome(one, left_out=one.left_out)
             continue
-        predicted = pace * work(one.passes)
+        predicted = pace * whole_work(one)
         if budget is not None and spent + predicted > budget:
             left = f"would take about {_seconds(predicted)}, and {_seconds(max(0.0, budget - spent))} of --budget are left"
             yield Outcome(one, left_out=left)
@@ -145,7 +150,7 @@ def compared(base: Base, request: EditRequest, candidates: Sequence[Candidate], 
             yield Outcome(one, left_out="ran out of memory")
             continue
         spent += time.perf_counter() - start
-        units += result.cost.forward + 2 * result.cost.backward
+        units += result.cost.forward + 2 * result.cost.backward + one.once
         pace = spent / units if units else pace
         try:
             scores = scorer.score(result.image)

@@ -2,7 +2,8 @@
 
 - ``page.py``: the header, the tabs, colours and styles
 - ``forms.py``: a form from settings; errors beside the field that they name
-- ``photos.py``: the fields that take a photo, with its preview and region, and a mask
+- ``photos.py``: the fields that take photos, with their previews and a region
+- ``masking.py``: the field that takes a mask: the brush and its tools, or a file
 - ``drawing.js``: the photo that the pointer draws on
 - ``drafts.py``: a half-filled form survives a reload, in the browser
 - ``choice.py``: the gallery of adapters

@@ -12,7 +12,8 @@ from ..studio import Studio
 from .drafts import Draft
 from .forms import Form
 from .jobview import JobPlace, Use
-from .photos import MaskField, PhotoField
+from .masking import MaskField
+from .photos import PhotoField
 
 _GUIDE = (
     "Drop a photo, describe the edited image, and for most methods the photo as it is.",
@@ -31,12 +32,12 @@ class CompareTab:
     """
 
     def __init__(self, studio: Studio, use: Use) -> None:
-        self._form = Form()
+        self._form, self._masks = Form(), studio.masks
         with ui.element("div").classes("columns"):
             with ui.element("div").classes("subject"):
-                self._photo = PhotoField(studio.uploads, "Drop a photo here, or press to choose one", change=self._show_mask)
+                self._photo = PhotoField(studio.uploads, "Drop a photo here, or press to choose one", change=self._show_photo)
             with ui.element("form").props('onsubmit="return false" aria-label="New comparison"'):
-                self._form.arguments(compare, "prompt", "source", "methods", "settings", "base", "budget", "seed")
+                self._form.arguments(compare, "prompt", "source", "subject", "methods", "settings", "base", "budget", "seed")
                 self._form.fields["methods"].value = "fast"
                 self._form.fields["base"].value = studio.base or ""
                 masked = ui.checkbox("Mask: what may change. Three methods need it", on_change=self._show_mask)
@@ -56,8 +57,7 @@ class CompareTab:
 
     def _more(self) -> dict[str, Any]:
         """What a draft holds besides the fields."""
-        mask = {"painted": self._mask.painted, "file": self._mask.file}
-        return {"photo": self._photo.stored, "name": self._photo.name, "mask": mask}
+        return {"photo": self._photo.stored, "name": self._photo.name, "mask": self._mask.draft}
 
     async def _restore(self, more: dict[str, Any]) -> None:
         """Takes back what a draft holds besides the fields."""
@@ -65,6 +65,14 @@ class CompareTab:
             await self._photo.show(str(more["photo"]), str(more["name"]))
             self._masked.value = any(more["mask"].values())
             self._mask.take(str(more["mask"]["painted"]), str(more["mask"]["file"]))
+
+    def _show_photo(self) -> None:
+        """Shows the photo to paint on, with the mask that was painted for a fit of it."""
+        stored = self._masks.of(self._photo.sha256)
+        self._masked.value = bool(stored)
+        self._show_mask()
+        if stored:
+            self._mask.take("", stored, "The mask of this photo, from its fit")
 
     def _show_mask(self) -> None:
         """Shows the photo to paint on."""

@@ -18,6 +18,8 @@ _PATIENCE = 30.0  # seconds for a busy browser to answer
 class Draft:
     """What a form holds, in the browser.
 
+    Until it is restored the place where it is made takes no input: a restored draft would undo a click that comes before it.
+
     Args:
         name: of the form.
         fields: its elements by name.
@@ -34,6 +36,8 @@ class Draft:
     ) -> None:
         self._key = json.dumps(f"imagic-lora {name}")
         self._more, self._restore, self._ready = more, restore, False
+        self._place = ui.context.slot.parent
+        self._place.props("inert")
         self._fields = {name: element for name, element in fields.items() if isinstance(element, ValueElement)}
         for element in self._fields.values():
             element.on_value_change(self.save)
@@ -49,6 +53,7 @@ class Draft:
     def replace(self) -> None:
         """Keeps what the form holds, and what it will hold, instead of what the browser has."""
         self._ready = True
+        self._place.props(remove="inert")
 
     async def _load(self) -> None:
         """Fills the form."""
@@ -62,7 +67,7 @@ class Draft:
                     await self._restore(found["more"])
             for name, value in found.get("fields", {}).items():
                 self._fill(name, value)
-        self._ready = True
+        self.replace()
 
     def _fill(self, name: str, value: Any) -> None:
         """Fills a field, if the value is one that it can hold."""

@@ -24,7 +24,8 @@ from .choice import Choice
 from .drafts import Draft
 from .forms import Form
 from .jobview import JobPlace, Use
-from .photos import MaskField, PhotoField, upload_button
+from .masking import MaskField
+from .photos import PhotoField, upload_button
 
 MAX_RECALL = 64 * 2**20
 _KEEP = {
@@ -85,8 +86,8 @@ class EditTab:
 
     def _more(self) -> dict[str, Any]:
         """What a draft holds besides the fields."""
-        mask = {"painted": self._mask.painted, "file": self._mask.file}
-        return {"adapter": self._choice.adapter.name if self._choice.adapter else "", "photo": self._photo.stored, "mask": mask}
+        name = self._choice.adapter.name if self._choice.adapter else ""
+        return {"adapter": name, "photo": self._photo.stored, "mask": self._mask.draft}
 
     async def _restore(self, more: dict[str, Any]) -> None:
         """Takes back what a draft holds besides the fields."""
@@ -115,7 +116,21 @@ class EditTab:
         for control in (self._slider, self._form.fields["eta"], self._form.fields["keep"]):
             control.visible = interpolates
         self._show_keep()
+        self._start_with_mask(adapter)
         self._save()
+
+    def _start_with_mask(self, adapter: Adapter) -> None:
+        """Chooses the mask of the photo, which was painted for its fit; keep without a mask of this photo is nothing."""
+        if adapter.record.config.method != "imagic":
+            return
+        stored = self._studio.masks.of(adapter.record.source.sha256) if holds_photo(adapter) else ""
+        keep = self._form.fields["keep"]
+        if stored:
+            keep.value = "mask"
+            self._show_keep()
+            self._mask.take("", stored, "The mask of this photo, from its fit")
+        elif keep.value == "mask" and not any(self._mask.draft.values()):
+            keep.value = ""
 
     def _show_keep(self) -> None:
         """Shows the photo to paint on, and the upload of a photo that the adapter does not hold, where they are needed."""

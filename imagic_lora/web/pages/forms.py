@@ -26,6 +26,7 @@ class Form:
         self._flags: dict[str, str] = {}
         self._banner: ui.label | None = None
         self._settings: dict[str, Setting] = {}
+        self._hidden: set[str] = set()
         self._arguments: dict[str, Setting] = {}
 
     def text(self, name: str, label: str, hint: str = "", flag: str | None = None, value: str = "", **options: Any) -> ui.input:
@@ -93,7 +94,18 @@ class Form:
         Raises:
             ImagicError: as :meth:`given_arguments`.
         """
-        return nested(self._values(self._settings))
+        return nested(self._values({path: one for path, one in self._settings.items() if path not in self._hidden}))
+
+    def offer(self, reads: Callable[[str], bool]) -> set[str]:
+        """Shows the settings that are read, and hides the others, which are then not given. Returns the paths of those that are shown.
+
+        Args:
+            reads: whether a setting is read, by its path.
+        """
+        self._hidden = {path for path in self._settings if not reads(path)}
+        for path in self._settings:
+            self.fields[path].visible = path not in self._hidden
+        return set(self._settings) - self._hidden
 
     def _values(self, settings: dict[str, Setting]) -> dict[str, Any]:
         """What the fields of these settings hold; nothing for an empty field."""

@@ -216,7 +216,8 @@ class JobView:
     def _show_state(self, job: Job) -> None:
         """Shows the state, the message and the buttons of the job."""
         took = f", {duration(job.ended - job.started)}" if job.ended and job.started else ""
-        self._heading.text = f"{job.kind} {job.title[:80]}: {STATES[job.state]}{took}"
+        card = self._studio.supervisor.name_of(job)
+        self._heading.text = f"{job.kind} {job.title[:80]}: {STATES[job.state]}{took}{f' ({card})' if card else ''}"
         self._bar.visible = job.state in ("queued", "running")
         self._message.text = str(job.problem.error()) if job.problem else job.message
         self._message.visible = bool(self._message.text)

@@ -1,9 +1,9 @@
-"""The fields that take a photo: upload, upright preview, a region that the pointer draws, a mask that it paints."""
+"""The fields that take photos: upload, upright preview, a region that the pointer draws."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nicegui import events, ui
@@ -12,7 +12,7 @@ from ...core.errors import ImagicError
 from ..guard import MAX_UPLOAD
 from ..uploads import Uploads
 
-_BRUSH = 0.08  # of the longer side
+_PHOTOS = "image/*,.heic,.tif,.tiff"
 
 
 def upload_button(label: str, accept: str, most: int, received: Callable[[events.UploadEventArguments], Any]) -> ui.upload:
@@ -27,10 +27,16 @@ def upload_button(label: str, accept: str, most: int, received: Callable[[events
     upload = ui.upload(auto_upload=True, max_file_size=most, on_upload=received).props(f'accept="{accept}"')
     upload.style("display: none")
     button = ui.button(label, color=None).props("outline no-caps").classes("drop")
-    button.on("click", js_handler=f"() => getElement({upload.id}).pickFiles()")
+    button.on("click", js_handler=_picking(upload, folder=False))
     button.on("dragover", js_handler="(event) => event.preventDefault()")
     button.on("drop", js_handler=f"(event) => {{ event.preventDefault(); getElement({upload.id}).addFiles(event.dataTransfer.files) }}")
     return upload
+
+
+def _picking(upload: ui.upload, folder: bool) -> str:
+    """What a button does that lets the browser ask for files, or for a folder."""
+    input_element = f"getElement({upload.id}).$el.querySelector('input[type=file]')"
+    return f"() => {{ const input = {input_element}; input.webkitdirectory = {str(folder).lower()}; input.click() }}"
 
 
 class Drawing(ui.element, component="drawing.js"):
@@ -40,10 +46,15 @@ class Drawing(ui.element, component="drawing.js"):
         brush: diameter of the brush, as a share of the longer side; 0 draws a rectangle.
         drawn: called with the rectangle: left, top, width and height, as shares of the photo.
         painted: called after each stroke with the mask, a PNG as a ``data:`` URL; empty if nothing is painted.
+        undo: called when its key is pressed.
     """
 
     def __init__(
-        self, brush: float = 0.0, drawn: Callable[[list[float]], Any] | None = None, painted: Callable[[str], Any] | None = None
+        self,
+        brush: float = 0.0,
+        drawn: Callable[[list[float]], Any] | None = None,
+        painted: Callable[[str], Any] | None = None,
+        undo: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
         self.classes("preview")
@@ -52,6 +63,8 @@ class Drawing(ui.element, component="drawing.js"):
             self.on("drawn", lambda event: drawn([float(share) for share in event.args]))
         if painted:
             self.on("painted", lambda event: painted(str(event.args)))
+        if undo:
+            self.on("undo", undo)
         self.visible = False
 
     def show(self, url: str, size: tuple[int, int]) -> None:
@@ -83,15 +96,21 @@ class PhotoField:
     Attributes:
         stored: the path of the photo for a job; empty without a photo.
         name: its name on the machine of the user, without the ending.
+        sha256: the hash of its file.
         size: its width and height in pixels.
         region: ``X,Y,W,H`` in pixels of the upright photo; empty for all of it.
     """
 
     def __init__(self, uploads: Uploads, label: str, region: bool = False, change: Callable[[], Any] | None = None) -> None:
-        self.stored = self.name = ""
+        self.stored = self.name = self.sha256 = ""
         self.size = (0, 0)
         self._uploads, self._change = uploads, change
-        self._upload = upload_button(label, "image/*,.heic,.tif,.tiff", MAX_UPLOAD, self._received)
+        self.element = ui.element("div").classes("photo")
+        with self.element:
+            self._build(label, region)
+
+    def _build(self, label: str, region: bool) -> None:
+        self._upload = upload_button(label, _PHOTOS, MAX_UPLOAD, self._received)
         self._upload.on("rejected", lambda: self.fail(f"The file is no photo, or larger than {MAX_UPLOAD / 2**20:.0f} MB."))
         self._problem = ui.label().classes("problem").props('role="alert"')
         self._problem.visible = False
@@ -134,8 +153,8 @@ class PhotoField:
         Raises:
             ImagicError: there is no such upload.
         """
-        self.size = await asyncio.to_thread(self._uploads.size, stored)
-        self.stored, self.name = stored, name
+        size, sha256 = await asyncio.to_thread(lambda: (self._uploads.size(stored), self._uploads.sha256(stored)))
+        self.size, self.sha256, self.stored, self.name = size, sha256, stored, name
         self._drawing.show(self.url, self.size)
         self._show_region()
         if self._change:
@@ -159,94 +178,75 @@ class PhotoField:
             self._drawing.set(box=[x / self.size[0], y / self.size[1], width / self.size[0], height / self.size[1]])
 
 
-class MaskField:
-    """A mask of what may change: painted on the photo, or a file.
+class PhotosField:
+    """Several photos of one subject: chosen as files or as a folder, each with its preview.
 
     Args:
-        uploads: where masks are stored.
-        change: called when there is another mask.
+        uploads: where photos are stored.
+        change: called when there are other photos.
 
     Attributes:
-        painted: the painted mask as a ``data:`` URL; empty without one.
-        file: the path of a mask that was uploaded; empty without one.
+        stored: the paths of the photos, in their order.
+        name: the name of the first on the machine of the user, without the ending.
     """
 
-    def __init__(self, uploads: Uploads, change: Callable[[], Any] = int) -> None:
-        self.painted = self.file = ""
+    def __init__(self, uploads: Uploads, change: Callable[[], Any]) -> None:
+        self.stored, self.name = list[str](), ""
         self._uploads, self._change = uploads, change
-        self._url, self._size = "", (0, 0)
-        with ui.element("div").classes("mask").props('role="group" aria-label="Mask"') as self.element:
-            self._drawing = Drawing(_BRUSH, painted=self._painted)
-            with ui.row().classes("buttons"):
-                tool = ui.toggle({False: "Paint", True: "Erase"}, value=False).props('no-caps dense aria-label="Tool"')
-                tool.on_value_change(lambda: self._drawing.set(erase=bool(tool.value)))
-                ui.button("Clear", on_click=self.clear).props("flat dense")
-            with ui.row().classes("brush"):
-                ui.label("Brush")
-                size = ui.slider(min=0.01, max=0.3, step=0.01, value=_BRUSH).props('aria-label="Size of the brush"')
-                size.on_value_change(lambda: self._drawing.set(brush=size.value or _BRUSH))
-            self._upload = upload_button("Or use a mask file: press, or drop it here", "image/*", MAX_UPLOAD, self._received)
-            self._status = ui.label().props('role="status"').classes("hint")
+        with ui.element("div").classes("photo").props('role="group" aria-label="Photos"') as self.element:
+            label = "Drop photos of one subject here, or press to choose them"
+            self._upload = upload_button(label, _PHOTOS, MAX_UPLOAD, self._received)
+            self._upload.props("multiple")
+            self._upload.on("rejected", lambda: self._fail(f"A file is no photo, or larger than {MAX_UPLOAD / 2**20:.0f} MB."))
+            ui.button("Choose a folder").props("flat dense").on("click", js_handler=_picking(self._upload, folder=True))
             self._problem = ui.label().classes("problem").props('role="alert"')
+            self._status = ui.label().props('role="status"').classes("hint")
+            self._strip = ui.row().classes("photos")
         self._problem.visible = False
-        self.clear()
+        self._show()
 
-    def show(self, url: str, size: tuple[int, int], region: tuple[int, int, int, int] | None = None) -> None:
-        """Shows the photo to paint on; the mask of another photo is cleared.
-
-        Args:
-            url: the address of its preview.
-            size: its width and height in pixels.
-            region: the part of it that can change at all: left, top, width and height; None is all of it.
-        """
-        if (url, size) != (self._url, self._size):
-            self.clear()
-        self._url, self._size = url, size
-        sides = size * 2
-        self._drawing.set(box=[part / side for part, side in zip(region, sides, strict=True)] if region else None)
-        self._drawing.show(url, size)
-
-    def clear(self) -> None:
-        """Removes the mask."""
-        self._take("", "")
-        self._drawing.set(mask="")
-
-    def take(self, painted: str, file: str) -> None:
-        """Shows a mask that was painted, or one that is stored.
+    def take(self, stored: Sequence[str], name: str) -> None:
+        """Shows photos that are stored.
 
         Raises:
             ImagicError: there is no such upload.
         """
-        if file:
-            self._uploads.path(file)
-        self._take(painted, file)
-        self._drawing.set(mask=painted or (f"/uploads/{file.rpartition('/')[2]}" if file else ""))
-
-    async def stored(self) -> str:
-        """Returns the path of the mask for a job; empty without one.
-
-        Raises:
-            ImagicError: as :meth:`~imagic_lora.web.uploads.Uploads.add_painted`.
-        """
-        return await asyncio.to_thread(self._uploads.add_painted, self.painted, self._size) if self.painted else self.file
-
-    def _painted(self, url: str) -> None:
-        self._take(url, "")
-        self._drawing.props["mask"] = url
-
-    def _take(self, painted: str, file: str) -> None:
-        self.painted, self.file = painted, file
-        self._problem.visible = False
-        self._status.text = "Painted: what is coloured may change" if painted else "From a file" if file else "Paint what may change"
-        self._change()
+        for one in stored:
+            self._uploads.path(one)
+        self.stored, self.name = list(stored), name
+        self._show()
 
     async def _received(self, event: events.UploadEventArguments) -> None:
-        """Stores a mask file and shows it."""
+        """Adds an upload; the others of the same choice come after it."""
+        self._problem.visible = False
         try:
             data = await event.file.read()
-            file = await asyncio.to_thread(self._uploads.add_mask, event.file.name, data, self._size)
-            self.take("", file)
+            stored = await asyncio.to_thread(self._uploads.add, event.file.name, data)
         except ImagicError as error:
-            self._problem.text, self._problem.visible = str(error), True
+            self._fail(str(error))
+            return
         finally:
-            self._upload.reset()
+            self._upload.run_method("removeUploadedFiles")  # a reset would stop those that follow
+        name = event.file.name.rpartition(".")[0]
+        self.take([*self.stored, stored], self.name if self.stored else name)
+        self._change()
+
+    def _fail(self, text: str) -> None:
+        self._problem.text, self._problem.visible = text, True
+
+    def _show(self) -> None:
+        """Shows the previews, each with a button that removes it."""
+        count = len(self.stored)
+        self._status.text = f"{count} photos" if count > 1 else "One photo" if count else "One photo is enough; several show more of it"
+        self._strip.clear()
+        with self._strip:
+            for k, stored in enumerate(self.stored):
+                with ui.element("div"):
+                    ui.element("img").props(f'src="/uploads/{stored.rpartition("/")[2]}" alt="Photo {k + 1}" loading="lazy"')
+                    button = ui.button("Remove", on_click=lambda stored=stored: self._remove(stored)).props("flat dense")
+                    button.props(f'aria-label="Remove photo {k + 1}"')
+
+    def _remove(self, stored: str) -> None:
+        with self.element:  # the button that was pressed goes with the others
+            self.take([one for one in self.stored if one != stored], self.name)
+            self._change()

@@ -30,8 +30,8 @@ class QueueTab:
         self._seen: Any = None
         self._problem = ui.label().classes("problem").props('role="alert"')
         self._problem.visible = False
-        self._running = ui.element("div")
-        self._shown_id = ""
+        self._running = ui.element("div").classes("field")
+        self._shown_ids: list[str] = []
         self._list = ui.element("div").classes("field")
         self._update()
         ui.timer(0.7, self._update)
@@ -43,27 +43,30 @@ class QueueTab:
         if seen == self._seen:
             return
         self._seen = seen
-        running = next((job for job in jobs if job.state == "running"), None)
-        if running and running.id != self._shown_id:
-            self._shown_id = running.id
+        running = [job for job in jobs if job.state == "running"]
+        shown = [job.id for job in running]
+        if running and not set(shown) <= set(self._shown_ids):  # those that have ended stay until another one runs
+            self._shown_ids = shown
             self._running.clear()
             with self._running:
-                JobView(self._studio, running, self._use)
+                for job in running:
+                    JobView(self._studio, job, self._use)
         self._list.clear()
         with self._list:
             waiting = self._studio.queue.waiting()
+            ready = {job.id for job in self._studio.queue.ready()}
             ui.label(f"Waiting ({len(waiting)})").classes("heading").props('role="heading" aria-level="2"')
             for index, job in enumerate(waiting):
-                self._waiting(job, index, len(waiting))
+                self._waiting(job, index, len(waiting), job.id in ready)
             ended = [job for job in reversed(jobs) if job.state in ENDED]
             ui.label(f"Ended ({len(ended)})").classes("heading").props('role="heading" aria-level="2"')
             for job in ended[:_SHOWN]:
                 self._ended(job)
 
-    def _waiting(self, job: Job, index: int, count: int) -> None:
-        queue = self._studio.queue
+    def _waiting(self, job: Job, index: int, count: int, ready: bool) -> None:
+        queue, held = self._studio.queue, "" if ready else " (waits for another job of this adapter)"
         with ui.row().classes("line"):
-            ui.label(f"{index + 1}. {job.kind} {job.title[:60]}").classes("grow")
+            ui.label(f"{index + 1}. {job.kind} {job.title[:60]}{held}").classes("grow")
             buttons: list[tuple[str, str, Callable[[], Any], bool]] = [
                 ("Earlier", "Move up", lambda: queue.move(job.id, -1), index > 0),
                 ("Later", "Move down", lambda: queue.move(job.id, 1), index < count - 1),

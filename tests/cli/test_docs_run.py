@@ -88,10 +88,12 @@ def world(photo: Path, fitted_on_critters: Path, tmp_path: Path, monkeypatch: py
     """The current folder, with the files that the pages name."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(fitted_on_critters, tmp_path / "adapters")
+    with Image.open(photo) as opened_photo:
+        image = opened_photo.convert("RGB")
     for name in ("dog.jpg", "rex.png", "tom.png", "edges.png", "outputs/demo/photo.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.open(photo).save(tmp_path / name)
-    mask = Image.new("L", Image.open(photo).size)
+        image.save(tmp_path / name)
+    mask = Image.new("L", image.size)
     mask.paste(255, (32, 0, 64, 64))
     mask.save(tmp_path / "mask.png")
     (tmp_path / "prompts.txt").write_text("a dog jumping\na dog sleeping\n")

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from ..adapters.adapter import Adapter
 from ..adapters.contents import read_original
@@ -64,6 +64,10 @@ class Keep:
             yield replace(edit, image=image, mask=self.composite.whole(mask), reference_batch=reference_batch)
 
 
+@overload
+def read_keep(adapter: Adapter, keep: str | Path, photo: Path | None = None) -> Keep: ...
+@overload
+def read_keep(adapter: Adapter, keep: str | Path | None, photo: Path | None = None) -> Keep | None: ...
 def read_keep(adapter: Adapter, keep: str | Path | None, photo: Path | None = None) -> Keep | None:
     """Reads what edits of an adapter are pasted into.
 

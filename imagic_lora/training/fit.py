@@ -258,7 +258,7 @@ def preview(stages: ResumableStages, e_opt: Conditioning) -> Image.Image:
         return stages.run.preview(e_opt)
 
 
-def result(steps: Generator[StepReport, None, Value]) -> Value:
+def result(steps: Generator[object, None, Value]) -> Value:
     """Runs a fit to its end and returns its result.
 
     Args:

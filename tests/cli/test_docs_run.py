@@ -74,7 +74,8 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fitted_on_critters(photo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the adapters that the pages name."""
     root = tmp_path_factory.mktemp("store")
-    made = result(fit(photo, "a dog jumping", configure({"base": "critters"}), Store(root), "rex"))
+    settings = {"base": "critters", "edit": {"start": "noise", "ddim_eta": 0.0, "source_eta": 0.0}}  # as Stable Diffusion has them
+    made = result(fit(photo, "a dog jumping", configure(settings), Store(root), "rex"))
     assert made is not None
     for name in ("rex-jumps", "mia-wears-a-hat"):
         shutil.copytree(root / "rex", root / name)
@@ -88,10 +89,12 @@ def world(photo: Path, fitted_on_critters: Path, tmp_path: Path, monkeypatch: py
     """The current folder, with the files that the pages name."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(fitted_on_critters, tmp_path / "adapters")
+    with Image.open(photo) as opened_photo:
+        image = opened_photo.convert("RGB")
     for name in ("dog.jpg", "rex.png", "tom.png", "edges.png", "outputs/demo/photo.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.open(photo).save(tmp_path / name)
-    mask = Image.new("L", Image.open(photo).size)
+        image.save(tmp_path / name)
+    mask = Image.new("L", image.size)
     mask.paste(255, (32, 0, 64, 64))
     mask.save(tmp_path / "mask.png")
     (tmp_path / "prompts.txt").write_text("a dog jumping\na dog sleeping\n")
@@ -273,7 +276,7 @@ def test_the_examples_type_check(tmp_path: Path) -> None:
     readme = "\n".join(block.code for block in blocks(README) if block.kind == "python")
     for page in PYTHON:
         code = [block.code for block in blocks(page) if block.kind == "python"]
-        (tmp_path / f"{page.stem}.py").write_text("\n".join([*([readme] if page not in (README, DIFFUSERS) else []), *code]))
+        (tmp_path / f"page_{page.stem}.py").write_text("\n".join([*([readme] if page not in (README, DIFFUSERS) else []), *code]))
     (tmp_path / "pyrightconfig.json").write_text('{"reportPrivateImportUsage": "none"}')
     command = [sys.executable, "-m", "pyright", "--project", str(tmp_path), "--pythonpath", sys.executable]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ...core.conditioning import Conditioning
 from ..base import PipelineKind
@@ -12,6 +12,8 @@ from .common import LatentBase
 
 class FlowBase(LatentBase):
     """A base whose process is a flow. Arguments as for :class:`~imagic_lora.bases.families.common.LatentBase`."""
+
+    pipelines: ClassVar[dict[PipelineKind, Any]]
 
     def pipeline_kwargs(self, conditioning: Conditioning, null: Conditioning | None) -> dict[str, Any]:
         kwargs = {"prompt_embeds": conditioning.tokens, "negative_prompt_embeds": None if null is None else null.tokens}

@@ -53,23 +53,26 @@ def made_canvas(name: str, source: SourceRecord, photo: Image.Image) -> Canvas:
     return canvas
 
 
-def require_photo(adapter: Adapter, what: str) -> None:
+def require_photo(adapter: Adapter, what: str, instead: str = "") -> None:
     """Raises ImagicError if an adapter withholds its photo and nobody gave it.
 
     Args:
         adapter: the adapter.
         what: what needs the photo, for the message.
+        instead: what to do without the photo, for the message.
     """
     if adapter.withheld and adapter.photo is None:
         source = adapter.record.source
         got = f"{what}, and adapter {adapter.name} was sent without its photo"
-        raise ImagicError(got, f"the photo, the file with the SHA-256 {source.sha256}", "add --photo FILE, or use --start noise")
+        raise ImagicError(got, f"the photo, the file with the SHA-256 {source.sha256}", f"add --photo FILE{instead}")
 
 
 def check_start(adapter: Adapter, config: EditConfig) -> None:
     """Raises ImagicError if an edit with these settings needs the photo, and there is none."""
-    if config.start != "noise" or config.reference:
-        require_photo(adapter, f"--start {config.start} needs the photo" if config.start != "noise" else "--reference needs the photo")
+    if config.start != "noise":
+        require_photo(adapter, f"--start {config.start} needs the photo", ", or use --start noise")
+    if config.reference:
+        require_photo(adapter, "--reference needs the photo", ", or use --no-reference")
 
 
 def _sha256(image: Image.Image) -> str:

@@ -25,7 +25,7 @@ from imagic_lora.training.rehearsal import rehearse
 
 GIB = 2**30
 CARD = Assumed("cuda", "bf16", "adam8bit")
-FLOWS = ("klein-base-4b", "sd35-medium", "klein-base-9b")
+FLOWS = ("klein-base-4b", "sd35-medium", "sd3-medium", "klein-base-9b")
 CARDS: tuple[Preset, ...] = ("8gb", "12gb", "16gb", "24gb")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from nicegui import events, ui
@@ -243,7 +244,7 @@ class PhotosField:
             for k, stored in enumerate(self.stored):
                 with ui.element("div"):
                     ui.element("img").props(f'src="/uploads/{stored.rpartition("/")[2]}" alt="Photo {k + 1}" loading="lazy"')
-                    button = ui.button("Remove", on_click=lambda stored=stored: self._remove(stored)).props("flat dense")
+                    button = ui.button("Remove", on_click=partial(self._remove, stored)).props("flat dense")
                     button.props(f'aria-label="Remove photo {k + 1}"')
 
     def _remove(self, stored: str) -> None:

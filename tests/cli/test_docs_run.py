@@ -34,7 +34,10 @@ from imagic_lora.adapters.export import export
 from imagic_lora.core.settings import RECIPES, merged
 from imagic_lora.sampling.editor import Editor
 
-pytestmark = pytest.mark.slow
+pytestmark = [  # two steps of training change little, which some commands warn of
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::imagic_lora.core.errors.ImagicWarning"),
+]
 
 SHORT = {"embed": {"steps": 2}, "tune": {"steps": 2}, "edit": {"steps": 2}}
 HUB = {

@@ -98,7 +98,7 @@ def test_unused_uploads_go_after_a_week(queue: Queue, uploads: Uploads) -> None:
     used, unused = (uploads.folder.parent / uploads.together(stored) for _ in range(2))
     queue.submit("fit", {"name": "rex", "image": f"uploads/{used.name}"})
     for path in uploads.folder.iterdir():
-        os.utime(path, (time.time() - OLD,) * 2)
+        os.utime(path, (time.time() - OLD, time.time() - OLD))
     uploads.sweep(stored[:1])
     assert {path.name for path in uploads.folder.iterdir()} == {
         used.name,
@@ -119,7 +119,7 @@ def test_a_photo_has_one_mask_as_long_as_it_has_an_adapter(queue: Queue, uploads
     masks.set("0" * 64, first)
     assert (masks.of(photo), PhotoMasks(queue, uploads).of("0" * 64)) == (second, first)
     for path in masks.folder.iterdir():
-        os.utime(path, (time.time() - OLD,) * 2)
+        os.utime(path, (time.time() - OLD, time.time() - OLD))
     shutil.copytree(REPO / "adapters/rex-jumps", queue.store / "another-name")
     assert masks.sweep() == [second]
     assert masks.of("0" * 64) == ""

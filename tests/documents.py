@@ -110,6 +110,7 @@ def _other_base(tokens: list[str]) -> bool:
 REASONS: dict[str, Callable[[list[str]], bool]] = {
     "the weights of a base that the package does not hold": _other_base,
     "a server on the network, or one that runs until it is stopped": lambda tokens: tokens[0] in ("push", "pull", "web"),
+    "an adapter that was pulled from the network": lambda tokens: "rex2" in tokens,
     "models or data from the network": lambda tokens: bool({"--clip", "--dino", "--model"} & {*tokens}) or tokens[:2] == ["bench", "score"],
     "minutes of training": lambda tokens: tokens[0] == "demo" or tokens[:2] == ["bench", "critters"] or "--measure" in tokens,
     "what people answered, or the results of a benchmark": lambda tokens: tokens[0] == "study",

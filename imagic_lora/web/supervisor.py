@@ -114,7 +114,7 @@ class Supervisor:
                 process.terminate()
         end = time.monotonic() + _END_SECONDS
         for process in processes.values():
-            with suppress(psutil.Error):
+            with suppress(psutil.Error):  # it has ended by itself
                 try:
                     process.wait(max(0.0, end - time.monotonic()))
                 except psutil.TimeoutExpired:

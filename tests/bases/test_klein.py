@@ -576,6 +576,7 @@ def test_a_plan_counts_the_reference(klein: Path) -> None:
 # Memory
 
 
+@pytest.mark.slow
 @each("family, idle", [("klein", "keep"), ("klein", "release"), ("sd3", "release")])
 def test_a_large_text_encoder_is_quantized(klein: Path, tmp_path: Path, family: str, idle: Any) -> None:
     """Its linear layers, on every loading; the embedding is nearly the same, and a plan counts the smaller weights."""

@@ -228,6 +228,7 @@ def test_the_noise_of_the_photo_is_found_at_the_guidance_that_it_is_used_at(lcm:
     assert all(torch.equal(one, embedded[0]) for one in embedded)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_consistency_model_counts_one_pass(lcm: Path) -> None:
     """For a picture, at any guidance."""
     built, run = architecture(str(lcm)), tiny_config(lcm, edit={"guidance_scale": 8.0})

@@ -96,7 +96,7 @@ def check_training(base: Any, plain: Any) -> None:
     assert torch.allclose(base.target(clean, noise, times), targets[config.prediction_type], atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_any_config_is_taken_as_diffusers_takes_it(bases: dict[str, Path], family: str) -> None:
     """Whatever samples in diffusers is opened, and all is equal."""
     compared, parts = 0, PIPELINES[family].from_pretrained(bases[family]).components

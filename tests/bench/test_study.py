@@ -37,7 +37,7 @@ def loaded(tiny_dit: Path) -> Callable[[str], Base]:
     ("name", "changes"),
     [
         ("critters", "edit.start=inverted edit.source_eta=0.3 edit.guidance_scale=2"),
-        ("critters", "edit.start=noise"),
+        pytest.param("critters", "edit.start=noise", marks=pytest.mark.slow),
         ("critters", "edit.start=image tune.mode=embedding"),
         ("critters", "edit.start=inverted embed.space=input edit.ddim_eta=0"),
         ("critters-dit", "edit.start=inverted embed.space=output embed.tokens=words embed.relative=true embed.learning_rate=0.1"),

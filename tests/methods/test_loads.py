@@ -42,6 +42,7 @@ def wanted() -> EditRequest:
     return EditRequest(photo, "a red dog sitting", "a cat sitting", mask)
 
 
+@pytest.mark.slow
 @each("name", [name for name, method in SAMPLING.items() if "unet" in method.supports])
 def test_the_predicted_peak_is_that_of_a_run(named: Any, name: str) -> None:
     """Within 3%, allowances not included, whether it has guidance, gradients or attention maps."""

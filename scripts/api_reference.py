@@ -140,6 +140,7 @@ def _default(value: Any) -> str:
 
 
 def code(text: str) -> list[str]:
+    """The lines of a block of Python."""
     return ["```python", text, "```", ""]
 
 

@@ -240,7 +240,7 @@ def edited(base: Base, latents: Tensor, fit: Fitted, cases: Sequence[Case], vari
             inverted = sampler.recorded if config.ddim_eta else sampler.inverted
         else:
             sampler = DiffusionSampler(base, config, canvas, null)
-            inverted = partial(recorded if config.ddim_eta else diffused, base, canvas, latents, config)
+            inverted = partial(recorded, base, latents, config) if config.ddim_eta else partial(diffused, base, canvas, latents, config)
         if config.start == "inverted":
             parts = inverted(source, seeds)
             own = {seed: tuple(part[k : k + 1] for part in parts) for k, seed in enumerate(seeds)}
@@ -276,9 +276,7 @@ def diffused(
     return invert(base, canvas, latents, config, source)
 
 
-def recorded(
-    base: Base, canvas: Canvas, latents: Tensor, config: EditConfig, source: Conditioning, seeds: Sequence[int]
-) -> tuple[Tensor, ...]:
+def recorded(base: Base, latents: Tensor, config: EditConfig, source: Conditioning, seeds: Sequence[int]) -> tuple[Tensor, ...]:
     """As :func:`imagic_lora.sampling.inversion.record_noise`, for a batch of photos: ``[cases, C, h, w]`` each."""
     recorder: Any = base.pipeline("text2image", NoiseRecorder).scheduler
     recorder.set_timesteps(config.steps)

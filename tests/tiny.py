@@ -238,26 +238,32 @@ def save_inpainting(source: Path, folder: Path, scale: float = 1.0) -> Path:
     return folder
 
 
-def save_tiny_sd3_clip(folder: Path, others: Path, width: int = 16) -> Path:
-    """The transformer and the scheduler of a flow whose VAE and text encoder are those of :func:`save_tiny` in another folder."""
-    torch.manual_seed(5)
+def joint_transformer(seed: int, channels: int, width: int, patch_size: int, num_layers: int) -> Any:
+    """A small transformer of Stable Diffusion 3 with random weights, for latents of 8 x 8 and one CLIP text encoder of a width."""
+    torch.manual_seed(seed)
     transformer: Any = SD3Transformer2DModel(
         sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
+        patch_size=patch_size,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=num_layers,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=width,
         caption_projection_dim=16,
         pooled_projection_dim=width,
-        pos_embed_max_size=8,
+        pos_embed_max_size=8 // patch_size,
         qk_norm="rms_norm",
     )
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
+    return transformer
+
+
+def save_tiny_sd3_clip(folder: Path, others: Path, width: int = 16) -> Path:
+    """The transformer and the scheduler of a flow whose VAE and text encoder are those of :func:`save_tiny` in another folder."""
+    transformer = joint_transformer(5, channels=4, width=width, patch_size=1, num_layers=2)
     return save_flow(folder, others, transformer, FlowMatchEulerDiscreteScheduler(shift=2.0))
 
 
@@ -343,24 +349,7 @@ def save_tiny_klein(
 
 def save_tiny_critters_dit(folder: Path, num_layers: int = 1) -> Path:
     """The transformer and the scheduler of a small ``critters-dit`` with random weights; its other parts are those of ``critters``."""
-    torch.manual_seed(6)
-    transformer: Any = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=8,
-        out_channels=8,
-        num_layers=num_layers,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=128,
-        caption_projection_dim=16,
-        pooled_projection_dim=128,
-        pos_embed_max_size=4,
-        qk_norm="rms_norm",
-    )
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
+    transformer = joint_transformer(6, channels=8, width=128, patch_size=2, num_layers=num_layers)
     return save_flow(folder, CRITTERS, transformer, FlowMatchEulerDiscreteScheduler(shift=1.0))
 
 

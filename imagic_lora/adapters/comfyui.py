@@ -126,10 +126,9 @@ def _embeddings(adapter: Adapter, encode: Encode | None, etas: Sequence[float]) 
     found = concatenate(
         [Conditioning(one.tokens.float().cpu(), None if one.pooled is None else one.pooled.float().cpu()) for one in encode(asked)]
     )
-    extra = embedding_tensors({"target": Conditioning(found.tokens, extra=stored["target"].extra)})
+    extra = {f"target.{name}": value.float() for name, value in stored["target"].extra.items()}
     null = embedding_tensors({"null": Conditioning(stored["null"].tokens, stored["null"].pooled)})
     mixed = {f"mixed.{name}": value for name, value in found.tensors().items()}
-    del extra["target.tokens"]
     return {"etas": torch.tensor(asked, dtype=torch.float32), **mixed, **extra, **null}
 
 

@@ -52,10 +52,8 @@ def kind_of(base: str) -> EmbeddedName:
     """
     architecture = architecture_of(base)
     if architecture.resolution != SIDE:
-        got, expected = (
-            f"--base {base}, for images of {architecture.resolution} pixels",
-            f"{' or '.join(EMBEDDED)}, or another of {SIDE} pixels",
-        )
+        got = f"--base {base}, for images of {architecture.resolution} pixels"
+        expected = f"{' or '.join(EMBEDDED)}, or another of {SIDE} pixels"
         raise ImagicError(got, expected, "choose another base: the pictures of CritterBench are as small")
     return "critters-dit" if architecture.process == "flow" else "critters"
 
@@ -160,7 +158,6 @@ def subject(method: FitMethod, base: EmbeddedName) -> SubjectMethod:
     return SubjectMethod(resolve({"base": base, "method": method}, {}, RECIPES[base]))
 
 
-_OWN: dict[str, Callable[[EmbeddedName], Benched]] = {"prompt-only": prompt_only, "sdedit": sdedit, "flowedit": flowedit}
 CATALOGUE: dict[str, Callable[[EmbeddedName], Benched]] = {
     "bounds": lambda base: Bounds(),
     "prompt-only": prompt_only,
@@ -170,7 +167,8 @@ CATALOGUE: dict[str, Callable[[EmbeddedName], Benched]] = {
     "embedding-only": partial(imagic, "embedding-only", "embedding", True),
     "reference": partial(reference, "reference-imagic.yaml", "reference"),
     "reference-retuned": partial(reference, "reference-imagic-retuned.yaml", "reference-retuned"),
-    **{name: _OWN.get(name, partial(sampling, name)) for name in SAMPLING if name not in ("prompt-only", "sdedit", "inpaint")},
+    **{name: partial(sampling, name) for name in SAMPLING if name not in ("prompt-only", "sdedit", "inpaint")},
+    "flowedit": flowedit,
     "dreambooth": partial(subject, "dreambooth"),
     "textual-inversion": partial(subject, "textual-inversion"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -180,7 +180,7 @@ class Queue:
 
     def waiting(self) -> list[Job]:
         """Returns the jobs that wait, in the order in which they will run."""
-        return sorted((job for job in self.jobs() if job.state == "queued"), key=lambda job: (job.place, job.id))
+        return _waiting(self.jobs())
 
     def running(self) -> list[Job]:
         """Returns the jobs that run: at most one for each worker."""
@@ -192,8 +192,8 @@ class Queue:
         A job that writes an adapter runs beside no other job of that adapter, and the jobs of an adapter keep their order: an edit waits
         for the fit before it.
         """
-        read, written = set[str](), set[str]()
-        for job in (*self.running(), *self.waiting()):
+        read, written, jobs = set[str](), set[str](), self.jobs()
+        for job in (*(job for job in jobs if job.state == "running"), *_waiting(jobs)):
             reads, writes = job.adapters
             if job.state == "queued" and not (writes & (read | written) or reads & written):
                 yield job
@@ -268,3 +268,8 @@ class Queue:
                 return None
             created = float(name.split("-")[0])
             return Job(id=name, kind="unreadable", arguments={}, state="failed", place=created, created=created, problem=Problem.of(error))
+
+
+def _waiting(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs that wait among some, in the order in which they will run."""
+    return sorted((job for job in jobs if job.state == "queued"), key=lambda job: (job.place, job.id))

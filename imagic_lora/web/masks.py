@@ -51,13 +51,12 @@ class PhotoMasks:
             ImagicError: there is no such upload, or the disk cannot be written to.
         """
         path = self.folder / _checked(sha256)
-        with writable(self.folder):
-            if not stored:
-                path.unlink(missing_ok=True)
-                return
+        if stored:
             self._uploads.path(stored)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, stored)
+            write_text(path, stored)
+            return
+        with writable(self.folder):
+            path.unlink(missing_ok=True)
 
     def sweep(self) -> list[str]:
         """Removes masks that are older than a week and whose photo is that of no adapter; returns the uploads of the others."""

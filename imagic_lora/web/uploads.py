@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 import os
 import re
 import secrets
@@ -22,6 +21,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.record import SOURCE
 from ..adapters.writing import delete, writable
 from ..core.errors import ImagicError
+from ..photos.png import png
 from ..photos.reading import read_mask, read_photo
 from .guard import MAX_UPLOAD
 from .jobs import Queue
@@ -78,7 +78,7 @@ class Uploads:
             ImagicError: it is no PNG, nothing is painted, or it is too large.
         """
         painted = _painted(url).resize(size, Image.Resampling.BICUBIC)
-        return self.add_mask("mask.png", _png(painted.point([0] * 128 + [255] * 128)), size)
+        return self.add_mask("mask.png", png(painted.point([0] * 128 + [255] * 128), None), size)
 
     def inverted(self, painted: str, file: str, size: tuple[int, int]) -> tuple[str, str]:
         """Returns a mask whose white and black are exchanged, as it gets it: painted, or a stored file. Both are empty for an empty mask.
@@ -93,9 +93,9 @@ class Uploads:
         """
         if file:
             image = ImageOps.invert(read_mask(self.path(file), size).image)
-            return "", self.add_mask("mask.png", _png(image), size) if image.getbbox() else ""
+            return "", self.add_mask("mask.png", png(image, None), size) if image.getbbox() else ""
         image = ImageOps.invert(_painted(painted)) if painted else Image.new("L", (1, 1), 255)  # it is scaled to the photo
-        url = f"data:image/png;base64,{base64.b64encode(_png(image)).decode()}"
+        url = f"data:image/png;base64,{base64.b64encode(png(image, None)).decode()}"
         return url if image.getbbox() else "", ""
 
     def together(self, photos: Sequence[str]) -> str:
@@ -203,19 +203,10 @@ def _painted(url: str) -> Image.Image:
         return read_photo(path).image.getchannel("G")
 
 
-def _png(image: Image.Image) -> bytes:
-    """An image as the bytes of a PNG."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
 def preview_png(image: Image.Image) -> bytes:
     """Returns a preview of an image as PNG: its pixels, scaled down, and nothing else of its file."""
     image.thumbnail((_PREVIEW, _PREVIEW), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    Image.frombytes("RGB", image.size, image.convert("RGB").tobytes()).save(file, "PNG")
-    return file.getvalue()
+    return png(Image.frombytes("RGB", image.size, image.convert("RGB").tobytes()), None)
 
 
 def holds_photo(adapter: Adapter) -> bool:

@@ -93,6 +93,11 @@ def apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return max(((one[name] - other[name]).norm() / one[name].norm().clamp_min(1e-6)).item() for name in one)
 
 
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors as one."""
+    return {"whole": torch.cat([value.flatten() for value in tensors.values()])}
+
+
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sd": ("sd", {}, {}),
     "sd, embedding alone": ("sd", {"tune": {"mode": "embedding", "steps": 300, "rank": 16, "targets": "attention"}}, {}),
@@ -126,8 +131,9 @@ def test_each_result_is_that_of_a_fit_alone(
     for name, single in singles.items():
         other = together[name]
         assert isinstance(other, Adapter), other
-        # the first steps of Adam divide rounding by rounding where a gradient is almost 0; how much differs by CPU and number of threads
+        # the first steps of Adam divide rounding by rounding where a gradient is almost 0: single weights differ, more on some CPUs
         assert apart(tensors_of(single), tensors_of(other)) < 1e-2
+        assert apart(whole(tensors_of(single)), whole(tensors_of(other))) < 3e-4
         lines = [[json.loads(line) for line in (a.folder / "steps.jsonl").read_text().splitlines()] for a in (single, other)]
         assert [(line["stage"], line["step"]) for line in lines[0]] == [(line["stage"], line["step"]) for line in lines[1]]
         for key in ("loss", "relative_loss"):

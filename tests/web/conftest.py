@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import pytest
 REPO = Path(__file__).parents[2]
 CHROMIUM = Path("/usr/bin/chromium")
 AXE = Path(sys.prefix) / "axe/node_modules/axe-core/axe.min.js"
+SLOW = 240_000  # milliseconds: the machine may be busy with other tests
+SHOTS = Path(os.environ["IMAGIC_LORA_SCREENSHOTS"]) if "IMAGIC_LORA_SCREENSHOTS" in os.environ else None
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 ARGUMENTS += ["--disable-component-update", "--disable-sync"]
 
@@ -93,3 +95,24 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
         yield browser
         browser.close()
+
+
+@contextmanager
+def watched(browser: Any, server: Server, patience: int, **options: Any) -> Iterator[Any]:
+    """A page in a window of its own. Nothing may be asked of another machine, no script may fail, and no error may reach the log.
+
+    Args:
+        browser: headless Chromium.
+        server: the studio.
+        patience: milliseconds that the page waits for an element.
+        options: of the window.
+    """
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+    context.set_default_timeout(patience)
+    page, wrong = context.new_page(), []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith((server.url, "data:", "blob:")) else None)
+    yield page
+    assert not wrong
+    assert "Traceback" not in server.log(), server.log()
+    context.close()

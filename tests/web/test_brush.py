@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from acting import chosen, drawn, faults_of, opened, setting
-from conftest import AXE, REPO, Server, need
+from conftest import AXE, REPO, SHOTS, SLOW, Server, need, watched
 from PIL import Image
 
 from imagic_lora.photos.reading import read_mask
@@ -21,26 +20,13 @@ from imagic_lora.web.supervisor import Supervisor
 
 pytestmark = pytest.mark.web
 PHOTO = REPO / "adapters/rex-jumps/photo.png"  # the photo of an adapter of the store, 64 x 64 pixels
-SLOW = 240_000  # milliseconds: the machine may be busy with other tests
-SHOTS = Path(os.environ["IMAGIC_LORA_SCREENSHOTS"]) if "IMAGIC_LORA_SCREENSHOTS" in os.environ else None
 PAINTED = "JSON.parse(sessionStorage['imagic-lora fit'] || '{}').more?.mask?.painted"
 
 
 @pytest.fixture(scope="module")
-def context(browser: Any) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, has_touch=True)
-    context.set_default_timeout(60_000)
-    yield context
-    context.close()
-
-
-@pytest.fixture(scope="module")
-def page(context: Any, server: Server) -> Iterator[Any]:
-    page, wrong = context.new_page(), []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    yield page
-    assert not wrong
-    assert "Traceback" not in server.log(), server.log()
+def page(browser: Any, server: Server) -> Iterator[Any]:
+    with watched(browser, server, 60_000, has_touch=True) as page:
+        yield page
 
 
 def pixels(url: str) -> np.ndarray:
@@ -179,12 +165,12 @@ def test_a_finger_paints_on_a_phone(browser: Any, server: Server) -> None:
     context.close()
 
 
-def test_several_photos_and_their_settings_for_a_subject(context: Any, server: Server, tmp_path: Path) -> None:
+def test_several_photos_and_their_settings_for_a_subject(page: Any, server: Server, tmp_path: Path) -> None:
     """Chosen as files and as a folder; the settings of the method are those that it reads; a reload keeps all."""
     for k, colour in enumerate(("red", "green", "blue")):
         (tmp_path / "dogs").mkdir(exist_ok=True)
         Image.new("RGB", (40 + k, 30), colour).save(tmp_path / "dogs" / f"{k}.png")
-    page = context.new_page()
+    page = page.context.new_page()
     page.goto(server.url)
     panel = opened(page, "Fit")
     chosen(page, panel, "method", "dreambooth")
@@ -235,11 +221,11 @@ HOLD = """
 """
 
 
-def test_a_click_before_the_draft_is_restored_is_not_undone(context: Any, server: Server) -> None:
+def test_a_click_before_the_draft_is_restored_is_not_undone(page: Any, server: Server) -> None:
     """The browser gives the draft only when the test says so: until then the tab takes no click, afterwards a click stays."""
     from playwright.sync_api import Error
 
-    page = context.new_page()
+    page = page.context.new_page()
     page.goto(f"{server.url}/?tab=edit")
     page.get_by_role("button", name="mia-wears-a-hat").click()
     page.wait_for_function("JSON.parse(sessionStorage['imagic-lora edit'] || '{}').more?.adapter === 'mia-wears-a-hat'")

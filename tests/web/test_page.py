@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from acting import chosen, drawn, faults_of, opened, setting, unfolded
-from conftest import AXE, REPO, Server, need
+from conftest import AXE, REPO, SHOTS, SLOW, Server, need, watched
 from PIL import Image
 
 from imagic_lora.photos.reading import read_mask, read_metadata, read_photo
@@ -23,28 +22,14 @@ from imagic_lora.web.jobs import ENDED, Job, Queue
 
 pytestmark = pytest.mark.web
 PHOTO = REPO / "adapters/rex-jumps/source.png"
-SLOW = 240_000  # milliseconds: the machine may be busy with other tests
-SHOTS = Path(os.environ["IMAGIC_LORA_SCREENSHOTS"]) if "IMAGIC_LORA_SCREENSHOTS" in os.environ else None
 
 
 @pytest.fixture(scope="module")
-def context(browser: Any) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
-    context.set_default_timeout(30_000)
-    yield context
-    context.close()
-
-
-@pytest.fixture(scope="module")
-def page(context: Any, server: Server) -> Iterator[Any]:
-    """One page for the whole story. Nothing may be asked of another machine, and no script may fail."""
-    page, wrong = context.new_page(), []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith((server.url, "data:", "blob:")) else None)
-    page.goto(server.url)
-    yield page
-    assert not wrong
-    assert "Traceback" not in server.log(), server.log()
+def page(browser: Any, server: Server) -> Iterator[Any]:
+    """One page for the whole story."""
+    with watched(browser, server, 30_000, accept_downloads=True) as page:
+        page.goto(server.url)
+        yield page
 
 
 def finished(page: Any, server: Server, kind: str, before: int) -> Job:

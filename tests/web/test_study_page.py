@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from acting import faults_of
 from common import Run
-from conftest import AXE, need
+from conftest import AXE, SHOTS, need
 from raters import bench_folder, chosen_side
 
 from imagic_lora.bench.study.key import Key
 
 pytestmark = pytest.mark.web
-SHOTS = Path(os.environ["IMAGIC_LORA_SCREENSHOTS"]) if "IMAGIC_LORA_SCREENSHOTS" in os.environ else None
 PAUSE = 300  # milliseconds: the page ignores a second click that comes sooner
 
 
@@ -102,11 +101,7 @@ def test_the_page_is_accessible_and_fits_the_window(browser: Any, made: Path, sc
         assert page.evaluate("document.documentElement.scrollWidth") <= width, state
         if SHOTS:
             page.screenshot(path=SHOTS / f"study-{state}-{width}-{scheme}.png")
-        page.evaluate(AXE.read_text())
-        found = page.evaluate("axe.run({resultTypes: ['violations']})")["violations"]
-        faults.extend(
-            (state, fault["id"], fault["nodes"][0]["html"][:200]) for fault in found if fault["impact"] in ("serious", "critical")
-        )
+        faults.extend((state, *fault) for fault in faults_of(page, AXE))
 
     look("start")
     page.get_by_role("button", name="Start").click()

@@ -85,6 +85,11 @@ def test_a_finger_draws_a_region_and_a_reload_keeps_the_form(browser: Any, serve
     other.get_by_text("Predicted peak").wait_for(timeout=SLOW)
     assert other.locator('[id="prompt"]').input_value() == ""
     assert other.locator(".subject .drawing canvas").filter(visible=True).count() == 0
+    guide = other.get_by_role("region", name="What happens here").filter(visible=True)  # no fit is in the queue yet
+    guide.get_by_text("between the two embeddings lies the edit").wait_for()
+    chosen(other, other.locator(".content").filter(visible=True), "method", "dreambooth")
+    guide.get_by_text("a rare word before the noun names the subject").wait_for()
+    assert not guide.get_by_text("between the two embeddings").is_visible()
     other.context.close()
     context.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from nicegui import ui
@@ -22,13 +23,30 @@ from .jobview import JobPlace, Use
 from .masking import MaskField
 from .photos import PhotoField, PhotosField
 
-_GUIDE = (
-    "Drop a photo. To fit a part of it only, draw a rectangle on it. A mask says what later edits may change.",
-    "Type the target prompt: one sentence that describes the edited image, not the change.",
-    "Start. Stage embed looks for the embedding of the prompt that explains the photo; stage tune trains the model on the photo with it.",
-    "Watch the losses and the previews here. Stop saves a checkpoint to resume from; closing the page changes nothing.",
-    "Then open Edit: between the two embeddings lies the edit.",
-)
+_WATCH = "Watch the losses and the previews here. Stop saves a checkpoint to resume from; closing the page changes nothing."
+_GUIDES: dict[FitMethod, Sequence[str]] = {
+    "imagic": (
+        "Drop a photo. To fit a part of it only, draw a rectangle on it. A mask says what later edits may change.",
+        "Type the target prompt: one sentence that describes the edited image, not the change.",
+        "Start. Stage embed looks for the embedding of the prompt that explains the photo; stage tune trains the model on it.",
+        _WATCH,
+        "Then open Edit: between the two embeddings lies the edit.",
+    ),
+    "dreambooth": (
+        "Drop one photo of the subject, or several.",
+        "Type the prompt: a rare word before the noun names the subject, as in a photo of sks dog.",
+        "Start. Pictures of others of its class are made first; then the model is trained on both, so that the noun keeps its meaning.",
+        _WATCH,
+        "Then open Edit, and use the rare word and the noun in another prompt: pose and place follow it.",
+    ),
+    "textual-inversion": (
+        "Drop one photo of the subject, or several.",
+        "Type the prompt: the new word in angle brackets names the subject, as in a photo of <my-dog>.",
+        "Start. The vectors of the new word are trained; no weight of the model changes.",
+        _WATCH,
+        "Then open Edit, and use the new word in another prompt: pose and place follow it.",
+    ),
+}
 _FIRST = ("method", "base", "preset", "tune.mode")
 _OWN = ("dreambooth", "inversion")  # groups of settings that belong to one method, which its fit needs
 _PROMPTS: dict[FitMethod, str] = {
@@ -60,7 +78,7 @@ class FitTab:
                 self._form.banner()
                 self._plan = ui.element("div").classes("plan").props('role="status" aria-label="Memory plan"')
                 ui.button("Start", on_click=self._start)
-            self._job = JobPlace(studio, "fit", use, self._form, guide=_GUIDE)
+            self._job = JobPlace(studio, "fit", use, self._form)
         self._show_method()
         self._draft = Draft("fit", self._form.fields, self._more, self._restore)
         ui.timer(0.1, self._changed, once=True)
@@ -109,6 +127,7 @@ class FitTab:
         for place, paths in self._groups.values():
             place.visible = not shown.isdisjoint(paths)
         self._form.fields["prompt"].props["hint"] = _PROMPTS[method]
+        self._job.guide(_GUIDES[method])
         if not edits and self._photo.stored and not self._photos.stored:
             self._photos.take([self._photo.stored], self._photo.name)
         self._photo.element.visible = self._photo_kept.visible = self._masked.visible = edits

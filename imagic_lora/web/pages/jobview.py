@@ -37,7 +37,7 @@ class JobPlace:
         use: as for :class:`JobView`.
         form: whose field shows the error of a job that is submitted here and fails.
         ended: as there, for jobs that are submitted here.
-        guide: sentences that are shown until there is a job: what the tab does, in the order in which it is done.
+        guide: as for :meth:`guide`.
     """
 
     def __init__(
@@ -51,16 +51,23 @@ class JobPlace:
     ) -> None:
         self._studio, self._use, self._form, self._ended = studio, use, form, ended
         self._element = ui.element("div").classes("result")
+        self._empty = True
         jobs = [job for job in studio.queue.jobs() if job.kind == kind]
-        if not jobs and guide:
-            with self._element, ui.element("section").classes("guide").props('aria-label="What happens here"'):
-                ui.label("What happens here").classes("heading")
-                with ui.element("ol"):
-                    for text in guide:
-                        with ui.element("li"):
-                            ui.label(text)
         if jobs:
             self._show(next((job for job in jobs if job.state == "running"), jobs[-1]))
+        self.guide(guide)
+
+    def guide(self, sentences: Sequence[str]) -> None:
+        """Shows sentences until there is a job: what the tab does, in the order in which it is done."""
+        if not self._empty or not sentences:
+            return
+        self._element.clear()
+        with self._element, ui.element("section").classes("guide").props('aria-label="What happens here"'):
+            ui.label("What happens here").classes("heading")
+            with ui.element("ol"):
+                for text in sentences:
+                    with ui.element("li"):
+                        ui.label(text)
 
     def submit(self, kind: Kind, arguments: dict[str, Any]) -> None:
         """Adds a job to the queue, and shows it in the place of the last one.
@@ -71,6 +78,7 @@ class JobPlace:
         self._show(self._studio.queue.submit(kind, arguments))
 
     def _show(self, job: Job) -> None:
+        self._empty = False
         self._element.clear()
         with self._element:
             JobView(self._studio, job, self._use, self._done)

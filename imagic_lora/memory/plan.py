@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from math import prod
+from math import ceil, prod
 from typing import Any, Literal
 
 from ..bases.architecture import Architecture, UNetArchitecture
@@ -56,6 +56,15 @@ class Peak:
     gradients: int
     optimizer: int
     activations: int
+
+    def of_photos(self, photos: int, added: int) -> Peak:
+        """What the stage holds for several photos that are fitted together: all but the base, so many times.
+
+        Args:
+            photos: number of photos.
+            added: bytes of the trained weights that each photo adds to those of the base.
+        """
+        return Peak(self.weights + (photos - 1) * added, photos * self.gradients, photos * self.optimizer, photos * self.activations)
 
     @property
     def total(self) -> int:
@@ -155,7 +164,8 @@ def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None 
         architecture: configs of the base's components, from :func:`~imagic_lora.bases.loading.registry.architecture_of`.
         run: settings of the run.
         assumed: device, precision and optimizer; None for those of the run, where ``auto`` counts as a card with bf16.
-        photos: number of photos that are fitted together, in one batch; the adapter and the checkpoint are those of one.
+        photos: number of photos that are fitted together, in one batch; the adapter and the checkpoint are those of one. A rehearsal
+            counts one photo, and all of it but the base is multiplied: on U-Nets that is what a plan of several counts, or a little more.
         edit: whether the stages of an edit are enough.
 
     Raises:
@@ -166,12 +176,17 @@ def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None 
     if isinstance(architecture, UNetArchitecture):
         planner = _Planner(architecture, run, assumed, photos=photos)
         return planner.plan(planner.stages())
-    rehearsed = recall(architecture, run, asdict(assumed), edit) if photos == 1 else None
+    rehearsed = recall(architecture, run, asdict(assumed), edit)
     if rehearsed is None:
         remedy = "run imagic-lora plan with the same settings, which rehearses the fit, or choose a --preset"
         raise NotPlanned("a transformer", "a U-Net, or a transformer that was rehearsed with these settings", remedy)
-    stages = {name: Peak(*sizes) for name, sizes in rehearsed.stages.items()}
-    return plan_from_peaks(architecture, run, assumed, stages, CountedWeights(**rehearsed.counts))
+    counts = CountedWeights(**rehearsed.counts)
+    added = trained(architecture, run.tune.mode, counts, assumed.optimizer).added
+    peaks = {name: Peak(*sizes) for name, sizes in rehearsed.stages.items()}
+    # previews are sampled together and decoded one after another
+    once = {"encode": 1, "decode": 1, "sample": ceil(photos / sampled_at_once(architecture, run))}
+    stages = {name: peak.of_photos(once.get(name, photos), added) for name, peak in peaks.items()}
+    return plan_from_peaks(architecture, run, assumed, stages, counts)
 
 
 def plan_from_peaks(

@@ -27,7 +27,7 @@ from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.record import PREVIEW, STEPS
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.architecture import Architecture
-from imagic_lora.bases.loading.configs import architecture
+from imagic_lora.bases.loading.configs import architecture, recipe_for
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import EditConfig, Mode, Preset, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
@@ -370,6 +370,23 @@ def test_the_largest_batch_fits_the_free_memory() -> None:
         assert largest_batch(SD15, run, CARD, free, 100) == size
         assert largest_batch(SD15, run, CARD, free - 2 * 2**20, 100) == max(2, size // 2)
     assert [largest_batch(SD15, run, CARD, 2**40, images) for images in (1, 2, 3, 5, 100)] == [2, 2, 4, 8, 16]
+
+
+def test_what_a_rehearsal_of_one_photo_says_of_several() -> None:
+    """On a U-Net, where a plan counts several photos, it is no less. So photos of a transformer that was rehearsed are fitted together."""
+    run = resolve({"base": "sd15"}, {}, recipe_of("sd15"), "12gb")
+    one = predicted(run, CARD)
+    added = predicted(run, CARD, 2).stages["tune"].weights - one.stages["tune"].weights
+    for photos in (2, 8):
+        for name, peak in predicted(run, CARD, photos).stages.items():
+            if name not in ("encode", "sample", "decode"):
+                assert 0.999 <= one.stages[name].of_photos(photos, added).total / peak.total <= 1.05, name
+    klein = PUBLISHED["klein-base-4b"]
+    flow = resolve({"base": "klein-base-4b"}, {}, recipe_for(klein, "klein-base-4b"), "12gb", large=True)
+    several = most_together(klein, flow, CARD, 24 * GIB, 64)
+    fitting = predict(klein, flow, CARD, several)
+    assert 1 < several < 64
+    assert fitting.peak_bytes - fitting.context <= 0.9 * 24 * GIB
 
 
 def test_as_many_photos_are_fitted_together_as_the_free_memory_allows() -> None:

@@ -122,8 +122,8 @@ def study_eta(args: argparse.Namespace) -> None:
     Every case is fitted and edited over a grid of etas, and its images are scored as ``imagic-lora sweep`` scores them. A rule sees these
     scores and nothing else; the judge only says whether the chosen image is a success. The best fixed eta and the best rule are chosen on
     the cases of one seed (``--choose``), and both are claimed on those of another (``--claim``). Each rule is tried on the whole grid
-    (``sweep``) and as the search of ``edit --eta auto`` (``auto``), with three kinds of alignment: ``untuned``, the target prompt against
-    the optimised embedding, on the base without the adapter, as in the product; ``tuned``, with the adapter applied; ``null``, against the
+    (``sweep``) and as the search of ``edit --eta auto`` (``auto``), with three kinds of alignment: ``tuned``, the target prompt against
+    the optimised embedding, with the adapter applied, as in the product; ``untuned``, without the adapter; ``null``, against the
     unconditional embedding, without the adapter. ``passes`` are samples through the denoiser before the edit itself.
     """
     if args.choose == args.claim:

@@ -231,6 +231,7 @@ def test_plain_diffusers_loads_it(folder: Path, fitted: Fitted, tmp_path: Path) 
     assert torch.equal(output(base), expected)
 
 
+@pytest.mark.slow
 def test_sdxl_is_compressed_too(photo_file: Path, tmp_path: Path) -> None:
     """Every layer of its U-Net, the embedding of the size ids included."""
     folder = save_tiny_sdxl(tmp_path / "base")

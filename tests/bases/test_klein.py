@@ -434,6 +434,7 @@ UNHEARD = [(FILES[part], name, "x") for part, keys in KLEIN_KEYS.items() for nam
 UNHEARD += [(file, "a_setting_of_tomorrow", 0.5) for file in FILES.values()]
 
 
+@pytest.mark.slow
 @each("file, name, value", UNHEARD)
 def test_a_setting_that_nothing_honours_is_refused_by_its_name(klein: Path, tmp_path: Path, file: str, name: str, value: Any) -> None:
     """With its file."""
@@ -510,6 +511,7 @@ def test_a_list_of_bases_says_that_a_flow_is_distilled(klein: Path, tmp_path: Pa
             found.check_trainable("one")
 
 
+@pytest.mark.slow
 def test_its_memory_is_predicted_by_a_rehearsal(klein: Path, fit_on: Fit) -> None:
     """Weights and LoRA layers as they are, the text encoder without the layers that are not read."""
     architecture, base = architecture_of(str(klein)), opened(klein)
@@ -565,6 +567,7 @@ def test_a_base_without_references_refuses_one(photo_file: Path, tmp_path: Path)
         next(Editor(opened(place)).edit(adapter, [0.5], [0], EditConfig(steps=2, reference=True)))
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_reference(klein: Path) -> None:
     """Twice the tokens of the image."""
     architecture, assumed = architecture_of(str(klein)), Assumed("cpu", "fp32", "adam")

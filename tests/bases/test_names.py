@@ -45,6 +45,7 @@ def on_cpu(name: str) -> Any:
     return load_base(name, resolve_runtime(MemoryConfig(device="cpu")))
 
 
+@pytest.mark.slow
 @each("name", ["sdxl-turbo", TURBO, TURBO.upper(), f"{TURBO}/", "the snapshot", "a link to the snapshot", "mine", "the source of mine"])
 def test_turbo_is_distilled_by_every_name(name: str, snapshot: Path, tmp_path: Path, listed: Listed) -> None:
     """Trained at the timesteps that it samples at, and sampled in four steps without guidance; the plan agrees."""

@@ -96,7 +96,8 @@ def check_training(base: Any, plain: Any) -> None:
     assert torch.allclose(base.target(clean, noise, times), targets[config.prediction_type], atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_any_config_is_taken_as_diffusers_takes_it(bases: dict[str, Path], family: str) -> None:
     """Whatever samples in diffusers is opened, and all is equal."""
     compared, parts = 0, PIPELINES[family].from_pretrained(bases[family]).components
@@ -189,6 +190,7 @@ def test_a_vae_without_a_setting_has_the_default_of_diffusers(bases: dict[str, P
     assert torch.equal(base.decode(expected), decoded)
 
 
+@pytest.mark.slow
 @each("version", [..., "0.6", "0.8.1", "0.9.0.dev0", "0.10.2"])
 @each("family", ["sd", "sdxl"])
 def test_the_size_of_an_old_base_is_that_of_its_pipeline(bases: dict[str, Path], tmp_path: Path, family: str, version: Any) -> None:

@@ -131,6 +131,7 @@ def test_8_bits_are_the_nearest_steps_of_a_row(features: int) -> None:
     torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_8_bits_are_nearer_than_4(wide: Path, dtype: str) -> None:
     """Every linear layer, and LoRA on them: its loss falls, and the base answers as before when the layers are gone."""

@@ -434,6 +434,7 @@ UNHEARD = [(FILES[part], name, "x" if value != "x" else "y") for part, keys in S
 UNHEARD += [(file, "a_setting_of_tomorrow", 0.5) for file in (*FILES.values(), "tokenizer_2/tokenizer_config.json")]
 
 
+@pytest.mark.slow
 @each("file, name, value", UNHEARD)
 def test_a_setting_that_nothing_honours_is_refused_by_its_name(sd3: Path, tmp_path: Path, file: str, name: str, value: Any) -> None:
     """With its file."""
@@ -535,6 +536,7 @@ def test_its_memory_is_predicted_by_a_rehearsal(sd3: Path, fit_on: Fit) -> None:
     assert full.stages["tune"].gradients == parameters
 
 
+@pytest.mark.slow
 @each("idle, alone", [("keep", False), ("release", True)])
 def test_t5_is_alone_on_the_card(sd3: Path, monkeypatch: pytest.MonkeyPatch, idle: Any, alone: bool) -> None:
     """Unless everything stays there: the VAE and CLIP leave before T5 comes, and the plan counts T5 alone."""

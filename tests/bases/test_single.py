@@ -240,7 +240,7 @@ def test_a_file_that_is_not_whole_is_refused(
         on_cpu(named(tmp_path / "one.safetensors", folder))
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_whatever_is_missing_or_bent_is_refused(tmp_path: Path, kind: str) -> None:
     """Thirty tensors of every part, dropped, cut short or flattened: a clear refusal each."""
     folder = (save_tiny if kind == "sd1" else save_tiny_sdxl)(tmp_path / "base")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from common import Run
 from layouts import write_tedbench
 from tiny import save_tiny
 
 
+@pytest.mark.slow
 def test_a_study_of_tedbench(run: Run, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base")
     bench = write_tedbench(tmp_path / "tedbench")

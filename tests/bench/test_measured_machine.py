@@ -88,6 +88,7 @@ def test_on_a_cpu_equal_presets_are_measured_once() -> None:
 # the process
 
 
+@pytest.mark.slow
 def test_the_command_measures_the_embedded_base(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One run in its process: tensors within a twentieth of the plan, every speed, and nothing of this machine's names."""
 

@@ -53,6 +53,7 @@ def two(place: Path) -> str:
     return launch(place, *TWO, "--name", "two")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(two: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes really run and one writes.
 

@@ -78,6 +78,7 @@ def test_a_terminal_without_unicode_shows_escapes() -> None:
     assert b"\\u2026" in done.stdout  # an ellipsis
 
 
+@pytest.mark.slow
 def test_public_names_are_imported_when_they_are_used() -> None:
     """Importing the package imports nothing heavy; every name it promises is there; any other is an AttributeError."""
     python("import sys, imagic_lora; imagic_lora.Store; imagic_lora.RunConfig; imagic_lora.plan; assert 'torch' not in sys.modules")
@@ -86,7 +87,7 @@ def test_public_names_are_imported_when_they_are_used() -> None:
         python("from imagic_lora import Studio")
 
 
-@pytest.mark.parametrize("needed", [True, False])
+@pytest.mark.parametrize("needed", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_bitsandbytes_is_imported_only_where_it_is_used(needed: bool) -> None:
     """Hidden from the imports of the libraries, PEFT's later one too, and there for our own; garbage is collected again."""
     found = python(f"""

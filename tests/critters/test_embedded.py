@@ -98,6 +98,7 @@ def test_from_a_hardly_noised_photo_comes_the_photo() -> None:
     assert psnr(near, reconstruction) > 22 > psnr(far, reconstruction)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_base_follows_the_words_on_the_identity() -> None:
     """Its loss on 48 held-out pictures, at timestep 850, is higher if any one factor of the caption is wrong."""

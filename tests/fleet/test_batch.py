@@ -103,7 +103,7 @@ def test_an_unexpected_error_stays_with_its_photo(batch: Batch, monkeypatch: pyt
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("at", [2, 8, 11])
+@pytest.mark.parametrize("at", [2, *(pytest.param(at, marks=pytest.mark.slow) for at in (8, 11))])
 def test_an_interrupted_batch_goes_on(batch: Batch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: int) -> None:
     """Of six steps a photo: within a stage of the first or the second photo. No step is done twice, and the bytes are the same."""
     assert batch()[0] == 0
@@ -141,6 +141,7 @@ def test_what_a_killed_driver_left_is_completed(batch: Batch, monkeypatch: pytes
     assert entry.name == "p0"
 
 
+@pytest.mark.slow
 def test_other_adapters_are_not_replaced_unasked(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     """A changed setting, prompt or photo is named before anything starts; --overwrite fits these again, and no other."""
     assert batch()[0] == 0
@@ -159,6 +160,7 @@ def test_other_adapters_are_not_replaced_unasked(batch: Batch, monkeypatch: pyte
     assert rows["p1"]["prompt"] == Store(Path("adapters")).read("p1").record.prompt == "a horse"
 
 
+@pytest.mark.slow
 def test_overwrite_discards_the_checkpoints_of_another_fit(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     steps_before(monkeypatch, 2, KeyboardInterrupt())
     assert batch()[0] == 130

@@ -297,6 +297,7 @@ def test_the_published_sizes_are_the_published_ones() -> None:
     }
 
 
+@pytest.mark.slow
 @each("targets", list(TARGETS))
 @each("name", BASES)
 def test_every_lora_parameter_is_counted(known: Callable[[str], Architecture], name: str, targets: str) -> None:

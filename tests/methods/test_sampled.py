@@ -437,6 +437,7 @@ def ablated(folder: Path, wanted: EditRequest) -> Callable[[Any], Any]:
     return cache(lambda ablation: inverted(NullTextInversion(), opened(folder), wanted, null_text(ablation=ablation, learning_rate=0.03)))
 
 
+@pytest.mark.slow
 @each(
     "ablation, moving, count",
     [

@@ -270,7 +270,7 @@ def test_recorded_noise_reproduces_the_photo(folder: Path, fitted: Fitted) -> No
     assert np.abs(back[2] - back[3]).max() > 1
 
 
-@pytest.mark.parametrize(("ddim_eta", "steps"), [(0.0, 50), (1.0, 20)])
+@pytest.mark.parametrize(("ddim_eta", "steps"), [pytest.param(0.0, 50, marks=pytest.mark.slow), (1.0, 20)])
 def test_a_photo_inverted_on_the_way_comes_back_from_there(folder: Path, fitted: Fitted, ddim_eta: float, steps: int) -> None:
     """With a source eta of 0.4: the photo at it and below it, which without one there is at eta 0 alone."""
     editor, adapter = Editor(opened(folder)), fitted("lora")
@@ -430,6 +430,7 @@ def test_an_edit_goes_on_after_close(folder: Path, fitted: Fitted, alone: Fitted
     assert np.array_equal(np.stack([array(edit.image) for edit in (*first, *edits)]), alone(adapter, INVERTED, FIVE))
 
 
+@pytest.mark.slow
 def test_threads_share_an_editor(folder: Path, fitted: Fitted, narrow: Fitted, alone: Fitted) -> None:
     """Three threads, each with its adapters, get what they would get alone, whatever they put in and take out of it meanwhile."""
     adapters = fitted("lora"), fitted("full"), fitted("embedding"), fitted("lora", 1), narrow("threads", rank=2)

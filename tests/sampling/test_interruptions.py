@@ -39,7 +39,7 @@ def state(base: Base) -> tuple[Any, ...]:
     return [(name, type(one), one.training) for name, one in module.named_modules()], parameters, hooks, peft
 
 
-@pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
+@pytest.mark.parametrize("lasting", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["once", "lasting"])
 @pytest.mark.parametrize(("before", "after"), CHANGES)
 def test_an_interrupted_change_of_adapters(folder: Path, fitted: Fitted, before: Mode, after: Mode, lasting: bool) -> None:
     """The next load is that of a new editor, bit for bit, or close gives the base back."""
@@ -126,7 +126,7 @@ def test_a_base_in_use_is_refused_by_name(folder: Path, photo_file: Path, fitted
     other.load(fitted("lora", 1))
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_an_interrupted_fit(folder: Path, photo_file: Path, tmp_path: Path, mode: Mode) -> None:
     """At any step, its training and the writing of its adapter among them: the base is as it was, and the name can be written again."""
     base, store, config = opened(folder, "full"), Store(tmp_path), tiny_config(folder, mode)
@@ -141,7 +141,7 @@ def test_an_interrupted_fit(folder: Path, photo_file: Path, tmp_path: Path, mode
         store.check_free("one", overwrite=True)
 
 
-@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("in_backward", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_fit_after_an_interrupted_step_of_another(folder: Path, photo_file: Path, tmp_path: Path, in_backward: bool) -> None:
     """An interruption between the gradients and their use leaves neither gradients nor hooks: the next fit is as on a new base."""
     config, calls = tiny_config(folder, "full"), [(torch, "_foreach_norm"), (torch.linalg, "vector_norm")]

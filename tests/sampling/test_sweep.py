@@ -13,7 +13,7 @@ from common import KINDS, array, each, opened, same, weights
 from PIL import Image
 
 from imagic_lora.adapters.adapter import Adapter
-from imagic_lora.adapters.contents import read_canvas, read_embeddings
+from imagic_lora.adapters.contents import applied, read_canvas, read_embeddings
 from imagic_lora.core.conditioning import Conditioning, interpolate
 from imagic_lora.core.config import EditConfig
 from imagic_lora.core.errors import NotFinite
@@ -174,17 +174,21 @@ def test_before_tuning_is_the_base_with_the_embeddings_alone(folder: Any, fitted
     assert first.image.tobytes() != small.tobytes()
 
 
-def test_images_are_scored_on_the_untuned_base(folder: Any, fitted: Fitted) -> None:
-    """The reconstruction of each seed is its own reference; alignment is that of a fresh base; another target prompt changes it."""
+def test_images_are_scored_with_their_adapter(folder: Any, fitted: Fitted) -> None:
+    """The reconstruction of each seed is its own reference; alignment is that of a fresh base with the adapter, whatever adapter the
+    editor was used with before; another target prompt changes it."""
     adapter, editor = fitted("lora"), Editor(opened(folder))
     pictures = sweep(editor, adapter, [0.0, 1.0], [0, 3])
+    editor.load(fitted("full"))
     found = list(scored(editor, adapter, pictures, pictures, CONFIG))
     assert [(score.eta, score.seed, score.tuned) for score in found] == [(0, 0, True), (0, 3, True), (1, 0, True), (1, 3, True)]
     assert [(score.fidelity, score.ssim) for score in found[:2]] == [(1, pytest.approx(1, abs=1e-4))] * 2
     assert all(score.fidelity < 0.9999 and score.ssim < 0.999 for score in found[2:])
     stored, fresh = read_embeddings(adapter), opened(folder)
     latents = torch.stack([picture.latents for picture in pictures])
-    expected = alignment(fresh, latents, stored["target"], stored["optimised"], 4)
+    with applied(adapter, fresh):
+        expected = alignment(fresh, latents, stored["target"], stored["optimised"], 4)
+    assert alignment(opened(folder), latents, stored["target"], stored["optimised"], 4) != pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert [score.alignment for score in found] == pytest.approx(expected, rel=1e-3, abs=1e-6)
     photo = to_image(read_canvas(adapter).pixels[0])
     assert [score.ssim_photo for score in found] == pytest.approx([ssim(picture.image, photo) for picture in pictures])
@@ -216,7 +220,7 @@ def test_a_search_for_eta_gives_the_eta_of_a_sweep_over_the_same_images(folder: 
     assert set(COARSE) < set(etas)
     assert len(etas) == len(set(etas)) <= SEARCHED
     pictures = sweep(editor, adapter, etas, [4])
-    assert found == RULES["product"](Curves.of(scored(editor, adapter, pictures, pictures, CONFIG)))
+    assert found == RULES["onset"](Curves.of(scored(editor, adapter, pictures, pictures, CONFIG)))
 
 
 def test_an_editor_gives_its_conditionings(folder: Any, fitted: Fitted) -> None:

@@ -142,6 +142,7 @@ def command(work: Path, *arguments: str) -> None:
         main()
 
 
+@pytest.mark.slow
 def test_one_command_makes_a_base_that_plain_diffusers_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From an empty folder: every part of the package, and the digests of its weights. Again it does nothing; another seed is refused."""
     command(tmp_path)

@@ -16,7 +16,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("torture")
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = {"interruptions", "places", "strangers", "texts"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES])
 def test_nothing_goes_wrong(name: str, place: Path) -> None:
     """A case that passes yields an empty string."""
     with torch.enable_grad():  # an exception inside torch's own context managers, as "interruptions" makes them, leaves them off

@@ -15,7 +15,12 @@ Torture = Callable[[int, int, Path], Iterator[str]]
 
 @pytest.mark.parametrize(
     ("torture", "cases"),
-    [(kills.torture, 4), (batches.torture, 2), (power.torture, 120), (disk.torture, 7)],
+    [
+        (kills.torture, 4),
+        pytest.param(batches.torture, 2, marks=pytest.mark.slow),
+        (power.torture, 120),
+        pytest.param(disk.torture, 7, marks=pytest.mark.slow),
+    ],
     ids=["kills", "batches", "power", "disk"],
 )
 def test_nothing_is_lost(torture: Torture, cases: int, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ SPARING = {"gradient_checkpointing": True, "optimizer_in_backward": True, "idle"
 REAL: list[Any] = [
     ("lora", {}),
     ("full", {"optimizer": "adafactor"}),
-    ("full", SPARING | {"dtype": "bf16"}),
+    pytest.param("full", SPARING | {"dtype": "bf16"}, marks=pytest.mark.slow),
     ("embedding", {"gradient_checkpointing": True, "idle": "release"}),
     pytest.param("full", {}, marks=pytest.mark.slow),
     pytest.param("lora", SPARING | {"dtype": "bf16"}, marks=pytest.mark.slow),
@@ -250,7 +250,7 @@ def test_the_exact_plan_is_what_a_run_takes(folder: Path, mode: Mode, memory: di
     assert {name: peak.total for name, peak in plan.stages.items()} == pytest.approx(real_peaks(folder, run), rel=0.01)
 
 
-@pytest.mark.parametrize("idle", ["keep", "release"])
+@pytest.mark.parametrize("idle", [pytest.param("keep", marks=pytest.mark.slow), "release"])
 def test_the_exact_plan_of_previews_is_what_they_take(folder: Path, idle: str) -> None:
     """While stage 2 trains, with the states of its optimizer; the predicted plan is near."""
     run = tiny_config(folder, "lora", memory={"idle": idle}, monitoring={"preview_every": 1})

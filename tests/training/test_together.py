@@ -110,7 +110,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-SLOW = {"klein"}  # 512 tokens a prompt
+SLOW = {"klein", "sdxl", "sd, checkpointing", "sd, token vectors and all layers", "sd, noise on the embedding"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES])
@@ -191,7 +191,7 @@ def test_batched_layers_are_those_of_peft(base_of: Callable[..., Base]) -> None:
             assert apart(*gradients) < 1e-4
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adam8bit"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.slow), "adam8bit"])
 def test_optimizer_states_are_those_of_a_fit_alone(optimizer: str, large_folder: Path, photos: list[Path], tmp_path: Path) -> None:
     """In checkpoints of both stages, and fits alone go on from those of a group."""
     base, items = opened(large_folder, optimizer=optimizer), items_of(photos)
@@ -244,7 +244,7 @@ def stopped_at(steps: Any, stage: str, step: int, photos: int = 1) -> None:
     raise AssertionError(f"no step {step} of stage {stage}")
 
 
-@pytest.mark.parametrize(("stage", "step"), [("embed", 2), ("tune", 2)])
+@pytest.mark.parametrize(("stage", "step"), [("embed", 2), pytest.param("tune", 2, marks=pytest.mark.slow)])
 def test_a_stopped_group_goes_on(
     stage: str, step: int, base_of: Callable[..., Base], folders_of: Callable[[str], Path], photos: list[Path], tmp_path: Path
 ) -> None:
@@ -283,7 +283,7 @@ def steps_of(reports: Sequence[PhotoReport], name: str) -> list[tuple[str, int]]
     return [(report.step.stage, report.step.step) for report in reports if report.name == name and report.step]
 
 
-@pytest.mark.parametrize("stage", ["embed", "tune"])
+@pytest.mark.parametrize("stage", ["embed", pytest.param("tune", marks=pytest.mark.slow)])
 def test_a_photo_that_fails_leaves_the_others_as_they_are(
     stage: str,
     base_of: Callable[..., Base],
@@ -395,6 +395,7 @@ def test_a_group_that_does_not_fit_the_memory_is_saved(
     assert all(isinstance(found, Adapter) for found in run([with_resume(item) for item in items[:2]], config, store, base).values())
 
 
+@pytest.mark.slow
 def test_photos_stop_early_one_by_one(
     base_of: Callable[..., Base], folders_of: Callable[[str], Path], photos: list[Path], tmp_path: Path
 ) -> None:

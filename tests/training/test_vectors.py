@@ -243,7 +243,8 @@ def test_an_export_says_how_vectors_mix(folder: Path, photo_file: Path, tmp_path
     assert "eta * target + (1 - eta) * optimised" not in pages[0]
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_stage_1_is_planned_with_the_text_encoders(dtype: str) -> None:
     """The prediction is near the rehearsal; both hold the encoders, and more than in the output space."""
     found = {}

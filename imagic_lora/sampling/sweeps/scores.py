@@ -55,11 +55,10 @@ def alignment(base: Base, latents: Tensor, target: Conditioning, optimised: Cond
     """Returns the alignment of images with the target prompt: the mean over timesteps of ``log(error(e_opt) / error(e_tgt))``.
 
     It is 0 where both embeddings explain an image equally well, and above 0 where the target prompt explains it better. A ratio of errors
-    at one timestep is the same for every prediction type. The idea is that of diffusion classifiers (arXiv 2303.16203). Apply no
-    adapter: a denoiser that was tuned on the photo explains the photo well under any embedding.
+    at one timestep is the same for every prediction type. The idea is that of diffusion classifiers (arXiv 2303.16203).
 
     Args:
-        base: the base without an adapter.
+        base: the base, for a sweep with its adapter applied: the photo is then better explained by ``e_opt``, which it was tuned with.
         latents: latents of the images, ``[N, C, h, w]``.
         target: conditioning of the target prompt, ``e_tgt``.
         optimised: conditioning optimised on the photo, ``e_opt``.

@@ -112,7 +112,7 @@ def scored(
     config: EditConfig,
     prompt: str | None = None,
 ) -> Iterator[Scores]:
-    """Scores the images of a sweep. The adapter is unloaded: its weights would explain the photo well under any embedding.
+    """Scores the images of a sweep, with the adapter loaded.
 
     Args:
         editor: the editor that generated them.
@@ -126,13 +126,13 @@ def scored(
     Raises:
         NotFinite: a score is not finite.
     """
-    editor.close()
     embeddings = editor.conditionings(adapter, prompt)
     photo = to_image(read_canvas(adapter).pixels[0])
     by_seed = {(picture.seed, picture.tuned): picture for picture in references if picture.eta == 0}
     editor.base.offload_encoders()
     for picture in pictures:
         reference = by_seed[picture.seed, picture.tuned]
+        editor.load(adapter)  # every time: the caller may have edited with another one
         (aligned,) = alignment(editor.base, picture.latents[None], embeddings["target"], embeddings["optimised"], config.batch_size)
         scores = Scores(
             picture.eta,

@@ -55,8 +55,6 @@ class Options(Config):
     """The rank of LoRA falls linearly with the timestep (T-LoRA, arXiv 2507.05964)."""
     lora_scale: float = 1.0
     """Scale of the LoRA update while sampling."""
-    coarse_eta: float | None = None
-    """Eta of the cross-attention layers at a quarter of the latents' pixels; None is that of all layers (mixing per layer)."""
     by_truth: bool = False
     """Sample at the embedding of the full caption of the true edit instead of a mixture: a bound, not a method."""
 
@@ -117,8 +115,6 @@ class Variant:
         """
         usual, given = (config.model_dump(include=UNSUPPORTED) for config in (RunConfig(memory=MEMORY), self.config))
         changed = differences(usual, given) + (["tune.mode is 'full'"] if self.config.tune.mode == "full" else [])
-        if self.options.coarse_eta is not None and self.config.base == "critters-dit":
-            raise ImagicError(f"coarse_eta on {self.config.base}, a flow transformer", "a U-Net, which has levels", "leave out coarse_eta")
         if changed:
             raise ImagicError(f"{', '.join(changed)} in a batch of fits", "settings that a batch supports", "add --fit")
 
@@ -232,8 +228,7 @@ def edited(base: Base, latents: Tensor, fit: Fitted, cases: Sequence[Case], vari
         source = concatenate([base.encode_prompt(longest_caption(case.source)) for case in cases])
     photos = torch.cat([to_pixels(render(case.source)) for case in cases])
     canvas, seeds = Canvas(photos, (0, 0, SIZE, SIZE), (SIZE, SIZE)), [case.index for case in cases]
-    other = None if variant.options.coarse_eta is None else mixture(variant.options.coarse_eta)
-    with applied(base, fit.layers, variant), coarse(base, mix, other):
+    with applied(base, fit.layers, variant):
         null = negative(base, config, base.null())
         if base.architecture.process == "flow":
             sampler = FlowSampler(base, config, canvas, null)
@@ -247,26 +242,6 @@ def edited(base: Base, latents: Tensor, fit: Fitted, cases: Sequence[Case], vari
             sampler._inversion = lambda _, seed: own[seed]
         sources = [source] if config.start == "flow" else [source] * len(cases)  # the inversions of the others are made
         return base.decode(sampler.latents([mix], seeds, sources))
-
-
-@contextmanager
-def coarse(base: Base, mix: Conditioning, other: Conditioning | None) -> Iterator[None]:
-    """Gives the cross-attention layers below the highest resolution ``other`` in place of ``mix``; None changes nothing."""
-
-    def replaced(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        states, count = kwargs["encoder_hidden_states"], len(mix.tokens)
-        if other is not None and torch.equal(states[-count:], mix.tokens):
-            kwargs = {**kwargs, "encoder_hidden_states": torch.cat([states[:-count], other.tokens])}
-        return args, kwargs
-
-    blocks = ("down_blocks.1.", "mid_block.", "up_blocks.0.")
-    layers = [layer for name, layer in base.denoiser.named_modules() if name.endswith("attn2") and name.startswith(blocks)]
-    hooks = [layer.register_forward_pre_hook(replaced, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def diffused(

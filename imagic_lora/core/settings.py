@@ -25,7 +25,7 @@ _CRITTERS: dict[str, Any] = {  # docs/log.md lists the alternatives that were tr
     "monitoring": {"convergence_every": 10},
 }
 
-_CRITTERS_DIT = _CRITTERS  # not tuned yet: what was found on critters, whose text encoder is the same
+_CRITTERS_DIT: dict[str, Any] = {**_CRITTERS, "edit": {**_CRITTERS["edit"], "source_eta": 0.4}}  # docs/internals/embedded-base.md
 
 _FLOW: dict[str, Any] = {  # not measured; steps and guidance scale as the cards of Stable Diffusion 3.5 have them
     "embed": {"tokens": "words", "relative": True},

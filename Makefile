@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## fit and edit one image with the embedded base: outputs/demo/sheet.png
 	$(BIN)/imagic-lora demo
 
-test: $(READY) ## run the tests, under 8 minutes on two cores
+test: $(READY) ## run the tests: some ten minutes on two cores
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(READY) ## run the slow tests

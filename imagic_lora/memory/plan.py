@@ -57,14 +57,9 @@ class Peak:
     optimizer: int
     activations: int
 
-    def of_photos(self, photos: int, added: int) -> Peak:
-        """What the stage holds for several photos that are fitted together: all but the base, so many times.
-
-        Args:
-            photos: number of photos.
-            added: bytes of the trained weights that each photo adds to those of the base.
-        """
-        return Peak(self.weights + (photos - 1) * added, photos * self.gradients, photos * self.optimizer, photos * self.activations)
+    def times(self, count: int, added: int) -> Peak:
+        """What the stage holds for several photos in one batch: all but the weights so many times, and ``added`` bytes of weights more."""
+        return Peak(self.weights + added, count * self.gradients, count * self.optimizer, count * self.activations)
 
     @property
     def total(self) -> int:
@@ -181,11 +176,13 @@ def predict(architecture: Architecture, run: RunConfig, assumed: Assumed | None 
         remedy = "run imagic-lora plan with the same settings, which rehearses the fit, or choose a --preset"
         raise NotPlanned("a transformer", "a U-Net, or a transformer that was rehearsed with these settings", remedy)
     counts = CountedWeights(**rehearsed.counts)
-    added = trained(architecture, run.tune.mode, counts, assumed.optimizer).added
-    peaks = {name: Peak(*sizes) for name, sizes in rehearsed.stages.items()}
-    # previews are sampled together and decoded one after another
-    once = {"encode": 1, "decode": 1, "sample": ceil(photos / sampled_at_once(architecture, run))}
-    stages = {name: peak.of_photos(once.get(name, photos), added) for name, peak in peaks.items()}
+    added = (photos - 1) * trained(architecture, run.tune.mode, counts, assumed.optimizer).added
+    # photos are encoded, and previews decoded, one after another
+    batches = {"embed": photos, "tune": photos, "sample": ceil(photos / sampled_at_once(architecture, run))}
+    stages = {
+        name: Peak(*sizes).times(batches.get(name, 1), 0 if name in ("encode", "embed") else added)
+        for name, sizes in rehearsed.stages.items()
+    }
     return plan_from_peaks(architecture, run, assumed, stages, counts)
 
 

@@ -110,7 +110,7 @@ def _best(curves: Curves, values: list[float]) -> float:
 RULES: Mapping[str, Callable[[Curves], float]] = {"product": product, "balance": balance, "onset": onset, "plateau": plateau, "jump": jump}
 """The rules by name. ``scripts/study.py eta`` compares them."""
 RULE = "onset"
-"""The rule that is used: the best of them on 120 cases of CritterBench, ``docs/guide/sweep.md``."""
+"""The rule that is used: none of the others was better on 120 cases of CritterBench (``docs/guide/sweep.md``)."""
 
 
 def band(curves: Curves) -> tuple[float, float] | None:

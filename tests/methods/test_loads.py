@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from common import each
+from common import each, opened
 from PIL import Image
+from tiny import save_inpainting
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module
 
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.configs import architecture
+from imagic_lora.bases.loading.known import SHIPPED
 from imagic_lora.core.runtime import DTYPES, Runtime
 from imagic_lora.core.settings import recipe_of, resolve
 from imagic_lora.memory.tracker import Tracker
@@ -46,8 +49,16 @@ def wanted() -> EditRequest:
 @each("name", [name for name, method in SAMPLING.items() if "unet" in method.supports])
 def test_the_predicted_peak_is_that_of_a_run(named: Any, name: str) -> None:
     """Within 3%, allowances not included, whether it has guidance, gradients or attention maps."""
-    base, method = named("critters"), short(name)
-    pipe = base.pipeline("text2image")
+    check_peak(named("critters"), short(name))
+
+
+@pytest.mark.slow
+def test_the_predicted_peak_of_an_inpainting_model_is_that_of_a_run(tmp_path: Path) -> None:
+    check_peak(opened(save_inpainting(Path(SHIPPED["critters"].source), tmp_path / "base")), short("inpaint"))
+
+
+def check_peak(base: Base, method: SamplingMethod[Any]) -> None:
+    pipe = base.pipeline("inpaint" if base.architecture.inpaints else "text2image")
     with Tracker() as tracker:
         for module in (base.denoiser, pipe.vae):  # the text encoder is loaded while it encodes, and released
             tracker.adopt([*module.parameters(), *module.buffers()])

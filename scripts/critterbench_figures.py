@@ -3,6 +3,8 @@
 ``critterbench.png`` shows the edits of the first cases of a run of ``imagic-lora bench critters`` by several methods.
 ``critterbench-cost.png`` shows the scores of every method against its cost, and those of imagic-lora with fewer and with more steps of both
 stages; the script runs the latter on cases of a seed that is used for no reported result. The tables of the run are printed as Markdown.
+With ``--sheet FILE`` only the sheet is drawn, of ``--methods``: docs/subjects.png is that of bench critters --cases 16 --seed 52 --methods
+imagic-lora,dreambooth,textual-inversion.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,14 @@ DOCS = Path(__file__).parent.parent / "docs"
 METHODS = ("oracle", "imagic-lora", "imagic-full", "embedding-only", "imagic-lora-noise", "reference-retuned", "sdedit-0.65", "prompt-only")
 
 
-def first_cases(folder: Path, seed: int, count: int) -> Image.Image:
-    """A sheet with one row per case: the photo, then the edits of the methods in ``METHODS``."""
+def first_cases(folder: Path, seed: int, count: int, methods: Sequence[str] = METHODS) -> Image.Image:
+    """A sheet with one row per case: the photo, then the edits of the methods; ``oracle`` is the true edit."""
     rows = []
+    files = [(name, "truth" if name == "oracle" else name) for name in methods]
     for index in range(count):
         case, where = case_at(seed, index), folder / "cases" / f"{seed}-{index:04d}"
-        rows.append([(case.prompt, Image.open(where / "source.png")), *((row, Image.open(where / f"{row}.png")) for row in METHODS)])
+        cells = [(case.prompt, "source"), *files]
+        rows.append([(label, Image.open(where / f"{name}.png")) for label, name in cells])
     return sheet(rows, f"CritterBench, the first {count} cases of seed {seed}, not selected", cell=112)
 
 
@@ -76,13 +81,18 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=8, help="number of cases for the curve")
     parser.add_argument("--seed", type=int, default=1, help="seed of the cases for the curve")
     parser.add_argument("--rows", type=int, default=12, help="number of cases in critterbench.png")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="columns of the sheet; oracle is the true edit")
+    parser.add_argument("--sheet", type=Path, help="draw only the sheet, into this file")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     summary = json.loads((args.bench / "summary.json").read_text(encoding="utf-8"))
+    if args.sheet:
+        first_cases(args.bench, summary["seed"], args.rows, args.methods).save(args.sheet)
+        return
     for title, one in tables(summary).items():
         print(f"\n{title}\n")
         table(one.columns, one.rows)
-    first_cases(args.bench, summary["seed"], args.rows).save(DOCS / "critterbench.png")
+    first_cases(args.bench, summary["seed"], args.rows, args.methods).save(DOCS / "critterbench.png")
     ours = budgets(args.bench / "budgets", args.times, args.seed, args.cases, args.workers)
     note = f"imagic-lora, steps x\n{', '.join(f'{factor:g}' for factor in args.times)}\n({args.cases} cases of seed {args.seed})"
     cost(summary, ours, note).savefig(DOCS / "critterbench-cost.png", dpi=110)

@@ -23,6 +23,10 @@ CHROMIUM = Path("/usr/bin/chromium")
 AXE = Path(sys.prefix) / "axe/node_modules/axe-core/axe.min.js"
 SLOW = 240_000  # milliseconds: the machine may be busy with other tests
 SHOTS = Path(os.environ["IMAGIC_LORA_SCREENSHOTS"]) if "IMAGIC_LORA_SCREENSHOTS" in os.environ else None
+_EVERY = [(width, scheme) for width in (390, 1280) for scheme in ("light", "dark")]
+WINDOWS = _EVERY if SHOTS else [(390, "dark"), (1280, "light")]
+"""Width in pixels and colour scheme of the windows that pages are looked at in: every one where screenshots are asked for; else two, in
+which each width and each scheme occurs, since the layout does not depend on the colours."""
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 ARGUMENTS += ["--disable-component-update", "--disable-sync"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from acting import chosen, drawn, faults_of, opened, setting, unfolded
-from conftest import AXE, REPO, SHOTS, SLOW, Server, need, watched
+from conftest import AXE, REPO, SHOTS, SLOW, WINDOWS, Server, need, watched
 from PIL import Image
 
 from imagic_lora.photos.reading import read_mask, read_metadata, read_photo
@@ -139,15 +139,15 @@ def test_a_photo_and_its_plan_and_errors_beside_their_fields(page: Any):
 def test_a_fit_goes_on_while_the_page_is_reloaded(page: Any, server: Server):
     panel = opened(page, "Fit")
     setting(panel, "name", "newest")
-    for path, value in (("embed.steps", "40"), ("tune.steps", "40"), ("edit.steps", "4"), ("monitoring.convergence_every", "10")):
+    for path, value in (("embed.steps", "20"), ("tune.steps", "10"), ("edit.steps", "4"), ("monitoring.convergence_every", "10")):
         setting(panel, path, value)
-    setting(panel, "monitoring.preview_every", "20")
+    setting(panel, "monitoring.preview_every", "10")
     panel.get_by_role("button", name="Start").click()
     panel.get_by_text("Stage embed, step").wait_for(timeout=SLOW)
     page.reload()
     panel = page.locator(".content").filter(visible=True)
     panel.get_by_text("fit newest: done").wait_for(timeout=SLOW)
-    panel.get_by_role("button", name="Open Preview after step 20").wait_for()
+    panel.get_by_role("button", name="Open Preview after step 10").wait_for()
     assert page.title() == "imagic-lora"
     assert (server.store / "newest" / "adapter.json").is_file()
 
@@ -358,9 +358,8 @@ def test_the_queue_lists_all_jobs(page: Any):
         panel.get_by_text(text).first.wait_for()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_every_tab_is_accessible_and_fits_the_window(browser: Any, server: Server, scheme: str, width: int):
+@pytest.mark.parametrize(("width", "scheme"), WINDOWS)
+def test_every_tab_is_accessible_and_fits_the_window(browser: Any, server: Server, width: int, scheme: str):
     need(AXE, "axe-core (npm)")
     context = browser.new_context(viewport={"width": width, "height": 850}, color_scheme=scheme)
     page, faults = context.new_page(), []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from acting import faults_of
 from common import Run
-from conftest import AXE, SHOTS, need
+from conftest import AXE, SHOTS, WINDOWS, need
 from raters import bench_folder, chosen_side
 
 from imagic_lora.bench.study.key import Key
@@ -87,9 +87,8 @@ def test_twenty_answers_are_given_exported_and_evaluated(browser: Any, made: Pat
     assert sum(one["answers"] for one in found["comparisons"].values()) == 19
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_is_accessible_and_fits_the_window(browser: Any, made: Path, scheme: str, width: int) -> None:
+@pytest.mark.parametrize(("width", "scheme"), WINDOWS)
+def test_the_page_is_accessible_and_fits_the_window(browser: Any, made: Path, width: int, scheme: str) -> None:
     """Start, question and end: nothing wider than the window; photo and edits of a question are on the screen at once."""
     need(AXE, "axe-core (npm)")
     height = 844 if width == 390 else 800

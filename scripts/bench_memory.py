@@ -23,7 +23,8 @@ from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bench.machine.process import measured
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.machine import find_card
-from imagic_lora.core.settings import PRESETS, merged
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.presets import PRESETS
 from imagic_lora.memory.plan import Plan, assume, predict
 from imagic_lora.training.rehearsal import rehearse
 

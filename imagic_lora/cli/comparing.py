@@ -20,7 +20,8 @@ from ..bases.loading.registry import architecture_of, load_base
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
 from ..core.runtime import free_memory, resolve_runtime
-from ..core.settings import merged, validated
+from ..core.settings.merging import merged
+from ..core.settings.reading import validated
 from ..memory.levers import EDIT_LEVERS
 from ..memory.limits import OutOfMemory
 from ..memory.presets import EDIT_STAGES, choose_preset

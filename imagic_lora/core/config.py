@@ -1,4 +1,4 @@
-"""Every setting and its default, as pydantic models. Recipes of bases and presets of cards (``core/settings.py``) replace some defaults.
+"""Every setting and its default, as pydantic models. Recipes of bases and presets of cards (``core/settings/``) replace some defaults.
 
 The command line, YAML files, recipes and presets fill these models. Values are merged in the order built-in < recipe of the base <
 preset of the card < file < flags. Only explicitly given values are merged. The docstring of a field is its help text on the command line.

@@ -9,7 +9,9 @@ from typing import Any
 from ..bases.architecture import Architecture
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
-from ..core.settings import merged, mode_of, recipe_part, resolve
+from ..core.settings.merging import merged
+from ..core.settings.recipes import recipe_part
+from ..core.settings.resolve import mode_of, resolve
 from .plan import Assumed, predict
 from .symbolic.layers import NotPlanned
 

@@ -10,7 +10,8 @@ from ..bases.architecture import Architecture
 from ..core.config import Mode, Preset, RunConfig
 from ..core.errors import ImagicError
 from ..core.machine import bitsandbytes_error, find_card, free_host_memory
-from ..core.settings import Recipe, resolve
+from ..core.settings.recipes import Recipe
+from ..core.settings.resolve import resolve
 from .levers import EDIT_LEVERS, FIT_LEVERS, Levers
 from .limits import gib, out_of_memory_error
 from .plan import Assumed, Plan, assume, predict
@@ -69,7 +70,7 @@ def choose_preset(
         The settings with their preset, and the reason for the preset as text.
 
     Raises:
-        ImagicError: no preset fits; or as :func:`~imagic_lora.core.settings.resolve`.
+        ImagicError: no preset fits; or as :func:`~imagic_lora.core.settings.resolve.resolve`.
     """
     plain = resolve(flags, file, recipe, large=large)
     if plain.preset != "auto":

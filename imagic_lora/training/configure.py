@@ -9,7 +9,8 @@ from ..bases.architecture import Architecture
 from ..bases.loading.configs import recipe_for
 from ..bases.loading.registry import architecture_of
 from ..core.config import RunConfig
-from ..core.settings import merged, validated
+from ..core.settings.merging import merged
+from ..core.settings.reading import validated
 from ..memory.plan import Assumed, Plan
 from ..memory.presets import choose_preset
 

@@ -19,7 +19,7 @@ from ..core.config import RunConfig
 from ..core.errors import ImagicError, Stopped
 from ..core.noise import key
 from ..core.runtime import Processes
-from ..core.settings import validated
+from ..core.settings.reading import validated
 from ..memory.limits import check_disk
 from ..memory.out_of_memory import assumed_from, explain_out_of_memory
 from ..memory.plan import sampled_at_once

@@ -21,7 +21,7 @@ from ..cli.interrupts import Interrupts
 from ..cli.listening import listening
 from ..core.config import DeviceConfig, EditConfig, RunConfig
 from ..core.errors import ImagicWarning, Stopped
-from ..core.settings import settings_error
+from ..core.settings.reading import settings_error
 from ..sampling.kept import KeptEditor
 from .jobs import Job, Problem, Queue
 

@@ -24,7 +24,7 @@ from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import Stopped
 from imagic_lora.core.runtime import resolve_runtime
-from imagic_lora.core.settings import RECIPES
+from imagic_lora.core.settings.recipes import RECIPES
 from imagic_lora.critters import longest_caption, render, scene_at
 from imagic_lora.critters.judge import Judge
 from imagic_lora.critters.scene import IDENTITY, displaced

@@ -26,7 +26,7 @@ from imagic_lora.bases.loading.registry import architecture_of, load_base, locat
 from imagic_lora.core.config import MemoryConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
 from imagic_lora.core.runtime import resolve_runtime
-from imagic_lora.core.settings import recipe_of
+from imagic_lora.core.settings.recipes import recipe_of
 from imagic_lora.memory.plan import assume, predict
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.fit import fit, result

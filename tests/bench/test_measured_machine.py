@@ -26,7 +26,7 @@ from imagic_lora.bench.machine import process
 from imagic_lora.bench.machine.runs import STAGES, MachineRun, runs_of
 from imagic_lora.bench.machine.stages import measure
 from imagic_lora.core.machine import Card
-from imagic_lora.core.settings import merged
+from imagic_lora.core.settings.merging import merged
 from imagic_lora.memory.plan import Assumed, assume, predict
 
 GIB = 2**30

@@ -48,7 +48,10 @@ from imagic_lora.core.config import (
     MonitoringConfig,
     RunConfig,
 )
-from imagic_lora.core.settings import PRESETS, RECIPES, RecipePart, merged, validated
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.presets import PRESETS
+from imagic_lora.core.settings.reading import validated
+from imagic_lora.core.settings.recipes import RECIPES, RecipePart
 from imagic_lora.photos.reading import read_metadata, read_photo
 from imagic_lora.training.stage import Stage, StepReport
 

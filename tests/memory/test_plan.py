@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from common import MODES, PROMPT, each, tiny_config
+from imagic_lora.core.settings.resolve.resolve import resolve
 from safetensors.torch import load_file
 
 import imagic_lora.cli.app as cli
@@ -20,7 +21,8 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, RunConfig
-from imagic_lora.core.settings import merged, recipe_of, resolve
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.recipes import recipe_of
 from imagic_lora.memory.plan import Assumed, Peak, Plan, assume, predict
 from imagic_lora.training.fit import fit
 

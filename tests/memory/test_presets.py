@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from common import MODES, PROMPT, each, opened, output, same, tiny_config, weights
+from imagic_lora.core.settings.resolve.resolve import resolve
 from PIL import Image
 
 import imagic_lora.cli.app as cli
@@ -31,7 +32,8 @@ from imagic_lora.bases.loading.configs import architecture, recipe_for
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import EditConfig, Mode, Preset, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
-from imagic_lora.core.settings import recipe_of, resolve, validated
+from imagic_lora.core.settings.reading import validated
+from imagic_lora.core.settings.recipes import recipe_of
 from imagic_lora.memory.levers import next_lever
 from imagic_lora.memory.limits import OutOfMemory, check_memory, is_out_of_memory, out_of_memory_error
 from imagic_lora.memory.out_of_memory import explain_out_of_memory

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 from common import each
+from imagic_lora.core.settings.resolve.resolve import resolve
 from tiny import save_tiny, save_tiny_klein, save_tiny_sd3_clip
 
 from imagic_lora.bases.architecture import Architecture
 from imagic_lora.bases.loading.configs import architecture, recipe_for
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, Preset, RunConfig
-from imagic_lora.core.settings import LARGE_PRESETS, merged, resolve
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.presets import LARGE_PRESETS
 from imagic_lora.memory import presets, rehearsed
 from imagic_lora.memory.limits import OutOfMemory
 from imagic_lora.memory.plan import Assumed, Plan, predict

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from common import each
+from imagic_lora.core.settings.resolve.resolve import resolve
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module
@@ -15,7 +16,7 @@ from torch.nn import Module
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.runtime import DTYPES, Runtime
-from imagic_lora.core.settings import recipe_of, resolve
+from imagic_lora.core.settings.recipes import recipe_of
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.methods.attention.control import AttentionControl
 from imagic_lora.methods.attention.words import Alignment

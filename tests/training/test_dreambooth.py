@@ -26,7 +26,7 @@ from imagic_lora.core.config import EmbedConfig, Mode, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning, Stopped
 from imagic_lora.core.noise import noise_at, times_at
 from imagic_lora.core.runtime import Processes
-from imagic_lora.core.settings import merged
+from imagic_lora.core.settings.merging import merged
 from imagic_lora.memory.plan import assume, predict
 from imagic_lora.photos.canvas import to_canvas
 from imagic_lora.sampling.editor import Editor

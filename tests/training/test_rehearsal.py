@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import TUNED, opened, tiny_config
+from imagic_lora.core.settings.resolve.resolve import resolve
 from torch.nn import Module, Parameter
 
 from imagic_lora.adapters.full import unfrozen
@@ -22,7 +23,8 @@ from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.runtime import Processes, peak_memory
-from imagic_lora.core.settings import merged, recipe_of, resolve
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.recipes import recipe_of
 from imagic_lora.memory.plan import Assumed, Plan, assume, predict
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.embed import embed_stage

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from common import PROMPT, array, opened, tiny_config
+from imagic_lora.core.settings.resolve.resolve import resolve
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, save_tiny_sd3, save_tiny_sdxl
 
@@ -26,7 +27,6 @@ from imagic_lora.bases.loading.registry import architecture_of
 from imagic_lora.core.config import EditConfig, EmbedConfig, MemoryConfig, RunConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import Processes
-from imagic_lora.core.settings import resolve
 from imagic_lora.memory.plan import Assumed, predict
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.generate import generate

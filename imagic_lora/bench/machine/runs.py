@@ -12,7 +12,7 @@ from ...core.choices import choose_runtime
 from ...core.config import Preset, RunConfig, TunedMode
 from ...core.errors import ImagicError
 from ...core.machine import Card
-from ...core.settings import resolve
+from ...core.settings.resolve import resolve
 from ...memory.limits import gib
 from ...memory.plan import Assumed, Plan, predict
 from ...memory.symbolic.layers import NotPlanned

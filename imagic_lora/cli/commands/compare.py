@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from ...adapters.writing import check_outputs, exists
 from ...core.config import DEVICE_GROUP, DeviceConfig, PresetOrAuto
 from ...core.errors import ImagicError
-from ...core.settings import merged
+from ...core.settings.merging import merged
 from ...core.text import slug
 from ..console import err, plain, print_json
 from ..libraries import import_libraries

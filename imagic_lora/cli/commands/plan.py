@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from ...core.config import RunConfig
-from ...core.settings import merged, read_settings, validated
+from ...core.settings.merging import merged
+from ...core.settings.reading import read_settings, validated
 from ..console import print_json, print_plan
 from ..libraries import import_libraries
 from ..options import Flag, Json, Whole

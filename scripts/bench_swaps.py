@@ -27,7 +27,8 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.families.common import LatentBase
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.core.config import MemoryConfig, RunConfig
+from imagic_lora.core.config import RunConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.runtime import peak_memory, resolve_runtime
 from imagic_lora.photos.png import png
 from imagic_lora.sampling.editor import Editor

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from imagic_lora.cli.app import app
-from imagic_lora.core.config import DeviceConfig, EditConfig, RunConfig
+from imagic_lora.core.config import EditConfig, RunConfig
+from imagic_lora.core.device_config import DeviceConfig
 from imagic_lora.core.settings.presets import LARGE_PRESETS, PRESETS
 from imagic_lora.core.settings.recipes import RECIPES
 

@@ -24,7 +24,8 @@ from imagic_lora.bases.base import Base
 from imagic_lora.bench.cases import Case
 from imagic_lora.bench.catalogue import EmbeddedName, defaults
 from imagic_lora.core.conditioning import Conditioning, concatenate
-from imagic_lora.core.config import Config, EditConfig, RunConfig
+from imagic_lora.core.config import EditConfig, RunConfig
+from imagic_lora.core.config_group import Config
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.noise import key
 from imagic_lora.core.runtime import Processes

@@ -22,7 +22,8 @@ from ..bench.field.scoring import Scored, loaded, scored
 from ..bench.field.summary import summarise
 from ..bench.field.tedbench import read_tedbench, tedbench_outputs
 from ..bench.runner import Result
-from ..core.config import DeviceConfig, MemoryConfig, PresetOrAuto
+from ..core.config import PresetOrAuto
+from ..core.device_config import DeviceConfig, MemoryConfig
 from ..core.errors import ImagicError
 from ..core.runtime import resolve_runtime
 from ..core.text import json_text

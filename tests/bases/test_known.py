@@ -23,7 +23,7 @@ from imagic_lora.bases.loading.configs import architecture, read_architecture, w
 from imagic_lora.bases.loading.known import EMBEDDED, SHIPPED, VARIABLE, BaseEntry, bases_file, known_base, named_bases
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import architecture_of, load_base, locate
-from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.core.settings.recipes import recipe_of

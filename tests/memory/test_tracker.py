@@ -24,7 +24,8 @@ from torch.nn import Conv2d, Linear, Module, Parameter
 from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.base import Base
-from imagic_lora.core.config import MemoryConfig, Mode, TuneConfig
+from imagic_lora.core.config import Mode, TuneConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import Processes, resolve_runtime
 from imagic_lora.memory.tracker import Tracker

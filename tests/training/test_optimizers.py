@@ -17,7 +17,8 @@ from torch.nn import Parameter
 
 from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
-from imagic_lora.core.config import MemoryConfig, Mode, TuneConfig
+from imagic_lora.core.config import Mode, TuneConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import Processes, Runtime, resolve_runtime
 from imagic_lora.training import optimizers

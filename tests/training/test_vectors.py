@@ -24,7 +24,8 @@ from imagic_lora.adapters.record import EMBEDDINGS, RECORD
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.registry import architecture_of
-from imagic_lora.core.config import EditConfig, EmbedConfig, MemoryConfig, RunConfig
+from imagic_lora.core.config import EditConfig, EmbedConfig, RunConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import Processes
 from imagic_lora.memory.plan import Assumed, predict

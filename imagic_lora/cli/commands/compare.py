@@ -10,7 +10,8 @@ import yaml
 from cyclopts import Parameter
 
 from ...adapters.writing import check_outputs, exists
-from ...core.config import DEVICE_GROUP, DeviceConfig, PresetOrAuto
+from ...core.config import PresetOrAuto
+from ...core.device_config import DEVICE_GROUP, DeviceConfig
 from ...core.errors import ImagicError
 from ...core.settings.merging import merged
 from ...core.text import slug

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ...adapters.writing import check_outputs, writable
-from ...core.config import DeviceConfig, PresetOrAuto
+from ...core.config import PresetOrAuto
+from ...core.device_config import DeviceConfig
 from ...core.errors import ImagicError
 from ...core.text import exact, json_text
 from ..console import err, plain, print_json, progress

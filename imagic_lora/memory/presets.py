@@ -14,7 +14,8 @@ from ..core.settings.recipes import Recipe
 from ..core.settings.resolve import resolve
 from .levers import EDIT_LEVERS, FIT_LEVERS, Levers
 from .limits import gib, out_of_memory_error
-from .plan import Assumed, Plan, assume, predict
+from .plan import Assumed, Plan, assume
+from .prediction import predict
 from .symbolic.layers import NotPlanned
 
 _FASTEST_FIRST: tuple[Preset, ...] = ("24gb", "16gb", "12gb", "8gb")
@@ -64,7 +65,8 @@ def choose_preset(
         processes: number of processes, and the index of this one's card. Several processes exclude presets with the optimizer inside the
             backward pass.
         large: whether the base has a text encoder of billions of parameters.
-        rehearse: plans what :func:`~imagic_lora.memory.plan.predict` cannot. Without it, ``auto`` is then the preset with the lowest peak.
+        rehearse: plans what :func:`~imagic_lora.memory.prediction.predict` cannot. Without it, ``auto`` is then the preset with the lowest
+            peak.
 
     Returns:
         The settings with their preset, and the reason for the preset as text.

@@ -19,5 +19,5 @@ May import: core, photos, bases, memory, adapters, sampling (for the preview). M
 - ``monitoring/``: relative loss and early stopping, previews during stage 2, TensorBoard
 - ``resuming/``: checkpoints on disk; saving, stopping and resuming the stages around the training loop
 - ``adafactor.py``: Adafactor, an optimizer with small states
-- ``rehearsal.py``: the exact memory plan: runs the real code on fake tensors
+- ``rehearsing/``: the exact memory plan: runs the real code on fake tensors
 """

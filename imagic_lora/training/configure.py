@@ -51,8 +51,8 @@ def configure_run(flags: Mapping[str, Any], file: Mapping[str, Any], processes: 
 
 
 def _rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
-    """As :func:`~imagic_lora.training.rehearsal.rehearse`; this module does not import torch."""
-    from .rehearsal import rehearse
+    """As :func:`~imagic_lora.training.rehearsing.rehearsal.rehearse`; this module does not import torch."""
+    from .rehearsing.rehearsal import rehearse
 
     return rehearse(architecture, run, assumed)
 

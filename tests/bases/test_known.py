@@ -27,10 +27,11 @@ from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.core.settings.recipes import recipe_of
-from imagic_lora.memory.plan import assume, predict
+from imagic_lora.memory.plan import assume
+from imagic_lora.memory.prediction import predict
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.fit import fit, result
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 
 
 @pytest.fixture

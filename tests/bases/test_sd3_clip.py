@@ -31,7 +31,7 @@ from imagic_lora.memory.plan import Assumed
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.flow import FlowSampler
 from imagic_lora.training.fit import fit, result
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ import pytest
 import torch
 import yaml
 from common import array, each
-from imagic_lora.core.settings.resolve.resolve import resolve
 from PIL import Image
 from rich.console import Console
 
@@ -40,6 +39,7 @@ from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.settings.merging import merged
 from imagic_lora.core.settings.recipes import RECIPES
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.core.yaml_files import read_yaml
 from imagic_lora.critters import ATTRIBUTES, backdrop, render
 from imagic_lora.critters.judge import Judge, Reading

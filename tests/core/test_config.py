@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from common import MODES, each
-from imagic_lora.core.settings.resolve.resolve import resolve
 from pydantic import BaseModel, ValidationError
 
 from imagic_lora.cli.app import app
@@ -20,6 +19,7 @@ from imagic_lora.core.settings.merging import differences, merged
 from imagic_lora.core.settings.presets import PRESETS
 from imagic_lora.core.settings.reading import read_settings
 from imagic_lora.core.settings.recipes import RECIPES, RecipePart, recipe_of
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.core.yaml_files import read_yaml
 
 Leaf = tuple[str, ...]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from common import MODES, PROMPT, each, tiny_config
-from imagic_lora.core.settings.resolve.resolve import resolve
 from safetensors.torch import load_file
 
 import imagic_lora.cli.app as cli
@@ -23,7 +22,9 @@ from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.settings.merging import merged
 from imagic_lora.core.settings.recipes import recipe_of
-from imagic_lora.memory.plan import Assumed, Peak, Plan, assume, predict
+from imagic_lora.core.settings.resolve import resolve
+from imagic_lora.memory.plan import Assumed, Peak, Plan, assume
+from imagic_lora.memory.prediction import predict
 from imagic_lora.training.fit import fit
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "fragmentation", "context")

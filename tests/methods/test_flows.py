@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from common import PROMPT, array, each, opened, tiny_config
-from imagic_lora.core.settings.resolve.resolve import resolve
 from PIL import Image
 from tiny import save_tiny, save_tiny_klein, save_tiny_sd3
 from torch import Tensor
@@ -20,6 +19,7 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.core.config import EditConfig
 from imagic_lora.core.errors import ImagicError
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.methods.flows.flowedit import FlowEdit, FlowEditConfig
 from imagic_lora.methods.flows.rf_inversion import RFInversion, RFInversionConfig
 from imagic_lora.methods.generated import generation_passes

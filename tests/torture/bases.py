@@ -26,7 +26,7 @@ from imagic_lora.core.config import RunConfig
 from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
-from imagic_lora.memory.plan import predict
+from imagic_lora.memory.prediction import predict
 
 WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model.safetensors",

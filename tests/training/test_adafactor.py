@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from common import each, opened
-from imagic_lora.core.settings.resolve.resolve import resolve
 from test_optimizers import INSIDE, STOCHASTIC, tuning
 from torch import Tensor
 from torch.nn import Parameter
 from transformers.optimization import Adafactor as Reference
 
 from imagic_lora.core.errors import ImagicError
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.memory.optimizer_states import state_bytes
 from imagic_lora.training.adafactor import Adafactor
 

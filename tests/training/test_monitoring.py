@@ -14,7 +14,6 @@ import pytest
 import torch
 from common import KINDS, PROMPT, TUNED, SimulatedProcess, each, opened, tiny_config
 from diffusers import DDPMScheduler
-from imagic_lora.core.settings.resolve.resolve import resolve
 from PIL import Image
 from torch import Tensor
 
@@ -30,8 +29,9 @@ from imagic_lora.core.config import EarlyStop, Mode, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning, Stopped
 from imagic_lora.core.noise import noise_at, times_at
 from imagic_lora.core.settings.recipes import RECIPES
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.memory.levers import next_lever
-from imagic_lora.memory.plan import predict
+from imagic_lora.memory.prediction import predict
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.monitoring.convergence import PAIRS, fixed_losses, no_longer_falls
 from imagic_lora.training.monitoring.previews import ROWS, SIDE, Previews, kept_steps

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import TUNED, opened, tiny_config
-from imagic_lora.core.settings.resolve.resolve import resolve
 from torch.nn import Module, Parameter
 
 from imagic_lora.adapters.full import unfrozen
@@ -25,10 +24,12 @@ from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.runtime import Processes, peak_memory
 from imagic_lora.core.settings.merging import merged
 from imagic_lora.core.settings.recipes import recipe_of
-from imagic_lora.memory.plan import Assumed, Plan, assume, predict
+from imagic_lora.core.settings.resolve import resolve
+from imagic_lora.memory.plan import Assumed, Plan, assume
+from imagic_lora.memory.prediction import predict
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.embed import embed_stage
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 from imagic_lora.training.stage import Stage
 from imagic_lora.training.tune import tune_stage
 

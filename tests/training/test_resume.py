@@ -33,7 +33,7 @@ from imagic_lora.core.errors import ImagicError, ImagicWarning, NotFinite, Stopp
 from imagic_lora.core.settings.merging import merged
 from imagic_lora.memory.limits import gib
 from imagic_lora.memory.out_of_memory import assumed_from
-from imagic_lora.memory.plan import predict
+from imagic_lora.memory.prediction import predict
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.objective import denoising_loss
 from imagic_lora.training.resuming.checkpoints import CHECKPOINT, STATE, Checkpoints

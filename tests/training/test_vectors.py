@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from common import PROMPT, array, opened, tiny_config
-from imagic_lora.core.settings.resolve.resolve import resolve
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, save_tiny_sd3, save_tiny_sdxl
 
@@ -28,13 +27,15 @@ from imagic_lora.core.config import EditConfig, EmbedConfig, RunConfig
 from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import Processes
-from imagic_lora.memory.plan import Assumed, predict
+from imagic_lora.core.settings.resolve import resolve
+from imagic_lora.memory.plan import Assumed
+from imagic_lora.memory.prediction import predict
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.generate import generate
 from imagic_lora.sampling.mixing import mixed, mixtures
 from imagic_lora.training.embed import embed_stage, optimised
 from imagic_lora.training.fit import fit, result
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {"sd": save_tiny, "sdxl": save_tiny_sdxl, "sd3": save_tiny_sd3}
 every_family = pytest.mark.parametrize("family", FAMILIES)

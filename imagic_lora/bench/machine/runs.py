@@ -14,7 +14,8 @@ from ...core.errors import ImagicError
 from ...core.machine import Card
 from ...core.settings.resolve import resolve
 from ...memory.limits import gib
-from ...memory.plan import Assumed, Plan, predict
+from ...memory.plan import Assumed, Plan
+from ...memory.prediction import predict
 from ...memory.symbolic.layers import NotPlanned
 
 STAGES = ("encode", "embed", "tune", "generate")

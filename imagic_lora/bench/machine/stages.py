@@ -32,7 +32,7 @@ from ...training.embed import embed_stage, optimised
 from ...training.fit import open_base
 from ...training.monitoring.convergence import Convergence
 from ...training.monitoring.previews import Previews
-from ...training.rehearsal import random_base, random_conditioning
+from ...training.rehearsing.random_base import random_base, random_conditioning
 from ...training.run import Run, encode_photo, encode_run
 from ...training.stage import Stage
 from ...training.tune import tune_stage

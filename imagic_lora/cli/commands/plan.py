@@ -45,7 +45,7 @@ def plan(
         minutes for flow transformers. These are predicted in this way unless it was done before.
     """
     from ...bases.loading.configs import architecture, recipe_for
-    from ...memory.plan import predict
+    from ...memory.prediction import predict
     from ...memory.presets import assumed_for, card_and_free_memory, choose_preset
     from ...memory.symbolic.layers import NotPlanned
 
@@ -81,6 +81,6 @@ def plan(
 
 def _rehearsed(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
     import_libraries()
-    from ...training.rehearsal import rehearse
+    from ...training.rehearsing.rehearsal import rehearse
 
     return rehearse(architecture, run, assumed)

@@ -18,7 +18,8 @@ from ...core.settings.unread import unread
 from ...core.validation import first_problem
 from ...memory.limits import gib
 from ...memory.out_of_memory import assumed_from
-from ...memory.plan import Plan, predict
+from ...memory.plan import Plan
+from ...memory.prediction import predict
 from ...memory.symbolic.layers import NotPlanned
 from ..catalogue import IMAGIC, SAMPLING, SUBJECT, default_config
 from ..generated import GeneratingMethod

@@ -68,10 +68,10 @@ no torch and takes milliseconds. What diffusers' callers keep alive, such as the
 `--preview-every` there is a sixth, preview: the larger of sample and decode on top of the states of the optimizer. An evaluation of the
 relative loss has no stage: at the batch size of training it needs less than a training step.
 
-`plan --exact` (`imagic_lora/training/rehearsing/rehearsal.py`) is the reference: the real code runs on fake tensors of PyTorch, and a dispatch mode
-counts their storages. Normalisations are cast to fp32 as autocast does on a card. bitsandbytes is replaced by modules of the same size.
-At true size with random weights SDXL was run on a CPU, one step of each stage (`python scripts/true_size.py`): the tensors held were within
-0.3% of the prediction in mode lora, and up to 2.7% below it in mode full.
+`plan --exact` (`imagic_lora/training/rehearsing/rehearsal.py`) is the reference: the real code runs on fake tensors of PyTorch, and a
+dispatch mode counts their storages. Normalisations are cast to fp32 as autocast does on a card. bitsandbytes is replaced by modules of the
+same size. At true size with random weights SDXL was run on a CPU, one step of each stage (`python scripts/true_size.py`): the tensors held
+were within 0.3% of the prediction in mode lora, and up to 2.7% below it in mode full.
 
 Neither counts the workspace of kernels. Two allowances are added: 500 MiB for the CUDA context, and 5% of everything but the weights for
 fragmentation. On a CPU 700 MiB for Python and its libraries replace the context.

@@ -12,7 +12,7 @@ May import: every room but ``web``, which ``commands/web.py`` starts. Only ``web
 - ``editing.py``: the images of ``edit``: checked, generated and written
 - ``searching.py``: the search of ``edit --eta auto``, with its progress and its cost
 - ``batching.py``: the run of ``batch``, with its progress and its results
-- ``comparing.py``: settings, run and files of ``compare``
+- ``comparing/``: models, settings, run and files of ``compare``
 - ``benching.py``: cases, runs and scores of ``bench tedbench``, ``bench pie`` and ``bench score``
 - ``measuring.py``: the measurement of ``doctor --measure``, with its progress and its report
 - ``demo.py``: the demo, called by ``commands/demo.py``

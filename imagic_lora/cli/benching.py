@@ -34,7 +34,7 @@ from ..photos.reading import read_photo
 from ..sampling.checks import check_seed
 from .commands.compare import chosen_methods, parsed_settings
 from .commands.field import ScoreFlags
-from .comparing import configured, opened, optional_fields
+from .comparing.setup import configured, opened, optional_fields
 from .console import cells_table, err, out, plain, print_json, progress
 from .interrupts import Interrupts
 

@@ -102,7 +102,9 @@ def compare(
     import_libraries()
     from ...methods.method import EditRequest
     from ...photos.reading import read_mask, read_photo
-    from ..comparing import AUTO, Models, check_made, configured, opened, optional_fields, run, write
+    from ..comparing.models import AUTO, Models
+    from ..comparing.running import check_made, run, write
+    from ..comparing.setup import configured, opened, optional_fields
 
     models = Models(captioner, clip, dino, offline)
     have = optional_fields(source is not None, mask is not None, subject is not None)

@@ -10,6 +10,7 @@ May import: every room but ``web``, which ``commands/web.py`` starts. Only ``web
 - ``listening.py``: the progress of a command, for a program that runs its function
 - ``interrupts.py``: Ctrl-C and SIGTERM
 - ``editing.py``: the images of ``edit``: checked, generated and written
+- ``sweeping.py``: checks, images, scores and files of ``sweep``
 - ``searching.py``: the search of ``edit --eta auto``, with its progress and its cost
 - ``batching.py``: the run of ``batch``, with its progress and its results
 - ``comparing/``: models, settings, run and files of ``compare``

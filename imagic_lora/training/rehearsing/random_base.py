@@ -14,8 +14,8 @@ from transformers import BatchEncoding
 
 from ...adapters.modes import MODES
 from ...bases.architecture import Architecture
-from ...bases.families.common import LatentBase, tokenizer_of, vae_dtype
-from ...bases.loading.components import TEXT_ENCODERS
+from ...bases.families.common import LatentBase
+from ...bases.loading.components import TEXT_ENCODERS, tokenizer_of, vae_dtype
 from ...bases.loading.registry import family_of
 from ...core.conditioning import Conditioning
 from ...core.config import RunConfig

@@ -28,8 +28,8 @@ from imagic_lora.methods.sampled import EncodedRequest, encode_request
 from imagic_lora.methods.sdedit import SDEdit, SDEditConfig
 from imagic_lora.photos.canvas import to_image
 from imagic_lora.sampling.editor import Editor
+from imagic_lora.sampling.flow_trajectory import FlowTrajectory
 from imagic_lora.sampling.generate import generate
-from imagic_lora.sampling.trajectory import FlowTrajectory
 from imagic_lora.training.fit import fit, result
 
 PHOTO = Image.radial_gradient("L").resize((50, 37)).convert("RGB")

@@ -1,6 +1,7 @@
 """Stage 3 on a flow base: Euler's method over the levels of noise, from noise to image and back (arXiv 2209.03003).
 
-The loop and the arithmetic of a step are those of :class:`~imagic_lora.sampling.flow_trajectory.FlowTrajectory`; this module has the starts.
+The loop and the arithmetic of a step are those of :class:`~imagic_lora.sampling.flow_trajectory.FlowTrajectory`; this module has the
+starts.
 
 No pipeline of diffusers is used: of its flow families some have no image-to-image, none can be inverted, and guidance differs.
 """

@@ -27,12 +27,12 @@ from ..photos.canvas import Canvas
 from ..photos.reading import Photo, read_photo
 from ..sampling.checks import check_prompt
 from ..sampling.shared_calls import sampled_together
+from .encode import encode_photo, encode_run
 from .fit import Embedded, embed, open_checked, preview, tune
 from .grouping import Item, canvas_of, check_group
 from .resuming.checkpoints import Checkpoint, Checkpoints
 from .resuming.stages import ResumableStages
 from .resuming.unfinished import check_unfinished, checkpoint_to_resume, clear
-from .run import encode_photo, encode_run
 from .shared import in_step
 from .stage import Progress, StepReport
 

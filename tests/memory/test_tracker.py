@@ -30,8 +30,8 @@ from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import Processes, resolve_runtime
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.objective import denoising_loss
-from imagic_lora.training.optimizers import build_optimizer
 from imagic_lora.training.tune import tune_stage
+from imagic_lora.training.updating.optimizers import build_optimizer
 
 STOCHASTIC = {"dtype": "bf16", "master_weights": "bf16-stochastic"}
 LORA: dict[Mode, dict[str, Any]] = {"lora": {"rank": 64, "targets": "attention+conv"}, "full": {}}

@@ -22,9 +22,10 @@ from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import Processes, Runtime, resolve_runtime
 from imagic_lora.training import optimizers
-from imagic_lora.training.optimizers import JointUpdates, PerParameterUpdates, build_optimizer, build_updates, round_stochastically
 from imagic_lora.training.stage import Stage, train
 from imagic_lora.training.tune import tune_stage
+from imagic_lora.training.updating.optimizers import build_optimizer
+from imagic_lora.training.updating.updates import JointUpdates, PerParameterUpdates, build_updates, round_stochastically
 
 INSIDE = {"optimizer_in_backward": True}
 STOCHASTIC = {"dtype": "bf16", "master_weights": "bf16-stochastic"}

@@ -16,9 +16,9 @@ from ...core.runtime import Processes
 from ...memory.plan import Peak, passes_per_step
 from ...memory.tracker import Tracker
 from ..monitoring.convergence import fixed_losses
-from ..optimizers import JointUpdates
 from ..shared import run_together
 from ..stage import Stage
+from ..updating.updates import JointUpdates
 
 
 def two_steps(config: Any) -> Any:

@@ -4,6 +4,7 @@ May import: core, photos, bases, memory, adapters, sampling (for the preview). M
 
 - ``fit.py``: fit(), the whole sequence: check, open, encode, embed, tune, preview, store
 - ``together.py``: fit_together(), the same sequence for several photos at once
+- ``member.py``: the fit of one photo of such a group
 - ``grouping.py``: the photos that are fitted together, sorted by the size of their canvas
 - ``shared.py``: stages of several fits in step, with one call of the denoiser for all
 - ``configure.py``: merges flags, file, preset and recipe into the settings of a run

@@ -22,6 +22,7 @@ from ..updating.updates import JointUpdates
 
 
 def two_steps(config: Any) -> Any:
+    """The settings of a stage with two steps: the first creates the states of the optimizer."""
     return config.model_copy(update={"steps": 2})
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .bases.loading.registry import architecture_of
     from .core.config import RunConfig
     from .core.errors import ImagicError
-    from .memory.plan import predict as plan
+    from .memory.prediction import predict as plan
     from .sampling.edit_pipeline import EditPipeline
     from .sampling.editor import Edit, Editor
     from .training.configure import configure
@@ -61,7 +61,7 @@ _SOURCES = {  # module and attribute of each public name
     "fit": ("training.fit", "fit"),
     "fit_together": ("training.together", "fit_together"),
     "open_base": ("training.fit", "open_base"),
-    "plan": ("memory.plan", "predict"),
+    "plan": ("memory.prediction", "predict"),
     "result": ("training.fit", "result"),
 }
 

@@ -21,7 +21,7 @@ from statistics import median
 
 import psutil
 
-from imagic_lora.core.settings import RECIPES
+from imagic_lora.core.settings.recipes import RECIPES
 from imagic_lora.critters import caption, render, scene_at
 
 WAYS: dict[str, list[str]] = {

@@ -1,9 +1,9 @@
 """Peak memory of every base, mode and preset: ``python scripts/bench_memory.py`` writes docs/internals/memory-model.md.
 
-Without a card, all figures are predictions: an exact count on fake tensors (``imagic_lora/training/rehearsal.py``) and a quick one on
-symbolic sizes (``imagic_lora/memory/plan.py``). On a card, the same runs are also measured on random weights, by what ``imagic-lora doctor
---measure`` runs: the memory that PyTorch allocates and reserves, that of the process, and whether the run completes within 6, 8, 12 and
-16 GiB.
+Without a card, all figures are predictions: an exact count on fake tensors (``imagic_lora/training/rehearsing/rehearsal.py``) and a quick
+one on symbolic sizes (``imagic_lora/memory/prediction.py``). On a card, the same runs are also measured on random weights, by what
+``imagic-lora doctor --measure`` runs: the memory that PyTorch allocates and reserves, that of the process, and whether the run completes
+within 6, 8, 12 and 16 GiB.
 Two plain settings without the package's levers are measured for comparison.
 """
 
@@ -23,9 +23,11 @@ from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bench.machine.process import measured
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.machine import find_card
-from imagic_lora.core.settings import PRESETS, merged
-from imagic_lora.memory.plan import Plan, assume, predict
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.presets import PRESETS
+from imagic_lora.memory.plan import Plan, assume
+from imagic_lora.memory.prediction import predict
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 
 PAGE = Path("docs/internals/memory-model.md")
 CAPS = (6, 8, 12, 16)
@@ -60,16 +62,16 @@ Written by `make bench-memory`. For the use of these figures see [memory](../gui
 
 ## How the peak is predicted
 
-`imagic_lora/memory/plan.py` predicts the peak of five stages: encode, embed, tune, sample, decode. It runs U-Net and VAE on *symbolic
+`imagic_lora/memory/prediction.py` predicts the peak of five stages: encode, embed, tune, sample, decode. It runs U-Net and VAE on *symbolic
 tensors* (`imagic_lora/memory/symbolic/`), which have sizes and no values, with a tape that keeps and frees them as autograd does. It needs
 no torch and takes milliseconds. What diffusers' callers keep alive, such as the input of an up block, is part of the model. With
 `--preview-every` there is a sixth, preview: the larger of sample and decode on top of the states of the optimizer. An evaluation of the
 relative loss has no stage: at the batch size of training it needs less than a training step.
 
-`plan --exact` (`imagic_lora/training/rehearsal.py`) is the reference: the real code runs on fake tensors of PyTorch, and a dispatch mode
-counts their storages. Normalisations are cast to fp32 as autocast does on a card. bitsandbytes is replaced by modules of the same size.
-At true size with random weights SDXL was run on a CPU, one step of each stage (`python scripts/true_size.py`): the tensors held were within
-0.3% of the prediction in mode lora, and up to 2.7% below it in mode full.
+`plan --exact` (`imagic_lora/training/rehearsing/rehearsal.py`) is the reference: the real code runs on fake tensors of PyTorch, and a
+dispatch mode counts their storages. Normalisations are cast to fp32 as autocast does on a card. bitsandbytes is replaced by modules of the
+same size. At true size with random weights SDXL was run on a CPU, one step of each stage (`python scripts/true_size.py`): the tensors held
+were within 0.3% of the prediction in mode lora, and up to 2.7% below it in mode full.
 
 Neither counts the workspace of kernels. Two allowances are added: 500 MiB for the CUDA context, and 5% of everything but the weights for
 fragmentation. On a CPU 700 MiB for Python and its libraries replace the context.

@@ -34,7 +34,8 @@ from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EditConfig, Mode, RunConfig
 from imagic_lora.core.runtime import Processes, peak_memory
-from imagic_lora.memory.plan import assume, predict
+from imagic_lora.memory.plan import assume
+from imagic_lora.memory.prediction import predict
 from imagic_lora.photos.canvas import to_canvas
 from imagic_lora.sampling.generate import generate
 from imagic_lora.training.embed import embed_stage

@@ -27,11 +27,12 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.families.common import LatentBase
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.core.config import MemoryConfig, RunConfig
+from imagic_lora.core.config import RunConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.runtime import peak_memory, resolve_runtime
 from imagic_lora.photos.png import png
 from imagic_lora.sampling.editor import Editor
-from imagic_lora.training.rehearsal import random_base, random_conditioning
+from imagic_lora.training.rehearsing.random_base import random_base, random_conditioning
 
 EXAMPLES = Path(__file__).parent.parent / "adapters"
 MEMORY = MemoryConfig(device="cpu", dtype="fp32")

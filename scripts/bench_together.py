@@ -24,7 +24,7 @@ from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.progress import hide_progress_bars
 from imagic_lora.core.config import RunConfig
 from imagic_lora.core.runtime import peak_memory
-from imagic_lora.core.settings import merged
+from imagic_lora.core.settings.merging import merged
 from imagic_lora.critters import caption, render, scene_at
 from imagic_lora.training.configure import configure
 from imagic_lora.training.fit import fit, open_base

@@ -28,7 +28,7 @@ from imagic_lora.bases.process import Diffusion
 from imagic_lora.bench.metrics import CritterAlignment, pixels
 from imagic_lora.bench.scores import IDENTITY_LIMIT
 from imagic_lora.core.conditioning import Conditioning, concatenate
-from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
 from imagic_lora.critters.judge import Judge, Reading

@@ -11,7 +11,8 @@ from pathlib import Path
 from diffusers.utils import logging
 
 from imagic_lora.adapters.store import Store
-from imagic_lora.core.settings import RECIPES, resolve
+from imagic_lora.core.settings.recipes import RECIPES
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.critters import render, scene_at
 from imagic_lora.training.fit import fit, open_base, result
 

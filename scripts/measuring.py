@@ -9,9 +9,11 @@ from typing import Any
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.runtime import resolve_runtime
-from imagic_lora.core.settings import merged, recipe_of, resolve
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.recipes import recipe_of
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.training.fit import open_base
-from imagic_lora.training.rehearsal import random_base
+from imagic_lora.training.rehearsing.random_base import random_base
 
 
 def settings(base: str, mode: Mode, preset: str, *changes: dict[str, Any]) -> RunConfig:

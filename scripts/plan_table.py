@@ -20,7 +20,8 @@ from measuring import settings, table
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.config import Mode, Preset, RunConfig
 from imagic_lora.memory import rehearsed
-from imagic_lora.memory.plan import Plan, assume, predict
+from imagic_lora.memory.plan import Plan, assume
+from imagic_lora.memory.prediction import predict
 from imagic_lora.memory.symbolic.layers import NotPlanned
 
 STORE = Path(rehearsed.__file__).with_name("rehearsed.json")
@@ -60,7 +61,7 @@ def keys(case: Case) -> list[str]:
 
 def rehearse_into(store: dict[str, Any], case: Case) -> None:
     """Rehearses a run and adds it to the file."""
-    from imagic_lora.training import rehearsal
+    from imagic_lora.training.rehearsing import rehearsal
 
     run, built = case.run(), architecture(case.base)
     kept: list[rehearsed.Rehearsed] = []

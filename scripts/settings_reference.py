@@ -1,7 +1,7 @@
 """Write docs/reference/settings.md from the config models: ``python scripts/settings_reference.py``.
 
 Every setting with its flag, YAML key, type, default and help text, and the values that recipes and presets change. Everything comes from
-``imagic_lora/core/config.py``, ``imagic_lora/core/settings.py`` and the commands ``fit`` and ``edit``; a test compares the page with this.
+``imagic_lora/core/config.py``, ``imagic_lora/core/settings/`` and the commands ``fit`` and ``edit``; a test compares the page with this.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from imagic_lora.cli.app import app
-from imagic_lora.core.config import DeviceConfig, EditConfig, RunConfig
-from imagic_lora.core.settings import LARGE_PRESETS, PRESETS, RECIPES
+from imagic_lora.core.config import EditConfig, RunConfig
+from imagic_lora.core.device_config import DeviceConfig
+from imagic_lora.core.settings.presets import LARGE_PRESETS, PRESETS
+from imagic_lora.core.settings.recipes import RECIPES
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "settings.md"
 Key = tuple[str, ...]

@@ -24,11 +24,12 @@ from imagic_lora.bases.base import Base
 from imagic_lora.bench.cases import Case
 from imagic_lora.bench.catalogue import EmbeddedName, defaults
 from imagic_lora.core.conditioning import Conditioning, concatenate
-from imagic_lora.core.config import Config, EditConfig, RunConfig
+from imagic_lora.core.config import EditConfig, RunConfig
+from imagic_lora.core.config_group import Config
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.noise import key
 from imagic_lora.core.runtime import Processes
-from imagic_lora.core.settings import differences, merged
+from imagic_lora.core.settings.merging import differences, merged
 from imagic_lora.critters import SIZE, caption, longest_caption, render
 from imagic_lora.photos.canvas import Canvas, to_pixels
 from imagic_lora.sampling.diffusion import DiffusionSampler
@@ -84,7 +85,7 @@ class Variant:
             base: the embedded base whose recipe has the defaults.
 
         Raises:
-            ImagicError: as :func:`~imagic_lora.core.settings.resolve`.
+            ImagicError: as :func:`~imagic_lora.core.settings.resolve.resolve`.
         """
         changes: dict[str, Any] = {}
         for change in text.split():

@@ -13,7 +13,7 @@ from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.bench.metrics import CritterAlignment
 from imagic_lora.bench.scores import Score, Scorer
 from imagic_lora.bench.summary import bootstrapped
-from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.critters.judge import Judge
 

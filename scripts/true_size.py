@@ -22,10 +22,12 @@ from imagic_lora.bases.families.common import LatentBase
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.runtime import Processes, resolve_runtime
-from imagic_lora.memory.plan import assume, passes_per_step, predict
+from imagic_lora.memory.plan import assume, passes_per_step
+from imagic_lora.memory.prediction import predict
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.embed import embed_stage
-from imagic_lora.training.rehearsal import random_base, random_conditioning, rehearse
+from imagic_lora.training.rehearsing.random_base import random_base, random_conditioning
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 from imagic_lora.training.tune import tune_stage
 
 LEVERS: dict[Mode, dict[str, object]] = {"lora": {}, "full": {"master_weights": "bf16-stochastic"}}

@@ -20,9 +20,11 @@ from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.contents import read_canvas
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.core.config import EditConfig, MemoryConfig, Mode, RunConfig, TunedMode
+from imagic_lora.core.config import EditConfig, Mode, RunConfig, TunedMode
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.runtime import Processes, resolve_runtime
-from imagic_lora.core.settings import merged, validated
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.reading import validated
 from imagic_lora.sampling.edit_pipeline import EditPipeline
 
 KINDS: list[Literal["epsilon", "v_prediction"]] = ["epsilon", "v_prediction"]

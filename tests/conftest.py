@@ -21,7 +21,8 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.known import SHIPPED
 from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.core.config import MemoryConfig, Mode
+from imagic_lora.core.config import Mode
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.training.fit import fit, result
 

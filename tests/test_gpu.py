@@ -14,10 +14,11 @@ from tiny import save_tiny, save_tiny_sdxl
 
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading.configs import architecture
-from imagic_lora.core.config import MemoryConfig, Mode
+from imagic_lora.core.config import Mode
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.noise import noise_at
 from imagic_lora.core.runtime import Processes, resolve_runtime
-from imagic_lora.memory.plan import predict
+from imagic_lora.memory.prediction import predict
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.embed import embed_stage
 from imagic_lora.training.fit import fit, open_base, result

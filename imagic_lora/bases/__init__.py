@@ -3,6 +3,7 @@
 May import: core, photos. Must not know: adapters, training, sampling, commands.
 
 - ``base.py``: the protocol that every model family implements
+- ``tokens.py``: the tokens of a prompt
 - ``process.py``: the noise processes: diffusion and rectified flow
 - ``altered.py``: changes of a denoiser that are undone bit for bit, whatever interrupts them
 - ``families/``: one file per model family

@@ -52,7 +52,8 @@ class Architecture(ABC):
     process: ClassVar[Literal["diffusion", "flow"]]
     """Noise process: :class:`~imagic_lora.bases.process.Diffusion` or :class:`~imagic_lora.bases.process.Flow`."""
     recipe: ClassVar[str]
-    """Key of the learning rates and sampling settings in :data:`~imagic_lora.core.settings.RECIPES`, if the base has none of its own."""
+    """Key of the learning rates and sampling settings in :data:`~imagic_lora.core.settings.recipes.RECIPES`, if the base has none of its
+    own."""
     takes_reference: ClassVar[bool] = False
     """Whether the denoiser takes a reference image in addition to the noisy one."""
     encoder_classes: ClassVar[dict[str, str]]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from ..core.errors import ImagicError
 from ..core.runtime import Runtime
 from .architecture import Architecture
 from .process import Process
+from .tokens import Token, VectorMasks
 
 if TYPE_CHECKING:
     from .altered import Alteration
@@ -24,26 +24,6 @@ if TYPE_CHECKING:
 PipelineKind = Literal["text2image", "image2image", "inpaint"]
 REFERENCE = "reference"
 """Added condition of a base that takes a reference image: its latents, ``[1, C, h, w]``."""
-
-
-class Token(NamedTuple):
-    """A token of a prompt.
-
-    Args:
-        id: number of the token in the vocabulary.
-        start, end: first character of the prompt that it stands for, and the one after the last; equal for the start and the end token.
-    """
-
-    id: int
-    start: int
-    end: int
-
-
-class VectorMasks(NamedTuple):
-    """Which vectors of a prompt are of its words, and which are padding, both ``[1, T]`` bool; neither: the start and the end token."""
-
-    words: Tensor
-    padding: Tensor
 
 
 class Base(ABC):
@@ -313,8 +293,3 @@ class Base(ABC):
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Training target of the denoiser: :meth:`~imagic_lora.bases.process.Process.target`."""
         return self.process.target(clean, noise, timesteps)
-
-    def freeze(self, *modules: torch.nn.Module) -> None:
-        """Disables the gradients of the modules' parameters and sets the modules to evaluation mode."""
-        for module in modules:
-            module.requires_grad_(False).eval()

@@ -11,7 +11,9 @@ from ..bases.loading.known import EMBEDDED
 from ..bases.loading.registry import architecture_of
 from ..core.config import EditConfig, FitMethod, Mode, RunConfig
 from ..core.errors import ImagicError
-from ..core.settings import RECIPES, read_settings, resolve
+from ..core.settings.reading import read_settings
+from ..core.settings.recipes import RECIPES
+from ..core.settings.resolve import resolve
 from ..core.text import exact
 from ..methods.catalogue import GUIDANCE, SAMPLING, default_config
 from ..methods.flows.flowedit import FlowEdit, FlowEditConfig

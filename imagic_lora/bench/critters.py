@@ -13,7 +13,7 @@ from ..bases.loading.configs import folder_of_parts
 from ..bases.loading.known import known_base
 from ..bases.loading.progress import hide_progress_bars
 from ..bases.loading.registry import load_base, locate
-from ..core.config import MemoryConfig
+from ..core.device_config import MemoryConfig
 from ..core.environment import prepare_environment
 from ..core.runtime import resolve_runtime
 from ..critters import render

@@ -10,9 +10,10 @@ May import: every room but ``web``, which ``commands/web.py`` starts. Only ``web
 - ``listening.py``: the progress of a command, for a program that runs its function
 - ``interrupts.py``: Ctrl-C and SIGTERM
 - ``editing.py``: the images of ``edit``: checked, generated and written
+- ``sweeping.py``: checks, images, scores and files of ``sweep``
 - ``searching.py``: the search of ``edit --eta auto``, with its progress and its cost
 - ``batching.py``: the run of ``batch``, with its progress and its results
-- ``comparing.py``: settings, run and files of ``compare``
+- ``comparing/``: models, settings, run and files of ``compare``
 - ``benching.py``: cases, runs and scores of ``bench tedbench``, ``bench pie`` and ``bench score``
 - ``measuring.py``: the measurement of ``doctor --measure``, with its progress and its report
 - ``demo.py``: the demo, called by ``commands/demo.py``

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from ..adapters.writing import DISK_FULL
 from ..core.environment import prepare_environment
 from ..core.errors import ImagicError, SomeFailed, Stopped
-from ..core.settings import settings_error
+from ..core.settings.reading import settings_error
 from .commands.bases import bases
 from .commands.batch import batch
 from .commands.bench import bench

@@ -22,7 +22,8 @@ from ..bench.field.scoring import Scored, loaded, scored
 from ..bench.field.summary import summarise
 from ..bench.field.tedbench import read_tedbench, tedbench_outputs
 from ..bench.runner import Result
-from ..core.config import DeviceConfig, MemoryConfig, PresetOrAuto
+from ..core.config import PresetOrAuto
+from ..core.device_config import DeviceConfig, MemoryConfig
 from ..core.errors import ImagicError
 from ..core.runtime import resolve_runtime
 from ..core.text import json_text
@@ -33,7 +34,7 @@ from ..photos.reading import read_photo
 from ..sampling.checks import check_seed
 from .commands.compare import chosen_methods, parsed_settings
 from .commands.field import ScoreFlags
-from .comparing import configured, opened, optional_fields
+from .comparing.setup import configured, opened, optional_fields
 from .console import cells_table, err, out, plain, print_json, progress
 from .interrupts import Interrupts
 

@@ -12,7 +12,8 @@ from ..adapters.contents import read_canvas, read_embeddings
 from ..adapters.store import Store
 from ..adapters.writing import check_outputs
 from ..core.config import EditConfig, RunConfig
-from ..core.settings import RECIPES, resolve
+from ..core.settings.recipes import RECIPES
+from ..core.settings.resolve import resolve
 from ..core.text import exact
 from ..critters import render, scene_at
 from ..photos.png import write_png

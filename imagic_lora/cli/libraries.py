@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from ..core.config import MemoryConfig
+from ..core.device_config import MemoryConfig
 from ..core.environment import quick_imports, wait_passively_on_busy_machine
 from ..core.errors import ImagicError
 from ..core.machine import find_card

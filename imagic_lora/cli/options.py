@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, Token
 
-from ..core.config import DeviceConfig, EditConfig, PresetOrAuto
+from ..core.config import EditConfig, PresetOrAuto
+from ..core.device_config import DeviceConfig
 from ..core.errors import ImagicError, unreadable
 from ..core.text import slug
 

@@ -4,8 +4,9 @@ May import: no other room, and no diffusers, transformers or peft. Must not know
 
 - ``errors.py``: ImagicError, which the user can fix, NotFinite, Stopped and ImagicWarning
 - ``config.py``: every setting and its default, as pydantic models
-- ``settings.py``: recipes of bases, presets of cards, and the merging of all sources
-- ``unread.py``: settings that the method of a fit does not read
+- ``device_config.py``: the same for device, precision and memory levers
+- ``config_group.py``: what every group of settings has in common
+- ``settings/``: recipes of bases, presets of cards, and the merging of all sources
 - ``yaml_files.py``: YAML files, without duplicate keys and values that YAML 1.1 and 1.2 read differently
 - ``validation.py``: the errors of pydantic in plain words
 - ``machine.py``: the card, the free memory and bitsandbytes of this machine, without importing torch

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
-from .config import MemoryConfig
+from .device_config import MemoryConfig
 from .errors import ImagicError
 from .machine import Card, bitsandbytes_error
 

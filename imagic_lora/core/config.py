@@ -1,4 +1,4 @@
-"""Every setting and its default, as pydantic models. Recipes of bases and presets of cards (``core/settings.py``) replace some defaults.
+"""Every setting and its default, as pydantic models. Recipes of bases and presets of cards (``core/settings/``) replace some defaults.
 
 The command line, YAML files, recipes and presets fill these models. Values are merged in the order built-in < recipe of the base <
 preset of the card < file < flags. Only explicitly given values are merged. The docstring of a field is its help text on the command line.
@@ -6,44 +6,26 @@ preset of the card < file < flags. Only explicitly given values are merged. The 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field
+
+from .config_group import Config, flag
+from .device_config import DEVICE_GROUP, MemoryConfig
 
 Mode = Literal["lora", "full", "embedding"]
 TunedMode = Literal["lora", "full"]  # the modes with a stage 2
 FitMethod = Literal["imagic", "dreambooth", "textual-inversion"]
-OptimizerName = Literal["auto", "adam8bit", "adam", "adafactor"]
 Timesteps = Literal["stratified", "uniform"]
 Preset = Literal["8gb", "12gb", "16gb", "24gb", "cpu"]
 PresetOrAuto = Literal["auto", "8gb", "12gb", "16gb", "24gb", "cpu"]
-Idle = Literal["keep", "offload", "release"]
 Scheduler = Literal["base", "ddim", "dpm++2m", "dpm++2m-sde", "unipc", "euler", "lcm"]
 EarlyStop = Literal["off", "embed", "tune", "both"]
 
-DEVICE_GROUP = Group("Device and memory", sort_key=4)
 _CHECKPOINTS = Group("Checkpoints, for --resume after an interruption", sort_key=6)
 _MONITORING = Group("Monitoring: convergence, early stopping, previews", sort_key=7)
 _ADVANCED = Parameter(group=Group("Sampling, advanced", sort_key=5))
-
-
-def _flag(name: str) -> Parameter:
-    return Parameter(name=[f"--{name}"])
-
-
-class Config(BaseModel):
-    """A frozen group of settings that rejects unknown names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
-            raise ValueError("a number")  # pydantic would read true as 1
-        return value
 
 
 class EmbedConfig(Config):
@@ -82,7 +64,7 @@ class TuneConfig(Config):
     """Stage 2: trains the denoiser on the photo. The optimised embedding is fixed. Mode embedding has no stage 2: the other settings of
     this group are errors there."""
 
-    mode: Annotated[Mode, _flag("mode")] = "lora"
+    mode: Annotated[Mode, flag("mode")] = "lora"
     """What is trained after the embedding. lora: a small PEFT adapter (LoRA). full: the whole denoiser, which needs more memory and disk
     space. embedding: nothing; there is no stage 2, and edits use the denoiser of the base."""
     steps: int = Field(default=300, ge=1, le=100_000)
@@ -94,11 +76,11 @@ class TuneConfig(Config):
     timesteps: Timesteps = "stratified"
     """How the timesteps of the training samples are drawn. stratified: evenly spread over a batch and over successive steps. uniform: each
     one independently."""
-    rank: Annotated[int, _flag("rank")] = Field(default=16, ge=1, le=1024)
+    rank: Annotated[int, flag("rank")] = Field(default=16, ge=1, le=1024)
     """Rank of the LoRA matrices. A higher rank can learn more and gives a larger adapter. Only for mode lora."""
-    alpha: Annotated[float | None, _flag("alpha")] = Field(default=None, gt=0, allow_inf_nan=False)
+    alpha: Annotated[float | None, flag("alpha")] = Field(default=None, gt=0, allow_inf_nan=False)
     """LoRA alpha: the LoRA update is scaled by alpha / rank. Without it alpha equals the rank (scale 1). Only for mode lora."""
-    targets: Annotated[Literal["attention", "attention+conv", "attention+mlp", "all"], _flag("targets")] = "attention"
+    targets: Annotated[Literal["attention", "attention+conv", "attention+mlp", "all"], flag("targets")] = "attention"
     """Layers that LoRA adapts. attention: the attention projections. attention+conv: also the convolutions of the residual blocks of a
     U-Net. attention+mlp: also the feed-forward layers of a transformer. all: every linear and convolution layer. Only for mode lora."""
 
@@ -106,29 +88,29 @@ class TuneConfig(Config):
 class DreamBoothConfig(Config):
     """DreamBooth with prior preservation (arXiv 2208.12242). Only for method dreambooth."""
 
-    class_prompt: Annotated[str, _flag("class-prompt")] = ""
+    class_prompt: Annotated[str, flag("class-prompt")] = ""
     """The prompt without the rare word, such as "a photo of a dog". The base generates the class pictures from it, and the fit keeps what
     the base makes of it. Needed unless prior_weight is 0."""
-    class_pictures: Annotated[int, _flag("class-pictures")] = Field(default=100, ge=1, le=10_000)
+    class_pictures: Annotated[int, flag("class-pictures")] = Field(default=100, ge=1, le=10_000)
     """Number of class pictures. They are generated once, from noise with the sampling settings of stage 3, and kept in the user's cache
     (XDG_CACHE_HOME) for later fits of the same base, class_prompt, sampling settings, size and class_seed."""
-    class_seed: Annotated[int, _flag("class-seed")] = Field(default=0, ge=0, lt=2**32)
+    class_seed: Annotated[int, flag("class-seed")] = Field(default=0, ge=0, lt=2**32)
     """Seed of the class pictures."""
-    prior_weight: Annotated[float, _flag("prior-weight")] = Field(default=1.0, ge=0, le=100)
+    prior_weight: Annotated[float, flag("prior-weight")] = Field(default=1.0, ge=0, le=100)
     """Weight of the loss on the class pictures, beside that on the photos. 0: no class pictures."""
 
 
 class InversionConfig(Config):
     """Textual inversion (arXiv 2208.01618). Only for method textual-inversion. Steps, learning rate and batch size are those of stage 1."""
 
-    word: Annotated[str | None, _flag("word")] = Field(default=None, min_length=1, max_length=100)
+    word: Annotated[str | None, flag("word")] = Field(default=None, min_length=1, max_length=100)
     """The new word. Default: the one in angle brackets in the prompt."""
-    initial_word: Annotated[str, _flag("initial-word")] = ""
+    initial_word: Annotated[str, flag("initial-word")] = ""
     """A word of the vocabulary whose vector the new word starts from, such as dog. Needed."""
-    vectors: Annotated[int, _flag("vectors")] = Field(default=1, ge=1, le=64)
+    vectors: Annotated[int, flag("vectors")] = Field(default=1, ge=1, le=64)
     """Number of vectors of the new word, each of which takes the place of one token. More of them keep more of the photo and can be edited
     less."""
-    templates: Annotated[Literal["object", "prompt"], _flag("templates")] = "object"
+    templates: Annotated[Literal["object", "prompt"], flag("templates")] = "object"
     """Prompts of the training. object: at every step one of the 27 templates of the paper, such as "a photo of a WORD". prompt: the
     target prompt alone."""
 
@@ -179,62 +161,6 @@ class EditConfig(Config):
     """Number of images generated at once. A smaller number needs less memory."""
 
 
-class DeviceConfig(Config):
-    """Device, precision, and the memory levers of an edit."""
-
-    device: Annotated[Literal["auto", "cpu", "cuda"], _flag("device")] = "auto"
-    """Device to run on. auto: CUDA if a CUDA device is available, otherwise the CPU."""
-    dtype: Annotated[Literal["auto", "fp32", "fp16", "bf16"], _flag("dtype")] = "auto"
-    """Precision of the frozen weights and of the computation. auto: bf16 on cards with native bf16, fp16 on older cards, fp32 on the CPU.
-    With fp16 the training loss is scaled by a constant."""
-    attention: Annotated[Literal["sdpa", "xformers"], _flag("attention")] = "sdpa"
-    """Attention implementation. sdpa: built into PyTorch. xformers: the xformers package, CUDA only."""
-    idle: Annotated[Idle, _flag("idle")] = "keep"
-    """What happens to the text encoders and the VAE while they are not needed. keep: they stay on the device. offload: they move to host
-    memory. release: they are freed, and read from disk when they are needed again. With offload and release the denoiser moves to the
-    device only after the photo and the prompt are encoded."""
-    vae_tiling: Annotated[bool, _flag("vae-tiling")] = False
-    """Encode and decode images in tiles if they are larger than the size the VAE was trained for. Needs less memory, is slower, and can
-    leave visible seams."""
-    vae_slicing: Annotated[bool, _flag("vae-slicing")] = False
-    """Decode the images of a batch one at a time. Needs less memory."""
-
-
-class MemoryConfig(DeviceConfig):
-    """Device, precision, and the memory levers of a fit."""
-
-    gradient_checkpointing: Annotated[bool, _flag("gradient-checkpointing")] = False
-    """Recompute activations in the backward pass instead of storing them. Needs less memory, and training steps take longer."""
-    optimizer: Annotated[OptimizerName, _flag("optimizer")] = "auto"
-    """Optimizer of the training. adam: 32-bit states. adam8bit: 8-bit states, needs bitsandbytes and less memory. adafactor: hardly any
-    states, and no momentum (arXiv 1804.04235); for stage 2, while stage 1 uses adam. auto: adam8bit on CUDA if bitsandbytes is installed,
-    otherwise adam."""
-    optimizer_in_backward: Annotated[bool, _flag("optimizer-in-backward")] = False
-    """Update each weight as soon as its gradient is computed, and free the gradient at once. Needs less memory. Only with one process."""
-    autocast_cache: Annotated[bool, _flag("autocast-cache")] = False
-    """Keep the half-precision copies of the weights that autocast makes until the end of a forward pass. Needs memory for up to a second
-    copy of the denoiser in half precision. Only for mode full with fp32 master weights."""
-    master_weights: Annotated[Literal["fp32", "bf16-stochastic"], _flag("master-weights")] = "fp32"
-    """Precision of the weights that mode full trains. fp32: 32-bit weights. bf16-stochastic: bf16 weights with stochastic rounding (arXiv
-    2010.06192), in half the memory. Only for mode full."""
-    quantize: Annotated[Literal["none", "nf4", "int8"], _flag("quantize")] = "none"
-    """Quantization of the frozen denoiser, in the fit and in later edits. nf4: its linear layers are stored in 4 bits (arXiv 2305.14314);
-    needs bitsandbytes. int8: in 8 bits, each row with a scale of its own, which is more exact. Only for modes lora and embedding."""
-
-    quantize_text: Annotated[Literal["none", "nf4"], _flag("quantize-text")] = "none"
-    """Quantization of large text encoders, T5 and Qwen3, whose weights are most of the memory while a prompt is encoded. nf4: their linear
-    layers are stored in 4 bits, in the fit and in later edits; needs bitsandbytes. CLIP stays as it is."""
-
-    @field_validator("master_weights", mode="before")
-    @classmethod
-    def _not_plain_bf16(cls, value: object) -> object:
-        if value in ("bf16", "fp16"):
-            raise ValueError(
-                f"fp32 or bf16-stochastic: updates round to zero in plain {value} at Imagic's learning rates (99% of the weights at 5e-7)"
-            )
-        return value
-
-
 class CheckpointConfig(Config):
     """How often a fit writes a checkpoint. It also writes one at the end of a stage and when it is interrupted."""
 
@@ -247,18 +173,18 @@ class CheckpointConfig(Config):
 class MonitoringConfig(Config):
     """What a fit measures and shows while it trains. Only early stopping changes what is trained."""
 
-    convergence_every: Annotated[int, _flag("convergence-every")] = Field(default=50, ge=0, le=100_000)
+    convergence_every: Annotated[int, flag("convergence-every")] = Field(default=50, ge=0, le=100_000)
     """Evaluate the relative loss every this many training steps, and after the last step of a stage: the loss on 8 fixed pairs of timestep
     and noise, as a ratio to that of the frozen base with the target prompt. Each evaluation takes 8 forward passes through the denoiser.
     0: off."""
-    early_stop: Annotated[EarlyStop, _flag("early-stop")] = "off"
+    early_stop: Annotated[EarlyStop, flag("early-stop")] = "off"
     """Stages that end early when their relative loss no longer falls. embed: stage 1. tune: stage 2. both: both stages."""
-    patience: Annotated[int, _flag("patience")] = Field(default=3, ge=1, le=1000)
+    patience: Annotated[int, flag("patience")] = Field(default=3, ge=1, le=1000)
     """Only with early stopping: a stage ends after this many evaluations in a row that do not improve the relative loss."""
-    min_improvement: Annotated[float, _flag("min-improvement")] = Field(default=0.01, ge=0, le=1)
+    min_improvement: Annotated[float, flag("min-improvement")] = Field(default=0.01, ge=0, le=1)
     """Only with early stopping: an evaluation counts as an improvement if the relative loss is lower than the lowest one so far by more
     than this. 0.01 is a hundredth of the loss of the frozen base."""
-    preview_every: Annotated[int, _flag("preview-every")] = Field(default=0, ge=0, le=100_000)
+    preview_every: Annotated[int, flag("preview-every")] = Field(default=0, ge=0, le=100_000)
     """Generate previews at several etas every this many training steps of stage 2, with the sampling settings of stage 3. A preview takes
     as long as an edit at four etas, and needs the memory of an edit on top of the states of the optimizer. 0: off."""
 
@@ -266,23 +192,23 @@ class MonitoringConfig(Config):
 class RunConfig(Config):
     """All settings of a run: one photo, one target prompt."""
 
-    preset: Annotated[PresetOrAuto, _flag("preset")] = "auto"
+    preset: Annotated[PresetOrAuto, flag("preset")] = "auto"
     """Memory levers for a card of this size. auto: the fastest preset whose predicted peak fits 90% of the free memory of the card, or cpu
     without a card."""
-    base: Annotated[str, _flag("base")] = Field(default="sd15", min_length=1)
+    base: Annotated[str, flag("base")] = Field(default="sd15", min_length=1)
     """Base model: a name (sd15, sd21, sdxl, sdxl-turbo, sd3-medium, sd35-medium, klein-base-4b, klein-base-9b, critters, critters-dit, or
     one of your own; see imagic-lora bases), a folder in diffusers' format, a single .safetensors file, or a Hugging Face hub id."""
-    revision: Annotated[str | None, _flag("revision")] = None
+    revision: Annotated[str | None, flag("revision")] = None
     """Branch, tag or commit of the hub id given as base. Without it the default branch is used."""
-    resolution: Annotated[int | None, _flag("resolution")] = Field(default=None, ge=8, le=4096)
+    resolution: Annotated[int | None, flag("resolution")] = Field(default=None, ge=8, le=4096)
     """Resolution in pixels: the photo is scaled to an area of at most resolution x resolution, and keeps its shape. Without it the
     resolution of the base is used."""
-    seed: Annotated[int, _flag("seed")] = Field(default=0, ge=0, lt=2**63)
+    seed: Annotated[int, flag("seed")] = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random: noise and timesteps of the training, the initial LoRA weights, and the noise of the preview."""
     eta: float = Field(default=0.7, ge=0, le=2)
     """Interpolation between photo and edit, for the preview and for edits without an eta of their own. 0: the reconstruction of the photo.
     1: the target prompt alone. Values above 1 extrapolate."""
-    method: Annotated[FitMethod, _flag("method")] = "imagic"
+    method: Annotated[FitMethod, flag("method")] = "imagic"
     """What a fit does. imagic: both stages on one photo, for edits of it. dreambooth: stage 2 on one photo or several, with a rare word in
     the prompt ("a photo of sks dog") and class pictures beside the photos. textual-inversion: finds the vectors of a new word in the prompt
     (in angle brackets) and changes no weight. The adapters of the last two make new images, and have no eta."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .choices import choose_runtime
-from .config import MemoryConfig
+from .device_config import MemoryConfig
 from .machine import find_card, free_host_memory, reusable_memory
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.store import Store
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
-from ..core.settings import differences
+from ..core.settings.merging import differences
 from .table import Entry
 
 _LEVERS = {"device", "idle", "vae_tiling", "vae_slicing", "gradient_checkpointing", "optimizer_in_backward", "autocast_cache"}

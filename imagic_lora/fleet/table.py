@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.store import check_name, folded
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
-from ..core.settings import merged, validated
+from ..core.settings.merging import merged
+from ..core.settings.reading import validated
 from ..core.text import check_utf8, slug
 from ..photos.region import Region, parse_region
 from ..sampling.checks import check_prompt, check_sampling

@@ -2,7 +2,8 @@
 
 May import: core, bases. Must not know: training, sampling, commands. Only ``tracker.py`` and ``out_of_memory.py`` use torch.
 
-- ``plan.py``: the predicted peak of every stage
+- ``plan.py``: the plan of a run: the peak of every stage, and what it assumes
+- ``prediction.py``: predicts the plan of a run
 - ``rehearsed.py``: peaks of flow transformers that were rehearsed before
 - ``presets.py``: the preset that fits this machine
 - ``levers.py``: memory levers in order of their cost in time, and the bytes that the next one saves

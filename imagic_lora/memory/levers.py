@@ -9,8 +9,11 @@ from typing import Any
 from ..bases.architecture import Architecture
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
-from ..core.settings import merged, mode_of, recipe_part, resolve
-from .plan import Assumed, predict
+from ..core.settings.merging import merged
+from ..core.settings.recipes import recipe_part
+from ..core.settings.resolve import mode_of, resolve
+from .plan import Assumed
+from .prediction import predict
 from .symbolic.layers import NotPlanned
 
 _STOCHASTIC = "--master-weights bf16-stochastic"
@@ -60,7 +63,7 @@ def next_lever(base: Architecture, run: RunConfig, assumed: Assumed, stage: str,
         The flag and the bytes that it saves; None if no lever helps.
 
     Raises:
-        NotPlanned: as :func:`~imagic_lora.memory.plan.predict`.
+        NotPlanned: as :func:`~imagic_lora.memory.prediction.predict`.
     """
     need = predict(base, run, _assumed(run, assumed)).needs(stage)
     for flag, change in levers:

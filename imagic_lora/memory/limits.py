@@ -9,7 +9,8 @@ from ..bases.architecture import Architecture
 from ..core.config import RunConfig
 from ..core.errors import DiskFull, ImagicError
 from .levers import EDIT_LEVERS, FIT_LEVERS, Levers, next_lever
-from .plan import Assumed, assume, predict
+from .plan import Assumed, assume
+from .prediction import predict
 from .symbolic.layers import NotPlanned
 
 _SMALL_FILES = 2**25  # bytes allowed for canvas, preview and records

@@ -10,10 +10,12 @@ from ..bases.architecture import Architecture
 from ..core.config import Mode, Preset, RunConfig
 from ..core.errors import ImagicError
 from ..core.machine import bitsandbytes_error, find_card, free_host_memory
-from ..core.settings import Recipe, resolve
+from ..core.settings.recipes import Recipe
+from ..core.settings.resolve import resolve
 from .levers import EDIT_LEVERS, FIT_LEVERS, Levers
 from .limits import gib, out_of_memory_error
-from .plan import Assumed, Plan, assume, predict
+from .plan import Assumed, Plan, assume
+from .prediction import predict
 from .symbolic.layers import NotPlanned
 
 _FASTEST_FIRST: tuple[Preset, ...] = ("24gb", "16gb", "12gb", "8gb")
@@ -63,13 +65,14 @@ def choose_preset(
         processes: number of processes, and the index of this one's card. Several processes exclude presets with the optimizer inside the
             backward pass.
         large: whether the base has a text encoder of billions of parameters.
-        rehearse: plans what :func:`~imagic_lora.memory.plan.predict` cannot. Without it, ``auto`` is then the preset with the lowest peak.
+        rehearse: plans what :func:`~imagic_lora.memory.prediction.predict` cannot. Without it, ``auto`` is then the preset with the lowest
+            peak.
 
     Returns:
         The settings with their preset, and the reason for the preset as text.
 
     Raises:
-        ImagicError: no preset fits; or as :func:`~imagic_lora.core.settings.resolve`.
+        ImagicError: no preset fits; or as :func:`~imagic_lora.core.settings.resolve.resolve`.
     """
     plain = resolve(flags, file, recipe, large=large)
     if plain.preset != "auto":

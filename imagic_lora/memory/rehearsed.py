@@ -1,6 +1,6 @@
 """Peaks of flow transformers from earlier rehearsals: those of published bases are part of the package, others are cached on disk.
 
-A rehearsal (:mod:`imagic_lora.training.rehearsal`) takes half a minute or more. This module does not import torch.
+A rehearsal (:mod:`imagic_lora.training.rehearsing.rehearsal`) takes half a minute or more. This module does not import torch.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..bases.base import Base
 from ..core.conditioning import Conditioning
-from ..core.config import Config
+from ..core.config_group import Config
 from ..photos.canvas import Canvas, to_canvas, to_image
 from ..sampling.checks import check_pixels
 from ..sampling.trajectory import Trajectory

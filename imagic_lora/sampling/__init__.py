@@ -8,6 +8,7 @@ May import: core, photos, bases, memory, adapters. Must not know: training, meth
 - ``flow.py``: latents of a batch on a flow base, by our own Euler steps, from every start
 - ``guidance.py``: the formula of classifier-free guidance
 - ``trajectory.py``: the one loop over noise levels, from noise to photo or back, for methods that change latents or predictions on the way
+- ``flow_trajectory.py``: the levels of a flow for that loop, by Euler's method
 - ``attention.py``: reads and changes the attention probabilities of a U-Net, and restores its processors
 - ``inversion.py``: computes the noise that reproduces the photo: DDIM inversion, edit-friendly inversion
 - ``shared_calls.py``: images of several photos, with one call of the denoiser for all

@@ -1,6 +1,7 @@
 """Stage 3 on a flow base: Euler's method over the levels of noise, from noise to image and back (arXiv 2209.03003).
 
-The loop and the arithmetic of a step are those of :class:`~imagic_lora.sampling.trajectory.FlowTrajectory`; this module has the starts.
+The loop and the arithmetic of a step are those of :class:`~imagic_lora.sampling.flow_trajectory.FlowTrajectory`; this module has the
+starts.
 
 No pipeline of diffusers is used: of its flow families some have no image-to-image, none can be inverted, and guidance differs.
 """
@@ -18,8 +19,9 @@ from ..bases.base import Base
 from ..core.conditioning import Conditioning, concatenate
 from ..core.config import EditConfig
 from ..photos.canvas import Canvas
+from .flow_trajectory import FlowTrajectory
 from .guidance import guided
-from .trajectory import FlowTrajectory, Predict, Step, last
+from .trajectory import Predict, Step, last
 
 
 class Start(NamedTuple):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..adapters.writing import writable
 from ..core.errors import ImagicError
-from ..core.settings import differences
+from ..core.settings.merging import differences
 from ..core.text import exact
 from ..photos.png import write_png
 from ..photos.reading import read_metadata

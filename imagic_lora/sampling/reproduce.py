@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ..adapters.adapter import Adapter
 from ..adapters.store import Store
 from ..core.errors import ImagicError
-from ..core.settings import differences
+from ..core.settings.merging import differences
 from ..core.text import check_utf8
 from ..core.validation import first_problem
 from ..photos.reading import read_metadata, read_photo

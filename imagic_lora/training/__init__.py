@@ -4,6 +4,7 @@ May import: core, photos, bases, memory, adapters, sampling (for the preview). M
 
 - ``fit.py``: fit(), the whole sequence: check, open, encode, embed, tune, preview, store
 - ``together.py``: fit_together(), the same sequence for several photos at once
+- ``member.py``: the fit of one photo of such a group
 - ``grouping.py``: the photos that are fitted together, sorted by the size of their canvas
 - ``shared.py``: stages of several fits in step, with one call of the denoiser for all
 - ``configure.py``: merges flags, file, preset and recipe into the settings of a run
@@ -14,10 +15,10 @@ May import: core, photos, bases, memory, adapters, sampling (for the preview). M
 - ``tune.py``: stage 2, trains the denoiser
 - ``prior.py``: DreamBooth, the class pictures and stage 2 beside them
 - ``word.py``: textual inversion, the stage that trains the vectors of a new word
-- ``optimizers.py``: Adam with 32-bit or 8-bit states, after or during the backward pass
-- ``run.py``: the encoded inputs of one fit, and the files it writes to the store
+- ``updating/``: the optimizers, after or during the backward pass
+- ``encode.py``: encodes photo and prompt
+- ``run.py``: the state of one fit with its encoded inputs, and the files it writes to the store
 - ``monitoring/``: relative loss and early stopping, previews during stage 2, TensorBoard
 - ``resuming/``: checkpoints on disk; saving, stopping and resuming the stages around the training loop
-- ``adafactor.py``: Adafactor, an optimizer with small states
-- ``rehearsal.py``: the exact memory plan: runs the real code on fake tensors
+- ``rehearsing/``: the exact memory plan: runs the real code on fake tensors
 """

@@ -9,7 +9,8 @@ from ..bases.architecture import Architecture
 from ..bases.loading.configs import recipe_for
 from ..bases.loading.registry import architecture_of
 from ..core.config import RunConfig
-from ..core.settings import merged, validated
+from ..core.settings.merging import merged
+from ..core.settings.reading import validated
 from ..memory.plan import Assumed, Plan
 from ..memory.presets import choose_preset
 
@@ -50,8 +51,8 @@ def configure_run(flags: Mapping[str, Any], file: Mapping[str, Any], processes: 
 
 
 def _rehearse(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
-    """As :func:`~imagic_lora.training.rehearsal.rehearse`; this module does not import torch."""
-    from .rehearsal import rehearse
+    """As :func:`~imagic_lora.training.rehearsing.rehearsal.rehearse`; this module does not import torch."""
+    from .rehearsing.rehearsal import rehearse
 
     return rehearse(architecture, run, assumed)
 

@@ -30,16 +30,16 @@ from ..memory.out_of_memory import assumed_from, explain_out_of_memory
 from ..photos.region import Region
 from ..sampling.checks import check_sampling, check_scheduler
 from .embed import embed_stage, optimised
+from .encode import encode_photo, encode_run
 from .inputs import check_inputs, encode_others, read_photos
-from .optimizers import check_single_process
 from .prior import Prior, PriorStage, make_prior
 from .resuming.checkpoints import Checkpoint, Checkpoints
 from .resuming.interrupting import stop_while_sampling
 from .resuming.stages import ResumableStages
 from .resuming.unfinished import check_unfinished, checkpoint_to_resume, clear
-from .run import encode_photo, encode_run
 from .stage import Progress, StepReport
 from .tune import tune_stage
+from .updating.updates import check_single_process
 from .word import WordStage
 
 Value = TypeVar("Value")

@@ -15,8 +15,9 @@ from ..photos.canvas import middle_square
 from ..photos.reading import Photo, read_photo
 from ..photos.region import Region
 from ..sampling.checks import check_prompt
+from .encode import encode_photo
 from .prior import check_class_prompt
-from .run import Run, encode_photo
+from .run import Run
 
 _MOST = 1000  # photos in a folder
 
@@ -65,7 +66,7 @@ def encode_others(run: Run, others: Sequence[Photo]) -> None:
     """Adds further photos to a run: their latents follow those of the first.
 
     Raises:
-        ImagicError: as :func:`~imagic_lora.training.run.encode_photo`.
+        ImagicError: as :func:`~imagic_lora.training.encode.encode_photo`.
     """
     latents = [encode_photo(run.config, run.base, photo, None)[1] for photo in others]
     run.others, run.latents = others, torch.cat([run.latents, *latents]) if latents else run.latents

@@ -18,8 +18,8 @@ from ..core.noise import key, noise_at, times_at
 from ..core.runtime import Processes, Runtime, to_device
 from ..core.tensors import all_finite
 from .objective import denoising_loss
-from .optimizers import build_updates
 from .resuming.checkpoints import START_OVER
+from .updating.updates import build_updates
 
 TRAINABLE, OPTIMIZER = "trainables/", "optimizer/"
 

@@ -7,32 +7,29 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from PIL import Image
-from torch import Tensor
-from torch.nn import Parameter
 
 from ..adapters.adapter import Adapter
-from ..adapters.batched import BatchedLora, batched, copy_into
-from ..adapters.modes import MODES
+from ..adapters.batched import BatchedLora, batched
 from ..adapters.store import Store
 from ..bases.base import Base
 from ..core.config import RunConfig
 from ..core.errors import ImagicError, Stopped
 from ..core.noise import key
 from ..core.runtime import Processes
-from ..core.settings import validated
+from ..core.settings.reading import validated
 from ..memory.limits import check_disk
 from ..memory.out_of_memory import assumed_from, explain_out_of_memory
 from ..memory.plan import sampled_at_once
-from ..photos.canvas import Canvas
-from ..photos.reading import Photo, read_photo
+from ..photos.reading import read_photo
 from ..sampling.checks import check_prompt
 from ..sampling.shared_calls import sampled_together
-from .fit import Embedded, embed, open_checked, preview, tune
+from .encode import encode_photo, encode_run
+from .fit import open_checked
 from .grouping import Item, canvas_of, check_group
-from .resuming.checkpoints import Checkpoint, Checkpoints
+from .member import Member
+from .resuming.checkpoints import Checkpoints
 from .resuming.stages import ResumableStages
-from .resuming.unfinished import check_unfinished, checkpoint_to_resume, clear
-from .run import encode_photo, encode_run
+from .resuming.unfinished import check_unfinished, checkpoint_to_resume
 from .shared import in_step
 from .stage import Progress, StepReport
 
@@ -98,55 +95,6 @@ class _Latched:
         return self.requested
 
 
-@dataclass(eq=False)
-class _Member:
-    """The fit of one photo of a group. What is None comes in the course of the fit."""
-
-    item: Item
-    config: RunConfig
-    store: Store
-    saved: Checkpoints
-    checkpoint: Checkpoint | None
-    photo: Photo
-    lock: ExitStack
-    encoded: tuple[Canvas, Tensor] | None = None
-    stages: ResumableStages | None = None
-    embedded: Embedded | None = None
-    layers: dict[str, Parameter] = field(default_factory=dict)
-
-    @property
-    def begun(self) -> ResumableStages:
-        """The stages of the fit, once its photo and prompt are encoded."""
-        assert self.stages is not None
-        return self.stages
-
-    def embed(self) -> Generator[Progress, None, None]:
-        """Runs stage 1."""
-        checkpoint, self.checkpoint = self.checkpoint, None
-        self.embedded = yield from embed(self.begun, checkpoint)
-
-    def tune(self) -> Generator[Progress, None, None]:
-        """Runs stage 2."""
-        assert self.embedded is not None
-        yield from tune(self.begun, self.embedded, self.layers)
-
-    def preview(self) -> Image.Image:
-        """Renders the preview, with the trained layers applied."""
-        assert self.embedded is not None
-        return preview(self.begun, self.embedded.e_opt)
-
-    def finish(self, sheet: Image.Image) -> Adapter:
-        """Stores the adapter."""
-        assert self.embedded is not None
-        run, e_opt, tune_config = self.begun.run, self.embedded.e_opt, self.config.tune
-        with MODES[tune_config.mode].trainables(run.base, tune_config, key(self.config.seed, "lora"), True) as layers:
-            copy_into(layers, self.layers)  # so that the files are written by the code of a fit alone
-            adapter = self.store.write(run.record(self.item.name), lambda w: run.write_files(w, e_opt, sheet), self.item.overwrite)
-        clear(self.saved, self.item.name)
-        self.lock.close()
-        return adapter
-
-
 @dataclass
 class _Group:
     """The fits of a group. A photo leaves ``members`` when its fit has failed.
@@ -162,7 +110,7 @@ class _Group:
     store: Store
     stop: _Latched
     stack: ExitStack
-    members: dict[str, _Member] = field(default_factory=dict)
+    members: dict[str, Member] = field(default_factory=dict)
     lora: BatchedLora | None = None
     places: dict[str, int] = field(default_factory=dict)
 
@@ -195,7 +143,7 @@ class _Group:
         self.lora = None
         yield from self._each(lambda member: PhotoReport(member.item.name, adapter=member.finish(_value(sheets[member.item.name]))))
 
-    def _begun(self, item: Item) -> _Member:
+    def _begun(self, item: Item) -> Member:
         """Checks and locks the name of a photo and reads the photo, before the base is opened."""
         check_prompt(item.prompt)
         seed = self.config.seed if item.seed is None else validated({"seed": item.seed}).seed
@@ -210,7 +158,7 @@ class _Group:
                 item.region.check_inside(photo.image.size)
             lock = own.pop_all()
         self.stack.callback(lock.close)
-        return _Member(item, config, store, saved, checkpoint, photo, lock)
+        return Member(item, config, store, saved, checkpoint, photo, lock)
 
     def _opened(self, base: Base | None) -> Base:
         """Opens and checks the base, the canvases and the disk, for all photos at once.
@@ -233,17 +181,17 @@ class _Group:
             member.config = self.config.model_copy(update={"seed": member.config.seed})
         return base
 
-    def _encode_photo(self, member: _Member, base: Base) -> None:
+    def _encode_photo(self, member: Member, base: Base) -> None:
         member.encoded = encode_photo(member.config, base, member.photo, member.item.region)
 
-    def _encode_prompt(self, member: _Member, base: Base) -> None:
+    def _encode_prompt(self, member: Member, base: Base) -> None:
         assert member.encoded is not None
         item = member.item
         run = encode_run(member.config, base, member.photo, item.prompt, Processes(), item.region, item.store_photo, member.encoded)
         run.together = len(self.members)
         member.stages = ResumableStages(run, member.saved, self.stop)
 
-    def _each(self, work: Callable[[_Member], PhotoReport | None]) -> Iterator[PhotoReport]:
+    def _each(self, work: Callable[[Member], PhotoReport | None]) -> Iterator[PhotoReport]:
         """Does something with every photo, one after the other. A photo leaves the group if it fails."""
         for name, member in list(self.members.items()):
             try:
@@ -297,7 +245,7 @@ def _value(found: Image.Image | BaseException) -> Image.Image:
     return found
 
 
-def _discard_checkpoints(member: _Member) -> None:
+def _discard_checkpoints(member: Member) -> None:
     """Removes the checkpoints of an earlier fit that is not resumed, once every check has passed."""
     if not member.item.resume:
         member.saved.clear()

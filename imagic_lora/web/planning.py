@@ -12,7 +12,8 @@ from typing import Any
 from ..bases.loading.configs import architecture, recipe_for
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
-from ..core.settings import resolve, validated
+from ..core.settings.reading import validated
+from ..core.settings.resolve import resolve
 
 _SECONDS = 120
 _slots = asyncio.Semaphore(2)

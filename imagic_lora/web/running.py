@@ -19,9 +19,10 @@ from pydantic import ValidationError
 from ..adapters.durable import EventLog
 from ..cli.interrupts import Interrupts
 from ..cli.listening import listening
-from ..core.config import DeviceConfig, EditConfig, RunConfig
+from ..core.config import EditConfig, RunConfig
+from ..core.device_config import DeviceConfig
 from ..core.errors import ImagicWarning, Stopped
-from ..core.settings import settings_error
+from ..core.settings.reading import settings_error
 from ..sampling.kept import KeptEditor
 from .jobs import Job, Problem, Queue
 

@@ -28,9 +28,9 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.errors import ImagicError, ImagicWarning
 from imagic_lora.sampling.editor import Editor
+from imagic_lora.sampling.flow_trajectory import FlowTrajectory
 from imagic_lora.sampling.mixing import mixed
 from imagic_lora.sampling.opening import encoded
-from imagic_lora.sampling.trajectory import FlowTrajectory
 from imagic_lora.training.fit import fit, result
 
 Fitted = Callable[..., Adapter]

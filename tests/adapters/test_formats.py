@@ -20,7 +20,7 @@ from imagic_lora.adapters.record import RECORD
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.core.config import Mode, RunConfig
-from imagic_lora.core.settings import merged
+from imagic_lora.core.settings.merging import merged
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.fit import open_base
 

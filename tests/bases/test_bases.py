@@ -32,7 +32,7 @@ from imagic_lora.bases.loading import registry
 from imagic_lora.bases.loading.files import Folder, cast_finite, fingerprint
 from imagic_lora.bases.loading.registry import architecture_of, locate
 from imagic_lora.bases.loading.vetting import read_json
-from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
 

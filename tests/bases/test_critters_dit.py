@@ -21,10 +21,10 @@ from imagic_lora.bases.loading.configs import recipe_for
 from imagic_lora.bases.loading.known import CRITTERS, CRITTERS_DIT, SHIPPED
 from imagic_lora.bases.loading.registry import architecture_of, load_base
 from imagic_lora.core.conditioning import Conditioning
-from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import Stopped
 from imagic_lora.core.runtime import resolve_runtime
-from imagic_lora.core.settings import RECIPES
+from imagic_lora.core.settings.recipes import RECIPES
 from imagic_lora.critters import longest_caption, render, scene_at
 from imagic_lora.critters.judge import Judge
 from imagic_lora.critters.scene import IDENTITY, displaced

@@ -46,7 +46,7 @@ from imagic_lora.sampling.flow import FlowSampler
 from imagic_lora.training.configure import configure
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.objective import denoising_loss
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 
 Fit = Callable[[Mode], Adapter]
 TEXT = "a Cat {on} a mat!\n2"

@@ -23,14 +23,15 @@ from imagic_lora.bases.loading.configs import architecture, read_architecture, w
 from imagic_lora.bases.loading.known import EMBEDDED, SHIPPED, VARIABLE, BaseEntry, bases_file, known_base, named_bases
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import architecture_of, load_base, locate
-from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
 from imagic_lora.core.runtime import resolve_runtime
-from imagic_lora.core.settings import recipe_of
-from imagic_lora.memory.plan import assume, predict
+from imagic_lora.core.settings.recipes import recipe_of
+from imagic_lora.memory.plan import assume
+from imagic_lora.memory.prediction import predict
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.fit import fit, result
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bases.loading.known import CRITTERS, SHIPPED, VARIABLE, known_base
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import architecture_of, load_base
-from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.training.configure import configure

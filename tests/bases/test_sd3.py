@@ -43,7 +43,8 @@ from imagic_lora.bases.process import Flow
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import EditConfig, Mode
 from imagic_lora.core.errors import ImagicError, Stopped
-from imagic_lora.memory.plan import Assumed, predict
+from imagic_lora.memory.plan import Assumed
+from imagic_lora.memory.prediction import predict
 from imagic_lora.memory.symbolic.layers import NotPlanned
 from imagic_lora.methods.generated import generation_passes
 from imagic_lora.methods.imagic import Imagic
@@ -55,7 +56,7 @@ from imagic_lora.sampling.flow import FlowSampler
 from imagic_lora.sampling.generate import generate
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.objective import denoising_loss
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 
 Fit = Callable[[Mode], Adapter]
 TEXT = "a cat on a mat"

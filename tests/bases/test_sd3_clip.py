@@ -23,14 +23,15 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.known import VARIABLE
 from imagic_lora.bases.loading.registry import architecture_of, load_base
-from imagic_lora.core.config import EditConfig, MemoryConfig, Mode
+from imagic_lora.core.config import EditConfig, Mode
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.memory.plan import Assumed
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.flow import FlowSampler
 from imagic_lora.training.fit import fit, result
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from imagic_lora.bases.loading.original.files import SingleFile
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import files_of, load_base
 from imagic_lora.bases.loading.tokenizers import shipped_tokenizer
-from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.sampling.editor import Editor

@@ -22,7 +22,7 @@ from imagic_lora.bases.loading.configs import architecture, architecture_at
 from imagic_lora.bases.loading.known import VARIABLE, BaseEntry
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.known import VARIABLE
 from imagic_lora.bases.loading.registry import load_base
-from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
 

@@ -37,7 +37,9 @@ from imagic_lora.cli import app as cli
 from imagic_lora.cli.console import cells_table
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import RECIPES, merged, resolve
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.recipes import RECIPES
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.core.yaml_files import read_yaml
 from imagic_lora.critters import ATTRIBUTES, backdrop, render
 from imagic_lora.critters.judge import Judge, Reading

@@ -26,8 +26,9 @@ from imagic_lora.bench.machine import process
 from imagic_lora.bench.machine.runs import STAGES, MachineRun, runs_of
 from imagic_lora.bench.machine.stages import measure
 from imagic_lora.core.machine import Card
-from imagic_lora.core.settings import merged
-from imagic_lora.memory.plan import Assumed, assume, predict
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.memory.plan import Assumed, assume
+from imagic_lora.memory.prediction import predict
 
 GIB = 2**30
 REPORT = Path("outputs/doctor/critters.json")

@@ -37,18 +37,13 @@ import imagic_lora.training.fit as imagic
 import imagic_lora.training.run as run_module
 from imagic_lora.adapters.store import Store
 from imagic_lora.cli.options import suggested_etas
-from imagic_lora.core.config import (
-    Config,
-    DeviceConfig,
-    DreamBoothConfig,
-    EditConfig,
-    InversionConfig,
-    MemoryConfig,
-    Mode,
-    MonitoringConfig,
-    RunConfig,
-)
-from imagic_lora.core.settings import PRESETS, RECIPES, RecipePart, merged, validated
+from imagic_lora.core.config import DreamBoothConfig, EditConfig, InversionConfig, Mode, MonitoringConfig, RunConfig
+from imagic_lora.core.config_group import Config
+from imagic_lora.core.device_config import DeviceConfig, MemoryConfig
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.presets import PRESETS
+from imagic_lora.core.settings.reading import validated
+from imagic_lora.core.settings.recipes import RECIPES, RecipePart
 from imagic_lora.photos.reading import read_metadata, read_photo
 from imagic_lora.training.stage import Stage, StepReport
 

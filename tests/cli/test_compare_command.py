@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import save_inpainting
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
-import imagic_lora.cli.comparing as comparing
+import imagic_lora.cli.comparing.models as models
 from imagic_lora.bases.families.sd import StableDiffusion
 from imagic_lora.methods.comparison.captions import captioned
 
@@ -193,7 +193,7 @@ def test_other_models_score_the_edits(run: Run, folder: Path, photo_file: Path, 
     scores = read_comparison("made")["sdedit"]["scores"]
     assert set(scores) == {"alignment", "fidelity", "ssim", "clip", "clip_direction", "dino"}
     with Image.open(photo_file) as photo, Image.open("made/sdedit.png") as edit:
-        found = comparing.dino_metric(str(dino_folder), True, photo.convert("RGB"))(edit)
+        found = models.dino_metric(str(dino_folder), True, photo.convert("RGB"))(edit)
     assert scores["dino"] == pytest.approx(found["dino"], abs=1e-6)
     page = Path("made/index.html").read_text(encoding="utf-8")
     assert all(f'<th scope="col">{name}</th>' in page for name in scores)

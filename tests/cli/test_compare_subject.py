@@ -12,9 +12,11 @@ from PIL import Image
 from tiny import save_tiny_sd3
 
 from imagic_lora.adapters.store import Store
-from imagic_lora.core.settings import RECIPES, merged, resolve
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.recipes import RECIPES
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.memory.out_of_memory import assumed_from
-from imagic_lora.memory.plan import predict
+from imagic_lora.memory.prediction import predict
 from imagic_lora.methods.comparison.candidates import GROUPS, class_of
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training import prior

@@ -12,7 +12,8 @@ from cyclopts import CycloptsError
 from documents import KINDS, PAGES, REASONS, Block, arguments, blocks, why_not_run, words, wrong_program
 
 from imagic_lora.cli.app import app
-from imagic_lora.core.settings import recipe_of, resolve
+from imagic_lora.core.settings.recipes import recipe_of
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.core.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[2]

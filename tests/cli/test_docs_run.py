@@ -32,7 +32,8 @@ from imagic_lora import Store, configure, fit, result
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.contents import read_canvas
 from imagic_lora.adapters.export import export
-from imagic_lora.core.settings import RECIPES, merged
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.recipes import RECIPES
 from imagic_lora.sampling.editor import Editor
 
 pytestmark = [  # two steps of training change little, which some commands warn of

@@ -15,7 +15,11 @@ from pydantic import BaseModel, ValidationError
 from imagic_lora.cli.app import app
 from imagic_lora.core.config import DreamBoothConfig, InversionConfig, Preset, RunConfig, TuneConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import PRESETS, RECIPES, RecipePart, differences, merged, read_settings, recipe_of, resolve
+from imagic_lora.core.settings.merging import differences, merged
+from imagic_lora.core.settings.presets import PRESETS
+from imagic_lora.core.settings.reading import read_settings
+from imagic_lora.core.settings.recipes import RECIPES, RecipePart, recipe_of
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.core.yaml_files import read_yaml
 
 Leaf = tuple[str, ...]

@@ -21,7 +21,7 @@ from common import each
 
 import imagic_lora.core.machine as machine
 from imagic_lora.core.choices import choose_runtime
-from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.machine import Card, find_card
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from common import each
 
-from imagic_lora.core.config import MemoryConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.noise import noise_at, times_at
 from imagic_lora.core.runtime import Processes, peak_memory, resolve_runtime

@@ -10,7 +10,7 @@ import pytest
 from common import each
 
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import validated
+from imagic_lora.core.settings.reading import validated
 from imagic_lora.core.yaml_files import read_yaml
 
 

@@ -18,7 +18,8 @@ from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.bench.metrics import CritterAlignment, pixels, psnr
 from imagic_lora.cli import app as cli
 from imagic_lora.core.conditioning import concatenate
-from imagic_lora.core.config import EditConfig, MemoryConfig
+from imagic_lora.core.config import EditConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.critters import ATTRIBUTES, Scene, caption, longest_caption, render, scene_at
 from imagic_lora.critters.judge import Judge

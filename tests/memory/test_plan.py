@@ -20,8 +20,11 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, RunConfig
-from imagic_lora.core.settings import merged, recipe_of, resolve
-from imagic_lora.memory.plan import Assumed, Peak, Plan, assume, predict
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.recipes import recipe_of
+from imagic_lora.core.settings.resolve import resolve
+from imagic_lora.memory.plan import Assumed, Peak, Plan, assume
+from imagic_lora.memory.prediction import predict
 from imagic_lora.training.fit import fit
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "fragmentation", "context")

@@ -19,7 +19,7 @@ import imagic_lora.cli.app as cli
 import imagic_lora.cli.console as console
 import imagic_lora.memory.levers as levers
 import imagic_lora.memory.limits as limits
-import imagic_lora.memory.plan as plan
+import imagic_lora.memory.prediction as prediction
 import imagic_lora.memory.presets as fits
 import imagic_lora.sampling.editor as editor
 import imagic_lora.training.fit as imagic
@@ -31,11 +31,14 @@ from imagic_lora.bases.loading.configs import architecture, recipe_for
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import EditConfig, Mode, Preset, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
-from imagic_lora.core.settings import recipe_of, resolve, validated
+from imagic_lora.core.settings.reading import validated
+from imagic_lora.core.settings.recipes import recipe_of
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.memory.levers import next_lever
 from imagic_lora.memory.limits import OutOfMemory, check_memory, is_out_of_memory, out_of_memory_error
 from imagic_lora.memory.out_of_memory import explain_out_of_memory
-from imagic_lora.memory.plan import Assumed, Plan, predict
+from imagic_lora.memory.plan import Assumed, Plan
+from imagic_lora.memory.prediction import predict
 from imagic_lora.memory.presets import EDIT_STAGES, choose_preset, choose_preset_for_edit, largest_batch, most_together
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.stage import Stage, StepReport
@@ -226,7 +229,7 @@ def asked(
         return predict(base, run, assumed)
 
     def command(flags: Flags) -> tuple[dict[str, Any], RunConfig, Assumed]:
-        monkeypatch.setattr(plan, "predict", watched)
+        monkeypatch.setattr(prediction, "predict", watched)
         assert cli.main(["plan", "--json", *(token for pair in flags.items() for token in pair if token is not None)]) == 0
         return json.loads(capsys.readouterr().out), *seen[-1]
 

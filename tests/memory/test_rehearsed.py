@@ -15,13 +15,16 @@ from imagic_lora.bases.architecture import Architecture
 from imagic_lora.bases.loading.configs import architecture, recipe_for
 from imagic_lora.bases.loading.published import PUBLISHED
 from imagic_lora.core.config import Mode, Preset, RunConfig
-from imagic_lora.core.settings import LARGE_PRESETS, merged, resolve
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.presets import LARGE_PRESETS
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.memory import presets, rehearsed
 from imagic_lora.memory.limits import OutOfMemory
-from imagic_lora.memory.plan import Assumed, Plan, predict
+from imagic_lora.memory.plan import Assumed, Plan
+from imagic_lora.memory.prediction import predict
 from imagic_lora.memory.presets import choose_preset, choose_preset_for_edit
 from imagic_lora.memory.symbolic.layers import NotPlanned
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 
 GIB = 2**30
 CARD = Assumed("cuda", "bf16", "adam8bit")

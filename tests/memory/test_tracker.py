@@ -24,13 +24,14 @@ from torch.nn import Conv2d, Linear, Module, Parameter
 from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
 from imagic_lora.bases.base import Base
-from imagic_lora.core.config import MemoryConfig, Mode, TuneConfig
+from imagic_lora.core.config import Mode, TuneConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import Processes, resolve_runtime
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.objective import denoising_loss
-from imagic_lora.training.optimizers import build_optimizer
 from imagic_lora.training.tune import tune_stage
+from imagic_lora.training.updating.optimizers import build_optimizer
 
 STOCHASTIC = {"dtype": "bf16", "master_weights": "bf16-stochastic"}
 LORA: dict[Mode, dict[str, Any]] = {"lora": {"rank": 64, "targets": "attention+conv"}, "full": {}}

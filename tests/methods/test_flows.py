@@ -19,7 +19,7 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.core.config import EditConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import resolve
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.methods.flows.flowedit import FlowEdit, FlowEditConfig
 from imagic_lora.methods.flows.rf_inversion import RFInversion, RFInversionConfig
 from imagic_lora.methods.generated import generation_passes
@@ -28,8 +28,8 @@ from imagic_lora.methods.sampled import EncodedRequest, encode_request
 from imagic_lora.methods.sdedit import SDEdit, SDEditConfig
 from imagic_lora.photos.canvas import to_image
 from imagic_lora.sampling.editor import Editor
+from imagic_lora.sampling.flow_trajectory import FlowTrajectory
 from imagic_lora.sampling.generate import generate
-from imagic_lora.sampling.trajectory import FlowTrajectory
 from imagic_lora.training.fit import fit, result
 
 PHOTO = Image.radial_gradient("L").resize((50, 37)).convert("RGB")

@@ -18,7 +18,8 @@ from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.bases.loading.known import SHIPPED
 from imagic_lora.core.runtime import DTYPES, Runtime
-from imagic_lora.core.settings import recipe_of, resolve
+from imagic_lora.core.settings.recipes import recipe_of
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.methods.attention.control import AttentionControl
 from imagic_lora.methods.attention.words import Alignment
@@ -27,7 +28,8 @@ from imagic_lora.methods.comparison.candidates import candidate, predicted_peak
 from imagic_lora.methods.method import Context, EditRequest
 from imagic_lora.methods.sampled import SamplingMethod
 from imagic_lora.sampling.attention import map_bytes, tapped
-from imagic_lora.training.rehearsal import _convert, random_base, random_conditioning
+from imagic_lora.training.rehearsing.fake_tensors import convert
+from imagic_lora.training.rehearsing.random_base import random_base, random_conditioning
 
 GIB = 2**30
 
@@ -83,7 +85,7 @@ def test_the_maps_of_stable_diffusion_fit_their_prediction() -> None:
     """Of Prompt-to-Prompt on self-attention of 64x64 positions, where they are most of the peak: at least 95% of the sum, and below it."""
     plan = resolve({"base": "sd15", "tune": {"mode": "embedding"}, "memory": {"dtype": "fp16"}}, {}, recipe_of("sd15"))
     runtime = Runtime(torch.device("cpu"), DTYPES["fp16"], "adam", plan.memory.model_copy(update={"attention": "sdpa"}), {})
-    with FakeTensorMode(), patch.object(Module, "_apply", _convert), Tracker() as tracker, torch.no_grad():
+    with FakeTensorMode(), patch.object(Module, "_apply", convert), Tracker() as tracker, torch.no_grad():
         base: Any = random_base(architecture("sd15"), plan, runtime)
         latents, times = torch.zeros(3, 4, 64, 64, dtype=torch.float16), torch.zeros(3, dtype=torch.int64)
         tokens = random_conditioning(base, 512, 512).expand(3).tokens.half()

@@ -15,7 +15,8 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from imagic_lora.bases.base import Base, Token
+from imagic_lora.bases.base import Base
+from imagic_lora.bases.tokens import Token
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.methods.attention.blend import LocalBlend
 from imagic_lora.methods.attention.branches import two_branches

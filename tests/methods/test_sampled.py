@@ -22,7 +22,8 @@ from torch import Tensor
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.registry import load_base
 from imagic_lora.core.conditioning import concatenate
-from imagic_lora.core.config import EditConfig, MemoryConfig
+from imagic_lora.core.config import EditConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.methods.generated import PromptOnly

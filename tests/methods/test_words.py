@@ -10,8 +10,9 @@ import torch
 from common import each, opened
 from transformers import CLIPTokenizer
 
-from imagic_lora.bases.base import Base, Token
+from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.tokenizers import shipped_tokenizer
+from imagic_lora.bases.tokens import Token
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.methods.attention.words import Alignment, Prompt, Rule, aligned
 

@@ -39,7 +39,7 @@ from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.generate import generate
 from imagic_lora.sampling.inversion import invert, record_noise
 from imagic_lora.training.fit import fit, result
-from imagic_lora.training.rehearsal import random_base
+from imagic_lora.training.rehearsing.random_base import random_base
 
 EXAMPLES = Path(__file__).parents[2] / "adapters"
 CONFIG = EditConfig(steps=2, guidance_scale=3.0)

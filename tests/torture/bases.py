@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 from imagic_lora.bases.loading.registry import architecture_of, load_base
-from imagic_lora.core.config import MemoryConfig, RunConfig
+from imagic_lora.core.config import RunConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import resolve_runtime
-from imagic_lora.memory.plan import predict
+from imagic_lora.memory.prediction import predict
 
 WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model.safetensors",

@@ -28,7 +28,8 @@ from imagic_lora.cli import app as cli
 from imagic_lora.cli import console
 from imagic_lora.core.config import RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
-from imagic_lora.memory.plan import assume, predict
+from imagic_lora.memory.plan import assume
+from imagic_lora.memory.prediction import predict
 from imagic_lora.photos.png import png
 from imagic_lora.photos.reading import read_metadata
 from imagic_lora.photos.sheet import sheet

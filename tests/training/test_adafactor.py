@@ -13,9 +13,9 @@ from torch.nn import Parameter
 from transformers.optimization import Adafactor as Reference
 
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.settings import resolve
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.memory.optimizer_states import state_bytes
-from imagic_lora.training.adafactor import Adafactor
+from imagic_lora.training.updating.adafactor import Adafactor
 
 FACTORED = {"optimizer": "adafactor"}
 

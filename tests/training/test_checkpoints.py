@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imagic_lora.adapters.atomic import atomic_folder
 from imagic_lora.core.errors import ImagicError, ImagicWarning, NotFinite
-from imagic_lora.core.settings import differences
+from imagic_lora.core.settings.merging import differences
 from imagic_lora.training.resuming.checkpoints import CHECKPOINT, STATE, CheckpointRecord, Checkpoints
 
 INPUTS: dict[str, Any] = {

@@ -26,13 +26,14 @@ from imagic_lora.core.config import EmbedConfig, Mode, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning, Stopped
 from imagic_lora.core.noise import noise_at, times_at
 from imagic_lora.core.runtime import Processes
-from imagic_lora.core.settings import merged
-from imagic_lora.memory.plan import assume, predict
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.memory.plan import assume
+from imagic_lora.memory.prediction import predict
 from imagic_lora.photos.canvas import to_canvas
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.prior import Prior, PriorStage
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 
 PROMPT, CLASS = "a sks cat", "a cat"
 PICTURES = 3

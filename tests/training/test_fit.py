@@ -23,7 +23,7 @@ from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.registry import architecture_of
 from imagic_lora.core.config import Mode
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.memory.plan import predict
+from imagic_lora.memory.prediction import predict
 from imagic_lora.training.fit import fit, result
 
 REPORTS = [("embed", k, 3) for k in (1, 2, 3)] + [("tune", k, 4) for k in (1, 2, 3, 4)]

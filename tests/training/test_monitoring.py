@@ -28,9 +28,10 @@ from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.config import EarlyStop, Mode, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning, Stopped
 from imagic_lora.core.noise import noise_at, times_at
-from imagic_lora.core.settings import RECIPES, resolve
+from imagic_lora.core.settings.recipes import RECIPES
+from imagic_lora.core.settings.resolve import resolve
 from imagic_lora.memory.levers import next_lever
-from imagic_lora.memory.plan import predict
+from imagic_lora.memory.prediction import predict
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.monitoring.convergence import PAIRS, fixed_losses, no_longer_falls
 from imagic_lora.training.monitoring.previews import ROWS, SIDE, Previews, kept_steps

@@ -17,13 +17,15 @@ from torch.nn import Parameter
 
 from imagic_lora.adapters.full import unfrozen
 from imagic_lora.adapters.lora import attached
-from imagic_lora.core.config import MemoryConfig, Mode, TuneConfig
+from imagic_lora.core.config import Mode, TuneConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import Processes, Runtime, resolve_runtime
-from imagic_lora.training import optimizers
-from imagic_lora.training.optimizers import JointUpdates, PerParameterUpdates, build_optimizer, build_updates, round_stochastically
 from imagic_lora.training.stage import Stage, train
 from imagic_lora.training.tune import tune_stage
+from imagic_lora.training.updating import updates
+from imagic_lora.training.updating.optimizers import build_optimizer
+from imagic_lora.training.updating.updates import JointUpdates, PerParameterUpdates, build_updates, round_stochastically
 
 INSIDE = {"optimizer_in_backward": True}
 STOCHASTIC = {"dtype": "bf16", "master_weights": "bf16-stochastic"}
@@ -253,7 +255,7 @@ def test_a_scaled_loss_gives_the_same_step(folder: Path, monkeypatch: pytest.Mon
     """A power of two is multiplied in and divided out exactly: the backward pass sees it, weights, states and losses do not."""
     found, passed = {}, {}
     for scale in (1.0, 1024.0):
-        monkeypatch.setattr(optimizers, "loss_scale", lambda runtime, scale=scale: scale)
+        monkeypatch.setattr(updates, "loss_scale", lambda runtime, scale=scale: scale)
         with tuning(folder, **memory) as stage:
             seen: list[Tensor] = []
             stage.trainables["conv_out.weight"].register_hook(lambda gradient, seen=seen: seen.append(gradient.clone()))
@@ -267,7 +269,7 @@ def test_a_scaled_loss_gives_the_same_step(folder: Path, monkeypatch: pytest.Mon
 
 def test_only_fp16_scales_its_loss() -> None:
     """By a power of two, so that dividing by it is exact."""
-    scales = {dtype: optimizers.loss_scale(on_cpu(dtype=dtype)) for dtype in ("fp32", "bf16", "fp16")}
+    scales = {dtype: updates.loss_scale(on_cpu(dtype=dtype)) for dtype in ("fp32", "bf16", "fp16")}
     assert scales["fp32"] == scales["bf16"] == 1
     assert scales["fp16"] > 1
     assert torch.frexp(torch.tensor(scales["fp16"])).mantissa == 0.5

@@ -22,11 +22,14 @@ from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.conditioning import Conditioning
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.runtime import Processes, peak_memory
-from imagic_lora.core.settings import merged, recipe_of, resolve
-from imagic_lora.memory.plan import Assumed, Plan, assume, predict
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.core.settings.recipes import recipe_of
+from imagic_lora.core.settings.resolve import resolve
+from imagic_lora.memory.plan import Assumed, Plan, assume
+from imagic_lora.memory.prediction import predict
 from imagic_lora.memory.tracker import Tracker
 from imagic_lora.training.embed import embed_stage
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 from imagic_lora.training.stage import Stage
 from imagic_lora.training.tune import tune_stage
 

@@ -30,10 +30,10 @@ from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.core.config import Mode, RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning, NotFinite, Stopped
-from imagic_lora.core.settings import merged
+from imagic_lora.core.settings.merging import merged
 from imagic_lora.memory.limits import gib
 from imagic_lora.memory.out_of_memory import assumed_from
-from imagic_lora.memory.plan import predict
+from imagic_lora.memory.prediction import predict
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.objective import denoising_loss
 from imagic_lora.training.resuming.checkpoints import CHECKPOINT, STATE, Checkpoints

@@ -22,9 +22,9 @@ from imagic_lora.core.noise import noise_at, times_at
 from imagic_lora.core.runtime import Processes
 from imagic_lora.training.embed import embed_stage, optimised
 from imagic_lora.training.objective import denoising_loss
-from imagic_lora.training.optimizers import JointUpdates
 from imagic_lora.training.stage import Stage, train
 from imagic_lora.training.tune import tune_stage
+from imagic_lora.training.updating.updates import JointUpdates
 
 STAGES: list[tuple[str, Mode]] = [("embed", "lora"), ("tune", "lora"), ("tune", "full")]
 every_stage = pytest.mark.parametrize(("name", "mode"), STAGES)

@@ -25,8 +25,8 @@ from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.registry import architecture_of
 from imagic_lora.core.config import RunConfig
 from imagic_lora.core.errors import ImagicError, ImagicWarning
-from imagic_lora.core.settings import merged
-from imagic_lora.memory.plan import predict
+from imagic_lora.core.settings.merging import merged
+from imagic_lora.memory.prediction import predict
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.training.fit import fit, result
 from imagic_lora.training.word import TEMPLATES, WordStage

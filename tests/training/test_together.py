@@ -27,7 +27,7 @@ from imagic_lora.bases.base import Base
 from imagic_lora.core.conditioning import concatenate
 from imagic_lora.core.config import RunConfig, TuneConfig
 from imagic_lora.core.errors import ImagicError, NotFinite, Stopped
-from imagic_lora.core.settings import merged
+from imagic_lora.core.settings.merging import merged
 from imagic_lora.memory.limits import OutOfMemory
 from imagic_lora.photos.region import Region
 from imagic_lora.training.fit import fit, result

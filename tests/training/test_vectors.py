@@ -23,17 +23,19 @@ from imagic_lora.adapters.record import EMBEDDINGS, RECORD
 from imagic_lora.adapters.store import Store
 from imagic_lora.bases.base import Base
 from imagic_lora.bases.loading.registry import architecture_of
-from imagic_lora.core.config import EditConfig, EmbedConfig, MemoryConfig, RunConfig
+from imagic_lora.core.config import EditConfig, EmbedConfig, RunConfig
+from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.errors import ImagicError
 from imagic_lora.core.runtime import Processes
-from imagic_lora.core.settings import resolve
-from imagic_lora.memory.plan import Assumed, predict
+from imagic_lora.core.settings.resolve import resolve
+from imagic_lora.memory.plan import Assumed
+from imagic_lora.memory.prediction import predict
 from imagic_lora.sampling.editor import Editor
 from imagic_lora.sampling.generate import generate
 from imagic_lora.sampling.mixing import mixed, mixtures
 from imagic_lora.training.embed import embed_stage, optimised
 from imagic_lora.training.fit import fit, result
-from imagic_lora.training.rehearsal import rehearse
+from imagic_lora.training.rehearsing.rehearsal import rehearse
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {"sd": save_tiny, "sdxl": save_tiny_sdxl, "sd3": save_tiny_sd3}
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from imagic_lora.core.config import RunConfig
 from imagic_lora.core.errors import ImagicError
-from imagic_lora.core.unread import read_instead
+from imagic_lora.core.settings.unread import read_instead
 from imagic_lora.photos.reading import read_mask, read_photo
 from imagic_lora.training.inputs import read_photos
 from imagic_lora.training.stage import StepReport

@@ -18,17 +18,14 @@ from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError, ImagicWarning
 from ...core.runtime import Runtime
 from ..architecture import LARGE_ENCODERS, Architecture
-from ..base import Base, Token, VectorMasks
+from ..base import Base
 from ..loading import components, schedulers
+from ..loading.components import tokenizer_of, vae_dtype
 from ..loading.files import Files, fingerprint
 from ..loading.vetting import library_errors
 from ..process import Process
 from ..quantization import quantize_linear
-
-
-def tokenizer_of(encoder: str) -> str:
-    """Component name of the tokenizer of a text encoder: ``tokenizer_2`` for ``text_encoder_2``."""
-    return encoder.replace("text_encoder", "tokenizer")
+from ..tokens import Token, VectorMasks
 
 
 class LatentBase(Base):
@@ -72,7 +69,7 @@ class LatentBase(Base):
         self._half_moved: WeakSet[Any] = WeakSet()  # modules whose move was interrupted: some of their tensors are elsewhere
         self.size_multiple = architecture.size_multiple
         self.resolution = architecture.resolution
-        self.freeze(self._denoiser)
+        self._denoiser.requires_grad_(False).eval()
         if runtime.memory.quantize_text == "nf4" and not any(kind in LARGE_ENCODERS for kind in self._kinds()):
             got = f"--quantize-text nf4 with {name}, whose text encoder is CLIP"
             raise ImagicError(got, "a base with T5 or Qwen3", "leave out --quantize-text: CLIP is small")
@@ -170,7 +167,7 @@ class LatentBase(Base):
         if self._helpers[name] is None:
             self._helpers[name] = self._reload(name)
         helper = self._helpers[name]
-        self.freeze(helper)
+        helper.requires_grad_(False).eval()
         kind = self.architecture.encoder_classes.get(name)
         if self.runtime.memory.quantize_text == "nf4" and kind in LARGE_ENCODERS and not hasattr(helper, "is_loaded_in_4bit"):
             # T5 casts what goes into its layers wo to the type of their weights, which 4-bit weights do not have
@@ -297,8 +294,3 @@ class LatentBase(Base):
     @abstractmethod
     def denoise(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """As :meth:`predict`, for inputs of one batch size, on the device and in the precision of the denoiser."""
-
-
-def vae_dtype(architecture: Architecture, dtype: torch.dtype) -> torch.dtype:
-    """Precision of the VAE: ``dtype``, but fp32 instead of fp16 for a VAE that overflows in fp16 and would decode to black images."""
-    return torch.float32 if architecture.vae_overflows_fp16 and dtype == torch.float16 else dtype

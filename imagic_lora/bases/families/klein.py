@@ -14,8 +14,9 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from ...core.conditioning import Conditioning
 from ...core.errors import ImagicWarning
 from ..architecture import KLEIN_LAYERS, Architecture
-from ..base import REFERENCE, PipelineKind, Token
+from ..base import REFERENCE, PipelineKind
 from ..process import Flow
+from ..tokens import Token
 from .flows import FlowBase
 
 _MESSAGE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"  # Qwen3's chat template without thinking

@@ -13,8 +13,9 @@ from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError
 from ..architecture import SD3_T5_LENGTH, Architecture
 from ..base import PipelineKind
+from ..loading.components import tokenizer_of
 from ..process import Flow
-from .common import LatentBase, tokenizer_of
+from .common import LatentBase
 from .flows import FlowBase
 
 _T5 = "text_encoder_3"

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaint
 
 from ...core.conditioning import Conditioning
 from ..base import PipelineKind
-from .common import tokenizer_of
+from ..loading.components import tokenizer_of
 from .sd import StableDiffusion
 
 

@@ -25,7 +25,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from ..architecture import KLEIN_LENGTH, SD3_T5_LENGTH
+from ..architecture import KLEIN_LENGTH, SD3_T5_LENGTH, Architecture
 from ..layers import text_parameters
 from .files import Files, cast_finite
 from .tokenizers import QWEN_START
@@ -48,6 +48,16 @@ TEXT_ENCODERS: dict[str, tuple[Any, Any]] = {
 }
 """Classes of transformers by name: of the config, and of the model."""
 _PROBE = "a1~\u4e00"  # includes characters that some vocabularies lack
+
+
+def tokenizer_of(encoder: str) -> str:
+    """Component name of the tokenizer of a text encoder: ``tokenizer_2`` for ``text_encoder_2``."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def vae_dtype(architecture: Architecture, dtype: torch.dtype) -> torch.dtype:
+    """Precision of the VAE: ``dtype``, but fp32 instead of fp16 for a VAE that overflows in fp16 and would decode to black images."""
+    return torch.float32 if architecture.vae_overflows_fp16 and dtype == torch.float16 else dtype
 
 
 def model(model_class: Any, config: dict[str, Any], files: Files, part: str, dtype: torch.dtype) -> Any:

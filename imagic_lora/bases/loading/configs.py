@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import ImagicError
-from ...core.settings import Recipe, recipe_of
+from ...core.settings.recipes import Recipe, recipe_of
 from ..architecture import KLEIN_LAYERS, Architecture, KleinArchitecture, SD3Architecture, SD3ClipArchitecture, UNetArchitecture
 from .keys import Keys, check_keys
 from .known import SHIPPED, BaseEntry, KnownBase, bases_file, check_embedded, known_base, local_path

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ...core.config import Config
+from ...core.config_group import Config
 from ...core.errors import ImagicError, ImagicWarning, unreadable
 from ...core.validation import first_problem
 from ...core.yaml_files import read_yaml

@@ -12,9 +12,10 @@ from ...core.choices import choose_runtime
 from ...core.config import Preset, RunConfig, TunedMode
 from ...core.errors import ImagicError
 from ...core.machine import Card
-from ...core.settings import resolve
+from ...core.settings.resolve import resolve
 from ...memory.limits import gib
-from ...memory.plan import Assumed, Plan, predict
+from ...memory.plan import Assumed, Plan
+from ...memory.prediction import predict
 from ...memory.symbolic.layers import NotPlanned
 
 STAGES = ("encode", "embed", "tune", "generate")

@@ -29,11 +29,12 @@ from ...sampling.generate import generate
 from ...sampling.mixing import mixtures
 from ...sampling.pipelines import negative
 from ...training.embed import embed_stage, optimised
+from ...training.encode import encode_photo, encode_run
 from ...training.fit import open_base
 from ...training.monitoring.convergence import Convergence
 from ...training.monitoring.previews import Previews
-from ...training.rehearsal import random_base, random_conditioning
-from ...training.run import Run, encode_photo, encode_run
+from ...training.rehearsing.random_base import random_base, random_conditioning
+from ...training.run import Run
 from ...training.stage import Stage
 from ...training.tune import tune_stage
 

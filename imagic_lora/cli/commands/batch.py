@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter
 from ...core.config import RunConfig
 from ...core.errors import ImagicError, SomeFailed
 from ...core.launch import read_launch
-from ...core.settings import read_settings
+from ...core.settings.reading import read_settings
 from ...core.text import slug
 from ..console import err, plain, print_json
 from ..libraries import import_libraries

@@ -10,9 +10,10 @@ import yaml
 from cyclopts import Parameter
 
 from ...adapters.writing import check_outputs, exists
-from ...core.config import DEVICE_GROUP, DeviceConfig, PresetOrAuto
+from ...core.config import PresetOrAuto
+from ...core.device_config import DEVICE_GROUP, DeviceConfig
 from ...core.errors import ImagicError
-from ...core.settings import merged
+from ...core.settings.merging import merged
 from ...core.text import slug
 from ..console import err, plain, print_json
 from ..libraries import import_libraries
@@ -101,7 +102,9 @@ def compare(
     import_libraries()
     from ...methods.method import EditRequest
     from ...photos.reading import read_mask, read_photo
-    from ..comparing import AUTO, Models, check_made, configured, opened, optional_fields, run, write
+    from ..comparing.models import AUTO, Models
+    from ..comparing.running import check_made, run, write
+    from ..comparing.setup import configured, opened, optional_fields
 
     models = Models(captioner, clip, dino, offline)
     have = optional_fields(source is not None, mask is not None, subject is not None)

@@ -50,7 +50,7 @@ def compress(
     from ...adapters.compress import compress as compress_adapter
     from ...adapters.store import Store
     from ...bases.loading.registry import load_base
-    from ...core.config import MemoryConfig
+    from ...core.device_config import MemoryConfig
     from ...core.runtime import resolve_runtime
 
     adapters = Store(store)

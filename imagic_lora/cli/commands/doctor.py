@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from ...core.choices import choose_runtime
-from ...core.config import MemoryConfig
+from ...core.device_config import MemoryConfig
 from ...core.environment import LIBRARIES
 from ...core.errors import ImagicError
 from ...core.machine import find_card, free_host_memory

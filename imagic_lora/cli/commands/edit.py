@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from ...core.config import DEVICE_GROUP, DeviceConfig, EditConfig, PresetOrAuto
+from ...core.config import EditConfig, PresetOrAuto
+from ...core.device_config import DEVICE_GROUP, DeviceConfig
 from ...core.errors import ImagicError
 from ..console import err, plain, print_json
 from ..libraries import import_libraries, quantized

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from ...core.config import DEVICE_GROUP, Config, DeviceConfig, PresetOrAuto
+from ...core.config import PresetOrAuto
+from ...core.config_group import Config
+from ...core.device_config import DEVICE_GROUP, DeviceConfig
 from ...core.errors import ImagicError
 from ...core.text import slug
 from ..libraries import import_libraries

@@ -12,7 +12,8 @@ from cyclopts import Parameter
 from ...core.config import RunConfig
 from ...core.errors import ImagicError, Stopped
 from ...core.launch import Launch, launched_settings, read_launch
-from ...core.settings import merged, read_settings
+from ...core.settings.merging import merged
+from ...core.settings.reading import read_settings
 from ...core.text import slug
 from ...photos.region import parse_region
 from ..console import err, plain, print_active_settings, print_json, show_progress

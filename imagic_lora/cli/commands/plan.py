@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from ...core.config import RunConfig
-from ...core.settings import merged, read_settings, validated
+from ...core.settings.merging import merged
+from ...core.settings.reading import read_settings, validated
 from ..console import print_json, print_plan
 from ..libraries import import_libraries
 from ..options import Flag, Json, Whole
@@ -44,7 +45,7 @@ def plan(
         minutes for flow transformers. These are predicted in this way unless it was done before.
     """
     from ...bases.loading.configs import architecture, recipe_for
-    from ...memory.plan import predict
+    from ...memory.prediction import predict
     from ...memory.presets import assumed_for, card_and_free_memory, choose_preset
     from ...memory.symbolic.layers import NotPlanned
 
@@ -80,6 +81,6 @@ def plan(
 
 def _rehearsed(architecture: Architecture, run: RunConfig, assumed: Assumed) -> Plan:
     import_libraries()
-    from ...training.rehearsal import rehearse
+    from ...training.rehearsing.rehearsal import rehearse
 
     return rehearse(architecture, run, assumed)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...bases.base import Token
+from ...bases.tokens import Token
 from ...core.errors import ImagicError
 
 Rule = Literal["refine", "replace"]

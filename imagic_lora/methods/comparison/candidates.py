@@ -12,12 +12,14 @@ from ...bases.architecture import Architecture
 from ...bases.base import Base
 from ...core.config import RunConfig
 from ...core.errors import ImagicError
-from ...core.settings import merged, validated
-from ...core.unread import unread
+from ...core.settings.merging import merged
+from ...core.settings.reading import validated
+from ...core.settings.unread import unread
 from ...core.validation import first_problem
 from ...memory.limits import gib
 from ...memory.out_of_memory import assumed_from
-from ...memory.plan import Plan, predict
+from ...memory.plan import Plan
+from ...memory.prediction import predict
 from ...memory.symbolic.layers import NotPlanned
 from ..catalogue import IMAGIC, SAMPLING, SUBJECT, default_config
 from ..generated import GeneratingMethod

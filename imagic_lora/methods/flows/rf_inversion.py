@@ -7,7 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ...bases.base import Base
-from ...sampling.trajectory import FlowTrajectory, Step, last
+from ...sampling.flow_trajectory import FlowTrajectory
+from ...sampling.trajectory import Step, last
 from ..method import Passes
 from ..sampled import EncodedRequest, SamplingConfig, guided_passes
 from .walking import FlowMethod, guided_velocity

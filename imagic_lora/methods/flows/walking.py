@@ -12,7 +12,8 @@ from torch import Tensor
 from ...bases.base import Base
 from ...core.conditioning import Conditioning
 from ...sampling.flow import velocity
-from ...sampling.trajectory import FlowTrajectory, Predict
+from ...sampling.flow_trajectory import FlowTrajectory
+from ...sampling.trajectory import Predict
 from ..method import Load
 from ..sampled import C, EncodedRequest, SamplingMethod
 

@@ -16,7 +16,7 @@ from ...bases.base import Base
 from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError
 from ...sampling.trajectory import Path, Step, Trajectory, path, predictions
-from ...training.optimizers import loss_scale
+from ...training.updating.updates import loss_scale
 from ..method import Load, Passes
 from ..sampled import EncodedRequest, SamplingConfig, guided_passes
 from .ddim import pivot

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...adapters.record import PREVIEWS
 from ...core.conditioning import Conditioning
 from ...core.errors import ImagicError, ImagicWarning, NotFinite, Stopped
-from ...core.settings import differences
+from ...core.settings.merging import differences
 from ...memory.limits import OutOfMemory
 from ...memory.out_of_memory import explain_out_of_memory
 from ..monitoring.convergence import PREFIX as CONVERGENCE_PREFIX

@@ -14,7 +14,7 @@ from ...adapters.adapter import Adapter
 from ...cli.options import parse_etas, parse_seeds
 from ...core.config import EditConfig
 from ...core.errors import ImagicError
-from ...core.settings import settings_error
+from ...core.settings.reading import settings_error
 from ...core.text import exact
 from ...photos.reading import read_metadata
 from ..fields import settings_of

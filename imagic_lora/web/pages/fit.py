@@ -11,8 +11,8 @@ from nicegui import ui
 from ...adapters.store import check_name
 from ...core.config import FitMethod, RunConfig
 from ...core.errors import ImagicError
+from ...core.settings.unread import read_instead
 from ...core.text import slug
-from ...core.unread import read_instead
 from ...photos.region import parse_region
 from ..fields import Setting, settings_of
 from ..planning import defaults, planned

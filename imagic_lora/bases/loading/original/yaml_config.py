@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ....core.errors import ImagicError
-from ....core.settings import read_yaml
+from ....core.yaml_files import read_yaml
 from ..keys import Keys, check_keys, names
 from ..vetting import read_text
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from cyclopts import Parameter
 from pydantic import BaseModel
 
-from .config import FitMethod, RunConfig
+from ..config import FitMethod, RunConfig
 
 _OWNERS = {"dreambooth": "dreambooth", "inversion": "textual-inversion"}  # the method that a group of settings belongs to
 _NO_ETA = ("eta", "edit.source_eta", "edit.padding_eta")

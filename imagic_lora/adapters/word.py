@@ -107,6 +107,13 @@ def word_of(prompt: str, config: InversionConfig) -> str:
     return found[0]
 
 
+def check_initial_word(config: InversionConfig) -> None:
+    """Raises ImagicError if the initial word is missing; whether it is one token says the base, see :func:`checked_word`."""
+    if not config.initial_word.strip():
+        expected = "a word of the vocabulary of the base that says what the photo shows"
+        raise ImagicError("no --initial-word", expected, "add for example --initial-word dog")
+
+
 def new_word(base: Base, prompt: str, config: InversionConfig) -> NewWord:
     """The new word of a prompt, with the vector of the initial word as each of its vectors.
 
@@ -130,7 +137,8 @@ def checked_word(base: Base, prompt: str, config: InversionConfig) -> tuple[str,
         raise ImagicError(f"the new word {text}, which is a word of the vocabulary of {base.name}", "a word that it does not have",
                           "choose another word, such as <my-dog>")  # fmt: skip
     if len(base.tokenize(initial)) != 3:
-        what = f"--initial-word {initial}, which has {len(base.tokenize(initial)) - 2} tokens" if initial else "no --initial-word"
+        check_initial_word(config)
+        what = f"--initial-word {initial}, which has {len(base.tokenize(initial)) - 2} tokens"
         raise ImagicError(what, f"a word of one token of {base.name} that says what the photo shows", "add for example --initial-word dog")
     return text, initial
 

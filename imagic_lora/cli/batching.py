@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..core.errors import ImagicWarning, Stopped
 from ..core.text import duration
@@ -75,7 +75,10 @@ class Shown:
     total: int
     done: int
     _started: float | None = None
-    _new: int = 0
+    _begun: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._before = self.done
 
     def __enter__(self) -> Shown:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -91,20 +94,25 @@ class Shown:
 
     @property
     def left(self) -> str:
-        """The remaining time in words: the photos that are left at the mean time of those of this run."""
-        if not self._new or self._started is None:
+        """The remaining time in words: the photos that are left at the mean time of those of this run.
+
+        Photos that were begun count as done: those that are fitted together are done one right after another.
+        """
+        if not self._begun or self._started is None:
             return ""
-        seconds = (time.monotonic() - self._started) / self._new * (self.total - self.done)
+        waiting = self.total - self._before - len(self._begun)
+        seconds = (time.monotonic() - self._started) / len(self._begun) * max(waiting, 0)
         return f"{duration(seconds)} left" if self.total > self.done else ""
 
     def show(self, item: Update | Outcome) -> None:
         """Shows the progress or the outcome of a photo."""
         self._started = time.monotonic() if self._started is None else self._started  # the base is loaded
+        self._begun.add(item.name if isinstance(item, Update) else item.entry.name)
         if isinstance(item, Update):
             steps = f" {item.step}/{item.steps}" if item.steps else ""
             self._bar.update(self._task, description=f"{plain(item.name)}: {item.stage}{steps}")
             return
-        self.done, self._new = self.done + 1, self._new + 1
+        self.done += 1
         self._bar.update(self._task, completed=self.done, left=self.left)
         listener().progress("photos", self.done, self.total)
         for text in item.warnings:

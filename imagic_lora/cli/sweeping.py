@@ -152,13 +152,14 @@ def run_sweep(
 def _written(edits: Iterable[Edit], keep: Keep | None, folder: Path, metadata: dict[str, Any]) -> Iterator[Edit]:
     """Writes each image at full size, as ``edit`` does, and yields the edit.
 
-    Those of an earlier sweep are deleted when the first new one is there: a sweep that fails before that leaves them.
+    All files of an earlier sweep are deleted when the first new image is there: a sweep that fails before that leaves them, and one that
+    is interrupted leaves no scores of images that are gone.
     """
     for k, edit in enumerate(edits):
         if k == 0:
             with writable(folder):
-                for path in folder.glob("eta*-seed*.png"):
-                    path.unlink()
+                for path in (*folder.glob("eta*-seed*.png"), *(folder.parent / name for name in (SHEET, PLOT, TABLE, SCORES))):
+                    path.unlink(missing_ok=True)
         for finished in keep.pasted([edit], [edit.eta]) if keep else [edit]:
             write_edit(finished, folder, metadata)
         yield edit
@@ -200,6 +201,8 @@ def report(summary: dict[str, Any], stored: bool) -> None:
     """Prints where the files are, the suggestion and how to use it."""
     both = summary["band"]
     good = f"alignment and fidelity are both good from {both[0]:.2f} to {both[1]:.2f}" if both else "no eta has both scores good"
+    if band and not band[0] - 0.005 <= summary["suggested"] <= band[1] + 0.005:
+        good += ", between the etas of this sweep: look there too"
     err.print(f"[green]Wrote[/] {plain(summary['sheet'])}, {plain(summary['plot'])}, the scores and the images", highlight=False)
     err.print(f"Suggested eta: [bold]{exact(summary['suggested'])}[/] ({good})", highlight=False)
     if stored:

@@ -191,7 +191,7 @@ def _jsonl(path: Path, problems: Problems) -> Iterator[Row]:
                 "one JSON object a line",
             )
             continue
-        yield Row(f"line {number}", _flattened(values))
+        yield from _flattened(f"line {number}", values, problems)
 
 
 def _yaml(path: Path, problems: Problems) -> Iterator[Row]:
@@ -204,15 +204,18 @@ def _yaml(path: Path, problems: Problems) -> Iterator[Row]:
         raise ImagicError(got if set(content) != {"photos"} else f"photos of {path} is a {type(photos).__name__}", expected, "correct it")
     for number, values in enumerate(photos, 1):
         if isinstance(values, dict) and all(isinstance(name, str) for name in values):
-            yield Row(f"photo {number}", _flattened(values))
+            yield from _flattened(f"photo {number}", values, problems)
         else:
             problems.add(f"photo {number}", f"it is no mapping but {type(values).__name__}", "a mapping of photo, prompt and settings")
 
 
-def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted names; a group of settings may be nested, as in a file for ``--config``. Empty values are left out."""
+def _flattened(place: str, values: Mapping[str, Any], problems: Problems) -> Iterator[Row]:
+    """A line by dotted names; a group of settings may be nested, as in a file for ``--config``. Empty values are left out."""
     flat = dict[str, Any]()
     for name, value in values.items():
-        inner = value.items() if isinstance(value, dict) else None
-        flat |= {name: value} if inner is None else {f"{name}.{key}": one for key, one in inner}
-    return {name: value for name, value in flat.items() if value is not None and value != ""}
+        inner = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+        if doubled := sorted(flat.keys() & inner.keys()):
+            problems.add(place, f"{doubled[0]!r} and a nested value are the same setting", "each setting once")
+            return
+        flat |= inner
+    yield Row(place, {name: value for name, value in flat.items() if value is not None and value != ""})

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.store import check_name, folded
+from ..bases.architecture import check_fit_method
 from ..core.config import RunConfig
 from ..core.errors import ImagicError
 from ..core.settings.merging import merged
 from ..core.settings.reading import validated
-from ..core.text import check_utf8, slug
+from ..core.text import check_utf8, exact, slug
 from ..photos.region import Region, parse_region
-from ..sampling.checks import check_prompt, check_sampling
+from ..sampling.checks import check_edit, check_sampling
 from ..training.configure import configure_run
+from ..training.inputs import check_inputs
 from .columns import sorted_columns
 from .lists import Problems, Row, read_list
 
@@ -60,11 +62,14 @@ class Table:
     Args:
         path: the list; the paths of photos are relative to its folder.
         flags, file: explicitly given settings of all lines, as nested mappings; a setting of a line overrides them.
+        etas, seeds: the edits of every adapter; none without seeds.
     """
 
     path: Path
     flags: Mapping[str, Any]
     file: Mapping[str, Any]
+    etas: Sequence[float] = ()
+    seeds: Sequence[int] = ()
     problems: Problems = field(default_factory=Problems)
     _configs: dict[str, RunConfig | ImagicError] = field(default_factory=dict)
 
@@ -94,13 +99,24 @@ class Table:
             if missing := [column for column in ("photo", "prompt") if column not in own]:
                 raise ImagicError(f"no {' and no '.join(missing)}", "a photo and a target prompt in every line (or --prompt)", "")
             photo = self._photo(own["photo"])
-            check_prompt(own["prompt"])
             name = check_name(own["name"]) if "name" in own else slug(photo.stem, "photo")
             region = parse_region(own["region"]) if "region" in own else None
-            return Entry(row.place, name, photo, own["prompt"], region, self._config(given))
+            config = self._config(given)
+            check_inputs(own["prompt"], config, region)
+            self._check_edits(own["prompt"], config)
+            return Entry(row.place, name, photo, own["prompt"], region, config)
         except ImagicError as error:
             self.problems.add(row.place, error.got, error.expected)
             return None
+
+    def _check_edits(self, prompt: str, config: RunConfig) -> None:
+        """Raises ImagicError if the adapter of a line could not make the edits: a fit takes longer than this check."""
+        if not self.seeds:
+            return
+        check_edit(self.etas, self.seeds, config.edit, prompt)
+        if self.etas and config.method != "imagic":
+            got = f"--edit with eta={exact(self.etas[0])} and method {config.method}"
+            raise ImagicError(got, "no eta, which this method does not have", "leave it out")
 
     def _photo(self, text: str) -> Path:
         check_utf8(text, "the photo")
@@ -129,7 +145,9 @@ class Table:
 
     def _checked(self, given: Mapping[str, Any]) -> RunConfig | ImagicError:
         try:
-            run = configure_run(merged(self.flags, given), self.file).run
+            configured = configure_run(merged(self.flags, given), self.file)
+            run = configured.run
+            check_fit_method(configured.architecture, run.base, run.method)
             check_sampling(run.edit)
         except ImagicError as error:
             return error

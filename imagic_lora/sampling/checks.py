@@ -107,6 +107,15 @@ def check_pixels(pixels: Tensor) -> None:
         raise ImagicError("a generated image holds NaN", "finite numbers", "try --dtype fp32 or bf16")
 
 
+def check_range(etas: Sequence[float], seeds: Sequence[int]) -> None:
+    """Raises ImagicError if an eta is out of [0, 2], or a seed out of [0, 2^32)."""
+    for eta in etas:
+        if not 0 <= eta <= 2:
+            raise ImagicError(f"eta {exact(eta)}", "0 (the photo) to 1 (the target prompt), at most 2", "change --eta")
+    for seed in seeds:
+        check_seed(seed)
+
+
 def check_edit(etas: Sequence[float], seeds: Sequence[int], config: EditConfig, prompt: str) -> None:
     """Checks the arguments of an edit.
 
@@ -120,11 +129,7 @@ def check_edit(etas: Sequence[float], seeds: Sequence[int], config: EditConfig, 
         ImagicError: an eta or a seed is out of range, the prompt is empty or not UTF-8, the strength leaves no sampling step, several
             seeds would give the same image, or the start cannot take the scheduler.
     """
-    for eta in etas:
-        if not 0 <= eta <= 2:
-            raise ImagicError(f"eta {exact(eta)}", "0 (the photo) to 1 (the target prompt), at most 2", "change --eta")
-    for seed in seeds:
-        check_seed(seed)
+    check_range(etas, seeds)
     if len(seeds) > 1 and config.start == "inverted" and not config.ddim_eta:
         got = f"{len(seeds)} seeds with start inverted"
         raise ImagicError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.word import word_of
+from ..adapters.word import check_initial_word, word_of
 from ..core.config import RunConfig
 from ..core.errors import ImagicError, unreadable
 from ..photos.canvas import middle_square
@@ -26,8 +26,8 @@ def check_inputs(prompt: str, config: RunConfig, region: Region | None) -> None:
     """Checks a prompt, and what the method of a run needs besides.
 
     Raises:
-        ImagicError: the prompt is empty or not UTF-8; it has no new word; the class prompt is missing; a region is given to a method that
-            makes images of their own.
+        ImagicError: the prompt is empty or not UTF-8; it has no new word; the class prompt or the initial word is missing; a region is
+            given to a method that makes images of their own.
     """
     check_prompt(prompt)
     if region and config.method != "imagic":
@@ -37,6 +37,7 @@ def check_inputs(prompt: str, config: RunConfig, region: Region | None) -> None:
         check_class_prompt(config, prompt)
     if config.method == "textual-inversion":
         word_of(prompt, config.inversion)
+        check_initial_word(config.inversion)
 
 
 def read_photos(path: Path, config: RunConfig) -> list[Photo]:

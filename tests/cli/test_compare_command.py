@@ -68,6 +68,8 @@ def computes(*_: object, **__: object) -> None:
         (["--methods", "dreambooth", "--subject", "cat", "--set", "embed.steps=3"], "--set embed.steps of method dreambooth"),
         (["--methods", "textual-inversion", "--subject", "cat", "--set", "inversion.word=<x>"], "--set inversion.word of"),
         (["--methods", "imagic-lora", "--set", "inversion.vectors=3"], "--set vectors of method imagic-lora"),
+        (["--methods", "embedding-only", "--set", "tune.rank=3"], "--set of method embedding-only: --rank together with --mode embedding"),
+        (["--methods", "imagic-lora", "--set", "edit.strength=0.5"], "--strength together with --start"),
         (["--methods", "magicmix", "--set", "steps=1"], "strength 0.6 with 1 steps"),
         (["--methods", "diffedit", "--set", "mask_strength=0.01"], "strength 0.01 with 50 steps"),
         (["--source", " "], "an empty prompt"),

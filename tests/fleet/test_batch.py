@@ -231,7 +231,7 @@ def test_edits_of_a_batch_are_those_of_edit(batch: Batch, run: Run) -> None:
     assert batch("--edit", "eta=0.5:0.7:0.2 seed=1,3")[0] == 0  # only what is missing
     assert Path("out/images/p0/eta0.5-seed1.png").exists()
     assert 'alt="photo and edits of p0"' in Path("out/index.html").read_text()
-    for wrong in ("eta", "eta=0.5 eta=1", "steps=3", "eta=x", "seed=-1"):
+    for wrong in ("eta", "eta=0.5 eta=1", "steps=3", "eta=x", "seed=-1", "eta=3", "seed=4294967296"):
         assert batch("--edit", wrong)[0] == 2
 
 

@@ -126,6 +126,33 @@ def test_all_wrong_lines_are_named_at_once(photos: Path) -> None:
     assert len(found) == len(expected)
 
 
+def test_what_a_line_cannot_do_is_found_before_any_fit(photos: Path) -> None:
+    """What the method of a line lacks, a base that it cannot train, and edits that the adapter of a line could not make."""
+    lines = [
+        "photo,prompt,name,method,base,class_prompt,initial_word,region,rank",
+        "a.png,a sks dog,n2,dreambooth,,,,,",
+        "a.png,a dog,n3,textual-inversion,,,dog,,",
+        "a.png,a <x>,n4,textual-inversion,,,,,",
+        'a.png,a sks dog,n5,dreambooth,,a dog,,"0,0,8,8",',
+        "a.png,a sks dog,n6,dreambooth,critters-dit,a dog,,,",
+        "a.png,a sks dog,n7,dreambooth,,a dog,,,2",
+    ]
+    found = problems(photos / "list.csv", "\n".join(lines))
+    expected = [
+        "line 2: --method dreambooth without a --class-prompt", "line 3: the prompt 'a dog', with no word", "line 4: no --initial-word",
+        "line 5: --region together with", "line 6: --method dreambooth on critters-dit",
+    ]  # fmt: skip
+    assert len(found) == len(expected)
+    for start in expected:
+        assert any(problem.startswith(start) for problem in found), (start, found)
+    (photos / "list.csv").write_text("\n".join([lines[0], lines[6], "a.png,a dog,n8,,,,,,"]))
+    with pytest.raises(lists.ListError, match=r"1 wrong line .*line 2: --edit with eta=0.5 and method dreambooth"):
+        Table(photos / "list.csv", FLAGS, {}, [0.5], [0, 1]).entries()
+    assert len(Table(photos / "list.csv", FLAGS, {}, [], [0, 1]).entries()) == 2
+    with pytest.raises(lists.ListError, match="2 seeds with start inverted"):
+        Table(photos / "list.csv", FLAGS, {"edit": {"start": "inverted"}}, [], [0, 1]).entries()
+
+
 def test_equal_problems_are_one(photos: Path) -> None:
     lines = "".join(f"a.png,a cat,n{k},red\n" for k in range(2000))
     found = problems(photos / "list.csv", f"photo,prompt,name,colour\n{lines}")
@@ -146,6 +173,9 @@ def test_equal_problems_are_one(photos: Path) -> None:
     "a column twice": ("photo,prompt,photo\na.png,x,a.png\n", "list.csv", "'photo' occurs twice"),
     "a setting twice": ("photo,prompt,rank,tune.rank\na.png,x,4,5\n", "list.csv", "the same setting"),
     "a key twice": ('{"photo": "a.png", "photo": "d.PNG", "prompt": "x"}', "list.jsonl", "a duplicate key"),
+    "a setting twice, once nested": (
+        '{"photo": "a.png", "prompt": "x", "tune.rank": 4, "tune": {"rank": 8}}', "list.jsonl", "'tune.rank' and a nested value"
+    ),
     "no JSON": ("photo: a.png", "list.jsonl", "line 1: it cannot be read"),
     "deep JSON": ("[" * 100_000, "list.jsonl", "line 1: it cannot be read"),
     "NaN": ('{"photo": "a.png", "prompt": "x", "eta": NaN}', "list.jsonl", "not finite"),

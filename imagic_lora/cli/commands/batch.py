@@ -92,11 +92,13 @@ def batch(
     from ...fleet.on_ray import RayRun
     from ...fleet.table import Table
     from ...fleet.work import Work
+    from ...sampling.checks import check_range
     from ..batching import print_problems, run
 
+    check_range(etas, seeds)
     out = out_dir or Path("outputs") / "batch" / slug(photos.stem or photos.absolute().name, "list")
     try:
-        entries = Table(photos, flags, file).entries(prompt)
+        entries = Table(photos, flags, file, etas, seeds).entries(prompt)
         work = Work(store.absolute(), out.absolute(), etas, seeds, overwrite)
         made = Batch(photos, entries, work)
         with made.locked():

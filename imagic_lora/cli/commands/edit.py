@@ -107,7 +107,7 @@ def edit(
         raise ImagicError("--twin together with --base", "one of them", "leave out one")
     base = twin_of(adapter) if twin else base
     run = edit_settings(adapter, explicit(settings, device, preset), base, twin)
-    etas, seeds = ([] if eta == AUTO else parse_etas(eta)) if eta else [adapter.record.eta], parse_seeds(seed)
+    etas, seeds = ([] if eta == AUTO else parse_etas(eta)) if eta is not None else [adapter.record.eta], parse_seeds(seed)
     folder = out_dir or Path("outputs") / adapter.name
     if prompt_file and prompt is not None:
         raise ImagicError("--prompt together with --prompt-file", "one of them", "leave out one")

@@ -80,7 +80,7 @@ def sweep(
     force
         Allow a base with other weights of the same shapes.
     out_dir
-        Folder for the files. Default: outputs/NAME/sweep. The images of an earlier sweep in it are deleted.
+        Folder for the files. Default: outputs/NAME/sweep. The files of an earlier sweep in it are deleted.
     """
     from ...adapters.store import Store
 

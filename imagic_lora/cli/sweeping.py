@@ -28,7 +28,7 @@ from ..sampling.metadata import image_metadata
 from ..sampling.opening import open_editor
 from ..sampling.outputs import image_name, write_edit
 from ..sampling.sweeps.drawing import draw_plot, draw_sheet
-from ..sampling.sweeps.suggest import RULE, RULES, Curves, band
+from ..sampling.sweeps.suggest import GOOD, RULE, RULES, Curves, band
 from ..sampling.sweeps.sweep import Picture, Scores, as_pictures, sampled, scored
 from .console import err, plain, progress
 from .interrupts import Interrupts
@@ -182,6 +182,7 @@ def write(
         "suggested": suggested,
         "rule": RULE,
         "band": list(good) if good else None,
+        "appears": max(curves.alignment) >= GOOD,
         "edit": run.edit.model_dump(),
         "scores": rows,
     }
@@ -201,7 +202,9 @@ def report(summary: dict[str, Any], stored: bool) -> None:
     """Prints where the files are, the suggestion and how to use it."""
     both = summary["band"]
     good = f"alignment and fidelity are both good from {both[0]:.2f} to {both[1]:.2f}" if both else "no eta has both scores good"
-    if band and not band[0] - 0.005 <= summary["suggested"] <= band[1] + 0.005:
+    if not summary["appears"]:
+        good = "the last eta: no image shows the edit well; sweep larger ones, or look at the sheet"
+    if both and not both[0] - 0.005 <= summary["suggested"] <= both[1] + 0.005:
         good += ", between the etas of this sweep: look there too"
     err.print(f"[green]Wrote[/] {plain(summary['sheet'])}, {plain(summary['plot'])}, the scores and the images", highlight=False)
     err.print(f"Suggested eta: [bold]{exact(summary['suggested'])}[/] ({good})", highlight=False)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from ..adapters.adapter import Adapter
-from ..adapters.durable import EventLog, write_text
+from ..adapters.durable import EventLog, write_bytes, write_text
 from ..adapters.store import Store
 from ..adapters.writing import check_outputs, writable
 from ..core.errors import ImagicError
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ..core.config import RunConfig
 
 RESULTS = "results.jsonl"
+_LIST = "list.txt"
+"""The path of the list that a folder of results belongs to."""
 _LOCK_SECONDS = 0.5  # longer than another command needs to see that it is locked
 
 
@@ -61,7 +63,8 @@ class Batch:
         """Locks the list and the folder of the results while the context is open, and checks that both folders can be written to.
 
         Raises:
-            ImagicError: another process works on the list or writes to the folder; a folder cannot be written to.
+            ImagicError: another process works on the list or writes to the folder; the folder belongs to another list; a folder cannot be
+                written to.
         """
         with ExitStack() as stack:
             for lock in (self.marker, self.work.out / ".lock"):
@@ -75,8 +78,22 @@ class Batch:
                         remedy = "wait until it is done, or choose another --out"
                         raise ImagicError(got, "one batch a list and a folder of results", remedy) from error
                 stack.callback(_unlock, held, lock)
-            check_outputs(self.work.out, [RESULTS, PAGE])
+            check_outputs(self.work.out, [RESULTS, PAGE, _LIST])
+            self._check_list()
             yield
+
+    def _check_list(self) -> None:
+        """Raises ImagicError if the folder of the results belongs to another list, whose results :meth:`begin` would replace.
+
+        A list that is no longer there was moved or renamed.
+        """
+        try:
+            other = Path(os.fsdecode((self.work.out / _LIST).read_bytes()))
+        except FileNotFoundError:
+            return
+        if other != self.path.resolve() and other.exists():
+            got = f"{self.work.out} holds the results of the list {other}"
+            raise ImagicError(got, f"a folder for the results of {self.path}", "choose another --out, or delete that folder")
 
     def left(self, retry_failed: bool) -> list[Entry]:
         """Finds out what is done, and returns what is left, in the order of the list.
@@ -137,6 +154,7 @@ class Batch:
                     write_thumbnails(self.work.out, row)
         lines = "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in self.rows.values())
         write_text(self.work.out / RESULTS, lines)
+        write_bytes(self.work.out / _LIST, os.fsencode(self.path.resolve()))
 
     def record(self, outcome: Outcome) -> None:
         """Appends an outcome to the results, and writes its thumbnails.

@@ -94,7 +94,11 @@ class Worker:
         """
         if isinstance(error, Stopped | DiskFull) or self.stop():
             raise error
-        return Outcome(entry, error=explained(error))
+        try:
+            adapter = stored(entry, Store(self.work.store), same_photo=True)  # the fit can be done and an edit fail
+        except (ImagicError, OSError):
+            adapter = None
+        return Outcome(entry, adapter.folder if adapter else None, error=explained(error))
 
     def _together(self, group: Sequence[Entry], base: Base) -> Generator[Update | Outcome, None, list[Entry]]:
         """Fits and edits photos together; returns those that are left to be done one by one: those that are stored, and with ``overwrite``

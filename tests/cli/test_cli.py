@@ -911,6 +911,14 @@ def test_a_plan_says_whether_it_fits_the_card_of_its_preset(run: Run) -> None:
         assert ("more than the card" in run(*asked)[2]) != enough
 
 
+def test_a_plan_for_a_cpu_says_whether_it_fits_this_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("plan", "--base", "sd15", "--preset", "cpu", "--device", "cpu")
+    for free, enough in ((2**30, False), (2**40, True)):
+        monkeypatch.setattr("imagic_lora.memory.presets.free_host_memory", lambda free=free: free)
+        assert json.loads(run(*asked, "--json")[1])["fits"] == enough
+        assert ("is free on this machine" in run(*asked)[2]) != enough
+
+
 def test_what_to_look_at_first_is_around_the_eta_of_the_fit() -> None:
     """In steps that --eta takes."""
     assert [suggested_etas(eta) for eta in (0.7, 1.0, 0.2, 2.0)] == ["0.3:1.1:0.1", "0.6:1.4:0.1", "0:0.6:0.1", "1.6:2:0.1"]

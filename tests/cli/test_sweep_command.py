@@ -18,7 +18,7 @@ from PIL import Image
 from imagic_lora.adapters.adapter import Adapter
 from imagic_lora.adapters.record import EtaRecord
 from imagic_lora.adapters.store import Store
-from imagic_lora.cli.commands.sweep import _report
+from imagic_lora.cli.sweeping import report
 from imagic_lora.photos.reading import read_metadata, read_photo
 from imagic_lora.sampling.sweeps.scores import PROBES
 from imagic_lora.sampling.sweeps.suggest import COARSE, RULE, RULES, SEARCHED, Curves, band
@@ -85,22 +85,23 @@ def test_an_interrupted_sweep_leaves_no_scores_of_deleted_images(run: Run, monke
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("imagic_lora.sampling.sweeps.sweep.scored", interrupted)
+    monkeypatch.setattr("imagic_lora.cli.sweeping.scored", interrupted)
     assert run("sweep", "rex", "--eta", "0.25,0.75", "--steps", 2, "--seeds", 1)[0] == 130
     assert sorted(path.name for path in folder.iterdir()) == ["images"]
     assert sorted(path.name for path in (folder / "images").iterdir()) == ["eta0-seed0.png", "eta0.25-seed0.png", "eta0.75-seed0.png"]
 
 
-@each("good, said", {
-    "inside": ((0.4, 0.8), "from 0.40 to 0.80)"),
-    "beside the range": ((0.86, 0.98), "from 0.86 to 0.98, between the etas of this sweep: look there too)"),
-    "none": (None, "no eta has both scores good"),
+@each("good, appears, said", {
+    "inside": ((0.4, 0.8), True, "from 0.40 to 0.80)"),
+    "beside the range": ((0.86, 0.98), True, "from 0.86 to 0.98, between the etas of this sweep: look there too)"),
+    "none": (None, True, "no eta has both scores good"),
+    "no edit": (None, False, "no image shows the edit well; sweep larger ones"),
 })  # fmt: skip
 def test_a_suggestion_outside_of_the_good_range_says_so(
-    good: tuple[float, float] | None, said: str, capsys: pytest.CaptureFixture[str]
+    good: tuple[float, float] | None, appears: bool, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     suggested = 0.7 if good and good[0] < 0.7 else 1.0
-    _report({"adapter": "rex", "suggested": suggested, "band": good, "sheet": "s", "plot": "p"}, False)
+    report({"adapter": "rex", "suggested": suggested, "band": good, "appears": appears, "sheet": "s", "plot": "p"}, False)
     assert said in " ".join(capsys.readouterr().err.split())
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from imagic_lora.adapters.store import Store
 from imagic_lora.fleet.batch import grouped
 from imagic_lora.fleet.table import Table
+from imagic_lora.fleet.work import Worker
 from imagic_lora.training import fit as fit_module
 from imagic_lora.training.resuming.checkpoints import Checkpoints
 
@@ -186,6 +187,23 @@ def test_one_driver_a_list_and_a_folder(batch: Batch, photos: Path, run: Run, fo
     assert batch()[0] == 0
     other = next(name for name in [*Path("adapters").iterdir(), None] if name is None or name.name.startswith(".batch"))
     assert other is None  # the lock is gone with its owner
+    twin = photos.with_name("other.csv")
+    twin.write_bytes(photos.read_bytes())
+    before = Path("out/results.jsonl").read_bytes()
+    code, _, said = run("batch", twin, "--base", folder, *TINY, "--out", "out")
+    assert (code, Path("out/results.jsonl").read_bytes()) == (2, before)
+    assert f"out holds the results of the list {photos.resolve()}" in said
+    photos.unlink()  # as if it was renamed
+    assert run("batch", twin, "--base", folder, *TINY, "--out", "out")[0] == 0
+
+
+def test_an_adapter_whose_edit_fails_is_shown(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The photo has failed, and its adapter is in the results and on the page."""
+    monkeypatch.setattr(Worker, "_edits", lambda self, entry, *_: 1 / 0 if entry.name == "p1" else ([], {}))
+    code, rows, _ = batch("--edit", "seed=0")
+    assert code == 3
+    assert (rows["p1"]["state"], Path(rows["p1"]["adapter"]).name) == ("failed", "p1")
+    assert Path("out/thumbnails/p1.fit.jpg").exists()
 
 
 def test_a_full_disk_ends_the_run(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,10 +215,10 @@ class FitTab:
                     ui.linear_progress(stage["peak_bytes"] / plan["peak_bytes"], show_value=False).props(f'aria-label="Memory of {name}"')
                     ui.label(f"{stage['peak_bytes'] / 2**30:.2f} GiB")
             if not plan["fits"]:
-                ui.label(
-                    f"This is more than the card of preset {plan['preset']} has. Choose a preset for a smaller card, "
-                    "mode lora instead of full, or a lower resolution."
-                ).classes("problem")
+                cpu = plan["assumed"]["device"] == "cpu"
+                more = "is free on this machine" if cpu else f"the card of preset {plan['preset']} has"
+                other = "" if cpu else "a preset for a smaller card, "
+                ui.label(f"This is more than {more}. Choose {other}mode lora instead of full, or a lower resolution.").classes("problem")
 
     async def _start(self) -> None:
         """Checks what can be checked without the base, and adds the fit to the queue."""

@@ -96,7 +96,7 @@ def with_metrics(adapter: Adapter, pictures: Sequence[Picture], scores: Sequence
 def with_largest_batch(adapter: Adapter, run: RunConfig, base: str | None, images: int) -> RunConfig:
     """Returns the settings with the largest batch of images that the free memory allows."""
     made_for, runtime = adapter.record.base, resolve_runtime(run.memory)
-    architecture = architecture_of(base, None) if base else architecture_of(made_for.name, made_for.revision)
+    architecture = architecture_of(base, None) if base is not None else architecture_of(made_for.name, made_for.revision)
     size = largest_batch(architecture, run, assumed_from(runtime), free_memory(runtime.device), images)
     return run.model_copy(update={"edit": run.edit.model_copy(update={"batch_size": size})})
 

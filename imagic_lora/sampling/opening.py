@@ -113,4 +113,4 @@ def encoded(adapter: Adapter, etas: Sequence[float]) -> list[Conditioning]:
 
 def _source(adapter: Adapter, base: str | None) -> tuple[str, str | None]:
     """The name and the revision of the base to load."""
-    return (base, None) if base else (adapter.record.base.name, adapter.record.base.revision)
+    return (base, None) if base is not None else (adapter.record.base.name, adapter.record.base.revision)

@@ -359,6 +359,7 @@ def bad_input(base: Path, photo: Path, store: Path, tmp: Path) -> dict[str, tupl
         "unknown preset for an edit": (["edit", "rex", "--store", store, "--preset", "nope"], "12gb"),
         "eta out of range": (["edit", "rex", "--store", store, "--eta", "3"], "eta 3"),
         "an empty eta": (["edit", "rex", "--store", store, "--eta", ""], "a number, several numbers"),
+        "an empty base": (["edit", "rex", "--store", store, "--base", ""], "a folder in diffusers' format"),
         "eta not a number": (["edit", "rex", "--store", store, "--eta", "much"], "--eta much"),
         "seed with the noise of another": (["edit", "rex", "--store", store, "--seed", 2**32 + 5], "whose noise is that of seed 5"),
         "half a case": (["bench", "critters", "--cases", "1.5"], "no whole number"),

@@ -114,7 +114,9 @@ def compare(
     models.check(source)
     photo = read_photo(image)
     area = read_mask(mask, photo.image.size) if mask is not None else None
-    levers = {"memory": device.model_dump(exclude_unset=True) if device else {}, "preset": preset} | ({"base": base} if base else {})
+    levers = {"memory": device.model_dump(exclude_unset=True) if device else {}, "preset": preset} | (
+        {"base": base} if base is not None else {}
+    )
     setup = configured(names, named, have, given, levers, area.image if area else None)
     source, caption_by = models.caption(photo.image) if source == AUTO else (source, None)
     request = EditRequest(photo.image, prompt, source, area.image if area else None, subject, seed)
@@ -130,7 +132,7 @@ def compare(
     if isinstance(stopped, KeyboardInterrupt):
         raise KeyboardInterrupt(f"the methods that were done are in {folder} ({done} of {len(outcomes)})")
     if not as_json or stopped:
-        message = f"{done} methods, {len(outcomes) - done} left out. Look at index.html or sheet.png."
+        message = f"{done} method{'s' * (done != 1)}, {len(outcomes) - done} left out. Look at index.html or sheet.png."
         err.print(f"[green]Wrote[/] {plain(folder)}: {message}", highlight=False)
     if stopped:
         raise stopped

@@ -58,7 +58,7 @@ def compress(
     new_name = name or f"{full.name}-r{rank}"
     check_compression(full, rank)
     adapters.check_free(new_name, overwrite)
-    source, revision = (base, None) if base else (full.record.base.name, full.record.base.revision)
+    source, revision = (base, None) if base is not None else (full.record.base.name, full.record.base.revision)
     loaded = load_base(source, resolve_runtime(MemoryConfig(device="cpu", dtype="fp32", idle="release")), revision)
     small = compress_adapter(full, loaded, rank, adapters, new_name, overwrite, lambda names: progress(names, len(names), "tensors"))
     assert small.record.compressed is not None

@@ -103,7 +103,7 @@ def edit(
     from ..editing import Edits
 
     adapter = with_photo(adapter, photo)
-    if twin and base:
+    if twin and base is not None:
         raise ImagicError("--twin together with --base", "one of them", "leave out one")
     base = twin_of(adapter) if twin else base
     run = edit_settings(adapter, explicit(settings, device, preset), base, twin)

@@ -23,7 +23,7 @@ _COLUMNS = 5  # images in a row of the sheet
 _SIDE = 640  # longest side of an image on the page, in pixels
 _FORMS = {"alignment": "+.2f", "fidelity": ".2f", "ssim": ".2f", "outside": ".1f"}
 _MEANINGS = {
-    "alignment": "how much better the target prompt explains the image than the source prompt, or the empty one: above 0 it is nearer to the target",
+    "alignment": "how much better the target prompt explains the image than the source prompt, or the empty one; 0 is equal",
     "fidelity": "how near the image is to the photo in latents: 1 is equal",
     "ssim": "structural similarity to the photo: 1 is equal",
     "outside": "change outside the mask, in levels of 255",

@@ -70,7 +70,7 @@ def _device(memory: MemoryConfig, card: Card | None) -> tuple[str, str]:
     if memory.device == "cuda" and card is None:
         raise ImagicError("--device cuda, but PyTorch finds no CUDA device", "a CUDA device", "use --device cpu, or run imagic-lora doctor")
     if memory.device == "cpu" or card is None:
-        return "cpu", "asked for" if memory.device == "cpu" else "no CUDA device found"
+        return "cpu", "no CUDA device found" if card is None else "asked for"
     return f"cuda:{card.index}", card.name
 
 

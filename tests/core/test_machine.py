@@ -387,6 +387,7 @@ def test_bitsandbytes_without_pytorch_is_looked_up_alone(tmp_path: Path) -> None
     "card, memory, expected",
     [
         (None, {}, ("cpu", "fp32", "no CUDA device found")),
+        (None, {"device": "cpu"}, ("cpu", "fp32", "no CUDA device found")),
         (ADA, {}, ("cuda:1", "bf16", ADA.name)),
         (TURING, {}, ("cuda:0", "fp16", TURING.name)),
         (ADA, {"device": "cpu"}, ("cpu", "fp32", "asked for")),

@@ -143,6 +143,7 @@ def test_a_finger_paints_on_a_phone(browser: Any, server: Server) -> None:
     panel.locator(".subject input[type=file]").first.set_input_files(PHOTO)
     panel.get_by_text("The mask of this photo, from an earlier fit").wait_for()
     panel.get_by_role("group", name="Mask").get_by_role("button", name="Clear").click()
+    page.wait_for_function(f"!({PAINTED})")  # the draft, too
     canvas = panel.locator("canvas[role=application]").filter(visible=True)
     canvas.scroll_into_view_if_needed()
     page.wait_for_function("document.querySelector('canvas[role=application]').getContext('2d').getImageData(1, 60, 1, 1).data[3] === 0")

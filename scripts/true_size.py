@@ -78,12 +78,14 @@ def main() -> None:
     parser.add_argument("--base", default="sdxl", choices=PUBLISHED)
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--mode", choices=LEVERS, default="lora")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="fp32 where the CPU has no arithmetic in bf16")
     parser.add_argument(
         "--text-layers", type=int, help="layers of each text encoder, where host memory is short; their peak is not measured"
     )
     args = parser.parse_args()
     logging.disable_progress_bar()
-    memory = {"device": "cpu", "dtype": "bf16", "optimizer": "adam8bit", "quantize": "none", "quantize_text": "none", **LEVERS[args.mode]}
+    memory = {"device": "cpu", "dtype": args.dtype, "optimizer": "adam8bit", "quantize": "none", "quantize_text": "none"}
+    memory |= LEVERS[args.mode]
     one_step = {"resolution": args.side, "memory": memory, "embed": {"steps": 1}, "tune": {"steps": 1}, "edit": {"batch_size": 1}}
     run = settings(args.base, args.mode, "8gb", one_step)
     architecture = PUBLISHED[args.base]
@@ -95,7 +97,8 @@ def main() -> None:
         )
     plan = predict if architecture.process == "diffusion" else rehearse
     predicted = {name: peak.total for name, peak in plan(architecture, run, assume(run, "cpu")).stages.items()}
-    print(f"{args.base}, {args.mode}, {args.side} pixels, bf16 on the CPU, {torch.get_num_threads()} threads, random weights\n", flush=True)
+    where = f"{args.dtype} on the CPU, {torch.get_num_threads()} threads"
+    print(f"{args.base}, {args.mode}, {args.side} pixels, {where}, random weights\n", flush=True)
     print("| stage, one step | seconds | MiB of tensors | predicted | ratio |\n|" + "---|" * 5)
     with Tracker() as tracker:
         one_step_each(random_base(architecture, run, resolve_runtime(run.memory)), run, args.side, tracker, predicted)

@@ -20,9 +20,8 @@ from measuring import settings, table
 from imagic_lora.bases.loading.configs import architecture
 from imagic_lora.core.config import Mode, Preset, RunConfig
 from imagic_lora.memory import rehearsed
-from imagic_lora.memory.plan import Plan, assume
+from imagic_lora.memory.plan import assume
 from imagic_lora.memory.prediction import predict
-from imagic_lora.memory.symbolic.layers import NotPlanned
 
 STORE = Path(rehearsed.__file__).with_name("rehearsed.json")
 PAGE = Path("docs/guide/memory.md")
@@ -71,19 +70,9 @@ def rehearse_into(store: dict[str, Any], case: Case) -> None:
     print(f"{case}: {plan.peak_bytes / 2**30:.1f} GiB, {plan.worst}", flush=True)
 
 
-def planned(case: Case) -> Plan | None:
-    """The plan of a run; None where it was not rehearsed."""
-    try:
-        return predict(architecture(case.base), case.run())
-    except NotPlanned:
-        return None
-
-
 def cell(case: Case) -> str:
     """A peak in GiB and its stage; in brackets if it exceeds the card."""
-    plan = planned(case)
-    if plan is None:
-        return "-"
+    plan = predict(architecture(case.base), case.run())
     text = f"{plan.peak_bytes / 2**30:.1f} {plan.worst}"
     return text if plan.fits(case.preset) else f"({text})"
 
@@ -93,9 +82,7 @@ def rows() -> Iterator[list[str]]:
     for base in (*UNETS, *FLOWS):
         side = architecture(base).resolution
         for mode in MODES:
-            cells = [cell(Case(base, mode, preset)) for preset in PRESETS]
-            if set(cells) != {"-"}:
-                yield [f"`{base}`, {side} px", mode, *cells]
+            yield [f"`{base}`, {side} px", mode, *(cell(Case(base, mode, preset)) for preset in PRESETS)]
 
 
 def main() -> None:

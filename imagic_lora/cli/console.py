@@ -142,9 +142,7 @@ def print_plan(plan: Plan, run: RunConfig, why: str) -> None:
         highlight=False,
     )
     overhead = "the CUDA context" if assumed.device == "cuda" else "Python and its libraries"
-    from ..memory.presets import fits
-
-    if not fits(plan, run):
+    if not plan.fits(run.preset):
         has = "is free on this machine" if assumed.device == "cpu" else f"the card of preset {run.preset} has"
         err.print(f"[yellow]Warning:[/] the peak is more than {has}", highlight=False)
     out.print(f"Predicted, not measured. The allowance covers {overhead} and fragmentation.", highlight=False)

@@ -25,7 +25,7 @@ from ..sampling.checks import check_edit
 from ..sampling.editor import Edit
 from ..sampling.keep import Keep
 from ..sampling.metadata import image_metadata
-from ..sampling.opening import open_editor
+from ..sampling.opening import open_editor, source_of
 from ..sampling.outputs import image_name, write_edit
 from ..sampling.sweeps.drawing import draw_plot, draw_sheet
 from ..sampling.sweeps.suggest import GOOD, RULE, RULES, Curves, band
@@ -95,9 +95,8 @@ def with_metrics(adapter: Adapter, pictures: Sequence[Picture], scores: Sequence
 
 def with_largest_batch(adapter: Adapter, run: RunConfig, base: str | None, images: int) -> RunConfig:
     """Returns the settings with the largest batch of images that the free memory allows."""
-    made_for, runtime = adapter.record.base, resolve_runtime(run.memory)
-    architecture = architecture_of(base, None) if base is not None else architecture_of(made_for.name, made_for.revision)
-    size = largest_batch(architecture, run, assumed_from(runtime), free_memory(runtime.device), images)
+    runtime = resolve_runtime(run.memory)
+    size = largest_batch(architecture_of(*source_of(adapter, base)), run, assumed_from(runtime), free_memory(runtime.device), images)
     return run.model_copy(update={"edit": run.edit.model_copy(update={"batch_size": size})})
 
 
@@ -201,11 +200,14 @@ def write(
 def report(summary: dict[str, Any], stored: bool) -> None:
     """Prints where the files are, the suggestion and how to use it."""
     both = summary["band"]
-    good = f"alignment and fidelity are both good from {both[0]:.2f} to {both[1]:.2f}" if both else "no eta has both scores good"
     if not summary["appears"]:
         good = "the last eta: no image shows the edit well; sweep larger ones, or look at the sheet"
-    if both and not both[0] - 0.005 <= summary["suggested"] <= both[1] + 0.005:
-        good += ", between the etas of this sweep: look there too"
+    elif not both:
+        good = "no eta has both scores good"
+    else:
+        good = f"alignment and fidelity are both good from {both[0]:.2f} to {both[1]:.2f}"
+        if not both[0] - 0.005 <= summary["suggested"] <= both[1] + 0.005:
+            good += ", between the etas of this sweep: look there too"
     err.print(f"[green]Wrote[/] {plain(summary['sheet'])}, {plain(summary['plot'])}, the scores and the images", highlight=False)
     err.print(f"Suggested eta: [bold]{exact(summary['suggested'])}[/] ({good})", highlight=False)
     if stored:

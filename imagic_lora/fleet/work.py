@@ -94,11 +94,7 @@ class Worker:
         """
         if isinstance(error, Stopped | DiskFull) or self.stop():
             raise error
-        try:
-            adapter = stored(entry, Store(self.work.store), same_photo=True)  # the fit can be done and an edit fail
-        except (ImagicError, OSError):
-            adapter = None
-        return Outcome(entry, adapter.folder if adapter else None, error=explained(error))
+        return Outcome(entry, error=explained(error))
 
     def _together(self, group: Sequence[Entry], base: Base) -> Generator[Update | Outcome, None, list[Entry]]:
         """Fits and edits photos together; returns those that are left to be done one by one: those that are stored, and with ``overwrite``
@@ -125,10 +121,7 @@ class Worker:
                         continue
                     entry = left.pop(report.name)
                     if report.adapter:
-                        try:
-                            outcome = yield from self._edited(entry, report.adapter, base)
-                        except Exception as error:  # of this photo: the next ones go on
-                            outcome = self._failed(entry, error)
+                        outcome = yield from self._edited(entry, report.adapter, base)
                     else:
                         assert report.error is not None
                         outcome = self._failed(entry, report.error)
@@ -141,11 +134,14 @@ class Worker:
         return [*alone, *left.values()]
 
     def _edited(self, entry: Entry, adapter: Adapter, base: Base) -> Generator[Update, None, Outcome]:
-        """Makes the edits of an adapter that are asked for; its outcome without the time."""
+        """Makes the edits of an adapter that are asked for; its outcome without the time. If an edit fails, the adapter remains."""
         scores, images = scores_of(adapter), list[dict[str, Any]]()
         if self.work.seeds:
             yield Update(entry.name, "edit")
-            images, scores["ssim"] = self._edits(entry, adapter, base)
+            try:
+                images, scores["ssim"] = self._edits(entry, adapter, base)
+            except Exception as error:  # of this photo: the next ones go on
+                return replace(self._failed(entry, error), adapter=adapter.folder)
         return Outcome(entry, adapter.folder, scores=scores, images=images)
 
     def _opened(self, entry: Entry) -> Base:

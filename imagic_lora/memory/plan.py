@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..bases.architecture import Architecture
 from ..core.config import RunConfig
+from ..core.machine import free_host_memory
 
 _FRAGMENTATION = 0.05  # of everything but the weights, which are allocated once
 
@@ -93,7 +94,9 @@ class Plan:
         return self.needs(self.worst)
 
     def fits(self, preset: str) -> bool:
-        """Whether the run fits the card size in a preset's name; True for a preset that is not named after a card size."""
+        """Whether the run fits the card that a preset is named after, or on a CPU the memory that is free on this machine."""
+        if self.assumed.device == "cpu":
+            return self.peak_bytes <= free_host_memory()
         return not preset.endswith("gb") or self.peak_bytes <= int(preset.removesuffix("gb")) * 2**30
 
     def to_json(self) -> dict[str, Any]:

@@ -128,11 +128,6 @@ def choose_preset_for_edit(base: Callable[[], Architecture], adapter_run: RunCon
     return choose_preset(base, given, file, recipe, EDIT_STAGES, EDIT_LEVERS)[0]
 
 
-def fits(plan: Plan, run: RunConfig) -> bool:
-    """Whether a run fits the card that its preset is named after, or on a CPU the memory that is free on this machine."""
-    return plan.peak_bytes <= free_host_memory() if plan.assumed.device == "cpu" else plan.fits(run.preset)
-
-
 def largest_batch(base: Architecture, run: RunConfig, assumed: Assumed, free: int, images: int) -> int:
     """Returns the largest batch size of stage 3, up to a number of images, whose predicted peak fits 90 percent of the free memory.
 

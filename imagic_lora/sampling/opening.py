@@ -58,7 +58,7 @@ def edit_settings(adapter: Adapter, given: Mapping[str, Any], base: str | None =
     Raises:
         ImagicError: as :func:`~imagic_lora.memory.presets.choose_preset_for_edit`.
     """
-    architecture, stored = cache(lambda: registry.architecture_of(*_source(adapter, base))), adapter.record.config
+    architecture, stored = cache(lambda: registry.architecture_of(*source_of(adapter, base))), adapter.record.config
     if twin:
         found = architecture()
         own = recipe_for(found, base or "")["lora"].get("edit", {})
@@ -81,7 +81,7 @@ def open_editor(adapter: Adapter, run: RunConfig, base: str | None = None, force
     Raises:
         ImagicError: as :func:`~imagic_lora.bases.loading.registry.load_base`.
     """
-    (name, revision), forced = _source(adapter, base), force or twin
+    (name, revision), forced = source_of(adapter, base), force or twin
     runtime = resolve_runtime(run.memory)
     editor = opened(
         lambda: (name, revision, runtime, forced, stamp(registry.locate(name, revision))),
@@ -111,6 +111,6 @@ def encoded(adapter: Adapter, etas: Sequence[float]) -> list[Conditioning]:
     return [one.to("cpu") for one in found]
 
 
-def _source(adapter: Adapter, base: str | None) -> tuple[str, str | None]:
-    """The name and the revision of the base to load."""
+def source_of(adapter: Adapter, base: str | None) -> tuple[str, str | None]:
+    """The name and the revision of the base to load: those in the record of an adapter, unless another base replaces it."""
     return (base, None) if base is not None else (adapter.record.base.name, adapter.record.base.revision)

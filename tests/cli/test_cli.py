@@ -915,7 +915,7 @@ def test_a_plan_says_whether_it_fits_the_card_of_its_preset(run: Run) -> None:
 def test_a_plan_for_a_cpu_says_whether_it_fits_this_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ("plan", "--base", "sd15", "--preset", "cpu", "--device", "cpu")
     for free, enough in ((2**30, False), (2**40, True)):
-        monkeypatch.setattr("imagic_lora.memory.presets.free_host_memory", lambda free=free: free)
+        monkeypatch.setattr("imagic_lora.memory.plan.free_host_memory", lambda free=free: free)
         assert json.loads(run(*asked, "--json")[1])["fits"] == enough
         assert ("is free on this machine" in run(*asked)[2]) != enough
 

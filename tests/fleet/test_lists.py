@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def problems(path: Path, content: str | bytes, prompt: str | None = None) -> lis
     with pytest.raises(lists.ListError) as caught:
         entries(path, content, prompt)
     return [f"{', '.join(problem.places)}: {problem.got}" for problem in caught.value.problems]
+
+
+def check_named(found: Sequence[str], expected: Sequence[str]) -> None:
+    """Each of the problems is there, by its beginning, and no other."""
+    for start in expected:
+        assert any(problem.startswith(start) for problem in found), (start, found)
+    assert len(found) == len(expected)
 
 
 def test_every_format_gives_the_same_entries(photos: Path) -> None:
@@ -121,9 +129,7 @@ def test_all_wrong_lines_are_named_at_once(photos: Path) -> None:
         "line 7: --region 1;2", "line 9: the name 'ONE' is that of line 8", "line 10: --rank", "line 11: 3 cells",
         "line 12: tune.mode = 'lorra'",
     ]  # fmt: skip
-    for start in expected:
-        assert any(problem.startswith(start) for problem in found), (start, found)
-    assert len(found) == len(expected)
+    check_named(found, expected)
 
 
 def test_what_a_line_cannot_do_is_found_before_any_fit(photos: Path) -> None:
@@ -142,9 +148,7 @@ def test_what_a_line_cannot_do_is_found_before_any_fit(photos: Path) -> None:
         "line 2: --method dreambooth without a --class-prompt", "line 3: the prompt 'a dog', with no word", "line 4: no --initial-word",
         "line 5: --region together with", "line 6: --method dreambooth on critters-dit",
     ]  # fmt: skip
-    assert len(found) == len(expected)
-    for start in expected:
-        assert any(problem.startswith(start) for problem in found), (start, found)
+    check_named(found, expected)
     (photos / "list.csv").write_text("\n".join([lines[0], lines[6], "a.png,a dog,n8,,,,,,"]))
     with pytest.raises(lists.ListError, match=r"1 wrong line .*line 2: --edit with eta=0.5 and method dreambooth"):
         Table(photos / "list.csv", FLAGS, {}, [0.5], [0, 1]).entries()

@@ -114,9 +114,9 @@ def compare(
     models.check(source)
     photo = read_photo(image)
     area = read_mask(mask, photo.image.size) if mask is not None else None
-    levers = {"memory": device.model_dump(exclude_unset=True) if device else {}, "preset": preset} | (
-        {"base": base} if base is not None else {}
-    )
+    levers: dict[str, Any] = {"memory": device.model_dump(exclude_unset=True) if device else {}, "preset": preset}
+    if base is not None:
+        levers["base"] = base
     setup = configured(names, named, have, given, levers, area.image if area else None)
     source, caption_by = models.caption(photo.image) if source == AUTO else (source, None)
     request = EditRequest(photo.image, prompt, source, area.image if area else None, subject, seed)

@@ -52,13 +52,14 @@ def compress(
     from ...bases.loading.registry import load_base
     from ...core.device_config import MemoryConfig
     from ...core.runtime import resolve_runtime
+    from ...sampling.opening import source_of
 
     adapters = Store(store)
     full = adapters.read(adapter)
     new_name = name or f"{full.name}-r{rank}"
     check_compression(full, rank)
     adapters.check_free(new_name, overwrite)
-    source, revision = (base, None) if base is not None else (full.record.base.name, full.record.base.revision)
+    source, revision = source_of(full, base)
     loaded = load_base(source, resolve_runtime(MemoryConfig(device="cpu", dtype="fp32", idle="release")), revision)
     small = compress_adapter(full, loaded, rank, adapters, new_name, overwrite, lambda names: progress(names, len(names), "tensors"))
     assert small.record.compressed is not None

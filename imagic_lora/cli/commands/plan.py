@@ -46,7 +46,7 @@ def plan(
     """
     from ...bases.loading.configs import architecture, recipe_for
     from ...memory.prediction import predict
-    from ...memory.presets import assumed_for, card_and_free_memory, choose_preset, fits
+    from ...memory.presets import assumed_for, card_and_free_memory, choose_preset
     from ...memory.symbolic.layers import NotPlanned
 
     flags = settings.model_dump(exclude_unset=True) if settings else {}
@@ -73,7 +73,7 @@ def plan(
             raise
         prediction = _rehearsed(built, run, assumed)
     if as_json:
-        settings_used = {"base": given.base, "mode": run.tune.mode, "preset": run.preset, "fits": fits(prediction, run)}
+        settings_used = {"base": given.base, "mode": run.tune.mode, "preset": run.preset, "fits": prediction.fits(run.preset)}
         print_json({**settings_used, **prediction.to_json()})
     else:
         print_plan(prediction, run, why)

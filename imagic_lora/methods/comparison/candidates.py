@@ -12,10 +12,9 @@ from ...bases.architecture import Architecture
 from ...bases.base import Base
 from ...core.config import RunConfig
 from ...core.errors import ImagicError
+from ...core.settings.clashes import clashes
 from ...core.settings.merging import merged
 from ...core.settings.reading import validated
-from ...core.settings.recipes import recipe_part
-from ...core.settings.resolve import resolve
 from ...core.settings.unread import unread
 from ...core.validation import first_problem
 from ...memory.limits import gib
@@ -160,8 +159,8 @@ def fitted_method(name: str, config: RunConfig, settings: Mapping[str, Any]) -> 
         settings: settings that override them, as nested mappings.
 
     Raises:
-        ImagicError: an unknown setting, a value out of range, or a setting that the method does not read or that the loaded base or the
-            subject determines.
+        ImagicError: an unknown setting, a value out of range, or a setting that the method does not read, that another one excludes, or
+            that the loaded base or the subject determines.
     """
     run = validated(merged(config.model_dump(), settings))
     fixed = {"base", "revision", "memory", "preset", "seed", "checkpoint", "method"} & set(settings)
@@ -171,22 +170,10 @@ def fitted_method(name: str, config: RunConfig, settings: Mapping[str, Any]) -> 
         raise ImagicError(got, "settings of the fit and of the edit", "use the flag of imagic-lora compare, or another method")
     for flag, _, expected in unread(run, settings):
         raise ImagicError(f"--set {flag.removeprefix('--')} of method {name}", expected, "leave it out, or choose another method")
-    _check_effect(name, config, settings)
+    for flag, other, expected in clashes(run, settings):
+        got = f"--set of method {name}: {flag} together with {other}"
+        raise ImagicError(got, expected, "leave it out, or choose another method")
     return Imagic(name, run) if name in IMAGIC else SubjectMethod(run)
-
-
-def _check_effect(name: str, config: RunConfig, settings: Mapping[str, Any]) -> None:
-    """Raises ImagicError if a setting would have no effect beside the others, as for the command ``fit``.
-
-    Args:
-        name, config, settings: as for :func:`fitted_method`.
-    """
-    kind = {"method": config.method} | ({"tune": {"mode": config.tune.mode}} if config.method == "imagic" else {})
-    try:
-        resolve(merged(kind, settings), {}, {recipe_part(config.method, config.tune.mode): config.model_dump()})
-    except ImagicError as error:
-        got = f"--set of method {name}: {error.got.replace(' (from the flags)', '')}"
-        raise ImagicError(got, error.expected, "leave it out, or choose another method") from error
 
 
 def candidate(method: Method, base: Base, request: EditRequest, free: int, named: bool) -> Candidate:

@@ -16,11 +16,13 @@ class Place:
     Args:
         id: the card, in letters, digits and ``-``: it names the files of the worker and stays the same over restarts of the server.
         name: the card, for people.
+        model: of the card, which has the same memory as others of its model.
         environment: variables with which the worker sees this card alone; empty where it is the only one.
     """
 
     id: str
     name: str
+    model: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -35,5 +37,5 @@ def places() -> list[Place]:
     for card, environment in cards:
         ((_, value),) = environment.items()
         name = re.sub(r"[^A-Za-z0-9-]", "-", value if value.startswith("GPU-") else f"card-{value}")
-        found.append(Place(name, f"card {card.index}, {card.name}", environment if len(cards) > 1 else {}))
+        found.append(Place(name, f"card {card.index}, {card.name}", card.name, environment if len(cards) > 1 else {}))
     return found or [ANYWHERE]

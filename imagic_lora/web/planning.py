@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ _SECONDS = 120
 _slots = asyncio.Semaphore(2)
 
 
-async def planned(settings: dict[str, Any]) -> dict[str, Any]:
+async def planned(settings: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
     """Returns the JSON of ``imagic-lora plan``.
 
     Args:
         settings: the settings of the fit that are given, nested.
+        environment: variables with which it sees the card that it plans for; may be empty.
 
     Raises:
         ImagicError: the error that the command prints.
@@ -34,7 +37,9 @@ async def planned(settings: dict[str, Any]) -> dict[str, Any]:
         command = (sys.executable, "-m", "imagic_lora", "plan", "--json", "--config", str(file))
         async with _slots:
             pipe = asyncio.subprocess.PIPE
-            process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=os.environ | environment
+            )
             try:
                 output, errors = await asyncio.wait_for(process.communicate(), _SECONDS)
             except TimeoutError:

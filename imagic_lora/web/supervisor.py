@@ -55,6 +55,14 @@ class Supervisor:
         for place in self._free(live)[: max(0, wanted)]:
             self._start(place)
 
+    @property
+    def models(self) -> dict[str, Place]:
+        """A place for each model of card, in the order of the cards."""
+        found: dict[str, Place] = {}
+        for place in self.places.values():
+            found.setdefault(place.model, place)
+        return found
+
     def name_of(self, job: Job) -> str:
         """Returns the card that a job runs on, for people; empty where there is no choice of one."""
         return self.places[job.worker].name if len(self.places) > 1 and job.worker in self.places else ""

@@ -46,10 +46,17 @@ def free_port() -> int:
 
 
 class Server:
-    """``imagic-lora web`` on a store that holds the two example adapters."""
+    """``imagic-lora web`` on a store that holds the two example adapters.
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    Args:
+        folder: of the store and the log.
+        flags: of the command.
+        before: code that runs in the process of the server before the command.
+    """
+
+    def __init__(self, folder: Path, *flags: str, before: str = "") -> None:
         self.folder, self.flags, self.port = folder, flags, free_port()
+        self.before = before
         self.store = folder / "store"
         self.url = f"http://127.0.0.1:{self.port}"
         if not self.store.exists():
@@ -58,7 +65,12 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "imagic_lora", "web", "--port", str(self.port), "--store", str(self.store), "--base", "critters"]
+        program = (
+            ["-c", f"{self.before}; import runpy; runpy.run_module('imagic_lora', run_name='__main__')"]
+            if self.before
+            else ["-m", "imagic_lora"]
+        )
+        command = [sys.executable, *program, "web", "--port", str(self.port), "--store", str(self.store), "--base", "critters"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}  # NiceGUI reads them
         environment |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
         with (self.folder / "server.log").open("ab") as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -13,15 +14,17 @@ from typing import Any
 
 import pytest
 from common import each
+from conftest import Server, watched
 
 from imagic_lora.core.machine import Card
 from imagic_lora.web import places as module
 from imagic_lora.web.jobs import ENDED, Job, Queue
 from imagic_lora.web.places import ANYWHERE, Place, places
+from imagic_lora.web.planning import planned
 from imagic_lora.web.supervisor import Supervisor
 from imagic_lora.web.worker import read_worker, workers
 
-TWO = [Place(f"GPU-{k}", f"card {k}", {"CUDA_VISIBLE_DEVICES": f"GPU-{k}"}) for k in range(2)]
+TWO = [Place(f"GPU-{k}", f"card {k}", "A", {"CUDA_VISIBLE_DEVICES": f"GPU-{k}"}) for k in range(2)]
 STUB = (sys.executable, str(Path(__file__).with_name("stub_worker.py")))
 
 
@@ -64,12 +67,12 @@ def state(queue: Queue, job: Job) -> str:
     "cards, expected",
     [
         ([], [ANYWHERE]),
-        ([("GPU-5a/1", "A")], [Place("GPU-5a-1", "card 0, A")]),
+        ([("GPU-5a/1", "A")], [Place("GPU-5a-1", "card 0, A", "A")]),
         (
             [("GPU-5a", "A"), ("GPU-7e", "B")],
             [
-                Place("GPU-5a", "card 0, A", {"CUDA_VISIBLE_DEVICES": "GPU-5a"}),
-                Place("GPU-7e", "card 1, B", {"CUDA_VISIBLE_DEVICES": "GPU-7e"}),
+                Place("GPU-5a", "card 0, A", "A", {"CUDA_VISIBLE_DEVICES": "GPU-5a"}),
+                Place("GPU-7e", "card 1, B", "B", {"CUDA_VISIBLE_DEVICES": "GPU-7e"}),
             ],
         ),
     ],
@@ -194,3 +197,33 @@ def test_a_server_that_starts_again_finds_every_worker(queue: Queue, supervisor:
     again.close()
     assert state(queue, jobs[2]) == "stopped"
     assert not workers(queue)
+
+
+def test_cards_of_one_model_have_one_plan(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the cards, each with what shows it that card alone."""
+    cards = [Place("c", "card 0", "B", {"CUDA_VISIBLE_DEVICES": "c"}), *TWO]
+    assert Supervisor(queue, cards, STUB).models == {"B": cards[0], "A": cards[1]}
+    seen: list[str] = []
+
+    async def started(*_: Any, env: dict[str, str], **__: Any) -> Any:
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+        raise FileNotFoundError
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", started)
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(planned({}, cards[0].environment))
+    assert seen == ["c"]
+
+
+@pytest.mark.web
+def test_a_fit_is_planned_on_each_model_of_card(browser: Any, tmp_path: Path) -> None:
+    """On a server with two simulated cards of different models."""
+    code = "from imagic_lora.web import places, studio; places = [places.Place(name, name, f'Model {name}') for name in 'AB']"
+    server = Server(tmp_path, before=f"{code}; studio.places = lambda: places")
+    with watched(browser, server, 60_000) as page:
+        page.goto(server.url)
+        plan = page.get_by_role("status", name="Memory plan").filter(visible=True)
+        for name in ("A", "B"):
+            plan.get_by_text(f"Predicted peak on Model {name}: 0.").wait_for()
+            assert plan.get_by_label(f"Memory of tune on Model {name}").count() == 1
+    server.close()

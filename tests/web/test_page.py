@@ -363,13 +363,13 @@ def test_every_tab_is_accessible_and_fits_the_window(browser: Any, server: Serve
     need(AXE, "axe-core (npm)")
     context = browser.new_context(viewport={"width": width, "height": 850}, color_scheme=scheme)
     page, faults = context.new_page(), []
-    for tab in ("fit", "queue", "edit", "sweep", "compare", "adapters"):
-        page.goto(f"{server.url}/?tab={tab}")
-        page.locator(".content").filter(visible=True).wait_for()
+    page.goto(server.url)
+    for tab in ("Fit", "Queue", "Edit", "Sweep", "Compare", "Adapters"):
+        opened(page, tab)
         page.wait_for_timeout(700)
         faults += [(tab, *fault) for fault in faults_of(page, AXE)]
         assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
         if SHOTS:
-            page.screenshot(path=SHOTS / f"{tab}-{width}-{scheme}.png", full_page=True)
+            page.screenshot(path=SHOTS / f"{tab.lower()}-{width}-{scheme}.png", full_page=True)
     context.close()
     assert not faults, "\n".join(map(str, faults))

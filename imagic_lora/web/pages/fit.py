@@ -190,35 +190,26 @@ class FitTab:
             shown = await asyncio.to_thread(defaults, given)
             self._form.clear()
             self._form.show_defaults(shown, but=("memory", "preset", "base"))
-            self._show_plan(None)
-            plan = await planned(given)
+            self._show_plans(None)
+            cards = self._studio.supervisor.models
+            plans = await asyncio.gather(*(planned(given, place.environment) for place in cards.values()))
         except ImagicError as error:
             if mine == self._changes:
                 self._form.show(error)
                 self._plan.clear()
             return
         if mine == self._changes:
-            self._show_plan(plan)
+            self._show_plans(dict(zip(cards, plans, strict=True)))
 
-    def _show_plan(self, plan: dict[str, Any] | None) -> None:
-        """Shows the predicted memory by stage, and whether the card has it."""
+    def _show_plans(self, plans: dict[str, dict[str, Any]] | None) -> None:
+        """Shows the predicted memory on each model of card: a fit runs on the card that is free first."""
         self._plan.clear()
         with self._plan:
-            if plan is None:
+            if plans is None:
                 ui.label("Predicting the memory ...")
                 return
-            peak, worst = plan["peak_bytes"] / 2**30, plan["worst_stage"]
-            ui.label(f"Predicted peak: {peak:.2f} GiB in stage {worst}, preset {plan['preset']}").classes("heading")
-            for name, stage in plan["stages"].items():
-                with ui.row().classes("bar"):
-                    ui.label(name)
-                    ui.linear_progress(stage["peak_bytes"] / plan["peak_bytes"], show_value=False).props(f'aria-label="Memory of {name}"')
-                    ui.label(f"{stage['peak_bytes'] / 2**30:.2f} GiB")
-            if not plan["fits"]:
-                cpu = plan["assumed"]["device"] == "cpu"
-                more = "is free on this machine" if cpu else f"the card of preset {plan['preset']} has"
-                other = "" if cpu else "a preset for a smaller card, "
-                ui.label(f"This is more than {more}. Choose {other}mode lora instead of full, or a lower resolution.").classes("problem")
+            for card, plan in plans.items():
+                _show_plan(plan, f" on {card}" if len(plans) > 1 else "")
 
     async def _start(self) -> None:
         """Checks what can be checked without the base, and adds the fit to the queue."""
@@ -255,3 +246,19 @@ class FitTab:
         if self._masked.value and not stored:
             raise ImagicError("--mask without a mask", "a mask of what edits may change", "paint one, choose a mask file, or untick it")
         self._studio.masks.set(self._photo.sha256, stored)
+
+
+def _show_plan(plan: dict[str, Any], where: str) -> None:
+    """Shows the predicted memory by stage, and whether the card has it."""
+    peak, worst = plan["peak_bytes"] / 2**30, plan["worst_stage"]
+    ui.label(f"Predicted peak{where}: {peak:.2f} GiB in stage {worst}, preset {plan['preset']}").classes("heading")
+    for name, stage in plan["stages"].items():
+        with ui.row().classes("bar"):
+            ui.label(name)
+            ui.linear_progress(stage["peak_bytes"] / plan["peak_bytes"], show_value=False).props(f'aria-label="Memory of {name}{where}"')
+            ui.label(f"{stage['peak_bytes'] / 2**30:.2f} GiB")
+    if not plan["fits"]:
+        cpu = plan["assumed"]["device"] == "cpu"
+        more = "is free on this machine" if cpu else f"the card of preset {plan['preset']} has"
+        other = "" if cpu else "a preset for a smaller card, "
+        ui.label(f"This is more than {more}. Choose {other}mode lora instead of full, or a lower resolution.").classes("problem")

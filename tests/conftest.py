@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -29,6 +30,13 @@ from imagic_lora.training.fit import fit, result
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker and its child processes
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """Exempts what is imported by now from garbage collection, which otherwise looks at half a million objects again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)

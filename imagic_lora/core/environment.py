@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 
 import psutil
@@ -20,6 +21,7 @@ _IMPORTERS = ("diffusers", "peft", "transformers")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
 
 
+@cache
 def library_versions() -> dict[str, str]:
     """The versions of the libraries that run the models, by name."""
     return {library: version(library) for library in LIBRARIES}

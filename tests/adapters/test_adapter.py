@@ -155,7 +155,7 @@ def test_an_adapter_holds_no_pickle(fitted: Callable[..., Adapter], mode: Mode) 
         "full": {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"},
         "embedding": set(),
     }
-    shown = {"README.md", "convergence.png", "photo.png", "preview.png", "source.png", "steps.jsonl"}
+    shown = {"README.md", "photo.png", "preview.png", "source.png", "steps.jsonl"}
     common = {"adapter.json", "embeddings.safetensors"} | shown
     assert files == common | own[mode]
 

@@ -111,6 +111,7 @@ def exported(adapter: Adapter, folder: Path, etas: Sequence[float] = TABLE) -> l
 # What the nodes give
 
 
+@pytest.mark.slow
 @each("family", FAMILIES)
 def test_a_conditioning_is_that_of_our_edit(made: dict[str, tuple[Path, Adapter]], tmp_path: Path, family: str) -> None:
     """Tokens, pooled embedding and sizes, at every eta, alone and in a batch; the negative one is that of the empty prompt."""

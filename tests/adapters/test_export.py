@@ -129,7 +129,8 @@ def test_diffusers_reads_kohya_s_layout_back(folder: Path, fitted: Fitted, tmp_p
     assert (bare - expected).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("preset", [pytest.param("attention+conv", marks=pytest.mark.slow), "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["attention+conv", "all"])
 def test_diffusers_reads_sdxl_s_names_back(xl: tuple[Path, dict[Mode, Adapter]], tmp_path: Path, preset: str) -> None:
     """Under the names of Stability's code: the same output as the adapter's own."""
     folder, made = xl

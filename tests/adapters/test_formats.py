@@ -56,7 +56,7 @@ def test_a_record_of_version_0_1_keeps_its_fields(mode: Mode) -> None:
     record = adapter.record
     assert (record.version, record.name, record.prompt, record.base.name) == (1, f"{mode}-0.1", "a cat", "tiny")
     assert [(part.component, part.mode) for part in record.parts] == [("unet", mode)]
-    assert record.config == tiny_config(Path("tiny"), mode, seed=3)
+    assert record.config == tiny_config(Path("tiny"), mode, seed=3, monitoring={"convergence_every": 50})
     assert (record.source.size, record.source.box) == ((50, 37), (0, 0, 32, 24))
     assert {*record.losses} == {*record.seconds} == {"embed", "tune"}
 

@@ -219,7 +219,8 @@ def in_diffusers(folder: Path, path: Path, dtype: str) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("targets", "dtype"), [("attention", "fp32"), ("attention+conv", "bf16"), pytest.param("all", "fp32", marks=pytest.mark.slow)]
+    ("targets", "dtype"),
+    [("attention+conv", "bf16"), *(pytest.param(targets, "fp32", marks=pytest.mark.slow) for targets in ("attention", "all"))],
 )
 def test_swapped_layers_are_those_of_plain_diffusers(folder: Path, tmp_path: Path, targets: str, dtype: str) -> None:
     """Whatever rank and alpha they take the place of, and when they come back; the base is bit-equal in the end."""

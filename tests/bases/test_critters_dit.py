@@ -33,7 +33,7 @@ from imagic_lora.training.fit import fit as fit_of
 from imagic_lora.training.fit import result
 
 NAME = "critters-dit"
-SHORT = ("--embed.steps", 2, "--tune.steps", 3, "--edit.steps", 2)
+SHORT = ("--embed.steps", 2, "--tune.steps", 3, "--edit.steps", 2, "--convergence-every", "0")
 SCENES = [scene_at("heldout", 30_000 + k) for k in range(3)]
 
 

@@ -91,7 +91,18 @@ def fit_on(place: Place, photo_file: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize(
-    ("family", "mode"), [*((family, "lora") for family in BASES), ("sd2", "full"), ("sdxl", "full"), ("sdxl", "embedding")]
+    ("family", "mode"),
+    [
+        ("sd1", "lora"),
+        ("sd2", "full"),
+        ("sdxl", "lora"),
+        ("lcm", "lora"),
+        ("sd1-single", "lora"),
+        *(
+            pytest.param(family, mode, marks=pytest.mark.slow)
+            for family, mode in (("sd2", "lora"), ("sdxl-single", "lora"), ("sdxl", "full"), ("sdxl", "embedding"))
+        ),
+    ],
 )
 def test_plain_diffusers_makes_the_same_picture(place: Place, fit_on: Fit, family: str, mode: Mode) -> None:
     """To 1 of 255, from the adapter's files alone."""
@@ -114,7 +125,7 @@ def test_both_stages_train_all_that_they_should(place: Place, fit_on: Fit, famil
     assert all(loss > 0 for loss in steps)
 
 
-@pytest.mark.parametrize("family", ["sdxl", "lcm"])
+@pytest.mark.parametrize("family", ["sdxl", pytest.param("lcm", marks=pytest.mark.slow)])
 def test_every_start_makes_pictures_of_the_photos_size(place: Place, fit_on: Fit, family: str) -> None:
     """From noise, from the photo, from its own noise at the start and at every step; and eta changes the image."""
     adapter, editor = fit_on(family, "lora"), Editor(open_family(place, family))
@@ -169,6 +180,7 @@ def test_the_vae_of_sdxl_stays_wide_in_fp16(place: Place) -> None:
     }
 
 
+@pytest.mark.slow
 def test_sdxl_in_half_precision_makes_pictures(place: Place, fit_on: Fit) -> None:
     """From the noise and from the photo, whose encoding is as wide as its decoding; near those in fp32."""
     adapter = fit_on("sdxl", "lora")

@@ -282,7 +282,7 @@ def test_the_published_sizes_are_the_published_ones() -> None:
 # Fit and edit
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["lora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("full", "embedding"))])
 def test_an_adapter_edits_from_every_start(klein: Path, fit_on: Fit, mode: Mode) -> None:
     """Pictures of the photo's size that depend on eta; the base is afterwards what it was."""
     adapter, base = fit_on(mode), opened(klein)

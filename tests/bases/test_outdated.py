@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import array, each, opened
+from common import array, each, loaded, opened
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -140,7 +140,7 @@ def test_a_consistency_model_is_taken_as_diffusers_takes_it(tmp_path: Path, conf
     plain.set_progress_bar_config(disable=True)
     kwargs = {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 6.0, "height": 32, "width": 32}
     expected = plain("a cat", **kwargs, generator=torch.Generator().manual_seed(0)).images
-    base = opened(folder)
+    base = loaded(folder)
     text = base.with_added_conditions(base.encode_prompt("a cat"), 32, 32, 6.0)
     ours: Any = base.pipeline("text2image")
     found = ours(**base.pipeline_kwargs(text, None), **kwargs, generator=torch.Generator().manual_seed(0)).images
@@ -150,6 +150,7 @@ def test_a_consistency_model_is_taken_as_diffusers_takes_it(tmp_path: Path, conf
     assert base.timesteps(torch.arange(steps) / steps).tolist() == list(range(1000 // steps - 1, 1000, 1000 // steps))
 
 
+@pytest.mark.slow
 @each("value", [True, False, None])
 @each("family", ["sd", "sdxl"])
 def test_the_mask_of_the_padding_is_used_where_the_pipeline_uses_it(
@@ -230,6 +231,7 @@ def test_a_schedule_without_signal_at_its_end_is_one_for_both(name: str) -> None
     assert converted(own, DDIMScheduler).config.timestep_spacing == "trailing"
 
 
+@pytest.mark.slow
 @each("start, ddim_eta", [("inverted", 0.0), ("inverted", 1.0)])
 @each("family", ["sd", "sdxl"])
 def test_an_inversion_clips_nothing_that_the_sampler_does_not(

@@ -193,7 +193,11 @@ def test_pictures_before_the_training_do_not_change_its_gradients(wide: Path) ->
 
 @pytest.mark.parametrize(
     ("name", "memory"),
-    [("embed", {}), ("tune", {}), ("tune", {"optimizer": "adam8bit", "optimizer_in_backward": True, "gradient_checkpointing": True})],
+    [
+        ("embed", {}),
+        pytest.param("tune", {}, marks=pytest.mark.slow),
+        ("tune", {"optimizer": "adam8bit", "optimizer_in_backward": True, "gradient_checkpointing": True}),
+    ],
     ids=["embed", "tune", "tune-with-levers"],
 )
 def test_training_lowers_the_loss_and_leaves_the_base(wide: Path, name: str, memory: dict[str, Any]) -> None:

@@ -284,7 +284,7 @@ def test_an_inverted_photo_comes_back(sd3: Path) -> None:
     assert lost(64, 0.0) < lost(8, 0.0) < (clean - sampled(base, EditConfig(steps=8, guidance_scale=1.0), [3])).abs().max()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["lora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("full", "embedding"))])
 def test_an_adapter_edits_from_every_start(sd3: Path, fit_on: Fit, mode: Mode) -> None:
     """Pictures of the photo's size that depend on eta; the base is afterwards what it was; losses fall."""
     adapter, base = fit_on(mode), opened(sd3)
@@ -516,6 +516,7 @@ def test_levels_are_those_of_diffusers_scheduler() -> None:
     assert "mu" in inspect.signature(FlowMatchEulerDiscreteScheduler.set_timesteps).parameters
 
 
+@pytest.mark.slow
 def test_its_memory_is_predicted_by_a_rehearsal(sd3: Path, fit_on: Fit) -> None:
     """No formula knows a transformer; the rehearsal runs its stages, and counts weights and LoRA layers as they are."""
     architecture, base = architecture_of(str(sd3)), opened(sd3)

@@ -100,6 +100,7 @@ def test_our_steps_are_those_of_diffusers(folder: Path, others: Path) -> None:
     torch.testing.assert_close(sampled(flow(), EditConfig(steps=6, guidance_scale=4.0), [3]), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @each("mode", MODES)
 def test_plain_diffusers_makes_the_same_picture(folder: Path, others: Path, photo_file: Path, tmp_path: Path, mode: Mode) -> None:
     """A fit by the name of the base, and its edit."""

@@ -995,6 +995,7 @@ def test_a_flow_has_its_own_methods_and_its_recipe() -> None:
         assert name not in caught.value.expected.split(", ")
 
 
+@pytest.mark.slow
 def test_every_method_of_a_flow_runs(tiny_dit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the command, on a small base of that name: no row fails, and the fits are those of its recipe."""
     short = {"embed": {"steps": 2}, "tune": {"steps": 2}, "edit": {"steps": 2}, "monitoring": {"convergence_every": 0}}

@@ -36,9 +36,9 @@ def loaded(tiny_dit: Path) -> Callable[[str], Base]:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("critters", "edit.start=inverted edit.source_eta=0.3 edit.guidance_scale=2"),
+        pytest.param("critters", "edit.start=inverted edit.source_eta=0.3 edit.guidance_scale=2", marks=pytest.mark.slow),
         pytest.param("critters", "edit.start=noise", marks=pytest.mark.slow),
-        ("critters", "edit.start=image tune.mode=embedding"),
+        pytest.param("critters", "edit.start=image tune.mode=embedding", marks=pytest.mark.slow),
         pytest.param("critters", "edit.start=inverted embed.space=input edit.ddim_eta=0", marks=pytest.mark.slow),
         ("critters-dit", "edit.start=inverted embed.space=output embed.tokens=words embed.relative=true embed.learning_rate=0.1"),
         pytest.param("critters-dit", "edit.start=flow edit.source_eta=0.2 embed.space=input edit.ddim_eta=0", marks=pytest.mark.slow),

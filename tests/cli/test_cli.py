@@ -68,7 +68,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, base: Path, photo: Path) -> 
     return folder
 
 
-SHORT = ("--embed.steps", "2", "--tune.steps", "2", "--edit.steps", "2", "--rank", "2")
+SHORT = ("--embed.steps", "2", "--tune.steps", "2", "--edit.steps", "2", "--rank", "2", "--convergence-every", "0")
 
 
 def test_fit_then_edit_writes_pictures_a_sheet_and_json(run: Run, base: Path, photo: Path) -> None:
@@ -451,7 +451,12 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize(
     ("stage", "k", "signals"),
-    [("embed", 1, (signal.SIGINT,)), ("embed", 2, (signal.SIGTERM,)), ("tune", 0, (signal.SIGINT,) * 3), ("tune", 2, (signal.SIGINT,))],
+    [
+        pytest.param("embed", 1, (signal.SIGINT,), marks=pytest.mark.slow),
+        ("embed", 2, (signal.SIGTERM,)),
+        ("tune", 0, (signal.SIGINT,) * 3),
+        pytest.param("tune", 2, (signal.SIGINT,), marks=pytest.mark.slow),
+    ],
     ids=["in embed", "terminated at the end of embed", "thrice in tune", "at the end of tune"],
 )
 def test_an_interrupted_fit_goes_on_by_the_command_it_prints(
@@ -866,7 +871,7 @@ def test_the_bases_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert run("bases")[0] == 2
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["full", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("lora", "embedding"))])
 def test_a_fit_says_how_large_its_adapter_will_be(run: Run, photo: Path, mode: Mode) -> None:
     """Within a tenth of what it comes to, before the first step is shown."""
     steps = ("--embed.steps", 1, "--edit.steps", 1, *(() if mode == "embedding" else ("--tune.steps", 1)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common import Run, each, opened, read_comparison
+from common import Run, each, loaded, read_comparison
 from PIL import Image
 from tiny import save_tiny_sd3
 
@@ -68,7 +68,7 @@ def test_what_is_predicted_is_what_it_takes(
     named = {"dreambooth": {"class_prompt": f"a {noun}"}} if name == "dreambooth" else {"inversion": {"initial_word": noun}}
     given = merged(SETTINGS[name], named, {"seed": 3, "monitoring": {"convergence_every": 0}})
     config = resolve({"base": str(folder), "method": name, "memory": {"device": "cpu"}}, given, RECIPES["sd"])
-    base = opened(folder)
+    base = loaded(folder)
     plan = predict(base.architecture, config.model_copy(update={"memory": base.runtime.memory}), assumed_from(base.runtime))
     assert predicted["peak_bytes"] == plan.peak_bytes
     adapter = result(fit(photo_file, prompts[0], config, Store(tmp_path / "store"), "one", base=base))

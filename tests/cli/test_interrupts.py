@@ -20,7 +20,7 @@ from imagic_lora.bench.critters import Bench
 from imagic_lora.cli.interrupts import Interrupts
 from imagic_lora.core.errors import Stopped
 
-SHORT = ("--embed.steps", "1", "--tune.steps", "1", "--edit.steps", "1", "--rank", "2")
+SHORT = ("--embed.steps", "1", "--tune.steps", "1", "--edit.steps", "1", "--rank", "2", "--convergence-every", "0")
 
 
 class _Interrupted:

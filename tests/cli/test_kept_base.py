@@ -70,6 +70,7 @@ def test_later_edits_take_the_base_and_make_the_same_images(run: Run, loaded: li
     assert pixels() | pixels("full") == expected
 
 
+@pytest.mark.slow
 def test_another_base_other_levers_and_changed_files_load_anew(run: Run, loaded: list[str], tmp_path: Path) -> None:
     kept, source = KeptEditor(), Path(Store(Path("adapters")).read("rex").record.base.name)
     shutil.copytree(source, tmp_path / "base")

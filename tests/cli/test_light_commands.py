@@ -87,7 +87,8 @@ def test_public_names_are_imported_when_they_are_used() -> None:
         python("from imagic_lora import Studio")
 
 
-@pytest.mark.parametrize("needed", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("needed", [True, False])
 def test_bitsandbytes_is_imported_only_where_it_is_used(needed: bool) -> None:
     """Hidden from the imports of the libraries, PEFT's later one too, and there for our own; garbage is collected again."""
     found = python(f"""

@@ -29,7 +29,7 @@ from imagic_lora.photos.reading import read_metadata
 from imagic_lora.sampling.metadata import ImageMetadata, a1111_parameters
 from imagic_lora.sampling.outputs import image_name
 
-FIT = ("--embed.steps", "2", "--tune.steps", "2", "--edit.steps", "2", "--rank", "2")
+FIT = ("--embed.steps", "2", "--tune.steps", "2", "--edit.steps", "2", "--rank", "2", "--convergence-every", "0")
 EDIT = ("--steps", 2, "--eta", "0.2:0.8:0.2", "--seed", "0:2", "--batch-size", 3)
 
 

@@ -57,6 +57,7 @@ def test_the_judge_is_right_on_held_out_renders() -> None:
         assert sum(right) / len(right) >= 0.98, attribute
 
 
+@pytest.mark.slow
 def test_plain_diffusers_samples_what_the_prompt_says() -> None:
     """Of 12 samples by StableDiffusionPipeline.from_pretrained, the judge finds each of pose, animal, colour and place in 11 at least."""
     pipe = StableDiffusionPipeline.from_pretrained(CRITTERS)
@@ -79,6 +80,7 @@ def unguided(*configs: EditConfig) -> list[Image.Image]:
     return [reconstruction, *(next(generate(base, [text], [0], config, canvas, None, [text])) for config in configs)]
 
 
+@pytest.mark.slow
 def test_from_inverted_noise_comes_the_photo() -> None:
     """Without guidance and at its own caption: near to the VAE's reconstruction, nearly equal where every step replays the photo's noise;
     random noise gives another picture."""
@@ -116,6 +118,7 @@ def test_the_base_follows_the_words_on_the_identity() -> None:
         assert loss([displaced(scene, name) for scene in scenes]) > right * 1.0005, name
 
 
+@pytest.mark.slow
 def test_the_response_to_a_factor_is_a_share_of_its_true_difference() -> None:
     """To the position most of it; to the sun, which this base does not follow, nothing."""
     response = gains(load_base("critters", resolve_runtime(MemoryConfig(device="cpu"))), HELD_OUT[:8], (900,))

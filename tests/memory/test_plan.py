@@ -108,6 +108,7 @@ def test_people_get_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Predicted, not measured" in out
 
 
+@pytest.mark.slow
 def test_a_folder_is_planned_like_a_name(planned: Planned, folder: Path) -> None:
     """By its configs alone; the exact plan agrees on what does not depend on the method."""
     found, exact = planned("--base", folder), planned("--base", folder, "--exact")

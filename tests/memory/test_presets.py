@@ -250,9 +250,13 @@ def with_lever(flags: Flags, lever: str) -> Flags:
     ("start", "last"),
     [
         ({"--mode": "lora", "--resolution": "768"}, "--quantize nf4"),
-        ({"--mode": "full", "--optimizer": "adam", "--embed.batch-size": "2", "--tune.batch-size": "2"}, "--edit.batch-size 1"),
+        pytest.param(
+            {"--mode": "full", "--optimizer": "adam", "--embed.batch-size": "2", "--tune.batch-size": "2"},
+            "--edit.batch-size 1",
+            marks=pytest.mark.slow,
+        ),
         ({"--mode": "full", "--dtype": "fp16"}, "--quantize nf4"),
-        ({"--mode": "embedding", "--embed.batch-size": "8"}, "--quantize nf4"),
+        pytest.param({"--mode": "embedding", "--embed.batch-size": "8"}, "--quantize nf4", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -627,6 +631,7 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 
 
 SHORT = ("--device", "cpu", "--embed.steps", "2", "--tune.steps", "2", "--edit.steps", "2", "--rank", "2", "--name", "one")
+SHORT += ("--convergence-every", "0")
 
 
 def test_a_fit_without_memory_on_the_command_line(

@@ -145,6 +145,7 @@ def test_a_rehearsal_is_found_again(klein: Path, empty: Path) -> None:
         predict(base, run, CARD)
 
 
+@pytest.mark.slow
 def test_an_edit_is_planned_by_the_rehearsal_of_its_fit(klein: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the fit was trained with; its levers are those of this machine."""
     base = architecture(str(klein))
@@ -193,6 +194,7 @@ def test_a_flow_with_clip_alone_has_the_levers_of_small_bases(tmp_path: Path) ->
     assert not PUBLISHED["sdxl"].has_large_encoder
 
 
+@pytest.mark.slow
 def test_an_unwritable_cache_is_none(klein: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rehearsal does not fail for it."""
     monkeypatch.setattr(rehearsed, "_folder", lambda: empty / "file" / "folder")

@@ -81,6 +81,7 @@ class Changes(AttentionControl):
         return True
 
 
+@pytest.mark.slow
 def test_the_maps_of_stable_diffusion_fit_their_prediction() -> None:
     """Of Prompt-to-Prompt on self-attention of 64x64 positions, where they are most of the peak: at least 95% of the sum, and below it."""
     plan = resolve({"base": "sd15", "tune": {"mode": "embedding"}, "memory": {"dtype": "fp16"}}, {}, recipe_of("sd15"))

@@ -240,7 +240,7 @@ def apart(folder: Path, photo_file: Path, tmp_path_factory: pytest.TempPathFacto
     return make
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["lora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("full", "embedding"))])
 def test_imagic_is_a_fit_and_its_edits(
     fitting: Fitting, folder: Path, photo_file: Path, apart: Callable[[Mode], Adapter], mode: Mode
 ) -> None:

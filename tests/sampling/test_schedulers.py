@@ -107,7 +107,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_the_image_is_that_of_diffusers(family: str, tiny: Callable[[str], Path]) -> None:
     """Within one level of a pixel, whatever the scheduler; and every option gives another image."""
     base, found = opened(tiny(family)), []

@@ -16,7 +16,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("torture")
 
 
-SLOW = {"interruptions", "places", "strangers", "texts"}
+SLOW = {"interruptions", "numbers", "places", "races", "strangers", "texts"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES])

@@ -90,7 +90,7 @@ def test_noise_is_added_in_the_same_units(folder: Path) -> None:
     assert plain.tokens.shape == (2, 16, 16)
 
 
-@pytest.mark.parametrize("kind", ["unet", "sd3"])
+@pytest.mark.parametrize("kind", [pytest.param("unet", marks=pytest.mark.slow), "sd3"])
 @each("embed", [{"tokens": "words"}, {"relative": True}, {"tokens": "words", "relative": True}])
 def test_the_difference_is_stored_and_read_exactly(
     places: Folders, photo_file: Path, tmp_path: Path, kind: str, embed: dict[str, Any]

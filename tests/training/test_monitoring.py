@@ -215,7 +215,7 @@ def test_a_stage_that_improves_goes_on(fits: Fits) -> None:
     assert len(fits.run(fits.config(early_stop="both", **settings))) == 7
 
 
-@pytest.mark.parametrize("early_stop", ["off", "both"])
+@pytest.mark.parametrize("early_stop", [pytest.param("off", marks=pytest.mark.slow), "both"])
 def test_a_fit_resumed_after_every_step_gives_the_same_bytes(fits: Fits, early_stop: EarlyStop) -> None:
     """Relative losses, the step where a stage ends, previews and the pictures of both; nothing is left beside the adapter."""
     config = fits.config(early_stop=early_stop, preview_every=1, **(NEVER_ENOUGH if early_stop == "both" else {"convergence_every": 1}))
@@ -439,7 +439,15 @@ def test_a_compressed_adapter_keeps_the_pictures(folder: Path, photo_file: Path,
     """Plot and previews are of the fit, which is the same."""
     from imagic_lora.adapters.compress import compress
 
-    adapter = result(fit(photo_file, PROMPT, tiny_config(folder, "full", monitoring={"preview_every": 4}), Store(tmp_path), "full"))
+    adapter = result(
+        fit(
+            photo_file,
+            PROMPT,
+            tiny_config(folder, "full", monitoring={"preview_every": 4, "convergence_every": 4}),
+            Store(tmp_path),
+            "full",
+        )
+    )
     assert adapter is not None
     small = compress(adapter, opened(folder), 2, Store(tmp_path), "small")
     for name in (CONVERGENCE, PREVIEWS):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import TUNED, opened, tiny_config
+from common import TUNED, loaded, tiny_config
 from torch.nn import Module, Parameter
 
 from imagic_lora.adapters.full import unfrozen
@@ -41,11 +41,10 @@ ROUNDED = {"memory": {"master_weights": "bf16-stochastic"}}
 NF4 = {"memory": {"quantize": "nf4"}}
 
 FAST: list[Case] = [
-    ("critters", "full", "24gb", {}),
-    ("small", "lora", "24gb", NF4 | FOUR | {"resolution": 24, "monitoring": {"preview_every": 5}}),
     ("small", "embedding", "12gb", {"resolution": 24}),
 ]
 SLOW: list[Case] = [
+    ("small", "lora", "24gb", NF4 | FOUR | {"resolution": 24, "monitoring": {"preview_every": 5}}),
     ("sd15", "lora", "24gb", NF4 | FOUR),
     ("sd21", "lora", "24gb", {"resolution": 384}),
     *(("sd15", "lora", preset, {}) for preset in ("24gb", "16gb", "12gb", "8gb", "cpu")),
@@ -53,7 +52,7 @@ SLOW: list[Case] = [
     *(("sd15", "full", preset, ROUNDED) for preset in ("24gb", "8gb")),
     ("sd15", "lora", "8gb", NF4),
     *(("sd21", mode, preset, {}) for mode in TUNED for preset in ("24gb", "8gb")),
-    *(("critters", mode, preset, {}) for mode in TUNED for preset in ("24gb", "8gb", "cpu") if (mode, preset) != ("full", "24gb")),
+    *(("critters", mode, preset, {}) for mode in TUNED for preset in ("24gb", "8gb", "cpu")),
     ("sdxl", "lora", "8gb", {}),
     ("sdxl", "lora", "8gb", {"tune": {"targets": "all"}}),
     *(("sdxl", mode, preset, {}) for mode in TUNED for preset in ("24gb", "12gb")),
@@ -177,7 +176,7 @@ def real_peaks(folder: Path, run: RunConfig) -> dict[str, int]:
     count = run.edit.batch_size
     noise = torch.Generator().manual_seed(0)
     with Tracker() as tracker:
-        base: Any = opened(folder, run.tune.mode, **run.memory.model_dump(exclude={"device"}))
+        base: Any = loaded(folder, run.tune.mode, **run.memory.model_dump(exclude={"device"}))
         tracker.adopt(value for part in (base.denoiser, *base._helpers.values()) for value in _tensors(part))
 
         def sampled() -> tuple[int, int]:
@@ -226,9 +225,9 @@ def _tensors(module: Module) -> list[torch.Tensor]:
 SPARING = {"gradient_checkpointing": True, "optimizer_in_backward": True, "idle": "release", "vae_slicing": True}
 REAL: list[Any] = [
     ("lora", {}),
-    ("full", {"optimizer": "adafactor"}),
+    pytest.param("full", {"optimizer": "adafactor"}, marks=pytest.mark.slow),
     pytest.param("full", SPARING | {"dtype": "bf16"}, marks=pytest.mark.slow),
-    ("embedding", {"gradient_checkpointing": True, "idle": "release"}),
+    pytest.param("embedding", {"gradient_checkpointing": True, "idle": "release"}, marks=pytest.mark.slow),
     pytest.param("full", {}, marks=pytest.mark.slow),
     pytest.param("lora", SPARING | {"dtype": "bf16"}, marks=pytest.mark.slow),
     *(
@@ -253,7 +252,8 @@ def test_the_exact_plan_is_what_a_run_takes(folder: Path, mode: Mode, memory: di
     assert {name: peak.total for name, peak in plan.stages.items()} == pytest.approx(real_peaks(folder, run), rel=0.01)
 
 
-@pytest.mark.parametrize("idle", [pytest.param("keep", marks=pytest.mark.slow), "release"])
+@pytest.mark.slow
+@pytest.mark.parametrize("idle", ["keep", "release"])
 def test_the_exact_plan_of_previews_is_what_they_take(folder: Path, idle: str) -> None:
     """While stage 2 trains, with the states of its optimizer; the predicted plan is near."""
     run = tiny_config(folder, "lora", memory={"idle": idle}, monitoring={"preview_every": 1})
@@ -277,6 +277,7 @@ def test_an_evaluation_of_the_relative_loss_needs_no_more_than_a_step(folder: Pa
         assert plans[0].stages == plans[1].stages
 
 
+@pytest.mark.slow
 def test_a_rehearsal_leaves_the_libraries_as_they_were(folder: Path) -> None:
     """What it stands in for is put back, after a refusal too, and real tensors are real again."""
 

@@ -188,14 +188,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, large: Path, photo_fil
 @pytest.mark.parametrize(
     ("kind", "steps"),
     [
-        *(("lora", steps) for steps in (1, EMBED, EMBED + 1, len(REPORTS))),  # inside a stage, at its end, in the next one, at the end
-        ("full", EMBED + 1),
-        ("lora in 8 bits", 1),
+        ("lora", EMBED + 1),  # in the second stage
         ("lora in 8 bits", EMBED + 1),
-        ("full in 8 bits", EMBED + 2),
-        ("stochastic", EMBED + 1),
+        ("full", EMBED + 1),
         ("embedding", 1),
-        ("embedding", EMBED),
+        *(
+            pytest.param(kind, steps, marks=pytest.mark.slow)
+            for kind, steps in (
+                *(("lora", steps) for steps in (1, EMBED, len(REPORTS))),  # inside a stage, at its end, at the end of both
+                ("lora in 8 bits", 1),
+                ("full in 8 bits", EMBED + 2),
+                ("stochastic", EMBED + 1),
+                ("embedding", EMBED),
+            )
+        ),
     ],
 )
 def test_resume_after_a_stop_gives_the_same_bytes(fitting: Fitting, undisturbed: Undisturbed, kind: Any, steps: int) -> None:
@@ -227,7 +233,9 @@ def test_states_of_8_bits_are_saved_as_they_are(fitting: Fitting, kind: Kind) ->
     assert not any("qmap" in name for name in found)
 
 
-@pytest.mark.parametrize(("kind", "close"), [(LORA, True), (KINDS["stochastic"], False)], ids=["closed", "stopped"])
+@pytest.mark.parametrize(
+    ("kind", "close"), [(LORA, True), pytest.param(KINDS["stochastic"], False, marks=pytest.mark.slow)], ids=["closed", "stopped"]
+)
 def test_a_resume_after_every_step_gives_the_same_bytes(fitting: Fitting, undisturbed: Undisturbed, kind: Kind, close: bool) -> None:
     """Stopped after every step in turn, or closed as a caller does who needs no more steps."""
     for report in REPORTS:

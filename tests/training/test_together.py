@@ -110,7 +110,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-SLOW = {"klein", "sdxl", "sd, checkpointing", "sd, token vectors and all layers", "sd, noise on the embedding"}
+SLOW = {"klein", "sd3", "sdxl", "sd, checkpointing", "sd, token vectors and all layers", "sd, noise on the embedding"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES])
@@ -191,7 +191,8 @@ def test_batched_layers_are_those_of_peft(base_of: Callable[..., Base]) -> None:
             assert apart(*gradients) < 1e-4
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.slow), "adam8bit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", "adam8bit"])
 def test_optimizer_states_are_those_of_a_fit_alone(optimizer: str, large_folder: Path, photos: list[Path], tmp_path: Path) -> None:
     """In checkpoints of both stages, and fits alone go on from those of a group."""
     base, items = opened(large_folder, optimizer=optimizer), items_of(photos)
@@ -283,7 +284,8 @@ def steps_of(reports: Sequence[PhotoReport], name: str) -> list[tuple[str, int]]
     return [(report.step.stage, report.step.step) for report in reports if report.name == name and report.step]
 
 
-@pytest.mark.parametrize("stage", ["embed", pytest.param("tune", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["embed", "tune"])
 def test_a_photo_that_fails_leaves_the_others_as_they_are(
     stage: str,
     base_of: Callable[..., Base],

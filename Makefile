@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## fit and edit one image with the embedded base: outputs/demo/sheet.png
 	$(BIN)/imagic-lora demo
 
-test: $(READY) ## run the tests: ten to fifteen minutes on two cores
+test: $(READY) ## run the tests, some eight minutes on two cores
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(READY) ## run the slow tests
@@ -35,9 +35,9 @@ $(AXE): $(READY)
 	npm install --silent --no-save --prefix $(VENV)/axe axe-core@4.14.1
 	@touch $@
 
-test-web: $(READY) ## run the tests of the studio in headless Chromium, some five minutes; they need chromium and npm
+test-web: $(READY) ## run the tests of the studio in headless Chromium, some three minutes; they need chromium and npm
 	if command -v npm >/dev/null; then $(MAKE) $(AXE); fi
-	$(BIN)/pytest -m web
+	$(BIN)/pytest -m web --numprocesses 2 --dist loadfile
 
 torture: $(READY) ## fault injection: kills, power cuts, full disks, flipped bits, hostile files; up to half an hour
 	PYTHONPATH=tests $(BIN)/python -m torture

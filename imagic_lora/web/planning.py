@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from ..core.settings.reading import validated
 from ..core.settings.resolve import resolve
 
 _SECONDS = 120
+_FRESH = 60.0  # seconds for which a plan is given again: to a page that is reloaded, and to other pages
 _slots = asyncio.Semaphore(2)
+_plans: dict[str, tuple[float, asyncio.Task[dict[str, Any]]]] = {}
 
 
 async def planned(settings: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the JSON of ``imagic-lora plan``.
+    """Returns the JSON of ``imagic-lora plan``, not older than a minute.
 
     Args:
         settings: the settings of the fit that are given, nested.
@@ -31,6 +34,20 @@ async def planned(settings: dict[str, Any], environment: Mapping[str, str]) -> d
     Raises:
         ImagicError: the error that the command prints.
     """
+    now, name = time.monotonic(), json.dumps([settings, dict(environment)], sort_keys=True)
+    for old in [one for one, (made, _) in _plans.items() if now - made > _FRESH]:
+        del _plans[old]
+    if name not in _plans:
+        _plans[name] = now, asyncio.create_task(_by_command(settings, environment))
+    try:
+        return await asyncio.shield(_plans[name][1])  # a page that is closed does not end it for others
+    except Exception:  # an error is not kept, whatever it is
+        _plans.pop(name, None)
+        raise
+
+
+async def _by_command(settings: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Runs ``imagic-lora plan``."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "settings.yaml"
         file.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML

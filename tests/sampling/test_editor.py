@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from bench_swaps import measured, random_adapter
-from common import KINDS, MODES, PROMPT, TUNED, array, by_diffusers, each, opened, output, same, tiny_config, weights
+from common import KINDS, MODES, PROMPT, TUNED, array, by_diffusers, each, loaded, opened, output, same, tiny_config, weights
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tiny import save_tiny
 from torch import Tensor
@@ -570,7 +570,7 @@ def counted(base: Base) -> tuple[int, int]:
 
 def test_swaps_are_fast_and_memory_does_not_grow() -> None:
     """On the embedded base: 100 swaps of its two examples take at most 20 ms in the median, and leave no tensor, module or megabyte."""
-    store, editor = Store(EXAMPLES), Editor(opened(Path("critters")))
+    store, editor = Store(EXAMPLES), Editor(loaded("critters"))
     adapters, before = [store.read(name) for name in ("rex-jumps", "mia-wears-a-hat")], weights(editor.base.denoiser)
     for adapter in adapters:
         editor.load(adapter)

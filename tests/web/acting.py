@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from playwright.sync_api import TimeoutError
 
 
 def opened(page: Any, tab: str) -> Any:
@@ -30,8 +33,14 @@ def drawn(page: Any, drawing: Any, points: list[tuple[float, float]]) -> None:
 
 
 def chosen(page: Any, panel: Any, field: str, option: str) -> None:
-    panel.locator(f'[id="{field}"]').click()
-    page.get_by_role("option", name=option).click()
+    """Chooses an option of a field; opens its menu again if a change of the page has closed it meanwhile, as on a slow machine."""
+    entry = page.get_by_role("option", name=option)
+    for _ in range(3):
+        panel.locator(f'[id="{field}"]').click()
+        with suppress(TimeoutError):
+            entry.click(timeout=5000)
+            return
+    entry.click()
 
 
 def unfolded(panel: Any, title: str, field: str) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from conftest import Server, watched
 
 from imagic_lora.core.machine import Card
 from imagic_lora.web import places as module
+from imagic_lora.web import planning
 from imagic_lora.web.jobs import ENDED, Job, Queue
 from imagic_lora.web.places import ANYWHERE, Place, places
 from imagic_lora.web.planning import planned
@@ -203,16 +205,34 @@ def test_cards_of_one_model_have_one_plan(queue: Queue, monkeypatch: pytest.Monk
     """In the order of the cards, each with what shows it that card alone."""
     cards = [Place("c", "card 0", "B", {"CUDA_VISIBLE_DEVICES": "c"}), *TWO]
     assert Supervisor(queue, cards, STUB).models == {"B": cards[0], "A": cards[1]}
+
+
+def test_a_plan_is_made_for_its_card_and_kept_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure is not kept."""
     seen: list[str] = []
 
     async def started(*_: Any, env: dict[str, str], **__: Any) -> Any:
         seen.append(env["CUDA_VISIBLE_DEVICES"])
-        raise FileNotFoundError
+        if len(seen) == 1:
+            raise FileNotFoundError
 
+        async def communicate() -> tuple[bytes, bytes]:
+            return b'{"preset": "cpu"}', b""
+
+        return SimpleNamespace(communicate=communicate)
+
+    async def asked() -> None:
+        with pytest.raises(FileNotFoundError):
+            await planned({}, {"CUDA_VISIBLE_DEVICES": "c"})
+        for card in "cdc":
+            assert await planned({}, {"CUDA_VISIBLE_DEVICES": card}) == {"preset": "cpu"}
+        monkeypatch.setattr(planning, "_FRESH", -1)
+        await planned({}, {"CUDA_VISIBLE_DEVICES": "c"})
+
+    monkeypatch.setattr(planning, "_plans", {})
     monkeypatch.setattr(asyncio, "create_subprocess_exec", started)
-    with pytest.raises(FileNotFoundError):
-        asyncio.run(planned({}, cards[0].environment))
-    assert seen == ["c"]
+    asyncio.run(asked())
+    assert seen == ["c", "c", "d", "c"]
 
 
 @pytest.mark.web

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import subprocess
-import sys
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -139,15 +138,15 @@ def test_a_photo_and_its_plan_and_errors_beside_their_fields(page: Any):
 def test_a_fit_goes_on_while_the_page_is_reloaded(page: Any, server: Server):
     panel = opened(page, "Fit")
     setting(panel, "name", "newest")
-    for path, value in (("embed.steps", "20"), ("tune.steps", "10"), ("edit.steps", "4"), ("monitoring.convergence_every", "10")):
+    for path, value in (("embed.steps", "10"), ("tune.steps", "4"), ("edit.steps", "4"), ("monitoring.convergence_every", "10")):
         setting(panel, path, value)
-    setting(panel, "monitoring.preview_every", "10")
+    setting(panel, "monitoring.preview_every", "4")
     panel.get_by_role("button", name="Start").click()
     panel.get_by_text("Stage embed, step").wait_for(timeout=SLOW)
     page.reload()
     panel = page.locator(".content").filter(visible=True)
     panel.get_by_text("fit newest: done").wait_for(timeout=SLOW)
-    panel.get_by_role("button", name="Open Preview after step 10").wait_for()
+    panel.get_by_role("button", name="Open Preview after step 4").wait_for()
     assert page.title() == "imagic-lora"
     assert (server.store / "newest" / "adapter.json").is_file()
 
@@ -243,9 +242,13 @@ def test_a_mask_is_painted_or_a_file_and_what_it_leaves_stays(page: Any, server:
 
 def test_an_adapter_of_a_new_word_has_no_eta(page: Any, server: Server):
     """The controls of eta and --keep go, and the edit is generated without them."""
-    fit = ("fit", str(PHOTO), "a photo of <my-dog>", "--method", "textual-inversion", "--initial-word", "dog", "--base", "critters")
-    short = ("--embed.steps", "2", "--edit.steps", "2", "--device", "cpu", "--store", str(server.store), "--name", "word")
-    subprocess.run([sys.executable, "-m", "imagic_lora", *fit, *short], check=True, capture_output=True, timeout=240)
+    queue = Queue(server.store)
+    shutil.copyfile(PHOTO, queue.root / "uploads" / "word.png")
+    settings: dict[str, Any] = {"base": "critters", "method": "textual-inversion", "inversion": {"initial_word": "dog"}}
+    settings |= {"embed": {"steps": 2}, "edit": {"steps": 2}, "memory": {"device": "cpu"}}
+    queue.submit("fit", {"image": "uploads/word.png", "prompt": "a photo of <my-dog>", "name": "word", "settings": settings})
+    job = finished(page, server, "fit", count(server, "fit") - 1)
+    assert job.state == "done", job
     panel = opened(page, "Edit")
     panel.get_by_role("button", name="rex-jumps").click()
     panel.get_by_label("Eta", exact=True).first.wait_for()

@@ -84,7 +84,8 @@ def opened(folder: Path, mode: Mode = "lora", **memory) -> Base:
     """
     files = sorted(path for path in (folder.rglob("*") if folder.is_dir() else (folder,)) if path.is_file())
     state = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    assert state, f"{folder} holds no files"
+    if not state:  # a name, or nothing
+        return loaded(folder, mode, **memory)
     base = _kept(folder, state, mode, tuple(memory.items()))
     return deepcopy(base, {id(tokenizer): tokenizer for tokenizer in getattr(base, "_tokenizers", {}).values()})
 

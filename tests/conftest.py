@@ -27,6 +27,7 @@ from imagic_lora.core.device_config import MemoryConfig
 from imagic_lora.core.runtime import resolve_runtime
 from imagic_lora.training.fit import fit, result
 
+torch.backends.mkldnn.enabled = False  # oneDNN prepares every convolution, which takes longer than those of tiny bases
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker and its child processes
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -181,7 +181,7 @@ def test_an_adapter_without_weights_is_its_embeddings_and_a_page(fitted: Fitted,
 # Names
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd21", "sdxl"))])
 def test_original_names_are_those_of_a_checkpoint(name: str) -> None:
     """diffusers' conversion of a single file makes of each name the one it came from; a preset of fewer layers has the same names."""
     layers = modules(name, "all")
@@ -261,6 +261,7 @@ def test_a_layer_without_such_a_name_is_refused(layer: str) -> None:
 # What its readers make of it
 
 
+@pytest.mark.slow
 @each("name, left_out", [("sd15", 4), ("sd21", 4), ("sdxl", 6)])
 @each("preset", list(LORA_TARGETS))
 def test_layers_that_sd_scripts_leave_out_are_said(fitted: Fitted, tmp_path: Path, name: str, left_out: int, preset: Any) -> None:
@@ -360,6 +361,7 @@ def test_embeddings_and_a_page_are_exported_too(fitted: Fitted, tmp_path: Path, 
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in (weights, embeddings, page))
 
 
+@pytest.mark.slow
 def test_the_page_lists_sdxl_s_embeddings(xl: tuple[Path, dict[Mode, Adapter]], tmp_path: Path) -> None:
     """The pooled ones and the size ids are there, and said to be."""
     _, embeddings, page = export(xl[1]["lora"], "kohya", tmp_path)

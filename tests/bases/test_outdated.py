@@ -168,6 +168,7 @@ def test_the_mask_of_the_padding_is_used_where_the_pipeline_uses_it(
     assert same == (family == "sdxl" or not value)
 
 
+@pytest.mark.slow
 @each("dropped", ["scaling_factor", "act_fn", "norm_num_groups", "force_upcast"])
 @each("family", ["sd", "sdxl"])
 def test_a_vae_without_a_setting_has_the_default_of_diffusers(bases: dict[str, Path], tmp_path: Path, family: str, dropped: str) -> None:

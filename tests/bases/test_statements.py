@@ -310,6 +310,7 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, d
 Loaded = Callable[[Path, dict[str, Tensor]], Any]
 
 
+@pytest.mark.slow
 def test_harmless_tensors_change_nothing(tmp_path: Path, loaded: Loaded) -> None:
     """Projections, position ids, losses and moving averages, as programs leave them in a file, and NovelAI's names: the same base."""
     for kind, save in {"sd": save_tiny, "sdxl": save_tiny_sdxl}.items():

@@ -354,6 +354,7 @@ def test_tedbench_is_run_and_scored(run: Run, folder: Path, tmp_path: Path, mode
     assert json.loads(out)["rows"]["sdedit"] == row
 
 
+@pytest.mark.slow
 def test_pie_is_run_with_its_masks_and_as_published(run: Run, folder: Path, pie: Path, tmp_path: Path) -> None:
     """A method that needs a mask gets that of the case, and the summary says so; --as-published scores the same edits otherwise."""
     masked = ["--methods", "blended-latent", "--set", "steps=2"]

@@ -84,6 +84,7 @@ def test_an_image_is_made_again(run: Run, store: Path, tmp_path: Path) -> None:
     assert (code, "is the folder of the image itself" in err) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*shows no change")
 def test_an_image_that_was_pasted_is_made_again(run: Run, store: Path, tmp_path: Path) -> None:
     """With the image at eta 0 that it was compared with, from another batch or its own; with its mask, and with no other."""

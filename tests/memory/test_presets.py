@@ -255,7 +255,7 @@ def with_lever(flags: Flags, lever: str) -> Flags:
             "--edit.batch-size 1",
             marks=pytest.mark.slow,
         ),
-        ({"--mode": "full", "--dtype": "fp16"}, "--quantize nf4"),
+        pytest.param({"--mode": "full", "--dtype": "fp16"}, "--quantize nf4", marks=pytest.mark.slow),
         pytest.param({"--mode": "embedding", "--embed.batch-size": "8"}, "--quantize nf4", marks=pytest.mark.slow),
     ],
     ids=str,
@@ -501,7 +501,7 @@ MORE = {"gradient_checkpointing": True, "optimizer_in_backward": True, "idle": "
 
 @pytest.mark.parametrize(
     ("mode", "error", "at", "levers"),
-    [("lora", CUDA, 0, {}), ("full", HOST, 2, MORE), ("lora", MemoryError(), 3, MORE)],
+    [("lora", CUDA, 0, {}), ("full", HOST, 2, MORE), pytest.param("lora", MemoryError(), 3, MORE, marks=pytest.mark.slow)],
     ids=["card", "host, more levers", "python, more levers"],
 )
 def test_the_embedding_outlasts_a_lack_of_memory(

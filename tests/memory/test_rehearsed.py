@@ -118,6 +118,7 @@ def test_a_card_without_bf16_gets_no_stochastic_weights(choose: Any) -> None:
     assert {one.memory.master_weights for one in seen} == {"fp32"}
 
 
+@pytest.mark.slow
 def test_a_rehearsal_is_found_again(klein: Path, empty: Path) -> None:
     """By a run of the same sizes with other rates; not by one with other sizes or levers; a damaged file is no rehearsal."""
     base = architecture(str(klein))

@@ -194,6 +194,7 @@ def test_without_a_change_of_attention_the_target_is_plain_sampling(named: Any, 
         torch.testing.assert_close(made[0][:1], made[1][:1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @each("inversion", ["ddim-inversion", "negative-prompt", "null-text", "renoise", "edit-friendly"])
 def test_every_inversion_can_be_edited(named: Any, request_: EditRequest, inversion: Any) -> None:
     """The source is the reconstruction by that inversion; without a change of attention the target is its edit."""

@@ -250,6 +250,7 @@ def test_the_base_is_as_it_was(folder: Path, fitted: Fitted, mode: Mode) -> None
     check_unaltered(base)
 
 
+@pytest.mark.slow
 @each("first, second", [("lora", "full"), ("full", "lora"), ("embedding", "lora")])
 def test_in_the_block_the_adapter_stays(folder: Path, fitted: Fitted, first: Mode, second: Mode) -> None:
     """Another adapter, the base without it, and closing are refused by name; then all go on as if nothing had been asked."""

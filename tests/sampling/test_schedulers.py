@@ -121,6 +121,7 @@ def test_the_image_is_that_of_diffusers(family: str, tiny: Callable[[str], Path]
     assert len(set(found)) == len(found)
 
 
+@pytest.mark.slow
 @each("name", list(BY_DIFFUSERS))
 def test_from_the_photo_too(name: Scheduler, tiny: Callable[[str], Path]) -> None:
     """As diffusers' pipeline for the mode of the photo's encoding; the steps of the strength alone."""

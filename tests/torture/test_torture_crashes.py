@@ -16,7 +16,7 @@ Torture = Callable[[int, int, Path], Iterator[str]]
 @pytest.mark.parametrize(
     ("torture", "cases"),
     [
-        (kills.torture, 2),
+        (kills.torture, 1),
         pytest.param(batches.torture, 2, marks=pytest.mark.slow),
         (power.torture, 120),
         pytest.param(disk.torture, 7, marks=pytest.mark.slow),

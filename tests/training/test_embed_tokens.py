@@ -137,6 +137,7 @@ def test_an_export_has_the_whole_embedding(places: Folders, photo_file: Path, tm
     assert np.abs(array(edited) - array(plain)).max() <= 1
 
 
+@pytest.mark.slow
 @each(
     "change",
     [

@@ -79,8 +79,8 @@ def on_cpu(**memory) -> Runtime:
     [
         ("full", {"optimizer": "adam"}),
         ("lora", {"optimizer": "adam8bit"}),
-        ("full", {"gradient_checkpointing": True, "dtype": "bf16"}),
-        ("full", {"optimizer": "adafactor"}),
+        pytest.param("full", {"gradient_checkpointing": True, "dtype": "bf16"}, marks=pytest.mark.slow),
+        pytest.param("full", {"optimizer": "adafactor"}, marks=pytest.mark.slow),
     ],
     ids=["full", "lora-8bit", "full-checkpointing-autocast", "full-adafactor"],
 )
@@ -405,8 +405,8 @@ def test_each_weight_and_step_rounds_by_noise_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("mode", "memory"),
     [
-        ("full", STOCHASTIC | {"optimizer": "adam"}),
-        ("full", STOCHASTIC | INSIDE | {"optimizer": "adam8bit"}),
+        pytest.param("full", STOCHASTIC | {"optimizer": "adam"}, marks=pytest.mark.slow),
+        pytest.param("full", STOCHASTIC | INSIDE | {"optimizer": "adam8bit"}, marks=pytest.mark.slow),
         ("lora", INSIDE | {"optimizer": "adam8bit"}),
         ("full", STOCHASTIC | INSIDE | {"optimizer": "adafactor"}),
     ],

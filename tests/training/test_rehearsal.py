@@ -120,13 +120,14 @@ def test_the_analytic_plan_is_near_the_exact_one(case: Case, wide: Path) -> None
     assert_near(str(wide) if base == "small" else base, *others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "mode", "changes", "photos"),
     [
-        pytest.param("critters", "lora", {}, 8, marks=pytest.mark.slow),
+        ("critters", "lora", {}, 8),
         ("small", "embedding", {"resolution": 24, "embed": {"batch_size": 2}}, 3),
-        pytest.param("sd15", "lora", {"memory": {"gradient_checkpointing": True}}, 4, marks=pytest.mark.slow),
-        pytest.param("sd15", "lora", {"tune": {"targets": "attention+conv"}, "resolution": 256}, 4, marks=pytest.mark.slow),
+        ("sd15", "lora", {"memory": {"gradient_checkpointing": True}}, 4),
+        ("sd15", "lora", {"tune": {"targets": "attention+conv"}, "resolution": 256}, 4),
     ],
     ids=str,
 )

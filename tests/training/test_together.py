@@ -245,7 +245,8 @@ def stopped_at(steps: Any, stage: str, step: int, photos: int = 1) -> None:
     raise AssertionError(f"no step {step} of stage {stage}")
 
 
-@pytest.mark.parametrize(("stage", "step"), [("embed", 2), pytest.param("tune", 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "step"), [("embed", 2), ("tune", 2)])
 def test_a_stopped_group_goes_on(
     stage: str, step: int, base_of: Callable[..., Base], folders_of: Callable[[str], Path], photos: list[Path], tmp_path: Path
 ) -> None:

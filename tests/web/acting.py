@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ def drawn(page: Any, drawing: Any, points: list[tuple[float, float]]) -> None:
 
 
 def chosen(page: Any, panel: Any, field: str, option: str) -> None:
-    """Chooses an option of a field; opens its menu again if a change of the page has closed it meanwhile, as on a slow machine."""
-    entry = page.get_by_role("option", name=option)
+    """Chooses the option of a field that begins so; opens its menu again if a change of the page has closed it meanwhile."""
+    entry = page.get_by_role("option", name=re.compile(f"^{re.escape(option)}"))
     for _ in range(3):
         panel.locator(f'[id="{field}"]').click()
         with suppress(TimeoutError):

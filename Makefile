@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## fit and edit one image with the embedded base: outputs/demo/sheet.png
 	$(BIN)/imagic-lora demo
 
-test: $(READY) ## run the tests, some eight minutes on two cores
+test: $(READY) ## run the tests: eight to ten minutes on two cores
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(READY) ## run the slow tests
@@ -35,7 +35,7 @@ $(AXE): $(READY)
 	npm install --silent --no-save --prefix $(VENV)/axe axe-core@4.14.1
 	@touch $@
 
-test-web: $(READY) ## run the tests of the studio in headless Chromium, some three minutes; they need chromium and npm
+test-web: $(READY) ## run the tests of the studio in headless Chromium, three to four minutes; they need chromium and npm
 	if command -v npm >/dev/null; then $(MAKE) $(AXE); fi
 	$(BIN)/pytest -m web --numprocesses 2 --dist loadfile
 

@@ -72,6 +72,19 @@ def each(names: str, cases: Iterable[Any] | Mapping[str, Any]) -> Callable[[Call
     return decorate
 
 
+def slow_but(fast: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """The cases of pytest.mark.parametrize, of which ``make test`` runs some and ``make test-slow`` the others.
+
+    Args:
+        fast: the cases that ``make test`` runs.
+        cases: all cases; a tuple is the values of several arguments.
+    """
+    fast, cases = list(fast), list(cases)
+    assert all(case in cases for case in fast), "a fast case is none"
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*one, marks=() if case in fast else pytest.mark.slow) for case, one in zip(cases, values, strict=True)]
+
+
 def loaded(folder: Path | str, mode: Mode = "lora", **memory) -> Base:
     """A newly loaded base on the CPU, for a fit in that mode. Its weights are mapped from its files, as those of a command are."""
     return load_base(str(folder), resolve_runtime(MemoryConfig(device="cpu", **memory)), master_weights=mode == "full")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import MODES, each, opened, output, same, weights
+from common import MODES, PROMPT, each, opened, output, same, tiny_config, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -31,6 +31,7 @@ from imagic_lora.core.errors import ImagicError
 from imagic_lora.photos.canvas import to_canvas, to_image
 from imagic_lora.photos.png import png
 from imagic_lora.photos.reading import read_photo
+from imagic_lora.training.fit import fit, result
 
 Tensors = dict[str, Tensor]
 Change = Callable[[Tensors], Any]
@@ -147,15 +148,18 @@ def test_size_counts_weights_and_embeddings(fitted: Callable[..., Adapter], mode
 
 
 @each("mode", MODES)
-def test_an_adapter_holds_no_pickle(fitted: Callable[..., Adapter], mode: Mode) -> None:
+def test_an_adapter_holds_no_pickle(folder: Path, photo_file: Path, tmp_path: Path, mode: Mode) -> None:
     """Only formats that cannot run code, and every one as the design lists it."""
-    files = {path.relative_to(fitted(mode).folder).as_posix() for path in fitted(mode).folder.rglob("*") if path.is_file()}
+    config = tiny_config(folder, mode, monitoring={"convergence_every": 50})
+    adapter = result(fit(photo_file, PROMPT, config, Store(tmp_path), "one"))
+    assert adapter is not None
+    files = {path.relative_to(adapter.folder).as_posix() for path in adapter.folder.rglob("*") if path.is_file()}
     own: dict[Mode, set[str]] = {
         "lora": {"pytorch_lora_weights.safetensors"},
         "full": {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"},
         "embedding": set(),
     }
-    shown = {"README.md", "photo.png", "preview.png", "source.png", "steps.jsonl"}
+    shown = {"README.md", "convergence.png", "photo.png", "preview.png", "source.png", "steps.jsonl"}
     common = {"adapter.json", "embeddings.safetensors"} | shown
     assert files == common | own[mode]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import PROMPT, TUNED, each, opened, output, tiny_config
+from common import PROMPT, TUNED, each, opened, output, slow_but, tiny_config
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers, _maybe_map_sgm_blocks_to_diffusers
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
@@ -181,7 +181,7 @@ def test_an_adapter_without_weights_is_its_embeddings_and_a_page(fitted: Fitted,
 # Names
 
 
-@pytest.mark.parametrize("name", ["sd15", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd21", "sdxl"))])
+@pytest.mark.parametrize("name", slow_but(["sd15"], ["sd15", "sd21", "sdxl"]))
 def test_original_names_are_those_of_a_checkpoint(name: str) -> None:
     """diffusers' conversion of a single file makes of each name the one it came from; a preset of fewer layers has the same names."""
     layers = modules(name, "all")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import TUNED, opened, output, same, weights
+from common import TUNED, opened, output, same, slow_but, weights
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -220,7 +220,7 @@ def in_diffusers(folder: Path, path: Path, dtype: str) -> Tensor:
 
 @pytest.mark.parametrize(
     ("targets", "dtype"),
-    [("attention+conv", "bf16"), *(pytest.param(targets, "fp32", marks=pytest.mark.slow) for targets in ("attention", "all"))],
+    slow_but([("attention+conv", "bf16")], [("attention", "fp32"), ("attention+conv", "bf16"), ("all", "fp32")]),
 )
 def test_swapped_layers_are_those_of_plain_diffusers(folder: Path, tmp_path: Path, targets: str, dtype: str) -> None:
     """Whatever rank and alpha they take the place of, and when they come back; the base is bit-equal in the end."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from common import PROMPT, array, by_diffusers, opened, tiny_config
+from common import PROMPT, array, by_diffusers, opened, slow_but, tiny_config
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from original import write_single
 from tiny import save_tiny, save_tiny_sdxl
@@ -92,17 +92,10 @@ def fit_on(place: Place, photo_file: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize(
     ("family", "mode"),
-    [
-        ("sd1", "lora"),
-        ("sd2", "full"),
-        ("sdxl", "lora"),
-        ("lcm", "lora"),
-        ("sd1-single", "lora"),
-        *(
-            pytest.param(family, mode, marks=pytest.mark.slow)
-            for family, mode in (("sd2", "lora"), ("sdxl-single", "lora"), ("sdxl", "full"), ("sdxl", "embedding"))
-        ),
-    ],
+    slow_but(
+        [*((family, "lora") for family in ("sd1", "sdxl", "lcm", "sd1-single")), ("sd2", "full")],
+        [*((family, "lora") for family in BASES), ("sd2", "full"), ("sdxl", "full"), ("sdxl", "embedding")],
+    ),
 )
 def test_plain_diffusers_makes_the_same_picture(place: Place, fit_on: Fit, family: str, mode: Mode) -> None:
     """To 1 of 255, from the adapter's files alone."""

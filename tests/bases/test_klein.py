@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import MODES, PROMPT, array, by_diffusers, by_pipeline, each, opened, same, tiny_config, weights
+from common import MODES, PROMPT, array, by_diffusers, by_pipeline, each, opened, same, slow_but, tiny_config, weights
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers import Flux2KleinPipeline as Pipeline
 from PIL import Image
@@ -282,7 +282,7 @@ def test_the_published_sizes_are_the_published_ones() -> None:
 # Fit and edit
 
 
-@pytest.mark.parametrize("mode", ["lora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("full", "embedding"))])
+@pytest.mark.parametrize("mode", slow_but(["lora"], MODES))
 def test_an_adapter_edits_from_every_start(klein: Path, fit_on: Fit, mode: Mode) -> None:
     """Pictures of the photo's size that depend on eta; the base is afterwards what it was."""
     adapter, base = fit_on(mode), opened(klein)

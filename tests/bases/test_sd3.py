@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import MODES, PROMPT, array, by_diffusers, by_pipeline, each, opened, same, tiny_config, weights
+from common import MODES, PROMPT, array, by_diffusers, by_pipeline, each, opened, same, slow_but, tiny_config, weights
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Img2ImgPipeline
 from diffusers import StableDiffusion3Pipeline as Pipeline
 from PIL import Image
@@ -284,7 +284,7 @@ def test_an_inverted_photo_comes_back(sd3: Path) -> None:
     assert lost(64, 0.0) < lost(8, 0.0) < (clean - sampled(base, EditConfig(steps=8, guidance_scale=1.0), [3])).abs().max()
 
 
-@pytest.mark.parametrize("mode", ["lora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("full", "embedding"))])
+@pytest.mark.parametrize("mode", slow_but(["lora"], MODES))
 def test_an_adapter_edits_from_every_start(sd3: Path, fit_on: Fit, mode: Mode) -> None:
     """Pictures of the photo's size that depend on eta; the base is afterwards what it was; losses fall."""
     adapter, base = fit_on(mode), opened(sd3)

@@ -19,7 +19,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from common import MODES, Run, array, each
+from common import MODES, Run, array, each, slow_but
 from cyclopts import CycloptsError
 from files import forbid
 from PIL import Image
@@ -871,7 +871,7 @@ def test_the_bases_are_listed(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert run("bases")[0] == 2
 
 
-@pytest.mark.parametrize("mode", ["full", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("lora", "embedding"))])
+@pytest.mark.parametrize("mode", slow_but(["full"], MODES))
 def test_a_fit_says_how_large_its_adapter_will_be(run: Run, photo: Path, mode: Mode) -> None:
     """Within a tenth of what it comes to, before the first step is shown."""
     steps = ("--embed.steps", 1, "--edit.steps", 1, *(() if mode == "embedding" else ("--tune.steps", 1)))

@@ -74,7 +74,7 @@ def throws(error: BaseException) -> Callable[[], None]:
     return end
 
 
-@each("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ImagicError("a NaN", "none", "-")])
+@each("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(), ImagicError("a NaN", "none", "-")])
 def test_a_method_that_fails_is_left_out_with_the_reason(
     run: Run, folder: Path, photo_file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

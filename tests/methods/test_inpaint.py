@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import array, loaded, opened, same, tiny_config, weights
+from common import array, loaded, opened, same, slow_but, tiny_config, weights
 from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
 from original import write_single
 from PIL import Image
@@ -79,7 +79,7 @@ def by_diffusers(folder: Path, base: Base, request: EditRequest, strength: float
     ).images
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", slow_but(["epsilon", "v_prediction"], KINDS))
 def test_inpainting_is_that_of_diffusers(inpainting: dict[str, Path], request_: EditRequest, kind: str) -> None:
     """From noise alone and from the noised photo; the mask and the masked photo both change the result."""
     base = opened(inpainting[kind])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import MODES, PROMPT, TUNED, array, opened, same, tiny_config, weights
+from common import MODES, PROMPT, TUNED, array, opened, same, slow_but, tiny_config, weights
 from diffusers import AutoencoderKL
 from PIL import Image
 from tiny import save_tiny
@@ -240,7 +240,7 @@ def apart(folder: Path, photo_file: Path, tmp_path_factory: pytest.TempPathFacto
     return make
 
 
-@pytest.mark.parametrize("mode", ["lora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("full", "embedding"))])
+@pytest.mark.parametrize("mode", slow_but(["lora"], MODES))
 def test_imagic_is_a_fit_and_its_edits(
     fitting: Fitting, folder: Path, photo_file: Path, apart: Callable[[Mode], Adapter], mode: Mode
 ) -> None:

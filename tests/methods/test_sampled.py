@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import array, each, opened, same, weights
+from common import array, each, opened, same, slow_but, weights
 from diffusers import DDIMScheduler
 from PIL import Image
 from pydantic import ValidationError
@@ -144,7 +144,7 @@ def state(base: Base) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "ablations" else name for name in METHODS])
+@pytest.mark.parametrize("name", slow_but([name for name in METHODS if name != "ablations"], METHODS))
 def test_every_method_says_its_passes_and_leaves_the_base_alone(base: Base, wanted: EditRequest, name: str) -> None:
     """The passes are those of the meter, or a bound of them; pictures have the photo's size; a second edit is the same bit for bit."""
     method, before, held = METHODS[name], weights(base.denoiser), state(base)
@@ -191,7 +191,7 @@ def test_every_method_leaves_the_base_alone_after_an_exception(
     assert state(base) == held
 
 
-@pytest.mark.parametrize("kind", ["v_prediction", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sdxl", "critters"))])
+@pytest.mark.parametrize("kind", slow_but(["v_prediction"], ["sdxl", "v_prediction", "critters"]))
 def test_every_method_runs_on_every_kind_of_base(kind: str, folders: dict[str, Path], wanted: EditRequest, tmp_path: Path) -> None:
     """SDXL with its pooled embedding, another prediction type, and eight latent channels; the target prompt has a say in each."""
     if kind == "critters":

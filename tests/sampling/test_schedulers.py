@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from common import array, each, opened
+from common import array, each, opened, slow_but
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -107,7 +107,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", slow_but(["sd"], FAMILIES))
 def test_the_image_is_that_of_diffusers(family: str, tiny: Callable[[str], Path]) -> None:
     """Within one level of a pixel, whatever the scheduler; and every option gives another image."""
     base, found = opened(tiny(family)), []

@@ -17,11 +17,12 @@ Torture = Callable[[int, int, Path], Iterator[str]]
     ("torture", "cases"),
     [
         (kills.torture, 1),
+        pytest.param(kills.torture, 4, marks=pytest.mark.slow),
         pytest.param(batches.torture, 2, marks=pytest.mark.slow),
         (power.torture, 120),
         pytest.param(disk.torture, 7, marks=pytest.mark.slow),
     ],
-    ids=["kills", "batches", "power", "disk"],
+    ids=["kill", "kills", "batches", "power", "disk"],
 )
 def test_nothing_is_lost(torture: Torture, cases: int, tmp_path: Path) -> None:
     """Either the previous or the new version is complete."""

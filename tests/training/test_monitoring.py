@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import PROMPT, TUNED, SimulatedProcess, each, opened, tiny_config
+from common import KINDS, PROMPT, TUNED, SimulatedProcess, each, opened, slow_but, tiny_config
 from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor
@@ -104,7 +104,7 @@ def by_diffusers(base: Base, latents: Tensor, tokens: Tensor, seed: int) -> Tens
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", slow_but(["epsilon"], KINDS))
 def test_the_relative_loss_is_the_ratio_to_the_frozen_base(folders: dict[str, Path], photo_file: Path, tmp_path: Path, kind: str) -> None:
     """After the last step of each stage, against diffusers in fp64 on the stored adapter; the batch size makes no difference."""
     base = opened(folders[kind])

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import PROMPT, SimulatedProcess, each, opened, output, tiny_config
+from common import PROMPT, SimulatedProcess, each, opened, output, slow_but, tiny_config
 from files import rival
 from PIL import Image
 from safetensors.torch import load_file
@@ -187,22 +187,19 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, large: Path, photo_fil
 
 @pytest.mark.parametrize(
     ("kind", "steps"),
-    [
-        ("lora", EMBED + 1),  # in the second stage
-        ("lora in 8 bits", EMBED + 1),
-        ("full", EMBED + 1),
-        ("embedding", 1),
-        *(
-            pytest.param(kind, steps, marks=pytest.mark.slow)
-            for kind, steps in (
-                *(("lora", steps) for steps in (1, EMBED, len(REPORTS))),  # inside a stage, at its end, at the end of both
-                ("lora in 8 bits", 1),
-                ("full in 8 bits", EMBED + 2),
-                ("stochastic", EMBED + 1),
-                ("embedding", EMBED),
-            )
-        ),
-    ],
+    slow_but(
+        [("lora", EMBED + 1), ("lora in 8 bits", EMBED + 1), ("full", EMBED + 1), ("embedding", 1)],
+        [
+            *(("lora", steps) for steps in (1, EMBED, EMBED + 1, len(REPORTS))),  # inside a stage, at its end, in the next one, at the end
+            ("full", EMBED + 1),
+            ("lora in 8 bits", 1),
+            ("lora in 8 bits", EMBED + 1),
+            ("full in 8 bits", EMBED + 2),
+            ("stochastic", EMBED + 1),
+            ("embedding", 1),
+            ("embedding", EMBED),
+        ],
+    ),
 )
 def test_resume_after_a_stop_gives_the_same_bytes(fitting: Fitting, undisturbed: Undisturbed, kind: Any, steps: int) -> None:
     """Every file of the adapter is equal; the message says what is saved, no step is repeated, and nothing else is left."""

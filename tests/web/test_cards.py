@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,7 +202,7 @@ def test_a_server_that_starts_again_finds_every_worker(queue: Queue, supervisor:
     assert not workers(queue)
 
 
-def test_cards_of_one_model_have_one_plan(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cards_of_one_model_have_one_plan(queue: Queue) -> None:
     """In the order of the cards, each with what shows it that card alone."""
     cards = [Place("c", "card 0", "B", {"CUDA_VISIBLE_DEVICES": "c"}), *TWO]
     assert Supervisor(queue, cards, STUB).models == {"B": cards[0], "A": cards[1]}
@@ -239,11 +240,10 @@ def test_a_plan_is_made_for_its_card_and_kept_for_a_minute(monkeypatch: pytest.M
 def test_a_fit_is_planned_on_each_model_of_card(browser: Any, tmp_path: Path) -> None:
     """On a server with two simulated cards of different models."""
     code = "from imagic_lora.web import places, studio; places = [places.Place(name, name, f'Model {name}') for name in 'AB']"
-    server = Server(tmp_path, before=f"{code}; studio.places = lambda: places")
-    with watched(browser, server, 60_000) as page:
+    before = f"{code}; studio.places = lambda: places"
+    with closing(Server(tmp_path, before=before)) as server, watched(browser, server, 60_000) as page:
         page.goto(server.url)
         plan = page.get_by_role("status", name="Memory plan").filter(visible=True)
         for name in ("A", "B"):
             plan.get_by_text(f"Predicted peak on Model {name}: 0.").wait_for()
             assert plan.get_by_label(f"Memory of tune on Model {name}").count() == 1
-    server.close()

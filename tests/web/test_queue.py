@@ -176,7 +176,7 @@ def test_a_fit_an_edit_and_an_error_run_one_after_another(queue: Queue, supervis
 def test_a_fit_is_stopped_and_resumed_and_outlives_its_server_and_its_worker(queue: Queue, supervisor: Supervisor):
     """A fit goes on without a server, and the next server starts no second worker; after SIGKILL of the worker the next job runs in
     a new one. One story, since each worker needs seconds to start."""
-    job = fit(queue, embed_steps=5000)
+    job, second = fit(queue, embed_steps=5000), fit(queue, "mia")
     code = (
         "import sys, time; from pathlib import Path; from imagic_lora.web.supervisor import *; s = Supervisor(Queue(Path(sys.argv[1])))\n"
     )
@@ -201,6 +201,8 @@ def test_a_fit_is_stopped_and_resumed_and_outlives_its_server_and_its_worker(que
     assert resumable(queue, queue.read(job.id))
 
     resumed, waiting = supervisor.resume(job.id), queue.submit("edit", {"name": "none"})
+    until(supervisor, lambda: queue.read(second.id).state in ENDED)
+    assert queue.read(second.id).state == "done", queue.read(second.id)
     until(supervisor, lambda: bool(steps(queue, resumed)))
     first = steps(queue, resumed)[0]["step"]
     assert first > 1

@@ -37,7 +37,7 @@ $(AXE): $(READY)
 
 test-web: $(READY) ## run the tests of the studio in headless Chromium, three to four minutes; they need chromium and npm
 	if command -v npm >/dev/null; then $(MAKE) $(AXE); fi
-	$(BIN)/pytest -m web --numprocesses 2 --dist loadfile
+	$(BIN)/pytest tests/web -m web --numprocesses 2 --dist loadfile
 
 torture: $(READY) ## fault injection: kills, power cuts, full disks, flipped bits, hostile files; up to half an hour
 	PYTHONPATH=tests $(BIN)/python -m torture

@@ -1,6 +1,6 @@
 """Photos per hour of ``imagic-lora batch``: one by one, together, and on Ray: ``python scripts/bench_batch.py``.
 
-Every way is the command as a user gives it, with one thread a process, on a list of rendered photos and a store of its own. Ways run in
+Every way is the command as a user gives it, with ``--threads`` threads a process, on a list of rendered photos and a store of its own. Ways run in
 turn, in another order each round, and nothing else should run meanwhile. Times are of the clock, with the start of the processes and the
 loading of the base. Memory is the largest sum over the processes of the command and those of Ray, in which shared pages count once.
 """
@@ -60,7 +60,7 @@ def bytes_of(process: int) -> int:
     return 0
 
 
-def run(command: list[str]) -> tuple[float, int]:
+def run(command: list[str], threads: int) -> tuple[float, int]:
     """Seconds and peak memory of a command.
 
     Raises:
@@ -68,12 +68,12 @@ def run(command: list[str]) -> tuple[float, int]:
     """
     start, peak, done = time.perf_counter(), 0, threading.Event()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
     )
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(2):
+        while not done.wait(10):  # it reads the tables of all pages, which takes a twentieth of a core at every 2 seconds
             peak = max(peak, memory(process.pid))
 
     threading.Thread(target=watch, daemon=True).start()
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--share", type=float, default=0.2, help="share of the training steps of the recipe of critters")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     args = parser.parse_args()
     recipe, found = RECIPES["critters"]["lora"], {way: list[float]() for way in args.ways}
@@ -100,7 +101,7 @@ def main() -> None:
                 place = Path(folder) / f"{number}-{way}"
                 own = ["--store", str(place / "adapters"), "--out", str(place / "out"), *steps, *WAYS[way]]
                 command = [sys.executable, "-m", "imagic_lora", "batch", str(table), "--base", "critters", "--device", "cpu", *own]
-                seconds, peak = run(command)
+                seconds, peak = run(command, args.threads)
                 found[way].append(3600 * args.photos / seconds)
                 print(f"{way:18} {found[way][-1]:7.0f} photos an hour, {seconds:6.1f} s, peak {peak / 2**30:.2f} GiB", flush=True)
     middle = {way: median(values) for way, values in found.items()}

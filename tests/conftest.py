@@ -33,6 +33,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker and its ch
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """``make test-web`` collects one folder only."""
+    if item.get_closest_marker("web") and "web" not in item.path.parts:
+        raise pytest.UsageError(f"{item.nodeid} is marked web. Expected: a test in tests/web. Move it there.")
+
+
 def pytest_collection_finish() -> None:
     """Exempts what is imported by now from garbage collection, which otherwise looks at half a million objects again and again."""
     gc.collect()

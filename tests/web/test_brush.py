@@ -81,9 +81,8 @@ def test_a_mask_is_painted_undone_inverted_and_becomes_that_of_edit_and_compare(
     """With the mouse and with keys; the mask belongs to the photo, so it is chosen for its adapter and its comparison."""
     page.goto(server.url)
     panel = opened(page, "Fit")
+    panel.get_by_text("Mask: what edits may change").click()  # the tick stays when the photo arrives
     panel.locator(".subject input[type=file]").first.set_input_files(PHOTO)
-    panel.locator(".subject .drawing canvas").first.wait_for()
-    panel.get_by_text("Mask: what edits may change").click()
     canvas = panel.locator(".mask .drawing canvas[role=application]").filter(visible=True)
     page.wait_for_function("[...document.querySelectorAll('canvas[role=application]')].some(e => e.offsetParent && e.width === 64)")
     drawn(page, canvas, [(0.1, 0.25), (0.9, 0.25)])

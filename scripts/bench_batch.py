@@ -1,8 +1,9 @@
 """Photos per hour of ``imagic-lora batch``: one by one, together, and on Ray: ``python scripts/bench_batch.py``.
 
-Every way is the command as a user gives it, with ``--threads`` threads a process, on a list of rendered photos and a store of its own. Ways run in
-turn, in another order each round, and nothing else should run meanwhile. Times are of the clock, with the start of the processes and the
-loading of the base. Memory is the largest sum over the processes of the command and those of Ray, in which shared pages count once.
+Every way is the command as a user gives it, with ``--threads`` threads a process, on a list of rendered photos and a store of its own.
+Ways run in turn, in another order each round, and nothing else should run meanwhile. Times are of the clock, with the start of the
+processes and the loading of the base. Memory is the largest sum over the processes of the command and those of Ray, in which shared pages
+count once.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def run(command: list[str], threads: int) -> tuple[float, int]:
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(10):  # it reads the tables of all pages, which takes a twentieth of a core at every 2 seconds
+        while not done.wait(10):  # each look takes a tenth of a second of a core
             peak = max(peak, memory(process.pid))
 
     threading.Thread(target=watch, daemon=True).start()

@@ -297,7 +297,7 @@ def test_an_adapter_edits_from_every_start(klein: Path, fit_on: Fit, mode: Mode)
     assert same(weights(base.denoiser), before)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_but(["lora"], MODES))
 def test_plain_diffusers_makes_the_same_picture(klein: Path, fit_on: Fit, mode: Mode) -> None:
     """To 1 of 255, from the adapter's files alone: LoRA by load_lora_weights, a whole transformer by from_pretrained.
     So does the pipeline of the editor."""
@@ -309,7 +309,7 @@ def test_plain_diffusers_makes_the_same_picture(klein: Path, fit_on: Fit, mode: 
         assert np.abs(edited - array(by_pipeline(edit, 5))).max() <= 1
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", slow_but(["lora"], ["lora", "full"]))
 def test_a_stopped_fit_resumes_to_the_same_bytes(klein: Path, photo_file: Path, fit_on: Fit, tmp_path: Path, mode: Mode) -> None:
     """In the middle of stage 2."""
     store, seen = Store(tmp_path), iter([False] * 5)

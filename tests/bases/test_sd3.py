@@ -310,7 +310,7 @@ def test_schedulers_of_diffusion_are_refused_by_name(sd3: Path, fit_on: Fit, cha
 # Files
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_but(["lora", "embedding"], MODES))
 def test_plain_diffusers_makes_the_same_picture(sd3: Path, fit_on: Fit, mode: Mode) -> None:
     """To 1 of 255, from the adapter's files alone: LoRA by load_lora_weights, a whole transformer by from_pretrained.
     So does the pipeline of the editor."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from common import each, opened, same, tiny_config, weights
+from common import each, opened, same, slow_but, tiny_config, weights
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.models.modeling_utils import no_init_weights
@@ -67,7 +67,10 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]
     return put
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("sd1", torch.float16), ("sdxl", torch.float32), ("sdxl", torch.float16)])
+DTYPES = [("sd1", torch.float16), ("sdxl", torch.float32), ("sdxl", torch.float16)]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), slow_but(DTYPES[:2], DTYPES))
 def test_a_single_file_is_the_same_base(tmp_path: Path, named: Callable[..., str], kind: str, dtype: torch.dtype) -> None:
     """Every weight of every component, and the fingerprint, in half precision too."""
     folder = (save_tiny if kind == "sd1" else save_tiny_sdxl)(tmp_path / "base")

@@ -454,7 +454,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     [
         pytest.param("embed", 1, (signal.SIGINT,), marks=pytest.mark.slow),
         ("embed", 2, (signal.SIGTERM,)),
-        ("tune", 0, (signal.SIGINT,) * 3),
+        pytest.param("tune", 0, (signal.SIGINT,) * 3, marks=pytest.mark.slow),
         pytest.param("tune", 2, (signal.SIGINT,), marks=pytest.mark.slow),
     ],
     ids=["in embed", "terminated at the end of embed", "thrice in tune", "at the end of tune"],

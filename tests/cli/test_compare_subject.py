@@ -42,6 +42,7 @@ def flags(settings: dict, group: str = "") -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @each(
     "name, noun, prompts",
     [("dreambooth", "cat", ("a sks cat", "a red sks cat")), ("textual-inversion", "c", ("a <subject>", "a red <subject>"))],

@@ -234,6 +234,7 @@ def test_a_store_that_cannot_be_written_to(run: Run, photos: Path, folder: Path)
     assert "cannot be written" in said
 
 
+@pytest.mark.slow
 def test_edits_of_a_batch_are_those_of_edit(batch: Batch, run: Run) -> None:
     code, rows, _ = batch("--edit", "eta=0.5:0.7:0.2 seed=1,3")
     assert code == 0
@@ -253,6 +254,7 @@ def test_edits_of_a_batch_are_those_of_edit(batch: Batch, run: Run) -> None:
         assert batch("--edit", wrong)[0] == 2
 
 
+@pytest.mark.slow
 def test_photos_of_several_bases_and_modes(photos: Path, run: Run, folders: dict[str, Path]) -> None:
     """A base is opened once for each kind that the list has; mode full needs another precision of it."""
     first, second = folders["epsilon"], folders["v_prediction"]

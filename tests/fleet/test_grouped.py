@@ -89,6 +89,7 @@ def test_a_stopped_group_goes_on_from_its_checkpoints(batch: Batch, sizes: list[
     assert resumed == [False] * 3 + [True] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_without_memory_for_all_they_are_fitted_one_by_one(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a warning that says so."""

@@ -303,6 +303,7 @@ def test_master_weights_in_bf16_save_half_of_the_weights_inside_the_backward_pas
     assert wide.peak - narrow.peak >= 0.9 * narrow.weights
 
 
+@pytest.mark.slow
 def test_autocast_without_its_cache_saves_a_copy_of_the_denoiser(folder: Path) -> None:
     """In half precision: all of it in a pass without gradients but the layer at hand, most of it where activations are made again."""
     found = {}

@@ -79,7 +79,7 @@ def by_diffusers(folder: Path, base: Base, request: EditRequest, strength: float
     ).images
 
 
-@pytest.mark.parametrize("kind", slow_but(["epsilon", "v_prediction"], KINDS))
+@pytest.mark.parametrize("kind", slow_but(["v_prediction"], KINDS))
 def test_inpainting_is_that_of_diffusers(inpainting: dict[str, Path], request_: EditRequest, kind: str) -> None:
     """From noise alone and from the noised photo; the mask and the masked photo both change the result."""
     base = opened(inpainting[kind])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import array, each, opened, same, weights
+from common import array, each, opened, same, slow_but, weights
 from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionDiffEditPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 from torch import Tensor
@@ -83,7 +83,7 @@ def test_the_mask_of_diffedit_is_that_of_diffusers(named: Any, request_: EditReq
             assert np.array_equal(made[0, 0].numpy(), expected[0])
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", slow_but(["v_prediction", "sdxl"], BASES))
 def test_diffedit_with_equal_prompts_is_the_photo(named: Any, request_: EditRequest, name: str) -> None:
     """The mask is empty; the latents are bit-equal, and the picture is the photo through the VAE."""
     base = named(name)

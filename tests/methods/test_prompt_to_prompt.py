@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import array, each, opened, same, weights
+from common import array, each, opened, same, slow_but, weights
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
@@ -162,7 +162,7 @@ def test_local_blend_keeps_the_source_outside_its_mask(named: Any, request_: Edi
 # the methods
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", slow_but(["epsilon", "sdxl"], BASES))
 @pytest.mark.parametrize("rule", ["refine", "replace"])
 def test_equal_texts_give_the_source(named: Any, request_: EditRequest, name: str, rule: Any) -> None:
     """Whatever the windows; the source is that of plain sampling."""
@@ -176,7 +176,7 @@ def test_equal_texts_give_the_source(named: Any, request_: EditRequest, name: st
         torch.testing.assert_close(source, plain, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", slow_but(["v_prediction", "sdxl"], BASES))
 def test_without_a_change_of_attention_the_target_is_plain_sampling(named: Any, request_: EditRequest, name: str) -> None:
     """And with one it is not; at scale 1 too, where there are two samples a step."""
     base = named(name)
@@ -212,7 +212,7 @@ def test_every_inversion_can_be_edited(named: Any, request_: EditRequest, invers
     assert np.abs(array(result.image) - made).max() <= 2
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", slow_but(["v_prediction", "sdxl"], BASES))
 def test_direct_inversion_keeps_the_source_on_the_path(
     named: Any, request_: EditRequest, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,8 +84,7 @@ def test_swapped_adapters_do_not_mix(folder: Path, fitted: Fitted, narrow: Fitte
     """Adapters of any mode, of other ranks and other layers, loaded in turn into one editor, give bit for bit what each gives alone."""
     lora, other, full, full_too, bare = fitted("lora"), fitted("lora", 1), fitted("full"), fitted("full", 1), fitted("embedding")
     low, high, fewer = narrow("low", rank=1), narrow("high", rank=9), narrow("fewer", targets="attention")
-    order = [lora, other, lora, full, lora, full, full_too, full, low, lora, low, high, lora, high, fewer, lora, fewer]
-    order += [bare, lora, bare, full, bare, full_too, other]
+    order = [lora, other, full, full_too, low, high, fewer, lora, bare, lora, full, bare, full, other]
     editor = Editor(opened(folder))
     for k, adapter in enumerate(order):
         assert np.array_equal(pictures(editor, adapter), alone(adapter)), f"load {k}: {adapter.folder.name}"

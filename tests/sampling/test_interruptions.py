@@ -40,7 +40,7 @@ def state(base: Base) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("lasting", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["once", "lasting"])
-@pytest.mark.parametrize(("before", "after"), slow_but(CHANGES[:3], CHANGES))
+@pytest.mark.parametrize(("before", "after"), slow_but(CHANGES[:1], CHANGES))
 def test_an_interrupted_change_of_adapters(folder: Path, fitted: Fitted, before: Mode, after: Mode, lasting: bool) -> None:
     """The next load is that of a new editor, bit for bit, or close gives the base back."""
     first, second, base = fitted(before), fitted(after, 1), opened(folder)

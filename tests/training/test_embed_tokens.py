@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import PROMPT, array, by_diffusers, each, opened, tiny_config
+from common import PROMPT, array, by_diffusers, each, opened, slow_but, tiny_config
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_sd3
@@ -48,7 +48,7 @@ def config(folder: Path, **embed: Any) -> Any:
     return tiny_config(folder, "lora", tune={"targets": "attention"}, embed=EMBED | embed)
 
 
-@pytest.mark.parametrize("kind", ["unet", "sd3"])
+@pytest.mark.parametrize("kind", slow_but(["unet"], ["unet", "sd3"]))
 def test_padding_stays_where_words_are_trained(places: Folders, photo_file: Path, tmp_path: Path, kind: str) -> None:
     """With every token everything changes; with words only they do, and the pooled embedding."""
     base = opened(places[kind])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import MODES, PROMPT, TUNED, SimulatedProcess, array, each, opened, output, same, tiny_config, weights
+from common import MODES, PROMPT, TUNED, SimulatedProcess, array, each, opened, output, same, slow_but, tiny_config, weights
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -196,7 +196,7 @@ def test_mode_embedding_is_stage_1_alone(folder: Path, photo_file: Path, fitted:
     assert same(*stored)
 
 
-@pytest.mark.parametrize("mode", TUNED)
+@pytest.mark.parametrize("mode", slow_but(["lora"], TUNED))
 def test_a_fit_in_bf16(folder: Path, photo_file: Path, tmp_path: Path, mode: Mode) -> None:
     """Opens the base itself, with master weights where it must, and is near the fit in fp32."""
     losses = []

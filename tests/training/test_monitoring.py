@@ -145,7 +145,7 @@ def test_it_is_evaluated_as_often_as_asked_and_at_the_end_of_a_stage(fits: Fits)
     assert CONVERGENCE not in off.record.files
 
 
-@pytest.mark.parametrize("mode", TUNED)
+@pytest.mark.parametrize("mode", slow_but(["lora"], TUNED))
 def test_monitoring_does_not_change_what_is_trained(folder: Path, photo_file: Path, tmp_path: Path, mode: Mode) -> None:
     """Weights and embeddings are bit-equal with everything on and everything off; early stopping that never stops is no exception."""
     fits = Fits(opened(folder, mode), folder, photo_file, tmp_path)

@@ -183,6 +183,7 @@ def test_the_preview_has_no_text_encoder_in_memory(folder: Path, photo_file: Pat
     assert held == [0]
 
 
+@pytest.mark.slow
 def test_resume_gives_the_same_bytes(folder: Path, photo_file: Path, tmp_path: Path) -> None:
     """Stopped in each stage."""
     whole = fitted(folder, photo_file, tmp_path / "whole")

@@ -35,7 +35,7 @@ $(AXE): $(READY)
 	npm install --silent --no-save --prefix $(VENV)/axe axe-core@4.14.1
 	@touch $@
 
-test-web: $(READY) ## run the tests of the studio in headless Chromium, three to four minutes; they need chromium and npm
+test-web: $(READY) ## run the tests of the studio in headless Chromium, about three minutes; they need chromium and npm
 	if command -v npm >/dev/null; then $(MAKE) $(AXE); fi
 	$(BIN)/pytest tests/web -m web --numprocesses 2 --dist loadfile
 

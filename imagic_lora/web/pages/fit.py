@@ -181,6 +181,7 @@ class FitTab:
 
     async def _changed(self) -> None:
         """Makes the plan anew when nothing has changed for a moment."""
+        self._form.clear()  # now, not with the plan: a start may say what is wrong meanwhile
         self._changes += 1
         mine = self._changes
         await asyncio.sleep(_PATIENCE)
@@ -189,7 +190,6 @@ class FitTab:
         try:
             given = self._form.given()
             shown = await asyncio.to_thread(defaults, given)
-            self._form.clear()
             self._form.show_defaults(shown, but=("memory", "preset", "base"))
             self._show_plans(None)
             cards = self._studio.supervisor.models

@@ -36,7 +36,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker and its ch
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """``make test-web`` collects one folder only."""
-    if item.get_closest_marker("web") and "web" not in item.path.parts:
+    if item.get_closest_marker("web") and not item.path.is_relative_to(Path(__file__).parent / "web"):
         raise pytest.UsageError(f"{item.nodeid} is marked web. Expected: a test in tests/web. Move it there.")
 
 

@@ -129,11 +129,11 @@ def test_any_config_is_taken_as_diffusers_takes_it(bases: dict[str, Path], famil
     assert compared > 25
 
 
+@pytest.mark.slow
 @each("config", [
     {}, {"prediction_type": "v_prediction"}, {"beta_schedule": "linear", "beta_end": 0.02}, {"rescale_betas_zero_snr": True},
     {"original_inference_steps": 25}, {"timestep_spacing": "trailing", "set_alpha_to_one": False},
 ])  # fmt: skip
-@pytest.mark.slow
 def test_a_consistency_model_is_taken_as_diffusers_takes_it(tmp_path: Path, config: dict[str, Any]) -> None:
     """By its own pipeline, with the guidance scale as an input."""
     folder = declare(save_tiny(tmp_path / "base", scheduler="lcm", guided=True), "LCMScheduler", config)

@@ -451,12 +451,15 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize(
     ("stage", "k", "signals"),
-    [
-        pytest.param("embed", 1, (signal.SIGINT,), marks=pytest.mark.slow),
-        ("embed", 2, (signal.SIGTERM,)),
-        pytest.param("tune", 0, (signal.SIGINT,) * 3, marks=pytest.mark.slow),
-        pytest.param("tune", 2, (signal.SIGINT,), marks=pytest.mark.slow),
-    ],
+    slow_but(
+        [("embed", 2, (signal.SIGTERM,))],
+        [
+            ("embed", 1, (signal.SIGINT,)),
+            ("embed", 2, (signal.SIGTERM,)),
+            ("tune", 0, (signal.SIGINT,) * 3),
+            ("tune", 2, (signal.SIGINT,)),
+        ],
+    ),
     ids=["in embed", "terminated at the end of embed", "thrice in tune", "at the end of tune"],
 )
 def test_an_interrupted_fit_goes_on_by_the_command_it_prints(

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from bench_swaps import measured, random_adapter
-from common import KINDS, MODES, PROMPT, TUNED, array, by_diffusers, each, loaded, opened, output, same, tiny_config, weights
+from common import KINDS, MODES, PROMPT, TUNED, array, by_diffusers, each, loaded, opened, output, same, slow_but, tiny_config, weights
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tiny import save_tiny
 from torch import Tensor
@@ -80,15 +80,22 @@ def narrow(folder: Path, photo_file: Path, tmp_path_factory: pytest.TempPathFact
     return make
 
 
-def test_swapped_adapters_do_not_mix(folder: Path, fitted: Fitted, narrow: Fitted, alone: Fitted) -> None:
+ORDERS = [
+    "lora other full full_too low high fewer lora bare lora full bare full other",
+    "lora other lora full lora full full_too full low lora low high lora high fewer lora fewer bare lora bare full bare full_too other",
+]
+
+
+@pytest.mark.parametrize("order", slow_but(ORDERS[:1], ORDERS), ids=["each kind of change", "and back again"])
+def test_swapped_adapters_do_not_mix(folder: Path, fitted: Fitted, narrow: Fitted, alone: Fitted, order: str) -> None:
     """Adapters of any mode, of other ranks and other layers, loaded in turn into one editor, give bit for bit what each gives alone."""
-    lora, other, full, full_too, bare = fitted("lora"), fitted("lora", 1), fitted("full"), fitted("full", 1), fitted("embedding")
-    low, high, fewer = narrow("low", rank=1), narrow("high", rank=9), narrow("fewer", targets="attention")
-    order = [lora, other, full, full_too, low, high, fewer, lora, bare, lora, full, bare, full, other]
+    adapters = {"lora": fitted("lora"), "other": fitted("lora", 1), "full": fitted("full"), "full_too": fitted("full", 1)}
+    adapters |= {"bare": fitted("embedding"), "low": narrow("low", rank=1), "high": narrow("high", rank=9)}
+    adapters["fewer"] = narrow("fewer", targets="attention")
     editor = Editor(opened(folder))
-    for k, adapter in enumerate(order):
-        assert np.array_equal(pictures(editor, adapter), alone(adapter)), f"load {k}: {adapter.folder.name}"
-    found = [alone(adapter).tobytes() for adapter in (lora, other, full, full_too, low, high, fewer, bare)]
+    for k, name in enumerate(order.split()):
+        assert np.array_equal(pictures(editor, adapters[name]), alone(adapters[name])), f"load {k}: {name}"
+    found = [alone(adapter).tobytes() for adapter in adapters.values()]
     assert len(set(found)) == len(found)
 
 

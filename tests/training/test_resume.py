@@ -324,7 +324,7 @@ def test_killed_it_goes_on_to_the_same_bytes(fitting: Fitting, undisturbed: Undi
     assert fitting.files() == files(undisturbed())
 
 
-@pytest.mark.parametrize("kind", [pytest.param(FULL, marks=pytest.mark.slow), KINDS["lora in 8 bits"]], ids=["full", "lora in 8 bits"])
+@pytest.mark.parametrize("kind", slow_but([KINDS["lora in 8 bits"]], [FULL, KINDS["lora in 8 bits"]]), ids=["full", "lora in 8 bits"])
 def test_a_fit_resumes_with_other_levers(fitting: Fitting, bases: Bases, undisturbed: Undisturbed, kind: Kind) -> None:
     """With those that do not change the numbers it comes to the same bytes: with and without them by turns, in either stage."""
     levers = bases(kind, tuple(LEVERS.items()))

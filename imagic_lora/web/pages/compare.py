@@ -69,8 +69,7 @@ class CompareTab:
     def _show_photo(self) -> None:
         """Shows the photo to paint on, with the mask that was painted for a fit of it."""
         stored = self._masks.of(self._photo.sha256)
-        if stored or any(self._mask.draft.values()):  # a tick without a mask is for this photo, which was still on its way
-            self._masked.value = bool(stored)
+        self._masked.value = self._mask.ticked(bool(self._masked.value), stored)
         self._show_mask()
         if stored:
             self._mask.take("", stored, "The mask of this photo, from its fit")

@@ -159,8 +159,7 @@ class FitTab:
         self._form.fields["name"].props(f'stack-label placeholder="{self._photo_name}"')
         if self._method == "imagic":
             stored = self._studio.masks.of(self._photo.sha256)
-            if stored or any(self._mask.draft.values()):  # a tick without a mask is for this photo, which was still on its way
-                self._masked.value = bool(stored)
+            self._masked.value = self._mask.ticked(bool(self._masked.value), stored)
             self._show_mask()
             if stored:
                 self._mask.take("", stored, "The mask of this photo, from an earlier fit")

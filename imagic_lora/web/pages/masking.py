@@ -69,6 +69,15 @@ class MaskField:
         """What a draft keeps of the mask."""
         return {"painted": self.painted, "file": self.file}
 
+    def ticked(self, before: bool, stored: str) -> bool:
+        """Whether the box of the mask is ticked for a photo that has just arrived.
+
+        Args:
+            before: whether it was; a tick without a mask is for this photo, which was still on its way.
+            stored: the path of the mask of this photo; empty without one.
+        """
+        return bool(stored) or (before and not (self.painted or self.file))
+
     def show(self, url: str, size: tuple[int, int], region: tuple[int, int, int, int] | None = None) -> None:
         """Shows the photo to paint on; the mask of another photo is cleared.
 
